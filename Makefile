@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all a user needs; both set up what they use, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    compress, export and measure the embedded model; ends in a table"
+	@echo "make test    run the tests"
+	@echo "make check   format, lint, types, direction of imports"
+
+demo: $(READY)
+	$(BIN)/edgewhisper demo
+
+test: $(READY)
+	@sh tests/system-packages.sh 'espeak-ng --version' espeak-ng
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+# torch first and by exact version: a range would let pip choose a build with gigabytes of CUDA
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is too old, 3.11 or newer is needed."; \
+	    echo "try:   make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@sh tests/system-packages.sh '$(PYTHON) -c "import ensurepip"' python3-venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) edgewhisper-runs

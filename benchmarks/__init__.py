@@ -1,0 +1,1 @@
+"""Bench: an artifact, a device and speech in, results out."""

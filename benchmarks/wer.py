@@ -1,0 +1,91 @@
+"""Word and character error rates with their counts and a bootstrap interval.
+
+Errors are summed over all utterances and divided by all reference words (corpus WER). Utterances
+whose reference is empty count by the words put in: that is how invented text shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.normalizers import normalizer as normalizer_named
+from export.problem import Problem
+
+RESAMPLES = 2000
+COVERAGE = 0.95
+
+
+@dataclass(frozen=True)
+class Score:
+    """Error rates as fractions (0.05 is 5 %), counts in words, the normalizer that was used."""
+
+    wer: float
+    cer: float
+    wer_interval: tuple[float, float]
+    substitutions: int
+    deletions: int
+    insertions: int
+    words: int
+    utterances: int
+    exact: int
+    normalizer: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def score(
+    references: Sequence[str], hypotheses: Sequence[str], normalizer: str = "whisper-basic"
+) -> Score:
+    """Compare texts pairwise. Raises Problem: different lengths, or no reference word at all."""
+    if len(references) != len(hypotheses):
+        raise Problem(f"{len(references)} references but {len(hypotheses)} hypotheses.")
+    clean = normalizer_named(normalizer)
+    pairs = [(clean(r), clean(h)) for r, h in zip(references, hypotheses, strict=True)]
+    counts = np.array([_count(r, h) for r, h in pairs]).reshape(-1, 4)
+    substitutions, deletions, insertions, words = (int(total) for total in counts.sum(axis=0))
+    if words == 0:
+        raise Problem(
+            "the clips hold no reference words, so there is no error rate.",
+            hint="score clips without speech together with clips that have some.",
+        )
+    letters = np.array([_count(r, h, characters=True) for r, h in pairs]).sum(axis=0)
+    return Score(
+        wer=(substitutions + deletions + insertions) / words,
+        cer=float(letters[:3].sum() / letters[3]),
+        wer_interval=_interval(counts[:, :3].sum(axis=1), counts[:, 3]),
+        substitutions=substitutions,
+        deletions=deletions,
+        insertions=insertions,
+        words=words,
+        utterances=len(pairs),
+        exact=sum(r == h for r, h in pairs),
+        normalizer=normalizer,
+    )
+
+
+def _count(reference: str, hypothesis: str, characters: bool = False) -> tuple[int, int, int, int]:
+    """Substitutions, deletions, insertions, and the reference's length, in words or characters."""
+    import jiwer
+
+    if not reference:  # jiwer wants at least one reference word
+        return 0, 0, len(hypothesis if characters else hypothesis.split()), 0
+    process = jiwer.process_characters if characters else jiwer.process_words
+    found = process(reference, hypothesis)
+    length = found.hits + found.substitutions + found.deletions
+    return found.substitutions, found.deletions, found.insertions, length
+
+
+def _interval(errors: np.ndarray, words: np.ndarray) -> tuple[float, float]:
+    """Percentile bootstrap over utterances (Bisani and Ney 2004); the seed is fixed."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(errors), size=(RESAMPLES, len(errors)))
+    totals = words[drawn].sum(axis=1)
+    rates = errors[drawn].sum(axis=1)[totals > 0] / totals[totals > 0]
+    tail = 50 * (1 - COVERAGE)
+    low, high = np.percentile(rates, [tail, 100 - tail])
+    return float(low), float(high)

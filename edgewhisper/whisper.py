@@ -1,0 +1,492 @@
+"""Load, save and run Whisper checkpoints whose layers may differ in shape.
+
+A checkpoint is a Hugging Face Whisper directory. Where layers differ from the dense model, their
+shapes stand in `config.json` under the key `edgewhisper`:
+
+    {"format": 1, "encoder": [LAYER, ...], "decoder": [LAYER, ...]}
+    LAYER  self_attn, encoder_attn (decoder only): {"heads": h, "qk_dim": k, "v_dim": v}
+           ffn: width of the feed-forward layer
+           ranks: {"fc1": r, ...}    the linear layer is stored as `down` (r, in), `up` (out, r)
+           inputs: {"fc1": n, ...}   the linear layer reads n of its features (buffer `inputs`)
+
+The number of heads in the stock keys stays that of the dense model, because attention keeps the
+dense model's scale 1/sqrt(head_dim). This is the only file that knows where things are in a model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import WhisperConfig, WhisperProcessor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.whisper.modeling_whisper import (
+    ALL_ATTENTION_FUNCTIONS,
+    EncoderDecoderCache,
+    WhisperAttention,
+)
+
+from devices.runner.audio import split
+from export.files import new_directory
+from export.problem import Problem
+
+FORMAT = 1
+START = "<|startoftranscript|>"
+ATTENTIONS = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
+
+
+class GatherLinear(nn.Linear):
+    """A linear layer over some of its input features: y = W x[inputs] + b.
+
+    x (..., d_in) -> (..., out_features); `inputs` (in_features,) holds ascending feature indices.
+    """
+
+    inputs: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("inputs", torch.arange(in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.index_select(-1, self.inputs))
+
+
+class LowRank(nn.Module):
+    """A linear layer as a product of two: y = up(down(x)), x (..., d_in) -> (..., d_out)."""
+
+    def __init__(self, down: nn.Linear, up: nn.Linear) -> None:
+        super().__init__()
+        self.down = down
+        self.up = up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class SlimAttention(WhisperAttention):
+    """Whisper's attention with its own number of heads, and separate key and value widths.
+
+    The scale stays that of the dense head, so that removing dead channels changes nothing.
+    """
+
+    def __init__(self, dense: WhisperAttention, heads: int, qk_dim: int, v_dim: int) -> None:
+        super().__init__(
+            dense.embed_dim,
+            dense.num_heads,
+            dense.dropout,
+            dense.is_decoder,
+            is_causal=dense.is_causal,
+            layer_idx=dense.layer_idx,
+            config=dense.config,
+        )
+        self.num_heads, self.head_dim, self.v_dim = heads, qk_dim, v_dim
+
+    def _heads(self, x: Tensor, dim: int) -> Tensor:
+        """(batch, time, heads * dim) -> (batch, heads, time, dim)."""
+        return x.unflatten(-1, (self.num_heads, dim)).transpose(1, 2).contiguous()
+
+    def _keys_values(self, states: Tensor, cache: Any, is_cross: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values, taken from and written to the cache as transformers does it."""
+        if isinstance(cache, EncoderDecoderCache):
+            ready = is_cross and cache.is_updated.get(self.layer_idx)
+            if is_cross:
+                cache.is_updated[self.layer_idx] = True
+            cache = cache.cross_attention_cache if is_cross else cache.self_attention_cache
+            if ready:
+                return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        key = self._heads(self.k_proj(states), self.head_dim)
+        value = self._heads(self.v_proj(states), self.v_dim)
+        return (key, value) if cache is None else cache.update(key, value, self.layer_idx)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (batch, time, d_model) -> the same shape, and weights if asked."""
+        is_cross = key_value_states is not None
+        query = self._heads(self.q_proj(hidden_states) * self.scaling, self.head_dim)
+        states = hidden_states if key_value_states is None else key_value_states
+        key, value = self._keys_values(states, past_key_values, is_cross)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, sdpa_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=1.0,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+        return self.out_proj(output.flatten(2)), weights
+
+
+class WhisperForConditionalGeneration(transformers.WhisperForConditionalGeneration):
+    """Transformers' model, with the per-layer shapes that `config.edgewhisper` asks for."""
+
+    def __init__(self, config: WhisperConfig) -> None:
+        super().__init__(config)
+        shapes = getattr(config, "edgewhisper", None)
+        if shapes is not None:
+            check_shapes(shapes, config)
+            for side in ATTENTIONS:
+                stack = getattr(self.model, side)
+                for layer, shape in zip(stack.layers, shapes[side], strict=True):
+                    _reshape_layer(layer, shape, ATTENTIONS[side])
+
+
+def _reshape_layer(layer: nn.Module, shape: Mapping[str, Any], attentions: Sequence[str]) -> None:
+    d_model = layer.embed_dim
+    for name in attentions:
+        attention = SlimAttention(getattr(layer, name), **shape[name])
+        qk, v = (shape[name]["heads"] * shape[name][dim] for dim in ("qk_dim", "v_dim"))
+        sizes = {"q_proj": (d_model, qk), "k_proj": (d_model, qk), "v_proj": (d_model, v)}
+        for linear, (d_in, d_out) in (sizes | {"out_proj": (v, d_model)}).items():
+            bias = linear != "k_proj"
+            setattr(attention, linear, _linear(f"{name}.{linear}", d_in, d_out, bias, shape))
+        setattr(layer, name, attention)
+    layer.fc1 = _linear("fc1", d_model, shape["ffn"], True, shape)
+    layer.fc2 = _linear("fc2", shape["ffn"], d_model, True, shape)
+
+
+def _linear(
+    name: str, d_in: int, d_out: int, bias: bool, shape: Mapping[str, Any]
+) -> nn.Linear | LowRank:
+    def first(d_out: int, bias: bool) -> nn.Linear:
+        kept = shape.get("inputs", {}).get(name)
+        return GatherLinear(kept, d_out, bias) if kept else nn.Linear(d_in, d_out, bias)
+
+    rank = shape.get("ranks", {}).get(name)
+    return LowRank(first(rank, False), nn.Linear(rank, d_out, bias)) if rank else first(d_out, bias)
+
+
+def check_shapes(shapes: Any, config: WhisperConfig) -> None:
+    """Refuse per-layer shapes that do not describe this model.
+
+    Raises Problem: unknown format, wrong number of layers, a count that is not a positive integer
+    or larger than the dense model's.
+    """
+    if not isinstance(shapes, dict) or shapes.get("format") != FORMAT:
+        found = shapes.get("format") if isinstance(shapes, dict) else type(shapes).__name__
+        raise Problem(
+            f"config.json: per-layer shapes have format {found!r}; this version reads {FORMAT}.",
+            hint="load the checkpoint with the EdgeWhisper version that wrote it, or a newer one.",
+        )
+    for side, attentions in ATTENTIONS.items():
+        layers, wanted = shapes.get(side), getattr(config, f"{side}_layers")
+        if not isinstance(layers, list) or len(layers) != wanted:
+            found = len(layers) if isinstance(layers, list) else "no"
+            raise Problem(
+                f"config.json: {wanted} {side} layers, but shapes for {found} of them.",
+                hint="the checkpoint is damaged: copy it again, or compress it anew.",
+            )
+        for index, layer in enumerate(layers):
+            _check_layer(layer, f"{side}.layers.{index}", attentions, side, config)
+
+
+def _check_layer(
+    layer: Any, where: str, attentions: Sequence[str], side: str, config: WhisperConfig
+) -> None:
+    heads = getattr(config, f"{side}_attention_heads")
+    head_dim = config.d_model // heads
+    ffn = getattr(config, f"{side}_ffn_dim")
+    limits = {"heads": heads, "qk_dim": head_dim, "v_dim": head_dim}
+    counts = {"ffn": (layer.get("ffn"), ffn)} if isinstance(layer, dict) else {where: (None, 0)}
+    for name in attentions if isinstance(layer, dict) else ():
+        attention = layer.get(name)
+        for key, limit in limits.items():
+            found = attention.get(key) if isinstance(attention, dict) else None
+            counts[f"{name}.{key}"] = (found, limit)
+    for table in ("ranks", "inputs") if isinstance(layer, dict) else ():
+        for key, found in (layer.get(table) or {}).items():
+            counts[f"{table}.{key}"] = (found, max(config.d_model, ffn))
+    for key, (found, limit) in counts.items():
+        if type(found) is not int or not 1 <= found <= limit:
+            raise Problem(
+                f"config.json: {where}.{key} is {found!r}; it must be between 1 and {limit}.",
+                hint="the checkpoint is damaged: copy it again, or compress it anew.",
+            )
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every nn.Linear of the encoder and decoder blocks with its name, in the model's order.
+
+    The convolution stem, LayerNorms, embeddings and the tied output are not among them.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".layers." in name:
+            yield name, module
+
+
+# ------------------------------------------------------------------------------ load and save
+
+
+def load(source: str | Path, revision: str | None = None) -> WhisperForConditionalGeneration:
+    """A checkpoint as a model in float32 and evaluation mode; dense and slim ones load alike.
+
+    `source` is a local directory or a hub id. Only safetensors are read, never pickles, and no
+    code that comes with a checkpoint is run.
+    Raises Problem: no such place, not a Whisper checkpoint, damaged or foreign weights.
+    """
+    config = _load_config(source, revision)
+    try:
+        with _quiet():
+            model, report = WhisperForConditionalGeneration.from_pretrained(
+                str(source),
+                config=config,
+                revision=revision,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                # so that wrong shapes come back in the report, to be told in our words
+                ignore_mismatched_sizes=True,
+            )
+    except Problem:
+        raise
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    _refuse_partial(source, report)
+    _refuse_bad_inputs(source, model)
+    return model.eval()
+
+
+def load_processor(source: str | Path, revision: str | None = None) -> WhisperProcessor:
+    """Tokenizer and feature extractor of a checkpoint. Raises Problem where they are missing."""
+    try:
+        with _quiet():
+            processor = WhisperProcessor.from_pretrained(str(source), revision=revision)
+            # transformers makes an empty tokenizer where the files are missing, and says nothing
+            if START not in processor.tokenizer.get_vocab():
+                raise ValueError(f"the vocabulary lacks {START}")
+            return processor
+    except Exception as error:
+        raise Problem(
+            f"{source}: no usable tokenizer or feature extractor ({_first_line(error)}).",
+            hint="a checkpoint needs tokenizer.json, tokenizer_config.json and "
+            "preprocessor_config.json beside the weights: copy them from the base model.",
+        ) from error
+
+
+def save(
+    model: nn.Module, processor: WhisperProcessor, out: Path, compression: dict[str, Any]
+) -> None:
+    """Write a checkpoint directory, whole or not at all. `out` must not exist yet.
+
+    Raises Problem where the folder cannot be written.
+    """
+    with new_directory(out) as directory:
+        with _quiet():
+            model.save_pretrained(directory, safe_serialization=True)
+            processor.save_pretrained(directory)
+            processor.feature_extractor.save_pretrained(directory)
+        text = json.dumps(compression, indent=2, ensure_ascii=False) + "\n"
+        (directory / "compression.json").write_text(text, encoding="utf-8")
+
+
+def rebuild(
+    model: nn.Module, tensors: Mapping[str, Tensor], layers: dict[str, Any] | None
+) -> WhisperForConditionalGeneration:
+    """A new model with the per-layer shapes `layers` (None: dense) and these tensors.
+
+    Everything else (config, generation config, training mode) is `model`'s.
+    Raises Problem where tensors and shapes do not fit together.
+    """
+    config = copy.deepcopy(model.config)
+    config.edgewhisper = copy.deepcopy(layers)
+    if layers is None:
+        del config.edgewhisper
+    built = WhisperForConditionalGeneration(config)
+    tied = {name: tensor for name, tensor in tensors.items() if name != "proj_out.weight"}
+    try:
+        report = built.load_state_dict(tied, strict=False)
+    except RuntimeError as error:
+        raise Problem(f"tensors do not fit the per-layer shapes: {error}") from error
+    missing = set(report.missing_keys) - {"proj_out.weight"}
+    if missing or report.unexpected_keys:
+        names = sorted(missing) + sorted(report.unexpected_keys)
+        raise Problem(f"tensors do not fit the per-layer shapes: {', '.join(names[:5])}")
+    built.generation_config = copy.deepcopy(model.generation_config)
+    return built.to(next(model.parameters()).device).train(model.training)
+
+
+def compression_record(source: str | Path) -> dict[str, Any]:
+    """The compression.json of a local checkpoint; empty for a stock one or a hub id."""
+    path = Path(source) / "compression.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _load_config(source: str | Path, revision: str | None) -> WhisperConfig:
+    if _looks_local(source) and not Path(source).is_dir():
+        raise Problem(
+            f"{source}: no such directory.",
+            hint="name a checkpoint directory, or a hub id like openai/whisper-tiny.",
+        )
+    try:
+        found, _ = transformers.PretrainedConfig.get_config_dict(str(source), revision=revision)
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    if found.get("model_type") != "whisper":
+        raise Problem(
+            f"{source}: config.json says model_type {found.get('model_type')!r}, not 'whisper'.",
+            hint="EdgeWhisper serves Whisper checkpoints in Hugging Face form.",
+        )
+    config = WhisperConfig.from_dict(found)
+    if getattr(config, "edgewhisper", None) is not None:
+        check_shapes(config.edgewhisper, config)
+    return config
+
+
+def _looks_local(source: str | Path) -> bool:
+    """A hub id is `name` or `owner/name`; everything else, and all that exists, is a path."""
+    text = str(source)
+    return (
+        isinstance(source, Path)
+        or Path(text).exists()
+        or text.startswith((".", "/", "~"))
+        or text.count("/") > 1
+    )
+
+
+def _refuse_partial(source: str | Path, report: Mapping[str, Any]) -> None:
+    """transformers fills what is missing with random numbers; a user must never get that."""
+    missing = sorted(set(report["missing_keys"]) - {"proj_out.weight"})
+    wrong = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    extra = sorted(report["unexpected_keys"])
+    for kind, names in (("lack", missing), ("have a wrong shape for", wrong), ("also hold", extra)):
+        if names:
+            raise Problem(
+                f"{source}: the weights {kind} {len(names)} tensor(s): {', '.join(names[:3])}.",
+                hint="the checkpoint is damaged or from another model: copy it again.",
+            )
+
+
+def _refuse_bad_inputs(source: str | Path, model: nn.Module) -> None:
+    d_in = max(model.config.d_model, model.config.encoder_ffn_dim, model.config.decoder_ffn_dim)
+    for name, module in model.named_modules():
+        if isinstance(module, GatherLinear):
+            inputs = module.inputs
+            if inputs.min() < 0 or inputs.max() >= d_in or (inputs.diff() <= 0).any():
+                raise Problem(
+                    f"{source}: {name}.inputs is not an ascending list of features below {d_in}.",
+                    hint="the checkpoint is damaged: copy it again, or compress it anew.",
+                )
+
+
+def _unreadable(source: str | Path, error: Exception) -> Problem:
+    if _looks_local(source):
+        hint = "it needs config.json and model.safetensors; copy it again if a file is cut short."
+        if any(Path(source).glob("pytorch_model*.bin")):
+            hint = "pickled weights are not read, they can run code: convert them to safetensors."
+    else:
+        hint = "check the hub id and the network, or name a local checkpoint directory."
+    return Problem(f"{source}: the checkpoint cannot be read ({_first_line(error)}).", hint=hint)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
+
+
+class _quiet:
+    """Silence transformers' warnings and bars for a block: they speak to developers, not users."""
+
+    def __enter__(self) -> None:
+        self.level = transformers.logging.get_verbosity()
+        self.bars = transformers.logging.is_progress_bar_enabled()
+        transformers.logging.set_verbosity(logging.CRITICAL)
+        transformers.logging.disable_progress_bar()
+        self.warnings = warnings.catch_warnings()
+        self.warnings.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *exc: Any) -> None:
+        self.warnings.__exit__(*exc)
+        transformers.logging.set_verbosity(self.level)
+        if self.bars:
+            transformers.logging.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------ decoding
+
+
+def window_samples(processor: WhisperProcessor) -> int:
+    """Length of the model's window in samples at 16 kHz (480000 for stock Whisper)."""
+    return processor.feature_extractor.n_samples
+
+
+def log_mel(processor: WhisperProcessor, pcms: Sequence[np.ndarray]) -> Tensor:
+    """Clips of up to one window, 16 kHz mono -> (batch, n_mels, frames), zero-padded as trained."""
+    extractor = processor.feature_extractor
+    features = extractor(list(pcms), sampling_rate=extractor.sampling_rate, return_tensors="pt")
+    return features.input_features
+
+
+@torch.no_grad()
+def greedy(
+    model: nn.Module,
+    processor: WhisperProcessor,
+    pcms: Sequence[np.ndarray],
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """Greedy tokens of clips of up to one window each, without prompt and end of text."""
+    limit = model.config.max_target_positions - 4
+    tokens: list[list[int]] = []
+    for start in range(0, len(pcms), batch_size):
+        features = log_mel(processor, pcms[start : start + batch_size])
+        with _quiet():
+            output = model.generate(
+                features.to(next(model.parameters()).device),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=limit,
+                **_language(model),
+            )
+        tokens += [_until_end(row, model.generation_config.eos_token_id) for row in output.tolist()]
+    return tokens
+
+
+def transcribe(
+    model: nn.Module,
+    processor: WhisperProcessor,
+    pcms: Sequence[np.ndarray],
+    batch_size: int = 16,
+) -> list[str]:
+    """Text of clips of any length, 16 kHz mono float32; long ones are cut at quiet places."""
+    pieces = [[pcm[cut] for cut in split(pcm, window_samples(processor))] for pcm in pcms]
+    flat = greedy(model, processor, [piece for clip in pieces for piece in clip], batch_size)
+    texts = iter(processor.tokenizer.batch_decode(flat, skip_special_tokens=True))
+    return [" ".join(next(texts).strip() for _ in clip).strip() for clip in pieces]
+
+
+def _language(model: nn.Module) -> dict[str, str]:
+    """The prompt's language and task; English where a multilingual model names none."""
+    generation = model.generation_config
+    if not getattr(generation, "is_multilingual", False):
+        return {}
+    language = getattr(generation, "language", None) or "en"
+    return {"language": language, "task": getattr(generation, "task", None) or "transcribe"}
+
+
+def _until_end(tokens: list[int], end: int | list[int]) -> list[int]:
+    ends = {end} if isinstance(end, int) else set(end)
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,1 @@
+"""Export: a torch module in, files for a device out."""
