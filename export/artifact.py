@@ -1,0 +1,114 @@
+"""An artifact on disk: a directory whose manifest.json names every other file with its hash.
+
+Standard library only, so that a device can check what it was sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from export.problem import Problem
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+GRAPHS = ("encoder.onnx", "decoder.onnx", "tokens.json")
+AGAIN = "export it again, or copy the whole folder anew."
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write manifest.json with the hash and size of every other file now in the directory.
+
+    The dict itself gets `format` and `files`, so that it equals what read_manifest returns.
+    """
+    manifest["format"] = FORMAT
+    manifest["files"] = {
+        path.relative_to(directory).as_posix(): describe(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / MANIFEST
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    partial = directory / f".{MANIFEST}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(directory / MANIFEST)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """manifest.json as it was written. The files it names are not looked at: see `verify`.
+
+    Raises Problem: no artifact here, not JSON, a format this version cannot read, a field missing,
+    a file name that leaves the folder.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Problem(
+            f"{directory}: no artifact here, {MANIFEST} cannot be read ({error.strerror}).",
+            hint="name a directory that `edgewhisper export` wrote.",
+        ) from error
+    except ValueError as error:
+        raise Problem(f"{path}: damaged, not JSON ({error}).", hint=AGAIN) from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(found) is not int or found != FORMAT:
+        raise Problem(
+            f"{path}: format {found!r}; this version reads format {FORMAT}.",
+            hint="use the EdgeWhisper version that wrote it, or export the checkpoint again.",
+        )
+    _check_files(path, manifest.get("files"))
+    return manifest
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """The manifest, after every file was found with the size and hash it had when written.
+
+    Raises Problem as read_manifest does, and where a file is missing or has changed: by its name.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    for name, expected in manifest["files"].items():
+        path = directory / name
+        if path.is_symlink():
+            raise Problem(f"{path}: a link, not a file of the artifact.", hint=AGAIN)
+        if not path.is_file():
+            raise Problem(f"{path}: missing from the artifact.", hint=AGAIN)
+        found = describe(path)
+        if found["bytes"] != expected["bytes"]:
+            raise Problem(
+                f"{path}: damaged, {found['bytes']} bytes instead of {expected['bytes']}.",
+                hint=AGAIN,
+            )
+        if found["sha256"] != expected["sha256"]:
+            raise Problem(f"{path}: damaged, its SHA-256 is not the manifest's.", hint=AGAIN)
+    return manifest
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """SHA-256 and size in bytes of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def _check_files(path: Path, files: Any) -> None:
+    if not isinstance(files, dict):
+        raise Problem(f"{path}: damaged, it lists no files.", hint=AGAIN)
+    for name, entry in files.items():
+        if not _stays_inside(name):
+            raise Problem(
+                f"{path}: names the file {name!r}, which is outside the artifact.",
+                hint="do not use this artifact: it was not written by EdgeWhisper.",
+            )
+        if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
+            raise Problem(f"{path}: damaged, no hash and size for {name}.", hint=AGAIN)
+    for name in GRAPHS:
+        if name not in files:
+            raise Problem(f"{path}: damaged, it does not list {name}.", hint=AGAIN)
+
+
+def _stays_inside(name: str) -> bool:
+    """Relative, with no way up, in the POSIX reading and in the Windows one."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(path.parts) and not path.is_absolute() and not {"..", ":"} & {*path.parts, *name}

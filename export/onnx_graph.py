@@ -1,0 +1,457 @@
+"""The operators we emit: a small builder of ONNX graphs, and Whisper's parts written with it.
+
+A value is its name. Products run in float32, or in int8 with per-channel weights quantised here and
+activations quantised as they come (`quantise`). The runtime's fused operators are chosen on purpose
+(domain com.microsoft): MultiHeadAttention, DynamicQuantizeMatMul, Gelu. MultiHeadAttention wants
+keys and values of one width where they come in heads (cached or from the encoder); other shapes
+take MatMul and Softmax. All graphs have batch 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+FUSED = "com.microsoft"
+OPSETS = {"": 18, FUSED: 1}
+IR_VERSION = 9
+PRECISIONS = ("fp32", "int8")
+DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+
+Floats = NDArray[np.float32]
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = W x[inputs] + bias, of an x with so many `features`; `inputs` None: all of them."""
+
+    weight: Floats
+    """(out, in)"""
+    bias: Floats | None = None
+    inputs: NDArray[np.int64] | None = None
+    features: int = 0
+    """Needed with `inputs` only."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of one attention. The scale is the dense model's, whatever became of its heads."""
+
+    count: int
+    qk_dim: int
+    v_dim: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Name, shape and dtype of a graph input or output; an axis named by a string is symbolic."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: str = "float32"
+
+
+class Graph:
+    """Nodes and constants of one graph under construction. Equal constants are stored once."""
+
+    def __init__(self, precision: str) -> None:
+        self.int8 = precision == "int8"
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: dict[bytes, onnx.TensorProto] = {}
+        self._prefix = ""
+
+    def constant(self, value: NDArray | float | int | Sequence[int]) -> str:
+        """A stored array; Python integers become int64, floats float32."""
+        array = np.asarray(value)
+        if not isinstance(value, np.ndarray):
+            array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+        array = np.array(array, order="C")  # ascontiguousarray would give scalars an axis
+        key = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).digest()
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = numpy_helper.from_array(array, name)
+        return self._constants[key].name
+
+    def op(self, kind: str, *inputs: str, domain: str = "", **attributes: object) -> str:
+        """One operator with one output; returns the output's name."""
+        return self.ops(kind, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def ops(
+        self,
+        kind: str,
+        *inputs: str,
+        outputs: int | Sequence[str] = 1,
+        domain: str = "",
+        **attributes: object,
+    ) -> list[str]:
+        """One operator with several outputs: how many, or their names."""
+        name = f"{self._prefix}{kind}_{len(self._nodes)}"
+        if isinstance(outputs, int):
+            outputs = [f"{name}.{i}" for i in range(outputs)]
+        node = helper.make_node(kind, inputs, outputs, name, domain=domain, **attributes)
+        self._nodes.append(node)
+        return list(outputs)
+
+    def name(self, value: str, name: str) -> str:
+        """Give a value a name that readers of the graph can rely on."""
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                names[:] = [name if old == value else old for old in names]
+        return name
+
+    @contextmanager
+    def scope(self, prefix: str) -> Iterator[None]:
+        """Names of the nodes made inside begin with `prefix/`: a profiler can tell them apart."""
+        before, self._prefix = self._prefix, f"{self._prefix}{prefix}/"
+        yield
+        self._prefix = before
+
+    def model(self, name: str, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self._nodes,
+            name,
+            [_value_info(spec) for spec in inputs],
+            [_value_info(spec) for spec in outputs],
+            list(self._constants.values()),
+        )
+        opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
+        return helper.make_model(
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgewhisper"
+        )
+
+
+def _value_info(spec: Spec) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype], spec.shape)
+
+
+# -------------------------------------------------------------------------------- linear layers
+
+
+def quantise(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Symmetric int8 per output channel: weight (out, in) ~ q * scale[:, None], |q| <= 127.
+
+    The largest weight of a row is kept exactly; the others are off by half a scale at most.
+    """
+    scale = np.abs(weight).max(axis=1) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.rint(weight / scale[:, None]).clip(-127, 127).astype(np.int8), scale
+
+
+def linear(g: Graph, x: str, layers: Sequence[Linear], gather: bool = False) -> str:
+    """Linear layers one after the other (a low-rank layer is two): x (1, n, in) -> (1, n, out).
+
+    A layer that reads some inputs only gets zeros for the others as the graph is loaded, unless
+    `gather`: picking features out of rows pays on a single row, where reading the weights is the
+    work, and costs more than it saves on hundreds (measured: twice the whole int8 product).
+    """
+    for layer in layers:
+        if gather and layer.inputs is not None:
+            x = g.op("Gather", x, g.constant(layer.inputs), axis=-1)
+            layer = replace(layer, inputs=None)
+        x = _product(g, x, [layer])
+    return x
+
+
+def parallel(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
+    """Several linear layers of one input (q, k and v): one product, unless one is low-rank."""
+    if any(len(branch) > 1 for branch in branches):
+        return [linear(g, x, branch) for branch in branches]
+    single = [branch[0] for branch in branches]
+    widths = g.constant([len(layer.weight) for layer in single])
+    return g.ops("Split", _product(g, x, single), widths, outputs=len(single), axis=-1)
+
+
+def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:
+    """Layers of one input side by side: x (1, n, in) -> (1, n, sum of out)."""
+    bias = _joint_bias(layers)
+    added = [] if bias is None else [g.constant(bias)]
+    if not g.int8:
+        x = g.op("MatMul", x, _joint_matrix(g, layers, [layer.weight for layer in layers]))
+        return g.op("Add", x, *added) if added else x
+    parts = [quantise(layer.weight) for layer in layers]
+    matrix = _joint_matrix(g, layers, [q for q, _ in parts])
+    scale = g.constant(np.concatenate([scale for _, scale in parts]))
+    zero = [""] if added else []  # the empty name: no zero points, the weights are symmetric
+    return g.op("DynamicQuantizeMatMul", x, matrix, scale, *zero, *added, domain=FUSED)
+
+
+def _joint_matrix(g: Graph, layers: Sequence[Linear], weights: Sequence[NDArray]) -> str:
+    """Weights (out, in) of several layers as one matrix (all inputs, sum of out)."""
+    if all(layer.inputs is None for layer in layers):
+        return g.constant(np.concatenate(weights).T)
+    pairs = zip(layers, weights, strict=True)
+    wide = [_all_inputs(g, weight, layer.inputs, layer.features) for layer, weight in pairs]
+    return wide[0] if len(wide) == 1 else g.op("Concat", *wide, axis=1)
+
+
+def _all_inputs(g: Graph, weight: NDArray, inputs: NDArray | None, features: int) -> str:
+    """weight (out, in) -> (features, out) with zeros where no input is read.
+
+    Only the rows that are read are stored, and one of zeros: the runtime spreads them once, as it
+    loads the graph (constant folding).
+    """
+    if inputs is None:
+        return g.constant(weight.T)
+    source = np.full(features, len(inputs), np.int32)
+    source[inputs] = np.arange(len(inputs))
+    rows = np.concatenate([weight.T, np.zeros_like(weight.T[:1])])
+    return g.op("Gather", g.constant(rows), g.constant(source), axis=0)
+
+
+def _joint_bias(layers: Sequence[Linear]) -> Floats | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    none = (np.zeros(len(layer.weight), np.float32) for layer in layers)
+    return np.concatenate(
+        [zeros if x.bias is None else x.bias for x, zeros in zip(layers, none, strict=True)]
+    )
+
+
+# ------------------------------------------------------------------------------ tables and norms
+
+
+def float_table(g: Graph, array: Floats) -> str:
+    """Positions and convolution kernels: float32; stored as float16 in an int8 graph.
+
+    The runtime widens them once, as it loads the graph: half the bytes, and an error of 2**-11,
+    far below that of int8 activations. Values beyond the range of float16 stay as they are.
+    """
+    if not g.int8 or np.abs(array).max() > np.finfo(np.float16).max:
+        return g.constant(array)
+    return g.op("Cast", g.constant(array.astype(np.float16)), to=TensorProto.FLOAT)
+
+
+def layer_norm(g: Graph, x: str, weight: Floats, bias: Floats, epsilon: float) -> str:
+    return g.op(
+        "LayerNormalization", x, g.constant(weight), g.constant(bias), axis=-1, epsilon=epsilon
+    )
+
+
+def gelu(g: Graph, x: str) -> str:
+    """The exact one, with erf, as Whisper has it."""
+    return g.op("Gelu", x, domain=FUSED)
+
+
+class TokenTable:
+    """The tied token table, stored once, (d_model, vocab): columns are looked up, rows multiplied.
+
+    In int8 every token has its own scale, which both uses share.
+    """
+
+    def __init__(self, g: Graph, weight: Floats) -> None:
+        self.g = g
+        self.scale: str | None = None
+        if g.int8:
+            q, scale = quantise(weight)
+            self.table, self.scale = g.constant(q.T), g.constant(scale)
+        else:
+            self.table = g.constant(weight.T)
+
+    def look_up(self, ids: str) -> str:
+        """ids (1, s) -> (1, s, d_model)."""
+        g = self.g
+        columns = g.op("Gather", self.table, ids, axis=1)  # (d_model, 1, s)
+        x = g.op("Transpose", columns, perm=[1, 2, 0])
+        if self.scale is None:
+            return x
+        scale = g.op("Unsqueeze", g.op("Gather", self.scale, ids), g.constant([-1]))
+        return g.op("Mul", g.op("Cast", x, to=TensorProto.FLOAT), scale)
+
+    def logits(self, x: str) -> str:
+        """x (1, n, d_model) -> (1, n, vocab)."""
+        if self.scale is None:
+            return self.g.op("MatMul", x, self.table)
+        return self.g.op("DynamicQuantizeMatMul", x, self.table, self.scale, domain=FUSED)
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+def split_heads(g: Graph, x: str, heads: int, dim: int) -> str:
+    """(1, n, heads * dim) -> (1, heads, n, dim)."""
+    x = g.op("Reshape", x, g.constant([0, 0, heads, dim]))
+    return g.op("Transpose", x, perm=[0, 2, 1, 3])
+
+
+def self_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
+    """Over a whole sequence: q, k (1, n, heads * qk_dim), v (1, n, heads * v_dim)."""
+    return g.op("MultiHeadAttention", q, k, v, domain=FUSED, **_fused(heads))
+
+
+def cross_attention(g: Graph, q: str, keys: str, values: str, heads: Heads) -> str:
+    """q (1, s, heads * qk_dim) over keys (1, heads, t, qk_dim), values (1, heads, t, v_dim)."""
+    if heads.qk_dim == heads.v_dim:
+        return g.op("MultiHeadAttention", q, keys, values, domain=FUSED, **_fused(heads))
+    return _plain_attention(g, q, keys, values, heads, mask=None)
+
+
+def cached_attention(
+    g: Graph,
+    qkv: Sequence[str],
+    past: Sequence[str],
+    present: Sequence[str],
+    mask: str,
+    heads: Heads,
+) -> str:
+    """Causal attention of s new positions over the cached ones and themselves.
+
+    qkv (1, s, heads * dim) each, past keys and values (1, heads, past, dim); writes `present`,
+    (1, heads, past + s, dim). `mask` is causal_mask's, for shapes the fused operator refuses.
+    """
+    q, k, v = qkv
+    if heads.qk_dim == heads.v_dim:
+        inputs = (q, k, v, "", "", "", *past)
+        names = [f"{present[0]}.attention", *present]
+        return g.ops(
+            "MultiHeadAttention",
+            *inputs,
+            outputs=names,
+            domain=FUSED,
+            unidirectional=1,
+            **_fused(heads),
+        )[0]
+    k = split_heads(g, k, heads.count, heads.qk_dim)
+    v = split_heads(g, v, heads.count, heads.v_dim)
+    keys = g.ops("Concat", past[0], k, outputs=present[:1], axis=2)[0]
+    values = g.ops("Concat", past[1], v, outputs=present[1:], axis=2)[0]
+    return _plain_attention(g, q, keys, values, heads, mask)
+
+
+def causal_mask(g: Graph, start: str, end: str) -> str:
+    """0 where query position i in [start, end) may see key position j <= i, else -inf.
+
+    start, end (1,) int64 -> (end - start, end).
+    """
+    begin, stop = (g.op("Squeeze", x, g.constant([0])) for x in (start, end))
+    one, zero = g.constant(1), g.constant(0)
+    queries = g.op("Unsqueeze", g.op("Range", begin, stop, one), g.constant([1]))
+    seen = g.op("LessOrEqual", g.op("Range", zero, stop, one), queries)
+    return g.op("Where", seen, g.constant(0.0), g.constant(-np.inf))
+
+
+def _fused(heads: Heads) -> dict[str, int | float]:
+    return {"num_heads": heads.count, "scale": heads.scale}
+
+
+def _plain_attention(
+    g: Graph, q: str, keys: str, values: str, heads: Heads, mask: str | None
+) -> str:
+    q = split_heads(g, g.op("Mul", q, g.constant(heads.scale)), heads.count, heads.qk_dim)
+    scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    if mask is not None:
+        scores = g.op("Add", scores, mask)
+    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), values)
+    mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])
+    return g.op("Reshape", mixed, g.constant([0, 0, heads.count * heads.v_dim]))
+
+
+# --------------------------------------------------------------------------------------- log-mel
+
+
+def log_mel(g: Graph, pcm: str, mel_filters: NDArray, n_fft: int, hop: int) -> str:
+    """Whisper's front end: pcm (1, samples) -> (1, n_mels, samples / hop), named `log_mel`.
+
+    A Hann-windowed DFT, mel filters (n_fft / 2 + 1, n_mels), log10, and at most 8 below the
+    loudest. `samples` must be a multiple of `hop`, `n_fft` of 4 (Whisper: 160 and 400).
+    """
+    with g.scope("log_mel"):
+        low, high = _power(g, _frames(g, pcm, n_fft, hop), n_fft)  # (frames, n_fft / 4 + 1) each
+        rising, falling = _split_filters(mel_filters.astype(np.float32))
+        mel = g.op(
+            "Add",
+            g.op("MatMul", low, g.constant(rising)),
+            g.op("MatMul", high, g.constant(falling)),
+        )
+        log = g.op("Log", g.op("Max", mel, g.constant(1e-10)))
+        log10 = g.op("Mul", log, g.constant(1 / np.log(10)))
+        loudest = g.op("ReduceMax", log10, keepdims=1)
+        log10 = g.op("Max", log10, g.op("Sub", loudest, g.constant(8.0)))
+        scaled = g.op("Mul", g.op("Add", log10, g.constant(4.0)), g.constant(0.25))
+        upright = g.op("Transpose", scaled, perm=[1, 0])
+        return g.name(g.op("Unsqueeze", upright, g.constant([0])), "log_mel")
+
+
+def _frames(g: Graph, pcm: str, n_fft: int, hop: int) -> str:
+    """Overlapping windows: (1, samples) -> (samples / hop, n_fft), mirrored at both ends.
+
+    Rows of `hop` samples side by side, each starting one row later: copies of whole blocks. The
+    last frame of a centred transform is left out, as transformers does.
+    """
+    pieces = -(-n_fft // hop)
+    pads = g.constant([0, n_fft // 2, 0, (pieces - 1) * hop - n_fft // 2])
+    rows = g.op("Reshape", g.op("Pad", pcm, pads, mode="reflect"), g.constant([-1, hop]))
+    shifted = []
+    for piece in range(pieces):
+        end = [piece - pieces + 1 or 2**31 - 1, min(hop, n_fft - piece * hop)]
+        shifted.append(
+            g.op("Slice", rows, g.constant([piece, 0]), g.constant(end), g.constant([0, 1]))
+        )
+    return g.op("Concat", *shifted, axis=1)
+
+
+def _power(g: Graph, frames: str, n_fft: int) -> tuple[str, str]:
+    """Power spectrum of windowed frames at bins k and at bins n_fft / 2 - k, k = 0 ... n_fft / 4.
+
+    A quarter of the plain DFT's products, by two symmetries. Cosine, sine and Hann window are even
+    or odd about n_fft / 2, so samples n and n_fft - n are added or subtracted first; and bin
+    n_fft / 2 - k has the cosines and sines of bin k with every second sign turned, so even and odd
+    n are summed apart and give one bin by their sum, the other by their difference.
+    """
+    half = n_fft // 2
+    bins = n_fft // 4 + 1
+    cosines, sines = [], []
+    for first in (2, 1):  # even and odd n
+        left = _columns(g, frames, first, half, 2)  # n
+        right = _columns(g, frames, n_fft - first, half, -2)  # n_fft - n
+        taps = np.arange(first, half, 2)
+        odd = g.op("MatMul", g.op("Sub", left, right), _kernel(g, np.sin, taps, n_fft, bins))
+        even = g.op("Add", left, right)
+        if first == 2:  # the middle sample is its own mirror image; sample 0 is windowed away
+            even = g.op("Concat", even, _columns(g, frames, half, half + 1, 1), axis=1)
+            taps = np.append(taps, half)
+        cosines.append(g.op("MatMul", even, _kernel(g, np.cos, taps, n_fft, bins)))
+        sines.append(odd)
+    low, high = ([g.op(kind, *part) for part in (cosines, sines)] for kind in ("Add", "Sub"))
+    return _squared_length(g, *low), _squared_length(g, *high)
+
+
+def _columns(g: Graph, x: str, start: int, end: int, step: int) -> str:
+    return g.op("Slice", x, *(g.constant([value]) for value in (start, end, 1, step)))
+
+
+def _squared_length(g: Graph, x: str, y: str) -> str:
+    return g.op("Add", g.op("Mul", x, x), g.op("Mul", y, y))
+
+
+def _kernel(g: Graph, wave: Callable, taps: NDArray, n_fft: int, bins: int) -> str:
+    """wave(2 pi n k / n_fft) * hann(n) for these n and k < bins: (taps, bins) float32.
+
+    Float64 products rounded once. The runtime makes them as it loads the graph (constant folding):
+    one period of the wave is stored, not the matrix.
+    """
+    angle = 2 * np.pi * np.arange(n_fft) / n_fft
+    k = g.op("Range", g.constant(0), g.constant(bins), g.constant(1))
+    turn = g.op("Mod", g.op("Mul", g.constant(taps[:, None]), k), g.constant(n_fft))
+    window = g.constant(0.5 - 0.5 * np.cos(angle[taps])[:, None])
+    kernel = g.op("Mul", g.op("Gather", g.constant(wave(angle)), turn), window)
+    return g.op("Cast", kernel, to=TensorProto.FLOAT)
+
+
+def _split_filters(filters: Floats) -> tuple[Floats, Floats]:
+    """(n_fft / 2 + 1, n_mels) -> the rows of bins k, and of bins n_fft / 2 - k, k <= n_fft / 4.
+
+    The bin in the middle is in both; it counts in the first only.
+    """
+    bins = len(filters) // 2 + 1
+    rising, falling = filters[:bins], filters[::-1][:bins].copy()
+    falling[-1] = 0
+    return rising, falling

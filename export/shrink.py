@@ -1,0 +1,281 @@
+"""Exact removal of dead structure: zeros in the weights become smaller matrices.
+
+Pruning leaves rows and columns of zeros. Removing one changes nothing in the model's output as long
+as what it still contributed, a constant, is folded into a bias, and attention keeps its scale:
+
+    what is zero                    what goes
+    fc2 column i                    hidden unit i
+    fc1 row i                       hidden unit i; fc2.bias += act(fc1.bias[i]) * fc2[:, i]
+    out_proj column i               value channel i
+    v_proj row i                    value channel i; rows of a softmax sum to one, so
+                                    out_proj.bias += v_proj.bias[i] * out_proj[:, i]
+    k_proj row i, or                channel i of queries and keys: its share of every score is
+    q_proj row i and its bias       zero (not so where the query's bias remains)
+    all value channels of a head    the head
+    columns of q, k, v, fc1         those input features: the layer reads `inputs` only
+
+Channels are uniform over the heads of one attention: every head keeps as many as the richest one,
+and the poorer ones are filled up with their largest dead channels, which are harmless as they are.
+
+The order is heads, channels and units, then inputs. One pass is the fixed point: a column may die
+because its only readers went, and inputs come last; a row never dies with a column, for only
+columns of zeros go, and a unit or a channel depends on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1
+ATTENTIONS = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A smaller model: its whole state dict, and the shapes of its layers (config.edgewhisper)."""
+
+    tensors: dict[str, Tensor]
+    layers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = W x + bias, W (out, in) over all features of x; W = up @ down where it is low-rank."""
+
+    down: Tensor
+    """(out, in), or (rank, in)."""
+    up: Tensor | None
+    """(out, rank) or None."""
+    bias: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        """The matrix whose rows are the outputs."""
+        return self.down if self.up is None else self.up
+
+    def take_outputs(self, index: Tensor) -> Affine:
+        bias = None if self.bias is None else self.bias[index]
+        if self.up is None:
+            return Affine(self.down[index], None, bias)
+        return Affine(self.down, self.up[index], bias)
+
+    def take_inputs(self, index: Tensor) -> Affine:
+        return replace(self, down=self.down[:, index])
+
+    def fold(self, dropped: Tensor, values: Tensor) -> Affine:
+        """Input `dropped[n]` is always `values[n]`: add what it contributes to the bias."""
+        if self.bias is None or len(dropped) == 0:
+            return self
+        share = self.down[:, dropped].double() @ values.double()
+        if self.up is not None:
+            share = self.up.double() @ share
+        return replace(self, bias=(self.bias.double() + share).to(self.bias.dtype))
+
+
+def shrink(model: nn.Module, round_to: int = 1, min_saving: float = 0.125) -> Shrunk:
+    """The model without its dead structure; the same function to float rounding.
+
+    `model` is a Whisper, dense or slim already; it is left as it is. Counts of channels, units and
+    inputs are rounded up to a multiple of `round_to` by keeping the largest dead ones. A linear
+    layer reads its live inputs only where at least `min_saving` of its columns are dead: less than
+    an eighth, and picking them costs as much as it saves (measured: fc1 of whisper-tiny's width,
+    int8, one row in onnxruntime). Nothing dead: the tensors come back unchanged.
+    """
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    layers: dict[str, Any] = {"format": FORMAT}
+    for side, attentions in ATTENTIONS.items():
+        stack = getattr(model.model, side)
+        layers[side] = []
+        for number, layer in enumerate(stack.layers):
+            linears, shape = _shrink_layer(layer, attentions, round_to)
+            prefix = f"model.{side}.layers.{number}."
+            for name, affine in linears.items():
+                _store(affine, name, prefix, tensors, shape, round_to, min_saving)
+            layers[side].append(shape)
+    return Shrunk(tensors, layers)
+
+
+def _shrink_layer(
+    layer: nn.Module, attentions: tuple[str, ...], round_to: int
+) -> tuple[dict[str, Affine], dict[str, Any]]:
+    """The linear layers of one block that survive, by name, and its shape, yet without inputs."""
+    linears: dict[str, Affine] = {}
+    shape: dict[str, Any] = {}
+    for name in attentions:
+        parts, shape[name] = _shrink_attention(getattr(layer, name), layer.embed_dim, round_to)
+        linears |= {f"{name}.{part}": affine for part, affine in parts.items()}
+    fc1 = _read(layer.fc1, layer.embed_dim)
+    fc2 = _read(layer.fc2, len(fc1.rows))
+    linears["fc1"], linears["fc2"] = _shrink_ffn(fc1, fc2, layer.activation_fn, round_to)
+    shape |= {"ffn": len(linears["fc1"].rows), "ranks": {}, "inputs": {}}
+    return linears, shape
+
+
+def _shrink_ffn(
+    fc1: Affine, fc2: Affine, activation: Callable[[Tensor], Tensor], round_to: int
+) -> tuple[Affine, Affine]:
+    """fc2(act(fc1 x)) without the units that fc2 ignores and those that are constant."""
+    idle = _zero_columns(fc2) | _zero_rows(fc1)  # (ffn,)
+    size = _row_sizes(fc1) + _column_sizes(fc2)
+    kept = _keep(idle[None], size[None], round_to)[0]
+    dropped = _others(kept, len(idle))
+    if fc1.bias is not None:
+        fc2 = fc2.fold(dropped, activation(fc1.bias[dropped].double()))
+    return fc1.take_outputs(kept), fc2.take_inputs(kept)
+
+
+def _shrink_attention(
+    attention: nn.Module, d_model: int, round_to: int
+) -> tuple[dict[str, Affine], dict[str, int]]:
+    """One attention without dead heads and channels, and its shape."""
+    query, key, value = (_read(getattr(attention, f"{n}_proj"), d_model) for n in "qkv")
+    out = _read(attention.out_proj, len(value.rows))
+    heads = attention.num_heads
+
+    idle_v = (_zero_columns(out) | _zero_rows(value)).view(heads, -1)  # (heads, v_dim)
+    size_v = (_row_sizes(value) + _column_sizes(out)).view(heads, -1)
+    idle_qk = (_zero_rows(key) | _zero_rows(query) & _zero_bias(query)).view(heads, -1)
+    size_qk = (_row_sizes(query) + _row_sizes(key)).view(heads, -1)
+
+    alive = _live_heads(idle_v, size_v)
+    kept_v = _channels(alive, idle_v, size_v, round_to)
+    kept_qk = _channels(alive, idle_qk, size_qk, round_to)
+    dropped = _others(kept_v, idle_v.numel())
+    if value.bias is not None:
+        out = out.fold(dropped, value.bias[dropped])
+    parts = {
+        "q_proj": query.take_outputs(kept_qk),
+        "k_proj": key.take_outputs(kept_qk),
+        "v_proj": value.take_outputs(kept_v),
+        "out_proj": out.take_inputs(kept_v),
+    }
+    count = len(alive)
+    return parts, {
+        "heads": count,
+        "qk_dim": len(kept_qk) // count,
+        "v_dim": len(kept_v) // count,
+    }
+
+
+def _live_heads(idle_v: Tensor, size_v: Tensor) -> Tensor:
+    """Indices of the heads with a live value channel; the largest one where none has."""
+    alive = (~idle_v).any(1).nonzero().flatten()
+    return alive if len(alive) else size_v.sum(1).argmax()[None]
+
+
+def _channels(alive: Tensor, idle: Tensor, size: Tensor, round_to: int) -> Tensor:
+    """Kept rows of a projection: as many channels of every live head; ascending, flat."""
+    kept = _keep(idle[alive], size[alive], round_to)
+    return (alive[:, None] * idle.shape[1] + kept).flatten()
+
+
+def _keep(idle: Tensor, size: Tensor, round_to: int) -> Tensor:
+    """Which columns of each group to keep: all live ones, then the largest idle ones.
+
+    idle, size (groups, n) -> (groups, kept), ascending; kept is uniform, rounded up, at least 1.
+    """
+    total = idle.shape[1]
+    count = _round_up(max(1, int((~idle).sum(1).max())), round_to, total)
+    first = size.masked_fill(~idle, torch.inf).argsort(dim=1, descending=True, stable=True)
+    return first[:, :count].sort(dim=1).values
+
+
+def _round_up(count: int, multiple: int, limit: int) -> int:
+    return min(-(-count // multiple) * multiple, limit)
+
+
+def _others(kept: Tensor, total: int) -> Tensor:
+    dropped = torch.ones(total, dtype=torch.bool, device=kept.device)
+    dropped[kept] = False
+    return dropped.nonzero().flatten()
+
+
+def _zero_rows(affine: Affine) -> Tensor:
+    return (affine.rows == 0).all(1)
+
+
+def _zero_columns(affine: Affine) -> Tensor:
+    return (affine.down == 0).all(0)
+
+
+def _zero_bias(affine: Affine) -> Tensor:
+    if affine.bias is None:
+        return torch.ones(len(affine.rows), dtype=torch.bool, device=affine.rows.device)
+    return affine.bias == 0
+
+
+def _row_sizes(affine: Affine) -> Tensor:
+    return affine.rows.double().square().sum(1)
+
+
+def _column_sizes(affine: Affine) -> Tensor:
+    return affine.down.double().square().sum(0)
+
+
+# ------------------------------------------------------------------ modules and state-dict names
+
+
+def _read(module: nn.Module, features: int) -> Affine:
+    """A linear module over all `features` of its input: what it does not read are zero columns."""
+    if hasattr(module, "down"):
+        up = module.up
+        bias = None if up.bias is None else up.bias.detach()
+        return Affine(_wide(module.down, features), up.weight.detach(), bias)
+    bias = None if module.bias is None else module.bias.detach()
+    return Affine(_wide(module, features), None, bias)
+
+
+def _wide(linear: nn.Module, features: int) -> Tensor:
+    weight = linear.weight.detach()
+    inputs = getattr(linear, "inputs", None)
+    if inputs is None:
+        return weight
+    wide = weight.new_zeros(len(weight), features)
+    wide[:, inputs] = weight
+    return wide
+
+
+def _store(
+    affine: Affine,
+    name: str,
+    prefix: str,
+    tensors: dict[str, Tensor],
+    shape: dict[str, Any],
+    round_to: int,
+    min_saving: float,
+) -> None:
+    """Put a linear layer into the state dict under its name, and its rank and inputs in `shape`."""
+    for old in [key for key in tensors if key.startswith(f"{prefix}{name}.")]:
+        del tensors[old]
+    new: dict[str, Tensor] = {}
+    first = "" if affine.up is None else "down."
+    inputs = _live_inputs(affine, round_to, min_saving) if _reads_stream(name) else None
+    if inputs is not None:
+        affine = affine.take_inputs(inputs)
+        new[f"{first}inputs"] = inputs
+        shape["inputs"][name] = len(inputs)
+    new[f"{first}weight"] = affine.down
+    if affine.up is not None:
+        new["up.weight"] = affine.up
+        shape["ranks"][name] = len(affine.down)
+    if affine.bias is not None:
+        new["bias" if affine.up is None else "up.bias"] = affine.bias
+    tensors |= {f"{prefix}{name}.{key}": tensor.contiguous() for key, tensor in new.items()}
+
+
+def _reads_stream(name: str) -> bool:
+    """Layers that read the residual stream; inputs of the others are units and channels, gone."""
+    return name.endswith(("q_proj", "k_proj", "v_proj", "fc1"))
+
+
+def _live_inputs(affine: Affine, round_to: int, min_saving: float) -> Tensor | None:
+    """The features this layer reads, ascending; None where reading all of them is as good."""
+    idle = _zero_columns(affine)
+    kept = _keep(idle[None], _column_sizes(affine)[None], round_to)[0]
+    dead = len(idle) - len(kept)
+    return kept if dead and dead >= min_saving * len(idle) else None

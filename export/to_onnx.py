@@ -1,0 +1,419 @@
+"""Whisper as two ONNX graphs in our native layout, built from the weights.
+
+    encoder.onnx   pcm (1, window_samples) float32, 16 kHz
+                   -> cross.{i}.key (1, heads, T, qk_dim), cross.{i}.value (1, heads, T, v_dim)
+    decoder.onnx   input_ids (1, s) int64, past.{i}.key/value (1, heads, past, dim), cross.{i}.*
+                   -> logits (1, 1, vocab) of the last position, present.{i}.key/value
+
+`i` counts decoder layers. The decoder starts with a past of length 0; positions follow from it.
+Head axes of the inputs are symbolic, those of the outputs static. Beside the graphs stands all that
+inference needs without a tokenizer library: tokens.json, and the prompt and the rules of decoding
+in manifest.json; the Hugging Face files are there for tools that want them.
+
+fp32 keeps every weight as it is. int8 quantises every matrix of the blocks per output channel and
+the tied token table per token, with dynamic activations; the convolution stem and the positions are
+float16 on disk and float32 at work; biases and norms stay float32. Nothing is stored twice. On
+x86 without VNNI, onnxruntime's int8 products may saturate (u8 * s8 summed in 16 bits): gate there.
+
+The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels, frames), and
+the names of its nodes begin with `log_mel/`. To tell its time from the encoder's, run the encoder
+with profiling on (SessionOptions.enable_profiling) and add up the `dur` of the events whose name
+begins with `log_mel/`: onnxruntime computes a whole graph whatever outputs are asked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import Tensor, nn
+
+from export import onnx_graph as ops
+from export.artifact import write_manifest
+from export.cost import count_parameters, macs
+from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
+from export.problem import Problem
+
+PACKAGES = ("edgewhisper", "torch", "transformers", "onnx", "onnxruntime", "numpy")
+PROTOBUF_LIMIT = 2**31 - 2**20
+"""A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
+
+
+def export_onnx(
+    model: nn.Module,
+    processor: Any,
+    out: Path,
+    precision: str = "int8",
+    provenance: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write an artifact into the empty directory `out`; returns its manifest, gate still null.
+
+    `model` is a Whisper, dense or slim, `processor` its WhisperProcessor, `provenance` the
+    checkpoint's compression.json. The caller gates the artifact and writes the manifest again.
+    Raises Problem: unknown precision, a model or a feature extractor that the graphs would not
+    follow, a prompt that the generation config cannot give, a graph beyond protobuf's 2 GiB.
+    """
+    if precision not in PRECISIONS:
+        raise Problem(
+            f"there is no precision {precision!r} for ONNX.",
+            hint=f"choose one of: {', '.join(PRECISIONS)}.",
+        )
+    extractor = processor.feature_extractor
+    check_model(model)
+    check_window(model, extractor)
+    decoding = decoding_rules(model)
+    tokens = token_bytes(processor.tokenizer, model.config.vocab_size)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    contract = {}
+    for name, (graph, inputs, outputs) in {
+        "encoder": encoder_graph(model, extractor, precision),
+        "decoder": decoder_graph(model, precision),
+    }.items():
+        _save(graph.model(name, inputs, outputs), out / f"{name}.onnx")
+        contract[name] = {"inputs": _described(inputs), "outputs": _described(outputs)}
+    (out / "tokens.json").write_text(json.dumps({"bytes": tokens}) + "\n", encoding="utf-8")
+    for part in (model.config, model.generation_config, processor.tokenizer, extractor):
+        part.save_pretrained(out)
+    manifest = {
+        "target": "onnx",
+        "layout": "native",
+        "precision": precision,
+        "parameters": count_parameters(model)["total"],
+        "macs": macs(model),
+        "contract": contract,
+        "layers": layer_shapes(model),
+        "audio": {
+            "sampling_rate": extractor.sampling_rate,
+            "window_samples": extractor.n_samples,
+            "hop_samples": extractor.hop_length,
+        },
+        "decoding": decoding,
+        "provenance": provenance or {},
+        "gate": None,
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+    write_manifest(out, manifest)
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------- graphs
+
+GraphParts = tuple[Graph, list[Spec], list[Spec]]
+
+
+def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
+    """PCM to the cross-attention's keys and values of every decoder layer."""
+    g = Graph(precision)
+    encoder = model.model.encoder
+    mel = ops.log_mel(g, "pcm", extractor.mel_filters, extractor.n_fft, extractor.hop_length)
+    x = _stem(g, mel, encoder)
+    for layer in encoder.layers:
+        x = _encoder_layer(g, x, layer)
+    x = _norm(g, x, encoder.layer_norm)
+    outputs = []
+    for i, layer in enumerate(model.model.decoder.layers):
+        attention, heads = layer.encoder_attn, _heads(layer.encoder_attn)
+        key, value = ops.parallel(g, x, _chains(attention, "kv"))
+        for kind, y, dim in (("key", key, heads.qk_dim), ("value", value, heads.v_dim)):
+            name = g.name(ops.split_heads(g, y, heads.count, dim), f"cross.{i}.{kind}")
+            shape = (1, heads.count, model.config.max_source_positions, dim)
+            outputs.append(Spec(name, shape))
+    return g, [Spec("pcm", (1, extractor.n_samples))], outputs
+
+
+def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
+    """New tokens and the cache to the last token's logits and the longer cache."""
+    g = Graph(precision)
+    decoder = model.model.decoder
+    table = ops.TokenTable(g, _array(decoder.embed_tokens.weight))
+    past_length = g.op("Shape", "past.0.key", start=2, end=3)
+    length = g.op("Shape", "input_ids", start=1, end=2)
+    end = g.op("Add", past_length, length)
+    positions = ops.float_table(g, _array(decoder.embed_positions.weight))
+    here = g.op("Slice", positions, past_length, end)
+    x = g.op("Add", table.look_up("input_ids"), here)
+    mask = ops.causal_mask(g, past_length, end)
+    for i, layer in enumerate(decoder.layers):
+        x = _decoder_layer(g, x, layer, i, mask)
+    last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
+    g.name(table.logits(_norm(g, last, decoder.layer_norm)), "logits")
+    return g, *_decoder_contract(model)
+
+
+def _decoder_contract(model: nn.Module) -> tuple[list[Spec], list[Spec]]:
+    inputs = [Spec("input_ids", (1, "s"), "int64")]
+    outputs = [Spec("logits", (1, 1, model.config.vocab_size))]
+    positions = model.config.max_source_positions
+    for i, layer in enumerate(model.model.decoder.layers):
+        own, cross = _heads(layer.self_attn), _heads(layer.encoder_attn)
+        inputs += _cache(f"past.{i}", f"heads_dec_{i}", "past", own)
+        inputs += _cache(f"cross.{i}", f"heads_enc_{i}", positions, cross)
+        outputs += _cache(f"present.{i}", own.count, "total", own)
+    return inputs, outputs
+
+
+def _cache(name: str, heads: int | str, length: int | str, shape: Heads) -> list[Spec]:
+    return [
+        Spec(f"{name}.key", (1, heads, length, shape.qk_dim)),
+        Spec(f"{name}.value", (1, heads, length, shape.v_dim)),
+    ]
+
+
+def _stem(g: Graph, mel: str, encoder: nn.Module) -> str:
+    """Two convolutions and the positions: (1, n_mels, frames) -> (1, frames / 2, d_model)."""
+    x = mel
+    for conv, stride in ((encoder.conv1, 1), (encoder.conv2, 2)):
+        kernel = ops.float_table(g, _array(conv.weight))
+        bias = g.constant(_array(conv.bias))
+        x = ops.gelu(g, g.op("Conv", x, kernel, bias, pads=[1, 1], strides=[stride]))
+    positions = ops.float_table(g, _array(encoder.embed_positions.weight))
+    return g.op("Add", g.op("Transpose", x, perm=[0, 2, 1]), positions)
+
+
+def _encoder_layer(g: Graph, x: str, layer: nn.Module) -> str:
+    attention = layer.self_attn
+    y = _norm(g, x, layer.self_attn_layer_norm)
+    q, k, v = ops.parallel(g, y, _chains(attention, "qkv"))
+    y = ops.self_attention(g, q, k, v, _heads(attention))
+    x = g.op("Add", x, _attention_output(g, y, attention))
+    return _feed_forward(g, x, layer)
+
+
+def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, mask: str) -> str:
+    attention = layer.self_attn
+    y = _norm(g, x, layer.self_attn_layer_norm)
+    past, present = (
+        [f"{time}.{number}.{kind}" for kind in ("key", "value")] for time in ("past", "present")
+    )
+    qkv = ops.parallel(g, y, _chains(attention, "qkv"))
+    y = ops.cached_attention(g, qkv, past, present, mask, _heads(attention))
+    x = g.op("Add", x, _attention_output(g, y, attention))
+
+    attention = layer.encoder_attn
+    y = _norm(g, x, layer.encoder_attn_layer_norm)
+    q = ops.linear(g, y, _chain(attention.q_proj, layer.embed_dim), gather=True)
+    keys, values = (f"cross.{number}.{kind}" for kind in ("key", "value"))
+    y = ops.cross_attention(g, q, keys, values, _heads(attention))
+    x = g.op("Add", x, _attention_output(g, y, attention))
+    return _feed_forward(g, x, layer, gather=True)
+
+
+def _feed_forward(g: Graph, x: str, layer: nn.Module, gather: bool = False) -> str:
+    y = _norm(g, x, layer.final_layer_norm)
+    y = ops.gelu(g, ops.linear(g, y, _chain(layer.fc1, layer.embed_dim), gather))
+    return g.op("Add", x, ops.linear(g, y, _chain(layer.fc2, _outputs(layer.fc1)), gather))
+
+
+def _norm(g: Graph, x: str, norm: nn.Module) -> str:
+    return ops.layer_norm(g, x, _array(norm.weight), _array(norm.bias), norm.eps)
+
+
+def _chains(attention: nn.Module, names: str) -> list[list[Linear]]:
+    """Projections of one input: `names` is "qkv" or "kv"."""
+    d_model = _outputs(attention.out_proj)
+    return [_chain(getattr(attention, f"{name}_proj"), d_model) for name in names]
+
+
+def _chain(module: nn.Module, features: int) -> list[Linear]:
+    """A linear module as the products it consists of: one, or two where it is low-rank."""
+    if hasattr(module, "down"):
+        return [*_chain(module.down, features), *_chain(module.up, len(module.down.weight))]
+    bias = None if module.bias is None else _array(module.bias)
+    inputs = getattr(module, "inputs", None)
+    kept = None if inputs is None else inputs.cpu().numpy()
+    return [Linear(_array(module.weight), bias, kept, features)]
+
+
+def _attention_output(g: Graph, x: str, attention: nn.Module) -> str:
+    return ops.linear(g, x, _chain(attention.out_proj, _outputs(attention.v_proj)))
+
+
+def _heads(attention: nn.Module) -> Heads:
+    count = attention.num_heads
+    qk, v = (_outputs(linear) // count for linear in (attention.k_proj, attention.v_proj))
+    return Heads(count, qk, v, attention.scaling)
+
+
+def _outputs(linear: nn.Module) -> int:
+    return len(getattr(linear, "up", linear).weight)
+
+
+def _array(tensor: Tensor) -> ops.Floats:
+    return tensor.detach().float().cpu().numpy()
+
+
+def _save(graph: onnx.ModelProto, path: Path) -> None:
+    size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
+    if size > PROTOBUF_LIMIT:
+        raise Problem(
+            f"{path.name} would take {size / 1e9:.1f} GB; one ONNX file holds less than 2.1 GB.",
+            hint="export with --precision int8.",
+        )
+    onnx.checker.check_model(graph)
+    onnx.save(graph, path)
+
+
+# ------------------------------------------------------------------------------- what stands beside
+
+
+def check_model(model: nn.Module) -> None:
+    """The graphs have the exact GELU and one table for tokens in and out, as every Whisper has."""
+    if model.config.activation_function != "gelu":
+        raise Problem(
+            f"the model's activation is {model.config.activation_function!r}; "
+            "the ONNX graphs have Whisper's 'gelu'.",
+            hint="start from a Whisper checkpoint with activation_function gelu.",
+        )
+    table = model.model.decoder.embed_tokens.weight
+    if model.proj_out.weight is not table and not model.proj_out.weight.equal(table):
+        raise Problem(
+            "the model's output table (proj_out) differs from its token table; "
+            "the ONNX graphs share one.",
+            hint="train with tie_word_embeddings = true, as Whisper is.",
+        )
+
+
+def check_window(model: nn.Module, extractor: Any) -> None:
+    """Two mel frames make one encoder position: the extractor's window must be the model's."""
+    wanted = 2 * model.config.max_source_positions * extractor.hop_length
+    if extractor.n_samples != wanted:
+        raise Problem(
+            f"the feature extractor's window has {extractor.n_samples} samples, "
+            f"the model's {wanted}.",
+            hint="set chunk_length in preprocessor_config.json to the model's window in seconds.",
+        )
+    if extractor.feature_size != model.config.num_mel_bins:
+        raise Problem(
+            f"the feature extractor makes {extractor.feature_size} mel bins, "
+            f"the model reads {model.config.num_mel_bins}.",
+            hint="take preprocessor_config.json from the model that was compressed.",
+        )
+
+
+def decoding_rules(model: nn.Module) -> dict[str, Any]:
+    """Prompt, end and suppressed tokens, as transformers' generate() would have them, greedy.
+
+    A multilingual model that names no language is prompted for English.
+    """
+    generation = model.generation_config
+    prompt = prompt_ids(generation)
+    end = generation.eos_token_id
+    return {
+        "prompt": prompt,
+        "eos": end if isinstance(end, int) else end[0],
+        "suppress_tokens": list(generation.suppress_tokens or []),
+        "begin_suppress_tokens": list(generation.begin_suppress_tokens or []),
+        "max_new_tokens": model.config.max_target_positions - len(prompt),
+    }
+
+
+def prompt_ids(generation: Any) -> list[int]:
+    """Start, language and task where the model is multilingual, no timestamps."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    prompt = [generation.decoder_start_token_id]
+    if getattr(generation, "is_multilingual", False):
+        language = (getattr(generation, "language", None) or "en").lower().strip("<|>")
+        code = TO_LANGUAGE_CODE.get(language, language)
+        task = getattr(generation, "task", None) or "transcribe"
+        prompt.append(_look_up(generation, "lang_to_id", f"<|{code}|>"))
+        prompt.append(_look_up(generation, "task_to_id", task))
+    silent = getattr(generation, "no_timestamps_token_id", None)
+    return prompt if silent is None else [*prompt, silent]
+
+
+def _look_up(generation: Any, table: str, key: str) -> int:
+    ids = getattr(generation, table, None) or {}
+    if key not in ids:
+        known = ", ".join(sorted(ids)[:5]) or "none"
+        raise Problem(
+            f"generation_config.json: {key!r} is asked for, but {table} has no such entry "
+            f"({len(ids)} there: {known} ...).",
+            hint="take generation_config.json from the model that was compressed.",
+        )
+    return ids[key]
+
+
+def token_bytes(tokenizer: Any, vocab_size: int) -> list[str | None]:
+    """The bytes of every token in base64; null for special tokens, timestamps and unused ids.
+
+    Byte-level BPE writes bytes as printable characters; this turns them back.
+    Raises Problem where a token holds a character that stands for no byte.
+    """
+    unicode_to_byte = {char: byte for byte, char in _byte_alphabet()}
+    added = set(tokenizer.added_tokens_decoder)
+    ordinary = {i: token for token, i in tokenizer.get_vocab().items() if i not in added}
+    return [
+        _encoded(ordinary[i], i, unicode_to_byte) if i in ordinary else None
+        for i in range(vocab_size)
+    ]
+
+
+def _encoded(token: str, number: int, unicode_to_byte: dict[str, int]) -> str:
+    try:
+        return base64.b64encode(bytes(unicode_to_byte[char] for char in token)).decode()
+    except KeyError as error:
+        raise Problem(
+            f"token {number} ({token!r}): {error.args[0]!r} stands for no byte.",
+            hint="the tokenizer must be Whisper's byte-level BPE.",
+        ) from error
+
+
+def _byte_alphabet() -> Iterator[tuple[int, str]]:
+    """GPT-2's: printable Latin-1 bytes are themselves, the others are counted up from U+0100."""
+    unprintable = 0
+    for byte in range(256):
+        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or byte >= 0xAE:
+            yield byte, chr(byte)
+        else:
+            yield byte, chr(0x100 + unprintable)
+            unprintable += 1
+
+
+def layer_shapes(model: nn.Module) -> dict[str, Any]:
+    """Shapes of every layer, in the form of config.edgewhisper; a dense model has them too."""
+    return {
+        "format": 1,
+        "encoder": [_shape(layer, ("self_attn",)) for layer in model.model.encoder.layers],
+        "decoder": [
+            _shape(layer, ("self_attn", "encoder_attn")) for layer in model.model.decoder.layers
+        ],
+    }
+
+
+def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
+    shape: dict[str, Any] = {}
+    for name in attentions:
+        heads = _heads(getattr(layer, name))
+        shape[name] = {"heads": heads.count, "qk_dim": heads.qk_dim, "v_dim": heads.v_dim}
+    modules = dict(layer.named_modules())
+    return shape | {
+        "ffn": _outputs(layer.fc1),
+        "ranks": {
+            name: len(module.down.weight)
+            for name, module in modules.items()
+            if hasattr(module, "down")
+        },
+        "inputs": {
+            name.removesuffix(".down"): len(module.inputs)
+            for name, module in modules.items()
+            if hasattr(module, "inputs")
+        },
+    }
+
+
+def _described(specs: list[Spec]) -> list[dict[str, Any]]:
+    return [{"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype} for spec in specs]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

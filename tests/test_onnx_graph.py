@@ -1,0 +1,325 @@
+"""The operators we emit, each run in onnxruntime against numpy, torch or transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, checker
+from transformers import WhisperFeatureExtractor
+
+from export import onnx_graph as ops
+from export.onnx_graph import Graph, Heads, Linear, Spec
+
+
+def run(graph, inputs, outputs):
+    """Run a graph with these inputs (name -> array) and give these outputs back."""
+    import onnxruntime
+
+    specs = [Spec(name, array.shape, str(array.dtype)) for name, array in inputs.items()]
+    model = graph.model("test", specs, [Spec(name, shape) for name, shape in outputs.items()])
+    checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(list(outputs), inputs)
+
+
+def draw(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def attend(q, k, v, scale, first=None):
+    """softmax(q k^T scale) v by the book; query n sees keys up to first + n."""
+    scores = q @ k.transpose(0, 1, 3, 2) * scale
+    if first is not None:
+        n, keys = scores.shape[-2:]
+        scores[..., np.arange(keys) > first + np.arange(n)[:, None]] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = weights / weights.sum(-1, keepdims=True) @ v
+    return mixed.transpose(0, 2, 1, 3).reshape(1, q.shape[2], -1)
+
+
+def in_heads(x, heads):
+    return x.reshape(1, x.shape[1], heads, -1).transpose(0, 2, 1, 3)
+
+
+def test_equal_constants_are_stored_once():
+    graph = Graph("fp32")
+    assert graph.constant([1, 2]) == graph.constant(np.array([1, 2]))
+    assert graph.constant(1) != graph.constant([1])
+    assert graph.constant(0) != graph.constant(0.0)
+
+
+# -------------------------------------------------------------------------------- linear layers
+
+
+def test_quantised_weights_are_off_by_half_a_scale_at_most(rng):
+    weight = draw(rng, 30, 50) * rng.uniform(0.01, 100, (30, 1)).astype(np.float32)
+    q, scale = ops.quantise(weight)
+    assert (q.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, (30,))
+    assert (np.abs(q).max(axis=1) == 127).all()
+    assert (np.abs(weight - q * scale[:, None]) <= scale[:, None] * 0.5001).all()
+
+
+def test_quantising_a_hand_made_matrix_gives_the_known_answer():
+    weight = np.array([[254, -127, 1.1], [0, 0, 0], [-1.27, 0.004, 0.006]], np.float32)
+    q, scale = ops.quantise(weight)
+    assert q.tolist() == [[127, -64, 1], [0, 0, 0], [-127, 0, 1]]
+    assert scale == pytest.approx([2, 1, 0.01])
+
+
+def random_layers(rng, kind):
+    inputs = np.sort(rng.permutation(20)[:13])
+    bias = draw(rng, 11)
+    return {
+        "dense": [Linear(draw(rng, 11, 20), bias)],
+        "no_bias": [Linear(draw(rng, 11, 20))],
+        "some_inputs": [Linear(draw(rng, 11, 13), bias, inputs, 20)],
+        "low_rank": [Linear(draw(rng, 4, 20)), Linear(draw(rng, 11, 4), bias)],
+        "low_rank_of_some_inputs": [
+            Linear(draw(rng, 4, 13), None, inputs, 20),
+            Linear(draw(rng, 11, 4), bias),
+        ],
+    }[kind]
+
+
+KINDS = ["dense", "no_bias", "some_inputs", "low_rank", "low_rank_of_some_inputs"]
+
+
+def apply(x, layers):
+    for layer in layers:
+        x = x if layer.inputs is None else x[..., layer.inputs]
+        x = x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+    return x
+
+
+@pytest.mark.parametrize("gather", [False, True], ids=["spread", "gather"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_linear_layer_in_float(kind, gather, rng):
+    layers, x, graph = random_layers(rng, kind), draw(rng, 1, 6, 20), Graph("fp32")
+    y = ops.linear(graph, "x", layers, gather)
+    assert np.allclose(run(graph, {"x": x}, {y: (1, 6, 11)})[0], apply(x, layers), atol=1e-4)
+
+
+@pytest.mark.parametrize("gather", [False, True], ids=["spread", "gather"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_linear_layer_in_int8_is_off_by_its_rounding(kind, gather, rng):
+    layers, x, graph = random_layers(rng, kind), draw(rng, 1, 6, 20), Graph("int8")
+    y = ops.linear(graph, "x", layers, gather)
+    want = apply(x, layers)
+    error = run(graph, {"x": x}, {y: (1, 6, 11)})[0] - want
+    assert 0 < np.abs(error).max() < 0.05 * np.abs(want).max()
+
+
+def test_int8_multiplies_exactly_what_quantise_gives(rng):
+    """Inputs that int8 represents exactly leave the weights' rounding as the only error."""
+    weight, graph = draw(rng, 9, 20), Graph("int8")
+    x = rng.integers(-127, 128, (1, 5, 20)).astype(np.float32)
+    x[0, 0, :2] = [-127, 128]  # a range of 255 steps: activations scale by exactly 1
+    y = ops.linear(graph, "x", [Linear(weight)])
+    q, scale = ops.quantise(weight)
+    want = x @ (q * scale[:, None]).T
+    assert np.allclose(run(graph, {"x": x}, {y: (1, 5, 9)})[0], want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ops.PRECISIONS)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("dense", "no_bias", "some_inputs"),
+        ("no_bias", "no_bias"),
+        ("some_inputs", "some_inputs"),
+        ("dense", "low_rank", "some_inputs"),
+    ],
+    ids="+".join,
+)
+def test_parallel_layers_equal_separate_ones(kinds, precision, rng):
+    branches = [random_layers(rng, kind) for kind in kinds]
+    x, graph = draw(rng, 1, 6, 20), Graph(precision)
+    names = ops.parallel(graph, "x", branches)
+    found = run(graph, {"x": x}, dict.fromkeys(names, (1, 6, 11)))
+    for got, branch in zip(found, branches, strict=True):
+        want = apply(x, branch)
+        tolerance = {"fp32": 1e-4, "int8": 0.05 * np.abs(want).max()}[precision]
+        assert np.abs(got - want).max() < tolerance
+
+
+def test_layers_of_different_inputs_share_one_product(rng):
+    graph = Graph("int8")
+    ops.parallel(graph, "x", [random_layers(rng, "some_inputs") for _ in range(3)])
+    kinds = [node.op_type for node in graph.model("test", [], []).graph.node]
+    assert kinds == ["Gather"] * 3 + ["Concat", "DynamicQuantizeMatMul", "Split"]
+
+
+def test_only_the_inputs_that_are_read_are_stored(rng):
+    for gather in (False, True):
+        graph = Graph("int8")
+        ops.linear(graph, "x", random_layers(rng, "some_inputs"), gather)
+        stored = graph.model("test", [], []).graph.initializer
+        assert [len(t.raw_data) for t in stored if t.data_type == TensorProto.INT8] == [
+            11 * 13 if gather else 11 * 14  # one row of zeros for all that is not read
+        ]
+
+
+# ------------------------------------------------------------------------------ tables and norms
+
+
+@pytest.mark.parametrize("precision", ops.PRECISIONS)
+def test_the_token_table_looks_up_and_multiplies_one_stored_matrix(precision, rng):
+    weight, graph = draw(rng, 40, 8), Graph(precision)
+    table = ops.TokenTable(graph, weight)
+    x, ids = draw(rng, 1, 1, 8), rng.integers(0, 40, (1, 5))
+    rows, logits = table.look_up("ids"), table.logits("x")
+    stored = graph.model("test", [], []).graph.initializer
+    assert sum(len(tensor.raw_data) >= weight.size for tensor in stored) == 1
+    found = run(graph, {"ids": ids, "x": x}, {rows: (1, 5, 8), logits: (1, 1, 40)})
+    if precision == "int8":
+        q, scale = ops.quantise(weight)
+        weight = q * scale[:, None]
+    assert np.allclose(found[0], weight[ids], atol=1e-6)
+    tolerance = {"fp32": 1e-5, "int8": 0.02 * np.abs(x).max() * np.abs(weight).sum(1).max()}
+    assert np.abs(found[1] - x @ weight.T).max() < tolerance[precision]
+
+
+def test_tables_of_an_int8_graph_take_half_the_bytes(rng):
+    table = draw(rng, 7, 5)
+    for precision, tolerance in (("fp32", 0), ("int8", 2e-3)):
+        graph = Graph(precision)
+        y = graph.op("Identity", ops.float_table(graph, table))
+        stored = sum(len(t.raw_data) for t in graph.model("test", [], []).graph.initializer)
+        assert stored == table.size * {"fp32": 4, "int8": 2}[precision]
+        assert np.abs(run(graph, {}, {y: (7, 5)})[0] - table).max() <= tolerance
+
+
+def test_a_table_beyond_half_precision_is_stored_whole():
+    graph = Graph("int8")
+    y = graph.op("Identity", ops.float_table(graph, np.array([1e5, 1.0], np.float32)))
+    assert run(graph, {}, {y: (2,)})[0].tolist() == [1e5, 1.0]
+
+
+def test_norm_and_gelu_are_torchs(rng):
+    x, weight, bias = draw(rng, 1, 4, 9), draw(rng, 9), draw(rng, 9)
+    graph = Graph("fp32")
+    y = ops.gelu(graph, ops.layer_norm(graph, "x", weight, bias, 1e-5))
+    norm = torch.nn.functional.layer_norm(
+        torch.tensor(x), (9,), torch.tensor(weight), torch.tensor(bias), 1e-5
+    )
+    want = torch.nn.functional.gelu(norm).numpy()
+    assert np.allclose(run(graph, {"x": x}, {y: (1, 4, 9)})[0], want, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- attention
+
+SHAPES = pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(2, 8, 8, 0.25),
+        Heads(3, 5, 5, 0.3),
+        Heads(1, 1, 1, 1.0),
+        Heads(2, 7, 4, 0.25),
+        Heads(3, 2, 9, 0.5),
+    ],
+    ids=lambda heads: f"{heads.count}_heads_qk{heads.qk_dim}_v{heads.v_dim}",
+)
+
+
+def projections(rng, heads, n):
+    return {
+        "q": draw(rng, 1, n, heads.count * heads.qk_dim),
+        "k": draw(rng, 1, n, heads.count * heads.qk_dim),
+        "v": draw(rng, 1, n, heads.count * heads.v_dim),
+    }
+
+
+@SHAPES
+def test_self_attention(heads, rng):
+    x, graph = projections(rng, heads, 11), Graph("fp32")
+    y = ops.self_attention(graph, "q", "k", "v", heads)
+    want = attend(*(in_heads(x[name], heads.count) for name in "qkv"), heads.scale)
+    assert np.allclose(run(graph, x, {y: want.shape})[0], want, atol=1e-5)
+
+
+@SHAPES
+def test_cross_attention(heads, rng):
+    q = draw(rng, 1, 3, heads.count * heads.qk_dim)
+    keys, values = (draw(rng, 1, heads.count, 13, dim) for dim in (heads.qk_dim, heads.v_dim))
+    graph = Graph("fp32")
+    y = ops.cross_attention(graph, "q", "keys", "values", heads)
+    want = attend(in_heads(q, heads.count), keys, values, heads.scale)
+    inputs = {"q": q, "keys": keys, "values": values}
+    assert np.allclose(run(graph, inputs, {y: want.shape})[0], want, atol=1e-5)
+
+
+@SHAPES
+@pytest.mark.parametrize(("past", "new"), [(0, 4), (6, 1), (5, 3)], ids=["prompt", "step", "both"])
+def test_cached_attention(heads, past, new, rng):
+    x = projections(rng, heads, new)
+    x["past_k"] = draw(rng, 1, heads.count, past, heads.qk_dim)
+    x["past_v"] = draw(rng, 1, heads.count, past, heads.v_dim)
+    x |= {"start": np.array([past]), "end": np.array([past + new])}
+    graph = Graph("fp32")
+    mask = ops.causal_mask(graph, "start", "end")
+    y = ops.cached_attention(
+        graph, ("q", "k", "v"), ("past_k", "past_v"), ("keys", "values"), mask, heads
+    )
+    keys = np.concatenate([x["past_k"], in_heads(x["k"], heads.count)], axis=2)
+    values = np.concatenate([x["past_v"], in_heads(x["v"], heads.count)], axis=2)
+    want = attend(in_heads(x["q"], heads.count), keys, values, heads.scale, first=past)
+    found = run(graph, x, {y: want.shape, "keys": keys.shape, "values": values.shape})
+    for got, expected in zip(found, (want, keys, values), strict=True):
+        assert np.allclose(got, expected, atol=1e-5)
+
+
+def test_the_fused_operator_is_used_where_it_can_be():
+    """Equal widths: one MultiHeadAttention. Unequal ones in heads: the runtime would refuse."""
+    for heads, fused in ((Heads(2, 8, 8, 0.3), True), (Heads(2, 8, 4, 0.3), False)):
+        graph = Graph("fp32")
+        ops.cross_attention(graph, "q", "k", "v", heads)
+        ops.cached_attention(graph, ("a", "b", "c"), ("d", "e"), ("f", "g"), "m", heads)
+        kinds = [node.op_type for node in graph.model("test", [], []).graph.node]
+        assert kinds.count("MultiHeadAttention") == (2 if fused else 0)
+        assert ("Softmax" in kinds) != fused
+
+
+# --------------------------------------------------------------------------------------- log-mel
+
+
+def sounds(rng, samples):
+    time = np.arange(samples) / 16000
+    tone = 0.3 * np.sin(2 * np.pi * rng.uniform(50, 7900) * time)
+    return {
+        "noise": 0.1 * rng.standard_normal(samples),
+        "tone_then_silence": np.where(time < 0.4 * time[-1], tone, 0),
+        "silence": np.zeros(samples),
+        "full_scale_square": np.sign(tone),
+        "a_click_at_each_end": np.eye(1, samples)[0] + np.eye(1, samples, samples - 1)[0],
+    }
+
+
+@pytest.mark.parametrize("n_mels", [80, 128])
+@pytest.mark.parametrize("seconds", [1, 6])
+def test_log_mel_in_the_graph_is_the_feature_extractors(n_mels, seconds, rng):
+    extractor = WhisperFeatureExtractor(feature_size=n_mels, chunk_length=seconds)
+    graph = Graph("int8")
+    ops.log_mel(graph, "pcm", extractor.mel_filters, extractor.n_fft, extractor.hop_length)
+    shape = (1, n_mels, extractor.nb_max_frames)
+    for name, pcm in sounds(rng, extractor.n_samples).items():
+        pcm = pcm.astype(np.float32)
+        want = extractor(pcm, sampling_rate=16000, return_tensors="np").input_features
+        found = run(graph, {"pcm": pcm[None]}, {"log_mel": shape})[0]
+        assert found.shape == want.shape
+        assert np.abs(found - want).max() < 2e-4, name
+
+
+def test_names_of_the_front_ends_nodes_tell_them_apart():
+    graph = Graph("fp32")
+    extractor = WhisperFeatureExtractor()
+    ops.log_mel(graph, "pcm", extractor.mel_filters, 400, 160)
+    ops.gelu(graph, "log_mel")
+    names = [node.name for node in graph.model("test", [], []).graph.node]
+    assert all(name.startswith("log_mel/") for name in names[:-1])
+    assert not names[-1].startswith("log_mel/")
+    assert len(set(names)) == len(names)
