@@ -1,0 +1,213 @@
+"""Artifact x device x clips -> results.
+
+Every candidate runs in processes of its own which import nothing else. Candidates take turns,
+round by round, so that a machine that grows warm or busy slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.metadata import artifact_hash, clips_hash, folder_bytes, folder_hash, own_version
+from benchmarks.normalizers import normalizer as normalizer_named
+from benchmarks.result import FORMAT, STAGES, summaries, validate
+from benchmarks.speech import SAMPLING_RATE, Clip
+from benchmarks.wer import score
+from devices.device import RUNNER, Device, run_runner
+from export.artifact import verify
+from export.problem import Problem
+
+RIVALS = {"transformers": "benchmarks.rivals.transformers"}
+"""Other ways to do the same work: name -> module that speaks the runner's protocol."""
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to bench: an artifact directory, or a checkpoint by one of RIVALS."""
+
+    source: Path
+    rival: str | None = None
+    name: str = ""
+    """How tables call it; the folder's name where it is empty."""
+
+    @property
+    def label(self) -> str:
+        own = self.name or Path(self.source).resolve().name
+        return own if self.rival is None or self.name else f"{own} ({self.rival})"
+
+
+def bench(
+    artifact: Path,
+    device: Device,
+    clips: Sequence[Clip],
+    repeats: int = 5,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """The result of one artifact; see bench_all."""
+    return bench_all([Candidate(artifact)], device, clips, repeats, threads)[0]
+
+
+def bench_all(
+    candidates: Sequence[Candidate],
+    device: Device,
+    clips: Sequence[Clip],
+    repeats: int = 5,
+    threads: int | None = None,
+    normalizer: str = "whisper-basic",
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """The results of several candidates on the same clips, in their order.
+
+    Each of the `repeats` rounds starts one process a candidate, which warms up and then
+    transcribes every clip once. `progress` hears what runs.
+    Raises Problem: no clips, a damaged artifact, a rival elsewhere than on this machine; and the
+    device's or the runner's letters.
+    """
+    if not clips:
+        raise Problem("there are no clips to bench on.", hint="give a speech manifest.")
+    described = [identify(candidate) for candidate in candidates]
+    audio_s = send(candidates, device, clips)
+    machine = device.describe()
+    threads = threads or device_cores(machine)
+    answers: list[list[dict[str, Any]]] = [[] for _ in candidates]
+    for turn in range(repeats):
+        for index, candidate in enumerate(candidates):
+            progress(f"{candidate.label}: round {turn + 1} of {repeats}")
+            answers[index].append(run_round(candidate, index, device, threads))
+    after = device.describe().get("temperature_c", "unavailable")
+    common = {
+        "format": FORMAT,
+        "clips_hash": clips_hash(clips),
+        "rounds": repeats,
+        "threads": threads,
+        "audio_s": audio_s,
+        "device": {**machine, "name": device.name, "temperature_after_c": after},
+        "emulated": machine["emulated"],
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return [
+        validate(common | known | merge(rounds) | accuracy(clips, rounds[-1]["texts"], normalizer))
+        for known, rounds in zip(described, answers, strict=True)
+    ]
+
+
+def identify(candidate: Candidate) -> dict[str, Any]:
+    """The fields of a result that are known before anything runs."""
+    source = Path(candidate.source)
+    common = {"name": candidate.label, "rival": candidate.rival}
+    if candidate.rival is None:
+        manifest = verify(source)
+        return common | {
+            "artifact_hash": artifact_hash(manifest),
+            "artifact_bytes": folder_bytes(source),
+            "precision": manifest["precision"],
+            "parameters": manifest["parameters"],
+            "macs": manifest["macs"],
+        }
+    if candidate.rival not in RIVALS:
+        raise Problem(
+            f"there is no rival {candidate.rival!r}.", hint=f"choose one of {', '.join(RIVALS)}."
+        )
+    if not source.is_dir():
+        raise Problem(f"{source}: no such directory.", hint="name a local checkpoint directory.")
+    return common | {
+        "artifact_hash": folder_hash(source),
+        "artifact_bytes": folder_bytes(source),
+        "precision": "fp32",
+        "macs": None,
+    }
+
+
+def send(candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip]) -> float:
+    """Push runner, artifacts and clips; return the clips' seconds of sound."""
+    device.push(RUNNER, "runner")
+    for index, candidate in enumerate(candidates):
+        if candidate.rival is None:
+            device.push(Path(candidate.source), f"artifacts/{index}")
+        elif device.name != "local":
+            raise Problem(
+                f"the rival {candidate.rival} runs on this machine only, not on {device.name}.",
+                hint="bench the rival with `--device local`.",
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        audio_s = write_clips(clips, Path(folder))
+        device.push(Path(folder), "clips")
+    return audio_s
+
+
+def write_clips(clips: Sequence[Clip], folder: Path) -> float:
+    """Write clips as 16 kHz float WAV files and their list, clips.json; return their seconds."""
+    import soundfile
+
+    names = [f"{index:05}.wav" for index in range(len(clips))]
+    samples = 0
+    for clip, name in zip(clips, names, strict=True):
+        pcm = clip.pcm()
+        samples += len(pcm)
+        soundfile.write(folder / name, pcm, SAMPLING_RATE, subtype="FLOAT")
+    (folder / "clips.json").write_text(json.dumps(names), encoding="utf-8")
+    return samples / SAMPLING_RATE
+
+
+def device_cores(machine: dict[str, Any]) -> int:
+    """All cores that the device lets a process use; one where it cannot say."""
+    cores = machine.get("cores")
+    return cores if isinstance(cores, int) else 1
+
+
+def run_round(candidate: Candidate, index: int, device: Device, threads: int) -> dict[str, Any]:
+    """One process of one candidate: every clip once."""
+    options = ["clips/clips.json", "--repeats", "1", "--threads", str(threads)]
+    if candidate.rival is None:
+        return run_runner(device, ["bench", f"artifacts/{index}", *options])
+    source = str(Path(candidate.source).resolve())
+    env = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
+    return run_runner(device, [source, *options], RIVALS[candidate.rival], env)
+
+
+def merge(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The samples of all rounds, one behind the other, and what they say together."""
+    samples = {stage: [time for answer in rounds for time in answer[stage]] for stage in STAGES}
+    peaks = [answer["peak_rss_bytes"] for answer in rounds]
+    shares = [answer["mel_share"] for answer in rounds if answer["mel_share"] is not None]
+    known = [peak for peak in peaks if isinstance(peak, int)]
+    extra = {"parameters": rounds[-1]["parameters"]} if "parameters" in rounds[-1] else {}
+    return {
+        **samples,
+        **summaries(samples, len(rounds)),
+        **extra,
+        "mel_share": float(np.median(shares)) if shares else None,
+        "peak_rss_bytes": max(known) if known else peaks[0],
+        "texts": rounds[-1]["texts"],
+        "versions": {"edgewhisper": own_version(), **rounds[-1]["versions"]},
+    }
+
+
+def accuracy(clips: Sequence[Clip], texts: Sequence[str], normalizer: str) -> dict[str, Any]:
+    """Error rates against the labels, and the word counts of each clip."""
+    labels = [clip.text for clip in clips]
+    counts = [word_errors(*pair, normalizer) for pair in zip(labels, texts, strict=True)]
+    return {
+        **score(labels, texts, normalizer).as_dict(),
+        "clip_errors": [errors for errors, _ in counts],
+        "clip_words": [words for _, words in counts],
+    }
+
+
+def word_errors(label: str, text: str, normalizer: str) -> tuple[int, int]:
+    """Wrong words and label words of one clip; where nothing is said, every word is wrong."""
+    clean = normalizer_named(normalizer)
+    if not clean(label):
+        return len(clean(text).split()), 0
+    found = score([label], [text], normalizer)
+    return found.substitutions + found.deletions + found.insertions, found.words

@@ -1,0 +1,173 @@
+"""The gate: the finished artifact, in its own runtime, must say what its checkpoint says.
+
+fp32 has to give the same greedy tokens on every window of every clip, and logits within
+LOGITS_TOLERANCE. Other precisions may differ in words, but must not lose more than 0.5 points of
+word error rate against the clips' labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.speech import Clip
+from benchmarks.wer import score
+from devices.runner.audio import split
+from devices.runner.recognizer import Recognizer
+from devices.runner.text import join
+from export.problem import Problem
+
+LOGITS_TOLERANCE = 1e-3
+MAX_WER_LOSS = 0.5
+"""In points: hundredths of the word error rate."""
+
+Tokens = Callable[[np.ndarray], list[int]]
+"""pcm (samples,) of one window -> the checkpoint's greedy tokens, without prompt and end."""
+
+Logits = Callable[[np.ndarray, list[int]], np.ndarray]
+"""pcm, tokens -> the checkpoint's raw logits before each token and after the last, (n+1, vocab)."""
+
+
+class GateFailure(Problem):
+    """The artifact does not say what its checkpoint says; the message shows the first clip."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One clip, in both versions."""
+
+    name: str
+    label: str
+    wanted: list[list[int]]
+    """The checkpoint's tokens, one list a window."""
+    found: list[list[int]]
+    wanted_text: str
+    found_text: str
+    logits_error: float | None
+
+
+def run_gate(
+    artifact_dir: Path,
+    reference: Tokens,
+    clips: Sequence[Clip],
+    *,
+    logits_reference: Logits | None = None,
+    max_wer_loss: float = MAX_WER_LOSS,
+    exact: bool,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """The gate's figures, for the manifest. Raises GateFailure.
+
+    `exact` asks for the same tokens and, where `logits_reference` is given, for close logits;
+    otherwise the loss of word error rate is bounded.
+    """
+    if not clips:
+        raise Problem("the gate got no clips to compare on.", hint="give a speech manifest.")
+    recognizer = Recognizer(artifact_dir, threads, guards=False)
+    heard = [listen(recognizer, clip, reference, logits_reference) for clip in clips]
+    figures = measure(heard) | {"exact": exact, "max_wer_loss_points": max_wer_loss}
+    if exact:
+        check_tokens(heard)
+        check_logits(heard)
+    else:
+        check_loss(figures, heard, max_wer_loss)
+    return figures
+
+
+def listen(
+    recognizer: Recognizer, clip: Clip, reference: Tokens, logits_reference: Logits | None
+) -> Heard:
+    """Both versions of one clip, over the same windows."""
+    pcm = clip.pcm()
+    windows = [pcm[piece] for piece in split(pcm, recognizer.window_samples)]
+    wanted = [reference(window) for window in windows]
+    found = [recognizer.window(window) for window in windows]
+    errors = None
+    if logits_reference is not None:
+        pairs = zip(windows, wanted, strict=True)
+        errors = max(logits_error(recognizer, logits_reference, *pair) for pair in pairs)
+    return Heard(
+        name=clip.audio.name,
+        label=clip.text,
+        wanted=wanted,
+        found=found,
+        wanted_text=join([recognizer.text(tokens) for tokens in wanted]),
+        found_text=join([recognizer.text(tokens) for tokens in found]),
+        logits_error=errors,
+    )
+
+
+def logits_error(
+    recognizer: Recognizer, reference: Logits, pcm: np.ndarray, tokens: list[int]
+) -> float:
+    """The largest difference of logits along the checkpoint's own tokens; infinite for NaN."""
+    difference = np.abs(recognizer.logits(pcm, tokens) - reference(pcm, tokens)).max()
+    return float(difference) if np.isfinite(difference) else float("inf")
+
+
+def measure(heard: Sequence[Heard]) -> dict[str, Any]:
+    """Shares, error rates (fractions) and the loss between them (points)."""
+    labels = [clip.label for clip in heard]
+    errors = [clip.logits_error for clip in heard if clip.logits_error is not None]
+    before = score(labels, [clip.wanted_text for clip in heard])
+    after = score(labels, [clip.found_text for clip in heard])
+    return {
+        "clips": len(heard),
+        "windows": sum(len(clip.wanted) for clip in heard),
+        "identical_tokens": float(np.mean([clip.wanted == clip.found for clip in heard])),
+        "identical_texts": float(np.mean([clip.wanted_text == clip.found_text for clip in heard])),
+        "checkpoint_wer": before.wer,
+        "artifact_wer": after.wer,
+        "wer_loss_points": 100 * (after.wer - before.wer),
+        "max_logits_error": max(errors) if errors else None,
+        "normalizer": before.normalizer,
+    }
+
+
+def check_tokens(heard: Sequence[Heard]) -> None:
+    """Every token of every clip must agree."""
+    wrong = [clip for clip in heard if clip.wanted != clip.found]
+    if wrong:
+        raise GateFailure(
+            f"{len(wrong)} of {len(heard)} clips get other tokens from the artifact than from "
+            f"the checkpoint. {show(wrong[0])}",
+            hint="the artifact computes something else than the model: export it again; if that "
+            "does not help, report this clip.",
+        )
+
+
+def check_logits(heard: Sequence[Heard]) -> None:
+    """Every logit must be close."""
+    for clip in heard:
+        if clip.logits_error is not None and clip.logits_error > LOGITS_TOLERANCE:
+            raise GateFailure(
+                f"the artifact's logits differ by {clip.logits_error:.2g} from the checkpoint's, "
+                f"allowed is {LOGITS_TOLERANCE:g}. {show(clip)}",
+                hint="the artifact computes something else than the model: report this clip.",
+            )
+
+
+def check_loss(figures: dict[str, Any], heard: Sequence[Heard], max_wer_loss: float) -> None:
+    """The word error rate may rise by `max_wer_loss` points."""
+    loss = figures["wer_loss_points"]
+    if loss > max_wer_loss:
+        first = next(clip for clip in heard if clip.wanted_text != clip.found_text)
+        raise GateFailure(
+            f"the artifact's word error rate is {100 * figures['artifact_wer']:.2f} %, the "
+            f"checkpoint's {100 * figures['checkpoint_wer']:.2f} %: a loss of {loss:.2f} points, "
+            f"allowed are {max_wer_loss:g}. {show(first)}",
+            hint="export in fp32 to see whether quantisation is the cause, or train the "
+            "checkpoint further.",
+        )
+
+
+def show(clip: Heard) -> str:
+    """A clip and what both made of it."""
+    return (
+        f"First: {clip.name}, checkpoint says {clip.wanted_text!r} {clip.wanted}, "
+        f"artifact says {clip.found_text!r} {clip.found}."
+    )

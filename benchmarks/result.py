@@ -1,0 +1,185 @@
+"""A result: what one candidate did with a clip set on a device, as one JSON line.
+
+Times are in seconds. A field of STAGES holds all samples in the order of measurement, in `rounds`
+equal parts; `medians`, `intervals`, `outliers` and `unstable` have an entry for each of them:
+
+    end_to_end_s: [0.051, 0.049, ...]   medians: {"end_to_end_s": 0.050, ...}
+    intervals: {"end_to_end_s": [0.049, 0.052], ...}
+
+`load_s` one a round; `end_to_end_s` one a clip, from WAV file to text; `cpu_s` the time of all
+cores for the same, which other programs on the machine disturb less; `mel_s`, `encoder_s` and
+`prompt_s` one a window; `per_token_s` one a decoder step after the prompt's. Where log-mel runs
+inside the encoder graph, its time is the graph's times `mel_share`, the share of kernel time that
+a separate profiled run gave its nodes; for a rival with a front end of its own `mel_share` is null.
+
+Error rates are fractions. `clip_errors` and `clip_words` are the word counts of each clip, from
+which two results can be compared pairwise. What is not known is null, never zero.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import summarise
+from export.files import new_file
+from export.problem import Problem
+
+FORMAT = 1
+
+STAGES = ("load_s", "mel_s", "encoder_s", "prompt_s", "per_token_s", "end_to_end_s", "cpu_s")
+
+ACCURACY: dict[str, type | tuple[type, ...]] = {
+    "wer": (int, float),
+    "cer": (int, float),
+    "wer_interval": (list, tuple),
+    "substitutions": int,
+    "deletions": int,
+    "insertions": int,
+    "words": int,
+    "utterances": int,
+    "exact": int,
+    "normalizer": str,
+}
+
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "format": int,
+    "name": str,
+    "rival": (str, type(None)),
+    "precision": (str, type(None)),
+    "artifact_hash": str,
+    "clips_hash": str,
+    "rounds": int,
+    "threads": int,
+    **ACCURACY,
+    "clip_errors": list,
+    "clip_words": list,
+    "texts": list,
+    **dict.fromkeys(STAGES, list),
+    "medians": dict,
+    "intervals": dict,
+    "outliers": dict,
+    "unstable": dict,
+    "mel_share": (float, type(None)),
+    "audio_s": (int, float),
+    "peak_rss_bytes": (int, str),
+    "artifact_bytes": int,
+    "parameters": (int, type(None)),
+    "macs": (dict, type(None)),
+    "device": dict,
+    "emulated": bool,
+    "versions": dict,
+    "measured_at": str,
+}
+
+
+def summaries(samples: dict[str, list[float]], rounds: int) -> dict[str, dict[str, Any]]:
+    """The fields `medians`, `intervals`, `outliers` and `unstable` of the stages that ran."""
+    found = {stage: summarise(times, rounds) for stage, times in samples.items() if times}
+    return {
+        "medians": {stage: summary.median for stage, summary in found.items()},
+        "intervals": {stage: list(summary.interval) for stage, summary in found.items()},
+        "outliers": {stage: summary.outliers for stage, summary in found.items()},
+        "unstable": {stage: summary.unstable for stage, summary in found.items()},
+    }
+
+
+def validate(result: Any, where: str = "result") -> dict[str, Any]:
+    """The result itself; raises Problem for another format, a missing or a wrong field."""
+    version = result.get("format") if isinstance(result, dict) else None
+    if version != FORMAT:
+        raise Problem(
+            f"{where}: result format {version!r}; this version reads {FORMAT}.",
+            hint="bench again with this version, or read it with the one that wrote it.",
+        )
+    for name, kind in FIELDS.items():
+        if name not in result or not isinstance(result[name], kind):
+            found = type(result[name]).__name__ if name in result else "nothing"
+            raise Problem(
+                f"{where}: field `{name}` is {found}.",
+                hint="the line is damaged: bench again.",
+            )
+    return result
+
+
+def write(results: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write results as JSON lines, whole or not at all; what stood in the file is replaced."""
+    lines = [json.dumps(validate(result), ensure_ascii=False) for result in results]
+    with new_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The results of a JSON-lines file. Raises Problem, with the number of the bad line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(
+            f"the results {path} cannot be read ({error}).",
+            hint="name a file written by `edgewhisper bench --json`.",
+        ) from error
+    results = [parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not results:
+        raise Problem(f"{path} holds no results.", hint="run `edgewhisper bench --json FILE`.")
+    return results
+
+
+def parse(line: str, where: str) -> dict[str, Any]:
+    """One line as a validated result."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise Problem(f"{where}: not JSON ({error.msg}).", hint="bench again.") from error
+    return validate(found, where)
+
+
+def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Rows for a table: column title -> text, the same titles in every row.
+
+    Emulated results print no milliseconds; `~` marks a time whose rounds disagree.
+    """
+    return [
+        {
+            "model": result["name"],
+            "device": result["device"]["name"],
+            "parameters": millions(result["parameters"]),
+            "size MB": f"{result['artifact_bytes'] / 1e6:.2f}",
+            "peak MB": megabytes(result["peak_rss_bytes"]),
+            "WER %": f"{100 * result['wer']:.1f}",
+            "95 %": "{:.1f} to {:.1f}".format(*(100 * bound for bound in result["wer_interval"])),
+            **{title: milliseconds(result, stage) for title, stage in COLUMNS.items()},
+        }
+        for result in results
+    ]
+
+
+COLUMNS = {
+    "load ms": "load_s",
+    "mel ms": "mel_s",
+    "encoder ms": "encoder_s",
+    "prompt ms": "prompt_s",
+    "token ms": "per_token_s",
+    "total ms": "end_to_end_s",
+    "cpu ms": "cpu_s",
+}
+
+
+def milliseconds(result: dict[str, Any], stage: str) -> str:
+    """A stage's median for a table."""
+    if result["emulated"] or stage not in result["medians"]:
+        return "-"
+    mark = "~" if result["unstable"][stage] else ""
+    return f"{mark}{1000 * result['medians'][stage]:.3g}"
+
+
+def megabytes(count: int | str) -> str:
+    """Bytes for a table; a device that cannot say reads "unavailable"."""
+    return count if isinstance(count, str) else f"{count / 1e6:.0f}"
+
+
+def millions(count: int | None) -> str:
+    """A number of parameters for a table."""
+    return "-" if count is None else f"{count / 1e6:.2f} M"

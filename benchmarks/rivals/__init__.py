@@ -1,0 +1,1 @@
+"""Rivals: the same clips by other programs, behind the runner's protocol."""

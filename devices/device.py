@@ -1,0 +1,163 @@
+"""A device is run, push, pull and describe; all else is derived.
+
+Profiles (`profiles/*.toml`) hold what is publicly known of a kind of device. A kind that can be
+reached is one file and one line in KINDS.
+"""
+
+import importlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+PROFILES = Path(__file__).parent / "profiles"
+RUNNER = Path(__file__).parent / "runner"
+
+KINDS = {"local": "devices.local:LocalDevice"}
+"""The kinds of device this release can reach, and their classes."""
+
+FAMILIES = {"rpi": "rpi4", "mobile": "pixel"}
+"""Names for a family of devices, and the profile they stand for."""
+
+
+class DeviceProblem(ValueError):
+    """A letter to the user: what was asked and what was found; `hint` says what to do next."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command on a device ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+class Device(Protocol):
+    """A machine with a private work folder; remote paths are relative to it."""
+
+    name: str
+    python: str
+    """The interpreter there that has numpy and onnxruntime."""
+
+    def run(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Finished:
+        """Run a command in the work folder; `argv` reaches it word by word, through no shell."""
+        ...
+
+    def push(self, local: Path, remote: str) -> None:
+        """Copy a file or a folder to the device."""
+        ...
+
+    def pull(self, remote: str, local: Path) -> None:
+        """Copy a file or a folder from the device."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the machine is and in what state; sources that lack read "unavailable"."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is publicly known of a kind of device."""
+
+    name: str
+    kind: str
+    """How it is reached: local, ssh or adb."""
+    model: str
+    cpu: str
+    cores: int
+    isa: tuple[str, ...]
+    """CPU features that matter to matrix products, as Linux spells them."""
+    memory_bytes: tuple[int, ...]
+    """The sizes it is sold with; empty where the machine itself is asked."""
+    precision: str
+    """The artifact precision that pays there."""
+
+
+def profile_names() -> list[str]:
+    """Return the names of the profiles: the directory is the registry."""
+    return sorted(path.stem for path in PROFILES.glob("*.toml"))
+
+
+def load_profile(name: str) -> Profile:
+    """Return a profile by its name or its family's; raise DeviceProblem for others."""
+    stem = FAMILIES.get(name, name)
+    if stem not in profile_names():
+        raise DeviceProblem(
+            f"device {name!r} is not known.",
+            f"the known ones are {', '.join([*FAMILIES, *profile_names()])}.",
+        )
+    fields = tomllib.loads((PROFILES / f"{stem}.toml").read_text(encoding="utf-8"))
+    fields |= {key: tuple(fields[key]) for key in ("isa", "memory_bytes")}
+    return Profile(name=stem, **fields)
+
+
+def open_device(name: str = "local") -> Device:
+    """Return a device that is ready for work; use it in a `with` block."""
+    profile = load_profile(name)
+    if profile.kind not in KINDS:
+        raise DeviceProblem(
+            f"device {name!r} ({profile.model}) is reached by {profile.kind}; this release benches "
+            f"{', '.join(KINDS)} only.",
+            "bench here with `--device local`, or copy artifact and devices/runner there and start "
+            "`python3 -m runner bench ARTIFACT CLIPS.json`.",
+        )
+    module, _, class_name = KINDS[profile.kind].partition(":")
+    device: Device = getattr(importlib.import_module(module), class_name)()
+    return device
+
+
+def run_runner(
+    device: Device,
+    arguments: Sequence[str],
+    module: str = "runner",
+    env: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+) -> dict[str, Any]:
+    """Run a program that speaks the runner's protocol; return the JSON of its last line.
+
+    Raises the program's own letter, or one that says how it ended without any.
+    """
+    done = device.run([device.python, "-m", module, *arguments], env, timeout_s)
+    answer = last_json(done.stdout)
+    if answer is not None and "error" in answer:
+        raise DeviceProblem(f"{device.name}: {answer['error']}", answer.get("hint", ""))
+    if done.exit_code or answer is None:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise DeviceProblem(
+            f"{device.name}: {module} ended with exit code {done.exit_code} ({said}).",
+            "a negative code is a signal, -9 mostly means that memory ran out; otherwise check "
+            "that numpy and onnxruntime are installed there.",
+        )
+    return answer
+
+
+def last_json(stdout: str) -> dict[str, Any] | None:
+    """Return the JSON object on the last line, or None."""
+    try:
+        found = json.loads(stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,62 @@
+"""A device that does nothing: it keeps a record of what was asked and replays prepared answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from devices.device import DeviceProblem, Finished
+
+
+@dataclass
+class FakeDevice:
+    """Answers `run` with `replies` in order, `pull` with `files`, `describe` with `machine`."""
+
+    replies: list[Finished] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=lambda: {"model": "fake", "emulated": False})
+    calls: list[tuple[str, ...]] = field(default_factory=list)
+    name: str = "fake"
+    python: str = "python3"
+
+    def run(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Finished:
+        """Note the command and return the next reply."""
+        self.calls.append(("run", *argv))
+        if not self.replies:
+            raise DeviceProblem(f"fake: no reply is left for {' '.join(argv)}.")
+        return self.replies.pop(0)
+
+    def push(self, local: Path, remote: str) -> None:
+        """Note what was pushed; a file is kept, so that it can be looked at or pulled."""
+        self.calls.append(("push", remote))
+        if Path(local).is_file():
+            self.files[remote] = Path(local).read_bytes()
+
+    def pull(self, remote: str, local: Path) -> None:
+        """Write the prepared or pushed file."""
+        self.calls.append(("pull", remote))
+        if remote not in self.files:
+            raise DeviceProblem(f"fake: there is no file {remote}.")
+        Path(local).write_bytes(self.files[remote])
+
+    def describe(self) -> dict[str, Any]:
+        """Return the prepared description."""
+        self.calls.append(("describe",))
+        return dict(self.machine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.calls.append(("close",))

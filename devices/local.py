@@ -1,0 +1,103 @@
+"""This machine as a device: own processes, in a private folder that is removed at the end."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from devices.device import RUNNER, DeviceProblem, Finished, run_runner
+
+KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
+"""The environment a run inherits; the rest, thread settings above all, would change the result."""
+
+
+class LocalDevice:
+    """Runs on this machine with this interpreter."""
+
+    name = "local"
+    python = sys.executable
+
+    def __init__(self) -> None:
+        self.work = Path(tempfile.mkdtemp(prefix="edgewhisper-"))  # mode 0700
+
+    def run(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Finished:
+        """Run a command in the work folder."""
+        try:
+            done = subprocess.run(
+                list(argv),
+                cwd=self.work,
+                env={**inherited(), **(env or {})},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout_s,
+            )
+        except subprocess.TimeoutExpired:
+            raise DeviceProblem(
+                f"local: {argv[0]} did not end within {timeout_s:g} s.",
+                "bench fewer clips or repeats, or allow more time.",
+            ) from None
+        except OSError as error:
+            raise DeviceProblem(f"local: {argv[0]} cannot be started: {error.strerror}.") from None
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    def push(self, local: Path, remote: str) -> None:
+        """Copy a file or a folder into the work folder."""
+        copy(Path(local), self.inside(remote))
+
+    def pull(self, remote: str, local: Path) -> None:
+        """Copy a file or a folder out of the work folder."""
+        copy(self.inside(remote), Path(local))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the runner reads about this machine."""
+        self.push(RUNNER, "runner")
+        return {**run_runner(self, ["describe"], timeout_s=60), "emulated": False}
+
+    def inside(self, remote: str) -> Path:
+        """Return the path of a remote name, which may not lead out of the work folder."""
+        path = (self.work / remote).resolve()
+        if not path.is_relative_to(self.work.resolve()):
+            raise DeviceProblem(f"local: {remote} lies outside the work folder.")
+        return path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def inherited() -> dict[str, str]:
+    """Return the environment of every run."""
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    return {**kept, "ORT_DISABLE_TELEMETRY": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder, replacing what stands there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            skip = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, target, ignore=skip, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source, target)
+    except OSError as error:
+        raise DeviceProblem(f"local: {source} cannot be copied: {error.strerror}.") from None

@@ -1,0 +1,137 @@
+"""What this machine is and in what state: every source may be missing, and then reads so.
+
+Standard library only. `root` lets a test lay out a machine of its own under a folder.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+UNAVAILABLE = "unavailable"
+
+ISA_FEATURES = (
+    *("neon", "asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni"),
+    *("avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+)
+"""The CPU features that decide which kernel a matrix product gets, as Linux spells them."""
+
+
+def describe(root: str | Path = "/") -> dict:
+    """Return model, CPU, cores, features, clock, temperature, memory and versions as JSON."""
+    base = Path(root)
+    cpuinfo = read(base / "proc/cpuinfo")
+    clock = base / "sys/devices/system/cpu/cpu0/cpufreq"
+    return {
+        "model": model(base),
+        "cpu": cpu_name(cpuinfo),
+        "architecture": platform.machine(),
+        "cores": usable_cores(),
+        "isa": isa(cpuinfo),
+        "governor": read(clock / "scaling_governor"),
+        "frequency_hz": number(read(clock / "scaling_cur_freq"), 1000),  # kHz there
+        "frequency_max_hz": number(read(clock / "cpuinfo_max_freq"), 1000),
+        "temperature_c": number(read(base / "sys/class/thermal/thermal_zone0/temp"), 0.001),
+        "throttled": throttled(),
+        "load_average": load_average(read(base / "proc/loadavg")),
+        "memory_bytes": number(field(read(base / "proc/meminfo"), "MemTotal"), 1024),
+        "page_size_bytes": os.sysconf("SC_PAGE_SIZE"),
+        "os": os_name(read(base / "etc/os-release")),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "runtime": versions(),
+    }
+
+
+def read(path: Path) -> str:
+    """Return a small file's text, or "unavailable"."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+    except OSError:
+        return UNAVAILABLE
+    return text or UNAVAILABLE
+
+
+def field(text: str, name: str) -> str:
+    """Return what follows `name:` in a /proc file."""
+    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else UNAVAILABLE
+
+
+def number(text: str, scale: float) -> float | str:
+    """Return the leading number of a text, scaled to SI; a source that is missing stays so."""
+    found = re.match(r"-?\d+", text)
+    return float(f"{int(found[0]) * scale:.12g}") if found else UNAVAILABLE
+
+
+def model(base: Path) -> str:
+    """Return the board's name: device tree on ARM boards, DMI on PCs."""
+    name = read(base / "proc/device-tree/model")
+    return read(base / "sys/class/dmi/id/product_name") if name == UNAVAILABLE else name
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """Return the CPU's name; ARM kernels give numbers of implementer and part instead."""
+    name = field(cpuinfo, "model name")
+    if name == UNAVAILABLE and (part := field(cpuinfo, "CPU part")) != UNAVAILABLE:
+        name = f"implementer {field(cpuinfo, 'CPU implementer')} part {part}"
+    return name
+
+
+def isa(cpuinfo: str) -> list[str] | str:
+    """Return the features of ISA_FEATURES that the CPU has."""
+    names = ("flags", "Features")
+    found = next((f for name in names if (f := field(cpuinfo, name)) != UNAVAILABLE), None)
+    return [name for name in ISA_FEATURES if name in found.split()] if found else UNAVAILABLE
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, which a container can make fewer."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def os_name(release: str) -> str:
+    """Return the distribution's name; /etc/os-release is a list of shell assignments."""
+    found = re.search(r'^PRETTY_NAME="?([^"\n]+)', release, re.MULTILINE)
+    return found[1] if found else platform.platform(terse=True)
+
+
+def load_average(text: str) -> float | str:
+    """Return how many threads wanted a core over the last minute: above `cores`, others waited."""
+    found = re.match(r"[\d.]+", text)
+    return float(found[0]) if found else UNAVAILABLE
+
+
+def throttled() -> str:
+    """Return the Raspberry Pi firmware's throttling bits, such as 0x0."""
+    tool = shutil.which("vcgencmd")
+    if not tool:
+        return UNAVAILABLE
+    try:
+        done = subprocess.run([tool, "get_throttled"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return UNAVAILABLE
+    found = re.search(r"throttled=(0x[0-9a-fA-F]+)", done.stdout)
+    return found[1] if found else UNAVAILABLE
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes here, without importing it."""
+    found = {"python": platform.python_version()}
+    for name in ("numpy", "onnxruntime"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = UNAVAILABLE
+    return found
+
+
+def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int | str:
+    """Return the high-water mark of this process's resident memory (VmHWM)."""
+    peak = number(field(read(status), "VmHWM"), 1024)
+    return int(peak) if not isinstance(peak, str) else peak

@@ -1,0 +1,107 @@
+"""Time one artifact on clips, in this process, and keep every sample.
+
+Log-mel is part of the encoder graph, so its time cannot be taken from outside. The graph runs
+whole and is timed whole; afterwards a second session with onnxruntime's profiler says which share
+of the kernel time belongs to the log-mel nodes, and each sample is divided in that proportion.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from .audio import Pcm, read_wav
+from .machine import peak_rss_bytes, versions
+from .problem import RunnerProblem
+from .recognizer import Recognizer, Transcript, encode, open_session, pad, session_options
+
+MEL_NODES = "log_mel/"
+"""The exporter names the log-mel nodes so."""
+
+WARM_UP_CLIPS = 3
+PROFILED_RUNS = 9
+
+
+def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = None) -> dict:
+    """Transcribe all clips `repeats` times and return texts, tokens and times, in seconds.
+
+    `load_s` is both sessions, manifest and tokens, without Python's imports; `end_to_end_s` goes
+    from the WAV file to the text, and `cpu_s` is the time of all cores for the same work; lists are
+    in the order of measurement.
+    """
+    paths = read_clips(clips)
+    started = time.perf_counter()
+    recognizer = Recognizer(artifact, threads)
+    load_s = time.perf_counter() - started
+    for path in paths[:WARM_UP_CLIPS]:
+        recognizer.transcribe(path)
+    done = [timed(recognizer, path) for _ in range(repeats) for path in paths]
+    transcripts = [transcript for _, _, transcript in done]
+    peak = peak_rss_bytes()  # before the profiler takes memory of its own
+    share = mel_share(artifact, read_wav(paths[0]), threads)
+    return {
+        "load_s": [load_s],
+        **stages(transcripts, share),
+        "end_to_end_s": [wall for wall, _, _ in done],
+        "cpu_s": [cpu for _, cpu, _ in done],
+        "mel_share": share,
+        "peak_rss_bytes": peak,
+        "tokens": [transcript.tokens for transcript in transcripts[-len(paths) :]],
+        "texts": [transcript.text for transcript in transcripts[-len(paths) :]],
+        "versions": versions(),
+    }
+
+
+def read_clips(path: Path) -> list[Path]:
+    """Read a JSON list of WAV paths, relative to the list's folder."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        clips = [path.parent / name for name in names]
+    except (OSError, ValueError, TypeError) as error:
+        raise RunnerProblem(f"{path}: no list of clips ({error}).", 'write ["a.wav"].') from None
+    if not clips:
+        raise RunnerProblem(f"{path}: the list of clips is empty.", "name at least one WAV file.")
+    return clips
+
+
+def timed(recognizer: Recognizer, path: Path) -> tuple[float, float, Transcript]:
+    """Return the seconds from WAV file to text by the wall and of all cores, and the transcript."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    transcript = recognizer.transcribe(path)
+    return time.perf_counter() - wall, time.process_time() - cpu, transcript
+
+
+def stages(transcripts: list[Transcript], share: float) -> dict[str, list[float]]:
+    """Return the samples of each stage; the encoder graph is divided by log-mel's share."""
+    graph = [seconds for transcript in transcripts for seconds in transcript.graph_s]
+    return {
+        "mel_s": [share * seconds for seconds in graph],
+        "encoder_s": [(1 - share) * seconds for seconds in graph],
+        "prompt_s": [s for transcript in transcripts for s in transcript.prompt_s],
+        "per_token_s": [s for transcript in transcripts for s in transcript.per_token_s],
+    }
+
+
+def mel_share(artifact: Path, pcm: Pcm, threads: int | None) -> float:
+    """Return the share of the encoder graph's kernel time that the log-mel nodes take."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(threads)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "encoder")
+        session = open_session(artifact / "encoder.onnx", options)
+        window = pad(pcm[: session.get_inputs()[0].shape[1]], session.get_inputs()[0].shape[1])
+        for _ in range(PROFILED_RUNS):
+            encode(session, window)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    return share_of(events, MEL_NODES)
+
+
+def share_of(events: list[dict], prefix: str) -> float:
+    """Return the median share, over the runs, of kernels whose node's name has this prefix."""
+    kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    micros = np.array([kernel["dur"] for kernel in kernels], float).reshape(PROFILED_RUNS, -1)
+    inside = np.array([k["name"].startswith(prefix) for k in kernels]).reshape(PROFILED_RUNS, -1)
+    return float(median((micros * inside).sum(axis=1) / micros.sum(axis=1)))

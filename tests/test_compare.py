@@ -1,0 +1,131 @@
+"""Real differences are told from noise; results of different things are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from made_results import make_result
+
+from benchmarks.compare import compare, compare_pair
+from export.problem import Problem
+
+
+def measures(base, other, **options) -> dict:
+    return {row["measure"]: row for row in compare_pair(base, other, **options)}
+
+
+def test_a_result_does_not_differ_from_itself():
+    found = measures(make_result(), make_result())
+    assert found["end_to_end_s"]["ratio"] == 1
+    assert not any(row["real"] for row in found.values())
+    assert found["wer"]["verdict"].startswith("no difference shown")
+
+
+def test_half_the_time_is_twice_as_fast(rng):
+    slow = [float(t) for t in rng.normal(0.10, 0.001, 30)]
+    fast = [float(t) for t in rng.normal(0.05, 0.001, 30)]
+    row = measures(make_result(end_to_end_s=slow), make_result(end_to_end_s=fast))["end_to_end_s"]
+    assert row["real"] is True
+    assert row["ratio"] == pytest.approx(0.5, rel=0.02)
+    assert row["interval"][0] < row["ratio"] < row["interval"][1]
+    assert row["verdict"].startswith(("2.0", "1.9"))
+    assert "times faster" in row["verdict"]
+
+
+def test_a_difference_within_the_noise_is_none():
+    """Medians differ by 1 %, the samples of each by 40 %."""
+    times = [0.08, 0.10, 0.12] * 10
+    later = [0.0808, 0.101, 0.1212] * 10
+    row = measures(make_result(end_to_end_s=times), make_result(end_to_end_s=later))["end_to_end_s"]
+    assert row["ratio"] == pytest.approx(1.01)
+    assert row["interval"][0] < 1 < row["interval"][1]
+    assert row["real"] is False
+    assert row["verdict"] == "no difference shown"
+
+
+def test_too_few_rounds_say_nothing():
+    row = measures(make_result(rounds=2), make_result(rounds=2))["end_to_end_s"]
+    assert row["real"] is None
+    assert row["verdict"] == "fewer than 3 rounds: cannot be said"
+
+
+def test_a_busy_machine_is_said_in_the_verdict():
+    busy = [0.05] * 10 + [0.1] * 10 + [0.05] * 10
+    row = measures(make_result(end_to_end_s=busy), make_result())["end_to_end_s"]
+    assert row["verdict"].endswith("; unstable")
+
+
+def test_word_errors_are_compared_clip_by_clip():
+    """Ten clips of three words; the other gets one more word wrong in six of them."""
+    base = make_result(clip_errors=[0] * 10, clip_words=[3] * 10, wer=0.0)
+    worse = make_result(clip_errors=[1] * 6 + [0] * 4, clip_words=[3] * 10, wer=0.2)
+    row = measures(base, worse)["wer"]
+    assert row["difference"] == pytest.approx(20.0)
+    assert row["real"] is True
+    assert row["verdict"].startswith("20.0 points worse (+")
+    assert measures(worse, base)["wer"]["verdict"].startswith("20.0 points better (-")
+
+
+def test_errors_on_the_same_clips_cancel():
+    hard = [3] * 5 + [0] * 5
+    row = measures(make_result(clip_errors=hard), make_result(clip_errors=hard))["wer"]
+    assert row["interval"] == [0, 0]
+
+
+def test_sizes_are_counted_not_sampled():
+    row = measures(make_result(artifact_bytes=9_000_000), make_result(artifact_bytes=3_000_000))
+    assert row["artifact_bytes"]["verdict"] == "0.33 times as large"
+    unknown = measures(make_result(peak_rss_bytes="unavailable"), make_result())
+    assert "peak_rss_bytes" not in unknown
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("clips_hash", "f" * 64, "different clip sets: aaaaaaaaaaaa and ffffffffffff"),
+        ("normalizer", "none", "different normalizers: whisper-basic and none"),
+        ("emulated", True, r"emulated and real\): False and True"),
+    ],
+    ids=["clips", "normalizer", "emulated"],
+)
+def test_different_things_are_never_compared(field, value, said):
+    with pytest.raises(Problem, match=said) as letter:
+        compare_pair(make_result(name="a"), make_result(name="b", **{field: value}))
+    assert str(letter.value).startswith("a and b were measured on")
+    assert "bench both" in letter.value.hint
+
+
+def test_versions_are_compared_only_when_asked():
+    old, new = (make_result(versions={"onnxruntime": v, v: "1"}) for v in ("1.30", "1.31"))
+    with pytest.raises(Problem, match=r"different versions: onnxruntime 1\.30 and 1\.31\."):
+        compare_pair(old, new)
+    assert compare_pair(old, new, across_versions=True)
+
+
+def test_emulated_results_compare_no_times():
+    found = measures(make_result(emulated=True), make_result(emulated=True))
+    assert not any(name.endswith("_s") for name in found)
+    assert "wer" in found
+
+
+def test_all_are_compared_with_the_first_in_a_table():
+    results = [make_result(name=name) for name in "abc"]
+    found = compare(results)
+    assert json.loads(json.dumps(found)) == found
+    assert found["base"] == "a"
+    assert [other["name"] for other in found["others"]] == ["b", "c"]
+    assert {row["model"] for row in found["rows"]} == {"b", "c"}
+    row = next(row for row in found["rows"] if row["measure"] == "total ms")
+    assert row == {
+        "model": "b",
+        "measure": "total ms",
+        "base": "50",
+        "this": "50",
+        "verdict": "no difference shown",
+    }
+
+
+def test_one_result_is_not_enough():
+    with pytest.raises(Problem, match="1 result was given; two are needed"):
+        compare([make_result()])

@@ -1,0 +1,102 @@
+"""A result line: what it holds, how it is written, read, refused and shown."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from made_results import make_result
+
+from benchmarks.result import FIELDS, STAGES, read, summaries, table_rows, validate, write
+from export.problem import Problem
+
+
+@pytest.fixture
+def result():
+    return make_result()
+
+
+def test_a_result_survives_the_file(tmp_path):
+    results = [make_result(name="a"), make_result(name="ü", rival="transformers")]
+    write(results, tmp_path / "r.jsonl")
+    assert read(tmp_path / "r.jsonl") == results
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_names_that_other_tools_read_are_there(result):
+    public = """wer cer wer_interval substitutions deletions insertions load_s mel_s encoder_s
+    prompt_s per_token_s end_to_end_s peak_rss_bytes artifact_bytes parameters macs device
+    emulated rival"""
+    assert set(public.split()) <= result.keys()
+    assert set(public.split()) <= FIELDS.keys()
+    assert result["medians"].keys() == set(STAGES)
+
+
+def test_a_stage_without_samples_has_no_median():
+    found = summaries({"prompt_s": [1.0, 3.0], "per_token_s": []}, 1)
+    assert found["medians"] == {"prompt_s": 2.0}
+    assert found["intervals"] == {"prompt_s": [1.0, 3.0]}
+
+
+@pytest.mark.parametrize("version", [2, "1", None])
+def test_an_unknown_format_is_refused(result, version):
+    with pytest.raises(Problem, match=rf"result format {version!r}; this version reads 1") as e:
+        validate(result | {"format": version})
+    assert "bench again" in e.value.hint
+
+
+@pytest.mark.parametrize("field", ["wer", "texts", "device", "emulated", "clips_hash"])
+def test_a_missing_or_wrong_field_is_named(result, field):
+    with pytest.raises(Problem, match=f"field `{field}` is set"):
+        validate(result | {field: {1}})
+    del result[field]
+    with pytest.raises(Problem, match=f"field `{field}` is nothing"):
+        validate(result)
+
+
+def test_a_bad_line_is_named_by_its_number(tmp_path, result):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(result) + "\n\n{broken\n")
+    with pytest.raises(Problem, match=r"r\.jsonl, line 3: not JSON"):
+        read(path)
+    path.write_text("[]\n")
+    with pytest.raises(Problem, match=r"line 1: result format None"):
+        read(path)
+
+
+def test_files_without_results_get_letters(tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(Problem, match="holds no results"):
+        read(tmp_path / "empty")
+    with pytest.raises(Problem, match="cannot be read"):
+        read(tmp_path / "gone")
+
+
+def test_an_incomplete_result_is_not_written(tmp_path, result):
+    with pytest.raises(Problem):
+        write([result, {"format": 1}], tmp_path / "r.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_have_equal_titles_and_milliseconds():
+    rows = table_rows([make_result(name="a"), make_result(rival="transformers")])
+    assert rows[0].keys() == rows[1].keys()
+    assert rows[0]["model"] == "a"
+    assert rows[0]["WER %"] == "10.0"
+    assert rows[0]["95 %"] == "0.0 to 30.0"
+    assert rows[0]["total ms"] == "50"
+    assert rows[0]["size MB"] == "1.74"
+    assert rows[0]["peak MB"] == "72"
+    assert rows[0]["parameters"] == "1.35 M"
+
+
+def test_what_is_unknown_or_emulated_shows_no_number():
+    row = table_rows([make_result(emulated=True, peak_rss_bytes="unavailable", parameters=None)])[0]
+    assert {row[title] for title in row if title.endswith(" ms")} == {"-"}
+    assert (row["peak MB"], row["parameters"]) == ("unavailable", "-")
+
+
+def test_unstable_times_are_marked():
+    times = [0.05] * 20 + [0.09] * 20
+    row = table_rows([make_result(end_to_end_s=times, rounds=2)])[0]
+    assert row["total ms"] == "~70"

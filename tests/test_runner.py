@@ -1,0 +1,515 @@
+"""What runs on the device: WAV files good and bad, cutting, greedy decoding, the commands."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.speech import read_manifest
+from devices.device import RUNNER
+from devices.runner import measure
+from devices.runner.audio import FRAME, is_silent, read_wav, split
+from devices.runner.decode import Rules, greedy, loop_period
+from devices.runner.machine import describe, peak_rss_bytes
+from devices.runner.problem import RunnerProblem
+from devices.runner.recognizer import Recognizer
+from devices.runner.text import join, read_tokens, to_text
+
+WINDOW = 96_000
+
+
+def wav(rate=16_000, channels=1, bits=16, coding=1, data=b"\0\0" * 1600, size=None) -> bytes:
+    """A WAV file, byte by byte, so that it can be wrong in one place."""
+    block = channels * bits // 8
+    header = struct.pack("<HHIIHH", coding, channels, rate, rate * block, block, bits)
+    chunks = b"fmt " + struct.pack("<I", len(header)) + header
+    chunks += b"data" + struct.pack("<I", len(data) if size is None else size) + data
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+
+
+# ------------------------------------------------------------------------------- reading WAV files
+
+
+@pytest.mark.parametrize(
+    ("subtype", "tolerance"),
+    [
+        pytest.param("PCM_U8", 1 / 128, id="8-bit"),
+        pytest.param("PCM_16", 1 / 2**15, id="16-bit"),
+        pytest.param("PCM_24", 1 / 2**23, id="24-bit"),
+        pytest.param("PCM_32", 1e-7, id="32-bit"),
+        pytest.param("FLOAT", 0, id="float"),
+        pytest.param("DOUBLE", 0, id="double"),
+    ],
+)
+@pytest.mark.parametrize("container", ["WAV", "WAVEX"])
+def test_every_sample_width_reads_as_the_same_sound(tmp_path, rng, container, subtype, tolerance):
+    pcm = rng.uniform(-0.99, 0.99, 4000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", pcm, 16_000, subtype=subtype, format=container)
+    found = read_wav(tmp_path / "a.wav")
+    assert found.dtype == np.float32
+    assert np.abs(found - pcm).max() <= tolerance
+
+
+def test_stereo_is_averaged_with_a_note(tmp_path, rng):
+    stereo = rng.uniform(-0.9, 0.9, (500, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "s.wav", stereo, 16_000, subtype="FLOAT")
+    with pytest.warns(UserWarning, match=r"s\.wav: 2 channels averaged into one"):
+        pcm = read_wav(tmp_path / "s.wav")
+    assert np.allclose(pcm, stereo.mean(axis=1), atol=1e-7)
+
+
+def test_a_wav_streamed_into_a_pipe_is_read_to_its_end(tmp_path):
+    (tmp_path / "p.wav").write_bytes(wav(size=0xFFFFFFFF))
+    assert len(read_wav(tmp_path / "p.wav")) == 1600
+
+
+NAN = struct.pack("<4f", 0.1, float("nan"), float("inf"), 0.2)
+
+BAD_FILES = [
+    pytest.param(b"", "the file is empty (0 bytes)", "again", id="empty-file"),
+    pytest.param(b"hello " * 9, "wanted a WAV file, found not audio", "ffmpeg", id="not-audio"),
+    pytest.param(b"OggS" + b"\0" * 60, "found an Ogg file", "-ar 16000 -ac 1", id="ogg"),
+    pytest.param(b"fLaC" + b"\0" * 60, "found a FLAC file", "-ar 16000 -ac 1", id="flac"),
+    pytest.param(
+        wav(rate=8000), "sampled at 8000 Hz, the model listens at 16000", "-ar", id="8kHz"
+    ),
+    pytest.param(wav(data=b""), "holds no samples", "record", id="no-samples"),
+    pytest.param(wav(bits=32, coding=3, data=NAN), "2 of 4 samples are NaN", "damaged", id="nan"),
+    pytest.param(wav(size=4000), "promises 4000 bytes of sound and 3200", "again", id="cut-short"),
+    pytest.param(wav()[:30], "truncated WAV file, 10 of 16 header bytes", "again", id="cut-header"),
+    pytest.param(wav()[:36], "truncated WAV file, no `data` chunk", "again", id="no-data"),
+    pytest.param(wav(coding=6, bits=8), "WAV coding 6 with 8 bits", "ffmpeg", id="a-law"),
+    pytest.param(wav(channels=0), "and 0 channels", "ffmpeg", id="no-channel"),
+]
+
+
+@pytest.mark.parametrize(("content", "message", "hint"), BAD_FILES)
+def test_a_bad_file_gets_a_letter_with_its_name(tmp_path, content, message, hint):
+    path = tmp_path / "bad.wav"
+    path.write_bytes(content)
+    with pytest.raises(RunnerProblem) as letter:
+        read_wav(path)
+    assert str(letter.value).startswith(f"{path}: ")
+    assert message in str(letter.value)
+    assert hint in letter.value.hint
+
+
+def test_a_missing_file_and_a_folder_get_letters(tmp_path):
+    with pytest.raises(RunnerProblem, match=r"gone\.wav: there is no such file\."):
+        read_wav(tmp_path / "gone.wav")
+    with pytest.raises(RunnerProblem, match="Is a directory"):
+        read_wav(tmp_path)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cut=st.integers(0, 60))
+def test_a_header_cut_anywhere_never_crashes(tmp_path_factory, cut):
+    path = tmp_path_factory.mktemp("cut") / "c.wav"
+    path.write_bytes(wav()[:cut])
+    with pytest.raises(RunnerProblem):
+        read_wav(path)
+
+
+# ------------------------------------------------------------------------------- cutting long audio
+
+
+def bursts(rng: np.random.Generator, lengths: list[float], gaps: list[float], noise: float):
+    """Tone bursts (words) with gaps (pauses), in seconds; and which samples are word."""
+    parts, words = [], []
+    for length, gap in zip(lengths, gaps, strict=True):
+        time = np.arange(int(length * 16_000)) / 16_000
+        loud = rng.uniform(0.1, 0.6) * np.sin(2 * np.pi * rng.uniform(150, 900) * time)
+        parts += [loud, np.zeros(int(gap * 16_000))]
+        words += [np.ones(len(loud), bool), np.zeros(int(gap * 16_000), bool)]
+    pcm = np.concatenate(parts)
+    return (pcm + noise * rng.standard_normal(len(pcm))).astype(np.float32), np.concatenate(words)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    words=st.lists(st.tuples(st.floats(0.2, 0.9), st.floats(0.1, 0.6)), min_size=1, max_size=40),
+    noise=st.sampled_from([0.0, 1e-4, 3e-3]),
+)
+def test_cuts_fall_into_pauses_and_lose_nothing(seed, words, noise):
+    lengths, gaps = (list(values) for values in zip(*words, strict=True))
+    pcm, is_word = bursts(np.random.default_rng(seed), lengths, gaps, noise)
+    pieces = split(pcm, WINDOW)
+    assert pieces[0].start == 0
+    assert pieces[-1].stop == len(pcm)
+    assert all(a.stop == b.start for a, b in pairwise(pieces))
+    assert all(0 < piece.stop - piece.start <= WINDOW for piece in pieces)
+    assert not is_word[[piece.stop for piece in pieces[:-1]]].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 400_000), st.integers(1, 200_000), st.integers(0, 2**32 - 1))
+def test_any_sound_is_covered_once_by_pieces_of_a_window(samples, window, seed):
+    pcm = np.random.default_rng(seed).standard_normal(samples).astype(np.float32)
+    window = max(window, samples // 50 + 1)
+    pieces = split(pcm, window)
+    assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
+    assert pieces[-1].stop == samples
+    assert all(piece.stop - piece.start <= window for piece in pieces)
+
+
+def test_short_audio_is_one_piece_and_silence_is_cut_too():
+    assert split(np.ones(WINDOW, np.float32), WINDOW) == [slice(0, WINDOW)]
+    assert len(split(np.zeros(10 * WINDOW, np.float32), WINDOW)) <= 20
+
+
+def test_the_longest_pause_of_the_later_half_is_taken(rng):
+    """Two closures of 80 ms and one pause of 0.3 s: the pause, in its middle."""
+    pcm, _ = bursts(rng, [3.2, 0.5, 0.6, 4.0], [0.08, 0.3, 0.08, 0.1], 1e-3)
+    middle = (3.2 + 0.08 + 0.5 + 0.15) * 16_000
+    assert abs(split(pcm, WINDOW)[0].stop - middle) <= 2 * FRAME
+
+
+def test_silence_is_below_minus_80_decibels():
+    assert is_silent(np.zeros(0, np.float32))
+    assert is_silent(np.full(100, 9e-5, np.float32))
+    assert not is_silent(np.array([0, 2e-4], np.float32))
+
+
+# ---------------------------------------------------------------------------------- greedy decoding
+
+
+def rules(**changes) -> Rules:
+    fields = {
+        "prompt": [7, 8],
+        "eos": 9,
+        "suppress_tokens": [],
+        "begin_suppress_tokens": [],
+        "max_new_tokens": 200,
+    }
+    return Rules.from_manifest(fields | changes)
+
+
+class Script:
+    """A decoder that wants to say given tokens, each with a runner-up one id above it."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.fed = tokens, []
+
+    def __call__(self, ids):
+        token = self.tokens[min(len(self.fed), len(self.tokens) - 1)]
+        self.fed.append(tuple(ids))
+        return np.array([2.0 * (i == token) + (i == token + 1) for i in range(12)], np.float32)
+
+
+def test_the_prompt_is_fed_at_once_and_then_every_token():
+    script = Script([3, 4, 9])
+    assert greedy(script, rules(), stop_loops=True) == [3, 4]
+    assert script.fed == [(7, 8), (3,), (4,)]
+
+
+def test_suppressed_tokens_give_way_to_the_next_likely():
+    assert greedy(Script([3, 5, 9]), rules(suppress_tokens=[5]), stop_loops=True) == [3, 6]
+
+
+def test_begin_suppression_holds_for_the_first_token_only():
+    assert greedy(Script([3, 3, 9]), rules(begin_suppress_tokens=[3]), stop_loops=True) == [4, 3]
+    assert greedy(Script([9, 3, 9]), rules(begin_suppress_tokens=[9]), stop_loops=True) == [10, 3]
+
+
+def test_equal_logits_give_the_lower_id():
+    assert greedy(lambda ids: np.zeros(12, np.float32), rules(max_new_tokens=1), True) == [0]
+
+
+def test_decoding_ends_at_max_new_tokens():
+    assert len(greedy(Script([1, 2, 3] * 9), rules(max_new_tokens=5), stop_loops=True)) == 5
+    assert greedy(Script([1]), rules(max_new_tokens=0), stop_loops=True) == []
+
+
+@pytest.mark.parametrize(
+    ("phrase", "copies"),
+    [
+        pytest.param([1], 30, id="a-word-30-times"),
+        pytest.param([1, 2, 3], 10, id="three-tokens-10-times"),
+        pytest.param([1, 2, 3, 4, 5, 6, 1, 2], 5, id="eight-tokens-5-times"),
+    ],
+)
+def test_a_loop_is_cut_to_one_copy(phrase, copies):
+    said = [5, 6, *phrase * copies]
+    assert greedy(Script(said * 3), rules(), stop_loops=True) == [5, 6, *phrase]
+    assert greedy(Script([*said, 9]), rules(), stop_loops=False) == said
+
+
+def test_a_loop_that_starts_inside_a_phrase_keeps_its_first_words():
+    said = [2, 3, *[1, 2, 3] * 10]
+    assert greedy(Script(said * 9), rules(), stop_loops=True) == [2, 3, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=80))
+def test_the_loop_stop_fires_only_on_repetition(tokens):
+    period = loop_period(tokens)
+    expected = [
+        n
+        for n in range(1, len(tokens) // 5 + 1)
+        for copies in [max(5, -(-30 // n))]
+        if len(tokens) >= n * copies and tokens[-n * copies :] == tokens[-n:] * copies
+    ]
+    assert period == (expected[0] if expected else 0)
+
+
+def test_six_equal_digits_are_no_loop():
+    assert loop_period([4] * 6) == 0
+    assert loop_period([4, 5] * 6) == 0
+
+
+# -------------------------------------------------------------------------------------------- text
+
+
+def test_a_letter_spread_over_tokens_is_joined_and_half_a_letter_replaced(tmp_path):
+    parts = [b" na", "ï".encode()[:1], "ï".encode()[1:], b"ve"]
+    rows = [base64.b64encode(part).decode() for part in parts]
+    (tmp_path / "tokens.json").write_text(json.dumps({"bytes": [*rows, None]}))
+    table = read_tokens(tmp_path / "tokens.json")
+    assert to_text([0, 1, 2, 3, 4, 99], table) == "naïve"
+    assert to_text([0, 1, 3], table) == "na�ve"
+    assert join(["one", "", "two"]) == "one two"
+
+
+def test_a_damaged_token_table_gets_a_letter(tmp_path):
+    (tmp_path / "tokens.json").write_text('{"bytes": [')
+    with pytest.raises(RunnerProblem, match=r"tokens\.json: the token table cannot be read"):
+        read_tokens(tmp_path / "tokens.json")
+
+
+# --------------------------------------------------------------------- the real model, in fp32
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, digits, processor) -> Path:
+    """The shipped checkpoint as an fp32 artifact."""
+    from edgewhisper.whisper import load
+    from export.to_onnx import export_onnx
+
+    out = tmp_path_factory.mktemp("exported") / "fp32"
+    export_onnx(load(digits), processor, out, "fp32")
+    return out
+
+
+@pytest.fixture(scope="module")
+def pcms(clips) -> list[np.ndarray]:
+    """Ten shipped clips, within one window."""
+    return [clip.pcm()[:WINDOW] for clip in read_manifest(clips)[::4]]
+
+
+def test_tokens_equal_generates_greedy_on_speech_noise_and_silence(
+    exported, digits, processor, pcms, rng
+):
+    from edgewhisper.whisper import greedy as reference
+    from edgewhisper.whisper import load
+
+    noise = (0.1 * rng.standard_normal(WINDOW)).astype(np.float32)
+    sounds = [*pcms, noise, np.zeros(WINDOW, np.float32), pcms[0][:100]]
+    recognizer = Recognizer(exported, threads=1, guards=False)
+    wanted = reference(load(digits), processor, sounds, batch_size=1)
+    assert [recognizer.window(pcm) for pcm in sounds] == wanted
+    assert any(wanted)
+
+
+def test_text_equals_the_tokenizers(exported, processor, pcms):
+    recognizer = Recognizer(exported, threads=1)
+    found = [recognizer.transcribe(pcm) for pcm in pcms]
+    decode = processor.tokenizer.decode
+    assert [t.text for t in found] == [
+        decode(t.tokens, skip_special_tokens=True).strip() for t in found
+    ]
+
+
+def test_every_stage_of_every_window_is_timed(exported, pcms):
+    recognizer = Recognizer(exported, threads=1)
+    transcript = recognizer.transcribe(np.concatenate([pcms[1], pcms[2], pcms[3], pcms[4]] * 2))
+    windows = len(transcript.graph_s)
+    assert windows > 1
+    assert len(transcript.prompt_s) == windows
+    assert len(transcript.per_token_s) == len(transcript.tokens)
+    assert min(transcript.graph_s + transcript.prompt_s + transcript.per_token_s) > 0
+
+
+def test_a_silent_window_is_not_decoded(exported):
+    transcript = Recognizer(exported, threads=1).transcribe(np.zeros(2 * WINDOW, np.float32))
+    assert (transcript.text, transcript.graph_s) == ("", [])
+
+
+def test_logits_along_given_tokens_explain_the_greedy_choice(exported, pcms):
+    recognizer = Recognizer(exported, threads=1, guards=False)
+    tokens = recognizer.window(pcms[3])
+    logits = recognizer.logits(pcms[3], tokens)
+    assert logits.shape == (len(tokens) + 1, len(recognizer.table))
+    assert [*tokens, recognizer.rules.eos] == logits.argmax(axis=1).tolist()
+
+
+def test_window_refuses_more_than_a_window(exported):
+    with pytest.raises(RunnerProblem, match="a window holds 96000 samples, 96001 were given") as e:
+        Recognizer(exported, threads=1).window(np.ones(WINDOW + 1, np.float32))
+    assert "transcribe()" in e.value.hint
+
+
+DAMAGE = [
+    pytest.param("manifest.json", None, "no manifest.json there", "edgewhisper export", id="none"),
+    pytest.param("manifest.json", b"{", "manifest.json cannot be read", "export", id="no-json"),
+    pytest.param(
+        "manifest.json",
+        b'{"format": 7, "target": "onnx"}',
+        "artifact format 7 for onnx; this runner reads 1",
+        "same release",
+        id="future-format",
+    ),
+    pytest.param("encoder.onnx", b"\x08", "cannot load it", "edgewhisper verify", id="bad-graph"),
+    pytest.param("decoder.onnx", None, "there is no such file", "again", id="no-graph"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message", "hint"), DAMAGE)
+def test_a_damaged_artifact_gets_a_letter(exported, tmp_path, name, content, message, hint):
+    folder = tmp_path / "artifact"
+    shutil.copytree(exported, folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(RunnerProblem, match=message) as letter:
+        Recognizer(folder, threads=1)
+    assert hint in letter.value.hint
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+
+@pytest.fixture(scope="module")
+def device_folder(tmp_path_factory, exported, pcms) -> Path:
+    """A device's work folder: the runner, an artifact, two clips and a stereo one."""
+    folder = tmp_path_factory.mktemp("device")
+    shutil.copytree(RUNNER, folder / "runner", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(exported, folder / "artifact")
+    for name, pcm in (("a.wav", pcms[1]), ("b.wav", pcms[2])):
+        soundfile.write(folder / name, pcm, 16_000, subtype="FLOAT")
+    soundfile.write(folder / "s.wav", np.stack([pcms[1]] * 2, axis=1), 16_000, subtype="FLOAT")
+    (folder / "clips.json").write_text('["a.wav", "b.wav"]')
+    (folder / "bad.wav").write_bytes(wav(rate=8000))
+    return folder
+
+
+def runner(folder: Path, *argv: str) -> tuple[int, dict, str]:
+    """Exit code, the JSON of the last line, and stderr; the process sees the folder only."""
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *argv], cwd=folder, env={}, capture_output=True, text=True
+    )
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_transcribe_prints_texts_and_notes_what_it_averaged(device_folder):
+    code, answer, stderr = runner(device_folder, "transcribe", "artifact", "a.wav", "s.wav")
+    texts = [found["text"] for found in answer["transcripts"]]
+    assert code == 0
+    assert texts[0] == texts[1] != ""
+    assert stderr == "note:  s.wav: 2 channels averaged into one\n"
+
+
+def test_bench_keeps_every_sample(device_folder):
+    code, answer, _ = runner(
+        device_folder, *["bench", "artifact", "clips.json", "--repeats", "2", "--threads", "1"]
+    )
+    tokens = sum(len(found) for found in answer["tokens"])
+    assert code == 0
+    assert [len(answer[name]) for name in ("load_s", "end_to_end_s", "cpu_s")] == [1, 4, 4]
+    assert len(answer["mel_s"]) == len(answer["encoder_s"]) == 4
+    assert len(answer["per_token_s"]) == 2 * tokens
+    assert 0 < answer["mel_share"] < 1
+    assert answer["mel_s"][0] / answer["encoder_s"][0] == pytest.approx(
+        answer["mel_share"] / (1 - answer["mel_share"])
+    )
+    assert all(answer["texts"])
+    assert answer["peak_rss_bytes"] > 20e6
+    assert set(answer["versions"]) == {"python", "numpy", "onnxruntime"}
+
+
+def test_a_letter_is_json_on_stdout_and_words_on_stderr(device_folder):
+    code, answer, stderr = runner(device_folder, "transcribe", "artifact", "bad.wav")
+    assert code == 1
+    assert "sampled at 8000 Hz" in answer["error"]
+    assert stderr == f"error: {answer['error']}\ntry:   {answer['hint']}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "the list of clips is empty"), ("{", "no list of clips"), (None, "no list of clips")],
+    ids=["empty", "no-json", "missing"],
+)
+def test_a_bad_list_of_clips_gets_a_letter(tmp_path, content, message):
+    path = tmp_path / "clips.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RunnerProblem, match=message):
+        measure.read_clips(path)
+
+
+def test_the_runner_imports_only_numpy_and_onnxruntime(device_folder):
+    code = (
+        "import sys; import runner.measure, runner.__main__; "
+        "print([m for m in ('torch', 'transformers', 'tokenizers', 'onnx', 'scipy', 'soundfile',"
+        " 'edgewhisper', 'benchmarks', 'export', 'devices') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=device_folder, env={}, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n"
+
+
+# ------------------------------------------------------------------------------------- the machine
+
+
+PI = {
+    "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\0",
+    "proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\n"
+    "CPU implementer\t: 0x41\nCPU part\t: 0xd08\n",
+    "proc/meminfo": "MemTotal:        3884452 kB\nMemFree: 1 kB\n",
+    "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",
+    "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1500000\n",
+    "sys/class/thermal/thermal_zone0/temp": "48312\n",
+    "proc/loadavg": "0.42 0.30 0.20 1/99 1234\n",
+    "etc/os-release": 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n',
+}
+
+
+def test_a_raspberry_pi_is_read_in_si_units(tmp_path):
+    for name, text in PI.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = describe(tmp_path)
+    assert found["model"] == "Raspberry Pi 4 Model B Rev 1.4"
+    assert found["cpu"] == "implementer 0x41 part 0xd08"
+    assert found["isa"] == ["asimd"]
+    assert found["governor"] == "ondemand"
+    assert found["frequency_hz"] == 1.5e9
+    assert found["temperature_c"] == 48.312
+    assert found["load_average"] == 0.42
+    assert found["memory_bytes"] == 3884452 * 1024
+    assert found["os"] == "Debian GNU/Linux 12 (bookworm)"
+
+
+def test_sources_that_lack_read_unavailable_and_never_zero(tmp_path):
+    found = describe(tmp_path)
+    silent = ("model", "cpu", "isa", "governor", "frequency_hz", "temperature_c", "memory_bytes")
+    assert {name: found[name] for name in silent} == dict.fromkeys(silent, "unavailable")
+    assert peak_rss_bytes(tmp_path / "status") == "unavailable"
+
+
+def test_the_high_water_mark_is_in_bytes(tmp_path):
+    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t   61234 kB\n")
+    assert peak_rss_bytes(tmp_path / "status") == 61234 * 1024
