@@ -1,0 +1,10 @@
+"""Compression methods, one file each. A recipe's step names one of them.
+
+Each module has a frozen dataclass `Options` (the step's fields in the recipe) and
+`apply(model, options, work) -> model`; see work.py for what `work` holds.
+"""
+
+METHODS: dict[str, str] = {
+    "tspar": "edgewhisper.compress.tspar",
+    "shrink": "edgewhisper.compress.shrink",
+}

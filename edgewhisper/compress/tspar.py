@@ -1,0 +1,522 @@
+"""TSPAR: fine-tuning for structured sparsity and adaptive pruning (Mudi, Sachan, Devapriya and
+Kalyani 2025, arXiv:2510.12666).
+
+Fine-tune with a sparse group lasso, so that many weights, and whole columns of weights, become
+nearly zero while the speech is learnt. Then prune once, in two passes, with thresholds that follow
+the statistics of the weights instead of a fixed ratio. No rounds of pruning and retraining, and no
+adapters.
+
+    paper            here              shape
+    W_jl             weight            (d_out, d_in)   matrix j of layer l: a linear layer's weight
+    W_jl[:, i]       weight[:, i]      (d_out,)        column i = one group = input feature i
+    lambda_1..4      encoder_element, decoder_element, encoder_column, decoder_column
+    L_L1             element_penalty   ()              (2)
+    L_L2             column_penalty    ()              (3)
+
+    L = L_CE + lambda_1 L_L1^E + lambda_2 L_L1^D + lambda_3 L_L2^E + lambda_4 L_L2^D       (1)
+    L_L1 = sum over matrices of || W ||_1                                                  (2)
+    L_L2 = sum over matrices and columns of || W[:, i] ||_2                                (3)
+
+The paper is not explicit everywhere; what we fill in:
+
+- Matrices: every linear layer of the encoder and decoder blocks. The convolution stem, LayerNorms,
+  biases and embeddings (the output is tied to the token table) are left out.
+- (3) is read as the group lasso, with Simon et al.'s factor sqrt(d_out); summaries of the paper
+  print the norm squared, which is ridge and selects no columns (`group_norm = "l2_squared"`).
+- The lambdas are free of scale: see Options.
+- `reg_mode = "subgradient"` differentiates (1) as it stands. Adam then makes weights flutter
+  around zero. `reg_mode = "proximal"` (ours) takes a step on L_CE and then the exact proximal
+  step of the penalty, which makes exact zeros.
+- The two passes and their order: see `two_pass`. c1, c2 and rho are not published; bisection finds
+  how far towards the values given here pruning may go before dev WER suffers.
+- Ours, off by default: `min_removed`, `recovery`, `keep`.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgewhisper.compress.work import Work
+from edgewhisper.recipe import Range
+from edgewhisper.training import (
+    IGNORED,
+    AfterStep,
+    Batch,
+    LossTerm,
+    Training,
+    decoder_inputs,
+    loss_before,
+    progress_bar,
+    train,
+)
+from edgewhisper.whisper import linears
+from export.cost import count_parameters
+from export.shrink import shrink
+
+if TYPE_CHECKING:
+    from edgewhisper.whisper import WhisperForConditionalGeneration
+
+SIDES = ("encoder", "decoder")
+Weight = Annotated[float, Range(0)]
+
+
+@dataclass(frozen=True)
+class Options:
+    encoder_element: Weight = 1.0
+    """lambda_1. What 1.0 means depends on reg_mode. subgradient: the penalty weighs as much as the
+    cross entropy, both taken on the starting model. proximal: while the learning rates of all
+    steps add up to 1, an element of average size is pulled to zero if nothing opposes it."""
+    decoder_element: Weight = 1.0
+    """lambda_2."""
+    encoder_column: Weight = 1.0
+    """lambda_3; likewise, with a column of average norm in place of an element."""
+    decoder_column: Weight = 1.0
+    """lambda_4."""
+    group_norm: Literal["l2", "l2_squared"] = "l2"
+    reg_mode: Literal["subgradient", "proximal"] = "subgradient"
+
+    c1: Annotated[float, Range(0)] = 1.0
+    """Pass 1 zeroes elements closer to the mean than c1 standard deviations."""
+    c2: Annotated[float, Range(-3)] = 0.0
+    """Pass 2 drops columns whose norm is more than c2 standard deviations below the mean."""
+    rho: Annotated[float, Range(0, 1)] = 0.05
+    """Pass 2 also drops columns of which a smaller share than rho survived pass 1."""
+    stats_scope: Literal["per_matrix", "per_layer", "global"] = "per_matrix"
+    """Means and deviations are taken over one matrix, all of its layer, or all of its side."""
+    centered: bool = True
+    """Distance to the mean element (true) or to zero (false) in pass 1."""
+    pass_order: Literal["element_then_column", "statistics_then_apply"] = "element_then_column"
+    """Column statistics from what pass 1 left, or all statistics from the unpruned weights."""
+
+    search: bool = True
+    """Go towards c1, c2 and rho only as far as dev WER allows; false applies them as given."""
+    wer_margin: Annotated[float, Range(0)] = 0.5
+    """Points of dev WER that pruning may cost against the fine-tuned model."""
+    evaluations: Annotated[int, Range(1)] = 7
+    """Dev evaluations the search may spend."""
+    min_removed: Annotated[float, Range(0, 1)] = 0.0
+    """Ours: prune at least until this share of the parameters outside the token table would go,
+    whatever wer_margin says (recovery then has to make up for it). 0 leaves it to the search."""
+
+    keep: Weight = 0.0
+    """Ours: weight of the distance to the model before the step (see `distance`), added to the
+    cross entropy in training and recovery. It says something about every frame of speech where
+    the text says a few words, so little speech goes a long way. 0 is the paper."""
+
+    training: Training = field(default_factory=lambda: Training(steps=400, learning_rate=5e-4))
+    recovery: Training = field(default_factory=lambda: Training(steps=0))
+    """Ours: fine-tuning after pruning, with what was pruned held at zero; 0 steps is the paper."""
+
+
+# ---------------------------------------------------------------- sparse group lasso, (1) to (3)
+
+
+def element_penalty(weight: Tensor) -> Tensor:
+    """(d_out, d_in) -> (): one matrix's part of (2)."""
+    return weight.abs().sum()
+
+
+def column_penalty(weight: Tensor, group_norm: str = "l2") -> Tensor:
+    """(d_out, d_in) -> (): one matrix's part of (3)."""
+    if group_norm == "l2_squared":
+        return weight.square().sum()
+    return weight.shape[0] ** 0.5 * weight.norm(dim=0).sum()
+
+
+def soft_threshold(weight: Tensor, amount: float) -> Tensor:
+    """argmin_X of |X - W|^2 / 2 + amount |X|_1, any shape: every element nears zero by amount."""
+    return weight.sign() * (weight.abs() - amount).clamp_min(0)
+
+
+def shrink_columns(weight: Tensor, amount: float, group_norm: str = "l2") -> Tensor:
+    """argmin_X of |X - W|^2 / 2 + amount * column_penalty(X), (d_out, d_in) -> (d_out, d_in).
+
+    "l2": every column is shortened by amount * sqrt(d_out), or becomes zero.
+    """
+    if group_norm == "l2_squared":
+        return weight / (1 + 2 * amount)
+    norms = weight.norm(dim=0)  # (d_in,)
+    kept = 1 - amount * weight.shape[0] ** 0.5 / norms.clamp_min(torch.finfo(weight.dtype).tiny)
+    return weight * kept.clamp_min(0)
+
+
+def proximal(weight: Tensor, element: float, column: float, group_norm: str = "l2") -> Tensor:
+    """The exact proximal step of both penalties. The order matters: elements, then columns."""
+    return shrink_columns(soft_threshold(weight, element), column, group_norm)
+
+
+# ------------------------------------------------------------------------- two passes of pruning
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    c1: float
+    c2: float
+    rho: float
+
+    def at(self, strength: float) -> "Thresholds":
+        """The path of the search: 0 prunes nothing (c2 is infinite), 1 is the recipe's values."""
+        if strength == 0:
+            return Thresholds(0.0, float("inf"), 0.0)
+        slack = (1 - strength) / strength
+        return Thresholds(strength * self.c1, self.c2 + slack, strength * self.rho)
+
+
+def two_pass(
+    weights: Mapping[str, Tensor], thresholds: Thresholds, options: Options
+) -> dict[str, Tensor]:
+    """name -> weight (d_out, d_in), to name -> what to keep (d_out, d_in), bool."""
+    elements = keep_elements(weights, thresholds.c1, options)
+    columns = keep_columns(weights, elements, thresholds, options)
+    return {name: elements[name] & columns[name] for name in weights}
+
+
+def keep_elements(weights: Mapping[str, Tensor], c1: float, options: Options) -> dict[str, Tensor]:
+    """Pass 1: |w - mean| >= c1 * sigma, statistics over the scope."""
+    statistics = scoped(weights, options.stats_scope)
+    keep = {}
+    for name, weight in weights.items():
+        mean, sigma = statistics[name]
+        distance = (weight - mean).abs() if options.centered else weight.abs()
+        keep[name] = distance >= c1 * sigma
+    return keep
+
+
+def keep_columns(
+    weights: Mapping[str, Tensor],
+    elements: Mapping[str, Tensor],
+    thresholds: Thresholds,
+    options: Options,
+) -> dict[str, Tensor]:
+    """Pass 2: n_i >= mean(n) - c2 * std(n), and enough survivors; n_i is a column's RMS.
+
+    Returns name -> (d_in,) bool. The largest column always stays: no matrix may vanish.
+    """
+    after = options.pass_order == "element_then_column"
+    left = {n: w * elements[n] if after else w for n, w in weights.items()}
+    rms = {n: w.norm(dim=0) / w.shape[0] ** 0.5 for n, w in left.items()}  # (d_in,)
+    statistics = scoped(rms, options.stats_scope)
+    keep = {}
+    for name, norms in rms.items():
+        mean, sigma = statistics[name]
+        survivors = elements[name].float().mean(dim=0)  # (d_in,)
+        strong = (norms >= mean - thresholds.c2 * sigma) | (sigma == 0)
+        keep[name] = strong & (survivors >= thresholds.rho)
+        keep[name][norms.argmax()] = True
+    return keep
+
+
+def scoped(values: Mapping[str, Tensor], scope: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """name -> mean and standard deviation of all values in that name's scope."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, value in values.items():
+        groups.setdefault(scope_of(name, scope), []).append(value.flatten())
+    statistics = {key: torch.cat(parts) for key, parts in groups.items()}
+    moments = {key: (v.mean(), v.std(correction=0)) for key, v in statistics.items()}
+    return {name: moments[scope_of(name, scope)] for name in values}
+
+
+def scope_of(name: str, scope: str) -> str:
+    """ "model.encoder.layers.3.fc1" belongs to itself, to "encoder.3", or to "encoder"."""
+    if scope == "per_matrix":
+        return name
+    layer = name.split(".layers.")[1].split(".")[0]
+    return f"{side_of(name)}.{layer}" if scope == "per_layer" else side_of(name)
+
+
+def side_of(name: str) -> str:
+    return next(side for side in SIDES if f"{side}.layers." in name)
+
+
+# --------------------------------------------------------------------------- walking the model
+
+
+def apply(
+    model: "WhisperForConditionalGeneration", options: Options, work: Work
+) -> "WhisperForConditionalGeneration":
+    """Fine-tune with the penalties, then prune once; what is pruned is zero in the result.
+
+    `work.record["tspar"]` says what was measured and decided. Physical removal is the step
+    "shrink". Raises what training.train raises.
+    """
+    record: dict[str, Any] = {}
+    penalty, after_step, record["scales"] = regulariser(model, options, work)
+    keep = keep_term(model, options.keep)
+    log = train(
+        model,
+        work.processor,
+        work.train,
+        options.training,
+        run_dir=work.run_dir / "tspar-training",
+        seed=work.seed,
+        loss_term=total(penalty, keep),
+        after_step=after_step,
+        label="tspar: fine-tuning",
+    )
+    record["training"] = log.summary()
+    prune(model, options, work, record)
+    recover(model, keep, options, work, record)
+    work.record["tspar"] = record
+    return model
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: module.weight.detach() for name, module in linears(model)}
+
+
+# -- the penalties during training
+
+Lambdas = dict[tuple[str, str], float]
+"""(side, "element" or "column") -> lambda."""
+
+
+def lambdas_of(options: Options) -> Lambdas:
+    kinds = ("element", "column")
+    return {(side, kind): getattr(options, f"{side}_{kind}") for side in SIDES for kind in kinds}
+
+
+def regulariser(
+    model: "WhisperForConditionalGeneration", options: Options, work: Work
+) -> tuple[LossTerm | None, AfterStep | None, dict[str, float]]:
+    """The loss term, or the hook after the step, and the scales it was given."""
+    if not any(lambdas_of(options).values()):
+        return None, None, {}
+    if options.reg_mode == "proximal":
+        scales = average_sizes(model)
+        hook = proximal_hook(lambdas_of(options), scales, options.group_norm)
+        return None, hook, readable(scales)
+    loss = loss_before(model, work.processor, work.train, options.training, work.seed)
+    with torch.no_grad():
+        start = penalties(model, options.group_norm)
+    scales = {key: loss / float(penalty) for key, penalty in start.items()}
+    return penalty_term(lambdas_of(options), scales, options.group_norm), None, readable(scales)
+
+
+def penalties(model: nn.Module, group_norm: str) -> dict[tuple[str, str], Tensor]:
+    """The four sums of (1)."""
+    sums: dict[tuple[str, str], list[Tensor]] = {}
+    for name, module in linears(model):
+        side = side_of(name)
+        sums.setdefault((side, "element"), []).append(element_penalty(module.weight))
+        sums.setdefault((side, "column"), []).append(column_penalty(module.weight, group_norm))
+    return {key: torch.stack(parts).sum() for key, parts in sums.items()}
+
+
+def penalty_term(lambdas: Lambdas, scales: Lambdas, group_norm: str) -> LossTerm:
+    """(1) without L_CE; a scale is (cross entropy / penalty) of the starting model."""
+
+    def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
+        sums = penalties(model, group_norm)
+        return torch.stack([lambdas[key] * scales[key] * sums[key] for key in sums]).sum()
+
+    return term
+
+
+def proximal_hook(lambdas: Lambdas, scales: Lambdas, group_norm: str) -> AfterStep:
+    """The proximal step after AdamW's, decoupled from the gradient as AdamW's weight decay is.
+
+    AdamW moves an element by about the learning rate, whatever the size of its gradient; so the
+    effective step of the penalty is learning rate * scale, with the average size of an element,
+    or the average RMS of a column, of the starting model as its scale.
+    """
+
+    def hook(model: nn.Module, step: int, learning_rate: float) -> None:
+        amounts = {key: learning_rate * lambdas[key] * scales[key] for key in lambdas}
+        for name, module in linears(model):
+            side = side_of(name)
+            amount = amounts[side, "element"], amounts[side, "column"]
+            module.weight.copy_(proximal(module.weight, *amount, group_norm))
+
+    return hook
+
+
+def average_sizes(model: nn.Module) -> Lambdas:
+    """Mean |w| over a side's elements, and mean RMS over its columns."""
+    sizes = {}
+    for side in SIDES:
+        weights = [w for name, w in weights_of(model).items() if side_of(name) == side]
+        columns = [w.square().mean(dim=0).sqrt() for w in weights]
+        sizes[side, "element"] = float(torch.cat([w.flatten() for w in weights]).abs().mean())
+        sizes[side, "column"] = float(torch.cat(columns).mean())
+    return sizes
+
+
+def readable(scales: Lambdas) -> dict[str, float]:
+    return {f"{side}_{kind}": scale for (side, kind), scale in scales.items()}
+
+
+# -- staying near the model before
+
+
+def keep_term(model: nn.Module, weight: float) -> LossTerm | None:
+    """`weight` times the distance to a frozen copy of the model as it is now."""
+    if weight == 0:
+        return None
+    before = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
+        before.to(batch.labels.device)
+        inputs = decoder_inputs(batch.labels, model.config)
+        with torch.no_grad():
+            wanted = before(batch.input_features, decoder_input_ids=inputs, use_cache=False)
+        return weight * distance(wanted, outputs, batch.labels)
+
+    return term
+
+
+def distance(wanted: Any, outputs: Any, labels: Tensor) -> Tensor:
+    """KL(wanted || outputs) per token, plus the squared error of the encoder's output relative to
+    its variance; logits (clips, tokens, vocabulary), encoder output (clips, frames, d_model)."""
+    told = labels != IGNORED
+    new, old = (x.logits[told].float().log_softmax(-1) for x in (outputs, wanted))
+    divergence = functional.kl_div(new, old, log_target=True, reduction="batchmean")
+    new, old = (x.encoder_last_hidden_state.float() for x in (outputs, wanted))
+    return divergence + functional.mse_loss(new, old) / old.var()
+
+
+def total(*terms: LossTerm | None) -> LossTerm | None:
+    given = [term for term in terms if term is not None]
+    if not given:
+        return None
+    return lambda model, batch, outputs: torch.stack(
+        [term(model, batch, outputs) for term in given]
+    ).sum()
+
+
+# -- pruning
+
+
+def prune(
+    model: "WhisperForConditionalGeneration", options: Options, work: Work, record: dict[str, Any]
+) -> None:
+    """Choose the strength, then zero what the two passes say, once."""
+    dense = {name: weight.clone() for name, weight in weights_of(model).items()}
+    full = Thresholds(options.c1, options.c2, options.rho)
+
+    def prune_to(strength: float) -> None:
+        set_pruned(model, dense, two_pass(dense, full.at(strength), options))
+
+    strength = choose_strength(model, prune_to, options, work, record) if options.search else 1.0
+    prune_to(strength)
+    thresholds = full.at(strength)
+    record["thresholds"] = {"strength": strength, **asdict(thresholds)}
+    record["pruned"] = bookkeeping(model)
+
+
+def set_pruned(model: nn.Module, dense: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, module in linears(model):
+            module.weight.copy_(dense[name] * keep[name])
+
+
+def choose_strength(
+    model: "WhisperForConditionalGeneration",
+    prune_to: Callable[[float], None],
+    options: Options,
+    work: Work,
+    record: dict[str, Any],
+) -> float:
+    """The largest strength whose dev WER stays within the margin of the unpruned model's."""
+    floor = strength_for(options.min_removed, model, prune_to)
+    prune_to(0.0)
+    unpruned = work.wer(model).wer
+    limit = unpruned + options.wer_margin / 100
+    tried: list[dict[str, float]] = []
+
+    main = os.environ.get("RANK", "0") == "0"
+    with progress_bar(options.evaluations, None, main, "tspar: choosing thresholds") as show:
+
+        def good(strength: float) -> bool:
+            prune_to(strength)
+            wer = work.wer(model).wer
+            tried.append({"strength": strength, "dev_wer": wer})
+            show(len(tried), f"dev WER {100 * wer:.1f} %")
+            return wer <= limit
+
+        strength = largest(good, floor, options.evaluations)
+    record["search"] = {
+        "unpruned_dev_wer": unpruned,
+        "limit": limit,
+        "floor": floor,
+        "tried": tried,
+    }
+    return strength
+
+
+def largest(good: Callable[[float], bool], low: float, evaluations: int) -> float:
+    """Bisection between `low`, which is accepted unseen, and 1, in so many evaluations."""
+    high = 1.0
+    if low >= high or good(high):
+        return high
+    for _ in range(evaluations - 1):
+        middle = (low + high) / 2
+        low, high = (middle, high) if good(middle) else (low, middle)
+    return low
+
+
+def strength_for(share: float, model: nn.Module, prune_to: Callable[[float], None]) -> float:
+    """The smallest strength that removes this share of parameters; 0 for none, at most 1."""
+    low, high = 0.0, 1.0 if share > 0 else 0.0
+    while high - low > 1 / 256:
+        middle = (low + high) / 2
+        prune_to(middle)
+        low, high = (low, middle) if removed_share(model) >= share else (middle, high)
+    return high
+
+
+def removed_share(model: nn.Module) -> float:
+    """Share of the parameters outside the token table that exact removal would take away."""
+    dense = count_parameters(model)
+    tensors = shrink(model).tensors
+    counted = [n for n in tensors if not n.endswith(".inputs") and n != "proj_out.weight"]
+    slim = sum(tensors[name].numel() for name in counted) - dense["token_table"]
+    return 1 - slim / dense["rest"]
+
+
+def bookkeeping(model: nn.Module) -> dict[str, Any]:
+    """What is zero, and what of it can be removed."""
+    weights = weights_of(model)
+    total = sum(w.numel() for w in weights.values())
+    zero = sum(int((w == 0).sum()) for w in weights.values())
+    return {
+        "zero_elements": zero / total,
+        "zero_columns": {name: int((w == 0).all(dim=0).sum()) for name, w in weights.items()},
+        "removable_parameters": removed_share(model),
+    }
+
+
+# -- recovery
+
+
+def recover(
+    model: "WhisperForConditionalGeneration",
+    loss_term: LossTerm | None,
+    options: Options,
+    work: Work,
+    record: dict[str, Any],
+) -> None:
+    """Fine-tune without the penalties; what was pruned stays zero."""
+    alive = {name: weight != 0 for name, weight in weights_of(model).items()}
+
+    def hold(model: nn.Module, step: int, learning_rate: float) -> None:
+        for name, module in linears(model):
+            module.weight.mul_(alive[name].to(module.weight.device))
+
+    log = train(
+        model,
+        work.processor,
+        work.train,
+        options.recovery,
+        run_dir=work.run_dir / "tspar-recovery",
+        seed=work.seed + 1,
+        loss_term=loss_term,
+        after_step=hold,
+        label="tspar: recovering",
+    )
+    record["recovery"] = log.summary()

@@ -1,0 +1,36 @@
+"""What a method is given besides the model and its options."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    from benchmarks.speech import Clip
+    from benchmarks.wer import Score
+
+
+@dataclass
+class Work:
+    """The speech, the place to keep state in, and the record of what was done.
+
+    `dev` is what thresholds are chosen on; clips that judge the result are not in here.
+    """
+
+    processor: "WhisperProcessor"
+    train: "Sequence[Clip]"
+    dev: "Sequence[Clip]"
+    run_dir: Path
+    seed: int = 0
+    record: dict[str, Any] = field(default_factory=dict)
+    """Figures that a step adds; they end up in compression.json."""
+
+    def wer(self, model: "WhisperForConditionalGeneration") -> "Score":
+        """The model's greedy transcripts of the dev clips against their texts."""
+        from benchmarks.wer import score
+        from edgewhisper import whisper
+
+        texts = whisper.transcribe(model, self.processor, [clip.pcm() for clip in self.dev])
+        return score([clip.text for clip in self.dev], texts)

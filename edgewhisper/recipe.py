@@ -1,0 +1,187 @@
+"""Recipes: an ordered list of compression steps, written in TOML, read as data.
+
+    [[step]]
+    method = "tspar"          # a name in edgewhisper.compress.METHODS, the only dispatch
+    c1 = 0.5                  # the fields of that method's Options, checked by type and range
+
+    [step.training]           # a field that is itself a table
+    steps = 200
+
+A recipe may come from a stranger: it names methods and numbers and nothing else, so reading one
+runs no code of its author and opens no file but the recipe. Importing this module is quick; the
+modules of the methods (and torch) are imported when a recipe that names them is loaded.
+"""
+
+import difflib
+import importlib
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from edgewhisper.compress import METHODS
+from export.problem import Problem
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+MAX_BYTES = 100_000
+"""A recipe is a page of text; a longer file is something else."""
+
+
+NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a text in quotes"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a field, both allowed: `rho: Annotated[float, Range(0, 1)] = 0.1`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+
+@dataclass(frozen=True)
+class Step:
+    method: str
+    options: Any
+    """An instance of the method module's frozen `Options`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    text: str
+    """The file, verbatim: it is copied into the checkpoint's compression.json."""
+    steps: tuple[Step, ...]
+
+
+def available() -> list[str]:
+    """Names of the shipped recipes: the listing of edgewhisper/recipes is the registry."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def summary(name: str) -> str:
+    """The first comment line of a shipped recipe."""
+    return (RECIPES / f"{name}.toml").read_text("utf-8").splitlines()[0].lstrip("# ")
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """The shipped recipe of that name, or the one in that .toml file.
+
+    Raises Problem, naming the line, step and field, for a file that is missing, is not TOML, names
+    an unknown method or field, or gives a field a value of the wrong type or out of its range.
+    """
+    path = find(name_or_path)
+    return parse(path.stem, read_text(path))
+
+
+def find(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    if text in available():
+        return RECIPES / f"{text}.toml"
+    path = Path(text)
+    if path.is_file():
+        return path
+    raise Problem(
+        f"recipe {text}: there is no such file and no shipped recipe of that name"
+        + did_you_mean(text, available()),
+        hint=f"use one of {', '.join(available())}, or the path of a .toml file",
+    )
+
+
+def read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise Problem(
+                f"recipe {path}: the file has {path.stat().st_size} bytes, more than {MAX_BYTES}",
+                hint="give the .toml file of a recipe",
+            )
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(
+            f"recipe {path}: cannot be read as UTF-8 text ({error})",
+            hint="give the .toml file of a recipe",
+        ) from error
+
+
+def parse(name: str, text: str) -> Recipe:
+    """TOML text -> Recipe; `name` is what messages call it."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Problem(
+            f"recipe {name}: not valid TOML: {error}", hint="mend that line and run again"
+        ) from error
+    refuse_unknown(table, ["step"], f"recipe {name}")
+    steps = table.get("step")
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
+        raise Problem(
+            f"recipe {name}: it has no [[step]], so there is nothing to do",
+            hint=f"add a table [[step]] with method = one of {', '.join(map(quoted, METHODS))}",
+        )
+    return Recipe(name, text, tuple(read_step(name, i, step) for i, step in enumerate(steps, 1)))
+
+
+def read_step(recipe: str, number: int, table: dict[str, Any]) -> Step:
+    where = f"recipe {recipe}, step {number}"
+    values = dict(table)
+    method = values.pop("method", None)
+    if not isinstance(method, str) or method not in METHODS:
+        found = "it names no method" if method is None else f"there is no method {method!r}"
+        raise Problem(
+            f"{where}: {found}{did_you_mean(str(method), METHODS)}",
+            hint=f"set method to one of {', '.join(map(quoted, METHODS))}",
+        )
+    options = importlib.import_module(METHODS[method]).Options
+    return Step(method, read_options(options, values, f"{where} ({method})"))
+
+
+def read_options(options: type, values: dict[str, Any], where: str) -> Any:
+    """`values` -> an instance of the dataclass `options`: nothing is coerced, nothing ignored."""
+    hints = get_type_hints(options, include_extras=True)
+    refuse_unknown(values, list(hints), where)
+    return options(**{k: read_value(hints[k], v, f"{where}, {k}") for k, v in values.items()})
+
+
+def read_value(hint: Any, value: Any, where: str) -> Any:
+    """One field. `hint` is its type: a dataclass (then `value` is a table), a Literal, or a scalar
+    type, which may be Annotated with the Range it must keep."""
+    ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
+    kind = get_args(hint)[0] if ranges else hint
+    if is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            table = where.rsplit(", ")[-1]
+            raise wrong(where, value, f"is not a table; write [step.{table}]")
+        return read_options(kind, value, where)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise wrong(where, value, f"is not one of {', '.join(map(repr, get_args(kind)))}")
+        return value
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise wrong(where, value, f"is not {NOUNS[kind]}")
+    for limits in ranges:
+        if not limits.low <= value <= limits.high:
+            raise wrong(where, value, f"is not between {limits.low:g} and {limits.high:g}")
+    return kind(value)
+
+
+def wrong(where: str, value: Any, told: str) -> Problem:
+    return Problem(f"{where}: {value!r} {told}", hint="correct it in the recipe")
+
+
+def refuse_unknown(values: dict[str, Any], known: list[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise Problem(
+                f"{where}: there is no field {key!r}{did_you_mean(key, known)}",
+                hint=f"its fields are {', '.join(known)}" if known else "it takes no fields",
+            )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def quoted(word: str) -> str:
+    return f'"{word}"'

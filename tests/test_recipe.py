@@ -1,0 +1,116 @@
+"""Recipes: data from strangers. What is wrong is named, with the nearest right thing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgewhisper.compress.tspar import Options
+from edgewhisper.recipe import available, load_recipe, parse, summary
+from edgewhisper.training import Training
+from export.problem import Problem
+
+TSPAR = '[[step]]\nmethod = "tspar"\n'
+
+
+def refusal(text: str) -> str:
+    """The letter that a recipe with this text gets: message and hint."""
+    with pytest.raises(Problem) as caught:
+        parse("mine", text)
+    return f"{caught.value} | {caught.value.hint}"
+
+
+def test_a_step_becomes_the_methods_options():
+    recipe = parse("mine", TSPAR + 'c1 = 1\nc2 = inf\nreg_mode = "proximal"\n')
+    assert recipe.steps[0].method == "tspar"
+    assert recipe.steps[0].options == Options(c1=1, c2=float("inf"), reg_mode="proximal")
+
+
+def test_steps_keep_their_order_and_the_text_is_kept_verbatim():
+    text = TSPAR + '# a remark\n[[step]]\nmethod = "shrink"\n'
+    recipe = parse("mine", text)
+    assert [step.method for step in recipe.steps] == ["tspar", "shrink"]
+    assert recipe.text == text
+
+
+def test_a_nested_table_becomes_the_training():
+    recipe = parse("mine", TSPAR + "[step.training]\nsteps = 7\nlearning_rate = 1e-3\n")
+    assert recipe.steps[0].options.training == Training(steps=7, learning_rate=1e-3)
+
+
+def test_every_shipped_recipe_loads_and_says_what_it_is():
+    assert "tspar" in available()
+    for name in available():
+        assert load_recipe(name).steps
+        assert len(summary(name)) > 20
+
+
+def test_a_file_loads_like_a_shipped_recipe(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    path.write_text(load_recipe("tspar").text)
+    assert load_recipe(path).steps == load_recipe("tspar").steps
+    assert load_recipe(str(path)).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        pytest.param(TSPAR + "c3 = 1.0", "step 1 (tspar): there is no field 'c3'", id="unknown"),
+        pytest.param(TSPAR + "reg_mod = 'l2'", "did you mean 'reg_mode'?", id="nearest field"),
+        pytest.param(
+            TSPAR + "[step.training]\nlearning_rat = 1.0",
+            "training: there is no field 'learning_rat'; did you mean 'learning_rate'?",
+            id="nearest nested field",
+        ),
+        pytest.param('[[step]]\nmethod = "tspr"', "did you mean 'tspar'?", id="nearest method"),
+        pytest.param('[[step]]\nmethod = "os.system"', "no method 'os.system'", id="not a method"),
+        pytest.param("[[step]]\nc1 = 1.0", "it names no method", id="no method"),
+        pytest.param('[[stp]]\nmethod = "tspar"', "did you mean 'step'?", id="nearest table"),
+        pytest.param("step = 3", "it has no [[step]]", id="step is a number"),
+        pytest.param("", "nothing to do", id="empty"),
+        pytest.param(TSPAR + 'c1 = "1.0"', "c1: '1.0' is not a number", id="text"),
+        pytest.param(TSPAR + "c1 = true", "c1: True is not a number", id="bool for float"),
+        pytest.param(
+            TSPAR + "evaluations = 7.5", "evaluations: 7.5 is not an integer", id="fraction"
+        ),
+        pytest.param(TSPAR + "rho = 1.5", "rho: 1.5 is not between 0 and 1", id="high"),
+        pytest.param(TSPAR + "c1 = -1.0", "c1: -1.0 is not between 0 and inf", id="low"),
+        pytest.param(TSPAR + "c1 = nan", "c1: nan is not between", id="nan"),
+        pytest.param(
+            TSPAR + 'reg_mode = "prox"',
+            "'prox' is not one of 'subgradient', 'proximal'",
+            id="choice",
+        ),
+        pytest.param(TSPAR + "training = 3", "3 is not a table", id="number for a table"),
+        pytest.param(TSPAR + "c1 = = 2", "not valid TOML: Invalid value (at line 3", id="broken"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_and_the_place_is_named(text: str, told: str):
+    assert told in refusal(text)
+
+
+def test_a_missing_recipe_is_named_with_the_nearest_one():
+    with pytest.raises(Problem, match=r"recipe tspra: there is no such file.*'tspar'") as caught:
+        load_recipe("tspra")
+    assert "tspar" in caught.value.hint
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path):
+    (tmp_path / "weights.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Problem, match="cannot be read as UTF-8"):
+        load_recipe(tmp_path / "weights.toml")
+
+
+def test_a_huge_file_is_refused_unread(tmp_path: Path):
+    (tmp_path / "huge.toml").write_bytes(b"#" * 200_000)
+    with pytest.raises(Problem, match="200000 bytes"):
+        load_recipe(tmp_path / "huge.toml")
+
+
+def test_listing_the_recipes_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; from edgewhisper.recipe import available; assert available();"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

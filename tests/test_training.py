@@ -1,0 +1,348 @@
+"""The training loop: the same bits after a stop, the same weights on two processes."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from benchmarks.speech import Clip, read_manifest
+from edgewhisper import whisper
+from edgewhisper.training import (
+    IGNORED,
+    Examples,
+    Interrupted,
+    Training,
+    label_ids,
+    learning_rate,
+    mask,
+    train,
+)
+from export.problem import Problem
+
+SHORT = Training(steps=4, batch_size=3, learning_rate=1e-3, noise_snr_db=10.0, mask_mels=5)
+ASSETS = Path(__file__).parent.parent / "edgewhisper" / "assets"
+
+
+@pytest.fixture
+def few(clips: Path) -> list[Clip]:
+    return read_manifest(clips)[:5]
+
+
+@pytest.fixture
+def model(make_whisper: Callable):
+    return make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=1)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def twin(model):
+    return copy.deepcopy(model)
+
+
+# ----------------------------------------------------------------------------- what it trains on
+
+
+def test_labels_are_the_models_prompt_the_text_and_the_end(model, processor, few):
+    tokenizer = processor.tokenizer
+    ids = label_ids(replace(few[0], text="three one"), model, tokenizer)
+    told = tokenizer.convert_ids_to_tokens(ids)
+    assert told[:3] == ["<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    assert told[-1] == "<|endoftext|>"
+    assert tokenizer.decode(ids[3:-1]) == " three one"
+
+
+def test_an_english_only_model_has_neither_language_nor_task_in_its_prompt(model, processor, few):
+    model.generation_config.is_multilingual = False
+    ids = label_ids(replace(few[0], text=""), model, processor.tokenizer)
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == ["<|notimestamps|>", "<|endoftext|>"]
+
+
+def test_the_loss_is_that_of_transformers_on_the_same_labels(model, processor, few, tmp_path):
+    options = Training(steps=1, batch_size=4)
+    examples = Examples(few, model, processor, options, seed=0)
+    batch = examples[range(4)]
+    wanted = model(batch.input_features, labels=batch.labels).loss.item()
+    log = train(model, processor, few, options, run_dir=tmp_path)
+    assert log.losses[0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_every_epoch_is_a_new_order_of_all_clips(model, processor, few, seed):
+    examples = Examples(few, model, processor, SHORT, seed)
+    epochs = [[examples.index(p + start) for p in range(5)] for start in range(0, 500, 5)]
+    assert all(sorted(order) == list(range(5)) for order in epochs)
+    assert len({tuple(order) for order in epochs}) > 50
+
+
+def test_masks_are_two_bands_and_two_stretches_at_most_as_wide_as_asked(rng):
+    features = torch.randn(80, 600)
+    masked = mask(features, 12, rng)
+    mean = features.mean()
+    assert ((masked == features) | (masked == mean)).all()
+    assert (masked == mean).all(dim=1).sum() <= 24
+    assert (masked == mean).all(dim=0).sum() <= 24
+    assert torch.equal(mask(features, 0, rng), features)
+
+
+def test_clips_longer_than_the_window_are_left_out_and_counted(model, processor, few, tmp_path):
+    soundfile.write(tmp_path / "long.wav", np.zeros(7 * 16_000), 16_000)
+    clips = [*few, Clip(audio=tmp_path / "long.wav", text="one")]
+    with pytest.warns(UserWarning, match="1 of 6 clips are longer than the window of 6 s"):
+        log = train(model, processor, clips, replace(SHORT, steps=1), run_dir=tmp_path)
+    assert (log.clips, log.skipped) == (5, 1)
+
+
+# ----------------------------------------------------------------------------------- what it does
+
+
+def test_zero_steps_change_nothing(model, processor, few, tmp_path):
+    before = weights(model)
+    assert train(model, processor, few, replace(SHORT, steps=0), run_dir=tmp_path).losses == []
+    assert same_bits(weights(model), before)
+
+
+def test_the_loss_falls(model, processor, few, tmp_path):
+    log = train(model, processor, few[:2], Training(20, 2, learning_rate=0.01), run_dir=tmp_path)
+    assert log.losses[-1] < 0.7 * log.losses[0]
+    assert log.summary()["steps"] == 20
+
+
+def test_one_seed_gives_one_result_and_another_seed_another(model, processor, few, tmp_path, seed):
+    results = []
+    for number, chosen in enumerate((seed, seed, seed + 1)):
+        copy = twin(model)
+        train(copy, processor, few, SHORT, run_dir=tmp_path / str(number), seed=chosen)
+        results.append(weights(copy))
+    assert same_bits(results[0], results[1])
+    assert not same_bits(results[0], results[2])
+
+
+def test_passes_of_one_batch_add_up_to_the_batch(model, processor, few, tmp_path):
+    one, three = twin(model), twin(model)
+    train(one, processor, few, SHORT, run_dir=tmp_path / "one")
+    train(three, processor, few, replace(SHORT, accumulate=3), run_dir=tmp_path / "three")
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(three)[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_data_workers_do_not_change_the_result(model, processor, few, tmp_path):
+    one, two = twin(model), twin(model)
+    train(one, processor, few, SHORT, run_dir=tmp_path / "one")
+    train(two, processor, few, replace(SHORT, workers=1), run_dir=tmp_path / "two")
+    assert same_bits(weights(one), weights(two))
+
+
+def test_the_loss_term_is_added_and_the_hook_runs_after_every_step(model, processor, few, tmp_path):
+    seen = []
+    plain = train(twin(model), processor, few, SHORT, run_dir=tmp_path / "plain")
+    log = train(
+        model,
+        processor,
+        few,
+        SHORT,
+        run_dir=tmp_path / "hooked",
+        loss_term=lambda model, batch, outputs: outputs.logits.sum() * 0 + 2.5,
+        after_step=lambda model, step, rate: seen.append((step, rate)),
+    )
+    assert log.losses == pytest.approx([loss + 2.5 for loss in plain.losses], rel=1e-5)
+    assert seen == [(step, learning_rate(step, SHORT)) for step in range(4)]
+
+
+def test_bf16_trains_and_leaves_a_float32_model_behind(model, processor, few, tmp_path):
+    train(model, processor, few, replace(SHORT, precision="bf16"), run_dir=tmp_path)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    assert "forward" not in vars(model)  # accelerate's wrapper is gone
+
+
+def test_the_models_own_dropout_is_set_aside_and_put_back(model, processor, few, tmp_path):
+    model.model.encoder.layers[0].dropout = 0.3
+    seen = []
+    train(
+        model,
+        processor,
+        few,
+        replace(SHORT, steps=1, dropout=0.1),
+        run_dir=tmp_path,
+        after_step=lambda m, *_: seen.append(m.model.encoder.layers[0].dropout),
+    )
+    assert (seen, model.model.encoder.layers[0].dropout) == ([0.1], 0.3)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_learning_rate_rises_then_falls(schedule):
+    options = Training(steps=100, warmup=0.1, learning_rate=1.0, schedule=schedule)
+    rates = [learning_rate(step, options) for step in range(100)]
+    assert rates[:11] == sorted(rates[:11]) and max(rates) == 1.0 == rates[10]
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == 1.0 if schedule == "constant" else rates[-1] < 0.02
+
+
+# -------------------------------------------------------------------------------- stop and resume
+
+
+def stop_after(step: int):
+    """A hook that presses Ctrl-C once that step is done."""
+
+    def hook(model, number, rate):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return hook
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_the_same_bits(
+    model, processor, few, tmp_path, seed
+):
+    whole, stopped = twin(model), twin(model)
+    options = replace(SHORT, dropout=0.1)
+    log = train(whole, processor, few, options, run_dir=tmp_path / "whole", seed=seed)
+    run = tmp_path / "stopped"
+    with pytest.raises(Interrupted, match="stopped after step 2 of 4") as caught:
+        train(stopped, processor, few, options, run_dir=run, seed=seed, after_step=stop_after(0))
+    assert "run the same command again" in caught.value.hint
+    resumed = twin(model)  # a new process starts from the base model again
+    again = train(resumed, processor, few, options, run_dir=run, seed=seed)
+    assert again.resumed_at == [2]
+    assert again.losses == log.losses
+    assert same_bits(weights(resumed), weights(whole))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(
+    model, processor, few, tmp_path
+):
+    def die(model, number, rate):
+        if number == 2:
+            raise MemoryError("killed")
+
+    options = replace(SHORT, checkpoint_steps=2)
+    whole = twin(model)
+    train(whole, processor, few, options, run_dir=tmp_path / "whole")
+    with pytest.raises(MemoryError):
+        train(twin(model), processor, few, options, run_dir=tmp_path / "run", after_step=die)
+    (tmp_path / "run" / "step-000000009.partial").mkdir()  # died while writing: is not looked at
+    assert train(model, processor, few, options, run_dir=tmp_path / "run").resumed_at == [2]
+    assert same_bits(weights(model), weights(whole))
+
+
+def test_a_finished_training_is_not_done_again(model, processor, few, tmp_path):
+    again = twin(model)
+    first = train(model, processor, few, SHORT, run_dir=tmp_path)
+    second = train(again, processor, few, SHORT, run_dir=tmp_path, after_step=stop_after(0))
+    assert second.losses == first.losses
+    assert same_bits(weights(model), weights(again))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000004"]
+
+
+def test_the_state_of_another_training_is_refused(model, processor, few, tmp_path):
+    train(twin(model), processor, few, SHORT, run_dir=tmp_path)
+    with pytest.raises(Problem, match="holds the state of another training"):
+        train(model, processor, few, replace(SHORT, learning_rate=2e-3), run_dir=tmp_path)
+
+
+def test_a_state_that_cannot_be_read_is_named(model, processor, few, tmp_path):
+    train(twin(model), processor, few, SHORT, run_dir=tmp_path)
+    (tmp_path / "step-000000004" / "progress.json").write_text("{")
+    with pytest.raises(Problem, match="step-000000004 cannot be read"):
+        train(model, processor, few, SHORT, run_dir=tmp_path)
+
+
+# ---------------------------------------------------------------------------------- what it refuses
+
+
+def test_no_clips_is_a_letter(model, processor, tmp_path):
+    with pytest.raises(Problem, match="there are no clips to train on"):
+        train(model, processor, [], SHORT, run_dir=tmp_path)
+
+
+def test_only_long_clips_is_a_letter(model, processor, few, tmp_path):
+    long = [replace(clip, duration_s=6.5) for clip in few]
+    with pytest.raises(Problem, match="all 5 clips are longer than the window of 6 s"):
+        train(model, processor, long, SHORT, run_dir=tmp_path)
+
+
+def test_a_language_without_a_token_is_a_letter(model, processor, few, tmp_path):
+    with pytest.raises(Problem, match="language is 'tlh'"):
+        train(model, processor, [replace(few[0], lang="tlh")], SHORT, run_dir=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_is_a_letter_with_the_step(model, processor, few, tmp_path):
+    def term(model, batch, outputs):
+        return outputs.logits.sum() * float("nan")
+
+    with pytest.raises(Problem, match="the loss is nan at step 1 of 4, with learning rate") as e:
+        train(model, processor, few, SHORT, run_dir=tmp_path, loss_term=term)
+    assert "lower learning_rate" in e.value.hint
+
+
+def test_a_batch_too_small_to_share_is_a_letter(model, processor, few, tmp_path):
+    with pytest.raises(Problem, match="batch_size 3 cannot be shared by 1 processes in 4 passes"):
+        train(model, processor, few, replace(SHORT, accumulate=4), run_dir=tmp_path)
+
+
+def test_a_precision_the_machine_lacks_is_a_letter(model, processor, few, tmp_path, monkeypatch):
+    def refuse(**options):
+        raise ValueError("fp16 mixed precision requires a GPU")
+
+    monkeypatch.setattr("accelerate.Accelerator", refuse)
+    with pytest.raises(Problem, match=r"precision 'fp16' does not work here.*requires a GPU"):
+        train(model, processor, few, replace(SHORT, precision="fp16"), run_dir=tmp_path)
+
+
+# ------------------------------------------------------------------------------------ two processes
+
+SHARED = Training(steps=3, batch_size=5, accumulate=2, learning_rate=1e-3, noise_snr_db=10.0)
+
+WORKER = """
+import sys, torch
+from pathlib import Path
+from benchmarks.speech import read_manifest
+from edgewhisper import whisper
+from edgewhisper.training import Training, train
+
+start, clips, out = map(Path, sys.argv[1:])
+model, processor = whisper.load(start), whisper.load_processor(start)
+options = OPTIONS
+log = train(model, processor, read_manifest(clips)[:7], options, run_dir=out, seed=3)
+rank = torch.distributed.get_rank()
+torch.save((log.processes, log.losses, model.state_dict()), out / f"rank-{rank}.pt")
+"""
+
+
+def test_two_processes_train_the_same_model_as_one(model, processor, clips, tmp_path):
+    whisper.save(model, processor, tmp_path / "start", {})
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.replace("OPTIONS", repr(SHARED)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    paths = [str(path) for path in (script, tmp_path / "start", clips, tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ASSETS.parent.parent)}
+    subprocess.run([*launch, *paths], check=True, env=environment, timeout=600)
+
+    seven = read_manifest(clips)[:7]
+    log = train(model, processor, seven, SHARED, run_dir=tmp_path / "one", seed=3)
+    assert log.processes == 1
+    for rank in (0, 1):
+        processes, losses, state = torch.load(tmp_path / "two" / f"rank-{rank}.pt")
+        assert processes == 2
+        assert losses == pytest.approx(log.losses, rel=1e-5)
+        for name, tensor in weights(model).items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_counts_nowhere(model, processor, few):
+    batch = Examples(few, model, processor, SHORT, 0)[range(5)]
+    assert (batch.labels[:, -1] != IGNORED).any()
+    assert (batch.labels == IGNORED).any()

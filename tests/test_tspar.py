@@ -1,0 +1,440 @@
+"""TSPAR: the penalties and their proximal step, the two passes, the search, and what is left."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from benchmarks.speech import Clip, read_manifest
+from edgewhisper import whisper
+from edgewhisper.compress import shrink, tspar
+from edgewhisper.compress.tspar import (
+    Options,
+    Thresholds,
+    column_penalty,
+    distance,
+    element_penalty,
+    keep_columns,
+    keep_elements,
+    largest,
+    proximal,
+    removed_share,
+    shrink_columns,
+    soft_threshold,
+    two_pass,
+    weights_of,
+)
+from edgewhisper.compress.work import Work
+from edgewhisper.training import Training, train
+from edgewhisper.whisper import linears
+
+BRIEF = Training(steps=2, batch_size=2, learning_rate=1e-3)
+NOTHING = Options(
+    encoder_element=0.0,
+    decoder_element=0.0,
+    encoder_column=0.0,
+    decoder_column=0.0,
+    c1=0.0,
+    c2=float("inf"),
+    rho=0.0,
+    search=False,
+    training=BRIEF,
+)
+SCOPES = ["per_matrix", "per_layer", "global"]
+ORDERS = ["element_then_column", "statistics_then_apply"]
+
+
+@pytest.fixture
+def few(clips: Path) -> list[Clip]:
+    return read_manifest(clips)[:3]
+
+
+@pytest.fixture
+def work(few, processor, tmp_path: Path) -> Work:
+    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run")
+
+
+@pytest.fixture
+def drawn(rng) -> dict[str, torch.Tensor]:
+    """Weights of two layers a side, of freshly drawn shapes, with the names of a real model."""
+    names = [f"model.{side}.layers.{n}.fc1" for side in ("encoder", "decoder") for n in (0, 1)]
+    sizes = rng.integers(3, 40, size=(len(names), 2)).tolist()
+    scales = rng.uniform(0.1, 3, size=len(names)).tolist()
+    return {n: torch.randn(*shape) * s for n, shape, s in zip(names, sizes, scales, strict=True)}
+
+
+def draw_matrix(rng, dtype=torch.float64) -> torch.Tensor:
+    return torch.from_numpy(rng.standard_normal(tuple(rng.integers(1, 12, size=2)))).to(dtype)
+
+
+# -------------------------------------------------------------------------- sparse group lasso
+
+
+def test_penalties_of_a_matrix_whose_answer_is_known():
+    weight = torch.tensor([[3.0, 0.0, -1.0], [-4.0, 0.0, 0.0]])
+    assert element_penalty(weight) == 8.0
+    assert column_penalty(weight).item() == pytest.approx(2**0.5 * (5 + 0 + 1))
+    assert column_penalty(weight, "l2_squared") == 26.0
+
+
+def test_proximal_step_of_a_matrix_whose_answer_is_known():
+    weight = torch.tensor([[3.0, 0.5, -1.5], [-4.0, -0.2, 0.0]])
+    # elements: [2, 0, -0.5], [-3, 0, 0]; then every column is shortened by 0.5 * sqrt(2) / sqrt(2)
+    columns = torch.tensor([13**0.5, 1.0, 0.5])
+    wanted = torch.tensor([[2.0, 0.0, -0.5], [-3.0, 0.0, 0.0]]) * (1 - 0.5 / columns)
+    torch.testing.assert_close(proximal(weight, 1.0, 0.5 / 2**0.5), wanted)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l2_squared"])
+def test_no_perturbation_of_the_proximal_step_is_better(norm, rng):
+    weight = draw_matrix(rng)
+    element, column = rng.uniform(0, 0.5, size=2)
+
+    def objective(x):
+        near = (x - weight).square().sum() / 2
+        return near + element * element_penalty(x) + column * column_penalty(x, norm)
+
+    best = proximal(weight, element, column, norm)
+    floor = objective(best) - 1e-12
+    for size in (1e-1, 1e-3, 1e-5):
+        for _ in range(300):
+            assert objective(best + size * torch.randn_like(best)) >= floor
+
+
+@pytest.mark.parametrize("norm", ["l2", "l2_squared"])
+def test_the_proximal_step_agrees_with_a_numerical_solver(norm, rng):
+    weight = draw_matrix(rng)
+    element, column = (float(x) for x in rng.uniform(0, 0.4, size=2))
+
+    def smooth(x: np.ndarray, rounding: float = 1e-9) -> tuple[float, np.ndarray]:
+        """The objective and its gradient, with |x| rounded off at zero."""
+        point = torch.from_numpy(x.reshape(weight.shape)).requires_grad_()
+        absolute = (point.square() + rounding).sqrt()
+        groups = point.square().sum(dim=0)
+        group = groups if norm == "l2_squared" else (len(point) * (groups + rounding)).sqrt()
+        value = (point - weight).square().sum() / 2 + element * absolute.sum()
+        value = value + column * group.sum()
+        value.backward()
+        return value.item(), point.grad.numpy().ravel()
+
+    solved = minimize(
+        smooth,
+        weight.numpy().ravel(),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 5000, "maxfun": 20000, "ftol": 1e-15, "gtol": 1e-9},
+    )
+    ours = proximal(weight, element, column, norm).numpy()
+    # the objective is 1-strongly convex, so a gap in value bounds the distance to the optimum
+    gap = max(0.0, smooth(ours.ravel())[0] - solved.fun)
+    assert gap < 1e-4 * weight.numel()
+    np.testing.assert_allclose(solved.x.reshape(ours.shape), ours, atol=0.02)
+
+
+def test_the_squared_norm_is_weight_decay_and_selects_no_column(rng):
+    weight = draw_matrix(rng).requires_grad_()
+    (0.3 * column_penalty(weight, "l2_squared")).backward()
+    torch.testing.assert_close(weight.grad, 2 * 0.3 * weight.detach())
+    assert (shrink_columns(weight.detach(), 5.0, "l2_squared") != 0).all()
+    assert (shrink_columns(weight.detach(), 5.0, "l2") == 0).all(dim=0).any()
+
+
+@pytest.mark.parametrize("step", [soft_threshold, shrink_columns])
+def test_a_step_of_size_zero_changes_no_bit(step, rng):
+    weight = draw_matrix(rng, torch.float32)
+    weight[:, 0] = 0
+    assert torch.equal(step(weight, 0.0), weight)
+
+
+def test_at_the_start_each_penalty_weighs_lambda_times_the_cross_entropy(tiny_whisper, work):
+    from edgewhisper.training import loss_before
+
+    options = Options(encoder_element=0.5, decoder_element=2, encoder_column=0, decoder_column=3)
+    term, hook, scales = tspar.regulariser(tiny_whisper, options, work)
+    loss = loss_before(tiny_whisper, work.processor, work.train, options.training)
+    assert hook is None and set(scales) == {
+        f"{side}_{kind}" for side in tspar.SIDES for kind in ("element", "column")
+    }
+    assert term(tiny_whisper, None, None).item() == pytest.approx(5.5 * loss, rel=1e-5)
+
+
+def test_the_penalties_touch_the_linear_layers_of_the_blocks_only(tiny_whisper, work):
+    options = replace(NOTHING, encoder_element=1e9, decoder_column=1e9, reg_mode="proximal")
+    _, hook, _ = tspar.regulariser(tiny_whisper, options, work)
+    before = {name: p.clone() for name, p in tiny_whisper.named_parameters()}
+    with torch.no_grad():
+        hook(tiny_whisper, 0, 1e-3)
+    inside = {f"{name}.weight" for name, _ in linears(tiny_whisper)}
+    assert len(inside) == 2 * 6 + 2 * 10
+    for name, parameter in tiny_whisper.named_parameters():
+        if name in inside:
+            assert (parameter == 0).all()
+        else:
+            assert torch.equal(parameter, before[name])
+
+
+def test_subgradient_training_shrinks_and_proximal_training_zeroes_columns(make_whisper, work):
+    base = make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=1)
+    sizes, zeros = {}, {}
+    for mode, strength in (("none", 0.0), ("subgradient", 300.0), ("proximal", 120.0)):
+        model = copy.deepcopy(base)
+        options = replace(
+            NOTHING,
+            encoder_column=strength,
+            decoder_column=strength,
+            reg_mode="subgradient" if mode == "none" else mode,
+            training=Training(steps=8, batch_size=2, learning_rate=3e-3),
+        )
+        own = replace(work, run_dir=work.run_dir / mode, record={})
+        tspar.apply(model, options, own)
+        weights = weights_of(model).values()
+        sizes[mode] = sum(column_penalty(w).item() for w in weights)
+        zeros[mode] = sum(int((w == 0).all(dim=0).sum()) for w in weights)
+    assert sizes["proximal"] < sizes["none"] and sizes["subgradient"] < sizes["none"]
+    assert zeros["none"] == zeros["subgradient"] == 0 < zeros["proximal"]
+
+
+# ------------------------------------------------------------------------- two passes of pruning
+
+
+def removed(keep: dict[str, torch.Tensor]) -> set[tuple[str, int]]:
+    return {(n, i) for n, k in keep.items() for i in (~k).flatten().nonzero().flatten().tolist()}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_nothing_is_removed_at_the_neutral_thresholds(scope, order, drawn):
+    options = Options(stats_scope=scope, pass_order=order)
+    assert not removed(two_pass(drawn, Thresholds(0.0, float("inf"), 0.0), options))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_lowering_c2_removes_ever_more_columns(scope, order, drawn):
+    options = Options(stats_scope=scope, pass_order=order)
+    sets = [removed(two_pass(drawn, Thresholds(0, c2, 0), options)) for c2 in (9, 2, 1, 0, -1)]
+    assert all(less <= more for less, more in pairwise(sets))
+    assert sets[0] < sets[-1]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("centered", [True, False], ids=["centered", "absolute"])
+def test_raising_c1_removes_ever_more_elements(scope, centered, drawn):
+    options = Options(stats_scope=scope, centered=centered)
+    sets = [removed(keep_elements(drawn, c1, options)) for c1 in (0, 0.1, 0.5, 1, 2)]
+    assert not sets[0]
+    assert all(less < more for less, more in pairwise(sets))
+
+
+def test_raising_rho_removes_ever_more_columns(drawn):
+    options = Options()
+    sets = [
+        removed(two_pass(drawn, Thresholds(0.7, float("inf"), rho), options))
+        for rho in (0, 0.3, 0.5, 0.8, 1)
+    ]
+    assert all(less <= more for less, more in pairwise(sets))
+    assert sets[0] < sets[-1]
+
+
+def test_c2_of_zero_drops_exactly_the_columns_below_the_mean(drawn):
+    keep = two_pass(drawn, Thresholds(0.0, 0.0, 0.0), Options())
+    for name, weight in drawn.items():
+        rms = weight.square().mean(dim=0).sqrt()
+        assert torch.equal(keep[name][0], rms >= rms.mean())
+
+
+def test_the_two_passes_on_a_matrix_whose_answer_is_known():
+    weight = torch.tensor([[4.0, 0.1, 1.0], [-4.0, 0.1, 0.1], [0.1, -0.1, -1.2], [-0.1, -0.1, 0.1]])
+    weights = {"model.encoder.layers.0.fc1": weight}
+    sigma = weight.std(correction=0)  # 1.72; the mean is 0
+    options = Options(centered=False)
+    elements = keep_elements(weights, 0.5 / sigma.item(), options)
+    assert elements["model.encoder.layers.0.fc1"].sum(dim=0).tolist() == [2, 0, 2]
+    columns = keep_columns(weights, elements, Thresholds(0, 9.0, 0.4), options)
+    assert columns["model.encoder.layers.0.fc1"].tolist() == [True, False, True]  # rho
+    columns = keep_columns(weights, elements, Thresholds(0, 0.0, 0.0), options)
+    assert columns["model.encoder.layers.0.fc1"].tolist() == [True, False, False]  # c2
+
+
+def test_the_scope_decides_whose_statistics_count():
+    weights = {
+        "model.encoder.layers.0.fc1": torch.full((2, 3), 1.0),
+        "model.encoder.layers.0.fc2": torch.full((2, 3), 2.0),
+        "model.encoder.layers.1.fc1": torch.full((2, 3), 4.0),
+        "model.decoder.layers.0.fc1": torch.full((2, 3), 0.1),
+    }
+    means = {
+        scope: [mean.item() for mean, _ in tspar.scoped(weights, scope).values()]
+        for scope in SCOPES
+    }
+    assert means["per_matrix"] == pytest.approx([1, 2, 4, 0.1])
+    assert means["per_layer"] == pytest.approx([1.5, 1.5, 4, 0.1])
+    assert means["global"] == pytest.approx([7 / 3, 7 / 3, 7 / 3, 0.1])
+
+
+def test_no_matrix_vanishes_however_hard_it_is_pruned(drawn):
+    keep = two_pass(drawn, Thresholds(50.0, -3.0, 1.0), Options(stats_scope="global"))
+    columns = keep_columns(drawn, keep, Thresholds(50.0, -3.0, 1.0), Options(stats_scope="global"))
+    assert all(kept.any() for kept in columns.values())
+
+
+# -------------------------------------------------------------------------------------- the search
+
+
+def test_strength_zero_is_neutral_and_strength_one_is_the_recipe():
+    full = Thresholds(0.7, -0.4, 0.1)
+    assert full.at(0) == Thresholds(0.0, float("inf"), 0.0)
+    assert full.at(1) == full
+    path = [full.at(s) for s in (0.1, 0.4, 0.9)]
+    assert [t.c1 for t in path] == sorted(t.c1 for t in path)
+    assert [t.c2 for t in path] == sorted((t.c2 for t in path), reverse=True)
+
+
+@pytest.mark.parametrize("evaluations", [1, 4, 9])
+def test_bisection_finds_the_edge_and_stays_within_its_evaluations(evaluations, rng):
+    edge = float(rng.uniform(0.02, 0.98))
+    asked: list[float] = []
+
+    def good(strength: float) -> bool:
+        asked.append(strength)
+        return strength <= edge
+
+    found = largest(good, 0.0, evaluations)
+    assert found <= edge <= found + 2 ** (1 - evaluations)
+    assert len(asked) == evaluations
+
+
+def test_bisection_takes_the_whole_recipe_where_it_is_good():
+    assert largest(lambda strength: True, 0.0, 5) == 1.0
+
+
+@pytest.fixture
+def work_with_known_wer(work, monkeypatch):
+    """Dev WER is 5 % and grows by one point for every tenth of the weights that is zero."""
+
+    def wer(self, model):
+        weights = torch.cat([w.flatten() for w in weights_of(model).values()])
+        return SimpleNamespace(wer=0.05 + 0.1 * (weights == 0).double().mean().item())
+
+    monkeypatch.setattr(Work, "wer", wer)
+    return work
+
+
+def test_the_search_prunes_as_far_as_the_margin_allows(tiny_whisper, work_with_known_wer):
+    options = Options(c1=2.0, c2=-1.0, wer_margin=2.0, evaluations=12, training=Training(steps=0))
+    tspar.apply(tiny_whisper, options, work_with_known_wer)
+    record = work_with_known_wer.record["tspar"]
+    assert 0.15 < record["pruned"]["zero_elements"] <= 0.2 + 1e-9
+    assert len(record["search"]["tried"]) == 12
+    assert record["search"]["limit"] == pytest.approx(0.07)
+
+
+def test_min_removed_is_reached_whatever_the_margin(tiny_whisper, work_with_known_wer):
+    options = Options(
+        c2=-2.0, wer_margin=0.0, min_removed=0.3, evaluations=2, training=Training(steps=0)
+    )
+    tspar.apply(tiny_whisper, options, work_with_known_wer)
+    slim = shrink.apply(tiny_whisper, shrink.Options(), work_with_known_wer)
+    record = work_with_known_wer.record
+    assert 0.3 <= record["shrink"]["removed_outside_token_table"] < 0.4
+    assert record["shrink"]["removed_outside_token_table"] == pytest.approx(
+        record["tspar"]["pruned"]["removable_parameters"]
+    )
+    assert sum(p.numel() for p in slim.parameters()) < sum(
+        p.numel() for p in tiny_whisper.parameters()
+    )
+
+
+# --------------------------------------------------------------------------------- the whole step
+
+
+def test_it_is_plain_fine_tuning_when_told_to_do_nothing(tiny_whisper, work, few, processor):
+    plain = copy.deepcopy(tiny_whisper)
+    train(plain, processor, few, BRIEF, run_dir=work.run_dir / "plain", seed=work.seed)
+    tspar.apply(tiny_whisper, NOTHING, work)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tiny_whisper.state_dict()[name], tensor)
+    assert removed_share(tiny_whisper) == 0
+
+
+def test_what_was_pruned_stays_zero_through_recovery(tiny_whisper, work):
+    options = replace(NOTHING, c1=0.5, c2=0.5, training=Training(steps=0), recovery=BRIEF, keep=0.1)
+    pruned = two_pass(weights_of(tiny_whisper), Thresholds(0.5, 0.5, 0.0), options)
+    before = {name: w.clone() for name, w in weights_of(tiny_whisper).items()}
+    tspar.apply(tiny_whisper, options, work)
+    for name, weight in weights_of(tiny_whisper).items():
+        assert (weight[~pruned[name]] == 0).all()
+        assert not torch.equal(weight, before[name] * pruned[name])
+    assert work.record["tspar"]["recovery"]["steps"] == 2
+
+
+def test_a_model_is_at_distance_zero_from_itself_and_farther_from_others(make_whisper, work):
+    one, other = make_whisper(), make_whisper()
+    labels = torch.tensor([[5, 6, 7], [8, -100, -100]])
+    features = torch.randn(2, 80, 600)
+    a, b = (m(features, decoder_input_ids=labels.clamp_min(0)) for m in (one, other))
+    assert distance(a, a, labels).item() == pytest.approx(0, abs=1e-6)
+    assert distance(a, b, labels).item() > 0.1
+
+
+@pytest.fixture
+def pruned(tiny_whisper, work) -> tuple:
+    """A pruned model, and the same one after the dead columns were removed."""
+    stamps = range(
+        tiny_whisper.generation_config.no_timestamps_token_id + 1, tiny_whisper.config.vocab_size
+    )
+    # a random model utters them, and generate() then begins a second segment
+    tiny_whisper.generation_config.suppress_tokens = list(stamps)
+    options = replace(NOTHING, c1=0.3, c2=0.2, training=Training(steps=0))
+    masked = tspar.apply(tiny_whisper, options, work)
+    return masked, shrink.apply(masked, shrink.Options(), work)
+
+
+def test_pruned_and_shrunk_models_have_the_same_logits(pruned, processor):
+    masked, slim = pruned
+    features = torch.randn(2, 80, 600)
+    prompt = torch.randint(0, 300, (2, 7))
+    with torch.no_grad():
+        wanted, found = (m(features, decoder_input_ids=prompt).logits for m in (masked, slim))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in masked.parameters())
+
+
+def test_pruned_and_shrunk_models_say_the_same_with_their_caches(pruned, processor, few):
+    pcms = [clip.pcm() for clip in few[:2]]
+    wanted, found = (whisper.greedy(model, processor, pcms) for model in pruned)
+    assert found == wanted
+
+
+def test_a_shrunk_model_survives_save_and_load(pruned, processor, tmp_path):
+    slim = pruned[1]
+    whisper.save(slim, processor, tmp_path / "slim", {})
+    loaded = whisper.load(tmp_path / "slim")
+    for name, tensor in slim.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_a_shrunk_model_survives_export(pruned, processor, few, tmp_path):
+    from devices.runner.recognizer import Recognizer
+    from export.to_onnx import export_onnx
+
+    (tmp_path / "artifact").mkdir()
+    manifest = export_onnx(pruned[1], processor, tmp_path / "artifact", precision="fp32")
+    assert manifest["precision"] == "fp32"
+    recognizer = Recognizer(tmp_path / "artifact", guards=False)
+    pcm = few[0].pcm()
+    assert recognizer.window(pcm) == whisper.greedy(pruned[0], processor, [pcm])[0]
+
+
+def test_a_shrunk_model_can_be_pruned_again(pruned, work, make_whisper: Callable):
+    slim = pruned[1]
+    options = replace(NOTHING, c2=0.0, training=replace(BRIEF, steps=1))
+    again = tspar.apply(slim, options, replace(work, run_dir=work.run_dir / "again"))
+    assert removed_share(again) > 0.05
