@@ -462,6 +462,18 @@ def greedy(
     return tokens
 
 
+@torch.no_grad()
+def logits(
+    model: nn.Module, processor: WhisperProcessor, pcm: np.ndarray, ids: Sequence[int]
+) -> np.ndarray:
+    """Logits after each of the decoder's input ids on one window, (ids, vocab) float32."""
+    device = next(model.parameters()).device
+    features = log_mel(processor, [pcm]).to(device)
+    inputs = torch.tensor([list(ids)], device=device)
+    output = model(input_features=features, decoder_input_ids=inputs, use_cache=False)
+    return output.logits[0].float().cpu().numpy()
+
+
 def transcribe(
     model: nn.Module,
     processor: WhisperProcessor,

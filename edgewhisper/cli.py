@@ -1,0 +1,287 @@
+"""The command line: parse, one lazy import, one call, one printed table.
+
+Nothing heavy is imported here, so that `--help` is instant. Libraries raise; only `main` prints
+errors and exits. An exception with a `hint` is a letter to the user: its message says what was
+asked and found, the hint what to do next.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Make a Whisper checkpoint small, export it, and measure it on the device.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str | None, typer.Argument(help="directory or hub id; default: the embedded digit model")
+]
+Source = Annotated[str, typer.Argument(help="checkpoint, hub id or artifact")]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", help="write JSON to this file; alone: to stdout, and nothing else"),
+]
+Out = Annotated[Path | None, typer.Option(help="where to write; must not exist yet")]
+Threads = Annotated[int | None, typer.Option(min=1, help="default: all usable cores")]
+
+
+@app.command("compress")
+def compress_cli(
+    model: Model = None,
+    recipe: Annotated[
+        str, typer.Option(help="name or .toml file: `edgewhisper recipes`")
+    ] = "tspar",
+    speech: Annotated[Path | None, typer.Option(help="manifest of clips to train on")] = None,
+    dev: Annotated[
+        Path | None, typer.Option(help="manifest for the thresholds; default: a tenth of --speech")
+    ] = None,
+    out: Out = None,
+    seed: Annotated[int, typer.Option(help="of everything that is drawn at random")] = 0,
+    revision: Annotated[str | None, typer.Option(help="of a model on the hub")] = None,
+) -> None:
+    """Make a checkpoint smaller by a recipe. Interrupted, the same command goes on."""
+    from edgewhisper import pipeline
+
+    place = pipeline.compress(model, recipe, speech, dev, out, seed, revision, say)
+    say(f"wrote {place}")
+
+
+@app.command("export")
+def export_cli(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="directory or hub id; default: the newest checkpoint")
+    ] = None,
+    target: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    precision: Annotated[str, typer.Option(help="int8 or fp32")] = "int8",
+    layout: Annotated[str, typer.Option(help="native")] = "native",
+    speech: Annotated[Path | None, typer.Option(help="clips for the gate, a manifest")] = None,
+    out: Out = None,
+) -> None:
+    """Turn a checkpoint into files a device can run; fails if their text differs."""
+    _one_of("--target", target, ("onnx",))
+    _one_of("--layout", layout, ("native",))
+    _one_of("--precision", precision, ("int8", "fp32"))
+    from edgewhisper import pipeline
+
+    place = pipeline.export(checkpoint, precision, speech, out, say)
+    say(f"wrote {place}")
+
+
+@app.command("bench")
+def bench_cli(
+    artifacts: Annotated[
+        list[Path] | None,
+        typer.Argument(help="default: the newest artifact", metavar="ARTIFACT..."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="see `edgewhisper devices`")] = "local",
+    speech: Annotated[Path | None, typer.Option(help="clips to transcribe, a manifest")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="dense checkpoint to run in transformers beside them")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="rounds, interleaved")] = 5,
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Measure latency, memory and error rate of artifacts on a device."""
+    from edgewhisper import pipeline
+
+    results, place = pipeline.bench(
+        artifacts or [], device, speech, baseline, repeats, threads, _say_for(json_file)
+    )
+    _show_results(results, json_file)
+    _say_for(json_file)(f"wrote {place}")
+
+
+@app.command("eval")
+def eval_cli(
+    source: Source,
+    speech: Annotated[Path, typer.Option(help="clips with their texts, a manifest")],
+    normalizer: Annotated[str, typer.Option(help="whisper-basic or none")] = "whisper-basic",
+    json_file: Json = None,
+) -> None:
+    """Word and character error rates of a checkpoint or an artifact."""
+    from edgewhisper import pipeline
+
+    found = pipeline.evaluate(source, speech, normalizer)
+    low, high = found.wer_interval
+    _emit(found.as_dict(), json_file)
+    if json_file != "-":
+        say(f"WER {found.wer:.2%}  (95 % interval {low:.2%} to {high:.2%})   CER {found.cer:.2%}")
+        say(
+            f"{found.substitutions} substitutions, {found.deletions} deletions, "
+            f"{found.insertions} insertions in {found.words} words; "
+            f"{found.exact} of {found.utterances} clips exact; normalizer {found.normalizer}"
+        )
+
+
+@app.command("transcribe")
+def transcribe_cli(
+    source: Source,
+    audio: Annotated[list[Path], typer.Argument(help="sound files of any length")],
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Text of sound files by a checkpoint or an artifact."""
+    from benchmarks.speech import read_audio
+    from edgewhisper import pipeline
+
+    pcms = [read_audio(path) for path in audio]
+    texts = pipeline.transcriber(source, threads)(pcms)
+    rows = [{"audio": str(path), "text": text} for path, text in zip(audio, texts, strict=True)]
+    _emit(rows, json_file)
+    for row in rows if json_file != "-" else []:
+        say(row["text"] if len(rows) == 1 else f"{row['audio']}\t{row['text']}")
+
+
+@app.command("compare")
+def compare_cli(
+    results: Annotated[list[Path], typer.Argument(help="files that `edgewhisper bench` wrote")],
+    json_file: Json = None,
+) -> None:
+    """Say which differences between results are real; the first one is the base."""
+    from benchmarks.compare import compare
+    from benchmarks.result import read
+
+    found = compare([result for path in results for result in read(path)])
+    _emit(found, json_file)
+    if json_file != "-":
+        _table(found["rows"])
+
+
+@app.command("report")
+def report_cli(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="default: the newest result", metavar="RESULTS...")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+) -> None:
+    """Write one self-contained page: error rate against latency, stages, machine."""
+    from edgewhisper import pipeline
+
+    pipeline.report(results or [], out)
+    say(f"wrote {out}")
+
+
+@app.command("demo")
+def demo_cli() -> None:
+    """The whole road on the embedded model: compress, export, bench, a table before and after."""
+    from edgewhisper import pipeline
+
+    results, place = pipeline.demo(say)
+    _show_results(results, None)
+    say(f"wrote {place}; a page about it: edgewhisper report {place}")
+
+
+@app.command("recipes")
+def recipes_cli() -> None:
+    """The recipes that come with EdgeWhisper."""
+    from edgewhisper.recipe import available, summary
+
+    for name in available():
+        say(f"{name:10} {summary(name)}")
+
+
+@app.command("devices")
+def devices_cli() -> None:
+    """The devices that are known, and how each is reached."""
+    from devices.device import KINDS, load_profile, profile_names
+
+    for profile in map(load_profile, profile_names()):
+        state = "ready" if profile.kind in KINDS else "not in this release"
+        say(f"{profile.name:12} {profile.kind:6} {state:20} {profile.model}")
+
+
+def say(text: str) -> None:
+    """One line for the user, from the first process only."""
+    from edgewhisper.runs import main_process
+
+    if main_process():
+        typer.echo(text)
+
+
+def _say_for(json_file: str | None) -> Any:
+    """Talk goes to stderr where stdout is for JSON."""
+    return say if json_file != "-" else lambda text: typer.echo(text, err=True)
+
+
+def _emit(value: Any, json_file: str | None) -> None:
+    text = json.dumps(value, ensure_ascii=False)
+    if json_file == "-":
+        typer.echo(text)
+    elif json_file is not None:
+        from export.files import new_file
+
+        with new_file(Path(json_file)) as path:
+            path.write_text(text + "\n", encoding="utf-8")
+
+
+def _show_results(results: list[dict[str, Any]], json_file: str | None) -> None:
+    from benchmarks.result import table_rows
+
+    _emit(results, json_file)
+    if json_file != "-":
+        _table(table_rows(results))
+
+
+def _table(rows: list[dict[str, str]]) -> None:
+    """Rows of equal keys as a table; columns are the rows' keys."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == next(iter(rows[0])) else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    Console().print(table)
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        from export.problem import Problem
+
+        raise Problem(f"{option} {value} is not there.", hint=f"use {' or '.join(known)}.")
+
+
+def _note(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line; deprecations of libraries are not the user's business."""
+    if not isinstance(message, DeprecationWarning | FutureWarning):
+        typer.echo(f"note:  {message}", err=True)
+
+
+def _with_json_alone(arguments: list[str]) -> list[str]:
+    """`--json` without a file means stdout; the parser wants a value, so give it one."""
+    found: list[str] = []
+    for position, word in enumerate(arguments):
+        found.append(word)
+        after = arguments[position + 1 : position + 2]
+        if word == "--json" and (not after or after[0].startswith("--")):
+            found.append("-")
+    return found
+
+
+def main() -> None:
+    """Run the command line; letters are printed as two lines and exit with 1."""
+    warnings.showwarning = _note
+    try:
+        app(_with_json_alone(sys.argv[1:]), standalone_mode=True)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "hint"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        if error.hint:
+            typer.echo(f"try:   {error.hint}", err=True)
+        sys.exit(1)

@@ -1,0 +1,334 @@
+"""The road, in one screen a stage: compress makes a checkpoint, export an artifact, bench results.
+
+Every function takes plain values, writes whole directories or nothing, and raises Problem.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.speech import Clip, read_manifest
+from benchmarks.wer import Score, score
+from edgewhisper import runs, whisper
+from edgewhisper.compress import METHODS
+from edgewhisper.compress.work import Work
+from edgewhisper.recipe import Recipe, load_recipe
+from export.artifact import MANIFEST, verify, write_manifest
+from export.cost import count_parameters, macs
+from export.files import new_directory
+from export.problem import Problem
+from export.shrink import shrink
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    from benchmarks.bench import Candidate
+
+ASSETS = Path(__file__).parent / "assets"
+DEFAULT_MODEL = ASSETS / "whisper-digits"
+SPEECH = ASSETS / "speech"
+DEV_SHARE = 10
+"""Every tenth clip is held out for choosing thresholds where no dev manifest is given."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Clips to train on, and clips to choose thresholds on."""
+
+    train: list[Clip]
+    dev: list[Clip]
+
+
+# --------------------------------------------------------------------------------- compress
+
+
+def compress(
+    model: str | None = None,
+    recipe: str = "tspar",
+    speech: Path | None = None,
+    dev: Path | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    say: Say = print,
+) -> Path:
+    """Run a recipe on a checkpoint; return the directory of the smaller one."""
+    source = model or str(DEFAULT_MODEL)
+    steps = load_recipe(recipe)
+    if out is not None and out.exists():
+        raise Problem(f"{out} exists already.", hint="name another --out, or remove it first.")
+    clips = choose_speech(source, speech, dev)
+    dense = whisper.load(source, revision)
+    work = Work(
+        processor=whisper.load_processor(source, revision),
+        train=clips.train,
+        dev=clips.dev,
+        run_dir=_run_dir(steps, source, clips, seed),
+        seed=seed,
+    )
+    before = measure(dense, work)
+    say(f"{source}: {describe(before)}")
+    slim = run_steps(dense, steps, work, say)
+    after = measure(slim, work)
+    say(f"compressed: {describe(after)}")
+    record = _record(steps, source, dense, work, before, after)
+    place = out or runs.new_path("checkpoint", f"-{steps.name}")
+    if runs.main_process():
+        whisper.save(slim, work.processor, place, record)
+        shutil.rmtree(work.run_dir, ignore_errors=True)
+    return place
+
+
+def run_steps(
+    model: WhisperForConditionalGeneration, recipe: Recipe, work: Work, say: Say
+) -> WhisperForConditionalGeneration:
+    """Each step of the recipe in turn; a step gets the model that the one before returned."""
+    for number, step in enumerate(recipe.steps, start=1):
+        say(f"step {number} of {len(recipe.steps)}: {step.method}")
+        model = import_module(METHODS[step.method]).apply(model, step.options, work)
+    return model
+
+
+def choose_speech(source: str, speech: Path | None, dev: Path | None) -> Speech:
+    """The user's speech, or for the embedded default the clips that come with it."""
+    if speech is None and dev is None and Path(source) == DEFAULT_MODEL:
+        speech, dev = SPEECH / "train.jsonl", SPEECH / "dev.jsonl"
+    if speech is None:
+        raise Problem(
+            f"{source}: no speech to compress it with.",
+            hint="name a manifest with --speech; a few hours in the model's language are best.",
+        )
+    clips = read_manifest(speech)
+    if dev is not None:
+        return Speech(clips, read_manifest(dev))
+    if len(clips) < 2 * DEV_SHARE:
+        raise Problem(
+            f"{speech} names {len(clips)} clips: too few to hold some out for the thresholds.",
+            hint=f"give at least {2 * DEV_SHARE} clips, or a manifest of its own with --dev.",
+        )
+    held = clips[::DEV_SHARE]
+    return Speech([clip for clip in clips if clip not in held], held)
+
+
+def measure(model: WhisperForConditionalGeneration, work: Work) -> dict[str, Any]:
+    """Size, cost and dev error rate of a checkpoint."""
+    return {
+        "parameters": count_parameters(model),
+        "macs": macs(model),
+        "dev": work.wer(model).as_dict(),
+    }
+
+
+def describe(measured: dict[str, Any]) -> str:
+    return (
+        f"{measured['parameters']['total']:,} parameters, "
+        f"{measured['dev']['wer']:.1%} WER on {measured['dev']['utterances']} dev clips"
+    )
+
+
+def _run_dir(recipe: Recipe, source: str, clips: Speech, seed: int) -> Path:
+    """Where interrupted work waits: the same command, typed again, finds it and goes on."""
+    told = f"{recipe.text}\0{source}\0{clips}\0{seed}"
+    return runs.RUNS / f"unfinished-{sha256(told.encode()).hexdigest()[:12]}"
+
+
+def _record(
+    recipe: Recipe,
+    source: str,
+    dense: WhisperForConditionalGeneration,
+    work: Work,
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> dict[str, Any]:
+    """compression.json: how this checkpoint came to be."""
+    return {
+        "format": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "recipe": {"name": recipe.name, "text": recipe.text},
+        "base": {
+            "source": Path(source).name if Path(source).is_dir() else source,
+            "revision": getattr(dense.config, "_commit_hash", None),
+            "files": _hashes(Path(source)),
+            "compression": whisper.compression_record(source),
+        },
+        "speech": {"train": _clips_hash(work.train), "dev": _clips_hash(work.dev)},
+        "seed": work.seed,
+        "versions": versions(),
+        "before": before,
+        "after": after,
+        "steps": work.record,
+    }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    names = ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _clips_hash(clips: Sequence[Clip]) -> dict[str, Any]:
+    digest = sha256()
+    for clip in clips:
+        digest.update(clip.audio.read_bytes() + clip.text.encode() + b"\0")
+    return {"clips": len(clips), "sha256": digest.hexdigest()}
+
+
+def versions() -> dict[str, str]:
+    names = ("edgewhisper", "torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+# ----------------------------------------------------------------------------------- export
+
+
+def export(
+    checkpoint: str | None = None,
+    precision: str = "int8",
+    speech: Path | None = None,
+    out: Path | None = None,
+    say: Say = print,
+) -> Path:
+    """Write an artifact from a checkpoint and let it prove itself on text; return its directory.
+
+    What was pruned is removed first, physically and exactly. Nothing is left behind when the gate
+    fails.
+    """
+    from benchmarks.gate import run_gate
+    from export.to_onnx import export_onnx
+
+    source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
+    model, processor = whisper.load(source), whisper.load_processor(source)
+    shrunk = shrink(model)
+    model = whisper.rebuild(model, shrunk.tensors, shrunk.layers)
+    clips = read_manifest(speech or SPEECH / "test.jsonl")
+    place = out or runs.new_path("artifact", f"-{precision}")
+    with new_directory(place) as folder:
+        say(f"{source} -> {place} ({precision})")
+        provenance = whisper.compression_record(source)
+        manifest = export_onnx(model, processor, folder, precision, provenance)
+        manifest["gate"] = run_gate(
+            folder,
+            lambda pcm: whisper.greedy(model, processor, [pcm])[0],
+            clips,
+            logits_reference=torch_logits(model, processor, manifest["decoding"]["prompt"]),
+            exact=precision == "fp32",
+        )
+        write_manifest(folder, manifest)
+    return place
+
+
+def torch_logits(
+    model: WhisperForConditionalGeneration, processor: WhisperProcessor, prompt: Sequence[int]
+) -> Callable[[np.ndarray, list[int]], np.ndarray]:
+    """The checkpoint's logits before each token and after the last, (tokens + 1, vocab)."""
+
+    def logits(pcm: np.ndarray, tokens: list[int]) -> np.ndarray:
+        found = whisper.logits(model, processor, pcm, [*prompt, *tokens])
+        return found[len(prompt) - 1 :]
+
+    return logits
+
+
+# ------------------------------------------------------------------------------------ bench
+
+
+def bench(
+    artifacts: Sequence[Path],
+    device: str = "local",
+    speech: Path | None = None,
+    baseline: str | None = None,
+    repeats: int = 5,
+    threads: int | None = None,
+    say: Say = print,
+) -> tuple[list[dict[str, Any]], Path]:
+    """Measure artifacts, and a dense checkpoint in transformers beside them; results and file."""
+    from benchmarks.bench import Candidate
+
+    chosen = list(artifacts) or [runs.newest("artifact") or export(say=say)]
+    candidates = [Candidate(Path(artifact)) for artifact in chosen]
+    if baseline is not None:
+        candidates.insert(0, Candidate(Path(baseline), rival="transformers"))
+    return bench_candidates(candidates, device, speech, repeats, threads, say)
+
+
+def bench_candidates(
+    candidates: Sequence[Candidate],
+    device: str,
+    speech: Path | None,
+    repeats: int,
+    threads: int | None,
+    say: Say,
+) -> tuple[list[dict[str, Any]], Path]:
+    """Measure on a device and keep the results in ./edgewhisper-runs."""
+    from benchmarks.bench import bench_all
+    from benchmarks.result import write
+    from devices.device import open_device
+
+    with open_device(device) as machine:
+        clips = read_manifest(speech or SPEECH / "test.jsonl")
+        results = bench_all(candidates, machine, clips, repeats, threads, progress=say)
+    place = runs.new_path("result", ".jsonl")
+    write(results, place)
+    return results, place
+
+
+def report(results: Sequence[Path], out: Path) -> None:
+    """One page about the results of some files; without any, of the newest."""
+    from benchmarks.report import write_report
+    from benchmarks.result import read
+
+    newest = runs.newest("result")
+    if not results and newest is None:
+        raise Problem("there are no results yet.", hint="run `edgewhisper bench` first.")
+    files = list(results) or [newest]
+    write_report([result for path in files for result in read(path)], out)
+
+
+def demo(say: Say = print) -> tuple[list[dict[str, Any]], Path]:
+    """The whole road on the embedded model: before in transformers, before and after in INT8."""
+    from benchmarks.bench import Candidate
+
+    slim = compress(say=say)
+    before, after = export(str(DEFAULT_MODEL), say=say), export(str(slim), say=say)
+    candidates = [
+        Candidate(DEFAULT_MODEL, rival="transformers", name="before: transformers fp32"),
+        Candidate(before, name="exported: ONNX int8"),
+        Candidate(after, name="compressed and exported: ONNX int8"),
+    ]
+    return bench_candidates(candidates, "local", None, repeats=3, threads=None, say=say)
+
+
+# -------------------------------------------------------------------- transcribe and evaluate
+
+
+def transcriber(
+    source: str, threads: int | None = None
+) -> Callable[[Sequence[np.ndarray]], list[str]]:
+    """Text of 16 kHz clips by a checkpoint or by an artifact, whichever `source` is."""
+    if (Path(source) / MANIFEST).exists():
+        from devices.runner.recognizer import Recognizer
+
+        verify(Path(source))
+        recognizer = Recognizer(source, threads)
+        return lambda pcms: [recognizer.transcribe(pcm).text for pcm in pcms]
+    model, processor = whisper.load(source), whisper.load_processor(source)
+    return lambda pcms: whisper.transcribe(model, processor, pcms)
+
+
+def evaluate(source: str, speech: Path, normalizer: str = "whisper-basic") -> Score:
+    """Error rates of a checkpoint or an artifact on a manifest's clips."""
+    clips = read_manifest(speech)
+    texts = transcriber(source)([clip.pcm() for clip in clips])
+    return score([clip.text for clip in clips], texts, normalizer)

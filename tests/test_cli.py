@@ -1,0 +1,196 @@
+"""The command line as a user types it, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from edgewhisper.cli import main
+
+
+@dataclass
+class Done:
+    """How a command ended and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def edgewhisper(monkeypatch, capsys, tmp_path) -> Callable[..., Done]:
+    """The command line, in this process (a new one would import torch for seconds each time)."""
+
+    def run(*words: object) -> Done:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["edgewhisper", *map(str, words)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        code = 0
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            try:
+                main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+def letter(done: Done) -> str:
+    """What a failed command told its user: two lines, exit code 1, no traceback."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("try:   ")
+    return done.stderr
+
+
+@pytest.fixture
+def spoken(clips: Path) -> Path:
+    """One shipped clip."""
+    return sorted((clips.parent / "test").iterdir())[0]
+
+
+def test_help_imports_nothing_heavy(tmp_path):
+    program = (
+        "import sys; from edgewhisper.cli import main; sys.argv = ['edgewhisper', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'numpy', 'accelerate'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    "compress export bench eval transcribe compare report demo recipes devices".split(),  # noqa: SIM905
+)
+def test_every_command_explains_itself(edgewhisper, command, tmp_path):
+    done = edgewhisper(command, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) > 4
+
+
+def test_transcribe_prints_the_text(edgewhisper, tmp_path, digits, clips):
+    rows = [json.loads(line) for line in clips.read_text().splitlines()][:3]
+    done = edgewhisper(
+        "transcribe", digits, *(clips.parent / row["audio"] for row in rows), "--json", cwd=tmp_path
+    )
+    texts = [row["text"] for row in json.loads(done.stdout)]
+    assert sum(text == row["text"] for text, row in zip(texts, rows, strict=True)) >= 2
+
+
+def test_eval_json_has_the_agreed_names_and_nothing_else_on_stdout(
+    edgewhisper, tmp_path, digits, clips
+):
+    lines = clips.read_text().splitlines()[:6]
+    shutil.copytree(clips.parent / "test", tmp_path / "test")
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    done = edgewhisper("eval", digits, "--speech", "few.jsonl", "--json")
+    found = json.loads(done.stdout)
+    assert {"wer", "cer", "wer_interval", "substitutions", "deletions", "insertions"} <= set(found)
+    assert found["utterances"] == 6
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def test_a_missing_audio_file(edgewhisper, tmp_path, digits):
+    assert "no audio file nowhere.wav" in letter(edgewhisper("transcribe", digits, "nowhere.wav"))
+
+
+def test_a_file_that_is_not_audio(edgewhisper, tmp_path, digits):
+    (tmp_path / "a.wav").write_text("not audio")
+    assert "is not audio that can be read" in letter(edgewhisper("transcribe", digits, "a.wav"))
+
+
+def test_an_empty_recording(edgewhisper, tmp_path, digits):
+    soundfile.write(tmp_path / "a.wav", np.zeros(0), 16000)
+    assert "holds no samples" in letter(edgewhisper("transcribe", digits, "a.wav"))
+
+
+def test_a_recording_of_nan(edgewhisper, tmp_path, digits):
+    soundfile.write(tmp_path / "a.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
+    assert "100 of 100 samples are NaN" in letter(edgewhisper("transcribe", digits, "a.wav"))
+
+
+def test_eight_kilohertz_stereo_is_converted_and_said(edgewhisper, tmp_path, digits, spoken):
+    samples, rate = soundfile.read(spoken)
+    halved = samples[::2]
+    soundfile.write(tmp_path / "a.wav", np.stack([halved, halved], axis=1), rate // 2)
+    done = edgewhisper("transcribe", digits, "a.wav")
+    assert done.returncode == 0
+    assert done.stdout.strip()
+    assert "2 channels, averaged" in done.stderr
+    assert "8000 Hz" in done.stderr
+
+
+def test_silence_gives_no_text(edgewhisper, tmp_path, digits):
+    soundfile.write(tmp_path / "a.wav", np.zeros(32000), 16000)
+    done = edgewhisper("transcribe", digits, "a.wav")
+    assert (done.returncode, done.stdout.strip()) == (0, "")
+
+
+def test_a_recipe_with_a_wrong_key(edgewhisper, tmp_path):
+    (tmp_path / "mine.toml").write_text('[[step]]\nmethod = "tspar"\nlamda = 0.1\n')
+    text = letter(edgewhisper("compress", "--recipe", "mine.toml"))
+    assert "lamda" in text
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine.toml"]
+
+
+def test_a_manifest_with_a_bad_line(edgewhisper, tmp_path, digits):
+    (tmp_path / "m.jsonl").write_text('{"audio": 3}\n')
+    assert "m.jsonl, line 1: `audio` is 3" in letter(
+        edgewhisper("eval", digits, "--speech", "m.jsonl")
+    )
+
+
+def test_a_truncated_checkpoint(edgewhisper, tmp_path, digits, spoken):
+    copy = Path(shutil.copytree(digits, tmp_path / "checkpoint"))
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for command in (["transcribe", copy, spoken], ["export", copy]):
+        assert "cannot be read" in letter(edgewhisper(*command))
+    assert not (tmp_path / "edgewhisper-runs").exists()
+
+
+def test_a_model_without_speech_for_it(edgewhisper, tmp_path, digits):
+    copy = shutil.copytree(digits, tmp_path / "mine")
+    assert "no speech to compress it with" in letter(edgewhisper("compress", copy))
+
+
+def test_an_output_that_exists(edgewhisper, tmp_path, digits):
+    (tmp_path / "taken").mkdir()
+    assert "taken exists already" in letter(edgewhisper("export", digits, "--out", "taken"))
+
+
+def test_an_output_that_cannot_be_written(edgewhisper, tmp_path, digits):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in letter(edgewhisper("export", digits, "--out", "file/artifact"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--target", "coreml"), ("--precision", "int3"), ("--layout", "sherpa")],
+)
+def test_an_export_that_this_release_lacks(edgewhisper, tmp_path, option, value):
+    assert f"{option} {value} is not there" in letter(edgewhisper("export", option, value))
+
+
+def test_a_device_that_this_release_cannot_reach(edgewhisper, tmp_path, digits):
+    text = letter(edgewhisper("bench", "--device", "rpi"))
+    assert "local" in text

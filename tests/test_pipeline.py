@@ -1,0 +1,109 @@
+"""The whole road on a few shipped clips: compress, export, bench, compare, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edgewhisper import pipeline, runs
+from edgewhisper.whisper import load
+from export.artifact import read_manifest as read_artifact
+from export.problem import Problem
+
+QUICK = """
+[[step]]
+method = "tspar"
+search = false
+c1 = 0.2
+c2 = 0.8
+[step.training]
+steps = 3
+batch_size = 4
+
+[[step]]
+method = "shrink"
+"""
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def few(clips, tmp_path) -> Path:
+    """Six of the shipped clips."""
+    shutil.copytree(clips.parent / "test", tmp_path / "speech/test")
+    manifest = tmp_path / "speech/few.jsonl"
+    manifest.write_text("\n".join(clips.read_text().splitlines()[:6]) + "\n")
+    return manifest
+
+
+@pytest.fixture
+def quick(tmp_path) -> str:
+    (tmp_path / "quick.toml").write_text(QUICK)
+    return "quick.toml"
+
+
+def test_the_whole_road(empty, few, quick, digits):
+    slim = pipeline.compress(str(digits), quick, speech=few, dev=few)
+    record = json.loads((slim / "compression.json").read_text())
+    assert record["recipe"]["text"] == QUICK
+    assert record["after"]["parameters"]["total"] < record["before"]["parameters"]["total"]
+    assert sum(p.numel() for p in load(slim).parameters()) == record["after"]["parameters"]["total"]
+
+    # three steps of training leave a model that says little sense; fp32 must say the same
+    artifact = pipeline.export(precision="fp32", speech=few)
+    manifest = read_artifact(artifact)
+    assert manifest["provenance"] == record
+    assert manifest["gate"]["identical_tokens"] == 1.0
+    assert manifest["gate"]["max_logits_error"] < 1e-3
+
+    results, place = pipeline.bench([artifact], speech=few, baseline=str(digits), repeats=1)
+    assert [result["rival"] for result in results] == ["transformers", None]
+    assert results[1]["parameters"] == record["after"]["parameters"]["total"]
+    assert results[0]["clips_hash"] == results[1]["clips_hash"]
+    assert runs.newest("result") == place
+
+    pipeline.report([], Path("page.html"))
+    assert "http" not in Path("page.html").read_text().replace("http://www.w3.org", "")
+    assert not list(runs.RUNS.glob("unfinished-*")), "finished work leaves no state behind"
+
+
+def test_the_int8_export_of_the_embedded_model_passes_its_gate(empty, digits, clips):
+    artifact = pipeline.export(str(digits), "int8", clips)
+    gate = read_artifact(artifact)["gate"]
+    assert gate["wer_loss_points"] <= 0.5
+    assert gate["clips"] == 40
+
+
+def test_speech_without_dev_is_split_the_same_way_each_time(few, clips):
+    first = pipeline.choose_speech("some/model", clips, None)
+    again = pipeline.choose_speech("some/model", clips, None)
+    assert first == again
+    assert len(first.dev) == 4
+    assert not set(first.train) & set(first.dev)
+    with pytest.raises(Problem, match="names 6 clips: too few"):
+        pipeline.choose_speech("some/model", few, None)
+
+
+def test_a_failing_gate_leaves_nothing_behind(empty, digits, few, monkeypatch):
+    from edgewhisper import whisper
+
+    # the checkpoint is made to say something else than its files
+    monkeypatch.setattr(whisper, "greedy", lambda model, processor, pcms: [[1, 2, 3] for _ in pcms])
+    with pytest.raises(Problem, match="clips get other tokens"):
+        pipeline.export(str(digits), "fp32", few)
+    assert not list(runs.RUNS.iterdir())
+
+
+def test_the_newest_output_is_found_by_name(empty):
+    for name in ("checkpoint-20260102-000000-b", "checkpoint-20260101-000000-z"):
+        (runs.RUNS / name).mkdir(parents=True)
+    assert runs.newest("checkpoint") == runs.RUNS / "checkpoint-20260102-000000-b"
+    assert runs.newest("artifact") is None

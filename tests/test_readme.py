@@ -1,0 +1,49 @@
+"""The README is executed: its commands exist, its table comes from stored results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from edgewhisper.cli import app
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.S)
+COMMANDS = [
+    line.split("#")[0].split()
+    for language, block in BLOCKS
+    for line in block.splitlines()
+    if not language and line.startswith("edgewhisper ")
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_in_it_parses(words):
+    group = typer.main.get_command(app)
+    context = group.make_context("edgewhisper", words[1:], resilient_parsing=False)
+    name, command, rest = group.resolve_command(context, context.protected_args + context.args)
+    command.make_context(name, rest, parent=context)
+
+
+def test_it_names_the_two_commands_and_no_other_way_to_set_up():
+    set_up = README.split("## Set up")[1].split("## ")[0]
+    commands = re.findall(r"^make (\w+)", set_up, flags=re.M)
+    assert commands == ["demo", "test"]
+
+
+def test_its_table_is_made_from_the_stored_results():
+    from benchmarks.readme import with_tables
+
+    assert with_tables(README) == README
+
+
+def test_its_python_runs(digits, monkeypatch, tmp_path):
+    (tmp_path / "small").symlink_to(digits)
+    monkeypatch.chdir(tmp_path)
+    first = next(block for language, block in BLOCKS if language == "python")
+    scope: dict = {}
+    exec(first, scope)
+    assert scope["model"].config.model_type == "whisper"
