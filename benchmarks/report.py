@@ -89,15 +89,16 @@ def plot(results: Sequence[dict[str, Any]]) -> bytes:
     for result in results:
         x, y = 1000 * result["medians"]["end_to_end_s"], 100 * result["wer"]
         area = LARGEST_MARK * result["artifact_bytes"] / largest
+        label = f"{result['name']}, {result['artifact_bytes'] / 1e6:.1f} MB"
         dots = axes.scatter(x, y, s=area, alpha=0.5)
         low, high = (1000 * bound for bound in result["intervals"]["end_to_end_s"])
         bottom, top = (100 * bound for bound in result["wer_interval"])
         color = dots.get_facecolor()
-        axes.hlines(y, low, high, color=color)
+        axes.hlines(y, low, high, color=color, label=label)
         axes.vlines(x, bottom, top, color=color)
-        axes.annotate(result["name"], (x, y), xytext=(6, 6), textcoords="offset points")
     axes.set_xlabel("end-to-end time per clip, ms")
     axes.set_ylabel("word error rate, %")
+    figure.legend(loc="outside upper center")
     axes.set_xlim(left=0, right=1.25 * axes.get_xlim()[1])
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.3)

@@ -134,6 +134,7 @@ def train(
     *,
     run_dir: Path,
     seed: int = 0,
+    identity: str = "",
     loss_term: LossTerm | None = None,
     after_step: AfterStep | None = None,
     progress: bool | None = None,
@@ -144,7 +145,8 @@ def train(
     `loss_term(model, batch, outputs)` is a mean per token, added to the cross entropy.
     `after_step(model, step, learning_rate)` runs on every process, without gradients, and must do
     the same thing on each. State is kept under `run_dir`; where it holds the state of the same
-    training, that is resumed, to the same bits. `progress`: None shows a bar on a terminal only.
+    training, that is resumed, to the same bits (`identity` tells trainings apart that differ only
+    in what the hooks do). `progress`: None shows a bar on a terminal only.
 
     Raises Problem: no clips, clips in a language the model does not know, state of another
     training in run_dir, a loss that is not finite, Ctrl-C (Interrupted: state is saved first).
@@ -156,7 +158,7 @@ def train(
     log = TrainingLog(seed, accelerator.num_processes, len(examples), examples.skipped)
     home = next(model.parameters()).device
     was_training = model.training
-    state = State(run_dir, accelerator, fingerprint(model, examples, options, seed))
+    state = State(run_dir, accelerator, fingerprint(model, examples, options, [seed, identity]))
     bar = progress_bar(options.steps, progress, accelerator.is_main_process, label)
     # Whisper's encoder positions are fixed sinusoids; transformers 5 forgets that when it loads
     model.model.encoder.embed_positions.requires_grad_(False)
@@ -383,7 +385,7 @@ class Loop:
                 self.log.seconds += time.monotonic() - started
                 started = saved = time.monotonic()
                 self.state.save(done, self.log)
-            if stopping and not self.finished(done):
+            if stopping:
                 raise interrupted(done, self.options.steps, self.state.directory)
 
     def finished(self, done: int) -> bool:
@@ -406,7 +408,7 @@ class Loop:
         """Positions in the stream of clips that this process trains on in each pass of a step."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         share = self.batch_positions(step)[rank::processes]
-        return [share[i :: self.options.accumulate] for i in range(self.options.accumulate)]
+        return [list(share[i :: self.options.accumulate]) for i in range(self.options.accumulate)]
 
     def batch_positions(self, step: int) -> range:
         return range(step * self.options.batch_size, (step + 1) * self.options.batch_size)
@@ -628,12 +630,14 @@ def unreadable(state: Path, error: Exception) -> Problem:
     )
 
 
-def fingerprint(model: nn.Module, examples: Examples, options: Training, seed: int) -> str:
-    """A hash of all that decides the result: weights at the start, clips, options, seed."""
+def fingerprint(
+    model: nn.Module, examples: Examples, options: Training, others: list[int | str]
+) -> str:
+    """A hash of all that decides the result: weights at the start, clips, options, seed and hooks."""
     digest = sha256()
     decisive = {k: v for k, v in asdict(options).items() if k not in NOT_DECISIVE}
     names = [str(clip.audio.name) for clip in examples.clips]
-    digest.update(json.dumps([decisive, seed, names, examples.labels]).encode())
+    digest.update(json.dumps([decisive, others, names, examples.labels]).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -70,13 +70,7 @@ def export_onnx(
     tokens = token_bytes(processor.tokenizer, model.config.vocab_size)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    contract = {}
-    for name, (graph, inputs, outputs) in {
-        "encoder": encoder_graph(model, extractor, precision),
-        "decoder": decoder_graph(model, precision),
-    }.items():
-        _save(graph.model(name, inputs, outputs), out / f"{name}.onnx")
-        contract[name] = {"inputs": _described(inputs), "outputs": _described(outputs)}
+    contract = _write_graphs(model, extractor, precision, out)
     (out / "tokens.json").write_text(json.dumps({"bytes": tokens}) + "\n", encoding="utf-8")
     for part in (model.config, model.generation_config, processor.tokenizer, extractor):
         part.save_pretrained(out)
@@ -100,6 +94,20 @@ def export_onnx(
     }
     write_manifest(out, manifest)
     return manifest
+
+
+def _write_graphs(
+    model: nn.Module, extractor: Any, precision: str, out: Path
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Write both graphs; returns what goes in and comes out of each."""
+    contract = {}
+    for name, (graph, inputs, outputs) in {
+        "encoder": encoder_graph(model, extractor, precision),
+        "decoder": decoder_graph(model, precision),
+    }.items():
+        _save(graph.model(name, inputs, outputs), out / f"{name}.onnx")
+        contract[name] = {"inputs": _described(inputs), "outputs": _described(outputs)}
+    return contract
 
 
 # ---------------------------------------------------------------------------------------- graphs

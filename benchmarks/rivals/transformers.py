@@ -52,8 +52,9 @@ def bench(checkpoint: Path, clips: Path, repeats: int = 1, threads: int = 1) -> 
     transformers.logging.disable_progress_bar()
     names = json.loads(clips.read_text(encoding="utf-8"))
     paths = [clips.parent / name for name in names]
-    started = time.perf_counter()
-    rival = Rival(checkpoint)
+    classes = transformers.WhisperForConditionalGeneration, transformers.WhisperProcessor
+    started = time.perf_counter()  # the names above are imported on first use
+    rival = Rival(checkpoint, *classes)
     load_s = time.perf_counter() - started
     for path in paths[:WARM_UP_CLIPS]:
         rival.transcribe(path)
@@ -74,15 +75,12 @@ def bench(checkpoint: Path, clips: Path, repeats: int = 1, threads: int = 1) -> 
 class Rival:
     """Model and processor, with hooks that note the time of each stage."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        import torch
-        from transformers import WhisperForConditionalGeneration, WhisperProcessor
-
+    def __init__(self, checkpoint: Path, model_class: Any, processor_class: Any) -> None:
         refuse_slim(checkpoint)
-        self.model: Any = WhisperForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=torch.float32, use_safetensors=True
+        self.model = model_class.from_pretrained(
+            checkpoint, dtype="float32", use_safetensors=True
         ).eval()
-        self.processor = WhisperProcessor.from_pretrained(checkpoint)
+        self.processor = processor_class.from_pretrained(checkpoint)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.watch = Stopwatch()
         self.first = True

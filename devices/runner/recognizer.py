@@ -180,7 +180,7 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     """Return the options of both sessions: small memory, and no core busy with waiting.
 
     A thread that waits for the next operator sleeps. onnxruntime's default, spinning, took 2.8
-    times the CPU time for the same work on two threads, and heats a small board for nothing.
+    times the CPU time for the same work on two busy cores, and heats a small board for nothing.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()

@@ -255,6 +255,7 @@ def apply(
         options.training,
         run_dir=work.run_dir / "tspar-training",
         seed=work.seed,
+        identity=repr(options),
         loss_term=total(penalty, keep),
         after_step=after_step,
         label="tspar: fine-tuning",
@@ -371,13 +372,17 @@ def keep_term(model: nn.Module, weight: float) -> LossTerm | None:
 
 
 def distance(wanted: Any, outputs: Any, labels: Tensor) -> Tensor:
-    """KL(wanted || outputs) per token, plus the squared error of the encoder's output relative to
-    its variance; logits (clips, tokens, vocabulary), encoder output (clips, frames, d_model)."""
-    told = labels != IGNORED
+    """KL(wanted || outputs) plus the error of the encoder's output, relative to its variance.
+
+    Logits (clips, tokens, vocabulary), encoder output (clips, frames, d_model) -> (), a mean per
+    token: a clip counts by its tokens, so that batches can be split over processes.
+    """
+    told = labels != IGNORED  # (clips, tokens)
     new, old = (x.logits[told].float().log_softmax(-1) for x in (outputs, wanted))
     divergence = functional.kl_div(new, old, log_target=True, reduction="batchmean")
-    new, old = (x.encoder_last_hidden_state.float() for x in (outputs, wanted))
-    return divergence + functional.mse_loss(new, old) / old.var()
+    new, old = (x.encoder_last_hidden_state.float().flatten(1) for x in (outputs, wanted))
+    error = (new - old).square().mean(dim=1) / old.var(dim=1)  # (clips,)
+    return divergence + (error * told.sum(dim=1)).sum() / told.sum()
 
 
 def total(*terms: LossTerm | None) -> LossTerm | None:
@@ -515,6 +520,7 @@ def recover(
         options.recovery,
         run_dir=work.run_dir / "tspar-recovery",
         seed=work.seed + 1,
+        identity=repr(options),
         loss_term=loss_term,
         after_step=hold,
         label="tspar: recovering",

@@ -378,7 +378,7 @@ def request_for(plan: Plan, step: int, fraction: float, parts: int = 1) -> Reque
     windows, shares = zip(*stage.windows, strict=True)
     window_s = float(rng.choice(windows, p=shares))
     most = 6 if window_s == WINDOW_S else stage.most
-    hard = min(0.6, 0.2 + fraction)
+    hard = min(0.5, 0.2 + fraction)
     count = max(1, round(plan.batch_s / window_s / parts))
     return Request((plan.seed, step, 0), window_s, count, most, hard)
 
