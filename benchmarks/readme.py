@@ -19,10 +19,11 @@ BLOCK = re.compile(r"(<!-- demo table: .*? -->\n).*?(<!-- end -->)", flags=re.S)
 def with_tables(text: str) -> str:
     """The text with its table made anew."""
     results = read(STORED)
-    cpu = results[0]["device"].get("cpu", "unavailable")
+    first = results[0]
     told = (
-        f"\n{results[0]['utterances']} clips, {results[0]['threads']} threads on {cpu}; "
-        f"medians of {results[0]['rounds']} interleaved rounds ({results[0]['measured_at'][:10]}).\n"
+        f"\n{first['utterances']} clips, {first['threads']} threads on "
+        f"{first['device'].get('cpu', 'unavailable')}; medians of {first['rounds']} interleaved "
+        f"rounds ({first['measured_at'][:10]}).\n"
     )
     table = markdown(table_rows(results)) + told
     return BLOCK.sub(lambda found: found[1] + table + found[2], text)
