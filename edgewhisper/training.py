@@ -633,7 +633,7 @@ def unreadable(state: Path, error: Exception) -> Problem:
 def fingerprint(
     model: nn.Module, examples: Examples, options: Training, others: list[int | str]
 ) -> str:
-    """A hash of all that decides the result: weights at the start, clips, options, seed and hooks."""
+    """A hash of all that decides the result: weights at the start, clips, options, seed, hooks."""
     digest = sha256()
     decisive = {k: v for k, v in asdict(options).items() if k not in NOT_DECISIVE}
     names = [str(clip.audio.name) for clip in examples.clips]

@@ -456,6 +456,7 @@ def greedy(
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=limit,
+                suppress_tokens=_suppressed(model),
                 **_language(model),
             )
         tokens += [_until_end(row, model.generation_config.eos_token_id) for row in output.tolist()]
@@ -494,6 +495,15 @@ def _language(model: nn.Module) -> dict[str, str]:
         return {}
     language = getattr(generation, "language", None) or "en"
     return {"language": language, "task": getattr(generation, "task", None) or "transcribe"}
+
+
+def _suppressed(model: nn.Module) -> list[int]:
+    """Suppressed tokens, and all timestamps: the prompt forbids them, and a weakened model that
+    utters one anyway makes generate() decode the rest of the window a second time."""
+    generation = model.generation_config
+    silent = getattr(generation, "no_timestamps_token_id", None)
+    stamps = [] if silent is None else range(silent + 1, model.config.vocab_size)
+    return [*(generation.suppress_tokens or []), *stamps]
 
 
 def _until_end(tokens: list[int], end: int | list[int]) -> list[int]:

@@ -307,16 +307,19 @@ def check_window(model: nn.Module, extractor: Any) -> None:
 def decoding_rules(model: nn.Module) -> dict[str, Any]:
     """Prompt, end and suppressed tokens, as transformers' generate() would have them, greedy.
 
-    A multilingual model that names no language is prompted for English.
+    A multilingual model that names no language is prompted for English. The prompt forbids
+    timestamps, so ids from `timestamp_begin` on are never chosen.
     """
     generation = model.generation_config
     prompt = prompt_ids(generation)
     end = generation.eos_token_id
+    silent = getattr(generation, "no_timestamps_token_id", None)
     return {
         "prompt": prompt,
         "eos": end if isinstance(end, int) else end[0],
         "suppress_tokens": list(generation.suppress_tokens or []),
         "begin_suppress_tokens": list(generation.begin_suppress_tokens or []),
+        "timestamp_begin": None if silent is None else silent + 1,
         "max_new_tokens": model.config.max_target_positions - len(prompt),
     }
 

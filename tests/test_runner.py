@@ -192,6 +192,7 @@ def rules(**changes) -> Rules:
         "eos": 9,
         "suppress_tokens": [],
         "begin_suppress_tokens": [],
+        "timestamp_begin": None,
         "max_new_tokens": 200,
     }
     return Rules.from_manifest(fields | changes)
@@ -217,6 +218,11 @@ def test_the_prompt_is_fed_at_once_and_then_every_token():
 
 def test_suppressed_tokens_give_way_to_the_next_likely():
     assert greedy(Script([3, 5, 9]), rules(suppress_tokens=[5]), stop_loops=True) == [3, 6]
+
+
+def test_timestamps_are_never_chosen():
+    assert greedy(Script([3, 5, 6, 9]), rules(timestamp_begin=10), stop_loops=True) == [3, 5, 6]
+    assert 5 not in greedy(Script([3, 5, 4]), rules(timestamp_begin=5, max_new_tokens=4), True)
 
 
 def test_begin_suppression_holds_for_the_first_token_only():

@@ -21,6 +21,8 @@ class Rules:
     eos: int
     suppress_tokens: tuple[int, ...]
     begin_suppress_tokens: tuple[int, ...]
+    timestamp_begin: int | None
+    """Ids from here on are timestamps, which the prompt forbids."""
     max_new_tokens: int
 
     @classmethod
@@ -31,6 +33,7 @@ class Rules:
             eos=decoding["eos"],
             suppress_tokens=tuple(decoding["suppress_tokens"]),
             begin_suppress_tokens=tuple(decoding["begin_suppress_tokens"]),
+            timestamp_begin=decoding["timestamp_begin"],
             max_new_tokens=decoding["max_new_tokens"],
         )
 
@@ -61,6 +64,8 @@ def choose(logits: Logits, rules: Rules, first: bool) -> int:
     logits[list(rules.suppress_tokens)] = -np.inf
     if first:
         logits[list(rules.begin_suppress_tokens)] = -np.inf
+    if rules.timestamp_begin is not None:
+        logits[rules.timestamp_begin :] = -np.inf
     return int(logits.argmax())
 
 

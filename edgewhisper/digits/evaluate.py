@@ -26,7 +26,12 @@ from edgewhisper.digits import CHECKPOINT, SAMPLE_RATE, SPEECH, WINDOW_S
 from edgewhisper.digits.clips import coloured_noise
 from edgewhisper.digits.spectra import Row, read_clip, read_rows
 from edgewhisper.digits.synthesise import HELD_OUT_WORDS, TEST_VARIANTS, random_voice, speak
-from edgewhisper.digits.train import HELD_OUT_OTHER, HELD_OUT_SPEAKERS, edits
+from edgewhisper.digits.train import (
+    HELD_OUT_OTHER,
+    HELD_OUT_SPEAKERS,
+    edits,
+    quiet_transformers,
+)
 
 SEQUENCES = 120
 SEED = 3
@@ -247,6 +252,7 @@ def main() -> None:
     parser.add_argument("--fsdd", type=Path, help="FSDD recordings, or a JSONL manifest")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
+    quiet_transformers()
     scores = evaluate(options.checkpoint, options.fsdd)
     for name, s in scores.items():
         wer = f"WER {100 * s.wer:5.1f} %  ({s.errors}/{s.words})" if s.words else "must be empty"

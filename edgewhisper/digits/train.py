@@ -293,7 +293,7 @@ def generation_config(tokenizer):
         suppress_tokens=[],
         begin_suppress_tokens=[],
         max_initial_timestamp_index=50,
-        max_length=64,
+        max_new_tokens=60,
         return_timestamps=False,
         language="en",
         task="transcribe",
@@ -743,12 +743,17 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Command line: prepare what is missing, then train."""
+def quiet_transformers() -> None:
+    """No progress bars, no notes: generate() repeats the same harmless ones at every call."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # generate() repeats the same harmless notes at every call
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Command line: prepare what is missing, then train."""
+    quiet_transformers()
     options = parse_options()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
