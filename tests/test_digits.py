@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
+import threading
 
 import numpy as np
 import pytest
 
 from edgewhisper.digits import CHECKPOINT, DIGITS, SAMPLE_RATE, SPEECH
 from edgewhisper.digits.augment import Mix, Pools, compose
-from edgewhisper.digits.evaluate import plan_hash, score, sequence_plan, shipped, transcribe
+from edgewhisper.digits.evaluate import (
+    load_scores,
+    plan_hash,
+    read_level,
+    score,
+    sequence_plan,
+    shipped,
+    table,
+    transcribe,
+)
 from edgewhisper.digits.spectra import (
     HOP,
     N_MELS,
@@ -161,6 +172,31 @@ def test_training_resumes_bit_for_bit(tones, tmp_path):
         assert torch.equal(trainer.average[name], resumed.average[name]), name
 
 
+def test_a_helper_returns_the_gradients_of_its_own_batch(tones, tmp_path):
+    from edgewhisper.digits import train
+
+    trainer, plan, tokens = small_trainer()
+    tones.bank.save(tmp_path / "bank")
+    request = train.Request((0, 0, 1), 1.5, 2, 1, 0.5)
+    parameters = train.trained_parameters(trainer.model) + list(trainer.ctc.parameters())
+    flat = torch.zeros(sum(p.numel() for p in parameters))
+    ours, theirs = multiprocessing.Pipe()
+    with ours:
+        ours.send(request)
+        ours.send(0.5)
+        work = (trainer.model, trainer.ctc, trainer.table, flat, plan, tokens)
+        thread = threading.Thread(target=train.help_out, args=(*work, tmp_path / "bank", theirs))
+        thread.start()
+        found = ours.recv()
+    thread.join()
+
+    torch.manual_seed(sum(request.seed))
+    batch = train.compose_batch(tones, request)
+    again = train.backward(trainer.model, trainer.ctc, plan, batch, tokens, 0.5)
+    assert found == pytest.approx(again)
+    assert torch.allclose(flat, torch.cat([p.grad.flatten() for p in parameters]), atol=1e-6)
+
+
 def test_the_decoder_is_taught_the_prompt_then_the_digits_then_to_stop():
     from edgewhisper.digits import train
 
@@ -224,7 +260,21 @@ def test_the_checkpoint_writes_down_new_voices():
 def test_the_checkpoint_keeps_quiet_when_nobody_speaks():
     rows = [json.loads(line) for line in (SPEECH / "other.jsonl").read_text().splitlines()]
     quiet = [SPEECH / row["audio"] for row in rows if row["lang"] == "zxx"]
-    from edgewhisper.digits.evaluate import read_level
-
     assert len(quiet) == 5
     assert transcribe(CHECKPOINT, [read_level(path) for path in quiet]) == [""] * 5
+
+
+@needs_checkpoint
+def test_the_model_card_shows_the_stored_scores():
+    card = (CHECKPOINT / "README.md").read_text()
+    assert table(load_scores(CHECKPOINT / "scores.json")) in card
+
+
+@needs_checkpoint
+def test_the_checkpoint_works_in_the_pipeline():
+    from transformers import pipeline
+
+    row = json.loads((SPEECH / "test.jsonl").read_text().splitlines()[0])
+    recognise = pipeline("automatic-speech-recognition", model=str(CHECKPOINT))
+    said = recognise({"raw": read_level(SPEECH / row["audio"]), "sampling_rate": SAMPLE_RATE})
+    assert said["text"].split() == row["text"].split()

@@ -34,6 +34,7 @@ from edgewhisper.compress.tspar import (
 from edgewhisper.compress.work import Work
 from edgewhisper.training import Training, train
 from edgewhisper.whisper import linears
+from export.problem import Problem
 
 BRIEF = Training(steps=2, batch_size=2, learning_rate=1e-3)
 NOTHING = Options(
@@ -382,6 +383,25 @@ def test_a_model_is_at_distance_zero_from_itself_and_farther_from_others(make_wh
     a, b = (m(features, decoder_input_ids=labels.clamp_min(0)) for m in (one, other))
     assert distance(a, a, labels).item() == pytest.approx(0, abs=1e-6)
     assert distance(a, b, labels).item() > 0.1
+
+
+def test_only_layers_that_match_are_penalised_and_pruned(tiny_whisper, work):
+    before = weights_of(tiny_whisper)
+    before = {name: weight.clone() for name, weight in before.items()}
+    options = replace(NOTHING, layers="*encoder.layers.1.fc2", c2=0.0, training=Training(steps=0))
+    tspar.apply(tiny_whisper, options, work)
+    changed = [n for n, w in weights_of(tiny_whisper).items() if not torch.equal(w, before[n])]
+    assert changed == ["model.encoder.layers.1.fc2"]
+    assert set(tspar.penalties(tiny_whisper, options)) == {
+        ("encoder", "element"),
+        ("encoder", "column"),
+    }
+
+
+def test_a_pattern_that_matches_no_layer_is_a_letter(tiny_whisper, work):
+    with pytest.raises(Problem, match=r"no linear layer is called '\*.fc3'") as caught:
+        tspar.apply(tiny_whisper, replace(NOTHING, layers="*.fc3"), work)
+    assert "fc1, fc2" in caught.value.hint
 
 
 @pytest.fixture

@@ -29,13 +29,14 @@ The paper is not explicit everywhere; what we fill in:
   step of the penalty, which makes exact zeros.
 - The two passes and their order: see `two_pass`. c1, c2 and rho are not published; bisection finds
   how far towards the values given here pruning may go before dev WER suffers.
-- Ours, off by default: `min_removed`, `recovery`, `keep`.
+- Ours, off by default: `layers`, `min_removed`, `recovery`, `keep`.
 """
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -57,6 +58,7 @@ from edgewhisper.training import (
 )
 from edgewhisper.whisper import linears
 from export.cost import count_parameters
+from export.problem import Problem
 from export.shrink import shrink
 
 if TYPE_CHECKING:
@@ -68,6 +70,10 @@ Weight = Annotated[float, Range(0)]
 
 @dataclass(frozen=True)
 class Options:
+    layers: str = "*"
+    """Shell pattern of the linear layers that are penalised and pruned: "*" is the paper's reading,
+    "*.fc2" (ours) takes the columns that leave the model with the rows of fc1 that feed them."""
+
     encoder_element: Weight = 1.0
     """lambda_1. What 1.0 means depends on reg_mode. subgradient: the penalty weighs as much as the
     cross entropy, both taken on the starting model. proximal: while the learning rates of all
@@ -267,8 +273,23 @@ def apply(
     return model
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: module.weight.detach() for name, module in linears(model)}
+def chosen(model: nn.Module, layers: str) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of the blocks whose names match the pattern."""
+    for name, module in linears(model):
+        if fnmatchcase(name, layers):
+            yield name, module
+
+
+def weights_of(model: nn.Module, layers: str = "*") -> dict[str, Tensor]:
+    """Raises Problem where no layer matches."""
+    weights = {name: module.weight.detach() for name, module in chosen(model, layers)}
+    if not weights:
+        names = sorted({name.split(".", 4)[-1] for name, _ in linears(model)})
+        raise Problem(
+            f"tspar: no linear layer is called {layers!r}",
+            hint=f"names end in {', '.join(names)}",
+        )
+    return weights
 
 
 # -- the penalties during training
@@ -289,63 +310,63 @@ def regulariser(
     if not any(lambdas_of(options).values()):
         return None, None, {}
     if options.reg_mode == "proximal":
-        scales = average_sizes(model)
-        hook = proximal_hook(lambdas_of(options), scales, options.group_norm)
-        return None, hook, readable(scales)
+        scales = average_sizes(weights_of(model, options.layers))
+        return None, proximal_hook(options, scales), readable(scales)
     loss = loss_before(model, work.processor, work.train, options.training, work.seed)
     with torch.no_grad():
-        start = penalties(model, options.group_norm)
+        start = penalties(model, options)
     scales = {key: loss / float(penalty) for key, penalty in start.items()}
-    return penalty_term(lambdas_of(options), scales, options.group_norm), None, readable(scales)
+    return penalty_term(options, scales), None, readable(scales)
 
 
-def penalties(model: nn.Module, group_norm: str) -> dict[tuple[str, str], Tensor]:
+def penalties(model: nn.Module, options: Options) -> dict[tuple[str, str], Tensor]:
     """The four sums of (1)."""
     sums: dict[tuple[str, str], list[Tensor]] = {}
-    for name, module in linears(model):
-        side = side_of(name)
-        sums.setdefault((side, "element"), []).append(element_penalty(module.weight))
-        sums.setdefault((side, "column"), []).append(column_penalty(module.weight, group_norm))
+    for name, module in chosen(model, options.layers):
+        column = column_penalty(module.weight, options.group_norm)
+        sums.setdefault((side_of(name), "element"), []).append(element_penalty(module.weight))
+        sums.setdefault((side_of(name), "column"), []).append(column)
     return {key: torch.stack(parts).sum() for key, parts in sums.items()}
 
 
-def penalty_term(lambdas: Lambdas, scales: Lambdas, group_norm: str) -> LossTerm:
+def penalty_term(options: Options, scales: Lambdas) -> LossTerm:
     """(1) without L_CE; a scale is (cross entropy / penalty) of the starting model."""
+    lambdas = lambdas_of(options)
 
     def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
-        sums = penalties(model, group_norm)
+        sums = penalties(model, options)
         return torch.stack([lambdas[key] * scales[key] * sums[key] for key in sums]).sum()
 
     return term
 
 
-def proximal_hook(lambdas: Lambdas, scales: Lambdas, group_norm: str) -> AfterStep:
+def proximal_hook(options: Options, scales: Lambdas) -> AfterStep:
     """The proximal step after AdamW's, decoupled from the gradient as AdamW's weight decay is.
 
     AdamW moves an element by about the learning rate, whatever the size of its gradient; so the
     effective step of the penalty is learning rate * scale, with the average size of an element,
     or the average RMS of a column, of the starting model as its scale.
     """
+    lambdas = lambdas_of(options)
 
     def hook(model: nn.Module, step: int, learning_rate: float) -> None:
-        amounts = {key: learning_rate * lambdas[key] * scales[key] for key in lambdas}
-        for name, module in linears(model):
-            side = side_of(name)
-            amount = amounts[side, "element"], amounts[side, "column"]
-            module.weight.copy_(proximal(module.weight, *amount, group_norm))
+        amounts = {key: learning_rate * lambdas[key] * scales[key] for key in scales}
+        for name, module in chosen(model, options.layers):
+            amount = amounts[side_of(name), "element"], amounts[side_of(name), "column"]
+            module.weight.copy_(proximal(module.weight, *amount, options.group_norm))
 
     return hook
 
 
-def average_sizes(model: nn.Module) -> Lambdas:
+def average_sizes(weights: Mapping[str, Tensor]) -> Lambdas:
     """Mean |w| over a side's elements, and mean RMS over its columns."""
-    sizes = {}
-    for side in SIDES:
-        weights = [w for name, w in weights_of(model).items() if side_of(name) == side]
-        columns = [w.square().mean(dim=0).sqrt() for w in weights]
-        sizes[side, "element"] = float(torch.cat([w.flatten() for w in weights]).abs().mean())
-        sizes[side, "column"] = float(torch.cat(columns).mean())
-    return sizes
+    elements: dict[str, list[Tensor]] = {}
+    columns: dict[str, list[Tensor]] = {}
+    for name, weight in weights.items():
+        elements.setdefault(side_of(name), []).append(weight.abs().flatten())
+        columns.setdefault(side_of(name), []).append(weight.square().mean(dim=0).sqrt())
+    sizes = {(side, "element"): float(torch.cat(w).mean()) for side, w in elements.items()}
+    return sizes | {(side, "column"): float(torch.cat(c).mean()) for side, c in columns.items()}
 
 
 def readable(scales: Lambdas) -> dict[str, float]:
@@ -401,7 +422,7 @@ def prune(
     model: "WhisperForConditionalGeneration", options: Options, work: Work, record: dict[str, Any]
 ) -> None:
     """Choose the strength, then zero what the two passes say, once."""
-    dense = {name: weight.clone() for name, weight in weights_of(model).items()}
+    dense = {n: weight.clone() for n, weight in weights_of(model, options.layers).items()}
     full = Thresholds(options.c1, options.c2, options.rho)
 
     def prune_to(strength: float) -> None:
@@ -417,7 +438,8 @@ def prune(
 def set_pruned(model: nn.Module, dense: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, module in linears(model):
-            module.weight.copy_(dense[name] * keep[name])
+            if name in keep:
+                module.weight.copy_(dense[name] * keep[name])
 
 
 def choose_strength(

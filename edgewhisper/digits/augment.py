@@ -14,8 +14,10 @@ SpecAugment (Park et al. 2019) masks come last, on the features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 from scipy.signal import lfilter
@@ -23,6 +25,8 @@ from scipy.signal import lfilter
 from edgewhisper.digits.spectra import FLOOR, N_MELS, Bank, extractor, to_features
 
 FRAMES_PER_S = 100
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class Pools:
         return bool(self.clips.get(pool))
 
 
-def draw(rng: np.random.Generator, items: list):
+def draw(rng: np.random.Generator, items: Sequence[T]) -> T:
     """One item, uniformly."""
     return items[int(rng.integers(len(items)))]
 
@@ -190,7 +194,8 @@ def choose_clips(rng: np.random.Generator, pools: Pools, mix: Mix, most: int) ->
         return [], "noise"
     if kind < mix.empty + mix.phrase and most >= 2 and pools.has("phrase"):
         return [draw(rng, pools.clips["phrase"]) for _ in range(rng.integers(1, 3))], "phrase"
-    return draw_words(rng, pools, mix, int(rng.integers(1, most + 1)))
+    counts = rng.integers(1, most + 1, 2)
+    return draw_words(rng, pools, mix, int(counts.max() if rng.random() < 0.5 else counts[0]))
 
 
 # ---------------------------------------------------------------- composition
@@ -221,7 +226,8 @@ def place(
 ) -> Placement:
     """Lay clips one after the other into a window of `window` frames; drop what does not fit."""
     pace = np.exp(rng.uniform(-0.25, 0.25) * hard)
-    plan, total = [], 0
+    plan: list[tuple[int, np.ndarray, int]] = []
+    total = 0
     for clip in clips:
         frames = int(bank.frames[clip])
         cut = rng.integers(0, 4, 2) if rng.random() < 0.3 * hard and frames > 20 else (0, 0)
@@ -291,8 +297,8 @@ def noise_power(rng: np.random.Generator, pools: Pools, window: int) -> np.ndarr
     start = pools.bank.start[clip]
     shift = rng.integers(0, max(1, pools.bank.frames[clip] - window))
     frames = min(window, int(pools.bank.frames[clip]))
-    log = pools.bank.log_mel[start + shift : start + shift + frames].astype(np.float32)
-    log = np.resize(log, (window, N_MELS))
+    recorded = pools.bank.log_mel[start + shift : start + shift + frames].astype(np.float32)
+    log: np.ndarray = np.resize(recorded, (window, N_MELS))
     if kind > 0.35 if name == "white" else rng.random() < 0.5:
         log = log + channel_db(rng, 1.5, 0.25)[None] / 10
     if kind > 0.55:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,9 @@ def silence(seconds: float) -> np.ndarray:
     return np.zeros(round(seconds * SAMPLE_RATE))
 
 
-def say_sequence(rng: np.random.Generator, voice: Voice, digits: list[str], breath: float):
+def say_sequence(
+    rng: np.random.Generator, voice: Voice, digits: list[str], breath: float
+) -> np.ndarray:
     """The digits by one voice: in one breath with probability `breath`, else word by word."""
     if rng.random() < breath:
         spoken = [speak(" ".join(digits), voice)]
@@ -78,7 +81,9 @@ def vary(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
     return samples / np.abs(samples).max() * 10 ** (rng.uniform(-18, -1) / 20)
 
 
-def sequence(rng: np.random.Generator, variants: list[str], count: int):
+def sequence(
+    rng: np.random.Generator, variants: list[str], count: int
+) -> tuple[np.ndarray, str, str]:
     """(samples, text, voice name) of `count` digits that fit the window; fewer when they do not."""
     voice = random_voice(rng, variants)
     digits = [str(digit) for digit in rng.choice(DIGITS, count)]
@@ -117,7 +122,7 @@ def write_split(out: Path, split: str, seed: int) -> None:
     write_manifest(out / f"{split}.jsonl", rows)
 
 
-def long_clip(rng: np.random.Generator, seconds: float = 20.0):
+def long_clip(rng: np.random.Generator, seconds: float = 20.0) -> tuple[np.ndarray, str, str]:
     """(samples, text, voice name) of digits by one voice until about `seconds` are filled."""
     voice, digits, parts, length = Voice("en-us", "m3", 50, 160), [], [], 0
     while length < (seconds - 0.8) * SAMPLE_RATE:
@@ -127,7 +132,7 @@ def long_clip(rng: np.random.Generator, seconds: float = 20.0):
     return vary(rng, np.concatenate(parts)), " ".join(digits), voice.name
 
 
-def other_clips(rng: np.random.Generator):
+def other_clips(rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, str, str]]:
     """(name, samples, text, speaker) of the clips that are not short digit sequences."""
     length = 4 * SAMPLE_RATE
     yield "silence", silence(4), "", ""

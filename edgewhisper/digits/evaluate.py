@@ -245,6 +245,21 @@ def evaluate(checkpoint: Path, source: Path | None) -> dict[str, Score]:
     return {name: score(items, [next(heard) for _ in items]) for name, items in sets.items()}
 
 
+def table(scores: dict[str, Score]) -> str:
+    """The scores as a Markdown table: word error rate, or clips that stay empty."""
+    lines = ["| condition | word error rate | clips right |", "|---|---|---|"]
+    for name, s in scores.items():
+        wer = f"{100 * s.wer:.1f} % ({s.errors}/{s.words})" if s.words else "must be empty"
+        lines.append(f"| {name} | {wer} | {s.exact}/{s.clips} |")
+    return "\n".join(lines)
+
+
+def load_scores(path: Path) -> dict[str, Score]:
+    """Scores that `--out` wrote."""
+    rows = json.loads(path.read_text())
+    return {name: Score(**{k: v for k, v in s.items() if k != "wer"}) for name, s in rows.items()}
+
+
 def main() -> None:
     """Command line: score, print a table, then JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -254,9 +269,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet_transformers()
     scores = evaluate(options.checkpoint, options.fsdd)
-    for name, s in scores.items():
-        wer = f"WER {100 * s.wer:5.1f} %  ({s.errors}/{s.words})" if s.words else "must be empty"
-        print(f"{name:62} {wer:26} exact {s.exact}/{s.clips}")
+    print(table(scores))
     result = {name: asdict(s) | {"wer": round(s.wer, 4)} for name, s in scores.items()}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -27,7 +28,7 @@ WARPS = (0.826, 0.874, 0.925, 0.979, 1.0, 1.036, 1.096, 1.16, 1.228)
 
 
 @cache
-def extractor():
+def extractor() -> Any:
     """The feature extractor of the checkpoint, for its mel filters and for comparison."""
     from transformers import WhisperFeatureExtractor
 

@@ -18,6 +18,7 @@ import argparse
 import io
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,9 @@ class Line:
     voice: Voice
 
 
-def digit_lines(rng: np.random.Generator, variants: list[str], words: int, phrases: int):
+def digit_lines(
+    rng: np.random.Generator, variants: list[str], words: int, phrases: int
+) -> Iterator[Line]:
     """`words` rounds of the ten digits, then `phrases` phrases of two to five digits."""
     for _ in range(words):
         voice = random_voice(rng, variants)
@@ -190,7 +193,7 @@ def digit_lines(rng: np.random.Generator, variants: list[str], words: int, phras
         yield Line("phrase", text, text, random_voice(rng, variants))
 
 
-def accented_lines(rng: np.random.Generator, variants: list[str], rounds: int):
+def accented_lines(rng: np.random.Generator, variants: list[str], rounds: int) -> Iterator[Line]:
     """`rounds` rounds of the ten digits in every language of ACCENTED."""
     for language, spelling in ACCENTED.items():
         for _ in range(rounds):
@@ -199,7 +202,7 @@ def accented_lines(rng: np.random.Generator, variants: list[str], rounds: int):
                 yield Line("accented", spoken, digit, voice)
 
 
-def other_lines(rng: np.random.Generator, variants: list[str], rounds: int):
+def other_lines(rng: np.random.Generator, variants: list[str], rounds: int) -> Iterator[Line]:
     """Every non-digit word `rounds` times, then phrases; each by a new voice."""
     spoken = [(lang, word) for lang, words in OTHER_WORDS.items() for word in words.split()]
     spoken += [(lang, p) for lang, group in OTHER_PHRASES.items() for p in group.split("|")]
@@ -238,7 +241,7 @@ def build_cache(out: Path, rounds: int, seed: int = 0) -> None:
             *other_lines(rng, variants, max(1, share // 4)),
         ]
         arrays = synthesise(lines)
-        np.savez(path, **arrays)
+        np.savez(path, allow_pickle=False, **arrays)
         seconds = round(arrays["length"].sum() / SAMPLE_RATE)
         print(path, len(arrays["length"]), "clips", seconds, "s")
 

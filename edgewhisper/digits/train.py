@@ -35,6 +35,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,8 +102,8 @@ STAGES = (
     Stage(0.04, ((1.5, 1.0),), 1),
     Stage(0.09, ((1.5, 1.0),), 2),
     Stage(0.16, ((3.0, 1.0),), 3),
-    Stage(0.65, ((3.0, 0.8), (6.0, 0.2)), 4),
-    Stage(9.99, ((3.0, 0.35), (6.0, 0.65)), 4),
+    Stage(0.57, ((3.0, 0.8), (6.0, 0.2)), 4),
+    Stage(9.99, ((3.0, 0.15), (6.0, 0.85)), 5),
 )
 
 
@@ -183,7 +184,7 @@ COMMANDS = (
 )
 
 
-def build_processor():
+def build_processor() -> Any:
     """A byte-level tokenizer in Whisper's layout, digits as single tokens, and the extractor."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
@@ -228,7 +229,7 @@ class Tokens:
     digits: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer) -> Tokens:
+    def of(cls, tokenizer: Any) -> Tokens:
         """Look the ids up; every digit must be a single token."""
         names = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
         digits = [tokenizer(f" {d}", add_special_tokens=False).input_ids for d in DIGITS]
@@ -242,7 +243,7 @@ class Tokens:
 # ---------------------------------------------------------------- model
 
 
-def build_model(geometry: Geometry, processor) -> nn.Module:
+def build_model(geometry: Geometry, processor: Any) -> nn.Module:
     """A fresh WhisperForConditionalGeneration whose bare generate() uses the trained prompt."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -273,7 +274,7 @@ def build_model(geometry: Geometry, processor) -> nn.Module:
     return model
 
 
-def generation_config(tokenizer):
+def generation_config(tokenizer: Any) -> Any:
     """A fresh one: a config derived from the model's loses these fields when it is reloaded."""
     from transformers import GenerationConfig
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
@@ -602,7 +603,10 @@ class Helper:
         return found
 
 
-def help_out(model, head, table, flat, plan, tokens, bank: Path, pipe) -> None:
+def help_out(
+    model: nn.Module, head: nn.Module, table: Tensor, flat: Tensor, plan: Plan, tokens: Tokens,
+    bank: Path, pipe: Any,
+) -> None:  # fmt: skip
     """The helper's loop: a request to compose, then the fraction of the time to train at."""
     torch.set_num_threads(1)
     pools = Pools(Bank.load(bank))
@@ -637,7 +641,7 @@ class Averaged:
         trainer.model.load_state_dict(trainer.average or self.own, strict=False)
         return trainer.model.eval()
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.trainer.model.load_state_dict(self.own, strict=False)
         self.trainer.model.train()
 
@@ -675,14 +679,14 @@ def dev_report(model: nn.Module, dev: Batch, tokens: Tokens) -> dict[str, float]
     return {"dev_wer": errors / words, "dev_quiet": sum(quiet) / max(1, len(quiet))}
 
 
-def save_checkpoint(model: nn.Module, processor, folder: Path) -> None:
+def save_checkpoint(model: nn.Module, processor: Any, folder: Path) -> None:
     """The model as a Hugging Face folder."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     processor.feature_extractor.save_pretrained(folder)  # older readers want its own file
 
 
-def report(trainer: Trainer, processor, dev: Batch, out: Path, recent: list) -> None:
+def report(trainer: Trainer, processor: Any, dev: Batch, out: Path, recent: list) -> None:
     """Evaluate, save checkpoint and state, append a line to the curve."""
     started = time.monotonic()
     tokens = Tokens.of(processor.tokenizer)
@@ -702,7 +706,12 @@ def report(trainer: Trainer, processor, dev: Batch, out: Path, recent: list) -> 
 
 
 def run(
-    trainer: Trainer, plan: Plan, processor, banks: tuple[Path, Path], out: Path, processes: int
+    trainer: Trainer,
+    plan: Plan,
+    processor: Any,
+    banks: tuple[Path, Path],
+    out: Path,
+    processes: int,
 ) -> None:
     """Train until the wall time is used, reporting on the way."""
     tokens = Tokens.of(processor.tokenizer)
