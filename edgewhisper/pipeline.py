@@ -290,9 +290,9 @@ def report(results: Sequence[Path], out: Path) -> None:
     from benchmarks.result import read
 
     newest = runs.newest("result")
-    if not results and newest is None:
+    files = list(results) or ([newest] if newest else [])
+    if not files:
         raise Problem("there are no results yet.", hint="run `edgewhisper bench` first.")
-    files = list(results) or [newest]
     write_report([result for path in files for result in read(path)], out)
 
 
