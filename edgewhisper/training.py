@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper.recipe import Range
+from export.files import writing
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -586,8 +587,12 @@ class State:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(final, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        partial.mkdir(parents=True, exist_ok=True)
-        self.accelerator.save_state(str(partial), safe_serialization=True)
+        with writing(self.directory):
+            partial.mkdir(parents=True, exist_ok=True)
+            try:
+                self.accelerator.save_state(str(partial), safe_serialization=True)
+            except (RuntimeError, SafetensorError) as error:  # what a full disk is called there
+                raise OSError(str(error)) from error
         self.accelerator.wait_for_everyone()
         if main:
             older = list(self.directory.glob("step-*[0-9]"))

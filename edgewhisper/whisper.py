@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -294,7 +295,10 @@ def save(
     """
     with new_directory(out) as directory:
         with _quiet():
-            model.save_pretrained(directory, safe_serialization=True)
+            try:
+                model.save_pretrained(directory, safe_serialization=True)
+            except SafetensorError as error:  # what a full disk is called there
+                raise OSError(str(error)) from error
             processor.save_pretrained(directory)
             processor.feature_extractor.save_pretrained(directory)
         text = json.dumps(compression, indent=2, ensure_ascii=False) + "\n"

@@ -21,11 +21,11 @@ def new_directory(out: Path) -> Iterator[Path]:
     out = Path(out)
     if out.exists():
         raise Problem(f"{out} exists already.", hint="name another --out, or remove it first.")
-    with _speaking(out):
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        with _speaking(out):
+        with writing(out):
             yield temporary
             temporary.chmod(0o755)  # mkdtemp gives 0o700; a result is no secret
             os.replace(temporary, out)
@@ -37,12 +37,12 @@ def new_directory(out: Path) -> Iterator[Path]:
 def new_file(path: Path) -> Iterator[Path]:
     """As new_directory, for one file, which may replace an older one."""
     path = Path(path)
-    with _speaking(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         os.close(handle)
     try:
-        with _speaking(path):
+        with writing(path):
             yield Path(name)
             os.chmod(name, 0o644)
             os.replace(name, path)
@@ -51,7 +51,8 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _speaking(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn what stops a write (no space, no permission) into a letter about `path`."""
     try:
         yield
     except OSError as error:

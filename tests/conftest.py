@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import secrets
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,17 @@ def rng(seed: int) -> np.random.Generator:
 
     torch.manual_seed(seed)
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 300 kB, as on a disk that has filled up."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.fixture(scope="session")

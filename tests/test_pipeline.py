@@ -6,8 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks.speech import read_manifest
+from benchmarks.wer import score
 from edgewhisper import pipeline, runs
 from edgewhisper.whisper import load
 from export.artifact import read_manifest as read_artifact
@@ -75,11 +78,31 @@ def test_the_whole_road(empty, few, quick, digits):
     assert not list(runs.RUNS.glob("unfinished-*")), "finished work leaves no state behind"
 
 
-def test_the_int8_export_of_the_embedded_model_passes_its_gate(empty, digits, clips):
-    artifact = pipeline.export(str(digits), "int8", clips)
-    gate = read_artifact(artifact)["gate"]
-    assert gate["wer_loss_points"] <= 0.5
-    assert gate["clips"] == 40
+def test_a_bare_export_takes_the_embedded_model_and_passes_its_gate(empty):
+    artifact = pipeline.export()
+    manifest = read_artifact(artifact)
+    assert artifact.parent == runs.RUNS
+    assert manifest["precision"] == "int8"
+    assert manifest["gate"]["wer_loss_points"] <= 0.5
+    assert manifest["gate"]["clips"] == 40
+
+
+def test_no_word_is_lost_or_doubled_where_long_audio_is_cut(empty, clips, digits):
+    spoken = [clip for clip in read_manifest(clips) if len(clip.text.split()) > 3][:10]
+    long = np.concatenate([clip.pcm() for clip in spoken])
+    assert len(long) > 3 * 96000, "several windows"
+    for source in (str(digits), str(pipeline.export(str(digits), "fp32", clips))):
+        transcribe = pipeline.transcriber(source)
+        alone = " ".join(transcribe([clip.pcm() for clip in spoken]))
+        (whole,) = transcribe([long])
+        found = score([alone], [whole])
+        assert (found.deletions, found.insertions) == (0, 0), (source, alone, whole)
+
+
+def test_a_full_disk_leaves_no_half_artifact(empty, digits, full_disk):
+    with pytest.raises(Problem, match="cannot be written"):
+        pipeline.export(str(digits))
+    assert not list(runs.RUNS.iterdir())
 
 
 def test_speech_without_dev_is_split_the_same_way_each_time(few, clips):

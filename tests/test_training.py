@@ -346,3 +346,9 @@ def test_padding_counts_nowhere(model, processor, few):
     batch = Examples(few, model, processor, SHORT, 0)[range(5)]
     assert (batch.labels[:, -1] != IGNORED).any()
     assert (batch.labels == IGNORED).any()
+
+
+def test_a_full_disk_is_said(digits, processor, few, tmp_path, full_disk):
+    with pytest.raises(Problem, match="cannot be written") as problem:
+        train(whisper.load(digits), processor, few, Training(steps=1), run_dir=tmp_path / "run")
+    assert "free space" in problem.value.hint

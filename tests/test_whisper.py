@@ -249,3 +249,11 @@ def test_saving_over_something_is_refused_and_leaves_it_alone(tiny_whisper, proc
     with pytest.raises(Problem, match="exists already"):
         save(tiny_whisper, processor, tmp_path / "out", {})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(digits, processor, tmp_path, full_disk):
+    model = load(digits)
+    with pytest.raises(Problem, match=r"out cannot be written: .*too large") as problem:
+        save(model, processor, tmp_path / "out", {})
+    assert "free space" in problem.value.hint
+    assert not list(tmp_path.iterdir())
