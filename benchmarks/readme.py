@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.result import read, table_rows
+from benchmarks.result import brief_rows, read
 
 STORED = Path(__file__).parent / "results" / "demo.jsonl"
 README = Path(__file__).parent.parent / "README.md"
@@ -25,7 +25,7 @@ def with_tables(text: str) -> str:
         f"{first['device'].get('cpu', 'unavailable')}; medians of {first['rounds']} interleaved "
         f"rounds ({first['measured_at'][:10]}).\n"
     )
-    table = markdown(table_rows(results)) + told
+    table = markdown(brief_rows(results)) + told
     return BLOCK.sub(lambda found: found[1] + table + found[2], text)
 
 

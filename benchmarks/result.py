@@ -156,6 +156,25 @@ def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
+BRIEF = (
+    "model",
+    "parameters",
+    "size MB",
+    "peak MB",
+    "WER %",
+    "95 %",
+    "encoder ms",
+    "token ms",
+    "total ms",
+)
+"""What fits a terminal and a README; the report has the rest."""
+
+
+def brief_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """table_rows with the columns of BRIEF."""
+    return [{title: row[title] for title in BRIEF} for row in table_rows(results)]
+
+
 COLUMNS = {
     "load ms": "load_s",
     "mel ms": "mel_s",

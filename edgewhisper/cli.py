@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+TABLE_WIDTH = 100
+
 Model = Annotated[
     str | None, typer.Argument(help="directory or hub id; default: the embedded digit model")
 ]
@@ -226,11 +228,11 @@ def _emit(value: Any, json_file: str | None) -> None:
 
 
 def _show_results(results: list[dict[str, Any]], json_file: str | None) -> None:
-    from benchmarks.result import table_rows
+    from benchmarks.result import brief_rows
 
     _emit(results, json_file)
     if json_file != "-":
-        _table(table_rows(results))
+        _table(brief_rows(results))
 
 
 def _table(rows: list[dict[str, str]]) -> None:
@@ -243,7 +245,8 @@ def _table(rows: list[dict[str, str]]) -> None:
         table.add_column(column, justify="left" if column == next(iter(rows[0])) else "right")
     for row in rows:
         table.add_row(*row.values())
-    Console().print(table)
+    # a narrow terminal wraps lines; columns squeezed to fit it could not be read at all
+    Console(width=max(Console().width, TABLE_WIDTH)).print(table)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

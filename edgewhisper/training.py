@@ -95,11 +95,15 @@ class Training:
 class Batch:
     input_features: Tensor
     """(clips, mels, frames)"""
+    decoder_input_ids: Tensor
+    """(clips, tokens): start, prompt, text; the end token as padding."""
     labels: Tensor
-    """(clips, tokens): prompt, text, end; IGNORED where a clip's labels are shorter."""
+    """(clips, tokens): what comes next; IGNORED in the prompt, which decoding is given and does
+    not have to find, and in the padding."""
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.input_features.to(device), self.labels.to(device))
+        tensors = (self.input_features, self.decoder_input_ids, self.labels)
+        return Batch(*(tensor.to(device) for tensor in tensors))
 
 
 @dataclass
@@ -190,9 +194,10 @@ def loss_before(
     for step in range(batches):
         first = step * options.batch_size
         batch = examples[range(first, first + options.batch_size)].to(device)
-        inputs = decoder_inputs(batch.labels, model.config)
-        logits = model(batch.input_features, decoder_input_ids=inputs, use_cache=False).logits
-        losses.append(float(cross_entropy(logits, batch.labels)))
+        outputs = model(
+            batch.input_features, decoder_input_ids=batch.decoder_input_ids, use_cache=False
+        )
+        losses.append(float(cross_entropy(outputs.logits, batch.labels)))
     return sum(losses) / len(losses)
 
 
@@ -215,10 +220,14 @@ class Examples:
         self.options, self.seed = options, seed
         if not clips:
             raise Problem("training: there are no clips to train on", hint="name a speech manifest")
-        labelled = [(clip, label_ids(clip, model, processor.tokenizer)) for clip in clips]
+        spelled = [(clip, *token_ids(clip, model, processor.tokenizer)) for clip in clips]
         window_s = self.extractor.n_samples / self.extractor.sampling_rate
         room = model.config.max_target_positions
-        fitting = [(c, ids) for c, ids in labelled if seconds(c) <= window_s and len(ids) <= room]
+        fitting = [
+            (clip, given, found)
+            for clip, given, found in spelled
+            if seconds(clip) <= window_s and len(given) + len(found) - 1 <= room
+        ]
         self.skipped = len(clips) - len(fitting)
         if not fitting:
             raise Problem(
@@ -232,8 +241,8 @@ class Examples:
                 f"{window_s:g} s or {room} tokens and are left out",
                 stacklevel=3,
             )
-        self.clips = [clip for clip, _ in fitting]
-        self.labels = [ids for _, ids in fitting]
+        self.clips = [clip for clip, _, _ in fitting]
+        self.texts = [(given, found) for _, given, found in fitting]
         self._kept: dict[int, Tensor] = {}
         frames = self.extractor.nb_max_frames
         self._room = CACHED_BYTES // (4 * self.extractor.feature_size * frames)
@@ -247,13 +256,15 @@ class Examples:
         return permutation(self.seed, epoch, len(self))[place]
 
     def tokens(self, positions: Sequence[int]) -> int:
-        return sum(len(self.labels[self.index(p)]) for p in positions)
+        """How many tokens are to be found there."""
+        return sum(len(self.texts[self.index(p)][1]) for p in positions)
 
     def __getitem__(self, positions: Sequence[int]) -> Batch:
-        ids = [self.labels[self.index(p)] for p in positions]
-        longest = max(map(len, ids))
-        padded = [line + [IGNORED] * (longest - len(line)) for line in ids]
-        return Batch(torch.stack([self.features(p) for p in positions]), torch.tensor(padded))
+        texts = [self.texts[self.index(p)] for p in positions]
+        inputs = [given + found[:-1] for given, found in texts]
+        labels = [[IGNORED] * (len(given) - 1) + found for given, found in texts]
+        features = torch.stack([self.features(p) for p in positions])
+        return Batch(features, padded(inputs, texts[0][1][-1]), padded(labels, IGNORED))
 
     def features(self, position: int) -> Tensor:
         """(mels, frames), augmented by random numbers of the seed and the position."""
@@ -290,19 +301,27 @@ def permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng([seed, 0, epoch]).permutation(size).tolist())
 
 
-def label_ids(clip: "Clip", model: "WhisperForConditionalGeneration", tokenizer: Any) -> list[int]:
-    """The model's own prompt (language, task, no timestamps), the text, the end.
+def padded(rows: list[list[int]], filler: int) -> Tensor:
+    """(rows, longest row) int64."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
 
-    The start token is not among them: the labels, shifted right by one, begin with it.
-    """
+
+def token_ids(
+    clip: "Clip", model: "WhisperForConditionalGeneration", tokenizer: Any
+) -> tuple[list[int], list[int]]:
+    """What decoding is given (start and the model's own prompt), and what it shall find (the text
+    as Whisper writes it, and the end)."""
     language = clip.lang.split("-")[0].lower()
     text = clip.text.strip()
     spaced = f" {text}" if text and language not in UNSPACED else text
     ids = tokenizer(spaced, add_special_tokens=False).input_ids
-    return [*prompt_ids(language, model.generation_config), *ids, model.config.eos_token_id]
+    given = [model.config.decoder_start_token_id, *prompt_ids(language, model.generation_config)]
+    return given, [*ids, model.config.eos_token_id]
 
 
 def prompt_ids(language: str, generation: Any) -> list[int]:
+    """Language, task, no timestamps; the last alone where the model knows English only."""
     if not getattr(generation, "is_multilingual", False):
         return [generation.no_timestamps_token_id]
     known = generation.lang_to_id
@@ -436,7 +455,7 @@ class Loop:
         """Cross entropy per token of one pass, plus the method's term."""
         outputs = self.wrapped(
             input_features=batch.input_features,
-            decoder_input_ids=decoder_inputs(batch.labels, self.model.config),
+            decoder_input_ids=batch.decoder_input_ids,
             use_cache=False,
         )
         loss = cross_entropy(outputs.logits, batch.labels)
@@ -474,13 +493,6 @@ class Loop:
                 f"learning rate {rate:.2g}",
                 hint="lower learning_rate or the method's penalties, or set precision to 'no'",
             )
-
-
-def decoder_inputs(labels: Tensor, config: Any) -> Tensor:
-    """(clips, tokens) labels -> the same, shifted right behind the start token."""
-    from transformers.models.whisper.modeling_whisper import shift_tokens_right
-
-    return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -642,7 +654,7 @@ def fingerprint(
     digest = sha256()
     decisive = {k: v for k, v in asdict(options).items() if k not in NOT_DECISIVE}
     names = [str(clip.audio.name) for clip in examples.clips]
-    digest.update(json.dumps([decisive, others, names, examples.labels]).encode())
+    digest.update(json.dumps([decisive, others, names, examples.texts]).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

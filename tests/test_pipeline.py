@@ -6,11 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.speech import read_manifest
-from benchmarks.wer import score
 from edgewhisper import pipeline, runs
 from edgewhisper.whisper import load
 from export.artifact import read_manifest as read_artifact
@@ -88,15 +86,10 @@ def test_a_bare_export_takes_the_embedded_model_and_passes_its_gate(empty):
 
 
 def test_no_word_is_lost_or_doubled_where_long_audio_is_cut(empty, clips, digits):
-    spoken = [clip for clip in read_manifest(clips) if len(clip.text.split()) > 3][:10]
-    long = np.concatenate([clip.pcm() for clip in spoken])
-    assert len(long) > 3 * 96000, "several windows"
+    (long,) = [c for c in read_manifest(clips.parent / "other.jsonl") if c.text]
+    assert len(long.pcm()) > 3 * 96000, "several windows"
     for source in (str(digits), str(pipeline.export(str(digits), "fp32", clips))):
-        transcribe = pipeline.transcriber(source)
-        alone = " ".join(transcribe([clip.pcm() for clip in spoken]))
-        (whole,) = transcribe([long])
-        found = score([alone], [whole])
-        assert (found.deletions, found.insertions) == (0, 0), (source, alone, whole)
+        assert pipeline.transcriber(source)([long.pcm()]) == [long.text]
 
 
 def test_a_full_disk_leaves_no_half_artifact(empty, digits, full_disk):

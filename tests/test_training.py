@@ -21,9 +21,10 @@ from edgewhisper.training import (
     Examples,
     Interrupted,
     Training,
-    label_ids,
     learning_rate,
+    loss_before,
     mask,
+    token_ids,
     train,
 )
 from export.problem import Problem
@@ -57,26 +58,45 @@ def twin(model):
 # ----------------------------------------------------------------------------- what it trains on
 
 
-def test_labels_are_the_models_prompt_the_text_and_the_end(model, processor, few):
+def test_decoding_is_given_the_models_prompt_and_shall_find_the_text_and_the_end(
+    model, processor, few
+):
     tokenizer = processor.tokenizer
-    ids = label_ids(replace(few[0], text="three one"), model, tokenizer)
-    told = tokenizer.convert_ids_to_tokens(ids)
-    assert told[:3] == ["<|en|>", "<|transcribe|>", "<|notimestamps|>"]
-    assert told[-1] == "<|endoftext|>"
-    assert tokenizer.decode(ids[3:-1]) == " three one"
+    given, found = token_ids(replace(few[0], text="three one"), model, tokenizer)
+    prompt = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    assert tokenizer.convert_ids_to_tokens(given) == prompt
+    assert tokenizer.convert_ids_to_tokens(found)[-1] == "<|endoftext|>"
+    assert tokenizer.decode(found[:-1]) == " three one"
 
 
 def test_an_english_only_model_has_neither_language_nor_task_in_its_prompt(model, processor, few):
     model.generation_config.is_multilingual = False
-    ids = label_ids(replace(few[0], text=""), model, processor.tokenizer)
-    assert processor.tokenizer.convert_ids_to_tokens(ids) == ["<|notimestamps|>", "<|endoftext|>"]
+    given, found = token_ids(replace(few[0], text=""), model, processor.tokenizer)
+    tokens = processor.tokenizer.convert_ids_to_tokens([*given, *found])
+    assert tokens == ["<|startoftranscript|>", "<|notimestamps|>", "<|endoftext|>"]
+
+
+def test_a_batch_pairs_every_input_with_what_comes_next_and_ignores_prompt_and_padding(
+    model, processor, few
+):
+    examples = Examples(few, model, processor, SHORT, 0)
+    batch = examples[range(5)]
+    counts = batch.labels != IGNORED
+    assert not counts[:, :3].any() and counts[:, 3].all()
+    assert counts.sum() == examples.tokens(range(5)) < batch.labels[:, 3:].numel()
+    both = counts[:, :-1] & counts[:, 1:]
+    assert torch.equal(batch.decoder_input_ids[:, 1:][both], batch.labels[:, :-1][both])
+
+
+def test_the_embedded_model_already_knows_what_it_is_trained_on(digits, processor, clips):
+    loss = loss_before(whisper.load(digits), processor, read_manifest(clips), Training(), batches=1)
+    assert loss < 1.0
 
 
 def test_the_loss_is_that_of_transformers_on_the_same_labels(model, processor, few, tmp_path):
     options = Training(steps=1, batch_size=4)
-    examples = Examples(few, model, processor, options, seed=0)
-    batch = examples[range(4)]
-    wanted = model(batch.input_features, labels=batch.labels).loss.item()
+    batch = Examples(few, model, processor, options, seed=0)[range(4)]
+    wanted = model(**vars(batch)).loss.item()
     log = train(model, processor, few, options, run_dir=tmp_path)
     assert log.losses[0] == pytest.approx(wanted, rel=1e-5)
 
@@ -340,15 +360,3 @@ def test_two_processes_train_the_same_model_as_one(model, processor, clips, tmp_
         assert losses == pytest.approx(log.losses, rel=1e-5)
         for name, tensor in weights(model).items():
             torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
-
-
-def test_padding_counts_nowhere(model, processor, few):
-    batch = Examples(few, model, processor, SHORT, 0)[range(5)]
-    assert (batch.labels[:, -1] != IGNORED).any()
-    assert (batch.labels == IGNORED).any()
-
-
-def test_a_full_disk_is_said(digits, processor, few, tmp_path, full_disk):
-    with pytest.raises(Problem, match="cannot be written") as problem:
-        train(whisper.load(digits), processor, few, Training(steps=1), run_dir=tmp_path / "run")
-    assert "free space" in problem.value.hint

@@ -51,7 +51,6 @@ from edgewhisper.training import (
     Batch,
     LossTerm,
     Training,
-    decoder_inputs,
     loss_before,
     progress_bar,
     train,
@@ -384,9 +383,9 @@ def keep_term(model: nn.Module, weight: float) -> LossTerm | None:
 
     def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
         before.to(batch.labels.device)
-        inputs = decoder_inputs(batch.labels, model.config)
+        ids = batch.decoder_input_ids
         with torch.no_grad():
-            wanted = before(batch.input_features, decoder_input_ids=inputs, use_cache=False)
+            wanted = before(batch.input_features, decoder_input_ids=ids, use_cache=False)
         return weight * distance(wanted, outputs, batch.labels)
 
     return term
