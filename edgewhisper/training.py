@@ -85,7 +85,8 @@ class Training:
     """SpecAugment (arXiv:1904.08779): two bands of up to this many mel channels, and two
     stretches of up to this many frames, are set to the clip's mean. 0 masks none."""
     workers: Annotated[int, Range(0)] = 0
-    """Processes that read clips ahead; 0 reads them in the loop. Does not change the result."""
+    """Processes that read clips ahead; 0 reads them in the loop. Each computes features on one
+    thread, which rounds as one thread of this process does."""
     checkpoint_steps: Annotated[int, Range(1)] = 500
     checkpoint_s: Annotated[float, Range(1e-3)] = 120.0
     """State is saved after so many steps, or seconds, whichever comes first."""

@@ -88,7 +88,7 @@ def test_every_command_explains_itself(edgewhisper, command, tmp_path):
 def test_transcribe_prints_the_text(edgewhisper, tmp_path, digits, clips):
     rows = [json.loads(line) for line in clips.read_text().splitlines()][:3]
     done = edgewhisper(
-        "transcribe", digits, *(clips.parent / row["audio"] for row in rows), "--json", cwd=tmp_path
+        "transcribe", digits, *(clips.parent / row["audio"] for row in rows), "--json"
     )
     texts = [row["text"] for row in json.loads(done.stdout)]
     assert sum(text == row["text"] for text, row in zip(texts, rows, strict=True)) >= 2

@@ -159,7 +159,15 @@ def test_passes_of_one_batch_add_up_to_the_batch(model, processor, few, tmp_path
         torch.testing.assert_close(weights(three)[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def test_data_workers_do_not_change_the_result(model, processor, few, tmp_path):
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_data_workers_do_not_change_the_result(model, processor, few, tmp_path, one_thread):
     one, two = twin(model), twin(model)
     train(one, processor, few, SHORT, run_dir=tmp_path / "one")
     train(two, processor, few, replace(SHORT, workers=1), run_dir=tmp_path / "two")
