@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.metadata import clips_hash
 from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import Score, score
 from edgewhisper import runs, whisper
@@ -168,7 +169,7 @@ def _record(
             "files": _hashes(Path(source)),
             "compression": whisper.compression_record(source),
         },
-        "speech": {"train": _clips_hash(work.train), "dev": _clips_hash(work.dev)},
+        "speech": {"train": _clips_record(work.train), "dev": _clips_record(work.dev)},
         "seed": work.seed,
         "versions": versions(),
         "before": before,
@@ -183,11 +184,8 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _clips_hash(clips: Sequence[Clip]) -> dict[str, Any]:
-    digest = sha256()
-    for clip in clips:
-        digest.update(clip.audio.read_bytes() + clip.text.encode() + b"\0")
-    return {"clips": len(clips), "sha256": digest.hexdigest()}
+def _clips_record(clips: Sequence[Clip]) -> dict[str, Any]:
+    return {"clips": len(clips), "sha256": clips_hash(clips)}
 
 
 def versions() -> dict[str, str]:

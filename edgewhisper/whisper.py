@@ -40,10 +40,9 @@ from transformers.models.whisper.modeling_whisper import (
 from devices.runner.audio import split
 from export.files import new_directory
 from export.problem import Problem
+from export.shrink import ATTENTIONS, FORMAT
 
-FORMAT = 1
 START = "<|startoftranscript|>"
-ATTENTIONS = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
 
 
 class GatherLinear(nn.Linear):

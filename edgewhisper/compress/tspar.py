@@ -33,7 +33,6 @@ The paper is not explicit everywhere; what we fill in:
 """
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -45,6 +44,7 @@ from torch.nn import functional
 
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import Range
+from edgewhisper.runs import main_process
 from edgewhisper.training import (
     IGNORED,
     AfterStep,
@@ -455,8 +455,9 @@ def choose_strength(
     limit = unpruned + options.wer_margin / 100
     tried: list[dict[str, float]] = []
 
-    main = os.environ.get("RANK", "0") == "0"
-    with progress_bar(options.evaluations, None, main, "tspar: choosing thresholds") as show:
+    with progress_bar(
+        options.evaluations, None, main_process(), "tspar: choosing thresholds"
+    ) as show:
 
         def good(strength: float) -> bool:
             prune_to(strength)
