@@ -17,6 +17,7 @@ demo: $(READY)
 
 test: $(READY)
 	@sh tests/system-packages.sh 'espeak-ng --version' espeak-ng
+	@sh tests/system-packages.sh 'flite -lv' flite
 	$(BIN)/python -m pytest -n 2
 
 check: $(READY)

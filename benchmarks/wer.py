@@ -46,14 +46,14 @@ def score(
         raise Problem(f"{len(references)} references but {len(hypotheses)} hypotheses.")
     clean = normalizer_named(normalizer)
     pairs = [(clean(r), clean(h)) for r, h in zip(references, hypotheses, strict=True)]
-    counts = np.array([_count(r, h) for r, h in pairs]).reshape(-1, 4)
+    counts = np.array([count(r, h) for r, h in pairs]).reshape(-1, 4)
     substitutions, deletions, insertions, words = (int(total) for total in counts.sum(axis=0))
     if words == 0:
         raise Problem(
             "the clips hold no reference words, so there is no error rate.",
             hint="score clips without speech together with clips that have some.",
         )
-    letters = np.array([_count(r, h, characters=True) for r, h in pairs]).sum(axis=0)
+    letters = np.array([count(r, h, characters=True) for r, h in pairs]).sum(axis=0)
     return Score(
         wer=(substitutions + deletions + insertions) / words,
         cer=float(letters[:3].sum() / letters[3]),
@@ -68,7 +68,7 @@ def score(
     )
 
 
-def _count(reference: str, hypothesis: str, characters: bool = False) -> tuple[int, int, int, int]:
+def count(reference: str, hypothesis: str, characters: bool = False) -> tuple[int, int, int, int]:
     """Substitutions, deletions, insertions, and the reference's length, in words or characters."""
     import jiwer
 

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from edgewhisper.digits import CHECKPOINT, DIGITS, SAMPLE_RATE, SPEECH
+from edgewhisper.digits import CHECKPOINT, DIGITS, SAMPLE_RATE, SPEECH, flite
 from edgewhisper.digits.augment import Mix, Pools, compose
 from edgewhisper.digits.evaluate import (
     load_scores,
@@ -135,13 +135,13 @@ def test_a_bank_survives_save_and_load(tones, tmp_path):
 
 def small_trainer():
     """A trainer of a model small enough for a test, its plan and its tokens."""
-    from edgewhisper.digits import train
+    from edgewhisper.digits import model, train
 
     torch.manual_seed(0)
     plan = train.Plan(ema_start=0.0)
-    processor = train.build_processor()
-    model = train.build_model(train.Geometry(32, 2, 1, 1), processor)
-    return train.make_trainer(plan, model), plan, train.Tokens.of(processor.tokenizer)
+    processor = model.build_processor()
+    tiny = model.build_model(model.Geometry(32, 2, 1, 1), processor)
+    return train.make_trainer(plan, tiny), plan, model.Tokens.of(processor.tokenizer)
 
 
 def train_on(trainer, plan, tokens, pools: Pools, steps: int) -> None:
@@ -198,9 +198,9 @@ def test_a_helper_returns_the_gradients_of_its_own_batch(tones, tmp_path):
 
 
 def test_the_decoder_is_taught_the_prompt_then_the_digits_then_to_stop():
-    from edgewhisper.digits import train
+    from edgewhisper.digits import model, train
 
-    tokens = train.Tokens((10, 11, 12, 13), 9, tuple(range(10)))
+    tokens = model.Tokens((10, 11, 12, 13), 9, tuple(range(10)))
     inputs, targets = train.decoder_rows([[5], []], tokens)
     assert inputs.tolist() == [[10, 11, 12, 13, 5], [10, 11, 12, 13, 9]]
     assert targets.tolist() == [[11, 12, 13, 5, 9], [11, 12, 13, 9, -100]]
@@ -247,6 +247,27 @@ def test_espeak_says_a_word_without_silence_around_it():
     samples = speak("seven", Voice("en-us", "f3"))
     assert 0.2 < len(samples) / SAMPLE_RATE < 1.0
     assert np.abs(samples).max() == pytest.approx(1.0)
+
+
+@pytest.mark.skipif(
+    shutil.which("flite") is None, reason="flite is not on the PATH (apt install flite)"
+)
+def test_flite_says_a_word_slower_when_asked():
+    brisk, slow = (flite.speak("seven", Voice("en-us", "slt", wpm=wpm)) for wpm in (220, 120))
+    assert len(slow) > 1.4 * len(brisk) and np.abs(slow).max() == pytest.approx(1)
+
+
+def test_missing_flite_says_how_to_install_it(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(flite.ProgramMissing, match="apt install flite"):
+        flite.speak("seven", Voice("en-us", "slt"))
+
+
+def test_flites_dev_voice_is_not_trained_on():
+    rng = np.random.default_rng()
+    said = list(flite.lines(rng, flite.TRAIN_VOICES, rounds=2))
+    assert not {line.voice.variant for line in said} & set(flite.DEV_VOICES)
+    assert {line.kind for line in said} == {"natural", "phrase", "other"}
 
 
 @needs_checkpoint

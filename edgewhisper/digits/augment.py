@@ -35,10 +35,12 @@ class Mix:
 
     empty: float = 0.12
     phrase: float = 0.08
-    real: float = 0.60
+    real: float = 0.50
     """Share of word sequences that use recorded speakers; the rest is synthetic."""
+    natural: float = 0.50
+    """Share of synthetic sequences spoken by flite's voices, which people were recorded for."""
     accented: float = 0.15
-    """Share of synthetic sequences spoken by voices of other languages."""
+    """Share of the other synthetic sequences spoken by voices of other languages."""
     mixed: float = 0.1
     """Share of sequences in which every word may have another speaker."""
     hard: float = 1.0
@@ -152,17 +154,19 @@ def draw(rng: np.random.Generator, items: Sequence[T]) -> T:
 
 
 def word_pool(rng: np.random.Generator, pools: Pools, mix: Mix) -> str:
-    """The pool of one voice: recorded, synthetic, or synthetic with a foreign accent."""
+    """The pool of one voice: recorded, flite's, espeak-ng's, or with a foreign accent."""
     if pools.has("real") and rng.random() < mix.real:
         return "real"
+    if pools.has("natural") and rng.random() < mix.natural:
+        return "natural"
     if pools.has("accented") and rng.random() < mix.accented:
         return "accented"
     return "word" if pools.has("word") else "real"
 
 
 def draw_voice(rng: np.random.Generator, pools: Pools, pool: str) -> dict[int, list[int]]:
-    """A voice of the pool. Synthetic ones are small: three together make one talker's words."""
-    count = 1 if pool == "real" else 3
+    """A voice of the pool. espeak-ng's are small: three together make one talker's words."""
+    count = 1 if pool in ("real", "natural") else 3
     merged: dict[int, list[int]] = {}
     for _ in range(count):
         for digit, clips in draw(rng, pools.voices[pool]).items():

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from edgewhisper.digits import SAMPLE_RATE
+from edgewhisper.digits.banks import HELD_OUT_SPEAKERS
 from edgewhisper.digits.clips import LONGEST_S, coloured_noise, vary, write_clip, write_manifest
 from edgewhisper.digits.evaluate import (
     Spoken,
@@ -29,7 +30,6 @@ from edgewhisper.digits.evaluate import (
     speaker_sequences,
 )
 from edgewhisper.digits.spectra import WARPS, Row, read_clip, read_rows, resample
-from edgewhisper.digits.train import HELD_OUT_SPEAKERS
 
 EMPTY = 8
 """Every eighth clip holds noise only: a model that is fine-tuned must not unlearn silence."""

@@ -18,7 +18,7 @@ import argparse
 import io
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,11 @@ def trim(samples: np.ndarray, floor: float = 0.01) -> np.ndarray:
     return samples[max(0, loud[0] - 160) : loud[-1] + 400]
 
 
+def peak_one(samples: np.ndarray) -> np.ndarray:
+    """The same samples with their loudest at 1; nothing stays nothing."""
+    return samples / max(1e-4, float(np.abs(samples).max(initial=0)))
+
+
 def speak(text: str, voice: Voice) -> np.ndarray:
     """`text` said by `voice`: (samples,) float32 at 16 kHz, peak 1; empty if it says nothing."""
     command = [require_espeak(), "-v", voice.name, "-p", str(voice.pitch), "-s", str(voice.wpm)]
@@ -167,13 +172,12 @@ def speak(text: str, voice: Voice) -> np.ndarray:
     if len(wav) <= 44:
         return np.zeros(0, np.float32)
     samples, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
-    samples = trim(soxr.resample(samples, rate, SAMPLE_RATE).astype(np.float32))
-    return samples / max(1e-4, float(np.abs(samples).max())) if len(samples) else samples
+    return peak_one(trim(soxr.resample(samples, rate, SAMPLE_RATE).astype(np.float32)))
 
 
 @dataclass(frozen=True)
 class Line:
-    """One clip to synthesise: `spoken` goes to espeak-ng, `text` is the wanted transcript."""
+    """One clip to synthesise: `spoken` goes to the synthesiser, `text` is the wanted transcript."""
 
     kind: str
     spoken: str
@@ -211,24 +215,30 @@ def other_lines(rng: np.random.Generator, variants: list[str], rounds: int) -> I
             yield Line("other", words, "", random_voice(rng, variants, language))
 
 
-def synthesise(lines: list[Line], threads: int = 2) -> dict[str, np.ndarray]:
-    """Arrays of the cache: `audio` int16 end to end, and per clip `length`, `text`, `kind`, ..."""
-    with ThreadPoolExecutor(threads) as pool:
-        spoken = list(pool.map(lambda line: speak(line.spoken, line.voice), lines))
+def save_cache(
+    path: Path, lines: list[Line], speaker: Callable[[str, Voice], np.ndarray] = speak
+) -> None:
+    """Have every line said and write the clips end to end, with what is known of each, as .npz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        spoken = list(pool.map(lambda line: speaker(line.spoken, line.voice), lines))
     kept = [(line, clip) for line, clip in zip(lines, spoken, strict=True) if len(clip) > 800]
     audio = [(clip * 20_000).astype(np.int16) for _, clip in kept]
-    return {
-        "audio": np.concatenate(audio),
-        "length": np.array([len(clip) for clip in audio]),
-        "text": np.array([line.text for line, _ in kept]),
-        "kind": np.array([line.kind for line, _ in kept]),
-        "voice": np.array([line.voice.name for line, _ in kept]),
-    }
+    length = np.array([len(clip) for clip in audio])
+    np.savez(
+        path,
+        allow_pickle=False,
+        audio=np.concatenate(audio),
+        length=length,
+        text=np.array([line.text for line, _ in kept]),
+        kind=np.array([line.kind for line, _ in kept]),
+        voice=np.array([line.voice.name for line, _ in kept]),
+    )
+    print(path, len(audio), "clips", round(length.sum() / SAMPLE_RATE), "s")
 
 
 def build_cache(out: Path, rounds: int, seed: int = 0) -> None:
     """Write `out` (training voices) and `out` with "-dev" before its suffix (held-out voices)."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     for path, variants, scale in (
         (out.with_name(f"{out.stem}-dev{out.suffix}"), DEV_VARIANTS, 0.05),
         (out, TRAIN_VARIANTS, 1.0),
@@ -240,10 +250,7 @@ def build_cache(out: Path, rounds: int, seed: int = 0) -> None:
             *accented_lines(rng, variants, max(1, share // 2)),
             *other_lines(rng, variants, max(1, share // 4)),
         ]
-        arrays = synthesise(lines)
-        np.savez(path, allow_pickle=False, **arrays)
-        seconds = round(arrays["length"].sum() / SAMPLE_RATE)
-        print(path, len(arrays["length"]), "clips", seconds, "s")
+        save_cache(path, lines)
 
 
 def main() -> None:
