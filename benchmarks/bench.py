@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.metadata import artifact_hash, clips_hash, folder_bytes, folder_hash, own_version
+from benchmarks.metadata import artifact_hash, clips_hash, folder_bytes, folder_hash
 from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.result import FORMAT, STAGES, summaries, validate
 from benchmarks.speech import SAMPLING_RATE, Clip
@@ -24,6 +24,7 @@ from benchmarks.wer import score
 from devices.device import RUNNER, Device, run_runner
 from export.artifact import verify
 from export.problem import Problem
+from export.versions import version
 
 RIVALS = {"transformers": "benchmarks.rivals.transformers"}
 """Other ways to do the same work: name -> module that speaks the runner's protocol."""
@@ -74,7 +75,7 @@ def bench_all(
     device's or the runner's letters.
     """
     if not clips:
-        raise Problem("there are no clips to bench on.", hint="give a speech manifest.")
+        raise Problem("there are no clips to bench on", hint="give a speech manifest")
     described = [identify(candidate) for candidate in candidates]
     audio_s = send(candidates, device, clips)
     machine = device.describe()
@@ -116,10 +117,10 @@ def identify(candidate: Candidate) -> dict[str, Any]:
         }
     if candidate.rival not in RIVALS:
         raise Problem(
-            f"there is no rival {candidate.rival!r}.", hint=f"choose one of {', '.join(RIVALS)}."
+            f"there is no rival {candidate.rival!r}", hint=f"choose one of {', '.join(RIVALS)}"
         )
     if not source.is_dir():
-        raise Problem(f"{source}: no such directory.", hint="name a local checkpoint directory.")
+        raise Problem(f"{source}: no such directory", hint="name a local checkpoint directory")
     return common | {
         "artifact_hash": folder_hash(source),
         "artifact_bytes": folder_bytes(source),
@@ -136,8 +137,8 @@ def send(candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip])
             device.push(Path(candidate.source), f"artifacts/{index}")
         elif device.name != "local":
             raise Problem(
-                f"the rival {candidate.rival} runs on this machine only, not on {device.name}.",
-                hint="bench the rival with `--device local`.",
+                f"the rival {candidate.rival} runs on this machine only, not on {device.name}",
+                hint="bench the rival with `--device local`",
             )
     with tempfile.TemporaryDirectory() as folder:
         audio_s = write_clips(clips, Path(folder))
@@ -189,7 +190,7 @@ def merge(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "mel_share": float(np.median(shares)) if shares else None,
         "peak_rss_bytes": max(known) if known else peaks[0],
         "texts": rounds[-1]["texts"],
-        "versions": {"edgewhisper": own_version(), **rounds[-1]["versions"]},
+        "versions": {"edgewhisper": version("edgewhisper"), **rounds[-1]["versions"]},
     }
 
 

@@ -29,8 +29,8 @@ def compare(results: Sequence[dict[str, Any]], across_versions: bool = False) ->
     """
     if len(results) < 2:
         raise Problem(
-            f"{len(results)} result was given; two are needed.",
-            hint="name a file with several lines, or several files.",
+            f"{len(results)} result was given; two are needed",
+            hint="name a file with several lines, or several files",
         )
     base, *others = results
     found = [
@@ -65,8 +65,8 @@ def refuse_mismatch(base: dict[str, Any], other: dict[str, Any], across_versions
         if base[field] != other[field]:
             raise Problem(
                 f"{base['name']} and {other['name']} were measured on different {what}: "
-                f"{short(base[field])} and {short(other[field])}.",
-                hint="bench both in one call, on the same clips and with the same normalizer.",
+                f"{short(base[field])} and {short(other[field])}",
+                hint="bench both in one call, on the same clips and with the same normalizer",
             )
     common = base["versions"].keys() & other["versions"].keys()
     changed = [n for n in sorted(common) if base["versions"][n] != other["versions"][n]]
@@ -74,8 +74,8 @@ def refuse_mismatch(base: dict[str, Any], other: dict[str, Any], across_versions
         pairs = (f"{n} {base['versions'][n]} and {other['versions'][n]}" for n in changed)
         raise Problem(
             f"{base['name']} and {other['name']} were measured with different versions: "
-            f"{', '.join(pairs)}.",
-            hint="bench both again with one installation, or say that versions may differ.",
+            f"{', '.join(pairs)}",
+            hint="bench both again with one installation, or say that versions may differ",
         )
 
 

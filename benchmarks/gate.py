@@ -66,7 +66,7 @@ def run_gate(
     otherwise the loss of word error rate is bounded.
     """
     if not clips:
-        raise Problem("the gate got no clips to compare on.", hint="give a speech manifest.")
+        raise Problem("the gate got no clips to compare on", hint="give a speech manifest")
     recognizer = Recognizer(artifact_dir, threads, guards=False)
     heard = [listen(recognizer, clip, reference, logits_reference) for clip in clips]
     figures = measure(heard) | {"exact": exact, "max_wer_loss_points": max_wer_loss}
@@ -136,7 +136,7 @@ def check_tokens(heard: Sequence[Heard]) -> None:
             f"{len(wrong)} of {len(heard)} clips get other tokens from the artifact than from "
             f"the checkpoint. {show(wrong[0])}",
             hint="the artifact computes something else than the model: export it again; if that "
-            "does not help, report this clip.",
+            "does not help, report this clip",
         )
 
 
@@ -147,7 +147,7 @@ def check_logits(heard: Sequence[Heard]) -> None:
             raise GateFailure(
                 f"the artifact's logits differ by {clip.logits_error:.2g} from the checkpoint's, "
                 f"allowed is {LOGITS_TOLERANCE:g}. {show(clip)}",
-                hint="the artifact computes something else than the model: report this clip.",
+                hint="the artifact computes something else than the model: report this clip",
             )
 
 
@@ -161,7 +161,7 @@ def check_loss(figures: dict[str, Any], heard: Sequence[Heard], max_wer_loss: fl
             f"checkpoint's {100 * figures['checkpoint_wer']:.2f} %: a loss of {loss:.2f} points, "
             f"allowed are {max_wer_loss:g}. {show(first)}",
             hint="export in fp32 to see whether quantisation is the cause, or train the "
-            "checkpoint further.",
+            "checkpoint further",
         )
 
 
@@ -169,5 +169,5 @@ def show(clip: Heard) -> str:
     """A clip and what both made of it."""
     return (
         f"First: {clip.name}, checkpoint says {clip.wanted_text!r} {clip.wanted}, "
-        f"artifact says {clip.found_text!r} {clip.found}."
+        f"artifact says {clip.found_text!r} {clip.found}"
     )

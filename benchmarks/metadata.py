@@ -1,10 +1,9 @@
-"""What was measured, by content and not by name: hashes of artifacts and clips, our version."""
+"""What was measured, by content and not by name: hashes of artifacts and clips."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +38,3 @@ def file_hash(path: Path) -> str:
 def folder_bytes(folder: Path) -> int:
     """The size of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def own_version() -> str:
-    """The version of EdgeWhisper that measures; "source" where it was not installed."""
-    try:
-        return metadata.version("edgewhisper")
-    except metadata.PackageNotFoundError:
-        return "source"

@@ -1,6 +1,7 @@
 """Put the tables of the stored results into the README: python -m benchmarks.readme.
 
-The results are those that `edgewhisper demo` wrote, kept in benchmarks/results/demo.jsonl.
+The results are those that `edgewhisper demo` wrote, kept in benchmarks/results/demo.jsonl: to renew
+the table, copy the file that a new demo names there and run this.
 """
 
 from __future__ import annotations

@@ -28,12 +28,12 @@ LARGEST_MARK = 2500
 def write_report(results: Sequence[dict[str, Any]], out: Path) -> None:
     """Write the page. Raises Problem for no results or results of different clip sets."""
     if not results:
-        raise Problem("there are no results to report.", hint="run `edgewhisper bench` first.")
+        raise Problem("there are no results to report", hint="run `edgewhisper bench` first")
     for field, what in (("clips_hash", "clip sets"), ("normalizer", "normalizers")):
         if len({result[field] for result in results}) > 1:
             raise Problem(
-                f"the {len(results)} results were measured on different {what}.",
-                hint="write one report for each of them.",
+                f"the {len(results)} results were measured on different {what}",
+                hint="write one report for each of them",
             )
     with new_file(out) as temporary:
         temporary.write_text(page(results), encoding="utf-8")

@@ -92,15 +92,15 @@ def validate(result: Any, where: str = "result") -> dict[str, Any]:
     version = result.get("format") if isinstance(result, dict) else None
     if version != FORMAT:
         raise Problem(
-            f"{where}: result format {version!r}; this version reads {FORMAT}.",
-            hint="bench again with this version, or read it with the one that wrote it.",
+            f"{where}: result format {version!r}; this version reads {FORMAT}",
+            hint="bench again with this version, or read it with the one that wrote it",
         )
     for name, kind in FIELDS.items():
         if name not in result or not isinstance(result[name], kind):
             found = type(result[name]).__name__ if name in result else "nothing"
             raise Problem(
-                f"{where}: field `{name}` is {found}.",
-                hint="the line is damaged: bench again.",
+                f"{where}: field `{name}` is {found}",
+                hint="the line is damaged: bench again",
             )
     return result
 
@@ -118,12 +118,12 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(
-            f"the results {path} cannot be read ({error}).",
-            hint="name a file written by `edgewhisper bench --json`.",
+            f"the results {path} cannot be read ({error})",
+            hint="name a file written by `edgewhisper bench --json`",
         ) from error
     results = [parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not results:
-        raise Problem(f"{path} holds no results.", hint="run `edgewhisper bench --json FILE`.")
+        raise Problem(f"{path} holds no results", hint="run `edgewhisper bench --json FILE`")
     return results
 
 
@@ -132,7 +132,7 @@ def parse(line: str, where: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except json.JSONDecodeError as error:
-        raise Problem(f"{where}: not JSON ({error.msg}).", hint="bench again.") from error
+        raise Problem(f"{where}: not JSON ({error.msg})", hint="bench again") from error
     return validate(found, where)
 
 

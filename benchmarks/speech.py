@@ -44,20 +44,18 @@ def read_manifest(path: str | Path) -> list[Clip]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise Problem(
-            f"the manifest {path} cannot be read: {error.strerror}.",
-            hint="name a JSON-lines file with `audio` and `text` on every line.",
+            f"the manifest {path} cannot be read: {error.strerror}",
+            hint="name a JSON-lines file with `audio` and `text` on every line",
         ) from error
     except UnicodeDecodeError as error:
-        raise Problem(
-            f"the manifest {path} is not UTF-8 text.", hint="save it as UTF-8."
-        ) from error
+        raise Problem(f"the manifest {path} is not UTF-8 text", hint="save it as UTF-8") from error
     clips = [
         _clip(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()
     ]
     if not clips:
         raise Problem(
-            f"the manifest {path} names no clips.",
-            hint='a line looks like {"audio": "a.wav", "text": "three one", "lang": "en"}.',
+            f"the manifest {path} names no clips",
+            hint='a line looks like {"audio": "a.wav", "text": "three one", "lang": "en"}',
         )
     return clips
 
@@ -68,21 +66,21 @@ def _clip(path: Path, number: int, line: str) -> Clip:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise Problem(
-            f"{where}: not JSON ({error.msg} at column {error.colno}).",
-            hint='a line looks like {"audio": "a.wav", "text": "three one", "lang": "en"}.',
+            f"{where}: not JSON ({error.msg} at column {error.colno})",
+            hint='a line looks like {"audio": "a.wav", "text": "three one", "lang": "en"}',
         ) from error
     if not isinstance(row, dict):
-        raise Problem(f"{where}: a {type(row).__name__}, not an object.", hint="use {...}.")
+        raise Problem(f"{where}: a {type(row).__name__}, not an object", hint="use {...}")
     for field in ("audio", "text"):
         if not isinstance(row.get(field), str):
             raise Problem(
-                f"{where}: `{field}` is {row.get(field)!r}, not a string.",
-                hint=f"give every line `audio` and `text`; `{field}` is wrong or missing here.",
+                f"{where}: `{field}` is {row.get(field)!r}, not a string",
+                hint=f"give every line `audio` and `text`; `{field}` is wrong or missing here",
             )
     audio = path.parent / row["audio"]
     if not audio.is_file():
         raise Problem(
-            f"{where}: there is no file {audio}.", hint="paths are relative to the manifest."
+            f"{where}: there is no file {audio}", hint="paths are relative to the manifest"
         )
     duration = row.get("duration")
     return Clip(
@@ -104,21 +102,21 @@ def read_audio(path: str | Path) -> np.ndarray:
 
     path = Path(path)
     if not path.is_file():
-        raise Problem(f"there is no audio file {path}.", hint="check the path.")
+        raise Problem(f"there is no audio file {path}", hint="check the path")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         raise Problem(
-            f"{path} is not audio that can be read ({_reason(error)}).",
-            hint="give WAV, FLAC, OGG or MP3; convert other formats, for example with ffmpeg.",
+            f"{path} is not audio that can be read ({_reason(error)})",
+            hint="give WAV, FLAC, OGG or MP3; convert other formats, for example with ffmpeg",
         ) from error
     if len(samples) == 0:
-        raise Problem(f"{path} holds no samples.", hint="record it again, or leave it out.")
+        raise Problem(f"{path} holds no samples", hint="record it again, or leave it out")
     if not np.isfinite(samples).all():
         bad = int((~np.isfinite(samples)).any(axis=1).sum())
         raise Problem(
-            f"{path}: {bad} of {len(samples)} samples are NaN or infinite.",
-            hint="the recording is damaged: write it again with finite samples.",
+            f"{path}: {bad} of {len(samples)} samples are NaN or infinite",
+            hint="the recording is damaged: write it again with finite samples",
         )
     return _mono_16k(path, samples, rate)
 

@@ -43,15 +43,15 @@ def score(
 ) -> Score:
     """Compare texts pairwise. Raises Problem: different lengths, or no reference word at all."""
     if len(references) != len(hypotheses):
-        raise Problem(f"{len(references)} references but {len(hypotheses)} hypotheses.")
+        raise Problem(f"{len(references)} references but {len(hypotheses)} hypotheses")
     clean = normalizer_named(normalizer)
     pairs = [(clean(r), clean(h)) for r, h in zip(references, hypotheses, strict=True)]
     counts = np.array([count(r, h) for r, h in pairs]).reshape(-1, 4)
     substitutions, deletions, insertions, words = (int(total) for total in counts.sum(axis=0))
     if words == 0:
         raise Problem(
-            "the clips hold no reference words, so there is no error rate.",
-            hint="score clips without speech together with clips that have some.",
+            "the clips hold no reference words, so there is no error rate",
+            hint="score clips without speech together with clips that have some",
         )
     letters = np.array([count(r, h, characters=True) for r, h in pairs]).sum(axis=0)
     return Score(

@@ -7,11 +7,11 @@ reached is one file and one line in KINDS.
 import importlib
 import json
 import tomllib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 PROFILES = Path(__file__).parent / "profiles"
 RUNNER = Path(__file__).parent / "runner"
@@ -40,42 +40,42 @@ class Finished:
     stderr: str
 
 
-class Device(Protocol):
+Env = Mapping[str, str] | None
+"""What a command finds in its environment beside the usual."""
+
+
+class Device(ABC):
     """A machine with a private work folder; remote paths are relative to it."""
 
     name: str
     python: str
     """The interpreter there that has numpy and onnxruntime."""
 
-    def run(
-        self,
-        argv: Sequence[str],
-        env: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
-    ) -> Finished:
+    @abstractmethod
+    def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
         """Run a command in the work folder; `argv` reaches it word by word, through no shell."""
-        ...
 
+    @abstractmethod
     def push(self, local: Path, remote: str) -> None:
         """Copy a file or a folder to the device."""
-        ...
 
+    @abstractmethod
     def pull(self, remote: str, local: Path) -> None:
         """Copy a file or a folder from the device."""
-        ...
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return what the machine is and in what state; sources that lack read "unavailable"."""
-        ...
 
-    def __enter__(self) -> Self: ...
+    @abstractmethod
+    def close(self) -> None:
+        """Remove the work folder; the end of a `with` block does it."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def load_profile(name: str) -> Profile:
     stem = FAMILIES.get(name, name)
     if stem not in profile_names():
         raise DeviceProblem(
-            f"device {name!r} is not known.",
-            f"the known ones are {', '.join([*FAMILIES, *profile_names()])}.",
+            f"device {name!r} is not known",
+            f"the known ones are {', '.join([*FAMILIES, *profile_names()])}",
         )
     fields = tomllib.loads((PROFILES / f"{stem}.toml").read_text(encoding="utf-8"))
     fields |= {key: tuple(fields[key]) for key in ("isa", "memory_bytes")}
@@ -120,9 +120,9 @@ def open_device(name: str = "local") -> Device:
     if profile.kind not in KINDS:
         raise DeviceProblem(
             f"device {name!r} ({profile.model}) is reached by {profile.kind}; this release benches "
-            f"{', '.join(KINDS)} only.",
+            f"{', '.join(KINDS)} only",
             "bench here with `--device local`, or copy artifact and devices/runner there and start "
-            "`python3 -m runner bench ARTIFACT CLIPS.json`.",
+            "`python3 -m runner bench ARTIFACT CLIPS.json`",
         )
     module, _, class_name = KINDS[profile.kind].partition(":")
     device: Device = getattr(importlib.import_module(module), class_name)()
@@ -133,7 +133,7 @@ def run_runner(
     device: Device,
     arguments: Sequence[str],
     module: str = "runner",
-    env: Mapping[str, str] | None = None,
+    env: Env = None,
     timeout_s: float | None = None,
 ) -> dict[str, Any]:
     """Run a program that speaks the runner's protocol; return the JSON of its last line.
@@ -147,9 +147,9 @@ def run_runner(
     if done.exit_code or answer is None:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise DeviceProblem(
-            f"{device.name}: {module} ended with exit code {done.exit_code} ({said}).",
+            f"{device.name}: {module} ended with exit code {done.exit_code} ({said})",
             "a negative code is a signal, -9 mostly means that memory ran out; otherwise check "
-            "that numpy and onnxruntime are installed there.",
+            "that numpy and onnxruntime are installed there",
         )
     return answer
 

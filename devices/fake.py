@@ -1,16 +1,15 @@
 """A device that does nothing: it keeps a record of what was asked and replays prepared answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from devices.device import DeviceProblem, Finished
+from devices.device import Device, DeviceProblem, Env, Finished
 
 
 @dataclass
-class FakeDevice:
+class FakeDevice(Device):
     """Answers `run` with `replies` in order, `pull` with `files`, `describe` with `machine`."""
 
     replies: list[Finished] = field(default_factory=list)
@@ -20,16 +19,11 @@ class FakeDevice:
     name: str = "fake"
     python: str = "python3"
 
-    def run(
-        self,
-        argv: Sequence[str],
-        env: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
-    ) -> Finished:
+    def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
         """Note the command and return the next reply."""
         self.calls.append(("run", *argv))
         if not self.replies:
-            raise DeviceProblem(f"fake: no reply is left for {' '.join(argv)}.")
+            raise DeviceProblem(f"fake: no reply is left for {' '.join(argv)}")
         return self.replies.pop(0)
 
     def push(self, local: Path, remote: str) -> None:
@@ -42,7 +36,7 @@ class FakeDevice:
         """Write the prepared or pushed file."""
         self.calls.append(("pull", remote))
         if remote not in self.files:
-            raise DeviceProblem(f"fake: there is no file {remote}.")
+            raise DeviceProblem(f"fake: there is no file {remote}")
         Path(local).write_bytes(self.files[remote])
 
     def describe(self) -> dict[str, Any]:
@@ -50,13 +44,5 @@ class FakeDevice:
         self.calls.append(("describe",))
         return dict(self.machine)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.calls.append(("close",))

@@ -5,18 +5,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from devices.device import RUNNER, DeviceProblem, Finished, run_runner
+from devices.device import RUNNER, Device, DeviceProblem, Env, Finished, run_runner
 
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
 """The environment a run inherits; the rest, thread settings above all, would change the result."""
 
 
-class LocalDevice:
+class LocalDevice(Device):
     """Runs on this machine with this interpreter."""
 
     name = "local"
@@ -25,12 +24,7 @@ class LocalDevice:
     def __init__(self) -> None:
         self.work = Path(tempfile.mkdtemp(prefix="edgewhisper-"))  # mode 0700
 
-    def run(
-        self,
-        argv: Sequence[str],
-        env: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
-    ) -> Finished:
+    def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
         """Run a command in the work folder."""
         try:
             done = subprocess.run(
@@ -45,11 +39,11 @@ class LocalDevice:
             )
         except subprocess.TimeoutExpired:
             raise DeviceProblem(
-                f"local: {argv[0]} did not end within {timeout_s:g} s.",
-                "bench fewer clips or repeats, or allow more time.",
+                f"local: {argv[0]} did not end within {timeout_s:g} s",
+                "bench fewer clips or repeats, or allow more time",
             ) from None
         except OSError as error:
-            raise DeviceProblem(f"local: {argv[0]} cannot be started: {error.strerror}.") from None
+            raise DeviceProblem(f"local: {argv[0]} cannot be started: {error.strerror}") from None
         return Finished(done.returncode, done.stdout, done.stderr)
 
     def push(self, local: Path, remote: str) -> None:
@@ -69,18 +63,10 @@ class LocalDevice:
         """Return the path of a remote name, which may not lead out of the work folder."""
         path = (self.work / remote).resolve()
         if not path.is_relative_to(self.work.resolve()):
-            raise DeviceProblem(f"local: {remote} lies outside the work folder.")
+            raise DeviceProblem(f"local: {remote} lies outside the work folder")
         return path
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
 
 
@@ -100,4 +86,4 @@ def copy(source: Path, target: Path) -> None:
         else:
             shutil.copy2(source, target)
     except OSError as error:
-        raise DeviceProblem(f"local: {source} cannot be copied: {error.strerror}.") from None
+        raise DeviceProblem(f"local: {source} cannot be copied: {error.strerror}") from None

@@ -41,8 +41,9 @@ Threads = Annotated[int | None, typer.Option(min=1, help="default: all usable co
 def compress_cli(
     model: Model = None,
     recipe: Annotated[
-        str, typer.Option(help="name or .toml file: `edgewhisper recipes`")
-    ] = "tspar",
+        str | None,
+        typer.Option(help="name or .toml file; default: quick for the embedded model, else tspar"),
+    ] = None,
     speech: Annotated[Path | None, typer.Option(help="manifest of clips to train on")] = None,
     dev: Annotated[
         Path | None, typer.Option(help="manifest for the thresholds; default: a tenth of --speech")
@@ -88,7 +89,7 @@ def bench_cli(
     device: Annotated[str, typer.Option(help="see `edgewhisper devices`")] = "local",
     speech: Annotated[Path | None, typer.Option(help="clips to transcribe, a manifest")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="dense checkpoint to run in transformers beside them")
+        str | None, typer.Option(help="directory of a dense checkpoint, run in transformers")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="rounds, interleaved")] = 5,
     threads: Threads = None,
@@ -253,7 +254,7 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         from export.problem import Problem
 
-        raise Problem(f"{option} {value} is not there.", hint=f"use {' or '.join(known)}.")
+        raise Problem(f"{option} {value} is not there", hint=f"use {' or '.join(known)}")
 
 
 def _note(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -5,13 +5,12 @@ Every function takes plain values, writes whole directories or nothing, and rais
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from benchmarks.metadata import clips_hash
 from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import Score, score
-from edgewhisper import runs, whisper
+from edgewhisper import decoding, runs, whisper
 from edgewhisper.compress import METHODS
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import Recipe, load_recipe
@@ -29,6 +28,7 @@ from export.cost import count_parameters, macs
 from export.files import new_directory
 from export.problem import Problem
 from export.shrink import shrink
+from export.versions import versions
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
@@ -74,7 +74,7 @@ def compress(
     embedded = Path(source) == DEFAULT_MODEL and speech is None
     steps = load_recipe(recipe or ("quick" if embedded else "tspar"))
     if out is not None and out.exists():
-        raise Problem(f"{out} exists already.", hint="name another --out, or remove it first.")
+        raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
     clips = choose_speech(source, speech, dev)
     dense = whisper.load(source, revision)
     work = Work(
@@ -113,16 +113,16 @@ def choose_speech(source: str, speech: Path | None, dev: Path | None) -> Speech:
         speech, dev = SPEECH / "train.jsonl", SPEECH / "dev.jsonl"
     if speech is None:
         raise Problem(
-            f"{source}: no speech to compress it with.",
-            hint="name a manifest with --speech; a few hours in the model's language are best.",
+            f"{source}: no speech to compress it with",
+            hint="name a manifest with --speech; a few hours in the model's language are best",
         )
     clips = read_manifest(speech)
     if dev is not None:
         return Speech(clips, read_manifest(dev))
     if len(clips) < 2 * DEV_SHARE:
         raise Problem(
-            f"{speech} names {len(clips)} clips: too few to hold some out for the thresholds.",
-            hint=f"give at least {2 * DEV_SHARE} clips, or a manifest of its own with --dev.",
+            f"{speech} names {len(clips)} clips: too few to hold some out for the thresholds",
+            hint=f"give at least {2 * DEV_SHARE} clips, or a manifest of its own with --dev",
         )
     held = clips[::DEV_SHARE]
     return Speech([clip for clip in clips if clip not in held], held)
@@ -188,11 +188,6 @@ def _clips_record(clips: Sequence[Clip]) -> dict[str, Any]:
     return {"clips": len(clips), "sha256": clips_hash(clips)}
 
 
-def versions() -> dict[str, str]:
-    names = ("edgewhisper", "torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-
-
 # ----------------------------------------------------------------------------------- export
 
 
@@ -223,7 +218,7 @@ def export(
         manifest = export_onnx(model, processor, folder, precision, provenance)
         manifest["gate"] = run_gate(
             folder,
-            lambda pcm: whisper.greedy(model, processor, [pcm])[0],
+            lambda pcm: decoding.greedy(model, processor, [pcm])[0],
             clips,
             logits_reference=torch_logits(model, processor, manifest["decoding"]["prompt"]),
             exact=precision == "fp32",
@@ -238,7 +233,7 @@ def torch_logits(
     """The checkpoint's logits before each token and after the last, (tokens + 1, vocab)."""
 
     def logits(pcm: np.ndarray, tokens: list[int]) -> np.ndarray:
-        found = whisper.logits(model, processor, pcm, [*prompt, *tokens])
+        found = decoding.logits(model, processor, pcm, [*prompt, *tokens])
         return found[len(prompt) - 1 :]
 
     return logits
@@ -295,7 +290,7 @@ def report(results: Sequence[Path], out: Path) -> None:
     newest = runs.newest("result")
     files = list(results) or ([newest] if newest else [])
     if not files:
-        raise Problem("there are no results yet.", hint="run `edgewhisper bench` first.")
+        raise Problem("there are no results yet", hint="run `edgewhisper bench` first")
     write_report([result for path in files for result in read(path)], out)
 
 
@@ -327,7 +322,7 @@ def transcriber(
         recognizer = Recognizer(source, threads)
         return lambda pcms: [recognizer.transcribe(pcm).text for pcm in pcms]
     model, processor = whisper.load(source), whisper.load_processor(source)
-    return lambda pcms: whisper.transcribe(model, processor, pcms)
+    return lambda pcms: decoding.transcribe(model, processor, pcms)
 
 
 def evaluate(source: str, speech: Path, normalizer: str = "whisper-basic") -> Score:

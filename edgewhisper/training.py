@@ -9,32 +9,24 @@ the rounding of sums. Which clips make up step s, and the random numbers that au
 from the seed and s alone, so a run that was stopped resumes to the same bits.
 """
 
-import json
 import logging
 import math
-import os
-import shutil
-import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgewhisper.examples import IGNORED, Batch, Examples
 from edgewhisper.recipe import Range
-from export.files import writing
+from edgewhisper.resume import State, fingerprint, graceful_stop, interrupted
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -43,20 +35,7 @@ if TYPE_CHECKING:
 
     from benchmarks.speech import Clip
 
-IGNORED = -100
-"""Label of a padding position: it counts nowhere."""
-
-SAMPLE_RATE = 16_000
-CACHED_BYTES = 512_000_000
-"""Features of clips that are used again are kept in memory up to this."""
-
-UNSPACED = ("zh", "ja", "th", "lo", "my", "yue")
-"""Languages whose transcripts Whisper does not begin with a space."""
-
-NOT_DECISIVE = ("workers", "checkpoint_steps", "checkpoint_s")
-"""Options that may change between a stop and its resumption."""
-
-LossTerm = Callable[[nn.Module, "Batch", Any], Tensor]
+LossTerm = Callable[[nn.Module, Batch, Any], Tensor]
 AfterStep = Callable[[nn.Module, int, float], None]
 
 
@@ -93,21 +72,6 @@ class Training:
 
 
 @dataclass
-class Batch:
-    input_features: Tensor
-    """(clips, mels, frames)"""
-    decoder_input_ids: Tensor
-    """(clips, tokens): start, prompt, text; the end token as padding."""
-    labels: Tensor
-    """(clips, tokens): what comes next; IGNORED in the prompt, which decoding is given and does
-    not have to find, and in the padding."""
-
-    def to(self, device: torch.device) -> "Batch":
-        tensors = (self.input_features, self.decoder_input_ids, self.labels)
-        return Batch(*(tensor.to(device) for tensor in tensors))
-
-
-@dataclass
 class TrainingLog:
     seed: int
     processes: int
@@ -126,10 +90,6 @@ class TrainingLog:
         first, last = (sum(losses) / tenth if losses else None for losses in ends)
         told = {k: v for k, v in asdict(self).items() if k != "losses"}
         return {**told, "steps": len(self.losses), "first_loss": first, "last_loss": last}
-
-
-class Interrupted(Problem):
-    """Training was asked to stop; its state is saved and the same command goes on from there."""
 
 
 def train(
@@ -160,7 +120,7 @@ def train(
     if options.steps == 0:
         return TrainingLog(seed, 1, len(clips), 0)
     accelerator = start_accelerator(options)
-    examples = Examples(clips, model, processor, options, seed)
+    examples = Examples(clips, model, processor, seed, options.noise_snr_db, options.mask_mels)
     log = TrainingLog(seed, accelerator.num_processes, len(examples), examples.skipped)
     home = next(model.parameters()).device
     was_training = model.training
@@ -189,7 +149,7 @@ def loss_before(
     batches: int = 4,
 ) -> float:
     """Cross entropy per token on the first batches that train() will use, before any step."""
-    examples = Examples(clips, model, processor, options, seed)
+    examples = Examples(clips, model, processor, seed, options.noise_snr_db, options.mask_mels)
     device = next(model.parameters()).device
     losses = []
     for step in range(batches):
@@ -200,168 +160,6 @@ def loss_before(
         )
         losses.append(float(cross_entropy(outputs.logits, batch.labels)))
     return sum(losses) / len(losses)
-
-
-# --------------------------------------------------------------------------------------- speech
-
-
-class Examples:
-    """Clips as features and labels. Position p of the endless stream of shuffled clips is always
-    the same clip with the same augmentation, whoever asks for it and whenever."""
-
-    def __init__(
-        self,
-        clips: "Sequence[Clip]",
-        model: "WhisperForConditionalGeneration",
-        processor: "WhisperProcessor",
-        options: Training,
-        seed: int,
-    ) -> None:
-        self.extractor = processor.feature_extractor
-        self.options, self.seed = options, seed
-        if not clips:
-            raise Problem("training: there are no clips to train on", hint="name a speech manifest")
-        spelled = [(clip, *token_ids(clip, model, processor.tokenizer)) for clip in clips]
-        window_s = self.extractor.n_samples / self.extractor.sampling_rate
-        room = model.config.max_target_positions
-        fitting = [
-            (clip, given, found)
-            for clip, given, found in spelled
-            if seconds(clip) <= window_s and len(given) + len(found) - 1 <= room
-        ]
-        self.skipped = len(clips) - len(fitting)
-        if not fitting:
-            raise Problem(
-                f"training: all {len(clips)} clips are longer than the window of {window_s:g} s "
-                f"or {room} tokens",
-                hint="cut the recordings into shorter clips",
-            )
-        if self.skipped:
-            warnings.warn(
-                f"training: {self.skipped} of {len(clips)} clips are longer than the window of "
-                f"{window_s:g} s or {room} tokens and are left out",
-                stacklevel=3,
-            )
-        self.clips = [clip for clip, _, _ in fitting]
-        self.texts = [(given, found) for _, given, found in fitting]
-        self._kept: dict[int, Tensor] = {}
-        frames = self.extractor.nb_max_frames
-        self._room = CACHED_BYTES // (4 * self.extractor.feature_size * frames)
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def index(self, position: int) -> int:
-        """The clip at a position of the stream: each epoch is one permutation of all clips."""
-        epoch, place = divmod(position, len(self))
-        return permutation(self.seed, epoch, len(self))[place]
-
-    def tokens(self, positions: Sequence[int]) -> int:
-        """How many tokens are to be found there."""
-        return sum(len(self.texts[self.index(p)][1]) for p in positions)
-
-    def __getitem__(self, positions: Sequence[int]) -> Batch:
-        texts = [self.texts[self.index(p)] for p in positions]
-        inputs = [given + found[:-1] for given, found in texts]
-        labels = [[IGNORED] * (len(given) - 1) + found for given, found in texts]
-        features = torch.stack([self.features(p) for p in positions])
-        return Batch(features, padded(inputs, texts[0][1][-1]), padded(labels, IGNORED))
-
-    def features(self, position: int) -> Tensor:
-        """(mels, frames), augmented by random numbers of the seed and the position."""
-        rng = np.random.default_rng([self.seed, 1, position])
-        index = self.index(position)
-        if self.options.noise_snr_db == math.inf:
-            features = self._plain(index)
-        else:
-            pcm = add_noise(self._pcm(index), self.options.noise_snr_db, rng)
-            features = log_mel(self.extractor, pcm)
-        return mask(features, self.options.mask_mels, rng)
-
-    def _plain(self, index: int) -> Tensor:
-        if index not in self._kept:
-            features = log_mel(self.extractor, self._pcm(index))
-            if len(self._kept) >= self._room:
-                return features
-            self._kept[index] = features
-        return self._kept[index]
-
-    def _pcm(self, index: int) -> np.ndarray:
-        pcm = self.clips[index].pcm()
-        if len(pcm) > self.extractor.n_samples:
-            raise Problem(
-                f"training: {self.clips[index].audio} lasts {len(pcm) / SAMPLE_RATE:.2f} s, which "
-                "is longer than its manifest says and than the model's window",
-                hint="correct the duration in the manifest, or leave it out",
-            )
-        return pcm
-
-
-@lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng([seed, 0, epoch]).permutation(size).tolist())
-
-
-def padded(rows: list[list[int]], filler: int) -> Tensor:
-    """(rows, longest row) int64."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
-
-
-def token_ids(
-    clip: "Clip", model: "WhisperForConditionalGeneration", tokenizer: Any
-) -> tuple[list[int], list[int]]:
-    """What decoding is given (start and the model's own prompt), and what it shall find (the text
-    as Whisper writes it, and the end)."""
-    language = clip.lang.split("-")[0].lower()
-    text = clip.text.strip()
-    spaced = f" {text}" if text and language not in UNSPACED else text
-    ids = tokenizer(spaced, add_special_tokens=False).input_ids
-    given = [model.config.decoder_start_token_id, *prompt_ids(language, model.generation_config)]
-    return given, [*ids, model.config.eos_token_id]
-
-
-def prompt_ids(language: str, generation: Any) -> list[int]:
-    """Language, task, no timestamps; the last alone where the model knows English only."""
-    if not getattr(generation, "is_multilingual", False):
-        return [generation.no_timestamps_token_id]
-    known = generation.lang_to_id
-    if f"<|{language}|>" not in known:
-        raise Problem(
-            f"training: a clip's language is {language!r}, which the model has no token for",
-            hint=f"use one of its {len(known)} languages, such as {', '.join(list(known)[:5])}",
-        )
-    task = generation.task_to_id["transcribe"]
-    return [known[f"<|{language}|>"], task, generation.no_timestamps_token_id]
-
-
-def seconds(clip: "Clip") -> float:
-    return clip.duration_s if clip.duration_s is not None else len(clip.pcm()) / SAMPLE_RATE
-
-
-def log_mel(extractor: Any, pcm: np.ndarray) -> Tensor:
-    """(samples,) at 16 kHz -> (mels, frames), padded to the model's window."""
-    features = extractor(pcm, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
-    return features[0]
-
-
-def add_noise(pcm: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
-    """White noise between snr_db and 30 dB below that, relative to the clip's mean power."""
-    level = math.sqrt(float(np.mean(pcm**2))) * 10 ** (-(snr_db + rng.uniform(0, 30)) / 20)
-    return (pcm + level * rng.standard_normal(len(pcm))).astype(np.float32)
-
-
-def mask(features: Tensor, width: int, rng: np.random.Generator) -> Tensor:
-    """(mels, frames) with two bands and two stretches of up to `width` set to the mean."""
-    if width == 0:
-        return features
-    features = features.clone()
-    mean = features.mean()
-    for axis, size in ((0, features.shape[0]), (1, features.shape[1])) * 2:
-        extent = int(rng.integers(0, min(width, size) + 1))
-        start = int(rng.integers(0, size - extent + 1))
-        features.narrow(axis, start, extent).fill_(mean)
-    return features
 
 
 # ----------------------------------------------------------------------------------------- loop
@@ -376,7 +174,7 @@ class Loop:
         examples: Examples,
         options: Training,
         accelerator: "Accelerator",
-        state: "State",
+        state: State,
         log: TrainingLog,
         hooks: tuple[LossTerm | None, AfterStep | None],
     ) -> None:
@@ -576,120 +374,6 @@ def regularised(model: nn.Module, options: Training) -> Iterator[None]:
         model.config.apply_spec_augment = masks
         for module, name, value in before:
             setattr(module, name, value)
-
-
-# -------------------------------------------------------------------------------- stop and resume
-
-
-class State:
-    """Saved states under one directory: `step-000120/` is complete or absent."""
-
-    def __init__(self, directory: Path, accelerator: "Accelerator", fingerprint: str) -> None:
-        self.directory, self.accelerator, self.fingerprint = directory, accelerator, fingerprint
-
-    def newest(self) -> Path | None:
-        found = sorted(self.directory.glob("step-*[0-9]"))
-        return found[-1] if found else None
-
-    def save(self, step: int, log: TrainingLog) -> None:
-        """Written beside its final name and renamed once whole; then older states are removed."""
-        final = self.directory / f"step-{step:09d}"
-        partial = final.with_suffix(".partial")
-        main = self.accelerator.is_main_process
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        with writing(self.directory):
-            partial.mkdir(parents=True, exist_ok=True)
-            try:
-                self.accelerator.save_state(str(partial), safe_serialization=True)
-            except (RuntimeError, SafetensorError) as error:  # what a full disk is called there
-                raise OSError(str(error)) from error
-        self.accelerator.wait_for_everyone()
-        if main:
-            older = list(self.directory.glob("step-*[0-9]"))
-            record = {"fingerprint": self.fingerprint, "step": step, "log": asdict(log)}
-            (partial / "progress.json").write_text(json.dumps(record), "utf-8")
-            os.replace(partial, final)
-            for path in older:
-                shutil.rmtree(path)
-        self.accelerator.wait_for_everyone()
-
-    def resume(self, log: TrainingLog) -> int:
-        """Load the newest state, if there is one -> the number of steps already done."""
-        newest = self.newest()
-        if newest is None:
-            return 0
-        try:
-            record = json.loads((newest / "progress.json").read_text("utf-8"))
-            known, done, told = record["fingerprint"], int(record["step"]), record["log"]
-        except (OSError, ValueError, KeyError) as error:
-            raise unreadable(newest, error) from error
-        if known != self.fingerprint:
-            raise Problem(
-                f"{self.directory} holds the state of another training: the model, the clips, the "
-                "options or the seed differ",
-                hint="choose another output directory, or delete that one",
-            )
-        try:
-            self.accelerator.load_state(str(newest))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise unreadable(newest, error) from error
-        log.losses, log.seconds = told["losses"], told["seconds"]
-        log.resumed_at = [*told["resumed_at"], done]
-        return done
-
-
-def unreadable(state: Path, error: Exception) -> Problem:
-    return Problem(
-        f"{state} cannot be read as the state of a training ({error})",
-        hint="delete it: training then starts from an older state, or anew",
-    )
-
-
-def fingerprint(
-    model: nn.Module, examples: Examples, options: Training, others: list[int | str]
-) -> str:
-    """A hash of all that decides the result: weights at the start, clips, options, seed, hooks."""
-    digest = sha256()
-    decisive = {k: v for k, v in asdict(options).items() if k not in NOT_DECISIVE}
-    names = [str(clip.audio.name) for clip in examples.clips]
-    digest.update(json.dumps([decisive, others, names, examples.texts]).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def interrupted(done: int, steps: int, directory: Path) -> Interrupted:
-    return Interrupted(
-        f"training: stopped after step {done} of {steps}; its state is in {directory}",
-        hint="run the same command again: it goes on from there",
-    )
-
-
-@contextmanager
-def graceful_stop() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event; a second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

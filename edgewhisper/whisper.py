@@ -1,4 +1,4 @@
-"""Load, save and run Whisper checkpoints whose layers may differ in shape.
+"""Load and save Whisper checkpoints whose layers may differ in shape.
 
 A checkpoint is a Hugging Face Whisper directory. Where layers differ from the dense model, their
 shapes stand in `config.json` under the key `edgewhisper`:
@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -37,7 +36,6 @@ from transformers.models.whisper.modeling_whisper import (
     WhisperAttention,
 )
 
-from devices.runner.audio import split
 from export.files import new_directory
 from export.problem import Problem
 from export.shrink import ATTENTIONS, FORMAT
@@ -187,16 +185,16 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
     if not isinstance(shapes, dict) or shapes.get("format") != FORMAT:
         found = shapes.get("format") if isinstance(shapes, dict) else type(shapes).__name__
         raise Problem(
-            f"config.json: per-layer shapes have format {found!r}; this version reads {FORMAT}.",
-            hint="load the checkpoint with the EdgeWhisper version that wrote it, or a newer one.",
+            f"config.json: per-layer shapes have format {found!r}; this version reads {FORMAT}",
+            hint="load the checkpoint with the EdgeWhisper version that wrote it, or a newer one",
         )
     for side, attentions in ATTENTIONS.items():
         layers, wanted = shapes.get(side), getattr(config, f"{side}_layers")
         if not isinstance(layers, list) or len(layers) != wanted:
             found = len(layers) if isinstance(layers, list) else "no"
             raise Problem(
-                f"config.json: {wanted} {side} layers, but shapes for {found} of them.",
-                hint="the checkpoint is damaged: copy it again, or compress it anew.",
+                f"config.json: {wanted} {side} layers, but shapes for {found} of them",
+                hint="the checkpoint is damaged: copy it again, or compress it anew",
             )
         for index, layer in enumerate(layers):
             _check_layer(layer, f"{side}.layers.{index}", attentions, side, config)
@@ -221,8 +219,8 @@ def _check_layer(
     for key, (found, limit) in counts.items():
         if type(found) is not int or not 1 <= found <= limit:
             raise Problem(
-                f"config.json: {where}.{key} is {found!r}; it must be between 1 and {limit}.",
-                hint="the checkpoint is damaged: copy it again, or compress it anew.",
+                f"config.json: {where}.{key} is {found!r}; it must be between 1 and {limit}",
+                hint="the checkpoint is damaged: copy it again, or compress it anew",
             )
 
 
@@ -248,7 +246,7 @@ def load(source: str | Path, revision: str | None = None) -> WhisperForCondition
     """
     config = _load_config(source, revision)
     try:
-        with _quiet():
+        with quiet():
             model, report = WhisperForConditionalGeneration.from_pretrained(
                 str(source),
                 config=config,
@@ -271,7 +269,7 @@ def load(source: str | Path, revision: str | None = None) -> WhisperForCondition
 def load_processor(source: str | Path, revision: str | None = None) -> WhisperProcessor:
     """Tokenizer and feature extractor of a checkpoint. Raises Problem where they are missing."""
     try:
-        with _quiet():
+        with quiet():
             processor = WhisperProcessor.from_pretrained(str(source), revision=revision)
             # transformers makes an empty tokenizer where the files are missing, and says nothing
             if START not in processor.tokenizer.get_vocab():
@@ -279,9 +277,9 @@ def load_processor(source: str | Path, revision: str | None = None) -> WhisperPr
             return processor
     except Exception as error:
         raise Problem(
-            f"{source}: no usable tokenizer or feature extractor ({_first_line(error)}).",
+            f"{source}: no usable tokenizer or feature extractor ({_first_line(error)})",
             hint="a checkpoint needs tokenizer.json, tokenizer_config.json and "
-            "preprocessor_config.json beside the weights: copy them from the base model.",
+            "preprocessor_config.json beside the weights: copy them from the base model",
         ) from error
 
 
@@ -293,7 +291,7 @@ def save(
     Raises Problem where the folder cannot be written.
     """
     with new_directory(out) as directory:
-        with _quiet():
+        with quiet():
             try:
                 model.save_pretrained(directory, safe_serialization=True)
             except SafetensorError as error:  # what a full disk is called there
@@ -339,8 +337,8 @@ def compression_record(source: str | Path) -> dict[str, Any]:
 def _load_config(source: str | Path, revision: str | None) -> WhisperConfig:
     if _looks_local(source) and not Path(source).is_dir():
         raise Problem(
-            f"{source}: no such directory.",
-            hint="name a checkpoint directory, or a hub id like openai/whisper-tiny.",
+            f"{source}: no such directory",
+            hint="name a checkpoint directory, or a hub id like openai/whisper-tiny",
         )
     try:
         found, _ = transformers.PretrainedConfig.get_config_dict(str(source), revision=revision)
@@ -348,8 +346,8 @@ def _load_config(source: str | Path, revision: str | None) -> WhisperConfig:
         raise _unreadable(source, error) from error
     if found.get("model_type") != "whisper":
         raise Problem(
-            f"{source}: config.json says model_type {found.get('model_type')!r}, not 'whisper'.",
-            hint="EdgeWhisper serves Whisper checkpoints in Hugging Face form.",
+            f"{source}: config.json says model_type {found.get('model_type')!r}, not 'whisper'",
+            hint="EdgeWhisper serves Whisper checkpoints in Hugging Face form",
         )
     config = WhisperConfig.from_dict(found)
     if getattr(config, "edgewhisper", None) is not None:
@@ -376,8 +374,8 @@ def _refuse_partial(source: str | Path, report: Mapping[str, Any]) -> None:
     for kind, names in (("lack", missing), ("have a wrong shape for", wrong), ("also hold", extra)):
         if names:
             raise Problem(
-                f"{source}: the weights {kind} {len(names)} tensor(s): {', '.join(names[:3])}.",
-                hint="the checkpoint is damaged or from another model: copy it again.",
+                f"{source}: the weights {kind} {len(names)} tensor(s): {', '.join(names[:3])}",
+                hint="the checkpoint is damaged or from another model: copy it again",
             )
 
 
@@ -388,26 +386,26 @@ def _refuse_bad_inputs(source: str | Path, model: nn.Module) -> None:
             inputs = module.inputs
             if inputs.min() < 0 or inputs.max() >= d_in or (inputs.diff() <= 0).any():
                 raise Problem(
-                    f"{source}: {name}.inputs is not an ascending list of features below {d_in}.",
-                    hint="the checkpoint is damaged: copy it again, or compress it anew.",
+                    f"{source}: {name}.inputs is not an ascending list of features below {d_in}",
+                    hint="the checkpoint is damaged: copy it again, or compress it anew",
                 )
 
 
 def _unreadable(source: str | Path, error: Exception) -> Problem:
     if _looks_local(source):
-        hint = "it needs config.json and model.safetensors; copy it again if a file is cut short."
+        hint = "it needs config.json and model.safetensors; copy it again if a file is cut short"
         if any(Path(source).glob("pytorch_model*.bin")):
-            hint = "pickled weights are not read, they can run code: convert them to safetensors."
+            hint = "pickled weights are not read, they can run code: convert them to safetensors"
     else:
-        hint = "check the hub id and the network, or name a local checkpoint directory."
-    return Problem(f"{source}: the checkpoint cannot be read ({_first_line(error)}).", hint=hint)
+        hint = "check the hub id and the network, or name a local checkpoint directory"
+    return Problem(f"{source}: the checkpoint cannot be read ({_first_line(error)})", hint=hint)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
 
 
-class _quiet:
+class quiet:
     """Silence transformers' warnings and bars for a block: they speak to developers, not users."""
 
     def __enter__(self) -> None:
@@ -424,94 +422,6 @@ class _quiet:
         transformers.logging.set_verbosity(self.level)
         if self.bars:
             transformers.logging.enable_progress_bar()
-
-
-# ------------------------------------------------------------------------------------ decoding
-
-
-def window_samples(processor: WhisperProcessor) -> int:
-    """Length of the model's window in samples at 16 kHz (480000 for stock Whisper)."""
-    return processor.feature_extractor.n_samples
-
-
-def log_mel(processor: WhisperProcessor, pcms: Sequence[np.ndarray]) -> Tensor:
-    """Clips of up to one window, 16 kHz mono -> (batch, n_mels, frames), zero-padded as trained."""
-    extractor = processor.feature_extractor
-    features = extractor(list(pcms), sampling_rate=extractor.sampling_rate, return_tensors="pt")
-    return features.input_features
-
-
-@torch.no_grad()
-def greedy(
-    model: nn.Module,
-    processor: WhisperProcessor,
-    pcms: Sequence[np.ndarray],
-    batch_size: int = 16,
-) -> list[list[int]]:
-    """Greedy tokens of clips of up to one window each, without prompt and end of text."""
-    limit = model.config.max_target_positions - 4
-    tokens: list[list[int]] = []
-    for start in range(0, len(pcms), batch_size):
-        features = log_mel(processor, pcms[start : start + batch_size])
-        with _quiet():
-            output = model.generate(
-                features.to(next(model.parameters()).device),
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=limit,
-                suppress_tokens=_suppressed(model),
-                **_language(model),
-            )
-        tokens += [_until_end(row, model.generation_config.eos_token_id) for row in output.tolist()]
-    return tokens
-
-
-@torch.no_grad()
-def logits(
-    model: nn.Module, processor: WhisperProcessor, pcm: np.ndarray, ids: Sequence[int]
-) -> np.ndarray:
-    """Logits after each of the decoder's input ids on one window, (ids, vocab) float32."""
-    device = next(model.parameters()).device
-    features = log_mel(processor, [pcm]).to(device)
-    inputs = torch.tensor([list(ids)], device=device)
-    output = model(input_features=features, decoder_input_ids=inputs, use_cache=False)
-    return output.logits[0].float().cpu().numpy()
-
-
-def transcribe(
-    model: nn.Module,
-    processor: WhisperProcessor,
-    pcms: Sequence[np.ndarray],
-    batch_size: int = 16,
-) -> list[str]:
-    """Text of clips of any length, 16 kHz mono float32; long ones are cut at quiet places."""
-    pieces = [[pcm[cut] for cut in split(pcm, window_samples(processor))] for pcm in pcms]
-    flat = greedy(model, processor, [piece for clip in pieces for piece in clip], batch_size)
-    texts = iter(processor.tokenizer.batch_decode(flat, skip_special_tokens=True))
-    return [" ".join(next(texts).strip() for _ in clip).strip() for clip in pieces]
-
-
-def _language(model: nn.Module) -> dict[str, str]:
-    """The prompt's language and task; English where a multilingual model names none."""
-    generation = model.generation_config
-    if not getattr(generation, "is_multilingual", False):
-        return {}
-    language = getattr(generation, "language", None) or "en"
-    return {"language": language, "task": getattr(generation, "task", None) or "transcribe"}
-
-
-def _suppressed(model: nn.Module) -> list[int]:
-    """Suppressed tokens, and all timestamps: the prompt forbids them, and a weakened model that
-    utters one anyway makes generate() decode the rest of the window a second time."""
-    generation = model.generation_config
-    silent = getattr(generation, "no_timestamps_token_id", None)
-    stamps = [] if silent is None else range(silent + 1, model.config.vocab_size)
-    return [*(generation.suppress_tokens or []), *stamps]
-
-
-def _until_end(tokens: list[int], end: int | list[int]) -> list[int]:
-    ends = {end} if isinstance(end, int) else set(end)
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -10,12 +10,13 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from export.files import new_file
 from export.problem import Problem
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 GRAPHS = ("encoder.onnx", "decoder.onnx", "tokens.json")
-AGAIN = "export it again, or copy the whole folder anew."
+AGAIN = "export it again, or copy the whole folder anew"
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
@@ -30,9 +31,8 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
         if path.is_file() and path != directory / MANIFEST
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    partial = directory / f".{MANIFEST}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(directory / MANIFEST)
+    with new_file(directory / MANIFEST) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -46,16 +46,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Problem(
-            f"{directory}: no artifact here, {MANIFEST} cannot be read ({error.strerror}).",
-            hint="name a directory that `edgewhisper export` wrote.",
+            f"{directory}: no artifact here, {MANIFEST} cannot be read ({error.strerror})",
+            hint="name a directory that `edgewhisper export` wrote",
         ) from error
     except ValueError as error:
-        raise Problem(f"{path}: damaged, not JSON ({error}).", hint=AGAIN) from error
+        raise Problem(f"{path}: damaged, not JSON ({error})", hint=AGAIN) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if type(found) is not int or found != FORMAT:
         raise Problem(
-            f"{path}: format {found!r}; this version reads format {FORMAT}.",
-            hint="use the EdgeWhisper version that wrote it, or export the checkpoint again.",
+            f"{path}: format {found!r}; this version reads format {FORMAT}",
+            hint="use the EdgeWhisper version that wrote it, or export the checkpoint again",
         )
     _check_files(path, manifest.get("files"))
     return manifest
@@ -71,17 +71,17 @@ def verify(directory: Path) -> dict[str, Any]:
     for name, expected in manifest["files"].items():
         path = directory / name
         if path.is_symlink():
-            raise Problem(f"{path}: a link, not a file of the artifact.", hint=AGAIN)
+            raise Problem(f"{path}: a link, not a file of the artifact", hint=AGAIN)
         if not path.is_file():
-            raise Problem(f"{path}: missing from the artifact.", hint=AGAIN)
+            raise Problem(f"{path}: missing from the artifact", hint=AGAIN)
         found = describe(path)
         if found["bytes"] != expected["bytes"]:
             raise Problem(
-                f"{path}: damaged, {found['bytes']} bytes instead of {expected['bytes']}.",
+                f"{path}: damaged, {found['bytes']} bytes instead of {expected['bytes']}",
                 hint=AGAIN,
             )
         if found["sha256"] != expected["sha256"]:
-            raise Problem(f"{path}: damaged, its SHA-256 is not the manifest's.", hint=AGAIN)
+            raise Problem(f"{path}: damaged, its SHA-256 is not the manifest's", hint=AGAIN)
     return manifest
 
 
@@ -94,18 +94,18 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _check_files(path: Path, files: Any) -> None:
     if not isinstance(files, dict):
-        raise Problem(f"{path}: damaged, it lists no files.", hint=AGAIN)
+        raise Problem(f"{path}: damaged, it lists no files", hint=AGAIN)
     for name, entry in files.items():
         if not _stays_inside(name):
             raise Problem(
-                f"{path}: names the file {name!r}, which is outside the artifact.",
-                hint="do not use this artifact: it was not written by EdgeWhisper.",
+                f"{path}: names the file {name!r}, which is outside the artifact",
+                hint="do not use this artifact: it was not written by EdgeWhisper",
             )
         if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
-            raise Problem(f"{path}: damaged, no hash and size for {name}.", hint=AGAIN)
+            raise Problem(f"{path}: damaged, no hash and size for {name}", hint=AGAIN)
     for name in GRAPHS:
         if name not in files:
-            raise Problem(f"{path}: damaged, it does not list {name}.", hint=AGAIN)
+            raise Problem(f"{path}: damaged, it does not list {name}", hint=AGAIN)
 
 
 def _stays_inside(name: str) -> bool:

@@ -20,7 +20,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     """
     out = Path(out)
     if out.exists():
-        raise Problem(f"{out} exists already.", hint="name another --out, or remove it first.")
+        raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -57,6 +57,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise Problem(
-            f"{path} cannot be written: {error.strerror or error}.",
-            hint="check the free space and the permissions there, or name another place.",
+            f"{path} cannot be written: {error.strerror or error}",
+            hint="check the free space and the permissions there, or name another place",
         ) from error

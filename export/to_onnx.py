@@ -26,7 +26,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,8 @@ from export.artifact import write_manifest
 from export.cost import count_parameters, macs
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
+from export.versions import versions
 
-PACKAGES = ("edgewhisper", "torch", "transformers", "onnx", "onnxruntime", "numpy")
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
 
@@ -60,8 +59,8 @@ def export_onnx(
     """
     if precision not in PRECISIONS:
         raise Problem(
-            f"there is no precision {precision!r} for ONNX.",
-            hint=f"choose one of: {', '.join(PRECISIONS)}.",
+            f"there is no precision {precision!r} for ONNX",
+            hint=f"choose one of: {', '.join(PRECISIONS)}",
         )
     extractor = processor.feature_extractor
     check_model(model)
@@ -90,7 +89,7 @@ def export_onnx(
         "decoding": decoding,
         "provenance": provenance or {},
         "gate": None,
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
     }
     write_manifest(out, manifest)
     return manifest
@@ -260,8 +259,8 @@ def _save(graph: onnx.ModelProto, path: Path) -> None:
     size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
     if size > PROTOBUF_LIMIT:
         raise Problem(
-            f"{path.name} would take {size / 1e9:.1f} GB; one ONNX file holds less than 2.1 GB.",
-            hint="export with --precision int8.",
+            f"{path.name} would take {size / 1e9:.1f} GB; one ONNX file holds less than 2.1 GB",
+            hint="export with --precision int8",
         )
     onnx.checker.check_model(graph)
     onnx.save(graph, path)
@@ -275,15 +274,15 @@ def check_model(model: nn.Module) -> None:
     if model.config.activation_function != "gelu":
         raise Problem(
             f"the model's activation is {model.config.activation_function!r}; "
-            "the ONNX graphs have Whisper's 'gelu'.",
-            hint="start from a Whisper checkpoint with activation_function gelu.",
+            "the ONNX graphs have Whisper's 'gelu'",
+            hint="start from a Whisper checkpoint with activation_function gelu",
         )
     table = model.model.decoder.embed_tokens.weight
     if model.proj_out.weight is not table and not model.proj_out.weight.equal(table):
         raise Problem(
             "the model's output table (proj_out) differs from its token table; "
-            "the ONNX graphs share one.",
-            hint="train with tie_word_embeddings = true, as Whisper is.",
+            "the ONNX graphs share one",
+            hint="train with tie_word_embeddings = true, as Whisper is",
         )
 
 
@@ -293,14 +292,14 @@ def check_window(model: nn.Module, extractor: Any) -> None:
     if extractor.n_samples != wanted:
         raise Problem(
             f"the feature extractor's window has {extractor.n_samples} samples, "
-            f"the model's {wanted}.",
-            hint="set chunk_length in preprocessor_config.json to the model's window in seconds.",
+            f"the model's {wanted}",
+            hint="set chunk_length in preprocessor_config.json to the model's window in seconds",
         )
     if extractor.feature_size != model.config.num_mel_bins:
         raise Problem(
             f"the feature extractor makes {extractor.feature_size} mel bins, "
-            f"the model reads {model.config.num_mel_bins}.",
-            hint="take preprocessor_config.json from the model that was compressed.",
+            f"the model reads {model.config.num_mel_bins}",
+            hint="take preprocessor_config.json from the model that was compressed",
         )
 
 
@@ -345,8 +344,8 @@ def _look_up(generation: Any, table: str, key: str) -> int:
         known = ", ".join(sorted(ids)[:5]) or "none"
         raise Problem(
             f"generation_config.json: {key!r} is asked for, but {table} has no such entry "
-            f"({len(ids)} there: {known} ...).",
-            hint="take generation_config.json from the model that was compressed.",
+            f"({len(ids)} there: {known} ...)",
+            hint="take generation_config.json from the model that was compressed",
         )
     return ids[key]
 
@@ -371,8 +370,8 @@ def _encoded(token: str, number: int, unicode_to_byte: dict[str, int]) -> str:
         return base64.b64encode(bytes(unicode_to_byte[char] for char in token)).decode()
     except KeyError as error:
         raise Problem(
-            f"token {number} ({token!r}): {error.args[0]!r} stands for no byte.",
-            hint="the tokenizer must be Whisper's byte-level BPE.",
+            f"token {number} ({token!r}): {error.args[0]!r} stands for no byte",
+            hint="the tokenizer must be Whisper's byte-level BPE",
         ) from error
 
 
@@ -421,10 +420,3 @@ def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
 
 def _described(specs: list[Spec]) -> list[dict[str, Any]]:
     return [{"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype} for spec in specs]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

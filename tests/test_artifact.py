@@ -155,6 +155,14 @@ def test_what_is_not_json_is_never_written(artifact):
     assert (artifact / "manifest.json").read_bytes() == before
 
 
+def test_a_full_disk_keeps_the_old_manifest_and_leaves_nothing_else(artifact, full_disk):
+    names, before = sorted(artifact.iterdir()), read_manifest(artifact)
+    with pytest.raises(Problem, match=r"manifest\.json cannot be written"):
+        write_manifest(artifact, {"note": "x" * 400_000})
+    assert read_manifest(artifact) == before
+    assert sorted(artifact.iterdir()) == names
+
+
 def test_reading_an_artifact_needs_the_standard_library_only():
     code = "import sys, export.artifact; print(sorted({'torch', 'numpy', 'onnx'} & {*sys.modules}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -106,6 +106,15 @@ def test_eval_json_has_the_agreed_names_and_nothing_else_on_stdout(
     assert found["utterances"] == 6
 
 
+def test_a_bare_compress_leaves_the_choice_of_recipe_to_the_model(edgewhisper, monkeypatch):
+    from edgewhisper import pipeline
+
+    asked = []
+    monkeypatch.setattr(pipeline, "compress", lambda *given: asked.append(given))
+    assert edgewhisper("compress").returncode == 0
+    assert asked[0][:2] == (None, None)
+
+
 # ------------------------------------------------------------------------------- bad input
 
 

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from benchmarks.gate import GateFailure, run_gate
 from benchmarks.speech import read_manifest
-from edgewhisper import whisper
+from edgewhisper import decoding, whisper
 from export.artifact import read_manifest as read_artifact
 from export.problem import Problem
 from export.to_onnx import export_onnx
@@ -50,7 +50,7 @@ def few(clips):
 @pytest.fixture(scope="module")
 def reference(model, processor):
     """The checkpoint's tokens of a window, remembered between tests."""
-    known = cache(lambda raw: whisper.greedy(model, processor, [np.frombuffer(raw, "<f4")])[0])
+    known = cache(lambda raw: decoding.greedy(model, processor, [np.frombuffer(raw, "<f4")])[0])
     return lambda pcm: known(pcm.astype("<f4").tobytes())
 
 
@@ -61,7 +61,7 @@ def torch_logits(model, processor, fp32):
 
     @torch.no_grad()
     def logits(pcm, tokens):
-        features = whisper.log_mel(processor, [pcm])
+        features = decoding.log_mel(processor.feature_extractor, [pcm])
         ids = torch.tensor([[*prompt, *tokens]])
         found = model(input_features=features, decoder_input_ids=ids, use_cache=False).logits[0]
         return found[len(prompt) - 1 :].numpy()

@@ -16,7 +16,7 @@ from dead_structure import kill, layers
 from onnx import numpy_helper
 from torch import nn
 
-from edgewhisper import whisper
+from edgewhisper import decoding, whisper
 from export import onnx_graph as ops
 from export.artifact import verify
 from export.problem import Problem
@@ -123,7 +123,7 @@ def whole(make_whisper, rng):
 @torch.no_grad()
 def torch_steps(model, processor, pcm, chunks):
     """Logits of the last position after each chunk of tokens, with transformers' cache."""
-    encoded = model.model.encoder(whisper.log_mel(processor, [pcm]))
+    encoded = model.model.encoder(decoding.log_mel(processor.feature_extractor, [pcm]))
     cache, found = None, []
     for chunk in chunks:
         out = model(
@@ -147,7 +147,7 @@ def test_logits_and_tokens_are_torchs(make, make_whisper, processor, rng, tmp_pa
     for chunk, want in zip(chunks, torch_steps(model, processor, pcm, chunks), strict=True):
         logits, past = exported.step(chunk, past, cross)
         assert np.abs(logits - want).max() < TOLERANCE
-    assert exported.greedy(pcm) == whisper.greedy(model, processor, [pcm])[0]
+    assert exported.greedy(pcm) == decoding.greedy(model, processor, [pcm])[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -162,7 +162,7 @@ def test_the_default_checkpoint_gives_the_same_tokens(
     pcms = [clip.pcm() for clip in read_manifest(clips)[:10]]
     samples = processor.feature_extractor.n_samples
     found = [exported.greedy(np.pad(pcm[:samples], (0, samples - len(pcm)))) for pcm in pcms]
-    want = whisper.greedy(model, processor, pcms)
+    want = decoding.greedy(model, processor, pcms)
     equal = sum(one == other for one, other in zip(found, want, strict=True))
     assert equal >= {"fp32": 10, "int8": 9}[precision]
     assert any(want)
@@ -272,7 +272,7 @@ def test_the_encoder_graph_has_the_front_ends_tensor(tiny_whisper, processor, rn
     onnx.save(graph.model("mel", inputs, [ops.Spec("log_mel", (1, 80, 600))]), tmp_path / "x.onnx")
     pcm = window(processor, rng)
     found = _session(tmp_path / "x.onnx").run(None, {"pcm": pcm[None]})[0]
-    assert np.abs(found - whisper.log_mel(processor, [pcm]).numpy()).max() < 2e-4
+    assert np.abs(found - decoding.log_mel(processor.feature_extractor, [pcm]).numpy()).max() < 2e-4
 
 
 # ---------------------------------------------------------------------------- tokens and decoding

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import minimize
 
 from benchmarks.speech import Clip, read_manifest
-from edgewhisper import whisper
+from edgewhisper import decoding, whisper
 from edgewhisper.compress import shrink, tspar
 from edgewhisper.compress.tspar import (
     Options,
@@ -429,7 +429,7 @@ def test_pruned_and_shrunk_models_have_the_same_logits(pruned, processor):
 
 def test_pruned_and_shrunk_models_say_the_same_with_their_caches(pruned, processor, few):
     pcms = [clip.pcm() for clip in few[:2]]
-    wanted, found = (whisper.greedy(model, processor, pcms) for model in pruned)
+    wanted, found = (decoding.greedy(model, processor, pcms) for model in pruned)
     assert found == wanted
 
 
@@ -450,7 +450,7 @@ def test_a_shrunk_model_survives_export(pruned, processor, few, tmp_path):
     assert manifest["precision"] == "fp32"
     recognizer = Recognizer(tmp_path / "artifact", guards=False)
     pcm = few[0].pcm()
-    assert recognizer.window(pcm) == whisper.greedy(pruned[0], processor, [pcm])[0]
+    assert recognizer.window(pcm) == decoding.greedy(pruned[0], processor, [pcm])[0]
 
 
 def test_a_shrunk_model_can_be_pruned_again(pruned, work, make_whisper: Callable):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.speech import read_manifest
 from benchmarks.wer import score
 from edgewhisper import load, save
-from edgewhisper.whisper import greedy, load_processor, log_mel, rebuild, transcribe
+from edgewhisper.decoding import greedy, log_mel, transcribe
+from edgewhisper.whisper import load_processor, rebuild
 from export.problem import Problem
 
 
@@ -115,7 +116,7 @@ def test_a_slim_model_generates_and_trains_and_saves_again(tiny_whisper, process
     labels = torch.randint(0, 300, (1, 5))
     losses = []
     for _ in range(5):
-        loss = model(input_features=log_mel(processor, [pcm]), labels=labels).loss
+        loss = model(input_features=log_mel(processor.feature_extractor, [pcm]), labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -127,7 +128,7 @@ def test_a_slim_model_generates_and_trains_and_saves_again(tiny_whisper, process
 
 def test_a_slim_model_decodes_with_cache_as_without(tiny_whisper, processor, rng):
     model = slim(tiny_whisper, rng)
-    features = log_mel(processor, [rng.standard_normal(30000).astype(np.float32)])
+    features = log_mel(processor.feature_extractor, [rng.standard_normal(30000).astype(np.float32)])
     ids = torch.randint(0, 300, (1, 9))
     whole = model(input_features=features, decoder_input_ids=ids, use_cache=False).logits
     cache, steps = None, []

@@ -17,6 +17,6 @@ def normalizer(name: str) -> Callable[[str], str]:
     """The normalizer of that name. Raises Problem for an unknown one, naming those there are."""
     if name not in NORMALIZERS:
         raise Problem(
-            f"there is no normalizer {name!r}.", hint=f"choose one of {', '.join(NORMALIZERS)}."
+            f"there is no normalizer {name!r}", hint=f"choose one of {', '.join(NORMALIZERS)}"
         )
     return NORMALIZERS[name]

@@ -155,11 +155,11 @@ def refuse_slim(checkpoint: Path) -> None:
     try:
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunnerProblem(f"{checkpoint}: no readable config.json ({error}).") from None
+        raise RunnerProblem(f"{checkpoint}: no readable config.json ({error})") from None
     if config.get("edgewhisper"):
         raise RunnerProblem(
-            f"{checkpoint}: its layers have shapes of their own; transformers loads dense ones.",
-            "bench the dense checkpoint it was made from.",
+            f"{checkpoint}: its layers have shapes of their own; transformers loads dense ones",
+            "bench the dense checkpoint it was made from",
         )
 
 

@@ -73,18 +73,18 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise RunnerProblem(f"{path}: there is no such file.", "check the path.") from None
+        raise RunnerProblem(f"{path}: there is no such file", "check the path") from None
     except OSError as error:
-        raise RunnerProblem(f"{path}: {error.strerror}.", "give a readable WAV file.") from None
+        raise RunnerProblem(f"{path}: {error.strerror}", "give a readable WAV file") from None
 
 
 def parse_riff(path: Path, content: bytes) -> tuple[Header, bytes]:
     """Walk the chunks of a RIFF file and return its header and its raw sample bytes."""
     if not content:
-        raise RunnerProblem(f"{path}: the file is empty (0 bytes).", "record or copy it again.")
+        raise RunnerProblem(f"{path}: the file is empty (0 bytes)", "record or copy it again")
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         kind = next((k for m, k in OTHER_CONTAINERS.items() if content.startswith(m)), "not audio")
-        raise RunnerProblem(f"{path}: wanted a WAV file, found {kind}.", convert(path))
+        raise RunnerProblem(f"{path}: wanted a WAV file, found {kind}", convert(path))
     header, position = None, 12
     while position + 8 <= len(content):
         name, size = struct.unpack_from("<4sI", content, position)
@@ -95,14 +95,14 @@ def parse_riff(path: Path, content: bytes) -> tuple[Header, bytes]:
             return header, check_size(path, header, body, size)
         position += 8 + size + size % 2
     missing = "fmt" if header is None else "data"
-    raise RunnerProblem(f"{path}: truncated WAV file, no `{missing}` chunk.", "copy it again.")
+    raise RunnerProblem(f"{path}: truncated WAV file, no `{missing}` chunk", "copy it again")
 
 
 def parse_header(path: Path, body: bytes) -> Header:
     """Read a `fmt ` chunk; the extensible form keeps the real coding in its GUID."""
     if len(body) < 16:
         raise RunnerProblem(
-            f"{path}: truncated WAV file, {len(body)} of 16 header bytes.", "copy it again."
+            f"{path}: truncated WAV file, {len(body)} of 16 header bytes", "copy it again"
         )
     coding, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", body)
     if coding == EXTENSIBLE and len(body) >= 26:
@@ -115,8 +115,8 @@ def check_size(path: Path, header: Header, body: bytes, size: int) -> bytes:
     if size != UNKNOWN_SIZE and len(body) < size:
         raise RunnerProblem(
             f"{path}: truncated WAV file, its header promises {size} bytes of sound and "
-            f"{len(body)} are there.",
-            "copy or record it again.",
+            f"{len(body)} are there",
+            "copy or record it again",
         )
     return body
 
@@ -127,12 +127,12 @@ def check_header(path: Path, header: Header) -> None:
     if header.bits not in known.get(header.coding, ()) or header.channels < 1:
         raise RunnerProblem(
             f"{path}: WAV coding {header.coding} with {header.bits} bits and {header.channels} "
-            "channels is not read; PCM of 8, 16, 24, 32 bits and float are.",
+            "channels is not read; PCM of 8, 16, 24, 32 bits and float are",
             convert(path),
         )
     if header.rate != SAMPLING_RATE:
         raise RunnerProblem(
-            f"{path}: sampled at {header.rate} Hz, the model listens at {SAMPLING_RATE} Hz.",
+            f"{path}: sampled at {header.rate} Hz, the model listens at {SAMPLING_RATE} Hz",
             convert(path),
         )
 
@@ -156,12 +156,12 @@ def to_float(header: Header, data: bytes) -> Pcm:
 def check_samples(path: Path, samples: Pcm) -> Pcm:
     """Refuse audio without samples or with samples that are not numbers."""
     if not samples.size:
-        raise RunnerProblem(f"{path}: the WAV file holds no samples.", "record or copy it again.")
+        raise RunnerProblem(f"{path}: the WAV file holds no samples", "record or copy it again")
     bad = int(np.count_nonzero(~np.isfinite(samples)))
     if bad:
         raise RunnerProblem(
-            f"{path}: {bad} of {samples.size} samples are NaN or infinite.",
-            "the recording is damaged: write it again with finite samples.",
+            f"{path}: {bad} of {samples.size} samples are NaN or infinite",
+            "the recording is damaged: write it again with finite samples",
         )
     return samples
 

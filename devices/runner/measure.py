@@ -61,9 +61,9 @@ def read_clips(path: Path) -> list[Path]:
         names = json.loads(path.read_text(encoding="utf-8"))
         clips = [path.parent / name for name in names]
     except (OSError, ValueError, TypeError) as error:
-        raise RunnerProblem(f"{path}: no list of clips ({error}).", 'write ["a.wav"].') from None
+        raise RunnerProblem(f"{path}: no list of clips ({error})", 'write ["a.wav"]') from None
     if not clips:
-        raise RunnerProblem(f"{path}: the list of clips is empty.", "name at least one WAV file.")
+        raise RunnerProblem(f"{path}: the list of clips is empty", "name at least one WAV file")
     return clips
 
 

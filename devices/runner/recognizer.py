@@ -126,8 +126,8 @@ def pad(pcm: Pcm, window_samples: int) -> Pcm:
     """Return one window, (1, window_samples), with zeros behind the samples."""
     if len(pcm) > window_samples:
         raise RunnerProblem(
-            f"a window holds {window_samples} samples, {len(pcm)} were given.",
-            "use transcribe(), which cuts longer audio in pauses.",
+            f"a window holds {window_samples} samples, {len(pcm)} were given",
+            "use transcribe(), which cuts longer audio in pauses",
         )
     window = np.zeros((1, window_samples), np.float32)
     window[0, : len(pcm)] = pcm
@@ -157,22 +157,22 @@ def value(array: np.ndarray) -> Any:
 
 def read_manifest(folder: Path) -> dict:
     """Return manifest.json, or the letter that says why this is no artifact for this runner."""
-    remedy = "name a directory written by `edgewhisper export`."
+    remedy = "name a directory written by `edgewhisper export`"
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         found, target = manifest["format"], manifest["target"]
     except FileNotFoundError:
-        raise RunnerProblem(f"{folder}: no manifest.json there.", remedy) from None
+        raise RunnerProblem(f"{folder}: no manifest.json there", remedy) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunnerProblem(f"{folder}: manifest.json cannot be read ({error}).", remedy) from None
+        raise RunnerProblem(f"{folder}: manifest.json cannot be read ({error})", remedy) from None
     if (found, target) != (FORMAT, "onnx"):
         raise RunnerProblem(
-            f"{folder}: artifact format {found} for {target}; this runner reads {FORMAT} for onnx.",
-            "take runner and artifact from the same release.",
+            f"{folder}: artifact format {found} for {target}; this runner reads {FORMAT} for onnx",
+            "take runner and artifact from the same release",
         )
     if manifest["audio"]["sampling_rate"] != SAMPLING_RATE:
         rate = manifest["audio"]["sampling_rate"]
-        raise RunnerProblem(f"{folder}: the model listens at {rate} Hz, not {SAMPLING_RATE}.")
+        raise RunnerProblem(f"{folder}: the model listens at {rate} Hz, not {SAMPLING_RATE}")
     return manifest
 
 
@@ -194,12 +194,12 @@ def session_options(threads: int | None) -> ort.SessionOptions:
 def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
     """Return a session on the CPU, or the letter that says why the graph does not load."""
     if not path.is_file():
-        raise RunnerProblem(f"{path}: there is no such file.", "copy the artifact again.")
+        raise RunnerProblem(f"{path}: there is no such file", "copy the artifact again")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class of its own for each status code
         reason = str(error).strip().splitlines()[0]
         raise RunnerProblem(
-            f"{path}: onnxruntime {ort.__version__} cannot load it ({reason}).",
-            "check the artifact with `edgewhisper verify`.",
+            f"{path}: onnxruntime {ort.__version__} cannot load it ({reason})",
+            "copy the artifact again, or update onnxruntime",
         ) from None

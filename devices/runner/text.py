@@ -14,8 +14,8 @@ def read_tokens(path: Path) -> list[bytes]:
         return [base64.b64decode(row) if row else b"" for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunnerProblem(
-            f"{path}: the token table cannot be read ({error}).",
-            "copy the artifact again, or check it with `edgewhisper verify`.",
+            f"{path}: the token table cannot be read ({error})",
+            "copy the artifact again",
         ) from None
 
 

@@ -43,12 +43,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper.compress.work import Work
+from edgewhisper.examples import IGNORED, Batch
 from edgewhisper.recipe import Range
 from edgewhisper.runs import main_process
 from edgewhisper.training import (
-    IGNORED,
     AfterStep,
-    Batch,
     LossTerm,
     Training,
     loss_before,

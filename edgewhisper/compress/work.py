@@ -30,7 +30,7 @@ class Work:
     def wer(self, model: "WhisperForConditionalGeneration") -> "Score":
         """The model's greedy transcripts of the dev clips against their texts."""
         from benchmarks.wer import score
-        from edgewhisper import whisper
+        from edgewhisper import decoding
 
-        texts = whisper.transcribe(model, self.processor, [clip.pcm() for clip in self.dev])
+        texts = decoding.transcribe(model, self.processor, [clip.pcm() for clip in self.dev])
         return score([clip.text for clip in self.dev], texts)

@@ -89,11 +89,11 @@ def lines(rng: np.random.Generator, voices: tuple[str, ...], rounds: int) -> Ite
                 tone = TONES[index % len(TONES)]
                 yield Line("natural", tone.format(digit), digit, random_voice(rng, name))
             for _ in range(10):
-                words = [str(word) for word in rng.choice(DIGITS, rng.integers(2, 6))]
-                spoken = str(rng.choice([" ", ", "])).join(words)
-                yield Line("phrase", spoken, " ".join(words), random_voice(rng, name))
-        for words in others:
-            yield Line("other", words, "", random_voice(rng, name))
+                text = " ".join(rng.choice(DIGITS, rng.integers(2, 6)))
+                spoken = text.replace(" ", str(rng.choice([" ", ", "])))
+                yield Line("phrase", spoken, text, random_voice(rng, name))
+        for other in others:
+            yield Line("other", other, "", random_voice(rng, name))
 
 
 def main() -> None:
