@@ -109,10 +109,12 @@ def test_speech_without_dev_is_split_the_same_way_each_time(few, clips):
 
 
 def test_a_failing_gate_leaves_nothing_behind(empty, digits, few, monkeypatch):
-    from edgewhisper import whisper
+    from edgewhisper import decoding
 
     # the checkpoint is made to say something else than its files
-    monkeypatch.setattr(whisper, "greedy", lambda model, processor, pcms: [[1, 2, 3] for _ in pcms])
+    monkeypatch.setattr(
+        decoding, "greedy", lambda model, processor, pcms: [[1, 2, 3] for _ in pcms]
+    )
     with pytest.raises(Problem, match="clips get other tokens"):
         pipeline.export(str(digits), "fp32", few)
     assert not list(runs.RUNS.iterdir())
