@@ -34,6 +34,13 @@ Json = Annotated[
     typer.Option("--json", help="write JSON to this file; alone: to stdout, and nothing else"),
 ]
 Out = Annotated[Path | None, typer.Option(help="where to write; must not exist yet")]
+Normalizer = Annotated[
+    str | None,
+    typer.Option(
+        help="none, whisper-basic, whisper-english, vistaar, hindi-strict, hindi-wer or bambara; "
+        "default: the one for the clips' language"
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: all usable cores")]
 
 
@@ -93,13 +100,14 @@ def bench_cli(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="rounds, interleaved")] = 5,
     threads: Threads = None,
+    normalizer: Normalizer = None,
     json_file: Json = None,
 ) -> None:
     """Measure latency, memory and error rate of artifacts on a device."""
     from edgewhisper import pipeline
 
     results, place = pipeline.bench(
-        artifacts or [], device, speech, baseline, repeats, threads, _say_for(json_file)
+        artifacts or [], device, speech, baseline, repeats, threads, _say_for(json_file), normalizer
     )
     _show_results(results, json_file)
     _say_for(json_file)(f"wrote {place}")
@@ -109,7 +117,7 @@ def bench_cli(
 def eval_cli(
     source: Source,
     speech: Annotated[Path, typer.Option(help="clips with their texts, a manifest")],
-    normalizer: Annotated[str, typer.Option(help="whisper-basic or none")] = "whisper-basic",
+    normalizer: Normalizer = None,
     json_file: Json = None,
 ) -> None:
     """Word and character error rates of a checkpoint or an artifact."""
@@ -120,6 +128,7 @@ def eval_cli(
     _emit(found.as_dict(), json_file)
     if json_file != "-":
         say(f"WER {found.wer:.2%}  (95 % interval {low:.2%} to {high:.2%})   CER {found.cer:.2%}")
+        say(f"mean of every clip's own WER {found.wer_per_utterance_mean:.2%}")
         say(
             f"{found.substitutions} substitutions, {found.deletions} deletions, "
             f"{found.insertions} insertions in {found.words} words; "
