@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 TABLE_WIDTH = 100
+SPEECH = "a manifest, an audiofolder or hf:OWNER/NAME[:CONFIG][:SPLIT]"
 
 Model = Annotated[
     str | None, typer.Argument(help="directory or hub id; default: the embedded digit model")
@@ -51,9 +52,10 @@ def compress_cli(
         str | None,
         typer.Option(help="name or .toml file; default: quick for the embedded model, else tspar"),
     ] = None,
-    speech: Annotated[Path | None, typer.Option(help="manifest of clips to train on")] = None,
+    speech: Annotated[Path | None, typer.Option(help=f"clips to train on: {SPEECH}")] = None,
     dev: Annotated[
-        Path | None, typer.Option(help="manifest for the thresholds; default: a tenth of --speech")
+        Path | None,
+        typer.Option(help=f"clips for the thresholds: {SPEECH}; default: a tenth of --speech"),
     ] = None,
     out: Out = None,
     seed: Annotated[int, typer.Option(help="of everything that is drawn at random")] = 0,
@@ -74,7 +76,7 @@ def export_cli(
     target: Annotated[str, typer.Option(help="onnx")] = "onnx",
     precision: Annotated[str, typer.Option(help="int8 or fp32")] = "int8",
     layout: Annotated[str, typer.Option(help="native")] = "native",
-    speech: Annotated[Path | None, typer.Option(help="clips for the gate, a manifest")] = None,
+    speech: Annotated[Path | None, typer.Option(help=f"clips for the gate: {SPEECH}")] = None,
     out: Out = None,
 ) -> None:
     """Turn a checkpoint into files a device can run; fails if their text differs."""
@@ -94,7 +96,7 @@ def bench_cli(
         typer.Argument(help="default: the newest artifact", metavar="ARTIFACT..."),
     ] = None,
     device: Annotated[str, typer.Option(help="see `edgewhisper devices`")] = "local",
-    speech: Annotated[Path | None, typer.Option(help="clips to transcribe, a manifest")] = None,
+    speech: Annotated[Path | None, typer.Option(help=f"clips to transcribe: {SPEECH}")] = None,
     baseline: Annotated[
         str | None, typer.Option(help="directory of a dense checkpoint, run in transformers")
     ] = None,
@@ -116,7 +118,7 @@ def bench_cli(
 @app.command("eval")
 def eval_cli(
     source: Source,
-    speech: Annotated[Path, typer.Option(help="clips with their texts, a manifest")],
+    speech: Annotated[Path, typer.Option(help=f"clips with texts: {SPEECH}")],
     normalizer: Normalizer = None,
     json_file: Json = None,
 ) -> None:

@@ -33,8 +33,8 @@ CLAUSE = ("ka", "ye", "bɛ", "tɛ", "ma")
 
 def bambara(text: str) -> str:
     """Normalise a sentence; the result has single spaces and none at its ends."""
-    text = without_invisible(text).lower().translate(APOSTROPHES)
-    text = one_orthography(BRACKETED.sub(" ", text))
+    text = without_invisible(text).lower()
+    text = one_orthography(BRACKETED.sub(" ", text)).translate(APOSTROPHES)
     text = CONTRACTION.sub(in_full, ungrouped(text))
     return readable(NUMBER.sub(in_words, readable(text)))
 

@@ -51,8 +51,8 @@ class Hindi:
         text = without_invisible(text)
         # before anything is composed or repaired: what stood beside it becomes neighbours
         text = text.replace(AVAGRAHA, "") if self.avagraha else text
-        text = BRACKETED.sub(" ", one_encoding(text))
-        text = ascii_digits(colons_that_are_visargas(repaired(text)))
+        text = repaired(BRACKETED.sub(" ", one_encoding(text)))
+        text = ascii_digits(colons_that_are_visargas(text))
         text = readable(in_words(text) if self.numbers else text)
         text = text.replace(CHANDRABINDU, ANUSVARA) if self.chandrabindu else text
         text = NUKTA_OF_LOANS.sub("", text) if self.nukta else text
@@ -105,7 +105,7 @@ def repaired(text: str) -> str:
     before = ""
     while text != before:  # ends: every change shortens the text or moves a nukta forward
         before = text
-        text = LATE_NUKTA.sub(r"\2\1", text)
+        text = one_encoding(LATE_NUKTA.sub(r"\2\1", text))  # orders what stands on a letter
         text = DOUBLED.sub(r"\1", text)
         text = TYPED_PAIR.sub(lambda found: TYPED[found[0]], text)
     return text
