@@ -54,7 +54,7 @@ def spoken(*texts: str) -> dict:
 
 
 def test_a_split_becomes_clips(home):
-    store(home, "train", spoken("one"))
+    store(home, "train", spoken("one") | {"locale": ["hi"]})
     store(home, "test", spoken("two", "three") | {"locale": ["hi", "hi_IN"]})
     clips = read_manifest("hf:owner/name::test")
     assert [(clip.text, clip.lang) for clip in clips] == [("two", "hi"), ("three", "hi")]
@@ -144,11 +144,25 @@ def test_a_row_without_text_is_named_by_its_number(home):
 
 
 def test_a_row_may_not_name_a_file_of_this_machine(home):
-    """Nor by a chain that ends on the hub."""
     (home / "secret.wav").write_bytes(sound(100))
-    for path in (str(home / "secret.wav"), "file:///secret.wav::hf://datasets/o/n/a.zip"):
-        store(home, "train", {"audio": [{"bytes": None, "path": path}], "text": ["one"]})
-        refused("hf:owner/name", "which is not on the hub")
+    path = str(home / "secret.wav")
+    store(home, "train", {"audio": [{"bytes": None, "path": path}], "text": ["one"]})
+    assert "without hf:" in refused("hf:owner/name", "which is not on the hub")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/hostname",
+        "file:///etc/hostname",
+        "file:///etc/hostname::hf://datasets/o/n/a.zip",
+        None,
+    ],
+)
+def test_only_the_hub_is_read_for_a_row(path):
+    with pytest.raises(Problem, match=r"row 3: `audio` holds no sound.* not on the hub"):
+        hub.sound_bytes({"bytes": None, "path": path}, "audio", "row 3")
+    assert hub.on_the_hub("zip://a.wav::hf://datasets/o/n/a.zip")
 
 
 def test_a_row_may_name_a_file_of_its_repository(home, monkeypatch):
@@ -158,7 +172,7 @@ def test_a_row_may_name_a_file_of_its_repository(home, monkeypatch):
         protocol = "hf"
         store, pseudo_dirs = {}, [""]
 
-    monkeypatch.setattr(fsspec.registry, "_registry", {**fsspec.registry._registry, "hf": Hub})
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Hub)
     with fsspec.open("hf://datasets/owner/name/a.flac", "wb") as file:
         file.write(sound(1600))
     stream = {"bytes": None, "path": "hf://datasets/owner/name/a.flac"}

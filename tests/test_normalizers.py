@@ -8,7 +8,7 @@ import unicodedata
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.normalizers import BY_LANGUAGE, NORMALIZERS, name_for, normalizer
@@ -27,7 +27,6 @@ def test_an_unknown_normalizer_names_those_there_are():
 
 
 @pytest.mark.parametrize("name", IDEMPOTENT)
-@settings(deadline=None)  # Whisper's come with an import
 @given(text=st.text(max_size=40))
 def test_twice_is_once(name, text):
     clean = NORMALIZERS[name]
