@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.metadata import artifact_hash, clips_hash, folder_bytes, folder_hash
+from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.result import FORMAT, STAGES, summaries, validate
 from benchmarks.speech import SAMPLING_RATE, Clip
@@ -64,18 +65,21 @@ def bench_all(
     clips: Sequence[Clip],
     repeats: int = 5,
     threads: int | None = None,
-    normalizer: str = "whisper-basic",
+    normalizer: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """The results of several candidates on the same clips, in their order.
 
     Each of the `repeats` rounds starts one process a candidate, which warms up and then
-    transcribes every clip once. `progress` hears what runs.
+    transcribes every clip once. `normalizer` is by default the one for the clips' language.
+    `progress` hears what runs.
     Raises Problem: no clips, a damaged artifact, a rival elsewhere than on this machine; and the
     device's or the runner's letters.
     """
     if not clips:
         raise Problem("there are no clips to bench on", hint="give a speech manifest")
+    normalizer = normalizer or name_for(clips)
+    normalizer_named(normalizer)  # an unknown one is said now, not after the measurement
     described = [identify(candidate) for candidate in candidates]
     audio_s = send(candidates, device, clips)
     machine = device.describe()

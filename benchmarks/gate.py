@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.normalizers import name_for
 from benchmarks.speech import Clip
 from benchmarks.wer import score
 from devices.runner.audio import split
@@ -69,7 +70,8 @@ def run_gate(
         raise Problem("the gate got no clips to compare on", hint="give a speech manifest")
     recognizer = Recognizer(artifact_dir, threads, guards=False)
     heard = [listen(recognizer, clip, reference, logits_reference) for clip in clips]
-    figures = measure(heard) | {"exact": exact, "max_wer_loss_points": max_wer_loss}
+    figures = measure(heard, name_for(clips, otherwise="none"))
+    figures |= {"exact": exact, "max_wer_loss_points": max_wer_loss}
     if exact:
         check_tokens(heard)
         check_logits(heard)
@@ -109,12 +111,12 @@ def logits_error(
     return float(difference) if np.isfinite(difference) else float("inf")
 
 
-def measure(heard: Sequence[Heard]) -> dict[str, Any]:
+def measure(heard: Sequence[Heard], normalizer: str = "whisper-basic") -> dict[str, Any]:
     """Shares, error rates (fractions) and the loss between them (points)."""
     labels = [clip.label for clip in heard]
     errors = [clip.logits_error for clip in heard if clip.logits_error is not None]
-    before = score(labels, [clip.wanted_text for clip in heard])
-    after = score(labels, [clip.found_text for clip in heard])
+    before = score(labels, [clip.wanted_text for clip in heard], normalizer)
+    after = score(labels, [clip.found_text for clip in heard], normalizer)
     return {
         "clips": len(heard),
         "windows": sum(len(clip.wanted) for clip in heard),

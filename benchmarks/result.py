@@ -12,8 +12,9 @@ cores for the same, which other programs on the machine disturb less; `mel_s`, `
 inside the encoder graph, its time is the graph's times `mel_share`, the share of kernel time that
 a separate profiled run gave its nodes; for a rival with a front end of its own `mel_share` is null.
 
-Error rates are fractions. `clip_errors` and `clip_words` are the word counts of each clip, from
-which two results can be compared pairwise. What is not known is null, never zero.
+Error rates are fractions; `wer_per_utterance_mean` is missing in older lines. `clip_errors` and
+`clip_words` are the word counts of each clip, from which two results can be compared pairwise. What
+is not known is null, never zero.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ ACCURACY: dict[str, type | tuple[type, ...]] = {
     "exact": int,
     "normalizer": str,
 }
+
+LATER: dict[str, type | tuple[type, ...]] = {
+    "wer_per_utterance_mean": (int, float),
+}
+"""Fields that lines written before them lack; readers take them with `get`."""
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "format": int,
@@ -95,7 +101,8 @@ def validate(result: Any, where: str = "result") -> dict[str, Any]:
             f"{where}: result format {version!r}; this version reads {FORMAT}",
             hint="bench again with this version, or read it with the one that wrote it",
         )
-    for name, kind in FIELDS.items():
+    known = {name: kind for name, kind in LATER.items() if name in result}
+    for name, kind in (FIELDS | known).items():
         if name not in result or not isinstance(result[name], kind):
             found = type(result[name]).__name__ if name in result else "nothing"
             raise Problem(

@@ -1,7 +1,8 @@
 """Speech: manifests of clips, and audio as the models want it (16 kHz mono float32).
 
 A manifest is JSON lines: `audio` (relative to the manifest), `text`, `lang`, and optionally
-`speaker` and `duration` in seconds.
+`speaker` and `duration` in seconds. Where a manifest is asked for, a folder in audiofolder form
+(audiofolder.py) or a data set of the hub, hf:OWNER/NAME[:CONFIG][:SPLIT] (hub.py), does as well.
 """
 
 from __future__ import annotations
@@ -35,11 +36,20 @@ class Clip:
 
 
 def read_manifest(path: str | Path) -> list[Clip]:
-    """The clips of a manifest, in its order.
+    """The clips of a manifest, a folder or a data set of the hub, in its order.
 
-    Raises Problem: no such file, no clips, or a bad line, with its number.
+    Raises Problem: no such file, no clips, or a bad line, with its number; for the other forms as
+    read_folder and hub.fetch do.
     """
+    if str(path).startswith("hf:"):
+        from benchmarks import hub
+
+        path = hub.fetch(str(path))
     path = Path(path)
+    if path.is_dir():
+        from benchmarks.audiofolder import read_folder
+
+        return read_folder(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -1,7 +1,9 @@
 """Word and character error rates with their counts and a bootstrap interval.
 
-Errors are summed over all utterances and divided by all reference words (corpus WER). Utterances
-whose reference is empty count by the words put in: that is how invented text shows.
+`wer` is errors summed over all utterances by all reference words (corpus WER): utterances whose
+reference is empty count by the words put in, which is how invented text shows. The mean of every
+utterance's own WER stands beside it, because some papers report that (LiteASR: its average over
+data sets of such means): short utterances weigh more there, those without reference words nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ class Score:
     """Error rates as fractions (0.05 is 5 %), counts in words, the normalizer that was used."""
 
     wer: float
+    wer_per_utterance_mean: float
     cer: float
     wer_interval: tuple[float, float]
     substitutions: int
@@ -56,6 +59,7 @@ def score(
     letters = np.array([count(r, h, characters=True) for r, h in pairs]).sum(axis=0)
     return Score(
         wer=(substitutions + deletions + insertions) / words,
+        wer_per_utterance_mean=_utterance_mean(counts[:, :3].sum(axis=1), counts[:, 3]),
         cer=float(letters[:3].sum() / letters[3]),
         wer_interval=_interval(counts[:, :3].sum(axis=1), counts[:, 3]),
         substitutions=substitutions,
@@ -78,6 +82,12 @@ def count(reference: str, hypothesis: str, characters: bool = False) -> tuple[in
     found = process(reference, hypothesis)
     length = found.hits + found.substitutions + found.deletions
     return found.substitutions, found.deletions, found.insertions, length
+
+
+def _utterance_mean(errors: np.ndarray, words: np.ndarray) -> float:
+    """(utterances,) each: the mean of errors / words where there are words."""
+    spoken = words > 0
+    return float((errors[spoken] / words[spoken]).mean())
 
 
 def _interval(errors: np.ndarray, words: np.ndarray) -> tuple[float, float]:

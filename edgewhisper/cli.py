@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 TABLE_WIDTH = 100
+SPEECH = "a manifest, an audiofolder or hf:OWNER/NAME[:CONFIG][:SPLIT]"
 
 Model = Annotated[
     str | None, typer.Argument(help="directory or hub id; default: the embedded digit model")
@@ -34,6 +35,13 @@ Json = Annotated[
     typer.Option("--json", help="write JSON to this file; alone: to stdout, and nothing else"),
 ]
 Out = Annotated[Path | None, typer.Option(help="where to write; must not exist yet")]
+Normalizer = Annotated[
+    str | None,
+    typer.Option(
+        help="none, whisper-basic, whisper-english, vistaar, hindi-strict, hindi-wer or bambara; "
+        "default: the one for the clips' language"
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: all usable cores")]
 
 
@@ -44,9 +52,10 @@ def compress_cli(
         str | None,
         typer.Option(help="name or .toml file; default: quick for the embedded model, else tspar"),
     ] = None,
-    speech: Annotated[Path | None, typer.Option(help="manifest of clips to train on")] = None,
+    speech: Annotated[Path | None, typer.Option(help=f"clips to train on: {SPEECH}")] = None,
     dev: Annotated[
-        Path | None, typer.Option(help="manifest for the thresholds; default: a tenth of --speech")
+        Path | None,
+        typer.Option(help=f"clips for the thresholds: {SPEECH}; default: a tenth of --speech"),
     ] = None,
     out: Out = None,
     seed: Annotated[int, typer.Option(help="of everything that is drawn at random")] = 0,
@@ -67,7 +76,7 @@ def export_cli(
     target: Annotated[str, typer.Option(help="onnx")] = "onnx",
     precision: Annotated[str, typer.Option(help="int8 or fp32")] = "int8",
     layout: Annotated[str, typer.Option(help="native")] = "native",
-    speech: Annotated[Path | None, typer.Option(help="clips for the gate, a manifest")] = None,
+    speech: Annotated[Path | None, typer.Option(help=f"clips for the gate: {SPEECH}")] = None,
     out: Out = None,
 ) -> None:
     """Turn a checkpoint into files a device can run; fails if their text differs."""
@@ -87,19 +96,20 @@ def bench_cli(
         typer.Argument(help="default: the newest artifact", metavar="ARTIFACT..."),
     ] = None,
     device: Annotated[str, typer.Option(help="see `edgewhisper devices`")] = "local",
-    speech: Annotated[Path | None, typer.Option(help="clips to transcribe, a manifest")] = None,
+    speech: Annotated[Path | None, typer.Option(help=f"clips to transcribe: {SPEECH}")] = None,
     baseline: Annotated[
         str | None, typer.Option(help="directory of a dense checkpoint, run in transformers")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="rounds, interleaved")] = 5,
     threads: Threads = None,
+    normalizer: Normalizer = None,
     json_file: Json = None,
 ) -> None:
     """Measure latency, memory and error rate of artifacts on a device."""
     from edgewhisper import pipeline
 
     results, place = pipeline.bench(
-        artifacts or [], device, speech, baseline, repeats, threads, _say_for(json_file)
+        artifacts or [], device, speech, baseline, repeats, threads, _say_for(json_file), normalizer
     )
     _show_results(results, json_file)
     _say_for(json_file)(f"wrote {place}")
@@ -108,8 +118,8 @@ def bench_cli(
 @app.command("eval")
 def eval_cli(
     source: Source,
-    speech: Annotated[Path, typer.Option(help="clips with their texts, a manifest")],
-    normalizer: Annotated[str, typer.Option(help="whisper-basic or none")] = "whisper-basic",
+    speech: Annotated[Path, typer.Option(help=f"clips with texts: {SPEECH}")],
+    normalizer: Normalizer = None,
     json_file: Json = None,
 ) -> None:
     """Word and character error rates of a checkpoint or an artifact."""
@@ -120,6 +130,7 @@ def eval_cli(
     _emit(found.as_dict(), json_file)
     if json_file != "-":
         say(f"WER {found.wer:.2%}  (95 % interval {low:.2%} to {high:.2%})   CER {found.cer:.2%}")
+        say(f"mean of every clip's own WER {found.wer_per_utterance_mean:.2%}")
         say(
             f"{found.substitutions} substitutions, {found.deletions} deletions, "
             f"{found.insertions} insertions in {found.words} words; "

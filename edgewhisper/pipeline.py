@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.metadata import clips_hash
+from benchmarks.normalizers import name_for
+from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import Score, score
 from edgewhisper import decoding, runs, whisper
@@ -250,6 +252,7 @@ def bench(
     repeats: int = 5,
     threads: int | None = None,
     say: Say = print,
+    normalizer: str | None = None,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Measure artifacts, and a dense checkpoint in transformers beside them; results and file."""
     from benchmarks.bench import Candidate
@@ -258,7 +261,7 @@ def bench(
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
     if baseline is not None:
         candidates.insert(0, Candidate(Path(baseline), rival="transformers"))
-    return bench_candidates(candidates, device, speech, repeats, threads, say)
+    return bench_candidates(candidates, device, speech, repeats, threads, say, normalizer)
 
 
 def bench_candidates(
@@ -268,6 +271,7 @@ def bench_candidates(
     repeats: int,
     threads: int | None,
     say: Say,
+    normalizer: str | None = None,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Measure on a device and keep the results in ./edgewhisper-runs."""
     from benchmarks.bench import bench_all
@@ -276,7 +280,7 @@ def bench_candidates(
 
     with open_device(device) as machine:
         clips = read_manifest(speech or SPEECH / "test.jsonl")
-        results = bench_all(candidates, machine, clips, repeats, threads, progress=say)
+        results = bench_all(candidates, machine, clips, repeats, threads, normalizer, say)
     place = runs.new_path("result", ".jsonl")
     write(results, place)
     return results, place
@@ -325,8 +329,11 @@ def transcriber(
     return lambda pcms: decoding.transcribe(model, processor, pcms)
 
 
-def evaluate(source: str, speech: Path, normalizer: str = "whisper-basic") -> Score:
-    """Error rates of a checkpoint or an artifact on a manifest's clips."""
+def evaluate(source: str, speech: Path, normalizer: str | None = None) -> Score:
+    """Error rates of a checkpoint or an artifact on a manifest's clips; the normalizer is by
+    default the one for their language."""
     clips = read_manifest(speech)
+    normalizer = normalizer or name_for(clips)
+    normalizer_named(normalizer)  # an unknown one is said now, not after the transcription
     texts = transcriber(source)([clip.pcm() for clip in clips])
     return score([clip.text for clip in clips], texts, normalizer)

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from made_results import make_result
 
+from benchmarks.result import write
 from edgewhisper.cli import main
 
 
@@ -103,7 +105,32 @@ def test_eval_json_has_the_agreed_names_and_nothing_else_on_stdout(
     done = edgewhisper("eval", digits, "--speech", "few.jsonl", "--json")
     found = json.loads(done.stdout)
     assert {"wer", "cer", "wer_interval", "substitutions", "deletions", "insertions"} <= set(found)
-    assert found["utterances"] == 6
+    assert 0 <= found["wer_per_utterance_mean"] <= 1
+    assert (found["utterances"], found["normalizer"]) == (6, "whisper-basic")
+
+
+def test_eval_takes_a_folder_and_says_both_error_rates(edgewhisper, tmp_path, digits, spoken):
+    shutil.copy(spoken, tmp_path / "a.ogg")
+    (tmp_path / "metadata.csv").write_text("file_name,sentence\na.ogg,zero\n")
+    done = edgewhisper("eval", digits, "--speech", tmp_path, "--normalizer", "hindi-strict")
+    assert "mean of every clip's own WER" in done.stdout
+    assert "normalizer hindi-strict" in done.stdout
+
+
+def test_the_help_names_every_normalizer(edgewhisper):
+    from benchmarks.normalizers import NORMALIZERS
+
+    told = "".join(edgewhisper("eval", "--help").stdout.split())  # lines break at hyphens
+    assert all(name in told for name in NORMALIZERS)
+
+
+def test_compare_shows_results_of_one_normalizer_only(edgewhisper, tmp_path):
+    for name in ("hindi-strict", "hindi-wer"):
+        write([make_result(name=name, normalizer=name)], tmp_path / f"{name}.jsonl")
+    done = edgewhisper("compare", "hindi-strict.jsonl", "hindi-wer.jsonl")
+    assert "different normalizers: hindi-strict and hindi-wer" in letter(done)
+    assert not done.stdout
+    assert edgewhisper("compare", "hindi-wer.jsonl", "hindi-wer.jsonl").returncode == 0
 
 
 def test_a_bare_compress_leaves_the_choice_of_recipe_to_the_model(edgewhisper, monkeypatch):
@@ -116,6 +143,29 @@ def test_a_bare_compress_leaves_the_choice_of_recipe_to_the_model(edgewhisper, m
 
 
 # ------------------------------------------------------------------------------- bad input
+
+
+def test_an_unknown_normalizer_is_said_before_anything_is_transcribed(
+    edgewhisper, digits, clips, monkeypatch
+):
+    from edgewhisper import pipeline
+
+    monkeypatch.setattr(pipeline, "transcriber", None)
+    text = letter(edgewhisper("eval", digits, "--speech", clips, "--normalizer", "hindi"))
+    assert "no normalizer 'hindi'" in text
+    assert "hindi-wer" in text
+
+
+def test_a_language_without_a_normalizer(edgewhisper, tmp_path, digits, spoken):
+    row = {"audio": str(spoken), "text": "தமிழ் மொழி", "lang": "ta"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    text = letter(edgewhisper("eval", digits, "--speech", "m.jsonl"))
+    assert "'ta': whisper-basic would turn 4 of 9 characters" in text
+
+
+def test_a_data_set_that_cannot_be_named_so(edgewhisper, digits):
+    text = letter(edgewhisper("eval", digits, "--speech", "hf:librispeech"))
+    assert "'hf:librispeech' does not name a data set" in text
 
 
 def test_a_missing_audio_file(edgewhisper, tmp_path, digits):

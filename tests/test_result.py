@@ -38,6 +38,15 @@ def test_a_stage_without_samples_has_no_median():
     assert found["intervals"] == {"prompt_s": [1.0, 3.0]}
 
 
+def test_a_line_from_before_the_mean_per_utterance_is_read(tmp_path, result):
+    assert "wer_per_utterance_mean" not in result
+    new = result | {"wer_per_utterance_mean": 0.12}
+    write([result, new], tmp_path / "r.jsonl")
+    assert read(tmp_path / "r.jsonl") == [result, new]
+    with pytest.raises(Problem, match="field `wer_per_utterance_mean` is str"):
+        validate(result | {"wer_per_utterance_mean": "0.12"})
+
+
 @pytest.mark.parametrize("version", [2, "1", None])
 def test_an_unknown_format_is_refused(result, version):
     with pytest.raises(Problem, match=rf"result format {version!r}; this version reads 1") as e:

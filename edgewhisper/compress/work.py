@@ -29,8 +29,10 @@ class Work:
 
     def wer(self, model: "WhisperForConditionalGeneration") -> "Score":
         """The model's greedy transcripts of the dev clips against their texts."""
+        from benchmarks.normalizers import name_for
         from benchmarks.wer import score
         from edgewhisper import decoding
 
         texts = decoding.transcribe(model, self.processor, [clip.pcm() for clip in self.dev])
-        return score([clip.text for clip in self.dev], texts)
+        labels = [clip.text for clip in self.dev]
+        return score(labels, texts, name_for(self.dev, otherwise="none"))

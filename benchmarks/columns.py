@@ -1,0 +1,50 @@
+"""Which columns of other people's tables hold what a manifest calls text, lang and speaker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from export.problem import Problem
+
+TEXT = ("text", "sentence", "transcription", "transcript")
+LANG = ("lang", "locale", "language")
+SPEAKER = ("speaker", "speaker_id")
+
+
+def find(columns: Iterable[str], known: tuple[str, ...]) -> str | None:
+    """The first of the known names that is among the columns."""
+    there = set(columns)
+    return next((name for name in known if name in there), None)
+
+
+def text_column(columns: Iterable[str], where: str) -> str:
+    """The column of transcripts. Raises Problem, with the names that were found."""
+    columns = list(columns)
+    found = find(columns, TEXT)
+    if found is None:
+        raise Problem(
+            f"{where}: no column holds the text; there are {listed(columns)}",
+            hint=f"name the column of transcripts {', '.join(TEXT[:-1])} or {TEXT[-1]}",
+        )
+    return found
+
+
+def listed(columns: Iterable[object]) -> str:
+    return ", ".join(f"`{name}`" for name in columns) or "no columns"
+
+
+def language_code(given: str) -> str:
+    """Whisper's code for hi, hi_in, hi-IN or Hindi; what it does not know stays, in lower case."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    word = given.strip().lower()
+    return TO_LANGUAGE_CODE.get(word, word.replace("_", "-").split("-")[0])
+
+
+def is_language(given: str) -> bool:
+    """Whether a word, such as the name of a configuration, is the code of a language we know."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    from benchmarks.normalizers import BY_LANGUAGE
+
+    return language_code(given) in LANGUAGES.keys() | BY_LANGUAGE.keys()

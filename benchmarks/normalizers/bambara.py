@@ -1,0 +1,96 @@
+"""Bambara: one spelling for words that are written by the old and the new orthography, with and
+without tones, contracted or in full. The rules follow those of the bambara-text-normalization
+project (MIT), in our own code; of a contraction's sentence we look at two words only.
+
+    numbers        in words: 25 -> mugan ni duuru
+    letters        è ò of the old spelling -> ɛ ɔ; ny, ñ -> ɲ; ng -> ŋ
+    tones          the accents that are left go; ɛ ɔ ɲ ŋ are letters and stay
+    contractions   b'a -> bɛ a, t'a -> tɛ a, y'a -> ye a; see ELIDED for k' and n'
+    the rest       lowercase; brackets and punctuation away, an apostrophe ends a word
+
+è and ò are the legacy letters here, not e and o with a low tone: they must be read before tones go.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from benchmarks.normalizers.characters import BRACKETED, readable, ungrouped, without_invisible
+
+APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u02b9\u2032`\u00b4", "'"))
+TONES = re.compile("[\u0300\u0301\u0302\u030c]")
+"""Low, high, falling, rising; the last two are our addition."""
+
+LEGACY = {"e\u0300": "ɛ", "o\u0300": "ɔ"}
+LETTERS = (("n\u0303", "ɲ"), ("ny", "ɲ"), ("ng", "ŋ"))
+
+CONTRACTION = re.compile(r"(?<!\w)([btykn]) ?'(?=(\w+)(?: (\w+))?)")
+ELIDED = {"b": "bɛ", "t": "tɛ", "y": "ye", "k": "ka", "n": "ni"}
+CLAUSE = ("ka", "ye", "bɛ", "tɛ", "ma")
+"""Words that follow a sentence's subject: behind `k'` and a subject somebody is quoted, so ko."""
+
+
+def bambara(text: str) -> str:
+    """Normalise a sentence; the result has single spaces and none at its ends."""
+    text = without_invisible(text).lower()
+    text = one_orthography(BRACKETED.sub(" ", text)).translate(APOSTROPHES)
+    text = CONTRACTION.sub(in_full, ungrouped(text))
+    return readable(NUMBER.sub(in_words, readable(text)))
+
+
+def one_orthography(text: str) -> str:
+    """The letters of the new spelling without tones."""
+    text = unicodedata.normalize("NFD", text)
+    for old, new in LEGACY.items():
+        text = text.replace(old, new)
+    text = TONES.sub("", text)
+    for old, new in LETTERS:
+        text = text.replace(old, new)
+    return unicodedata.normalize("NFC", text)
+
+
+def in_full(found: re.Match[str]) -> str:
+    """The word before the apostrophe. The next but one tells k'a la (kɛ) and k'an ka (ko) from k'a
+    ta (ka), and n'a ma (na) from n'a ta (ni)."""
+    letter, following = found[1], found[3]
+    if letter == "k" and following == "la":
+        return "kɛ "
+    if letter == "k" and following in CLAUSE:
+        return "ko "
+    if letter == "n" and following == "ma":
+        return "na "
+    return ELIDED[letter] + " "
+
+
+# --------------------------------------------------------------------------------------- numbers
+
+NUMBER = re.compile("[0-9]+")
+ONES = "fu kelen fila saba naani duuru wɔɔrɔ wolonwula segin kɔnɔntɔn".split()  # noqa: SIM905 (a list of words)
+SCALES = ((1_000_000, "miliyɔn"), (1000, "waa"), (100, "kɛmɛ"))
+LONGEST = 9
+"""More digits than these are read one by one."""
+
+
+def in_words(found: re.Match[str]) -> str:
+    digits = found[0]
+    if len(digits) > LONGEST or (len(digits) > 1 and digits[0] == "0"):
+        return f" {' '.join(ONES[int(digit)] for digit in digits)} "
+    return f" {cardinal(int(digits))} "
+
+
+def cardinal(number: int) -> str:
+    """Parts from the largest down, joined by ni: 123 is kɛmɛ ni mugan ni saba."""
+    if number < 10:
+        return ONES[number]
+    parts = []
+    for size, name in SCALES:
+        count, number = divmod(number, size)
+        if count:
+            parts.append(name if (size, count) == (100, 1) else f"{name} {cardinal(count)}")
+    tens, ones = divmod(number, 10)
+    if tens:
+        parts.append({1: "tan", 2: "mugan"}.get(tens) or f"bi {ONES[tens]}")
+    if ones:
+        parts.append(ONES[ones])
+    return " ni ".join(parts)
