@@ -22,7 +22,9 @@ TSPAR's authors do not say which implementation they compared with; what we fill
 
 - Matrices: as in TSPAR, every linear layer of the encoder and decoder blocks.
 - p, S and how long a round trains. The last round prunes just enough to end at S.
-- Magnitudes are ranked over all matrices together (`scope = "global"`) or in each by itself.
+- Magnitudes are ranked in each matrix by itself, or over all together (`scope = "global"`). The
+  default is the stronger baseline: of the embedded model, pruned by 60 % at once and not trained,
+  every matrix alike makes 6 % of the words of 20 dev clips wrong, all together 18 %.
 - Every round has its own learning rate schedule, from the start, and a new optimiser.
 - `rewind` takes every parameter, not only those of the masked matrices, back to W0: the weights
   after `start`. None is the default: a round goes on from the weights the round before it found.
@@ -64,8 +66,8 @@ class Options:
     """p: what every round prunes of the weights left."""
     target: Annotated[float, Range(0, 0.99)] = 0.5
     """S: what is pruned in the end; the number of rounds follows. 0 prunes nothing."""
-    scope: Literal["global", "per_matrix"] = "global"
-    """The smallest weights of all matrices together, or as large a share of every matrix."""
+    scope: Literal["per_matrix", "global"] = "per_matrix"
+    """As large a share of every matrix, or the smallest weights of all matrices together."""
     rewind: bool = False
     """After every pruning, go back to the weights after `start` instead of going on."""
 
