@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -21,15 +21,15 @@ from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import Score, score
-from edgewhisper import decoding, runs, whisper
+from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.compress import METHODS
+from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import Recipe, load_recipe
 from export.artifact import MANIFEST, verify, write_manifest
 from export.cost import count_parameters, macs
 from export.files import new_directory
 from export.problem import Problem
-from export.shrink import shrink
 from export.versions import versions
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def compress(
     before = measure(dense, work)
     say(f"{source}: {describe(before)}")
     slim = run_steps(dense, steps, work, say)
+    alignment.settle(slim)
     after = measure(slim, work)
     say(f"compressed: {describe(after)}")
     record = _record(steps, source, dense, work, before, after)
@@ -102,10 +103,16 @@ def compress(
 def run_steps(
     model: WhisperForConditionalGeneration, recipe: Recipe, work: Work, say: Say
 ) -> WhisperForConditionalGeneration:
-    """Each step of the recipe in turn; a step gets the model that the one before returned."""
+    """Each step of the recipe in turn; a step gets the model that the one before returned.
+
+    A method that comes twice has state and records of its own each time.
+    """
     for number, step in enumerate(recipe.steps, start=1):
         say(f"step {number} of {len(recipe.steps)}: {step.method}")
-        model = import_module(METHODS[step.method]).apply(model, step.options, work)
+        own = replace(work, run_dir=work.run_dir / f"step-{number}", record={})
+        model = import_module(METHODS[step.method]).apply(model, step.options, own)
+        for name, told in own.record.items():
+            work.record[f"{name}-{number}" if name in work.record else name] = told
     return model
 
 
@@ -210,8 +217,7 @@ def export(
 
     source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
     model, processor = whisper.load(source), whisper.load_processor(source)
-    shrunk = shrink(model)
-    model = whisper.rebuild(model, shrunk.tensors, shrunk.layers)
+    model, _ = slimmed(model)
     clips = read_manifest(speech or SPEECH / "test.jsonl")
     place = out or runs.new_path("artifact", f"-{precision}")
     with new_directory(place) as folder:

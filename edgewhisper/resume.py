@@ -1,7 +1,8 @@
 """Stopping a training and going on: states on disk, and the signals that ask for one.
 
 A training that was asked to stop saves its state first; one that was killed has the last it saved.
-A state belongs to one training, which its fingerprint names.
+A state belongs to one training, which its fingerprint names. A method of many trainings keeps, in
+`Finished`, what the newest finished one left behind, and their states no longer than they last.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from export.files import writing
+from export.files import new_directory, writing
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -82,11 +84,7 @@ class State:
         except (OSError, ValueError, KeyError) as error:
             raise unreadable(newest, error) from error
         if known != self.fingerprint:
-            raise Problem(
-                f"{self.directory} holds the state of another training: the model, the clips, the "
-                "options or the seed differ",
-                hint="choose another output directory, or delete that one",
-            )
+            raise of_another(self.directory)
         try:
             self.accelerator.load_state(str(newest))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -96,6 +94,56 @@ class State:
         return done
 
 
+class Finished:
+    """The newest finished part of a method that trains in parts: `part-0003/`, complete or absent.
+
+    Part n is trained in `training(n)`, a directory that goes when the part is finished: of all
+    parts together one state and one set of tensors lie on the disk. `identity` says whose parts
+    these are: a hash of all that decides them, such as `digest` makes.
+    """
+
+    def __init__(self, directory: Path, identity: str) -> None:
+        self.directory, self.identity = directory, identity
+
+    def training(self, part: int) -> Path:
+        return self.directory / f"training-{part:04d}"
+
+    def newest(self) -> tuple[int, dict[str, Tensor], Any]:
+        """Its number, the tensors and what was told with them; 0 and nothing before the first."""
+        found = sorted(self.directory.glob("part-*[0-9]"))
+        if not found:
+            return 0, {}, None
+        try:
+            record = json.loads((found[-1] / "part.json").read_text("utf-8"))
+            tensors = load_file(found[-1] / "tensors.safetensors")
+            part, known, told = int(record["part"]), record["identity"], record["told"]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise unreadable(found[-1], error) from error
+        if known != self.identity:
+            raise of_another(self.directory)
+        return part, tensors, told
+
+    def save(self, part: int, tensors: Mapping[str, Tensor], told: Any) -> None:
+        """Written whole by the first process, then older parts and the part's training go."""
+        from accelerate import PartialState
+
+        processes = PartialState()
+        processes.wait_for_everyone()  # nobody still reads what goes
+        if processes.is_main_process:
+            older = [*self.directory.glob("part-*[0-9]"), *self.directory.glob("training-*")]
+            with new_directory(self.directory / f"part-{part:04d}") as place:
+                cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                try:
+                    save_file(cpu, place / "tensors.safetensors")
+                except SafetensorError as error:  # what a full disk is called there
+                    raise OSError(str(error)) from error
+                record = {"part": part, "identity": self.identity, "told": told}
+                (place / "part.json").write_text(json.dumps(record), "utf-8")
+            for path in older:
+                shutil.rmtree(path)
+        processes.wait_for_everyone()
+
+
 def unreadable(state: Path, error: Exception) -> Problem:
     return Problem(
         f"{state} cannot be read as the state of a training ({error})",
@@ -103,18 +151,34 @@ def unreadable(state: Path, error: Exception) -> Problem:
     )
 
 
+def of_another(directory: Path) -> Problem:
+    return Problem(
+        f"{directory} holds the state of another training: the model, the clips, the options or "
+        "the seed differ",
+        hint="choose another output directory, or delete that one",
+    )
+
+
 def fingerprint(
     model: nn.Module, examples: "Examples", options: "Training", others: list[int | str]
 ) -> str:
     """A hash of all that decides the result: weights at the start, clips, options, seed, hooks."""
-    digest = sha256()
-    decisive = {k: v for k, v in asdict(options).items() if k not in NOT_DECISIVE}
     names = [str(clip.audio.name) for clip in examples.clips]
-    digest.update(json.dumps([decisive, others, names, examples.texts]).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return digest(model.state_dict(), [decisive(options), others, names, examples.texts])
+
+
+def decisive(options: "Training") -> dict[str, Any]:
+    return {k: v for k, v in asdict(options).items() if k not in NOT_DECISIVE}
+
+
+def digest(tensors: Mapping[str, Tensor], told: Any) -> str:
+    """A hash of tensors, their names, and anything that JSON can write; their order is no matter,
+    for files have one of their own."""
+    found = sha256(json.dumps(told).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def interrupted(done: int, steps: int, directory: Path) -> Interrupted:

@@ -29,11 +29,11 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperProcessor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.whisper.modeling_whisper import (
     ALL_ATTENTION_FUNCTIONS,
     EncoderDecoderCache,
     WhisperAttention,
+    eager_attention_forward,
 )
 
 from export.files import new_directory
@@ -121,7 +121,7 @@ class SlimAttention(WhisperAttention):
         states = hidden_states if key_value_states is None else key_value_states
         key, value = self._keys_values(states, past_key_values, is_cross)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, sdpa_attention_forward
+            self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attend(
             self,

@@ -41,6 +41,8 @@ class Shrunk:
 
     tensors: dict[str, Tensor]
     layers: dict[str, Any]
+    heads: dict[str, list[dict[str, list[int]]]]
+    """Side, layer, attention -> which heads of the model before are left, in their new order."""
 
 
 @dataclass(frozen=True)
@@ -88,32 +90,37 @@ def shrink(model: nn.Module, round_to: int = 1, min_saving: float = 0.125) -> Sh
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     layers: dict[str, Any] = {"format": FORMAT}
+    heads: dict[str, list[dict[str, list[int]]]] = {}
     for side, attentions in ATTENTIONS.items():
         stack = getattr(model.model, side)
-        layers[side] = []
+        layers[side], heads[side] = [], []
         for number, layer in enumerate(stack.layers):
-            linears, shape = _shrink_layer(layer, attentions, round_to)
+            linears, shape, left = _shrink_layer(layer, attentions, round_to)
             prefix = f"model.{side}.layers.{number}."
             for name, affine in linears.items():
                 _store(affine, name, prefix, tensors, shape, round_to, min_saving)
             layers[side].append(shape)
-    return Shrunk(tensors, layers)
+            heads[side].append(left)
+    return Shrunk(tensors, layers, heads)
 
 
 def _shrink_layer(
     layer: nn.Module, attentions: tuple[str, ...], round_to: int
-) -> tuple[dict[str, Affine], dict[str, Any]]:
-    """The linear layers of one block that survive, by name, and its shape, yet without inputs."""
+) -> tuple[dict[str, Affine], dict[str, Any], dict[str, list[int]]]:
+    """The linear layers of one block that survive, by name, its shape, yet without inputs, and the
+    heads left in its attentions."""
     linears: dict[str, Affine] = {}
     shape: dict[str, Any] = {}
+    heads: dict[str, list[int]] = {}
     for name in attentions:
-        parts, shape[name] = _shrink_attention(getattr(layer, name), layer.embed_dim, round_to)
+        attention = getattr(layer, name)
+        parts, shape[name], heads[name] = _shrink_attention(attention, layer.embed_dim, round_to)
         linears |= {f"{name}.{part}": affine for part, affine in parts.items()}
     fc1 = _read(layer.fc1, layer.embed_dim)
     fc2 = _read(layer.fc2, len(fc1.rows))
     linears["fc1"], linears["fc2"] = _shrink_ffn(fc1, fc2, layer.activation_fn, round_to)
     shape |= {"ffn": len(linears["fc1"].rows), "ranks": {}, "inputs": {}}
-    return linears, shape
+    return linears, shape, heads
 
 
 def _shrink_ffn(
@@ -131,8 +138,8 @@ def _shrink_ffn(
 
 def _shrink_attention(
     attention: nn.Module, d_model: int, round_to: int
-) -> tuple[dict[str, Affine], dict[str, int]]:
-    """One attention without dead heads and channels, and its shape."""
+) -> tuple[dict[str, Affine], dict[str, int], list[int]]:
+    """One attention without dead heads and channels, its shape, and the heads left."""
     query, key, value = (_read(getattr(attention, f"{n}_proj"), d_model) for n in "qkv")
     out = _read(attention.out_proj, len(value.rows))
     heads = attention.num_heads
@@ -155,11 +162,8 @@ def _shrink_attention(
         "out_proj": out.take_inputs(kept_v),
     }
     count = len(alive)
-    return parts, {
-        "heads": count,
-        "qk_dim": len(kept_qk) // count,
-        "v_dim": len(kept_v) // count,
-    }
+    shape = {"heads": count, "qk_dim": len(kept_qk) // count, "v_dim": len(kept_v) // count}
+    return parts, shape, alive.tolist()
 
 
 def _live_heads(idle_v: Tensor, size_v: Tensor) -> Tensor:

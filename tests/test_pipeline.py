@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks.speech import read_manifest
 from edgewhisper import pipeline, runs
+from edgewhisper.compress.work import Work
+from edgewhisper.recipe import parse
 from edgewhisper.whisper import load
 from export.artifact import read_manifest as read_artifact
 from export.problem import Problem
@@ -125,3 +127,12 @@ def test_the_newest_output_is_found_by_name(empty):
         (runs.RUNS / name).mkdir(parents=True)
     assert runs.newest("checkpoint") == runs.RUNS / "checkpoint-20260102-000000-b"
     assert runs.newest("artifact") is None
+
+
+def test_a_method_may_come_twice_in_a_recipe(tiny_whisper, processor, clips, tmp_path):
+    step = '[[step]]\nmethod = "wsap"\n[step.recovery]\nsteps = 1\nbatch_size = 2\n'
+    two = read_manifest(clips)[:2]
+    work = Work(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
+    pipeline.run_steps(tiny_whisper, parse("twice", 2 * step), work, say=lambda text: None)
+    assert set(work.record) == {"wsap", "wsap-2"}
+    assert work.record["wsap"]["variations"] != work.record["wsap-2"]["variations"]

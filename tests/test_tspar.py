@@ -7,9 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import graph_macs
 import numpy as np
 import pytest
 import torch
+from same_function import largest_difference
 from scipy.optimize import minimize
 
 from benchmarks.speech import Clip, read_manifest
@@ -34,8 +36,11 @@ from edgewhisper.compress.tspar import (
 from edgewhisper.compress.work import Work
 from edgewhisper.training import Training, train
 from edgewhisper.whisper import linears
+from export.cost import macs
 from export.problem import Problem
+from export.to_onnx import export_onnx
 
+NO_TRAINING = Training(steps=0)
 BRIEF = Training(steps=2, batch_size=2, learning_rate=1e-3)
 NOTHING = Options(
     encoder_element=0.0,
@@ -147,6 +152,23 @@ def test_the_squared_norm_is_weight_decay_and_selects_no_column(rng):
     assert (shrink_columns(weight.detach(), 5.0, "l2") == 0).all(dim=0).any()
 
 
+def test_the_squared_norm_trains_as_adams_coupled_weight_decay_does(rng):
+    """Whichever way Adam is told lambda: as a penalty, or as decay of 2 lambda in the gradient."""
+    start, target = draw_matrix(rng), draw_matrix(rng).mean()
+    amount = float(rng.uniform(0.01, 1))
+    ends = []
+    for penalty, decay in ((amount, 0.0), (0.0, 2 * amount)):
+        weight = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([weight], lr=0.01, weight_decay=decay)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = (weight.sin() - target).square().sum()
+            (loss + penalty * column_penalty(weight, "l2_squared")).backward()
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("step", [soft_threshold, shrink_columns])
 def test_a_step_of_size_zero_changes_no_bit(step, rng):
     weight = draw_matrix(rng, torch.float32)
@@ -232,6 +254,16 @@ def test_raising_c1_removes_ever_more_elements(scope, centered, drawn):
     sets = [removed(keep_elements(drawn, c1, options)) for c1 in (0, 0.1, 0.5, 1, 2)]
     assert not sets[0]
     assert all(less < more for less, more in pairwise(sets))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_harder_pairs_of_thresholds_remove_ever_more_where_statistics_come_first(scope, drawn, rng):
+    """Then c1 cannot change what c2 is measured against."""
+    options = Options(stats_scope=scope, pass_order="statistics_then_apply")
+    c1s, c2s = sorted(rng.uniform(0, 2, 4)), sorted(rng.uniform(-1, 2, 4), reverse=True)
+    pairs = zip(c1s, c2s, strict=True)
+    sets = [removed(two_pass(drawn, Thresholds(c1, c2, 0), options)) for c1, c2 in pairs]
+    assert all(less <= more for less, more in pairwise(sets))
 
 
 def test_raising_rho_removes_ever_more_columns(drawn):
@@ -427,10 +459,110 @@ def test_pruned_and_shrunk_models_have_the_same_logits(pruned, processor):
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in masked.parameters())
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_pruned_and_shrunk_models_of_random_shapes_agree_with_and_without_the_cache(
+    scope, order, make_whisper, work, rng
+):
+    heads = int(rng.integers(1, 4))
+    masked = make_whisper(
+        d_model=2 * heads * int(rng.integers(2, 7)),
+        heads=heads,
+        ffn=int(rng.integers(4, 50)),
+        encoder_layers=int(rng.integers(1, 3)),
+        decoder_layers=int(rng.integers(1, 3)),
+    )
+    c1, c2, rho = (float(x) for x in rng.uniform((0, -0.5, 0), (1.5, 1, 0.5)))
+    options = replace(
+        NOTHING, c1=c1, c2=c2, rho=rho, stats_scope=scope, pass_order=order, training=NO_TRAINING
+    )
+    tspar.apply(masked, options, work)
+    slim = shrink.apply(masked, shrink.Options(), work)
+    assert largest_difference(masked, slim, rng) < 1e-4
+
+
 def test_pruned_and_shrunk_models_say_the_same_with_their_caches(pruned, processor, few):
     pcms = [clip.pcm() for clip in few[:2]]
     wanted, found = (decoding.greedy(model, processor, pcms) for model in pruned)
     assert found == wanted
+
+
+@pytest.mark.parametrize("layers", ["*.fc2", "*.fc1"])
+def test_the_columns_counted_as_zero_are_the_parameters_that_go(layers, make_whisper, work, rng):
+    d_model, ffn = 2 * int(rng.integers(4, 20)), int(rng.integers(8, 60))
+    model = make_whisper(d_model=d_model, heads=2, ffn=ffn)
+    options = replace(
+        NOTHING, layers=layers, c2=float(rng.uniform(-0.5, 0.5)), training=NO_TRAINING
+    )
+    tspar.apply(model, options, work)
+    slim = shrink.apply(model, shrink.Options(min_saving=0.0), work)
+    zero = sum(work.record["tspar"]["pruned"]["zero_columns"].values())
+    assert zero > 0
+    # a unit: its row and bias of fc1 and its column of fc2; an input of fc1: its column
+    each = 2 * d_model + 1 if layers == "*.fc2" else ffn
+    counts = [sum(p.numel() for p in m.parameters()) for m in (model, slim)]
+    assert counts[0] - counts[1] == zero * each
+    share = work.record["tspar"]["pruned"]["removable_parameters"]
+    if layers == "*.fc2":  # of fc1's inputs, those of layers that lose few stay
+        assert work.record["shrink"]["removed_outside_token_table"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("layers", ["*.fc2", "*"], ids=["units", "everything"])
+def test_a_shrunk_graph_multiplies_as_often_as_its_shapes_say(
+    layers, make_whisper, work, processor, rng, tmp_path
+):
+    model = make_whisper(
+        heads=2, d_model=2 * int(rng.integers(8, 20)), ffn=int(rng.integers(20, 60))
+    )
+    options = replace(NOTHING, layers=layers, c2=-0.3, training=NO_TRAINING)
+    dense = macs(model)
+    slim = shrink.apply(tspar.apply(model, options, work), shrink.Options(), work)
+    context = int(rng.integers(2, 20))
+    told, (encoder, step) = macs(slim, context), graph_macs_of(slim, processor, tmp_path, context)
+    zeros = multiplied_zeros(slim)
+    assert encoder == told["encoder"] + told["cross"] + zeros["encoder"]
+    assert step == told["decoder_per_token"] + zeros["decoder"]
+    assert told["encoder"] + told["cross"] < dense["encoder"] + dense["cross"]
+    assert layers == "*" or zeros == {"encoder": 0, "decoder": 0}
+
+
+def graph_macs_of(model, processor, folder: Path, context: int) -> tuple[int, int]:
+    """Of the encoder's graph, and of the decoder's for one token that sees `context` in all."""
+    manifest = export_onnx(model, processor, folder / "artifact", "fp32")
+    samples = manifest["audio"]["window_samples"]
+    feeds = {"input_ids": np.zeros((1, 1), np.int64)}
+    for spec in manifest["contract"]["decoder"]["inputs"][1:]:
+        layer, kind = spec["name"].split(".")[1:]
+        attention = {"past": "self_attn", "cross": "encoder_attn"}[spec["name"].split(".")[0]]
+        shape = model.config.edgewhisper["decoder"][int(layer)][attention]
+        length = context - 1 if attention == "self_attn" else model.config.max_source_positions
+        dim = shape["qk_dim" if kind == "key" else "v_dim"]
+        feeds[spec["name"]] = np.zeros((1, shape["heads"], length, dim), np.float32)
+    pcm = {"pcm": np.zeros((1, samples), np.float32)}
+    return (
+        graph_macs.count(folder / "artifact" / "encoder.onnx", pcm),
+        graph_macs.count(folder / "artifact" / "decoder.onnx", feeds),
+    )
+
+
+def multiplied_zeros(model) -> dict[str, int]:
+    """Products with inputs that a layer does not read, which our graphs make where that is faster
+    than picking the others: all but those of the decoder's fc1 and cross-attention's q_proj."""
+    d_model, positions = model.config.d_model, model.config.max_source_positions
+    zeros = {"encoder": 0, "decoder": 0}
+    for side in ("encoder", "decoder"):
+        for shape in model.config.edgewhisper[side]:
+            for name, inputs in shape["inputs"].items():
+                attention, _, projection = name.rpartition(".")
+                if side == "decoder" and name in ("fc1", "encoder_attn.q_proj"):
+                    continue
+                heads = shape.get(attention, {})
+                width = {"q": "qk_dim", "k": "qk_dim", "v": "v_dim"}.get(projection[0])
+                out = shape["ffn"] if name == "fc1" else heads["heads"] * heads[width]
+                once = side == "encoder" or attention == "encoder_attn"
+                place, times = ("encoder", positions) if once else ("decoder", 1)
+                zeros[place] += (d_model - inputs) * out * times
+    return zeros
 
 
 def test_a_shrunk_model_survives_save_and_load(pruned, processor, tmp_path):
@@ -443,7 +575,6 @@ def test_a_shrunk_model_survives_save_and_load(pruned, processor, tmp_path):
 
 def test_a_shrunk_model_survives_export(pruned, processor, few, tmp_path):
     from devices.runner.recognizer import Recognizer
-    from export.to_onnx import export_onnx
 
     (tmp_path / "artifact").mkdir()
     manifest = export_onnx(pruned[1], processor, tmp_path / "artifact", precision="fp32")

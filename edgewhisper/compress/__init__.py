@@ -6,5 +6,7 @@ Each module has a frozen dataclass `Options` (the step's fields in the recipe) a
 
 METHODS: dict[str, str] = {
     "tspar": "edgewhisper.compress.tspar",
+    "imp": "edgewhisper.compress.imp",
+    "wsap": "edgewhisper.compress.wsap",
     "shrink": "edgewhisper.compress.shrink",
 }

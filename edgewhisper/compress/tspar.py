@@ -33,15 +33,22 @@ The paper is not explicit everywhere; what we fill in:
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgewhisper.compress.masks import (
+    bookkeeping,
+    chosen,
+    hold,
+    removed_share,
+    set_pruned,
+    weights_of,
+)
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import IGNORED, Batch
 from edgewhisper.recipe import Range
@@ -54,10 +61,6 @@ from edgewhisper.training import (
     progress_bar,
     train,
 )
-from edgewhisper.whisper import linears
-from export.cost import count_parameters
-from export.problem import Problem
-from export.shrink import shrink
 
 if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
@@ -271,25 +274,6 @@ def apply(
     return model
 
 
-def chosen(model: nn.Module, layers: str) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers of the blocks whose names match the pattern."""
-    for name, module in linears(model):
-        if fnmatchcase(name, layers):
-            yield name, module
-
-
-def weights_of(model: nn.Module, layers: str = "*") -> dict[str, Tensor]:
-    """Raises Problem where no layer matches."""
-    weights = {name: module.weight.detach() for name, module in chosen(model, layers)}
-    if not weights:
-        names = sorted({name.split(".", 4)[-1] for name, _ in linears(model)})
-        raise Problem(
-            f"tspar: no linear layer is called {layers!r}",
-            hint=f"names end in {', '.join(names)}",
-        )
-    return weights
-
-
 # -- the penalties during training
 
 Lambdas = dict[tuple[str, str], float]
@@ -433,13 +417,6 @@ def prune(
     record["pruned"] = bookkeeping(model)
 
 
-def set_pruned(model: nn.Module, dense: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, module in linears(model):
-            if name in keep:
-                module.weight.copy_(dense[name] * keep[name])
-
-
 def choose_strength(
     model: "WhisperForConditionalGeneration",
     prune_to: Callable[[float], None],
@@ -496,27 +473,6 @@ def strength_for(share: float, model: nn.Module, prune_to: Callable[[float], Non
     return high
 
 
-def removed_share(model: nn.Module) -> float:
-    """Share of the parameters outside the token table that exact removal would take away."""
-    dense = count_parameters(model)
-    tensors = shrink(model).tensors
-    counted = [n for n in tensors if not n.endswith(".inputs") and n != "proj_out.weight"]
-    slim = sum(tensors[name].numel() for name in counted) - dense["token_table"]
-    return 1 - slim / dense["rest"]
-
-
-def bookkeeping(model: nn.Module) -> dict[str, Any]:
-    """What is zero, and what of it can be removed."""
-    weights = weights_of(model)
-    total = sum(w.numel() for w in weights.values())
-    zero = sum(int((w == 0).sum()) for w in weights.values())
-    return {
-        "zero_elements": zero / total,
-        "zero_columns": {name: int((w == 0).all(dim=0).sum()) for name, w in weights.items()},
-        "removable_parameters": removed_share(model),
-    }
-
-
 # -- recovery
 
 
@@ -530,10 +486,6 @@ def recover(
     """Fine-tune without the penalties; what was pruned stays zero."""
     alive = {name: weight != 0 for name, weight in weights_of(model).items()}
 
-    def hold(model: nn.Module, step: int, learning_rate: float) -> None:
-        for name, module in linears(model):
-            module.weight.mul_(alive[name].to(module.weight.device))
-
     log = train(
         model,
         work.processor,
@@ -543,7 +495,7 @@ def recover(
         seed=work.seed + 1,
         identity=repr(options),
         loss_term=loss_term,
-        after_step=hold,
+        after_step=hold(alive),
         label="tspar: recovering",
     )
     record["recovery"] = log.summary()

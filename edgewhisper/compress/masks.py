@@ -1,0 +1,121 @@
+"""What pruning methods share: which weights, what is kept of them, how zeros stay and are counted.
+
+A mask is a bool tensor of a weight's shape, true where the weight is kept.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewhisper.training import AfterStep
+from edgewhisper.whisper import linears
+from export.cost import count_parameters
+from export.problem import Problem
+from export.shrink import shrink
+
+Masks = Mapping[str, Tensor]
+"""Name of a linear layer -> what is kept of its weight, (d_out, d_in) bool."""
+
+
+def chosen(model: nn.Module, layers: str) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of the blocks whose names match the pattern."""
+    for name, module in linears(model):
+        if fnmatchcase(name, layers):
+            yield name, module
+
+
+def weights_of(model: nn.Module, layers: str = "*") -> dict[str, Tensor]:
+    """Raises Problem where no layer matches."""
+    weights = {name: module.weight.detach() for name, module in chosen(model, layers)}
+    if not weights:
+        names = sorted({name.split(".", 4)[-1] for name, _ in linears(model)})
+        raise Problem(
+            f"no linear layer is called {layers!r}",
+            hint=f"correct `layers` in the recipe; names end in {', '.join(names)}",
+        )
+    return weights
+
+
+def smallest(values: Tensor, count: int) -> Tensor:
+    """Where the `count` smallest values are, earlier ones first among equals; bool, same shape."""
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    cut = values.flatten().kthvalue(count).values
+    found = (values < cut).flatten()
+    equal = (values == cut).flatten().nonzero().flatten()
+    found[equal[: count - int(found.sum())]] = True
+    return found.view(values.shape)
+
+
+@torch.no_grad()
+def set_pruned(model: nn.Module, dense: Mapping[str, Tensor], keep: Masks) -> None:
+    """Give the masked layers the weights `dense`, with zeros where nothing is kept."""
+    for name, module in linears(model):
+        if name in keep:
+            module.weight.copy_(dense[name] * keep[name])
+
+
+# -- training what is left
+
+
+def hold(keep: Masks) -> AfterStep:
+    """The hook after a step that puts what is pruned back to zero."""
+    here = dict(keep)
+
+    def hook(model: nn.Module, step: int, learning_rate: float) -> None:
+        for name, module in linears(model):
+            if name in here:
+                here[name] = here[name].to(module.weight.device)  # moves once, where it moves
+                module.weight.mul_(here[name])
+
+    return hook
+
+
+@contextmanager
+def masked_gradients(model: nn.Module, keep: Masks) -> Iterator[None]:
+    """Gradients of what is pruned are zero: they shall not count in the norm that is clipped."""
+
+    def masked(name: str, gradient: Tensor) -> Tensor:
+        here[name] = here[name].to(gradient.device)
+        return gradient * here[name]
+
+    here = dict(keep)
+    handles = [
+        module.weight.register_hook(partial(masked, name))
+        for name, module in linears(model)
+        if name in here
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# -- counting
+
+
+def bookkeeping(model: nn.Module) -> dict[str, Any]:
+    """What is zero, and what of it can be removed."""
+    weights = weights_of(model)
+    total = sum(w.numel() for w in weights.values())
+    zero = sum(int((w == 0).sum()) for w in weights.values())
+    return {
+        "zero_elements": zero / total,
+        "zero_columns": {name: int((w == 0).all(dim=0).sum()) for name, w in weights.items()},
+        "removable_parameters": removed_share(model),
+    }
+
+
+def removed_share(model: nn.Module) -> float:
+    """Share of the parameters outside the token table that exact removal would take away."""
+    dense = count_parameters(model)
+    tensors = shrink(model).tensors
+    counted = [n for n in tensors if not n.endswith(".inputs") and n != "proj_out.weight"]
+    slim = sum(tensors[name].numel() for name in counted) - dense["token_table"]
+    return 1 - slim / dense["rest"]
