@@ -352,3 +352,23 @@ def test_languages_with_different_normalizers_are_not_mixed():
     clips = clips_in(("hi", "हाँ"), ("en", "yes"), ("de", "ja"))
     with pytest.raises(Problem, match="de: whisper-basic, en: whisper-basic, hi: hindi-wer"):
         name_for(clips)
+
+
+@pytest.mark.parametrize(
+    ("lang", "text", "name"), [("hi", "हाँ", "hindi-wer"), ("ta", "தமிழ் மொழி", "none")]
+)
+def test_thresholds_are_chosen_by_the_dev_clips_language(monkeypatch, tmp_path, lang, text, name):
+    from edgewhisper import decoding
+    from edgewhisper.compress.work import Work
+
+    monkeypatch.setattr(Clip, "pcm", lambda clip: None)
+    monkeypatch.setattr(decoding, "transcribe", lambda model, processor, pcms: [text] * len(pcms))
+    found = Work(None, [], clips_in((lang, text)), tmp_path).wer(None)
+    assert (found.normalizer, found.wer) == (name, 0)
+
+
+def test_a_bench_by_an_unknown_normalizer_measures_nothing():
+    from benchmarks.bench import bench_all
+
+    with pytest.raises(Problem, match="no normalizer 'vowels'"):
+        bench_all([], None, clips_in(("en", "one")), normalizer="vowels")
