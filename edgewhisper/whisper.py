@@ -8,6 +8,8 @@ shapes stand in `config.json` under the key `edgewhisper`:
            ffn: width of the feed-forward layer
            ranks: {"fc1": r, ...}    the linear layer is stored as `down` (r, in), `up` (out, r)
            inputs: {"fc1": n, ...}   the linear layer reads n of its features (buffer `inputs`)
+           biases: ["self_attn.k_proj", ...]   low-rank key projections that have a bias, on `up`,
+                                               which Whisper's own have not; absent where none has
 
 The number of heads in the stock keys stays that of the dense model, because attention keeps the
 dense model's scale 1/sqrt(head_dim). This is the only file that knows where things are in a model.
@@ -158,8 +160,9 @@ def _reshape_layer(layer: nn.Module, shape: Mapping[str, Any], attentions: Seque
         qk, v = (shape[name]["heads"] * shape[name][dim] for dim in ("qk_dim", "v_dim"))
         sizes = {"q_proj": (d_model, qk), "k_proj": (d_model, qk), "v_proj": (d_model, v)}
         for linear, (d_in, d_out) in (sizes | {"out_proj": (v, d_model)}).items():
-            bias = linear != "k_proj"
-            setattr(attention, linear, _linear(f"{name}.{linear}", d_in, d_out, bias, shape))
+            full_name = f"{name}.{linear}"
+            bias = linear != "k_proj" or full_name in shape.get("biases", ())
+            setattr(attention, linear, _linear(full_name, d_in, d_out, bias, shape))
         setattr(layer, name, attention)
     layer.fc1 = _linear("fc1", d_model, shape["ffn"], True, shape)
     layer.fc2 = _linear("fc2", shape["ffn"], d_model, True, shape)
@@ -222,6 +225,19 @@ def _check_layer(
                 f"config.json: {where}.{key} is {found!r}; it must be between 1 and {limit}",
                 hint="the checkpoint is damaged: copy it again, or compress it anew",
             )
+    _check_biases(layer.get("biases", []), layer.get("ranks") or {}, attentions, where)
+
+
+def _check_biases(
+    biases: Any, ranks: Mapping[str, int], attentions: Sequence[str], where: str
+) -> None:
+    may_have = [f"{name}.k_proj" for name in attentions if f"{name}.k_proj" in ranks]
+    if not isinstance(biases, list) or any(entry not in may_have for entry in biases):
+        raise Problem(
+            f"config.json: {where}.biases is {biases!r}; it must be a list of low-rank key "
+            f"projections ({', '.join(may_have) or 'this layer has none'})",
+            hint="the checkpoint is damaged: copy it again, or compress it anew",
+        )
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -232,6 +248,28 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".layers." in name:
             yield name, module
+
+
+def side_and_layer(name: str) -> tuple[str, int]:
+    """ "model.encoder.layers.3.fc1" -> "encoder", 3."""
+    before, _, after = name.partition(".layers.")
+    return before.rpartition(".")[2], int(after.partition(".")[0])
+
+
+def reads_sound(name: str) -> bool:
+    """Whether that layer runs on the encoder's positions, and not on tokens."""
+    cross = ("encoder_attn.k_proj", "encoder_attn.v_proj")
+    return side_and_layer(name)[0] == "encoder" or name.endswith(cross)
+
+
+def input_of(name: str) -> str:
+    """The layer that stands for all that read the same tensor as this one, itself included."""
+    attention, _, part = name.rpartition(".")
+    if attention.endswith(".self_attn") and part in ("q_proj", "k_proj", "v_proj"):
+        return f"{attention}.q_proj"
+    if attention.endswith(".encoder_attn") and part in ("k_proj", "v_proj"):
+        return f"{attention.partition('.layers.')[0]}.layers.0.encoder_attn.k_proj"
+    return name
 
 
 # ------------------------------------------------------------------------------ load and save

@@ -162,12 +162,14 @@ def linear(g: Graph, x: str, layers: Sequence[Linear], gather: bool = False) -> 
 
 
 def parallel(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
-    """Several linear layers of one input (q, k and v): one product, unless one is low-rank."""
-    if any(len(branch) > 1 for branch in branches):
-        return [linear(g, x, branch) for branch in branches]
-    single = [branch[0] for branch in branches]
-    widths = g.constant([len(layer.weight) for layer in single])
-    return g.ops("Split", _product(g, x, single), widths, outputs=len(single), axis=-1)
+    """Several linear layers of one input (q, k and v): one product of all that read it.
+
+    A low-rank layer's first factor takes part, and its second one follows.
+    """
+    first = [branch[0] for branch in branches]
+    widths = g.constant([len(layer.weight) for layer in first])
+    parts = g.ops("Split", _product(g, x, first), widths, outputs=len(first), axis=-1)
+    return [linear(g, part, branch[1:]) for part, branch in zip(parts, branches, strict=True)]
 
 
 def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:

@@ -12,6 +12,8 @@ as what it still contributed, a constant, is folded into a bias, and attention k
     k_proj row i, or                channel i of queries and keys: its share of every score is
     q_proj row i and its bias       zero (not so where the query's bias remains)
     all value channels of a head    the head
+    nothing: the bias of k_proj     that bias (low-rank keys have one): it adds the same to every
+                                    score of a query, which a softmax does not see
     columns of q, k, v, fc1         those input features: the layer reads `inputs` only
 
 Channels are uniform over the heads of one attention: every head keeps as many as the richest one,
@@ -150,7 +152,7 @@ def _shrink_attention(
         out = out.fold(dropped, value.bias[dropped])
     parts = {
         "q_proj": query.take_outputs(kept_qk),
-        "k_proj": key.take_outputs(kept_qk),
+        "k_proj": replace(key.take_outputs(kept_qk), bias=None),
         "v_proj": value.take_outputs(kept_v),
         "out_proj": out.take_inputs(kept_v),
     }
@@ -279,3 +281,40 @@ def _live_inputs(affine: Affine, round_to: int, min_saving: float) -> Tensor | N
     kept = _keep(idle[None], _column_sizes(affine)[None], round_to)[0]
     dead = len(idle) - len(kept)
     return kept if dead and dead >= min_saving * len(idle) else None
+
+
+# ---------------------------------------------------------------------------- shapes of a model
+
+
+def layer_shapes(model: nn.Module) -> dict[str, Any]:
+    """Shapes of every layer, in the form of config.edgewhisper; a dense model has them too."""
+    shapes: dict[str, Any] = {"format": FORMAT}
+    for side, attentions in ATTENTIONS.items():
+        shapes[side] = [_shape(layer, attentions) for layer in getattr(model.model, side).layers]
+    return shapes
+
+
+def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
+    shape: dict[str, Any] = {}
+    for name in attentions:
+        attention = getattr(layer, name)
+        heads = attention.num_heads
+        shape[name] = {
+            "heads": heads,
+            "qk_dim": _outputs(attention.k_proj) // heads,
+            "v_dim": _outputs(attention.v_proj) // heads,
+        }
+    modules = dict(layer.named_modules())
+    split = {name: module for name, module in modules.items() if hasattr(module, "down")}
+    gathered = {name: module for name, module in modules.items() if hasattr(module, "inputs")}
+    shape |= {
+        "ffn": _outputs(layer.fc1),
+        "ranks": {name: len(module.down.weight) for name, module in split.items()},
+        "inputs": {name.removesuffix(".down"): len(m.inputs) for name, m in gathered.items()},
+    }
+    keys = [n for n, m in split.items() if n.endswith("k_proj") and m.up.bias is not None]
+    return shape | ({"biases": keys} if keys else {})
+
+
+def _outputs(linear: nn.Module) -> int:
+    return len(getattr(linear, "up", linear).weight)

@@ -37,6 +37,7 @@ from export.artifact import write_manifest
 from export.cost import count_parameters, macs
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
+from export.shrink import layer_shapes
 from export.versions import versions
 
 PROTOBUF_LIMIT = 2**31 - 2**20
@@ -384,38 +385,6 @@ def _byte_alphabet() -> Iterator[tuple[int, str]]:
         else:
             yield byte, chr(0x100 + unprintable)
             unprintable += 1
-
-
-def layer_shapes(model: nn.Module) -> dict[str, Any]:
-    """Shapes of every layer, in the form of config.edgewhisper; a dense model has them too."""
-    return {
-        "format": 1,
-        "encoder": [_shape(layer, ("self_attn",)) for layer in model.model.encoder.layers],
-        "decoder": [
-            _shape(layer, ("self_attn", "encoder_attn")) for layer in model.model.decoder.layers
-        ],
-    }
-
-
-def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
-    shape: dict[str, Any] = {}
-    for name in attentions:
-        heads = _heads(getattr(layer, name))
-        shape[name] = {"heads": heads.count, "qk_dim": heads.qk_dim, "v_dim": heads.v_dim}
-    modules = dict(layer.named_modules())
-    return shape | {
-        "ffn": _outputs(layer.fc1),
-        "ranks": {
-            name: len(module.down.weight)
-            for name, module in modules.items()
-            if hasattr(module, "down")
-        },
-        "inputs": {
-            name.removesuffix(".down"): len(module.inputs)
-            for name, module in modules.items()
-            if hasattr(module, "inputs")
-        },
-    }
 
 
 def _described(specs: list[Spec]) -> list[dict[str, Any]]:

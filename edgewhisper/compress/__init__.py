@@ -6,5 +6,6 @@ Each module has a frozen dataclass `Options` (the step's fields in the recipe) a
 
 METHODS: dict[str, str] = {
     "tspar": "edgewhisper.compress.tspar",
+    "lite": "edgewhisper.compress.lite",
     "shrink": "edgewhisper.compress.shrink",
 }
