@@ -289,6 +289,16 @@ def self_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
     return g.op("MultiHeadAttention", q, k, v, domain=FUSED, **_fused(heads))
 
 
+def shared_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
+    """One key and one value for all heads: q (1, n, heads * qk_dim), k (1, n, qk_dim), v likewise.
+
+    No fused operator has keys for all heads at once in a width of their own; MatMul spreads them.
+    """
+    one_head = g.constant([1])
+    keys, values = (g.op("Unsqueeze", x, one_head) for x in (k, v))  # (1, 1, n, dim)
+    return _plain_attention(g, q, keys, values, heads, mask=None)
+
+
 def cross_attention(g: Graph, q: str, keys: str, values: str, heads: Heads) -> str:
     """q (1, s, heads * qk_dim) over keys (1, heads, t, qk_dim), values (1, heads, t, v_dim)."""
     if heads.qk_dim == heads.v_dim:

@@ -133,11 +133,14 @@ def _shrink_ffn(
 
 def _shrink_attention(
     attention: nn.Module, d_model: int, round_to: int
-) -> tuple[dict[str, Affine], dict[str, int]]:
+) -> tuple[dict[str, Affine], dict[str, Any]]:
     """One attention without dead heads and channels, and its shape."""
-    query, key, value = (_read(getattr(attention, f"{n}_proj"), d_model) for n in "qkv")
-    out = _read(attention.out_proj, len(value.rows))
     heads = attention.num_heads
+    query, key, value = (_read(getattr(attention, f"{n}_proj"), d_model) for n in "qkv")
+    out = _read(attention.out_proj, _inputs(attention.out_proj))
+    if getattr(attention, "shared", False):  # no channel belongs to one head: nothing to count
+        parts = {"q_proj": query, "k_proj": key, "v_proj": value, "out_proj": out}
+        return parts, attention_shape(attention)
 
     idle_v = (_zero_columns(out) | _zero_rows(value)).view(heads, -1)  # (heads, v_dim)
     size_v = (_row_sizes(value) + _column_sizes(out)).view(heads, -1)
@@ -297,13 +300,7 @@ def layer_shapes(model: nn.Module) -> dict[str, Any]:
 def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
     shape: dict[str, Any] = {}
     for name in attentions:
-        attention = getattr(layer, name)
-        heads = attention.num_heads
-        shape[name] = {
-            "heads": heads,
-            "qk_dim": _outputs(attention.k_proj) // heads,
-            "v_dim": _outputs(attention.v_proj) // heads,
-        }
+        shape[name] = attention_shape(getattr(layer, name))
     modules = dict(layer.named_modules())
     split = {name: module for name, module in modules.items() if hasattr(module, "down")}
     gathered = {name: module for name, module in modules.items() if hasattr(module, "inputs")}
@@ -316,5 +313,20 @@ def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
     return shape | ({"biases": keys} if keys else {})
 
 
+def attention_shape(attention: nn.Module) -> dict[str, Any]:
+    heads = attention.num_heads
+    shape = {
+        "heads": heads,
+        "qk_dim": _outputs(attention.q_proj) // heads,
+        "v_dim": _inputs(attention.out_proj) // heads,
+    }
+    return shape | ({"shared": True} if getattr(attention, "shared", False) else {})
+
+
 def _outputs(linear: nn.Module) -> int:
     return len(getattr(linear, "up", linear).weight)
+
+
+def _inputs(linear: nn.Module) -> int:
+    """Of a layer that reads all its features."""
+    return getattr(linear, "down", linear).weight.shape[1]

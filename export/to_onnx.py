@@ -37,7 +37,7 @@ from export.artifact import write_manifest
 from export.cost import count_parameters, macs
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
-from export.shrink import layer_shapes
+from export.shrink import attention_shape, layer_shapes
 from export.versions import versions
 
 PROTOBUF_LIMIT = 2**31 - 2**20
@@ -188,7 +188,8 @@ def _encoder_layer(g: Graph, x: str, layer: nn.Module) -> str:
     attention = layer.self_attn
     y = _norm(g, x, layer.self_attn_layer_norm)
     q, k, v = ops.parallel(g, y, _chains(attention, "qkv"))
-    y = ops.self_attention(g, q, k, v, _heads(attention))
+    attend = ops.shared_attention if getattr(attention, "shared", False) else ops.self_attention
+    y = attend(g, q, k, v, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
     return _feed_forward(g, x, layer)
 
@@ -239,13 +240,13 @@ def _chain(module: nn.Module, features: int) -> list[Linear]:
 
 
 def _attention_output(g: Graph, x: str, attention: nn.Module) -> str:
-    return ops.linear(g, x, _chain(attention.out_proj, _outputs(attention.v_proj)))
+    heads = _heads(attention)
+    return ops.linear(g, x, _chain(attention.out_proj, heads.count * heads.v_dim))
 
 
 def _heads(attention: nn.Module) -> Heads:
-    count = attention.num_heads
-    qk, v = (_outputs(linear) // count for linear in (attention.k_proj, attention.v_proj))
-    return Heads(count, qk, v, attention.scaling)
+    shape = attention_shape(attention)
+    return Heads(shape["heads"], shape["qk_dim"], shape["v_dim"], attention.scaling)
 
 
 def _outputs(linear: nn.Module) -> int:

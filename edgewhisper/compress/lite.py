@@ -31,9 +31,21 @@ What we do otherwise, with the same result:
   then keeps all axes but one and makes the layer larger.
 
 The paper calibrates on 100 English clips of eight sets, padding included, recorded while decoding;
-its thresholds for the smaller models are not published. Its attention of reduced dimension is a
-kernel of its own for one kind of hardware and is left out. Ours, off by default: `mask_padding`,
+its thresholds for the smaller models are not published. Ours, off by default: `mask_padding`,
 `budget`, `sequential` and `recovery`.
+
+`share`, off by default as in the paper, attends in the small dimensions where keys and values have
+fewer of them than a head has. With A = X down_q, B = X down_k, C = X down_v (frames, k), which all
+heads share, and the factors `up` of head i,
+
+    Q_i K_i^T = A M_i B^T + A up_q^T bias_k + bias_q up_k B^T + bias_q bias_k             (12)
+    M_i = up_q^T up_k
+    softmax(...) V_i = softmax(...) C up_v^T + bias_v                                     (16)
+
+The second and the fourth term of (12) are the same for every key, and a softmax does not see them.
+So the queries of head i are A M_i + bias_q up_k, their only key is B, and up_v goes into out_proj.
+The authors have a kernel for it; in this form it is plain matrix products, and every graph has
+those.
 
 `sequential` goes through the layers in order and fits each to what it will really read, the outputs
 of the compressed layers before it (x), while it should still write what the original wrote (y).
@@ -119,6 +131,10 @@ class Options:
     through both models for each group of layers instead of one pass in all."""
     ridge: Annotated[float, Range(1e-12, 1)] = 1e-4
     """r of (A), as a share of the mean variance of the inputs. Used by `sequential` only."""
+
+    share: bool = False
+    """Attend in the reduced dimensions, in every encoder layer whose key and value both have ranks
+    below a head's width; see (12) and (16). Exact, and done last."""
 
     keep: Annotated[float, Range(0)] = 1.0
     """Weight of the distance to the original's encoder output and words (near.distance) in
@@ -277,6 +293,28 @@ def refit(
     return better, mean_y - better @ mean_x
 
 
+# ------------------------------------------------------- attention of reduced dimension, (12), (16)
+
+
+def queries_of_shared_key(
+    query: Tensor, query_bias: Tensor, key: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """up_q (heads * d, k_q), its bias, up_k (heads * d, k_k) -> M of all heads (heads * k_k, k_q)
+    and its bias (heads * k_k,), without the terms of (12) that a softmax does not see."""
+    query, bias, key = (x.unflatten(0, (heads, -1)) for x in (query, query_bias, key))
+    return (key.mT @ query).flatten(0, 1), (key.mT @ bias[..., None]).flatten()
+
+
+def output_of_shared_value(
+    out: Tensor, value: Tensor, value_bias: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """out (d_out, heads * d), up_v (heads * d, k_v), its bias -> out (d_out, heads * k_v), which
+    reads what (16) mixes, and what the bias contributes (d_out,)."""
+    of_head = out.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, d_out, d)
+    folded = of_head @ value.unflatten(0, (heads, -1))  # (heads, d_out, k_v)
+    return folded.transpose(0, 1).flatten(1), out @ value_bias
+
+
 # ---------------------------------------------------------------------------- walking the model
 
 
@@ -307,6 +345,8 @@ def apply(
         model = whisper.rebuild(model, model.state_dict(), layer_shapes(model))
     model.to(home)
     recover(model, keep, options, work, record)
+    if options.share:
+        model, record["shared"] = share_attention(model)
     record["parameters"] = {"before": before[0], "after": count_parameters(model)}
     record["macs"] = {"before": before[1], "after": macs(model)}
     work.record["lite"] = record
@@ -598,3 +638,85 @@ def training_only_factors(model: nn.Module, wanted: bool) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+# -- attention of reduced dimension
+
+
+def share_attention(
+    model: "WhisperForConditionalGeneration",
+) -> "tuple[WhisperForConditionalGeneration, list[int]]":
+    """The same function with one key and one value for all heads, in the encoder layers where that
+    is narrower; and the numbers of those layers."""
+    tensors, shapes = dict(model.state_dict()), layer_shapes(model)
+    found = []
+    for number, layer in enumerate(model.model.encoder.layers):
+        if narrower_than_a_head(layer.self_attn):
+            found.append(number)
+            prefix = f"model.encoder.layers.{number}.self_attn."
+            for name in [name for name in tensors if name.startswith(prefix)]:
+                del tensors[name]
+            ours, shape = shared(layer.self_attn)
+            tensors |= {f"{prefix}{name}": tensor for name, tensor in ours.items()}
+            describe_shared(shapes["encoder"][number], shape, set(ours))
+    return (whisper.rebuild(model, tensors, shapes) if found else model), found
+
+
+def narrower_than_a_head(attention: nn.Module) -> bool:
+    key, value = attention.k_proj, attention.v_proj
+    if getattr(attention, "shared", False) or not all(isinstance(m, LowRank) for m in (key, value)):
+        return False
+    return all(m.down.out_features < m.up.out_features // attention.num_heads for m in (key, value))
+
+
+def shared(attention: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of the attention in its shared form, by their names in it, and its shape."""
+    query, key, value, out = (getattr(attention, f"{n}_proj") for n in ("q", "k", "v", "out"))
+    heads = attention.num_heads
+    first, last = getattr(out, "down", out), getattr(out, "up", out)
+    folded, constant = output_of_shared_value(
+        exact(first.weight), exact(value.up.weight), exact(value.up.bias), heads
+    )
+    if last is not first:
+        constant = exact(last.weight) @ constant
+    last_query = getattr(query, "up", query)
+    narrow, bias = queries_of_shared_key(
+        exact(last_query.weight), exact(last_query.bias), exact(key.up.weight), heads
+    )
+    tensors = {
+        **of_linear(query, narrow, bias),
+        **named("k_proj", key.down),
+        **named("v_proj", value.down),
+        **named("out_proj", out),
+    }
+    tensors[f"out_proj.{'' if last is first else 'down.'}weight"] = folded
+    tensors[f"out_proj.{'' if last is first else 'up.'}bias"] = exact(last.bias) + constant
+    shape = {"qk_dim": key.down.out_features, "v_dim": value.down.out_features}
+    like = first.weight
+    cast = {n: t.to(like.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    on_device = {name: tensor.to(like.device) for name, tensor in cast.items()}
+    return on_device, {"heads": heads, **shape, "shared": True}
+
+
+def of_linear(query: nn.Module, narrow: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """The queries' new last factor; both factors in one where that is no larger."""
+    if not isinstance(query, LowRank):
+        return named("q_proj", query) | {"q_proj.weight": narrow, "q_proj.bias": bias}
+    rank, d_in = query.down.weight.shape
+    if worth_it(rank, len(narrow), d_in):
+        return named("q_proj", query) | {"q_proj.up.weight": narrow, "q_proj.up.bias": bias}
+    whole = {"q_proj.weight": narrow @ exact(query.down.weight), "q_proj.bias": bias}
+    return named("q_proj", query.down) | whole
+
+
+def named(name: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+
+
+def describe_shared(layer: dict[str, Any], shape: dict[str, Any], tensors: set[str]) -> None:
+    """Correct a layer's shapes for its attention in the shared form."""
+    layer["self_attn"] = shape
+    for name in ("q_proj", "k_proj", "v_proj"):
+        if f"{name}.weight" in tensors:
+            layer["ranks"].pop(f"self_attn.{name}", None)
+    layer.pop("biases", None)
