@@ -5,9 +5,13 @@ shapes stand in `config.json` under the key `edgewhisper`:
 
     {"format": 1, "encoder": [LAYER, ...], "decoder": [LAYER, ...]}
     LAYER  self_attn, encoder_attn (decoder only): {"heads": h, "qk_dim": k, "v_dim": v}
+               and "shared": true (encoder only) where all heads have one key and one value, which
+               k_proj (k, in) and v_proj (v, in) make without biases
            ffn: width of the feed-forward layer
            ranks: {"fc1": r, ...}    the linear layer is stored as `down` (r, in), `up` (out, r)
            inputs: {"fc1": n, ...}   the linear layer reads n of its features (buffer `inputs`)
+           biases: ["self_attn.k_proj", ...]   low-rank key projections that have a bias, on `up`,
+                                               which Whisper's own have not; absent where none has
 
 The number of heads in the stock keys stays that of the dense model, because attention keeps the
 dense model's scale 1/sqrt(head_dim). This is the only file that knows where things are in a model.
@@ -74,10 +78,13 @@ class LowRank(nn.Module):
 class SlimAttention(WhisperAttention):
     """Whisper's attention with its own number of heads, and separate key and value widths.
 
-    The scale stays that of the dense head, so that removing dead channels changes nothing.
+    The scale stays that of the dense head, so that removing dead channels changes nothing. Where
+    they are shared, there is one key and one value for the queries of all heads.
     """
 
-    def __init__(self, dense: WhisperAttention, heads: int, qk_dim: int, v_dim: int) -> None:
+    def __init__(
+        self, dense: WhisperAttention, heads: int, qk_dim: int, v_dim: int, shared: bool = False
+    ) -> None:
         super().__init__(
             dense.embed_dim,
             dense.num_heads,
@@ -87,11 +94,12 @@ class SlimAttention(WhisperAttention):
             layer_idx=dense.layer_idx,
             config=dense.config,
         )
-        self.num_heads, self.head_dim, self.v_dim = heads, qk_dim, v_dim
+        self.num_heads, self.head_dim, self.v_dim, self.shared = heads, qk_dim, v_dim, shared
 
     def _heads(self, x: Tensor, dim: int) -> Tensor:
-        """(batch, time, heads * dim) -> (batch, heads, time, dim)."""
-        return x.unflatten(-1, (self.num_heads, dim)).transpose(1, 2).contiguous()
+        """(batch, time, heads * dim) -> (batch, heads, time, dim); one head becomes all, shared."""
+        split = x.unflatten(-1, (-1, dim)).transpose(1, 2)
+        return split.expand(-1, self.num_heads, -1, -1).contiguous()
 
     def _keys_values(self, states: Tensor, cache: Any, is_cross: bool) -> tuple[Tensor, Tensor]:
         """Keys and values, taken from and written to the cache as transformers does it."""
@@ -155,11 +163,15 @@ def _reshape_layer(layer: nn.Module, shape: Mapping[str, Any], attentions: Seque
     d_model = layer.embed_dim
     for name in attentions:
         attention = SlimAttention(getattr(layer, name), **shape[name])
-        qk, v = (shape[name]["heads"] * shape[name][dim] for dim in ("qk_dim", "v_dim"))
-        sizes = {"q_proj": (d_model, qk), "k_proj": (d_model, qk), "v_proj": (d_model, v)}
-        for linear, (d_in, d_out) in (sizes | {"out_proj": (v, d_model)}).items():
-            bias = linear != "k_proj"
-            setattr(attention, linear, _linear(f"{name}.{linear}", d_in, d_out, bias, shape))
+        heads, qk, v = (shape[name][count] for count in ("heads", "qk_dim", "v_dim"))
+        made = 1 if attention.shared else heads  # keys and values
+        sizes = {"q_proj": (d_model, heads * qk), "k_proj": (d_model, made * qk)}
+        sizes |= {"v_proj": (d_model, made * v), "out_proj": (heads * v, d_model)}
+        no_bias = {"k_proj", "v_proj"} if attention.shared else {"k_proj"}
+        for linear, (d_in, d_out) in sizes.items():
+            full_name = f"{name}.{linear}"
+            bias = linear not in no_bias or full_name in shape.get("biases", ())
+            setattr(attention, linear, _linear(full_name, d_in, d_out, bias, shape))
         setattr(layer, name, attention)
     layer.fc1 = _linear("fc1", d_model, shape["ffn"], True, shape)
     layer.fc2 = _linear("fc2", shape["ffn"], d_model, True, shape)
@@ -210,6 +222,7 @@ def _check_layer(
     counts = {"ffn": (layer.get("ffn"), ffn)} if isinstance(layer, dict) else {where: (None, 0)}
     for name in attentions if isinstance(layer, dict) else ():
         attention = layer.get(name)
+        _check_shared(attention, side, f"{where}.{name}")
         for key, limit in limits.items():
             found = attention.get(key) if isinstance(attention, dict) else None
             counts[f"{name}.{key}"] = (found, limit)
@@ -222,6 +235,29 @@ def _check_layer(
                 f"config.json: {where}.{key} is {found!r}; it must be between 1 and {limit}",
                 hint="the checkpoint is damaged: copy it again, or compress it anew",
             )
+    _check_biases(layer.get("biases", []), layer.get("ranks") or {}, attentions, where)
+
+
+def _check_shared(attention: Any, side: str, where: str) -> None:
+    shared = attention.get("shared", False) if isinstance(attention, dict) else False
+    if shared is not False and (shared is not True or side != "encoder"):
+        raise Problem(
+            f"config.json: {where}.shared is {shared!r}; it must be true or false, and may be true "
+            "in the encoder only",
+            hint="the checkpoint is damaged: copy it again, or compress it anew",
+        )
+
+
+def _check_biases(
+    biases: Any, ranks: Mapping[str, int], attentions: Sequence[str], where: str
+) -> None:
+    may_have = [f"{name}.k_proj" for name in attentions if f"{name}.k_proj" in ranks]
+    if not isinstance(biases, list) or any(entry not in may_have for entry in biases):
+        raise Problem(
+            f"config.json: {where}.biases is {biases!r}; it must be a list of low-rank key "
+            f"projections ({', '.join(may_have) or 'this layer has none'})",
+            hint="the checkpoint is damaged: copy it again, or compress it anew",
+        )
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -232,6 +268,28 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".layers." in name:
             yield name, module
+
+
+def side_and_layer(name: str) -> tuple[str, int]:
+    """ "model.encoder.layers.3.fc1" -> "encoder", 3."""
+    before, _, after = name.partition(".layers.")
+    return before.rpartition(".")[2], int(after.partition(".")[0])
+
+
+def reads_sound(name: str) -> bool:
+    """Whether that layer runs on the encoder's positions, and not on tokens."""
+    cross = ("encoder_attn.k_proj", "encoder_attn.v_proj")
+    return side_and_layer(name)[0] == "encoder" or name.endswith(cross)
+
+
+def input_of(name: str) -> str:
+    """The layer that stands for all that read the same tensor as this one, itself included."""
+    attention, _, part = name.rpartition(".")
+    if attention.endswith(".self_attn") and part in ("q_proj", "k_proj", "v_proj"):
+        return f"{attention}.q_proj"
+    if attention.endswith(".encoder_attn") and part in ("k_proj", "v_proj"):
+        return f"{attention.partition('.layers.')[0]}.layers.0.encoder_attn.k_proj"
+    return name
 
 
 # ------------------------------------------------------------------------------ load and save

@@ -64,11 +64,9 @@ def _decoder_layer(layer: nn.Module, context: int, positions: int) -> int:
 
 def _pair(attention: nn.Module) -> int:
     """Score and mix of one query and one key, over all heads: heads * (qk_dim + v_dim)."""
-    return _outputs(attention.k_proj) + _outputs(attention.v_proj)
-
-
-def _outputs(linear: nn.Module) -> int:
-    return len(getattr(linear, "up", linear).weight)
+    queries = getattr(attention.q_proj, "up", attention.q_proj).weight.shape[0]
+    mixed = getattr(attention.out_proj, "down", attention.out_proj).weight.shape[1]
+    return queries + mixed
 
 
 def _weights(module: nn.Module, names: tuple[str, ...]) -> int:

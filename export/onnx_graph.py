@@ -162,12 +162,14 @@ def linear(g: Graph, x: str, layers: Sequence[Linear], gather: bool = False) -> 
 
 
 def parallel(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
-    """Several linear layers of one input (q, k and v): one product, unless one is low-rank."""
-    if any(len(branch) > 1 for branch in branches):
-        return [linear(g, x, branch) for branch in branches]
-    single = [branch[0] for branch in branches]
-    widths = g.constant([len(layer.weight) for layer in single])
-    return g.ops("Split", _product(g, x, single), widths, outputs=len(single), axis=-1)
+    """Several linear layers of one input (q, k and v): one product of all that read it.
+
+    A low-rank layer's first factor takes part, and its second one follows.
+    """
+    first = [branch[0] for branch in branches]
+    widths = g.constant([len(layer.weight) for layer in first])
+    parts = g.ops("Split", _product(g, x, first), widths, outputs=len(first), axis=-1)
+    return [linear(g, part, branch[1:]) for part, branch in zip(parts, branches, strict=True)]
 
 
 def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:
@@ -285,6 +287,16 @@ def split_heads(g: Graph, x: str, heads: int, dim: int) -> str:
 def self_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
     """Over a whole sequence: q, k (1, n, heads * qk_dim), v (1, n, heads * v_dim)."""
     return g.op("MultiHeadAttention", q, k, v, domain=FUSED, **_fused(heads))
+
+
+def shared_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
+    """One key and one value for all heads: q (1, n, heads * qk_dim), k (1, n, qk_dim), v likewise.
+
+    No fused operator has keys for all heads at once in a width of their own; MatMul spreads them.
+    """
+    one_head = g.constant([1])
+    keys, values = (g.op("Unsqueeze", x, one_head) for x in (k, v))  # (1, 1, n, dim)
+    return _plain_attention(g, q, keys, values, heads, mask=None)
 
 
 def cross_attention(g: Graph, q: str, keys: str, values: str, heads: Heads) -> str:

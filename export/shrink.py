@@ -12,6 +12,8 @@ as what it still contributed, a constant, is folded into a bias, and attention k
     k_proj row i, or                channel i of queries and keys: its share of every score is
     q_proj row i and its bias       zero (not so where the query's bias remains)
     all value channels of a head    the head
+    nothing: the bias of k_proj     that bias (low-rank keys have one): it adds the same to every
+                                    score of a query, which a softmax does not see
     columns of q, k, v, fc1         those input features: the layer reads `inputs` only
 
 Channels are uniform over the heads of one attention: every head keeps as many as the richest one,
@@ -138,11 +140,14 @@ def _shrink_ffn(
 
 def _shrink_attention(
     attention: nn.Module, d_model: int, round_to: int
-) -> tuple[dict[str, Affine], dict[str, int], list[int]]:
+) -> tuple[dict[str, Affine], dict[str, Any], list[int]]:
     """One attention without dead heads and channels, its shape, and the heads left."""
-    query, key, value = (_read(getattr(attention, f"{n}_proj"), d_model) for n in "qkv")
-    out = _read(attention.out_proj, len(value.rows))
     heads = attention.num_heads
+    query, key, value = (_read(getattr(attention, f"{n}_proj"), d_model) for n in "qkv")
+    out = _read(attention.out_proj, _inputs(attention.out_proj))
+    if getattr(attention, "shared", False):  # no channel belongs to one head: nothing to count
+        parts = {"q_proj": query, "k_proj": key, "v_proj": value, "out_proj": out}
+        return parts, attention_shape(attention), list(range(heads))
 
     idle_v = (_zero_columns(out) | _zero_rows(value)).view(heads, -1)  # (heads, v_dim)
     size_v = (_row_sizes(value) + _column_sizes(out)).view(heads, -1)
@@ -157,7 +162,7 @@ def _shrink_attention(
         out = out.fold(dropped, value.bias[dropped])
     parts = {
         "q_proj": query.take_outputs(kept_qk),
-        "k_proj": key.take_outputs(kept_qk),
+        "k_proj": replace(key.take_outputs(kept_qk), bias=None),
         "v_proj": value.take_outputs(kept_v),
         "out_proj": out.take_inputs(kept_v),
     }
@@ -283,3 +288,49 @@ def _live_inputs(affine: Affine, round_to: int, min_saving: float) -> Tensor | N
     kept = _keep(idle[None], _column_sizes(affine)[None], round_to)[0]
     dead = len(idle) - len(kept)
     return kept if dead and dead >= min_saving * len(idle) else None
+
+
+# ---------------------------------------------------------------------------- shapes of a model
+
+
+def layer_shapes(model: nn.Module) -> dict[str, Any]:
+    """Shapes of every layer, in the form of config.edgewhisper; a dense model has them too."""
+    shapes: dict[str, Any] = {"format": FORMAT}
+    for side, attentions in ATTENTIONS.items():
+        shapes[side] = [_shape(layer, attentions) for layer in getattr(model.model, side).layers]
+    return shapes
+
+
+def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
+    shape: dict[str, Any] = {}
+    for name in attentions:
+        shape[name] = attention_shape(getattr(layer, name))
+    modules = dict(layer.named_modules())
+    split = {name: module for name, module in modules.items() if hasattr(module, "down")}
+    gathered = {name: module for name, module in modules.items() if hasattr(module, "inputs")}
+    shape |= {
+        "ffn": _outputs(layer.fc1),
+        "ranks": {name: len(module.down.weight) for name, module in split.items()},
+        "inputs": {name.removesuffix(".down"): len(m.inputs) for name, m in gathered.items()},
+    }
+    keys = [n for n, m in split.items() if n.endswith("k_proj") and m.up.bias is not None]
+    return shape | ({"biases": keys} if keys else {})
+
+
+def attention_shape(attention: nn.Module) -> dict[str, Any]:
+    heads = attention.num_heads
+    shape = {
+        "heads": heads,
+        "qk_dim": _outputs(attention.q_proj) // heads,
+        "v_dim": _inputs(attention.out_proj) // heads,
+    }
+    return shape | ({"shared": True} if getattr(attention, "shared", False) else {})
+
+
+def _outputs(linear: nn.Module) -> int:
+    return len(getattr(linear, "up", linear).weight)
+
+
+def _inputs(linear: nn.Module) -> int:
+    """Of a layer that reads all its features."""
+    return getattr(linear, "down", linear).weight.shape[1]

@@ -37,6 +37,7 @@ from export.artifact import write_manifest
 from export.cost import count_parameters, macs
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
+from export.shrink import attention_shape, layer_shapes
 from export.versions import versions
 
 PROTOBUF_LIMIT = 2**31 - 2**20
@@ -187,7 +188,8 @@ def _encoder_layer(g: Graph, x: str, layer: nn.Module) -> str:
     attention = layer.self_attn
     y = _norm(g, x, layer.self_attn_layer_norm)
     q, k, v = ops.parallel(g, y, _chains(attention, "qkv"))
-    y = ops.self_attention(g, q, k, v, _heads(attention))
+    attend = ops.shared_attention if getattr(attention, "shared", False) else ops.self_attention
+    y = attend(g, q, k, v, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
     return _feed_forward(g, x, layer)
 
@@ -238,13 +240,13 @@ def _chain(module: nn.Module, features: int) -> list[Linear]:
 
 
 def _attention_output(g: Graph, x: str, attention: nn.Module) -> str:
-    return ops.linear(g, x, _chain(attention.out_proj, _outputs(attention.v_proj)))
+    heads = _heads(attention)
+    return ops.linear(g, x, _chain(attention.out_proj, heads.count * heads.v_dim))
 
 
 def _heads(attention: nn.Module) -> Heads:
-    count = attention.num_heads
-    qk, v = (_outputs(linear) // count for linear in (attention.k_proj, attention.v_proj))
-    return Heads(count, qk, v, attention.scaling)
+    shape = attention_shape(attention)
+    return Heads(shape["heads"], shape["qk_dim"], shape["v_dim"], attention.scaling)
 
 
 def _outputs(linear: nn.Module) -> int:
@@ -384,38 +386,6 @@ def _byte_alphabet() -> Iterator[tuple[int, str]]:
         else:
             yield byte, chr(0x100 + unprintable)
             unprintable += 1
-
-
-def layer_shapes(model: nn.Module) -> dict[str, Any]:
-    """Shapes of every layer, in the form of config.edgewhisper; a dense model has them too."""
-    return {
-        "format": 1,
-        "encoder": [_shape(layer, ("self_attn",)) for layer in model.model.encoder.layers],
-        "decoder": [
-            _shape(layer, ("self_attn", "encoder_attn")) for layer in model.model.decoder.layers
-        ],
-    }
-
-
-def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
-    shape: dict[str, Any] = {}
-    for name in attentions:
-        heads = _heads(getattr(layer, name))
-        shape[name] = {"heads": heads.count, "qk_dim": heads.qk_dim, "v_dim": heads.v_dim}
-    modules = dict(layer.named_modules())
-    return shape | {
-        "ffn": _outputs(layer.fc1),
-        "ranks": {
-            name: len(module.down.weight)
-            for name, module in modules.items()
-            if hasattr(module, "down")
-        },
-        "inputs": {
-            name.removesuffix(".down"): len(module.inputs)
-            for name, module in modules.items()
-            if hasattr(module, "inputs")
-        },
-    }
 
 
 def _described(specs: list[Spec]) -> list[dict[str, Any]]:

@@ -8,5 +8,6 @@ METHODS: dict[str, str] = {
     "tspar": "edgewhisper.compress.tspar",
     "imp": "edgewhisper.compress.imp",
     "wsap": "edgewhisper.compress.wsap",
+    "lite": "edgewhisper.compress.lite",
     "shrink": "edgewhisper.compress.shrink",
 }

@@ -32,14 +32,12 @@ The paper is not explicit everywhere; what we fill in:
 - Ours, off by default: `layers`, `min_removed`, `recovery`, `keep`.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from edgewhisper.compress.masks import (
     bookkeeping,
@@ -49,8 +47,9 @@ from edgewhisper.compress.masks import (
     set_pruned,
     weights_of,
 )
+from edgewhisper.compress.near import keep_term, total
 from edgewhisper.compress.work import Work
-from edgewhisper.examples import IGNORED, Batch
+from edgewhisper.examples import Batch
 from edgewhisper.recipe import Range
 from edgewhisper.runs import main_process
 from edgewhisper.training import (
@@ -112,7 +111,7 @@ class Options:
     whatever wer_margin says (recovery then has to make up for it). 0 leaves it to the search."""
 
     keep: Weight = 0.0
-    """Ours: weight of the distance to the model before the step (see `distance`), added to the
+    """Ours: weight of the distance to the model before the step (near.distance), added to the
     cross entropy in training and recovery. It says something about every frame of speech where
     the text says a few words, so little speech goes a long way. 0 is the paper."""
 
@@ -353,48 +352,6 @@ def average_sizes(weights: Mapping[str, Tensor]) -> Lambdas:
 
 def readable(scales: Lambdas) -> dict[str, float]:
     return {f"{side}_{kind}": scale for (side, kind), scale in scales.items()}
-
-
-# -- staying near the model before
-
-
-def keep_term(model: nn.Module, weight: float) -> LossTerm | None:
-    """`weight` times the distance to a frozen copy of the model as it is now."""
-    if weight == 0:
-        return None
-    before = copy.deepcopy(model).eval().requires_grad_(False)
-
-    def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
-        before.to(batch.labels.device)
-        ids = batch.decoder_input_ids
-        with torch.no_grad():
-            wanted = before(batch.input_features, decoder_input_ids=ids, use_cache=False)
-        return weight * distance(wanted, outputs, batch.labels)
-
-    return term
-
-
-def distance(wanted: Any, outputs: Any, labels: Tensor) -> Tensor:
-    """KL(wanted || outputs) plus the error of the encoder's output, relative to its variance.
-
-    Logits (clips, tokens, vocabulary), encoder output (clips, frames, d_model) -> (), a mean per
-    token: a clip counts by its tokens, so that batches can be split over processes.
-    """
-    told = labels != IGNORED  # (clips, tokens)
-    new, old = (x.logits[told].float().log_softmax(-1) for x in (outputs, wanted))
-    divergence = functional.kl_div(new, old, log_target=True, reduction="batchmean")
-    new, old = (x.encoder_last_hidden_state.float().flatten(1) for x in (outputs, wanted))
-    error = (new - old).square().mean(dim=1) / old.var(dim=1)  # (clips,)
-    return divergence + (error * told.sum(dim=1)).sum() / told.sum()
-
-
-def total(*terms: LossTerm | None) -> LossTerm | None:
-    given = [term for term in terms if term is not None]
-    if not given:
-        return None
-    return lambda model, batch, outputs: torch.stack(
-        [term(model, batch, outputs) for term in given]
-    ).sum()
 
 
 # -- pruning

@@ -1,0 +1,1 @@
+"""The tables and claims of papers, measured again: scripts, one question each."""

@@ -1,0 +1,112 @@
+"""How much memory does calibrating low-rank layers take, at the dimensions of Whisper large-v3?
+
+    python -m benchmarks.study.calibration_memory [--layers 32] [--positions 150]
+
+Statistics of 32 layers are taken in one pass. Per layer four matrices of 1280 x 1280 float64 are
+enough, 52 MB: the input of q, k and v (one for all three), of out_proj, of fc1, and what fc2
+writes. What fc2 reads would take 5120 x 5120, 210 MB; its outputs' covariance is all that is asked
+for. The activations of one paper's 100 windows, in float32, would be 221 GB.
+
+The layers' weights are shared here, so that what is measured is calibration and not the model. A
+short window keeps the time to some seconds; --positions 1500 is Whisper's and adds what one window
+needs while it passes. The numbers are random.
+"""
+
+import argparse
+import copy
+import json
+import resource
+import sys
+import time
+from types import SimpleNamespace
+
+WIDTH, HEADS, FFN, LAYERS = 1280, 20, 5120, 32
+WINDOWS, POSITIONS = 100, 1500
+
+
+def peak_bytes() -> int:
+    """The most memory this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def model_of(layers: int, positions: int):  # type: ignore[no-untyped-def] # torch comes later
+    """An encoder of large-v3's dimensions whose layers share one layer's weights."""
+    import torch
+    from transformers import WhisperConfig
+
+    from edgewhisper.whisper import WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        d_model=WIDTH,
+        encoder_layers=1,
+        encoder_attention_heads=HEADS,
+        encoder_ffn_dim=FFN,
+        num_mel_bins=128,
+        max_source_positions=positions,
+        decoder_layers=1,
+        decoder_attention_heads=HEADS,
+        decoder_ffn_dim=16,
+        vocab_size=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    )
+    model = WhisperForConditionalGeneration(config).eval()
+    first = model.model.encoder.layers[0]
+    shared = {id(parameter): parameter for parameter in first.parameters()}
+    more = [copy.deepcopy(first, dict(shared)) for _ in range(layers - 1)]
+    model.model.encoder.layers = torch.nn.ModuleList([first, *more])
+    return model
+
+
+def measure(layers: int, positions: int) -> dict[str, float | int]:
+    import torch
+
+    from edgewhisper.calibration import Window, collect
+    from edgewhisper.compress.lite import chosen, where_to_listen
+
+    model = model_of(layers, positions)
+    window = Window(torch.randn(1, 128, 2 * positions), positions)
+    speech = SimpleNamespace(clips=[window], windows=lambda model, decoder: [window])
+    with torch.no_grad():  # what a window needs with nobody listening
+        model.model.encoder(window.features)
+    points = where_to_listen(model, chosen(model, "model.encoder.layers.*"))
+    before, started = peak_bytes(), time.monotonic()
+    moments = collect(model, dict.fromkeys(points.values()), speech)  # type: ignore[arg-type]
+    return {
+        "layers": layers,
+        "positions": positions,
+        "matrices": len(moments),
+        "moments_bytes": sum(m.products.nbytes + m.total.nbytes for m in moments.values()),
+        "peak_beyond_model_bytes": peak_bytes() - before,
+        "seconds": time.monotonic() - started,
+        "stored_activations_bytes": 4
+        * layers
+        * WINDOWS
+        * POSITIONS
+        * sum((WIDTH, WIDTH, WIDTH, WIDTH, FFN, WIDTH)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--positions", type=int, default=150, help="of a window; Whisper has 1500")
+    given = parser.parse_args()
+    found = measure(given.layers, given.positions)
+    print(
+        f"{found['layers']} layers, {found['matrices']} matrices: "
+        f"{found['moments_bytes'] / 1e9:.2f} GB of sums; "
+        f"peak {found['peak_beyond_model_bytes'] / 1e9:.2f} GB beyond the model and its window, "
+        f"{found['seconds']:.0f} s for one window of {found['positions']} positions"
+    )
+    print(
+        f"stored activations of {WINDOWS} windows: {found['stored_activations_bytes'] / 1e9:.0f} GB"
+    )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

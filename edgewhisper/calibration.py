@@ -1,0 +1,278 @@
+"""Statistics of what a model's layers read and write, from one pass of speech.
+
+    here          shape    meaning
+    rows          (n, d)   what a module reads (or writes) at n positions
+    mean          (d,)     sum x / n
+    covariance    (d, d)   sum x x^T / n - mean mean^T
+
+Both sums are float64 and grow as the speech goes by, one window at a time: memory is one (d, d)
+matrix for every point watched, whatever the length of the speech. Several layers that read the same
+tensor need one point only, see whisper.input_of.
+
+A window is always full, and the end of most is padding. Every position counts, as in the methods
+that were published; with `mask_padding` those of the padding do not.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from devices.runner.audio import split
+from edgewhisper.decoding import log_mel
+from edgewhisper.examples import token_ids
+from edgewhisper.whisper import reads_sound, side_and_layer
+from export.problem import Problem
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    from benchmarks.speech import Clip
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where rows are taken: what that module reads, or what it writes."""
+
+    module: str
+    side: Literal["input", "output"] = "input"
+
+
+# ---------------------------------------------------------------------------------- arithmetic
+
+
+class Moments:
+    """Count, mean and covariance of rows that come a few at a time."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.total = torch.zeros(width, dtype=torch.float64, device=device)
+        self.products = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor) -> None:
+        """rows (n, width), of any floating type."""
+        rows = exact(rows)
+        self.count += len(rows)
+        self.total += rows.sum(dim=0)
+        self.products.addmm_(rows.T, rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """(width,)"""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """(width, width)"""
+        return self.products / self.count - torch.outer(self.mean, self.mean)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """In float64; on the CPU where its device (Apple's MPS) has none."""
+    tensor = tensor.detach()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+# -------------------------------------------------------------------------------------- speech
+
+
+@dataclass(frozen=True)
+class Window:
+    features: Tensor
+    """(1, mels, frames)"""
+    positions: int
+    """The encoder's positions that count: the first ones."""
+    tokens: Tensor | None = None
+    """(1, tokens) what the decoder reads; None where it need not run, or where the clip was cut
+    into several windows and it is not known which words are in which."""
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Clips as windows, made anew in every pass: nothing is kept."""
+
+    clips: "Sequence[Clip]"
+    processor: "WhisperProcessor"
+    mask_padding: bool = False
+
+    def windows(
+        self, model: "WhisperForConditionalGeneration", decoder: bool = False
+    ) -> Iterator[Window]:
+        """Each clip's windows, in order; long clips are cut in pauses, as in transcription."""
+        extractor = self.processor.feature_extractor
+        for clip in self.clips:
+            pcm = clip.pcm()
+            cuts = split(pcm, extractor.n_samples)
+            tokens = self._tokens(clip, model) if decoder and len(cuts) == 1 else None
+            for cut in cuts:
+                piece = pcm[cut]
+                positions = model.config.max_source_positions
+                if self.mask_padding:
+                    positions = sounding(len(piece), extractor.hop_length, positions)
+                yield Window(log_mel(extractor, [piece]), positions, tokens)
+
+    def _tokens(self, clip: "Clip", model: "WhisperForConditionalGeneration") -> Tensor | None:
+        given, found = token_ids(clip, model, self.processor.tokenizer)
+        ids = [*given, *found[:-1]]
+        return torch.tensor([ids]) if len(ids) <= model.config.max_target_positions else None
+
+
+def sounding(samples: int, hop: int, positions: int) -> int:
+    """How many encoder positions (two mel frames each) a clip of so many samples reaches into."""
+    return min(max(1, -(-samples // (2 * hop))), positions)
+
+
+# --------------------------------------------------------------------------------------- hooks
+
+
+class Listener:
+    """Hooks on a model: of every window that it hears, `seen(point, rows)` gets what counts.
+
+    A context: inside it the model is in evaluation mode, and layers behind the last point are gone.
+    """
+
+    def __init__(
+        self,
+        model: "WhisperForConditionalGeneration",
+        points: Iterable[Point],
+        seen: Callable[[Point, Tensor], None],
+    ) -> None:
+        self.model, self.points, self.seen = model, list(points), seen
+        self.decoder = any(side_and_layer(p.module)[0] == "decoder" for p in self.points)
+        self._window: Window
+        self._open = ExitStack()
+
+    def __enter__(self) -> "Listener":
+        was_training = self.model.training
+        self._open.callback(self.model.train, was_training)
+        self.model.eval()
+        for point in self.points:
+            module = self.model.get_submodule(point.module)
+            self._open.callback(module.register_forward_hook(self._hook(point)).remove)
+        self._open.enter_context(without_later_layers(self.model, self.points))
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._open.close()
+
+    def _hook(self, point: Point) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        sound = reads_sound(point.module)
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = (inputs[0] if point.side == "input" else output)[0]  # (positions, d)
+            self.seen(point, rows[: self._window.positions] if sound else rows)
+
+        return hook
+
+    @torch.no_grad()
+    def hear(self, window: Window) -> None:
+        self._window = window
+        device = next(self.model.parameters()).device
+        encoded = self.model.model.encoder(window.features.to(device))
+        if self.decoder and window.tokens is not None:
+            self.model.model.decoder(
+                input_ids=window.tokens.to(device),
+                encoder_hidden_states=encoded.last_hidden_state,
+                use_cache=False,
+            )
+
+
+@contextmanager
+def without_later_layers(model: nn.Module, points: Iterable[Point]) -> Iterator[None]:
+    """The model without the layers that no point needs: a pass for early layers is short."""
+    last = {"encoder": -1, "decoder": -1}
+    for point in points:
+        side, layer = side_and_layer(point.module)
+        last[side] = max(last[side], layer)
+    stacks = {side: getattr(model.model, side) for side in last}
+    whole = {side: stack.layers for side, stack in stacks.items()}
+    if last["decoder"] >= 0:  # which reads the encoder's output
+        last["encoder"] = len(whole["encoder"]) - 1
+    for side, stack in stacks.items():
+        stack.layers = whole[side][: last[side] + 1]
+    try:
+        yield
+    finally:
+        for side, stack in stacks.items():
+            stack.layers = whole[side]
+
+
+# -------------------------------------------------------------------------------------- passes
+
+
+def collect(
+    model: "WhisperForConditionalGeneration",
+    points: Iterable[Point],
+    speech: Speech,
+    heard: Callable[[], None] = lambda: None,
+) -> dict[Point, Moments]:
+    """The moments of every point over all windows; `heard` is called after each.
+
+    Raises Problem where a decoder's point saw nothing.
+    """
+    points = list(points)
+    moments: dict[Point, Moments] = {}
+
+    def add(point: Point, rows: Tensor) -> None:
+        if point not in moments:
+            moments[point] = Moments(rows.shape[1], exact(rows[:0]).device)
+        moments[point].add(rows)
+
+    with Listener(model, points, add) as listener:
+        for window in speech.windows(model, listener.decoder):
+            listener.hear(window)
+            heard()
+    for point in points:
+        refuse_unseen(point, moments.get(point), speech)
+    return moments
+
+
+def collect_together(
+    models: "Sequence[WhisperForConditionalGeneration]",
+    points: Sequence[Sequence[Point]],
+    speech: Speech,
+    heard: Callable[[], None] = lambda: None,
+) -> Moments:
+    """Moments of rows put side by side: model 0's points in their order, then model 1's, ...
+
+    Their covariance holds those between one model's rows and another's.
+    """
+    rows: dict[tuple[int, Point], Tensor] = {}
+    order = [(number, point) for number, of_model in enumerate(points) for point in of_model]
+    moments: Moments | None = None
+    with ExitStack() as stack:
+        listeners = [
+            stack.enter_context(Listener(model, of_model, storer(rows, number)))
+            for number, (model, of_model) in enumerate(zip(models, points, strict=True))
+        ]
+        decoder = any(listener.decoder for listener in listeners)
+        for window in speech.windows(models[0], decoder):
+            rows.clear()
+            for listener in listeners:
+                listener.hear(window)
+            if rows:  # none where the decoder had nothing to read
+                joint = torch.cat([exact(rows[key]) for key in order], dim=1)
+                moments = moments or Moments(joint.shape[1], joint.device)
+                moments.add(joint)
+            heard()
+    refuse_unseen(points[0][0], moments, speech)
+    assert moments is not None
+    return moments
+
+
+def storer(rows: dict[tuple[int, Point], Tensor], number: int) -> Callable[[Point, Tensor], None]:
+    def store(point: Point, found: Tensor) -> None:
+        rows[number, point] = found
+
+    return store
+
+
+def refuse_unseen(point: Point, moments: Moments | None, speech: Speech) -> None:
+    if moments is None:
+        raise Problem(
+            f"calibration: none of {len(speech.clips)} clips could be used for {point.module}",
+            hint="give some clips that are shorter than the model's window, with their texts",
+        )
