@@ -88,6 +88,9 @@ def shrink(model: nn.Module, round_to: int = 1, min_saving: float = 0.125) -> Sh
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     layers: dict[str, Any] = {"format": FORMAT}
+    factors = getattr(model.model.decoder.embed_tokens, "rows", None)
+    if factors is not None:  # the token table is left as it is
+        layers["token_rank"] = factors.embedding_dim
     for side, attentions in ATTENTIONS.items():
         stack = getattr(model.model, side)
         layers[side] = []

@@ -6,5 +6,7 @@ Each module has a frozen dataclass `Options` (the step's fields in the recipe) a
 
 METHODS: dict[str, str] = {
     "tspar": "edgewhisper.compress.tspar",
+    "merge": "edgewhisper.compress.merge",  # BaldWhisper, stage 1
+    "shear": "edgewhisper.compress.shear",  # and stage 2
     "shrink": "edgewhisper.compress.shrink",
 }
