@@ -197,7 +197,7 @@ class WhisperForConditionalGeneration(transformers.WhisperForConditionalGenerati
         self.proj_out = TiedOutput(table)
         # transformers ties tensors by name; here the two uses share a module, and none is left
         self._tied_weights_keys = None
-        self.all_tied_weights_keys = {}
+        self.all_tied_weights_keys: dict[str, str] = {}
 
 
 def _reshape_layer(layer: nn.Module, shape: Mapping[str, Any], attentions: Sequence[str]) -> None:

@@ -336,11 +336,8 @@ def test_a_round_trip_is_bit_exact(bald, processor, tmp_path):
     loaded = whisper.load(tmp_path / "out")
     assert same_tensors(loaded, bald)
     assert torch.equal(logits(loaded), logits(bald))
-    assert (
-        loaded.config.to_dict()
-        == bald.config.to_dict() | {"_name_or_path": loaded.config._name_or_path}
-        or loaded.config.edgewhisper == bald.config.edgewhisper
-    )
+    for key in ("edgewhisper", "decoder_layers"):
+        assert getattr(loaded.config, key, None) == getattr(bald.config, key, None)
 
 
 def test_onnx_logits_and_tokens_are_torchs(bald, processor, rng, tmp_path):
