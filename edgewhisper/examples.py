@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -197,3 +197,18 @@ def mask(features: Tensor, width: int, rng: np.random.Generator) -> Tensor:
         start = int(rng.integers(0, size - extent + 1))
         features.narrow(axis, start, extent).fill_(mean)
     return features
+
+
+def batches(
+    clips: "Sequence[Clip]",
+    model: "WhisperForConditionalGeneration",
+    processor: "WhisperProcessor",
+    size: int,
+) -> Iterator[Batch]:
+    """Every clip once, as it is, in the manifest's order, on the model's device."""
+    examples = Examples(clips, model, processor, seed=0)
+    order = permutation(0, 0, len(examples))
+    positions = sorted(range(len(examples)), key=order.__getitem__)
+    device = next(model.parameters()).device
+    for first in range(0, len(positions), size):
+        yield examples[positions[first : first + size]].to(device)

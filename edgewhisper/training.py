@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -43,6 +43,8 @@ AfterStep = Callable[[nn.Module, int, float], None]
 class Training:
     steps: Annotated[int, Range(0)] = 200
     """Optimiser steps; 0 trains nothing."""
+    epochs: Annotated[float, Range(0)] = 0.0
+    """Above 0, as many steps as this many passes over the clips take, in place of `steps`."""
     batch_size: Annotated[int, Range(1)] = 16
     """Clips of one optimiser step, over all processes."""
     accumulate: Annotated[int, Range(1)] = 1
@@ -117,6 +119,7 @@ def train(
     Raises Problem: no clips, clips in a language the model does not know, state of another
     training in run_dir, a loss that is not finite, Ctrl-C (Interrupted: state is saved first).
     """
+    options = counted(options, len(clips))
     if options.steps == 0:
         return TrainingLog(seed, 1, len(clips), 0)
     accelerator = start_accelerator(options)
@@ -137,6 +140,13 @@ def train(
             unwrap(model)
             model.to(home).train(was_training)
     return log
+
+
+def counted(options: Training, clips: int) -> Training:
+    """The same training with its epochs counted out as steps."""
+    if options.epochs == 0:
+        return options
+    return replace(options, steps=math.ceil(options.epochs * clips / options.batch_size), epochs=0)
 
 
 @torch.no_grad()

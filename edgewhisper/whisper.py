@@ -12,6 +12,8 @@ shapes stand in `config.json` under the key `edgewhisper`:
            inputs: {"fc1": n, ...}   the linear layer reads n of its features (buffer `inputs`)
            biases: ["self_attn.k_proj", ...]   low-rank key projections that have a bias, on `up`,
                                                which Whisper's own have not; absent where none has
+    token_rank: r                    the token table is a product (vocabulary, r) (r, d_model);
+                                     with it, "encoder" and "decoder" may be absent: dense layers
 
 The number of heads in the stock keys stays that of the dense model, because attention keeps the
 dense model's scale 1/sqrt(head_dim). This is the only file that knows where things are in a model.
@@ -32,6 +34,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import WhisperConfig, WhisperProcessor
 from transformers.models.whisper.modeling_whisper import (
     ALL_ATTENTION_FUNCTIONS,
@@ -73,6 +76,40 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
+
+
+class FactorisedTable(nn.Module):
+    """The tied token table as a product of two: E = rows @ up.T, (V, r) (r, d_model).
+
+    ids (..., n) -> (..., n, d_model); `logits` goes back through the same two factors.
+    """
+
+    def __init__(self, rows: nn.Embedding, up: nn.Linear) -> None:
+        super().__init__()
+        self.rows = rows
+        self.up = up
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.up(self.rows(ids))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (..., d_model) -> (..., V)."""
+        return functional.linear(functional.linear(x, self.up.weight.T), self.rows.weight)
+
+
+class TiedOutput(nn.Module):
+    """The output of a model whose token table is factorised; it has no weights of its own."""
+
+    def __init__(self, table: FactorisedTable) -> None:
+        super().__init__()
+        self._table = (table,)  # in a tuple it is no child: the factors are counted and saved once
+
+    @property
+    def table(self) -> FactorisedTable:
+        return self._table[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table.logits(x)
 
 
 class SlimAttention(WhisperAttention):
@@ -153,10 +190,22 @@ class WhisperForConditionalGeneration(transformers.WhisperForConditionalGenerati
         shapes = getattr(config, "edgewhisper", None)
         if shapes is not None:
             check_shapes(shapes, config)
-            for side in ATTENTIONS:
+            for side in ATTENTIONS.keys() & shapes.keys():
                 stack = getattr(self.model, side)
                 for layer, shape in zip(stack.layers, shapes[side], strict=True):
                     _reshape_layer(layer, shape, ATTENTIONS[side])
+            if "token_rank" in shapes:
+                self._factorise_table(shapes["token_rank"])
+
+    def _factorise_table(self, rank: int) -> None:
+        dense = self.model.decoder.embed_tokens
+        rows = nn.Embedding(dense.num_embeddings, rank, dense.padding_idx)
+        table = FactorisedTable(rows, nn.Linear(rank, dense.embedding_dim, bias=False))
+        self.model.decoder.embed_tokens = table
+        self.proj_out = TiedOutput(table)
+        # transformers ties tensors by name; here the two uses share a module, and none is left
+        self._tied_weights_keys = None
+        self.all_tied_weights_keys: dict[str, str] = {}
 
 
 def _reshape_layer(layer: nn.Module, shape: Mapping[str, Any], attentions: Sequence[str]) -> None:
@@ -200,6 +249,11 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
             f"config.json: per-layer shapes have format {found!r}; this version reads {FORMAT}",
             hint="load the checkpoint with the EdgeWhisper version that wrote it, or a newer one",
         )
+    if "token_rank" in shapes:
+        limit = min(config.vocab_size, config.d_model)
+        _check_counts({"token_rank": (shapes["token_rank"], limit)})
+        if not ATTENTIONS.keys() & shapes.keys():
+            return
     for side, attentions in ATTENTIONS.items():
         layers, wanted = shapes.get(side), getattr(config, f"{side}_layers")
         if not isinstance(layers, list) or len(layers) != wanted:
@@ -229,13 +283,18 @@ def _check_layer(
     for table in ("ranks", "inputs") if isinstance(layer, dict) else ():
         for key, found in (layer.get(table) or {}).items():
             counts[f"{table}.{key}"] = (found, max(config.d_model, ffn))
-    for key, (found, limit) in counts.items():
+    _check_counts({f"{where}.{key}": count for key, count in counts.items()})
+    _check_biases(layer.get("biases", []), layer.get("ranks") or {}, attentions, where)
+
+
+def _check_counts(counts: Mapping[str, tuple[Any, int]]) -> None:
+    """Name -> what was found, and the most it may be."""
+    for name, (found, limit) in counts.items():
         if type(found) is not int or not 1 <= found <= limit:
             raise Problem(
-                f"config.json: {where}.{key} is {found!r}; it must be between 1 and {limit}",
+                f"config.json: {name} is {found!r}; it must be between 1 and {limit}",
                 hint="the checkpoint is damaged: copy it again, or compress it anew",
             )
-    _check_biases(layer.get("biases", []), layer.get("ranks") or {}, attentions, where)
 
 
 def _check_shared(attention: Any, side: str, where: str) -> None:
@@ -361,14 +420,19 @@ def save(
 
 
 def rebuild(
-    model: nn.Module, tensors: Mapping[str, Tensor], layers: dict[str, Any] | None
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    layers: dict[str, Any] | None,
+    decoder_layers: int | None = None,
 ) -> WhisperForConditionalGeneration:
     """A new model with the per-layer shapes `layers` (None: dense) and these tensors.
 
-    Everything else (config, generation config, training mode) is `model`'s.
-    Raises Problem where tensors and shapes do not fit together.
+    It has `decoder_layers` of them (None: as many as `model`), numbered anew, which is where they
+    keep their past keys and values. Everything else (config, generation config, training mode) is
+    `model`'s. Raises Problem where tensors and shapes do not fit together.
     """
     config = copy.deepcopy(model.config)
+    config.decoder_layers = decoder_layers or config.decoder_layers
     config.edgewhisper = copy.deepcopy(layers)
     if layers is None:
         del config.edgewhisper

@@ -268,11 +268,41 @@ class TokenTable:
         scale = g.op("Unsqueeze", g.op("Gather", self.scale, ids), g.constant([-1]))
         return g.op("Mul", g.op("Cast", x, to=TensorProto.FLOAT), scale)
 
+    def widened(self) -> str:
+        """The whole table in float32, (vocab, d_model)."""
+        g = self.g
+        rows = g.op("Transpose", self.table, perm=[1, 0])
+        if self.scale is None:
+            return rows
+        scale = g.op("Unsqueeze", self.scale, g.constant([-1]))
+        return g.op("Mul", g.op("Cast", rows, to=TensorProto.FLOAT), scale)
+
     def logits(self, x: str) -> str:
         """x (1, n, d_model) -> (1, n, vocab)."""
         if self.scale is None:
             return self.g.op("MatMul", x, self.table)
         return self.g.op("DynamicQuantizeMatMul", x, self.table, self.scale, domain=FUSED)
+
+
+class FactorisedTable:
+    """The tied token table as a product, rows (vocab, r) and basis (r, d_model), each stored once.
+
+    In int8 every token and every row of the basis has its own scale. Logits are two int8 products;
+    for look-ups the runtime widens the basis once, as it loads the graph, so that embeddings are
+    multiplied in float32.
+    """
+
+    def __init__(self, g: Graph, rows: Floats, basis: Floats) -> None:
+        self.g = g
+        self.rows, self.basis = TokenTable(g, rows), TokenTable(g, basis)
+
+    def look_up(self, ids: str) -> str:
+        """ids (1, s) -> (1, s, d_model)."""
+        return self.g.op("MatMul", self.rows.look_up(ids), self.basis.widened())
+
+    def logits(self, x: str) -> str:
+        """x (1, n, d_model) -> (1, n, vocab)."""
+        return self.rows.logits(self.basis.logits(x))
 
 
 # ------------------------------------------------------------------------------------- attention

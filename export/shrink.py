@@ -91,7 +91,7 @@ def shrink(model: nn.Module, round_to: int = 1, min_saving: float = 0.125) -> Sh
     int8, one row in onnxruntime). Nothing dead: the tensors come back unchanged.
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    layers: dict[str, Any] = {"format": FORMAT}
+    layers = _beside_layers(model)
     heads: dict[str, list[dict[str, list[int]]]] = {}
     for side, attentions in ATTENTIONS.items():
         stack = getattr(model.model, side)
@@ -295,10 +295,16 @@ def _live_inputs(affine: Affine, round_to: int, min_saving: float) -> Tensor | N
 
 def layer_shapes(model: nn.Module) -> dict[str, Any]:
     """Shapes of every layer, in the form of config.edgewhisper; a dense model has them too."""
-    shapes: dict[str, Any] = {"format": FORMAT}
+    shapes = _beside_layers(model)
     for side, attentions in ATTENTIONS.items():
         shapes[side] = [_shape(layer, attentions) for layer in getattr(model.model, side).layers]
     return shapes
+
+
+def _beside_layers(model: nn.Module) -> dict[str, Any]:
+    """What is no layer's: the format, and the rank of a factorised token table."""
+    rows = getattr(model.model.decoder.embed_tokens, "rows", None)
+    return {"format": FORMAT} | ({} if rows is None else {"token_rank": rows.embedding_dim})
 
 
 def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ inference needs without a tokenizer library: tokens.json, and the prompt and the
 in manifest.json; the Hugging Face files are there for tools that want them.
 
 fp32 keeps every weight as it is. int8 quantises every matrix of the blocks per output channel and
-the tied token table per token, with dynamic activations; the convolution stem and the positions are
-float16 on disk and float32 at work; biases and norms stay float32. Nothing is stored twice. On
-x86 without VNNI, onnxruntime's int8 products may saturate (u8 * s8 summed in 16 bits): gate there.
+the tied token table per token (its factors per row), with dynamic activations; the convolution stem
+and the positions are float16 on disk and float32 at work; biases and norms stay float32. Nothing is
+stored twice. On x86 without VNNI, onnxruntime's int8 products may saturate (u8 * s8 summed in 16
+bits): gate there.
 
 The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels, frames), and
 the names of its nodes begin with `log_mel/`. To tell its time from the encoder's, run the encoder
@@ -139,7 +140,7 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
     """New tokens and the cache to the last token's logits and the longer cache."""
     g = Graph(precision)
     decoder = model.model.decoder
-    table = ops.TokenTable(g, _array(decoder.embed_tokens.weight))
+    table = _token_table(g, decoder.embed_tokens)
     past_length = g.op("Shape", "past.0.key", start=2, end=3)
     length = g.op("Shape", "input_ids", start=1, end=2)
     end = g.op("Add", past_length, length)
@@ -152,6 +153,12 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
     last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
     g.name(table.logits(_norm(g, last, decoder.layer_norm)), "logits")
     return g, *_decoder_contract(model)
+
+
+def _token_table(g: Graph, table: nn.Module) -> ops.TokenTable | ops.FactorisedTable:
+    if hasattr(table, "rows"):
+        return ops.FactorisedTable(g, _array(table.rows.weight), _array(table.up.weight.T))
+    return ops.TokenTable(g, _array(table.weight))
 
 
 def _decoder_contract(model: nn.Module) -> tuple[list[Spec], list[Spec]]:
@@ -279,13 +286,18 @@ def check_model(model: nn.Module) -> None:
             "the ONNX graphs have Whisper's 'gelu'",
             hint="start from a Whisper checkpoint with activation_function gelu",
         )
-    table = model.model.decoder.embed_tokens.weight
-    if model.proj_out.weight is not table and not model.proj_out.weight.equal(table):
+    if not _tied(model.proj_out, model.model.decoder.embed_tokens):
         raise Problem(
             "the model's output table (proj_out) differs from its token table; "
             "the ONNX graphs share one",
             hint="train with tie_word_embeddings = true, as Whisper is",
         )
+
+
+def _tied(output: nn.Module, table: nn.Module) -> bool:
+    if hasattr(table, "rows"):
+        return getattr(output, "table", None) is table
+    return output.weight is table.weight or output.weight.equal(table.weight)
 
 
 def check_window(model: nn.Module, extractor: Any) -> None:

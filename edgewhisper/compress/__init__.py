@@ -9,5 +9,7 @@ METHODS: dict[str, str] = {
     "imp": "edgewhisper.compress.imp",
     "wsap": "edgewhisper.compress.wsap",
     "lite": "edgewhisper.compress.lite",
+    "merge": "edgewhisper.compress.merge",  # BaldWhisper, stage 1
+    "shear": "edgewhisper.compress.shear",  # and stage 2
     "shrink": "edgewhisper.compress.shrink",
 }

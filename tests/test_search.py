@@ -1,0 +1,133 @@
+"""Searches: what is tried, and going on after an interruption or beside another machine."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from edgewhisper import search
+from edgewhisper.search import best, minimise
+from export.problem import Problem
+
+ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
+SPACE = {"x": (-4.0, 6.0), "y": (0.0, 1.0)}
+
+
+def bowl(point, number):
+    return (point["x"] - 1) ** 2 + point["y"]
+
+
+@pytest.fixture
+def run(tmp_path, seed):
+    """minimise() with what is the same in all tests."""
+
+    def run(objective=bowl, trials=14, where="run", **more):
+        told = {"run_dir": tmp_path / where, "name": "n", "seed": seed, "accelerator": ALONE}
+        return minimise(objective, SPACE, trials=trials, **(told | more))
+
+    return run
+
+
+def test_a_search_tries_what_it_may_and_finds_low_ground(run):
+    tried = run(trials=30)
+    assert len(tried) == 30
+    for trial in tried:
+        assert all(low <= trial.point[name] <= high for name, (low, high) in SPACE.items())
+        assert trial.value == bowl(trial.point, 0)
+    assert best(tried).value == min(trial.value for trial in tried) < 2
+
+
+def test_the_first_points_are_tried_first_and_of_equals_the_oldest_is_best(run):
+    first = [{"x": 2.0, "y": 0.5}, {"x": 0.0, "y": 0.5}]
+    tried = run(first=first, trials=2)
+    assert [trial.point for trial in tried] == first
+    assert best(tried).point == first[0]
+
+
+def test_the_number_of_trials_done_is_told(run):
+    numbers = []
+    run(lambda point, number: numbers.append(number) or 0.0, trials=3)
+    assert numbers == [0, 1, 2]
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_an_interrupted_search_makes_the_trials_of_one_that_was_not(how, run, rng, monkeypatch):
+    whole = run(where="whole", first=[{"x": 2.0, "y": 0.5}])
+    last = int(rng.integers(1, 13))
+    seen = []
+
+    def interrupted(point, number):
+        if number == last and not seen:
+            seen.append(point)
+            raise KeyboardInterrupt
+        return bowl(point, number)
+
+    if how == "killed":  # nobody notes that the trial failed
+        monkeypatch.setattr(search, "give_up", lambda study, number, point: None)
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted, first=[{"x": 2.0, "y": 0.5}])
+    monkeypatch.undo()
+    resumed = run(interrupted, first=[{"x": 2.0, "y": 0.5}])
+    assert resumed == whole
+    assert resumed[last].point == seen[0]
+
+
+def test_a_finished_search_is_not_made_again(run):
+    tried = run(trials=4)
+    assert run(lambda point, number: pytest.fail("tried again"), trials=4) == tried
+    assert len(run(trials=5)) == 5
+
+
+def test_searches_of_other_names_know_nothing_of_each_other(run):
+    run(trials=4)
+    assert len(run(trials=2, name="other")) == 2
+
+
+def test_machines_share_a_database(run, tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    first = run(trials=3, where="one", storage=url)
+    both = run(trials=5, where="two", storage=url)
+    assert both[:3] == first and len(both) == 5
+    assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
+
+
+def test_a_trial_that_runs_on_another_machine_is_left_alone(run, tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+
+    def meanwhile(point, number):
+        if number == 0:  # the other machine starts and finishes while this one is at work
+            assert len(run(trials=2, where="two", storage=url)) == 2
+        return bowl(point, number)
+
+    assert len(run(meanwhile, trials=3, where="one", storage=url)) == 3
+
+
+def test_the_environments_database_goes_before_the_recipes(run, tmp_path, monkeypatch):
+    monkeypatch.setenv(search.STORAGE, f"sqlite:///{tmp_path / 'mine.db'}")
+    run(trials=1, storage=f"sqlite:///{tmp_path / 'recipes.db'}")
+    assert (tmp_path / "mine.db").exists() and not (tmp_path / "recipes.db").exists()
+
+
+def test_a_password_in_a_recipe_is_refused_and_not_repeated(run):
+    with pytest.raises(Problem, match="holds a password") as problem:
+        run(storage="postgresql://me:secret@host/db")
+    assert "EDGEWHISPER_STORAGE" in problem.value.hint
+    assert "secret" not in f"{problem.value}{problem.value.hint}"
+
+
+def test_a_database_that_is_none_is_a_letter_without_the_password(run, monkeypatch):
+    with pytest.raises(Problem, match="storage nonsense cannot be opened"):
+        run(storage="nonsense")
+    monkeypatch.setenv(search.STORAGE, "nonsense://me:secret@host/db")
+    with pytest.raises(Problem, match=r"nonsense://me:...@host/db cannot be opened") as problem:
+        run()
+    assert "secret" not in str(problem.value)
+
+
+def test_without_optuna_the_letter_names_the_extra(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(Problem, match="Optuna is not installed") as problem:
+        run()
+    assert "edgewhisper[search]" in problem.value.hint
