@@ -17,11 +17,11 @@ from scipy.optimize import minimize
 from benchmarks.speech import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import shrink, tspar
+from edgewhisper.compress.near import distance
 from edgewhisper.compress.tspar import (
     Options,
     Thresholds,
     column_penalty,
-    distance,
     element_penalty,
     keep_columns,
     keep_elements,
