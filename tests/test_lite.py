@@ -816,9 +816,15 @@ def test_keys_and_values_are_shared_beside_dense_layers(dense, narrow_whisper, w
 
 def test_keys_and_values_are_shared_after_pruning(narrow_whisper, work, rng):
     pruned = shrink.apply(kill(narrow_whisper, "input_columns", rng), shrink.Options(), work)
-    slim = lite.apply(pruned, FINE, work)
+    options = replace(FINE, theta_attn=0.5, round_to=1)
+    slim = lite.apply(pruned, options, work)
     shared, numbers = lite.share_attention(copy.deepcopy(slim))
-    assert numbers == [0, 1]
+    split_up = low_rank_layers(slim)
+    assert numbers == [  # a layer with very few inputs left is dearer as two
+        n
+        for n in (0, 1)
+        if all(f"model.encoder.layers.{n}.self_attn.{part}_proj" in split_up for part in "kv")
+    ]
     same_encoding(slim, shared)
 
 

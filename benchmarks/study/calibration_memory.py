@@ -5,11 +5,12 @@
 Statistics of 32 layers are taken in one pass. Per layer four matrices of 1280 x 1280 float64 are
 enough, 52 MB: the input of q, k and v (one for all three), of out_proj, of fc1, and what fc2
 writes. What fc2 reads would take 5120 x 5120, 210 MB; its outputs' covariance is all that is asked
-for. The activations of one paper's 100 windows, in float32, would be 221 GB.
+for. The activations of the paper's 100 clips, in float32, would be 221 GB.
 
-The layers' weights are shared here, so that what is measured is calibration and not the model. A
-short window keeps the time to some seconds; --positions 1500 is Whisper's and adds what one window
-needs while it passes. The numbers are random.
+The layers' weights are shared here, so that calibration is measured and not the model: the process
+holds torch, one layer, one window and the sums. A short window keeps the time to some seconds;
+--positions 1500 is Whisper's and adds what one window needs while it passes. The numbers are
+random.
 """
 
 import argparse
@@ -73,14 +74,14 @@ def measure(layers: int, positions: int) -> dict[str, float | int]:
     with torch.no_grad():  # what a window needs with nobody listening
         model.model.encoder(window.features)
     points = where_to_listen(model, chosen(model, "model.encoder.layers.*"))
-    before, started = peak_bytes(), time.monotonic()
+    started = time.monotonic()
     moments = collect(model, dict.fromkeys(points.values()), speech)  # type: ignore[arg-type]
     return {
         "layers": layers,
         "positions": positions,
         "matrices": len(moments),
         "moments_bytes": sum(m.products.nbytes + m.total.nbytes for m in moments.values()),
-        "peak_beyond_model_bytes": peak_bytes() - before,
+        "peak_rss_bytes": peak_bytes(),
         "seconds": time.monotonic() - started,
         "stored_activations_bytes": 4
         * layers
@@ -99,7 +100,7 @@ def main() -> None:
     print(
         f"{found['layers']} layers, {found['matrices']} matrices: "
         f"{found['moments_bytes'] / 1e9:.2f} GB of sums; "
-        f"peak {found['peak_beyond_model_bytes'] / 1e9:.2f} GB beyond the model and its window, "
+        f"peak of the whole process {found['peak_rss_bytes'] / 1e9:.2f} GB, "
         f"{found['seconds']:.0f} s for one window of {found['positions']} positions"
     )
     print(
