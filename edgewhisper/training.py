@@ -43,8 +43,6 @@ AfterStep = Callable[[nn.Module, int, float], None]
 class Training:
     steps: Annotated[int, Range(0)] = 200
     """Optimiser steps; 0 trains nothing."""
-    epochs: Annotated[float, Range(0)] = 0.0
-    """Above 0, as many steps as this many passes over the clips take, in place of `steps`."""
     batch_size: Annotated[int, Range(1)] = 16
     """Clips of one optimiser step, over all processes."""
     accumulate: Annotated[int, Range(1)] = 1
@@ -71,6 +69,8 @@ class Training:
     checkpoint_steps: Annotated[int, Range(1)] = 500
     checkpoint_s: Annotated[float, Range(1e-3)] = 120.0
     """State is saved after so many steps, or seconds, whichever comes first."""
+    epochs: Annotated[float, Range(0)] = 0.0
+    """Above 0, as many steps as this many passes over the clips take, in place of `steps`."""
 
 
 @dataclass

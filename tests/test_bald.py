@@ -676,14 +676,19 @@ def test_the_full_rank_changes_neither_embeddings_nor_logits(start, tiny_whisper
 
 
 def test_each_start_is_best_by_its_own_measure(tiny_whisper, work):
-    errors = {}
+    table = tiny_whisper.model.decoder.embed_tokens.weight.detach()
+    frequencies = shear.token_frequencies(tiny_whisper, work, SHEAR.floor)
+    metric = shear.second_moment(tiny_whisper, SHEAR, work)
+    products = {}
     for start in STARTS:
-        shear.apply(tiny_whisper, replace(SHEAR, start=start), work)
-        errors[start] = work.record["shear"]["start_error"]
-    for start, measure in (("svd", "table"), ("frequency", "embeddings"), ("activation", "logits")):
-        assert min(errors, key=lambda name, m=measure: errors[name][m]) == start
-    assert errors["mix"]["embeddings"] < errors["svd"]["embeddings"]
-    assert errors["mix"]["logits"] < errors["svd"]["logits"]
+        model = shear.apply(tiny_whisper, replace(SHEAR, start=start), work)
+        factors = model.model.decoder.embed_tokens
+        products[start] = (factors.rows.weight @ factors.up.weight.T).detach()
+    for start in STARTS:
+        f, m = shear.powers(replace(SHEAR, start=start))
+        by = frequencies**f, shear.power(metric, m)
+        errors = {name: weighted_error(table, found, *by) for name, found in products.items()}
+        assert min(errors, key=errors.__getitem__) == start
 
 
 @pytest.mark.parametrize(("mix", "start"), [(1.0, "frequency"), (0.0, "activation")])

@@ -33,7 +33,10 @@ What we fill in, and where we differ:
 
   "both" is (6); "frequency" has S = I, and is best for look-ups; "activation" has f = 1, and is
   best for logits; "mix" takes f to the power `mix` and E[h h^T] to the power 1 - mix, since one
-  table serves both. Frequencies below `floor` count as `floor`, so that no row dies.
+  table serves both. Frequencies below `floor` count as `floor`, so that no row dies. Measured on
+  the embedded model (30 dev clips, WER before 3.8 %), rank 8 and no training: svd 55 %, activation
+  23 %, frequency and mix beyond 100 %: tokens that are rarely read get logits far from their own,
+  and are uttered. A larger floor, or training, is needed there.
 - The product leaves the scale between E1 and E2 open. We give column k of E1 and row k of E2 equal
   mean squares: steps of one size then suit both factors.
 """
