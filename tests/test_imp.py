@@ -462,6 +462,7 @@ def test_two_processes_prune_the_same_weights(model, processor, clips, tmp_path)
     assert same_bits(one, other)
     zeros = [one[f"{name}.weight"] == 0 for name in weights_of(model)]
     assert sum(z.sum() for z in zeros) / sum(z.numel() for z in zeros) == pytest.approx(
-        0.6, abs=5e-3  # whole weights of small matrices
+        0.6,
+        abs=5e-3,  # whole weights of small matrices
     )
     assert len(list((tmp_path / "out" / "run" / "imp-rounds").iterdir())) == 1

@@ -78,7 +78,13 @@ def test_zero_steps_change_nothing(model, processor, few, tmp_path):
 
 
 def test_the_loss_falls(model, processor, few, tmp_path):
-    log = train(model, processor, few[:2], Training(steps=20, batch_size=2, learning_rate=0.01), run_dir=tmp_path)
+    log = train(
+        model,
+        processor,
+        few[:2],
+        Training(steps=20, batch_size=2, learning_rate=0.01),
+        run_dir=tmp_path,
+    )
     assert log.losses[-1] < 0.7 * log.losses[0]
     assert log.summary()["steps"] == 20
 
