@@ -618,7 +618,7 @@ def test_recovery_brings_the_encoder_nearer(narrow_whisper, work, few, processor
     rough = replace(FINE, theta_attn=0.5, theta_mlp=0.5)
     plain = lite.apply(copy.deepcopy(narrow_whisper), rough, work)
     options = replace(
-        rough, keep=100.0, recovery=Training(steps=12, batch_size=3, learning_rate=3e-3)
+        rough, keep=100.0, recovery=Training(steps=30, batch_size=3, learning_rate=3e-4)
     )
     trained = lite.apply(narrow_whisper, options, work)
     speech = Speech(few, processor)
