@@ -7,10 +7,9 @@
     [step.training]           # a field that is itself a table
     steps = 200
 
-A recipe may come from a stranger: it names methods and numbers, and at most the database that a
-search shares (`storage`), so reading one runs no code of its author and opens no file but the
-recipe. Importing this module is quick; the modules of the methods (and torch) are imported when a
-recipe that names them is loaded.
+A recipe may come from a stranger: it names methods and numbers, so reading one runs no code of its
+author and opens no file but the recipe. Importing this module is quick; the modules of the methods
+(and torch) are imported when a recipe that names them is loaded.
 """
 
 import difflib

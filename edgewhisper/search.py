@@ -26,7 +26,8 @@ Objective = Callable[[Point, int], float]
 """A point and the number of trials finished before it -> what shall be small."""
 
 STORAGE = "EDGEWHISPER_STORAGE"
-"""Environment variable that overrides a recipe's `storage`; the place for a URL with a password."""
+"""Environment variable with the URL of a database that machines share. It is no field of a recipe:
+recipes may come from strangers, and are copied into checkpoints, where no password belongs."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ def minimise(
     *,
     trials: int,
     first: Sequence[Point] = (),
-    storage: str = "",
     run_dir: Path,
     name: str,
     seed: int,
@@ -56,8 +56,8 @@ def minimise(
     Problem: no optuna, no such database.
     """
     main = accelerator.is_main_process
-    shared = bool(os.environ.get(STORAGE) or storage)
-    study = open_study(storage, run_dir, name) if main else None
+    shared = bool(os.environ.get(STORAGE))
+    study = open_study(run_dir, name) if main else None
     if study is not None:
         prepare(study, first, shared)
     while True:
@@ -83,9 +83,9 @@ def best(tried: Sequence[Tried]) -> Tried:
 # ----------------------------------------------------------------------------------- the database
 
 
-def open_study(storage: str, run_dir: Path, name: str) -> optuna.Study:
+def open_study(run_dir: Path, name: str) -> optuna.Study:
     optuna = import_optuna()
-    url = address(storage, run_dir)
+    url = address(run_dir)
     try:
         return optuna.create_study(
             storage=url, study_name=name, direction="minimize", load_if_exists=True
@@ -109,17 +109,12 @@ def import_optuna() -> Any:
     return optuna
 
 
-def address(storage: str, run_dir: Path) -> str:
-    url = os.environ.get(STORAGE) or storage
-    if not url:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return f"sqlite:///{run_dir.resolve() / 'search.db'}"
-    if storage and without_password(storage) != storage:
-        raise Problem(
-            "search: the storage holds a password, and recipes are copied into checkpoints",
-            hint=f"give that URL in the environment variable {STORAGE}",
-        )
-    return url
+def address(run_dir: Path) -> str:
+    url = os.environ.get(STORAGE)
+    if url:
+        return url
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{run_dir.resolve() / 'search.db'}"
 
 
 def without_password(url: str) -> str:

@@ -583,7 +583,7 @@ def test_searches_share_trials_only_where_they_measure_the_same(tiny_whisper, wo
     other = copy.deepcopy(tiny_whisper)
     with torch.no_grad():
         other.model.decoder.layers[0].fc1.bias[0] += 1
-    same = [name(), name(replace(SEARCH, trials=9, storage="sqlite:///x", training=BRIEF))]
+    same = [name(), name(replace(SEARCH, trials=9, training=BRIEF))]
     differ = [
         name(replace(SEARCH, kl=0.3)),
         name(replace(SEARCH, trial=replace(BRIEF, steps=7))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -85,41 +86,34 @@ def test_searches_of_other_names_know_nothing_of_each_other(run):
     assert len(run(trials=2, name="other")) == 2
 
 
-def test_machines_share_a_database(run, tmp_path):
-    url = f"sqlite:///{tmp_path / 'shared.db'}"
-    first = run(trials=3, where="one", storage=url)
-    both = run(trials=5, where="two", storage=url)
+@pytest.fixture
+def shared(tmp_path, monkeypatch) -> Path:
+    """A database that two machines use."""
+    monkeypatch.setenv(search.STORAGE, f"sqlite:///{tmp_path / 'shared.db'}")
+    return tmp_path / "shared.db"
+
+
+def test_machines_share_a_database(run, tmp_path, shared):
+    first = run(trials=3, where="one")
+    both = run(trials=5, where="two")
     assert both[:3] == first and len(both) == 5
+    assert shared.exists()
     assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
 
 
-def test_a_trial_that_runs_on_another_machine_is_left_alone(run, tmp_path):
-    url = f"sqlite:///{tmp_path / 'shared.db'}"
-
+def test_a_trial_that_runs_on_another_machine_is_left_alone(run, shared):
     def meanwhile(point, number):
         if number == 0:  # the other machine starts and finishes while this one is at work
-            assert len(run(trials=2, where="two", storage=url)) == 2
+            assert len(run(trials=2, where="two")) == 2
         return bowl(point, number)
 
-    assert len(run(meanwhile, trials=3, where="one", storage=url)) == 3
-
-
-def test_the_environments_database_goes_before_the_recipes(run, tmp_path, monkeypatch):
-    monkeypatch.setenv(search.STORAGE, f"sqlite:///{tmp_path / 'mine.db'}")
-    run(trials=1, storage=f"sqlite:///{tmp_path / 'recipes.db'}")
-    assert (tmp_path / "mine.db").exists() and not (tmp_path / "recipes.db").exists()
-
-
-def test_a_password_in_a_recipe_is_refused_and_not_repeated(run):
-    with pytest.raises(Problem, match="holds a password") as problem:
-        run(storage="postgresql://me:secret@host/db")
-    assert "EDGEWHISPER_STORAGE" in problem.value.hint
-    assert "secret" not in f"{problem.value}{problem.value.hint}"
+    assert len(run(meanwhile, trials=3, where="one")) == 3
 
 
 def test_a_database_that_is_none_is_a_letter_without_the_password(run, monkeypatch):
+    monkeypatch.setenv(search.STORAGE, "nonsense")
     with pytest.raises(Problem, match="storage nonsense cannot be opened"):
-        run(storage="nonsense")
+        run()
     monkeypatch.setenv(search.STORAGE, "nonsense://me:secret@host/db")
     with pytest.raises(Problem, match=r"nonsense://me:...@host/db cannot be opened") as problem:
         run()

@@ -100,9 +100,6 @@ class Options:
     """A trial trains on this share of the clips, the same one every time."""
     dev_share: Annotated[float, Range(1e-6, 1)] = 0.6
     """And is judged on this share of the dev clips."""
-    storage: str = ""
-    """URL of the database of trials, which several machines may share; without it, a file beside
-    the other unfinished work. EDGEWHISPER_STORAGE overrides it and may hold a password."""
 
     ce: Weight = 1.0
     """lambda of (2)."""
@@ -448,7 +445,6 @@ def search(
         {"alpha": (0.0, options.highest), "beta": (0.0, options.highest)},
         trials=trials,
         first=GRID if grid else BASELINES if options.baselines else (),
-        storage=options.storage,
         run_dir=work.run_dir,
         name=search_name(teacher, plan, options, less),
         seed=work.seed,
