@@ -17,7 +17,6 @@ from scipy.optimize import minimize
 from benchmarks.speech import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import shrink, tspar
-from edgewhisper.compress.near import distance
 from edgewhisper.compress.tspar import (
     Options,
     Thresholds,
