@@ -30,6 +30,7 @@ from export.artifact import MANIFEST, verify, write_manifest
 from export.cost import count_parameters, macs
 from export.files import new_directory
 from export.problem import Problem
+from export.quantise import is_quantised
 from export.versions import versions
 
 if TYPE_CHECKING:
@@ -217,7 +218,8 @@ def export(
 
     source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
     model, processor = whisper.load(source), whisper.load_processor(source)
-    model, _ = slimmed(model)
+    if not is_quantised(model):  # removal would move weights to other blocks: it came first
+        model, _ = slimmed(model)
     clips = read_manifest(speech or SPEECH / "test.jsonl")
     place = out or runs.new_path("artifact", f"-{precision}")
     with new_directory(place) as folder:

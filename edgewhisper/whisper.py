@@ -12,6 +12,14 @@ shapes stand in `config.json` under the key `edgewhisper`:
            inputs: {"fc1": n, ...}   the linear layer reads n of its features (buffer `inputs`)
            biases: ["self_attn.k_proj", ...]   low-rank key projections that have a bias, on `up`,
                                                which Whisper's own have not; absent where none has
+           bits: {"fc1": 4, ...}     the layer's weights (both factors where it is low-rank) stand
+                                     on the grid of so many bits (export/quantise.py), and an int8
+                                     export stores them so: 4, 8, 16, or 32 for floats; layers
+                                     without an entry are as the export's precision says
+    token_bits, stem_bits: b         likewise of the token table (not 4), and of the convolutions
+                                     (8 or 32; without it they are stored in float16)
+    block: n                         neighbouring inputs that share a scale in 4 bits; 32 if absent
+    scales: "tensor"                 one scale for each weight, not one for each output
     token_rank: r                    the token table is a product (vocabulary, r) (r, d_model);
                                      with it, "encoder" and "decoder" may be absent: dense layers
 
@@ -45,6 +53,7 @@ from transformers.models.whisper.modeling_whisper import (
 
 from export.files import new_directory
 from export.problem import Problem
+from export.quantise import BITS, BLOCKS, SCALES
 from export.shrink import ATTENTIONS, FORMAT
 
 START = "<|startoftranscript|>"
@@ -249,6 +258,7 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
             f"config.json: per-layer shapes have format {found!r}; this version reads {FORMAT}",
             hint="load the checkpoint with the EdgeWhisper version that wrote it, or a newer one",
         )
+    _check_precision(shapes)
     if "token_rank" in shapes:
         limit = min(config.vocab_size, config.d_model)
         _check_counts({"token_rank": (shapes["token_rank"], limit)})
@@ -285,6 +295,7 @@ def _check_layer(
             counts[f"{table}.{key}"] = (found, max(config.d_model, ffn))
     _check_counts({f"{where}.{key}": count for key, count in counts.items()})
     _check_biases(layer.get("biases", []), layer.get("ranks") or {}, attentions, where)
+    _check_bits(layer.get("bits", {}), attentions, where)
 
 
 def _check_counts(counts: Mapping[str, tuple[Any, int]]) -> None:
@@ -317,6 +328,45 @@ def _check_biases(
             f"projections ({', '.join(may_have) or 'this layer has none'})",
             hint="the checkpoint is damaged: copy it again, or compress it anew",
         )
+
+
+PRECISION: dict[str, tuple[Any, ...]] = {
+    "token_bits": BITS[1:],
+    "stem_bits": (8, 32),
+    "block": BLOCKS,
+    "scales": SCALES,
+}
+
+
+def _check_precision(shapes: Mapping[str, Any]) -> None:
+    for key, known in PRECISION.items():
+        _check_one_of(key, shapes.get(key, known[0]), known)
+
+
+def _check_bits(bits: Any, attentions: Sequence[str], where: str) -> None:
+    names = linear_names(attentions)
+    if not isinstance(bits, dict) or any(name not in names for name in bits):
+        raise Problem(
+            f"config.json: {where}.bits is {bits!r}; it must be a table of linear layers "
+            f"({', '.join(names)})",
+            hint="the checkpoint is damaged: copy it again, or compress it anew",
+        )
+    for name, found in bits.items():
+        _check_one_of(f"{where}.bits.{name}", found, BITS)
+
+
+def _check_one_of(name: str, found: Any, known: Sequence[Any]) -> None:
+    if type(found) is not type(known[0]) or found not in known:
+        raise Problem(
+            f"config.json: {name} is {found!r}; it must be one of {', '.join(map(str, known))}",
+            hint="the checkpoint is damaged: copy it again, or compress it anew",
+        )
+
+
+def linear_names(attentions: Sequence[str]) -> list[str]:
+    """Of a layer with these attentions: "self_attn.q_proj", ..., "fc1", "fc2"."""
+    parts = ("q_proj", "k_proj", "v_proj", "out_proj")
+    return [*(f"{name}.{part}" for name in attentions for part in parts), "fc1", "fc2"]
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

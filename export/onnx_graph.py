@@ -1,8 +1,9 @@
 """The operators we emit: a small builder of ONNX graphs, and Whisper's parts written with it.
 
-A value is its name. Products run in float32, or in int8 with per-channel weights quantised here and
-activations quantised as they come (`quantise`). The runtime's fused operators are chosen on purpose
-(domain com.microsoft): MultiHeadAttention, DynamicQuantizeMatMul, Gelu. MultiHeadAttention wants
+A value is its name. Products run in float32, or in int8 or int4 with weights quantised here (by
+quantise.py) and activations quantised as they come. The runtime's fused operators are chosen on
+purpose (domain com.microsoft): MultiHeadAttention, DynamicQuantizeMatMul for int8, MatMulNBits for
+int4, Gelu. MultiHeadAttention wants
 keys and values of one width where they come in heads (cached or from the encoder); other shapes
 take MatMul and Softmax. All graphs have batch 1.
 """
@@ -10,19 +11,26 @@ take MatMul and Softmax. All graphs have batch 1.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from export import quantise as quantisers
+from export.quantise import Scheme
 
 FUSED = "com.microsoft"
 OPSETS = {"": 18, FUSED: 1}
 IR_VERSION = 9
 PRECISIONS = ("fp32", "int8")
+INT8 = Scheme()
+"""How an int8 graph stores a matrix that nothing else is said of: a scale for every row."""
 DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 Floats = NDArray[np.float32]
@@ -39,6 +47,8 @@ class Linear:
     inputs: NDArray[np.int64] | None = None
     features: int = 0
     """Needed with `inputs` only."""
+    scheme: Scheme = INT8
+    """How the weight is stored in a graph that is not float32."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,15 @@ class Spec:
 
 
 class Graph:
-    """Nodes and constants of one graph under construction. Equal constants are stored once."""
+    """Nodes and constants of one graph under construction. Equal constants are stored once.
 
-    def __init__(self, precision: str) -> None:
+    `schemes` says how single weights are stored, by what they belong to; a float32 graph keeps all
+    weights as they are.
+    """
+
+    def __init__(self, precision: str, schemes: Mapping[Any, Scheme] | None = None) -> None:
         self.int8 = precision == "int8"
+        self.schemes = schemes or {}
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[bytes, onnx.TensorProto] = {}
         self._prefix = ""
@@ -136,14 +151,11 @@ def _value_info(spec: Spec) -> onnx.ValueInfoProto:
 # -------------------------------------------------------------------------------- linear layers
 
 
-def quantise(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Symmetric int8 per output channel: weight (out, in) ~ q * scale[:, None], |q| <= 127.
-
-    The largest weight of a row is kept exactly; the others are off by half a scale at most.
-    """
-    scale = np.abs(weight).max(axis=1) / np.float32(127)
-    scale[scale == 0] = 1
-    return np.rint(weight / scale[:, None]).clip(-127, 127).astype(np.int8), scale
+def quantise(weight: Floats, scheme: Scheme = INT8) -> tuple[NDArray[np.integer], Floats]:
+    """weight (out, in) -> codes (out, in) and scales: (out,), or (out, blocks) in 4 bits."""
+    codes, scale = quantisers.quantise(torch.from_numpy(weight), scheme)
+    found = scale.contiguous().numpy()
+    return codes.numpy(), found if scheme.bits == 4 else found[:, 0].copy()
 
 
 def linear(g: Graph, x: str, layers: Sequence[Linear], gather: bool = False) -> str:
@@ -162,28 +174,72 @@ def linear(g: Graph, x: str, layers: Sequence[Linear], gather: bool = False) -> 
 
 
 def parallel(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
-    """Several linear layers of one input (q, k and v): one product of all that read it.
+    """Several linear layers of one input (q, k and v): one product of all that are stored alike.
 
     A low-rank layer's first factor takes part, and its second one follows.
     """
-    first = [branch[0] for branch in branches]
-    widths = g.constant([len(layer.weight) for layer in first])
-    parts = g.ops("Split", _product(g, x, first), widths, outputs=len(first), axis=-1)
-    return [linear(g, part, branch[1:]) for part, branch in zip(parts, branches, strict=True)]
+    alike: dict[Any, list[int]] = {}
+    for i, branch in enumerate(branches):
+        alike.setdefault(_kind(g, branch[0]), []).append(i)
+    parts: dict[int, str] = {}
+    for members in alike.values():
+        first = [branches[i][0] for i in members]
+        y = _product(g, x, first)
+        widths = g.constant([len(layer.weight) for layer in first])
+        split = [y] if len(first) == 1 else g.ops("Split", y, widths, outputs=len(first), axis=-1)
+        parts |= dict(zip(members, split, strict=True))
+    return [linear(g, parts[i], branch[1:]) for i, branch in enumerate(branches)]
+
+
+def _kind(g: Graph, layer: Linear) -> Any:
+    """What layers of one product have in common."""
+    if not g.int8 or layer.scheme.bits > 4:
+        return g.int8 and layer.scheme.bits
+    return layer.scheme.block, None if layer.inputs is None else layer.inputs.tobytes()
 
 
 def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:
-    """Layers of one input side by side: x (1, n, in) -> (1, n, sum of out)."""
+    """Layers of one input, stored alike, side by side: x (1, n, in) -> (1, n, sum of out)."""
     bias = _joint_bias(layers)
     added = [] if bias is None else [g.constant(bias)]
-    if not g.int8:
+    scheme = layers[0].scheme if g.int8 else Scheme(32)
+    if scheme.bits == 4:
+        return _int4_product(g, x, layers, added)
+    if scheme.bits == 32:
         x = g.op("MatMul", x, _joint_matrix(g, layers, [layer.weight for layer in layers]))
         return g.op("Add", x, *added) if added else x
-    parts = [quantise(layer.weight) for layer in layers]
+    parts = [quantise(layer.weight, layer.scheme) for layer in layers]
     matrix = _joint_matrix(g, layers, [q for q, _ in parts])
     scale = g.constant(np.concatenate([scale for _, scale in parts]))
+    if scheme.bits == 16:
+        x = g.op("MatMul", x, g.op("Mul", g.op("Cast", matrix, to=TensorProto.FLOAT), scale))
+        return g.op("Add", x, *added) if added else x
     zero = [""] if added else []  # the empty name: no zero points, the weights are symmetric
     return g.op("DynamicQuantizeMatMul", x, matrix, scale, *zero, *added, domain=FUSED)
+
+
+def _int4_product(g: Graph, x: str, layers: Sequence[Linear], added: list[str]) -> str:
+    """Blocks lie along the inputs that are read, so these are picked, on many rows too."""
+    scheme, inputs = layers[0].scheme, layers[0].inputs
+    if inputs is not None:
+        x = g.op("Gather", x, g.constant(inputs), axis=-1)
+    parts = [quantise(layer.weight, layer.scheme) for layer in layers]
+    codes, scales = (np.concatenate(both) for both in zip(*parts, strict=True))
+    packed = quantisers.pack(torch.from_numpy(codes), scheme).numpy()
+    out, features = codes.shape
+    y = g.op(
+        "MatMulNBits",
+        x,
+        g.constant(packed),
+        g.constant(scales),
+        domain=FUSED,
+        K=features,
+        N=out,
+        bits=4,
+        block_size=scheme.block,
+        accuracy_level=4,  # activations in int8, a scale for every block of a row
+    )
+    return g.op("Add", y, *added) if added else y
 
 
 def _joint_matrix(g: Graph, layers: Sequence[Linear], weights: Sequence[NDArray]) -> str:
@@ -232,6 +288,26 @@ def float_table(g: Graph, array: Floats) -> str:
     return g.op("Cast", g.constant(array.astype(np.float16)), to=TensorProto.FLOAT)
 
 
+def kernel(g: Graph, weight: Floats, scheme: Scheme | None) -> str:
+    """A convolution's weight (out, in, width): as float_table has it, or int8 for each output.
+
+    Convolutions run in float32; the runtime widens the codes once, as it loads the graph.
+    """
+    if not g.int8 or scheme is None:
+        return float_table(g, weight)
+    return _widened(g, weight, scheme)
+
+
+def _widened(g: Graph, weight: Floats, scheme: Scheme, columns: bool = False) -> str:
+    """Stored in 8 or 16 bits, float32 at work; `columns`: a matrix as its transpose."""
+    if scheme.bits == 32:
+        return g.constant(weight.T if columns else weight)
+    q, scale = quantise(weight.reshape(len(weight), -1), scheme)
+    q, scale = q.reshape(weight.shape), scale.reshape(-1, *[1] * (weight.ndim - 1))
+    q, scale = (q.T, scale.T) if columns else (q, scale)
+    return g.op("Mul", g.op("Cast", g.constant(q), to=TensorProto.FLOAT), g.constant(scale))
+
+
 def layer_norm(g: Graph, x: str, weight: Floats, bias: Floats, epsilon: float) -> str:
     return g.op(
         "LayerNormalization", x, g.constant(weight), g.constant(bias), axis=-1, epsilon=epsilon
@@ -249,14 +325,15 @@ class TokenTable:
     In int8 every token has its own scale, which both uses share.
     """
 
-    def __init__(self, g: Graph, weight: Floats) -> None:
+    def __init__(self, g: Graph, weight: Floats, scheme: Scheme | None = None) -> None:
         self.g = g
         self.scale: str | None = None
-        if g.int8:
-            q, scale = quantise(weight)
+        scheme = (scheme or INT8) if g.int8 else Scheme(32)
+        if scheme.bits == 8:
+            q, scale = quantise(weight, scheme)
             self.table, self.scale = g.constant(q.T), g.constant(scale)
         else:
-            self.table = g.constant(weight.T)
+            self.table = _widened(g, weight, scheme, columns=True)
 
     def look_up(self, ids: str) -> str:
         """ids (1, s) -> (1, s, d_model)."""
@@ -292,9 +369,9 @@ class FactorisedTable:
     multiplied in float32.
     """
 
-    def __init__(self, g: Graph, rows: Floats, basis: Floats) -> None:
+    def __init__(self, g: Graph, rows: Floats, basis: Floats, scheme: Scheme | None = None) -> None:
         self.g = g
-        self.rows, self.basis = TokenTable(g, rows), TokenTable(g, basis)
+        self.rows, self.basis = TokenTable(g, rows, scheme), TokenTable(g, basis, scheme)
 
     def look_up(self, ids: str) -> str:
         """ids (1, s) -> (1, s, d_model)."""

@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export.quantise import noted
+
 FORMAT = 1
 ATTENTIONS = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
 
@@ -96,12 +98,12 @@ def shrink(model: nn.Module, round_to: int = 1, min_saving: float = 0.125) -> Sh
     for side, attentions in ATTENTIONS.items():
         stack = getattr(model.model, side)
         layers[side], heads[side] = [], []
-        for number, layer in enumerate(stack.layers):
+        for number, (layer, bits) in enumerate(zip(stack.layers, _bits(model, side), strict=True)):
             linears, shape, left = _shrink_layer(layer, attentions, round_to)
             prefix = f"model.{side}.layers.{number}."
             for name, affine in linears.items():
                 _store(affine, name, prefix, tensors, shape, round_to, min_saving)
-            layers[side].append(shape)
+            layers[side].append(shape | bits)
             heads[side].append(left)
     return Shrunk(tensors, layers, heads)
 
@@ -297,14 +299,26 @@ def layer_shapes(model: nn.Module) -> dict[str, Any]:
     """Shapes of every layer, in the form of config.edgewhisper; a dense model has them too."""
     shapes = _beside_layers(model)
     for side, attentions in ATTENTIONS.items():
-        shapes[side] = [_shape(layer, attentions) for layer in getattr(model.model, side).layers]
+        stack = getattr(model.model, side).layers
+        shapes[side] = [
+            _shape(layer, attentions) | bits
+            for layer, bits in zip(stack, _bits(model, side), strict=True)
+        ]
     return shapes
 
 
+def _bits(model: nn.Module, side: str) -> list[dict[str, Any]]:
+    """What config.edgewhisper says of the precision of each layer, under the same key."""
+    told = (getattr(model.config, "edgewhisper", None) or {}).get(side, [])
+    known = [{"bits": dict(shape["bits"])} if "bits" in shape else {} for shape in told]
+    return known or [{}] * len(getattr(model.model, side).layers)
+
+
 def _beside_layers(model: nn.Module) -> dict[str, Any]:
-    """What is no layer's: the format, and the rank of a factorised token table."""
+    """What is no layer's: the format, the rank of a factorised token table, precisions."""
     rows = getattr(model.model.decoder.embed_tokens, "rows", None)
-    return {"format": FORMAT} | ({} if rows is None else {"token_rank": rows.embedding_dim})
+    rank = {} if rows is None else {"token_rank": rows.embedding_dim}
+    return {"format": FORMAT} | rank | noted(model)
 
 
 def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ in manifest.json; the Hugging Face files are there for tools that want them.
 
 fp32 keeps every weight as it is. int8 quantises every matrix of the blocks per output channel and
 the tied token table per token (its factors per row), with dynamic activations; the convolution stem
-and the positions are float16 on disk and float32 at work; biases and norms stay float32. Nothing is
+and the positions are float16 on disk and float32 at work; biases and norms stay float32. Where the
+checkpoint names bits for a layer, the table or the stem (see quantise.py), an int8 export follows
+it: 4 bits in blocks, 8, 16 (float32 at work) or 32. Nothing is
 stored twice. On x86 without VNNI, onnxruntime's int8 products may saturate (u8 * s8 summed in 16
 bits): gate there.
 
@@ -38,6 +40,7 @@ from export.artifact import write_manifest
 from export.cost import count_parameters, macs
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
+from export.quantise import schemes
 from export.shrink import attention_shape, layer_shapes
 from export.versions import versions
 
@@ -118,7 +121,7 @@ GraphParts = tuple[Graph, list[Spec], list[Spec]]
 
 def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
     """PCM to the cross-attention's keys and values of every decoder layer."""
-    g = Graph(precision)
+    g = Graph(precision, schemes(model))
     encoder = model.model.encoder
     mel = ops.log_mel(g, "pcm", extractor.mel_filters, extractor.n_fft, extractor.hop_length)
     x = _stem(g, mel, encoder)
@@ -128,7 +131,7 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
     outputs = []
     for i, layer in enumerate(model.model.decoder.layers):
         attention, heads = layer.encoder_attn, _heads(layer.encoder_attn)
-        key, value = ops.parallel(g, x, _chains(attention, "kv"))
+        key, value = ops.parallel(g, x, _chains(g, attention, "kv"))
         for kind, y, dim in (("key", key, heads.qk_dim), ("value", value, heads.v_dim)):
             name = g.name(ops.split_heads(g, y, heads.count, dim), f"cross.{i}.{kind}")
             shape = (1, heads.count, model.config.max_source_positions, dim)
@@ -138,7 +141,7 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
 
 def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
     """New tokens and the cache to the last token's logits and the longer cache."""
-    g = Graph(precision)
+    g = Graph(precision, schemes(model))
     decoder = model.model.decoder
     table = _token_table(g, decoder.embed_tokens)
     past_length = g.op("Shape", "past.0.key", start=2, end=3)
@@ -157,8 +160,9 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
 
 def _token_table(g: Graph, table: nn.Module) -> ops.TokenTable | ops.FactorisedTable:
     if hasattr(table, "rows"):
-        return ops.FactorisedTable(g, _array(table.rows.weight), _array(table.up.weight.T))
-    return ops.TokenTable(g, _array(table.weight))
+        rows, basis = _array(table.rows.weight), _array(table.up.weight.T)
+        return ops.FactorisedTable(g, rows, basis, g.schemes.get(table.rows))
+    return ops.TokenTable(g, _array(table.weight), g.schemes.get(table))
 
 
 def _decoder_contract(model: nn.Module) -> tuple[list[Spec], list[Spec]]:
@@ -184,7 +188,7 @@ def _stem(g: Graph, mel: str, encoder: nn.Module) -> str:
     """Two convolutions and the positions: (1, n_mels, frames) -> (1, frames / 2, d_model)."""
     x = mel
     for conv, stride in ((encoder.conv1, 1), (encoder.conv2, 2)):
-        kernel = ops.float_table(g, _array(conv.weight))
+        kernel = ops.kernel(g, _array(conv.weight), g.schemes.get(conv))
         bias = g.constant(_array(conv.bias))
         x = ops.gelu(g, g.op("Conv", x, kernel, bias, pads=[1, 1], strides=[stride]))
     positions = ops.float_table(g, _array(encoder.embed_positions.weight))
@@ -194,7 +198,7 @@ def _stem(g: Graph, mel: str, encoder: nn.Module) -> str:
 def _encoder_layer(g: Graph, x: str, layer: nn.Module) -> str:
     attention = layer.self_attn
     y = _norm(g, x, layer.self_attn_layer_norm)
-    q, k, v = ops.parallel(g, y, _chains(attention, "qkv"))
+    q, k, v = ops.parallel(g, y, _chains(g, attention, "qkv"))
     attend = ops.shared_attention if getattr(attention, "shared", False) else ops.self_attention
     y = attend(g, q, k, v, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
@@ -207,13 +211,13 @@ def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, mask: str) -
     past, present = (
         [f"{time}.{number}.{kind}" for kind in ("key", "value")] for time in ("past", "present")
     )
-    qkv = ops.parallel(g, y, _chains(attention, "qkv"))
+    qkv = ops.parallel(g, y, _chains(g, attention, "qkv"))
     y = ops.cached_attention(g, qkv, past, present, mask, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
 
     attention = layer.encoder_attn
     y = _norm(g, x, layer.encoder_attn_layer_norm)
-    q = ops.linear(g, y, _chain(attention.q_proj, layer.embed_dim), gather=True)
+    q = ops.linear(g, y, _chain(g, attention.q_proj, layer.embed_dim), gather=True)
     keys, values = (f"cross.{number}.{kind}" for kind in ("key", "value"))
     y = ops.cross_attention(g, q, keys, values, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
@@ -222,33 +226,33 @@ def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, mask: str) -
 
 def _feed_forward(g: Graph, x: str, layer: nn.Module, gather: bool = False) -> str:
     y = _norm(g, x, layer.final_layer_norm)
-    y = ops.gelu(g, ops.linear(g, y, _chain(layer.fc1, layer.embed_dim), gather))
-    return g.op("Add", x, ops.linear(g, y, _chain(layer.fc2, _outputs(layer.fc1)), gather))
+    y = ops.gelu(g, ops.linear(g, y, _chain(g, layer.fc1, layer.embed_dim), gather))
+    return g.op("Add", x, ops.linear(g, y, _chain(g, layer.fc2, _outputs(layer.fc1)), gather))
 
 
 def _norm(g: Graph, x: str, norm: nn.Module) -> str:
     return ops.layer_norm(g, x, _array(norm.weight), _array(norm.bias), norm.eps)
 
 
-def _chains(attention: nn.Module, names: str) -> list[list[Linear]]:
+def _chains(g: Graph, attention: nn.Module, names: str) -> list[list[Linear]]:
     """Projections of one input: `names` is "qkv" or "kv"."""
     d_model = _outputs(attention.out_proj)
-    return [_chain(getattr(attention, f"{name}_proj"), d_model) for name in names]
+    return [_chain(g, getattr(attention, f"{name}_proj"), d_model) for name in names]
 
 
-def _chain(module: nn.Module, features: int) -> list[Linear]:
+def _chain(g: Graph, module: nn.Module, features: int) -> list[Linear]:
     """A linear module as the products it consists of: one, or two where it is low-rank."""
     if hasattr(module, "down"):
-        return [*_chain(module.down, features), *_chain(module.up, len(module.down.weight))]
+        return [*_chain(g, module.down, features), *_chain(g, module.up, len(module.down.weight))]
     bias = None if module.bias is None else _array(module.bias)
     inputs = getattr(module, "inputs", None)
     kept = None if inputs is None else inputs.cpu().numpy()
-    return [Linear(_array(module.weight), bias, kept, features)]
+    return [Linear(_array(module.weight), bias, kept, features, g.schemes.get(module, ops.INT8))]
 
 
 def _attention_output(g: Graph, x: str, attention: nn.Module) -> str:
     heads = _heads(attention)
-    return ops.linear(g, x, _chain(attention.out_proj, heads.count * heads.v_dim))
+    return ops.linear(g, x, _chain(g, attention.out_proj, heads.count * heads.v_dim))
 
 
 def _heads(attention: nn.Module) -> Heads:

@@ -10,6 +10,8 @@ from edgewhisper import alignment, whisper
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import Range
 from export.cost import count_parameters
+from export.problem import Problem
+from export.quantise import is_quantised, schemes
 from export.shrink import shrink
 
 if TYPE_CHECKING:
@@ -28,6 +30,13 @@ def apply(
     model: "WhisperForConditionalGeneration", options: Options, work: Work
 ) -> "WhisperForConditionalGeneration":
     """The same function in fewer parameters; `work.record["shrink"]` counts them."""
+    if is_quantised(model):
+        quantised = sum(scheme.bits < 32 for scheme in schemes(model).values())
+        raise Problem(
+            f"shrink: {quantised} weights of the model are quantised, and their scales belong to "
+            "the rows and blocks they have",
+            hint="put the step shrink before the one that quantises",
+        )
     slim, heads = slimmed(model, options.round_to, options.min_saving)
     before, after = count_parameters(model), count_parameters(slim)
     work.record["shrink"] = {
