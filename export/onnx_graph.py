@@ -232,6 +232,15 @@ def float_table(g: Graph, array: Floats) -> str:
     return g.op("Cast", g.constant(array.astype(np.float16)), to=TensorProto.FLOAT)
 
 
+def sinusoids(g: Graph, length: str, rates: Floats) -> str:
+    """Whisper's positions: length (1,) int64, angles per position (d / 2,) -> (length, d)."""
+    stop = g.op("Squeeze", length, g.constant([0]))
+    places = g.op("Range", g.constant(0), stop, g.constant(1))
+    column = g.op("Unsqueeze", g.op("Cast", places, to=TensorProto.FLOAT), g.constant([1]))
+    angles = g.op("Mul", column, g.constant(rates))  # (length, d / 2)
+    return g.op("Concat", g.op("Sin", angles), g.op("Cos", angles), axis=1)
+
+
 def layer_norm(g: Graph, x: str, weight: Floats, bias: Floats, epsilon: float) -> str:
     return g.op(
         "LayerNormalization", x, g.constant(weight), g.constant(bias), axis=-1, epsilon=epsilon
