@@ -54,9 +54,12 @@ class Batch:
     """(clips, mels, frames) of the model's full window."""
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.input_features, self.decoder_input_ids, self.labels)
-        whole = None if self.whole_features is None else self.whole_features.to(device)
-        return Batch(*(tensor.to(device) for tensor in tensors), whole)
+        return Batch(
+            self.input_features.to(device),
+            self.decoder_input_ids.to(device),
+            self.labels.to(device),
+            None if self.whole_features is None else self.whole_features.to(device),
+        )
 
 
 class Examples:
@@ -77,7 +80,7 @@ class Examples:
         """`window` decides how long each batch is; None: the shortest window that holds it."""
         self.extractor = processor.feature_extractor
         self.windows, self.batch_size = windows_of(model.config), batch_size
-        self.rule = window or (lambda number, needed: shortest(self.windows, needed))
+        self.rule = window
         self.seed, self.noise_snr_db, self.mask_mels = seed, noise_snr_db, mask_mels
         if not clips:
             raise Problem("training: there are no clips to train on", hint="name a speech manifest")
@@ -144,7 +147,8 @@ class Examples:
         """Encoder positions of the batch that this position of the stream belongs to."""
         number = position // self.batch_size
         members = range(number * self.batch_size, (number + 1) * self.batch_size)
-        return self.rule(number, max(self.needed[self.index(p)] for p in members))
+        needed = max(self.needed[self.index(p)] for p in members)
+        return self.rule(number, needed) if self.rule else shortest(self.windows, needed)
 
     def tokens(self, positions: Sequence[int]) -> int:
         """How many tokens are to be found there."""

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from export import onnx_graph as ops
 from export.artifact import write_manifest
-from export.cost import count_parameters, macs
+from export.cost import count_parameters, macs, macs_by_window
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
 from export.shrink import attention_shape, layer_shapes, windows_of
@@ -90,6 +90,7 @@ def export_onnx(
         "precision": precision,
         "parameters": count_parameters(model)["total"],
         "macs": macs(model),
+        "macs_by_window": macs_by_window(model),
         "contract": contract,
         "layers": layer_shapes(model),
         "audio": {

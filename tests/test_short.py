@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +22,13 @@ from benchmarks.speech import Clip, read_manifest
 from devices.runner.audio import shortest
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
-from edgewhisper import decoding, pipeline, whisper
+from edgewhisper import calibration, decoding, pipeline, whisper
+from edgewhisper.compress import short
+from edgewhisper.compress.short import Lengths, Options, drawn_length, windows_for
+from edgewhisper.compress.work import Work
 from edgewhisper.examples import Examples
+from edgewhisper.recipe import parse
+from edgewhisper.training import Training
 from export.artifact import read_manifest as read_artifact
 from export.problem import Problem
 from export.shrink import layer_shapes, shrink, windows_of
@@ -110,8 +119,6 @@ def test_a_record_that_is_no_list_of_windows_is_a_letter(
 @torch.no_grad()
 def independently(model, features: torch.Tensor) -> torch.Tensor:
     """The encoder in a stock model whose whole window is that short."""
-    import copy
-
     from transformers import WhisperForConditionalGeneration
 
     config = copy.deepcopy(model.config)
@@ -402,3 +409,296 @@ def test_a_model_of_one_window_is_trained_in_the_order_of_old(
     order = [examples.index(i) for i in range(12)]
     assert order == [*(i for epoch in range(3) for i in permutation(seed, epoch, 4))]
     assert examples[range(2)].input_features.shape[2] == 600
+
+
+# -------------------------------------------------------------------------------------- taught
+
+BRIEF = Training(steps=2, batch_size=3, learning_rate=1e-3)
+NOTHING = Training(steps=0)
+
+
+@pytest.fixture
+def work(processor, few, tmp_path, seed) -> Work:
+    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run", seed=seed)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_zero_steps_record_the_windows_and_change_nothing(tiny_whisper, work):
+    before = weights(tiny_whisper)
+    model = short.apply(tiny_whisper, Options(training=NOTHING), work)
+    assert same_bits(weights(model), before)
+    assert windows_of(model.config) == WINDOWS
+    assert work.record["short"]["windows_s"] == pytest.approx([2.0, 4.0, 6.0])
+    assert work.record["short"]["macs"].keys() == {"100", "200", "300"}
+    assert model.config.output_hidden_states is False
+
+
+@pytest.mark.parametrize("lengths", ["windows", "jitter"])
+def test_hearing_everything_it_is_the_teacher_and_stays_so(lengths, tiny_whisper, work):
+    """n = N: (2) and the divergence are zero, and so is every gradient."""
+    before = weights(tiny_whisper)
+    options = Options(windows_s=(6.0,), lengths=lengths, margin=300, reach=0, kl=1.0)
+    model = short.apply(tiny_whisper, replace(options, training=BRIEF), work)
+    assert work.record["short"]["training"]["last_loss"] == pytest.approx(0.0, abs=1e-6)
+    for name, tensor in weights(model).items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-12)
+    assert not hasattr(model.config, "edgewhisper")
+
+
+def test_it_learns_to_say_in_short_windows_what_it_says_in_the_full_one(
+    tiny_whisper, work, few, processor
+):
+    teacher = copy.deepcopy(tiny_whisper)
+    whisper.set_windows(tiny_whisper.config, WINDOWS)
+
+    def distance(model) -> float:
+        batch = Examples(few, model, processor, seed=0)[[0]]
+        told = model(
+            batch.whole_features[..., :200],
+            decoder_input_ids=batch.decoder_input_ids,
+            output_hidden_states=True,
+        ).decoder_hidden_states
+        wanted = short.full_outputs(teacher, batch).decoder_hidden_states
+        return float(short.state_distance(wanted, told).mean())
+
+    before = distance(tiny_whisper)
+    training = Training(steps=20, batch_size=2, learning_rate=3e-3)
+    work.train = few[:2]
+    short.apply(tiny_whisper, Options(lengths="windows", training=training), work)
+    assert distance(tiny_whisper) < 0.7 * before
+
+
+def test_the_published_values_are_the_defaults():
+    options = Options()
+    assert (options.lengths, options.reach, options.margin, options.full_share) == (
+        "jitter",
+        64,
+        0,
+        0.0,
+    )
+    assert (options.kl, options.ce) == (0.0, 0.0)
+    training = options.training
+    assert (training.learning_rate, training.batch_size, training.epochs) == (1e-6, 1, 8)
+    assert (training.schedule, training.warmup, training.clip_norm) == ("constant", 0, np.inf)
+
+
+def test_the_distance_of_states_on_a_hand_made_example():
+    """Two states of two tokens and two features; squares are 0, 4 and 1, 1, then 0, 0 and 9, 1."""
+    wanted = [torch.zeros(1, 2, 2), torch.ones(1, 2, 2)]
+    found = [torch.tensor([[[0.0, 2], [1, -1]]]), torch.tensor([[[1.0, 1], [4, 0]]])]
+    assert short.state_distance(wanted, found).tolist() == [[(2 + 0) / 2, (1 + 5) / 2]]
+
+
+def test_the_loss_of_one_clip_is_the_published_expression(short_whisper, processor, few, rng):
+    """All hidden states in one tensor, and torch's mean squared error: the recipe's own words."""
+    teacher, student = short_whisper, copy.deepcopy(short_whisper).train()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    batch = Examples(few, student, processor, seed=0, window=lambda number, needed: 57)[[0]]
+    assert batch.input_features.shape[2] == 114
+    ids = batch.decoder_input_ids
+    told = student(batch.input_features, decoder_input_ids=ids, output_hidden_states=True)
+    wanted = teacher(batch.whole_features, decoder_input_ids=ids, output_hidden_states=True)
+    pair = (torch.cat(x.decoder_hidden_states) for x in (told, wanted))
+    published = torch.nn.functional.mse_loss(*pair)
+    term = short.distillation(teacher, Options())(student, batch, told)
+    found = term + torch.nn.functional.cross_entropy(told.logits[0], batch.labels[0])
+    assert float(found) == pytest.approx(float(published), rel=1e-4)
+
+
+def test_cross_entropy_counts_as_much_as_it_is_asked_to(short_whisper, processor, few):
+    batch = Examples(few, short_whisper, processor, seed=0)[[0]]
+    told = short_whisper(
+        batch.input_features, decoder_input_ids=batch.decoder_input_ids, output_hidden_states=True
+    )
+    terms = [
+        float(short.distillation(short_whisper, Options(ce=ce))(short_whisper, batch, told))
+        for ce in (0.0, 1.0, 3.0)
+    ]
+    entropy = torch.nn.functional.cross_entropy(told.logits[0], batch.labels[0]).item()
+    assert terms[1] - terms[0] == pytest.approx(entropy, rel=1e-3)
+    assert terms[2] - terms[0] == pytest.approx(3 * entropy, rel=1e-3)
+
+
+@pytest.mark.parametrize("needed", [1, 2, 3, 50, 191, 200, 1000, 1490, 1500])
+def test_lengths_are_drawn_around_the_end_of_the_clip(needed, rng):
+    """(1): uniform over [-m, m), m = min(64, n / 3), within the model's positions."""
+    m = min(64, needed // 3)
+    drawn = {drawn_length(needed, 64, 1500, rng) for _ in range(3000)}
+    wanted = {min(needed + u, 1500) for u in range(-m, m)} or {needed}
+    assert drawn <= wanted
+    assert {min(wanted), max(wanted)} <= drawn or m > 50
+    assert len(drawn) > 0.9 * len(wanted)
+
+
+def test_a_length_follows_from_the_seed_and_the_step_alone(seed):
+    options = Options(full_share=0.3)
+    one, other = (Lengths(options, (100, 200, 300), seed) for _ in range(2))
+    assert [one(s, 80) for s in range(50)] == [other(s, 80) for s in range(50)]
+    assert len({one(s, 80) for s in range(50)}) > 10
+    full = sum(one(s, 80) == 300 for s in range(1000))
+    assert 200 < full < 400
+    assert [one(s, 80) for s in range(50)] != [
+        Lengths(options, (100, 200, 300), seed + 1)(s, 80) for s in range(50)
+    ]
+
+
+def test_windows_never_cut_speech_away(seed):
+    rule = Lengths(Options(lengths="windows", margin=5), (100, 200, 300), seed)
+    assert [rule(0, needed) for needed in (1, 95, 96, 195, 196, 296, 300)] == [
+        100,
+        100,
+        200,
+        200,
+        300,
+        300,
+        300,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "full", "windows"),
+    [
+        ((), 1500, [500, 1000, 1500]),
+        ((), 300, [100, 200, 300]),
+        ((), 2, [1, 2]),
+        ((5.0, 10.0), 1500, [250, 500, 1500]),
+        ((10.0, 30.0), 1500, [500, 1500]),
+        ((0.02,), 300, [1, 300]),
+    ],
+)
+def test_windows_are_named_in_seconds(seconds, full, windows):
+    assert windows_for(seconds, full, 0.02) == windows
+
+
+@pytest.mark.parametrize(
+    "seconds", [(4.0, 2.0), (2.0, 2.0), (0.0, 2.0), (-1.0,), (6.1,), (np.inf,), (np.nan,)]
+)
+def test_windows_that_cannot_be_are_a_letter(seconds, tiny_whisper, work):
+    with pytest.raises(Problem, match=r"short: windows_s is .* ascending, and between 0.02") as e:
+        short.apply(tiny_whisper, Options(windows_s=seconds), work)
+    assert "windows_s = [2, 4]" in e.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("windows_s = 5.0", "windows_s: 5.0 is not a list"),
+        ('windows_s = [5.0, "ten"]', "windows_s: 'ten' is not a number"),
+        ("full_share = 1.5", "full_share: 1.5 is not between 0 and 1"),
+        ('lengths = "random"', "lengths: 'random' is not one of 'jitter', 'windows'"),
+    ],
+)
+def test_a_recipe_with_wrong_windows_is_a_letter(text, told):
+    with pytest.raises(Problem) as caught:
+        parse("mine", f'[[step]]\nmethod = "short"\n{text}\n')
+    assert told in str(caught.value)
+
+
+def test_a_recipe_names_windows_in_a_list():
+    step = parse("mine", '[[step]]\nmethod = "short"\nwindows_s = [5, 10.0]\n').steps[0]
+    assert step.options.windows_s == (5.0, 10.0)
+
+
+def test_passes_of_one_step_add_up_to_the_step(tiny_whisper, processor, clips, tmp_path, seed):
+    eight = read_manifest(clips)[:8]
+    options = Options(full_share=0.3, kl=0.5, ce=0.2, training=Training(steps=3, batch_size=4))
+    results = []
+    for passes in (1, 2):
+        model = copy.deepcopy(tiny_whisper)
+        training = replace(options.training, accumulate=passes, learning_rate=1e-3)
+        run = Work(processor, eight, eight, tmp_path / str(passes), seed)
+        short.apply(model, replace(options, training=training), run)
+        results.append(weights(model))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-4)
+
+
+WORKER = """
+import sys, torch
+from pathlib import Path
+from benchmarks.speech import read_manifest
+from edgewhisper import whisper
+from edgewhisper.compress import short
+from edgewhisper.compress.work import Work
+from edgewhisper.training import Training
+
+start, clips, out = map(Path, sys.argv[1:])
+model, processor = whisper.load(start), whisper.load_processor(start)
+seven = read_manifest(clips)[:7]
+work = Work(processor, seven, seven, out, seed=3)
+short.apply(model, short.OPTIONS, work)
+torch.save(model.state_dict(), out / f"rank-{torch.distributed.get_rank()}.pt")
+"""
+
+
+def test_two_processes_teach_the_same_as_one(make_whisper, processor, clips, tmp_path):
+    model = make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=1)
+    whisper.save(model, processor, tmp_path / "start", {})
+    options = Options(full_share=0.3, training=Training(steps=3, batch_size=4, accumulate=2))
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.replace("OPTIONS", repr(options)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    paths = [str(path) for path in (script, tmp_path / "start", clips, tmp_path / "two")]
+    root = str(Path(whisper.__file__).parent.parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    subprocess.run([*launch, *paths], check=True, env=environment, timeout=600)
+
+    seven = read_manifest(clips)[:7]
+    short.apply(model, options, Work(processor, seven, seven, tmp_path / "one", seed=3))
+    for rank in (0, 1):
+        state = torch.load(tmp_path / "two" / f"rank-{rank}.pt")
+        for name, tensor in weights(model).items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_it_comes_before_and_after_other_methods(tiny_whisper, work):
+    """TSPAR, removal, and a low-rank encoder on a model that has windows: they stay, and work."""
+    from edgewhisper.compress import lite, shrink, tspar
+
+    model = short.apply(tiny_whisper, Options(training=BRIEF), work)
+    pruned = tspar.Options(
+        layers="*.fc2", c2=0.0, search=False, evaluations=1, training=replace(BRIEF, steps=1)
+    )
+    model = tspar.apply(model, pruned, replace(work, run_dir=work.run_dir / "tspar"))
+    model = shrink.apply(model, shrink.Options(), work)
+    model = lite.apply(model, lite.Options(), replace(work, run_dir=work.run_dir / "lite"))
+    assert windows_of(model.config) == WINDOWS
+    again = replace(work, run_dir=work.run_dir / "again")
+    model = short.apply(model, Options(windows_s=(3.0,), training=BRIEF), again)
+    assert windows_of(model.config) == [150, 300]
+
+
+def test_calibration_hears_what_decoding_hears(short_whisper, processor, few):
+    speech = calibration.Speech(few, processor)
+    found = [(w.features.shape[2], w.positions) for w in speech.windows(short_whisper)]
+    assert found == [(200, 100), (200, 100), (400, 200), (600, 300)]
+    masked = replace(speech, mask_padding=True)
+    assert [w.positions for w in masked.windows(short_whisper)] == [47, 76, 176, 205]
+
+
+def test_what_was_taught_survives_export_and_its_gate(digits, work, few, clips, tmp_path):
+    """The whole road on the embedded model: short, saved, exported in fp32, exact in the gate."""
+    model = short.apply(whisper.load(digits), Options(training=BRIEF), work)
+    whisper.save(model, work.processor, tmp_path / "taught", {})
+    manifest_file = tmp_path / "few.jsonl"
+    lines = clips.read_text().splitlines()
+    absolute = [json.loads(lines[i]) for i in (0, 2, 4, 5)]
+    for entry in absolute:
+        entry["audio"] = str(clips.parent / entry["audio"])
+    manifest_file.write_text("\n".join(map(json.dumps, absolute)) + "\n")
+    place = pipeline.export(str(tmp_path / "taught"), "fp32", manifest_file, tmp_path / "out")
+    manifest = read_artifact(place)
+    assert manifest["audio"]["windows_samples"] == [32000, 64000, 96000]
+    assert manifest["gate"]["identical_tokens"] == 1
+    assert manifest["gate"]["max_logits_error"] < 1e-3
+    assert set(manifest["macs_by_window"]) == {"100", "200", "300"}
+    assert manifest["macs_by_window"]["300"] == manifest["macs"]

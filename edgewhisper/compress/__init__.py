@@ -11,5 +11,6 @@ METHODS: dict[str, str] = {
     "lite": "edgewhisper.compress.lite",
     "merge": "edgewhisper.compress.merge",  # BaldWhisper, stage 1
     "shear": "edgewhisper.compress.shear",  # and stage 2
+    "short": "edgewhisper.compress.short",
     "shrink": "edgewhisper.compress.shrink",
 }
