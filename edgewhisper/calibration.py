@@ -9,8 +9,9 @@ Both sums are float64 and grow as the speech goes by, one window at a time: memo
 matrix for every point watched, whatever the length of the speech. Several layers that read the same
 tensor need one point only, see whisper.input_of.
 
-A window is always full, and the end of most is padding. Every position counts, as in the methods
-that were published; with `mask_padding` those of the padding do not.
+A window is as long as in decoding: the shortest of the model's that holds the clip, which for most
+models is the full one. The end of most is padding. Every position counts, as in the methods that
+were published; with `mask_padding` those of the padding do not.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from devices.runner.audio import split
-from edgewhisper.decoding import log_mel
+from devices.runner.audio import shortest, split
+from edgewhisper.decoding import log_mel, windows_samples
 from edgewhisper.examples import token_ids
 from edgewhisper.whisper import reads_sound, side_and_layer
 from export.problem import Problem
@@ -103,16 +104,18 @@ class Speech:
     ) -> Iterator[Window]:
         """Each clip's windows, in order; long clips are cut in pauses, as in transcription."""
         extractor = self.processor.feature_extractor
+        windows = windows_samples(model, extractor)
         for clip in self.clips:
             pcm = clip.pcm()
             cuts = split(pcm, extractor.n_samples)
             tokens = self._tokens(clip, model) if decoder and len(cuts) == 1 else None
             for cut in cuts:
                 piece = pcm[cut]
-                positions = model.config.max_source_positions
+                window = shortest(windows, len(piece))
+                positions = window // (2 * extractor.hop_length)
                 if self.mask_padding:
                     positions = sounding(len(piece), extractor.hop_length, positions)
-                yield Window(log_mel(extractor, [piece]), positions, tokens)
+                yield Window(log_mel(extractor, [piece], window), positions, tokens)
 
     def _tokens(self, clip: "Clip", model: "WhisperForConditionalGeneration") -> Tensor | None:
         given, found = token_ids(clip, model, self.processor.tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperProcessor
 
-from devices.runner.audio import split
+from devices.runner.audio import shortest, split
 from edgewhisper.whisper import quiet
+from export.shrink import windows_of
 
 
 def window_samples(processor: WhisperProcessor) -> int:
@@ -19,9 +20,22 @@ def window_samples(processor: WhisperProcessor) -> int:
     return processor.feature_extractor.n_samples
 
 
-def log_mel(extractor: Any, pcms: Sequence[np.ndarray]) -> Tensor:
-    """Clips of up to one window, 16 kHz mono -> (batch, n_mels, frames), zero-padded as trained."""
-    features = extractor(list(pcms), sampling_rate=extractor.sampling_rate, return_tensors="pt")
+def windows_samples(model: nn.Module, extractor: Any) -> list[int]:
+    """The model's windows, ascending; a clip is heard through the first that holds it."""
+    return [2 * positions * extractor.hop_length for positions in windows_of(model.config)]
+
+
+def log_mel(extractor: Any, pcms: Sequence[np.ndarray], samples: int | None = None) -> Tensor:
+    """Clips of up to one window, 16 kHz mono -> (batch, n_mels, frames), zero-padded as trained.
+
+    The window has so many samples; None: the full one.
+    """
+    features = extractor(
+        list(pcms),
+        sampling_rate=extractor.sampling_rate,
+        return_tensors="pt",
+        max_length=samples or extractor.n_samples,
+    )
     return features.input_features
 
 
@@ -34,9 +48,8 @@ def greedy(
 ) -> list[list[int]]:
     """Greedy tokens of clips of up to one window each, without prompt and end of text."""
     limit = model.config.max_target_positions - 4
-    tokens: list[list[int]] = []
-    for start in range(0, len(pcms), batch_size):
-        features = log_mel(processor.feature_extractor, pcms[start : start + batch_size])
+    tokens: list[list[int]] = [[] for _ in pcms]
+    for indices, features in _batches(model, processor, pcms, batch_size):
         with quiet():
             output = model.generate(
                 features.to(next(model.parameters()).device),
@@ -46,8 +59,23 @@ def greedy(
                 suppress_tokens=_suppressed(model),
                 **_language(model),
             )
-        tokens += [_until_end(row, model.generation_config.eos_token_id) for row in output.tolist()]
+        for index, row in zip(indices, output.tolist(), strict=True):
+            tokens[index] = _until_end(row, model.generation_config.eos_token_id)
     return tokens
+
+
+def _batches(
+    model: nn.Module, processor: WhisperProcessor, pcms: Sequence[np.ndarray], size: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Clips of one window together: their indices, and their features in the shortest window that
+    holds them."""
+    extractor = processor.feature_extractor
+    windows = windows_samples(model, extractor)
+    for window in windows:
+        group = [i for i, pcm in enumerate(pcms) if shortest(windows, len(pcm)) == window]
+        for start in range(0, len(group), size):
+            indices = group[start : start + size]
+            yield indices, log_mel(extractor, [pcms[i] for i in indices], window)
 
 
 @torch.no_grad()
@@ -56,7 +84,8 @@ def logits(
 ) -> np.ndarray:
     """Logits after each of the decoder's input ids on one window, (ids, vocab) float32."""
     device = next(model.parameters()).device
-    features = log_mel(processor.feature_extractor, [pcm]).to(device)
+    (_, features), *_ = _batches(model, processor, [pcm], size=1)
+    features = features.to(device)
     inputs = torch.tensor([list(ids)], device=device)
     output = model(input_features=features, decoder_input_ids=inputs, use_cache=False)
     return output.logits[0].float().cpu().numpy()

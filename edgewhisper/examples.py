@@ -1,8 +1,14 @@
-"""Clips as training takes them: features, what decoding is given and what it shall find."""
+"""Clips as training takes them: features, what decoding is given and what it shall find.
+
+A model made for windows of several lengths (config.edgewhisper, "windows") is trained as it will
+decode: a batch is cut to the shortest window that holds its longest clip, and clips of one window
+come together. That is also the cheaper way: an encoder at a third of its length does less than a
+third of the work. A batch here is the whole one of a step, over all processes and passes.
+"""
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -11,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from devices.runner.audio import shortest
 from edgewhisper.decoding import log_mel
 from export.problem import Problem
+from export.shrink import windows_of
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
@@ -26,6 +34,9 @@ SAMPLE_RATE = 16_000
 CACHED_BYTES = 512_000_000
 """Features of clips that are used again are kept in memory up to this."""
 
+WindowRule = Callable[[int, int], int]
+"""Number of a batch, and encoder positions that its longest clip needs -> the batch's positions."""
+
 UNSPACED = ("zh", "ja", "th", "lo", "my", "yue")
 """Languages whose transcripts Whisper does not begin with a space."""
 
@@ -33,16 +44,22 @@ UNSPACED = ("zh", "ja", "th", "lo", "my", "yue")
 @dataclass
 class Batch:
     input_features: Tensor
-    """(clips, mels, frames)"""
+    """(clips, mels, frames) of the batch's window."""
     decoder_input_ids: Tensor
     """(clips, tokens): start, prompt, text; the end token as padding."""
     labels: Tensor
     """(clips, tokens): what comes next; IGNORED in the prompt, which decoding is given and does
     not have to find, and in the padding."""
+    whole_features: Tensor | None = None
+    """(clips, mels, frames) of the model's full window."""
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.input_features, self.decoder_input_ids, self.labels)
-        return Batch(*(tensor.to(device) for tensor in tensors))
+        return Batch(
+            self.input_features.to(device),
+            self.decoder_input_ids.to(device),
+            self.labels.to(device),
+            None if self.whole_features is None else self.whole_features.to(device),
+        )
 
 
 class Examples:
@@ -57,8 +74,13 @@ class Examples:
         seed: int,
         noise_snr_db: float = math.inf,
         mask_mels: int = 0,
+        batch_size: int = 1,
+        window: WindowRule | None = None,
     ) -> None:
+        """`window` decides how long each batch is; None: the shortest window that holds it."""
         self.extractor = processor.feature_extractor
+        self.windows, self.batch_size = windows_of(model.config), batch_size
+        self.rule = window
         self.seed, self.noise_snr_db, self.mask_mels = seed, noise_snr_db, mask_mels
         if not clips:
             raise Problem("training: there are no clips to train on", hint="name a speech manifest")
@@ -81,10 +103,12 @@ class Examples:
             warnings.warn(
                 f"training: {self.skipped} of {len(clips)} clips are longer than the window of "
                 f"{window_s:g} s or {room} tokens and are left out",
-                stacklevel=3,
+                stacklevel=4,
             )
         self.clips = [clip for clip, _, _ in fitting]
         self.texts = [(given, found) for _, given, found in fitting]
+        self.needed = [needed_positions(clip, self.extractor, self.windows) for clip in self.clips]
+        self._orders: dict[int, tuple[int, ...]] = {}
         self._kept: dict[int, Tensor] = {}
         frames = self.extractor.nb_max_frames
         self._room = CACHED_BYTES // (4 * self.extractor.feature_size * frames)
@@ -95,18 +119,58 @@ class Examples:
     def index(self, position: int) -> int:
         """The clip at a position of the stream: each epoch is one permutation of all clips."""
         epoch, place = divmod(position, len(self))
-        return permutation(self.seed, epoch, len(self))[place]
+        return self.order(epoch)[place]
+
+    def order(self, epoch: int) -> tuple[int, ...]:
+        if len(self.windows) == 1:
+            return permutation(self.seed, epoch, len(self))
+        if epoch not in self._orders:
+            if len(self._orders) > 3:
+                self._orders.clear()
+            self._orders[epoch] = self._by_window(epoch)
+        return self._orders[epoch]
+
+    def _by_window(self, epoch: int) -> tuple[int, ...]:
+        """A permutation whose batches hold clips of one window each, but for those at a seam."""
+        shuffled = permutation(self.seed, epoch, len(self))
+        ordered = sorted(shuffled, key=lambda i: shortest(self.windows, self.needed[i]))
+        head = -epoch * len(self) % self.batch_size  # they fill the last batch of the epoch before
+        batches = [
+            ordered[i : i + self.batch_size] for i in range(head, len(self), self.batch_size)
+        ]
+        full = sum(len(batch) == self.batch_size for batch in batches)
+        turns = np.random.default_rng([self.seed, 2, epoch]).permutation(full).tolist()
+        mixed = [batches[i] for i in turns] + batches[full:]
+        return (*ordered[:head], *(i for batch in mixed for i in batch))
+
+    def window(self, position: int) -> int:
+        """Encoder positions of the batch that this position of the stream belongs to."""
+        number = position // self.batch_size
+        members = range(number * self.batch_size, (number + 1) * self.batch_size)
+        needed = max(self.needed[self.index(p)] for p in members)
+        return self.rule(number, needed) if self.rule else shortest(self.windows, needed)
 
     def tokens(self, positions: Sequence[int]) -> int:
         """How many tokens are to be found there."""
         return sum(len(self.texts[self.index(p)][1]) for p in positions)
 
     def __getitem__(self, positions: Sequence[int]) -> Batch:
-        texts = [self.texts[self.index(p)] for p in positions]
-        inputs = [given + found[:-1] for given, found in texts]
-        labels = [[IGNORED] * (len(given) - 1) + found for given, found in texts]
         features = torch.stack([self.features(p) for p in positions])
-        return Batch(features, padded(inputs, texts[0][1][-1]), padded(labels, IGNORED))
+        return self.batch([self.index(p) for p in positions], features, self.window(positions[0]))
+
+    def plain(self, indices: Sequence[int]) -> Batch:
+        """These clips as they are, in the shortest window that holds them."""
+        features = torch.stack([self._plain(i) for i in indices])
+        needed = max(self.needed[i] for i in indices)
+        return self.batch(indices, features, shortest(self.windows, needed))
+
+    def batch(self, indices: Sequence[int], features: Tensor, positions: int) -> Batch:
+        """Clips by their features (clips, mels, frames), cut to so many encoder positions."""
+        texts = [self.texts[i] for i in indices]
+        inputs = padded([given + found[:-1] for given, found in texts], texts[0][1][-1])
+        labels = [[IGNORED] * (len(given) - 1) + found for given, found in texts]
+        heard = features[..., : 2 * positions]  # two mel frames make a position
+        return Batch(heard, inputs, padded(labels, IGNORED), features)
 
     def features(self, position: int) -> Tensor:
         """(mels, frames), augmented by random numbers of the seed and the position."""
@@ -129,7 +193,9 @@ class Examples:
 
     def _pcm(self, index: int) -> np.ndarray:
         pcm = self.clips[index].pcm()
-        if len(pcm) > self.extractor.n_samples:
+        window = 2 * self.extractor.hop_length * shortest(self.windows, self.needed[index])
+        # durations are rounded: what is over by less than a frame is no mistake
+        if len(pcm) > min(window + self.extractor.hop_length, self.extractor.n_samples):
             raise Problem(
                 f"training: {self.clips[index].audio} lasts {len(pcm) / SAMPLE_RATE:.2f} s, which "
                 "is longer than its manifest says and than the model's window",
@@ -180,6 +246,12 @@ def seconds(clip: "Clip") -> float:
     return clip.duration_s if clip.duration_s is not None else len(clip.pcm()) / SAMPLE_RATE
 
 
+def needed_positions(clip: "Clip", extractor: Any, windows: Sequence[int]) -> int:
+    """Encoder positions that a clip reaches into."""
+    samples = seconds(clip) * extractor.sampling_rate
+    return min(max(1, math.ceil(samples / (2 * extractor.hop_length))), windows[-1])
+
+
 def add_noise(pcm: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
     """White noise between snr_db and 30 dB below that, relative to the clip's mean power."""
     level = math.sqrt(float(np.mean(pcm**2))) * 10 ** (-(snr_db + rng.uniform(0, 30)) / 20)
@@ -207,8 +279,6 @@ def batches(
 ) -> Iterator[Batch]:
     """Every clip once, as it is, in the manifest's order, on the model's device."""
     examples = Examples(clips, model, processor, seed=0)
-    order = permutation(0, 0, len(examples))
-    positions = sorted(range(len(examples)), key=order.__getitem__)
     device = next(model.parameters()).device
-    for first in range(0, len(positions), size):
-        yield examples[positions[first : first + size]].to(device)
+    for first in range(0, len(examples), size):
+        yield examples.plain(range(len(examples))[first : first + size]).to(device)

@@ -27,7 +27,7 @@ from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import Recipe, load_recipe
 from export.artifact import MANIFEST, verify, write_manifest
-from export.cost import count_parameters, macs
+from export.cost import count_parameters, macs, macs_by_window
 from export.files import new_directory
 from export.problem import Problem
 from export.quantise import is_quantised
@@ -143,6 +143,7 @@ def measure(model: WhisperForConditionalGeneration, work: Work) -> dict[str, Any
     return {
         "parameters": count_parameters(model),
         "macs": macs(model),
+        "macs_by_window": macs_by_window(model),
         "dev": work.wer(model).as_dict(),
     }
 

@@ -144,8 +144,8 @@ def read_options(options: type, values: dict[str, Any], where: str) -> Any:
 
 
 def read_value(hint: Any, value: Any, where: str) -> Any:
-    """One field. `hint` is its type: a dataclass (then `value` is a table), a Literal, or a scalar
-    type, which may be Annotated with the Range it must keep."""
+    """One field. `hint` is its type: a dataclass (then `value` is a table), a Literal, a scalar
+    type, which may be Annotated with the Range it must keep, or a tuple of such scalars."""
     ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
     kind = get_args(hint)[0] if ranges else hint
     if is_dataclass(kind) and isinstance(kind, type):
@@ -157,6 +157,10 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
         if value not in get_args(kind):
             raise wrong(where, value, f"is not one of {', '.join(map(repr, get_args(kind)))}")
         return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise wrong(where, value, "is not a list")
+        return tuple(read_value(get_args(kind)[0], item, where) for item in value)
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise wrong(where, value, f"is not {NOUNS[kind]}")
     for limits in ranges:

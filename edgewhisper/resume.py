@@ -164,7 +164,9 @@ def fingerprint(
 ) -> str:
     """A hash of all that decides the result: weights at the start, clips, options, seed, hooks."""
     names = [str(clip.audio.name) for clip in examples.clips]
-    return digest(model.state_dict(), [decisive(options), others, names, examples.texts])
+    return digest(
+        model.state_dict(), [decisive(options), others, names, examples.texts, examples.windows]
+    )
 
 
 def decisive(options: "Training") -> dict[str, Any]:

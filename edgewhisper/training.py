@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgewhisper.examples import IGNORED, Batch, Examples
+from edgewhisper.examples import IGNORED, Batch, Examples, WindowRule
 from edgewhisper.recipe import Range
 from edgewhisper.resume import State, fingerprint, graceful_stop, interrupted
 from export.problem import Problem
@@ -105,6 +105,7 @@ def train(
     identity: str = "",
     loss_term: LossTerm | None = None,
     after_step: AfterStep | None = None,
+    window: WindowRule | None = None,
     progress: bool | None = None,
     label: str = "training",
 ) -> TrainingLog:
@@ -112,9 +113,11 @@ def train(
 
     `loss_term(model, batch, outputs)` is a mean per token, added to the cross entropy.
     `after_step(model, step, learning_rate)` runs on every process, without gradients, and must do
-    the same thing on each. State is kept under `run_dir`; where it holds the state of the same
-    training, that is resumed, to the same bits (`identity` tells trainings apart that differ only
-    in what the hooks do). `progress`: None shows a bar on a terminal only.
+    the same thing on each. `window` decides how long the audio of each step is, in place of the
+    rule that it is as in decoding (see edgewhisper/examples.py). State is kept under `run_dir`;
+    where it holds the state of the same training, that is resumed, to the same bits (`identity`
+    tells trainings apart that differ only in what the hooks do). `progress`: None shows a bar on a
+    terminal only.
 
     Raises Problem: no clips, clips in a language the model does not know, state of another
     training in run_dir, a loss that is not finite, Ctrl-C (Interrupted: state is saved first).
@@ -123,7 +126,7 @@ def train(
     if options.steps == 0:
         return TrainingLog(seed, 1, len(clips), 0)
     accelerator = start_accelerator(options)
-    examples = Examples(clips, model, processor, seed, options.noise_snr_db, options.mask_mels)
+    examples = examples_for(model, processor, clips, options, seed, window)
     log = TrainingLog(seed, accelerator.num_processes, len(examples), examples.skipped)
     home = next(model.parameters()).device
     was_training = model.training
@@ -140,6 +143,18 @@ def train(
             unwrap(model)
             model.to(home).train(was_training)
     return log
+
+
+def examples_for(
+    model: "WhisperForConditionalGeneration",
+    processor: "WhisperProcessor",
+    clips: "Sequence[Clip]",
+    options: Training,
+    seed: int,
+    window: WindowRule | None = None,
+) -> Examples:
+    augmentation = options.noise_snr_db, options.mask_mels
+    return Examples(clips, model, processor, seed, *augmentation, options.batch_size, window)
 
 
 def counted(options: Training, clips: int) -> Training:
@@ -159,7 +174,7 @@ def loss_before(
     batches: int = 4,
 ) -> float:
     """Cross entropy per token on the first batches that train() will use, before any step."""
-    examples = Examples(clips, model, processor, seed, options.noise_snr_db, options.mask_mels)
+    examples = examples_for(model, processor, clips, options, seed)
     device = next(model.parameters()).device
     losses = []
     for step in range(batches):

@@ -20,8 +20,11 @@ shapes stand in `config.json` under the key `edgewhisper`:
                                      (8 or 32; without it they are stored in float16)
     block: n                         neighbouring inputs that share a scale in 4 bits; 32 if absent
     scales: "tensor"                 one scale for each weight, not one for each output
-    token_rank: r                    the token table is a product (vocabulary, r) (r, d_model);
-                                     with it, "encoder" and "decoder" may be absent: dense layers
+    token_rank: r                    the token table is a product (vocabulary, r) (r, d_model)
+    windows: [n, ...]                lengths of audio that it was made for, in encoder positions of
+                                     20 ms: ascending, the last is max_source_positions, which is
+                                     the only one where "windows" is absent
+        with one of these two, "encoder" and "decoder" may be absent: dense layers
 
 The number of heads in the stock keys stays that of the dense model, because attention keeps the
 dense model's scale 1/sqrt(head_dim). This is the only file that knows where things are in a model.
@@ -46,15 +49,19 @@ from torch.nn import functional
 from transformers import WhisperConfig, WhisperProcessor
 from transformers.models.whisper.modeling_whisper import (
     ALL_ATTENTION_FUNCTIONS,
+    BaseModelOutput,
     EncoderDecoderCache,
     WhisperAttention,
+    WhisperEncoder,
+    capture_outputs,
     eager_attention_forward,
+    merge_with_config_defaults,
 )
 
 from export.files import new_directory
 from export.problem import Problem
 from export.quantise import BITS, BLOCKS, SCALES
-from export.shrink import ATTENTIONS, FORMAT
+from export.shrink import ATTENTIONS, FORMAT, windows_of
 
 START = "<|startoftranscript|>"
 
@@ -191,11 +198,51 @@ class SlimAttention(WhisperAttention):
         return self.out_proj(output.flatten(2)), weights
 
 
+class Encoder(WhisperEncoder):
+    """Whisper's encoder for audio of several lengths: (batch, mels, 2 n) -> (batch, n, d_model).
+
+    In training n may be anything up to the model's positions. Otherwise it is one of the model's
+    windows: on audio of another length than it was made for, Whisper talks nonsense.
+    """
+
+    def forward(self, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if input_features.shape[-1] == 2 * self.max_source_positions:
+            return super().forward(input_features, *args, **kwargs)
+        self._refuse_length(input_features.shape[-1])
+        return self._short(input_features, *args, **kwargs)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def _short(
+        self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutput:
+        x = functional.gelu(self.conv1(input_features))
+        x = functional.gelu(self.conv2(x)).transpose(1, 2)
+        x = x + self.embed_positions(torch.arange(x.shape[1], device=x.device))
+        x = functional.dropout(x, p=self.dropout, training=self.training)
+        for layer in self.layers:
+            if not (self.training and torch.rand([]) < self.layerdrop):
+                x = layer(x, None, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.layer_norm(x))
+
+    def _refuse_length(self, frames: int) -> None:
+        windows = windows_of(self.config)
+        known = range(1, windows[-1] + 1) if self.training else windows
+        if frames % 2 or frames // 2 not in known:
+            raise Problem(
+                f"the model hears windows of {', '.join(str(2 * n) for n in windows)} mel frames; "
+                f"{frames} were given",
+                hint="pad the audio to one of them; the method `short` teaches a model others",
+            )
+
+
 class WhisperForConditionalGeneration(transformers.WhisperForConditionalGeneration):
-    """Transformers' model, with the per-layer shapes that `config.edgewhisper` asks for."""
+    """Transformers' model, with the shapes and windows that `config.edgewhisper` asks for."""
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__(config)
+        self.model.encoder = None  # first, or there would be memory for two
+        self.model.encoder = Encoder(self.config)
         shapes = getattr(config, "edgewhisper", None)
         if shapes is not None:
             check_shapes(shapes, config)
@@ -215,6 +262,18 @@ class WhisperForConditionalGeneration(transformers.WhisperForConditionalGenerati
         # transformers ties tensors by name; here the two uses share a module, and none is left
         self._tied_weights_keys = None
         self.all_tied_weights_keys: dict[str, str] = {}
+
+    def generate(self, input_features: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own, which fills features up to the window that the config says; those that
+        fill one of the model's shorter windows stay as they are. One thread at a time."""
+        full = self.config.max_source_positions
+        positions = 0 if input_features is None else input_features.shape[-1] // 2
+        if positions in windows_of(self.config):
+            self.config.max_source_positions = positions
+        try:
+            return super().generate(input_features, *args, **kwargs)
+        finally:
+            self.config.max_source_positions = full
 
 
 def _reshape_layer(layer: nn.Module, shape: Mapping[str, Any], attentions: Sequence[str]) -> None:
@@ -262,8 +321,10 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
     if "token_rank" in shapes:
         limit = min(config.vocab_size, config.d_model)
         _check_counts({"token_rank": (shapes["token_rank"], limit)})
-        if not ATTENTIONS.keys() & shapes.keys():
-            return
+    if "windows" in shapes:
+        check_windows(shapes["windows"], config.max_source_positions)
+    if {"token_rank", "windows"} & shapes.keys() and not ATTENTIONS.keys() & shapes.keys():
+        return
     for side, attentions in ATTENTIONS.items():
         layers, wanted = shapes.get(side), getattr(config, f"{side}_layers")
         if not isinstance(layers, list) or len(layers) != wanted:
@@ -274,6 +335,17 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
             )
         for index, layer in enumerate(layers):
             _check_layer(layer, f"{side}.layers.{index}", attentions, side, config)
+
+
+def check_windows(windows: Any, positions: int) -> None:
+    """Refuse lengths of audio that this model, of so many encoder positions, cannot have."""
+    counts = isinstance(windows, list) and all(type(n) is int and n >= 1 for n in windows)
+    if not counts or windows != sorted(set(windows)) or windows[-1:] != [positions]:
+        raise Problem(
+            f"config.json: windows is {windows!r}; it must be a list of encoder positions from 1 "
+            f"on, ascending, of which the last is the model's {positions}",
+            hint="the checkpoint is damaged: copy it again, or compress it anew",
+        )
 
 
 def _check_layer(
@@ -478,14 +550,17 @@ def rebuild(
     """A new model with the per-layer shapes `layers` (None: dense) and these tensors.
 
     It has `decoder_layers` of them (None: as many as `model`), numbered anew, which is where they
-    keep their past keys and values. Everything else (config, generation config, training mode) is
-    `model`'s. Raises Problem where tensors and shapes do not fit together.
+    keep their past keys and values. Everything else (config, generation config, training mode, and
+    the windows, where `layers` names none) is `model`'s. Raises Problem where tensors and shapes do
+    not fit together.
     """
     config = copy.deepcopy(model.config)
     config.decoder_layers = decoder_layers or config.decoder_layers
     config.edgewhisper = copy.deepcopy(layers)
     if layers is None:
         del config.edgewhisper
+    if layers is None or "windows" not in layers:
+        set_windows(config, windows_of(model.config))
     built = WhisperForConditionalGeneration(config)
     tied = {name: tensor for name, tensor in tensors.items() if name != "proj_out.weight"}
     try:
@@ -498,6 +573,20 @@ def rebuild(
         raise Problem(f"tensors do not fit the per-layer shapes: {', '.join(names[:5])}")
     built.generation_config = copy.deepcopy(model.generation_config)
     return built.to(next(model.parameters()).device).train(model.training)
+
+
+def set_windows(config: WhisperConfig, windows: Sequence[int]) -> None:
+    """Record the lengths of audio that the model was made for, in encoder positions; the full
+    window alone needs no record."""
+    check_windows(list(windows), config.max_source_positions)
+    shapes = dict(getattr(config, "edgewhisper", None) or {"format": FORMAT})
+    shapes.pop("windows", None)
+    if len(windows) > 1:
+        shapes["windows"] = list(windows)
+    if shapes.keys() > {"format"}:
+        config.edgewhisper = shapes
+    elif hasattr(config, "edgewhisper"):
+        del config.edgewhisper
 
 
 def compression_record(source: str | Path) -> dict[str, Any]:

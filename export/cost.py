@@ -14,12 +14,15 @@ V * r + 2 * r * d_model, since its rows are multiplied out when tokens are looke
 On whisper-tiny: 10.62 + 6.91 + 0.94 GMAC, 1.77 GMAC, and 13.0 + 19.9 MMAC at 32 tokens.
 Biases, LayerNorms, softmax, gathers and the log-mel front end are not counted. Input columns that
 a layer does not read are not counted either, though a runtime may multiply them by zero (our ONNX
-graphs do wherever that is faster than picking the others).
+graphs do wherever that is faster than picking the others). On whisper-small, 10 s of audio cost
+0.28 times as much as 30 s in the encoder, and 5 s 0.13 times.
 """
 
 from __future__ import annotations
 
 from torch import nn
+
+from export.shrink import windows_of
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -34,10 +37,18 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {"total": total, "token_table": table, "rest": total - table}
 
 
-def macs(model: nn.Module, context: int = 32) -> dict[str, int]:
-    """Multiply-accumulates of one window and one token, see the module's docstring."""
+def macs_by_window(model: nn.Module, context: int = 32) -> dict[str, dict[str, int]]:
+    """Encoder positions of each of the model's windows, in digits for JSON -> its `macs`."""
+    return {str(n): macs(model, context, n) for n in windows_of(model.config)}
+
+
+def macs(model: nn.Module, context: int = 32, positions: int | None = None) -> dict[str, int]:
+    """Multiply-accumulates of one window and one token, see the module's docstring.
+
+    The window has so many encoder positions; None: it is the full one.
+    """
     encoder, decoder = model.model.encoder, model.model.decoder
-    positions = model.config.max_source_positions
+    positions = positions or model.config.max_source_positions
     return {
         "encoder": _stem(encoder, positions)
         + sum(_encoder_layer(layer, positions) for layer in encoder.layers),

@@ -308,6 +308,15 @@ def _widened(g: Graph, weight: Floats, scheme: Scheme, columns: bool = False) ->
     return g.op("Mul", g.op("Cast", g.constant(q), to=TensorProto.FLOAT), g.constant(scale))
 
 
+def sinusoids(g: Graph, length: str, rates: Floats) -> str:
+    """Whisper's positions: length (1,) int64, angles per position (d / 2,) -> (length, d)."""
+    stop = g.op("Squeeze", length, g.constant([0]))
+    places = g.op("Range", g.constant(0), stop, g.constant(1))
+    column = g.op("Unsqueeze", g.op("Cast", places, to=TensorProto.FLOAT), g.constant([1]))
+    angles = g.op("Mul", column, g.constant(rates))  # (length, d / 2)
+    return g.op("Concat", g.op("Sin", angles), g.op("Cos", angles), axis=1)
+
+
 def layer_norm(g: Graph, x: str, weight: Floats, bias: Floats, epsilon: float) -> str:
     return g.op(
         "LayerNormalization", x, g.constant(weight), g.constant(bias), axis=-1, epsilon=epsilon

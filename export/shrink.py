@@ -315,10 +315,24 @@ def _bits(model: nn.Module, side: str) -> list[dict[str, Any]]:
 
 
 def _beside_layers(model: nn.Module) -> dict[str, Any]:
-    """What is no layer's: the format, the rank of a factorised token table, precisions."""
-    rows = getattr(model.model.decoder.embed_tokens, "rows", None)
-    rank = {} if rows is None else {"token_rank": rows.embedding_dim}
-    return {"format": FORMAT} | rank | noted(model)
+    """What is no layer's: the format, the rank of a factorised token table, windows, precisions."""
+    rows, windows = (
+        getattr(model.model.decoder.embed_tokens, "rows", None),
+        windows_of(model.config),
+    )
+    shapes: dict[str, Any] = {"format": FORMAT}
+    if rows is not None:
+        shapes["token_rank"] = rows.embedding_dim
+    if len(windows) > 1:
+        shapes["windows"] = windows
+    return shapes | noted(model)
+
+
+def windows_of(config: Any) -> list[int]:
+    """Lengths of audio that a model was made for, in encoder positions: ascending, the last is all
+    that it has."""
+    shapes = getattr(config, "edgewhisper", None) or {}
+    return list(shapes.get("windows", [config.max_source_positions]))
 
 
 def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:

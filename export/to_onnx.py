@@ -1,18 +1,21 @@
 """Whisper as two ONNX graphs in our native layout, built from the weights.
 
-    encoder.onnx   pcm (1, window_samples) float32, 16 kHz
+    encoder.onnx   pcm (1, samples) float32, 16 kHz
                    -> cross.{i}.key (1, heads, T, qk_dim), cross.{i}.value (1, heads, T, v_dim)
     decoder.onnx   input_ids (1, s) int64, past.{i}.key/value (1, heads, past, dim), cross.{i}.*
                    -> logits (1, 1, vocab) of the last position, present.{i}.key/value
 
-`i` counts decoder layers. The decoder starts with a past of length 0; positions follow from it.
-Head axes of the inputs are symbolic, those of the outputs static. Beside the graphs stands all that
-inference needs without a tokenizer library: tokens.json, and the prompt and the rules of decoding
-in manifest.json; the Hugging Face files are there for tools that want them.
+`i` counts decoder layers. `samples` is one of the manifest's `windows_samples`, and T the encoder
+positions of that window: one graph serves them all. Where the model has one window only, both are
+numbers. The decoder starts with a past of length 0; positions follow from it. Head axes of the
+inputs are symbolic, those of the outputs static. Beside the graphs stands all that inference needs
+without a tokenizer library: tokens.json, and the prompt and the rules of decoding in manifest.json;
+the Hugging Face files are there for tools that want them.
 
 fp32 keeps every weight as it is. int8 quantises every matrix of the blocks per output channel and
 the tied token table per token (its factors per row), with dynamic activations; the convolution stem
-and the positions are float16 on disk and float32 at work; biases and norms stay float32. Where the
+and the decoder's positions are float16 on disk and float32 at work; biases and norms stay float32.
+The encoder's positions are computed where they are the sinusoids that Whisper fixes. Where the
 checkpoint names bits for a layer, the table or the stem (see quantise.py), an int8 export follows
 it: 4 bits in blocks, 8, 16 (float32 at work) or 32. Nothing is
 stored twice. On x86 without VNNI, onnxruntime's int8 products may saturate (u8 * s8 summed in 16
@@ -32,20 +35,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import torch
 from torch import Tensor, nn
 
 from export import onnx_graph as ops
 from export.artifact import write_manifest
-from export.cost import count_parameters, macs
+from export.cost import count_parameters, macs, macs_by_window
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
 from export.quantise import schemes
-from export.shrink import attention_shape, layer_shapes
+from export.shrink import attention_shape, layer_shapes, windows_of
 from export.versions import versions
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
+SINUSOID_ERROR = {"fp32": 1e-5, "int8": 2**-12}
+"""Positions this close to Whisper's sinusoids are computed, not stored. float16, in which an int8
+graph would store them, is off by as much."""
 
 
 def export_onnx(
@@ -78,17 +86,20 @@ def export_onnx(
     (out / "tokens.json").write_text(json.dumps({"bytes": tokens}) + "\n", encoding="utf-8")
     for part in (model.config, model.generation_config, processor.tokenizer, extractor):
         part.save_pretrained(out)
+    _write_compactly(out / "tokenizer.json")
     manifest = {
         "target": "onnx",
         "layout": "native",
         "precision": precision,
         "parameters": count_parameters(model)["total"],
         "macs": macs(model),
+        "macs_by_window": macs_by_window(model),
         "contract": contract,
         "layers": layer_shapes(model),
         "audio": {
             "sampling_rate": extractor.sampling_rate,
             "window_samples": extractor.n_samples,
+            "windows_samples": [2 * n * extractor.hop_length for n in windows_of(model.config)],
             "hop_samples": extractor.hop_length,
         },
         "decoding": decoding,
@@ -98,6 +109,14 @@ def export_onnx(
     }
     write_manifest(out, manifest)
     return manifest
+
+
+def _write_compactly(path: Path) -> None:
+    """A JSON file without indentation: of a small model's artifact it is a large part."""
+    if path.is_file():
+        told = json.loads(path.read_text(encoding="utf-8"))
+        text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _write_graphs(
@@ -124,7 +143,7 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
     g = Graph(precision, schemes(model))
     encoder = model.model.encoder
     mel = ops.log_mel(g, "pcm", extractor.mel_filters, extractor.n_fft, extractor.hop_length)
-    x = _stem(g, mel, encoder)
+    x = _stem(g, mel, encoder, _positions(model))
     for layer in encoder.layers:
         x = _encoder_layer(g, x, layer)
     x = _norm(g, x, encoder.layer_norm)
@@ -134,9 +153,15 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
         key, value = ops.parallel(g, x, _chains(g, attention, "kv"))
         for kind, y, dim in (("key", key, heads.qk_dim), ("value", value, heads.v_dim)):
             name = g.name(ops.split_heads(g, y, heads.count, dim), f"cross.{i}.{kind}")
-            shape = (1, heads.count, model.config.max_source_positions, dim)
-            outputs.append(Spec(name, shape))
-    return g, [Spec("pcm", (1, extractor.n_samples))], outputs
+            outputs.append(Spec(name, (1, heads.count, _positions(model), dim)))
+    one_window = isinstance(_positions(model), int)
+    return g, [Spec("pcm", (1, extractor.n_samples if one_window else "samples"))], outputs
+
+
+def _positions(model: nn.Module) -> int | str:
+    """The encoder's positions; symbolic where the model has windows of several lengths."""
+    windows = windows_of(model.config)
+    return windows[0] if len(windows) == 1 else "positions"
 
 
 def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
@@ -168,7 +193,7 @@ def _token_table(g: Graph, table: nn.Module) -> ops.TokenTable | ops.FactorisedT
 def _decoder_contract(model: nn.Module) -> tuple[list[Spec], list[Spec]]:
     inputs = [Spec("input_ids", (1, "s"), "int64")]
     outputs = [Spec("logits", (1, 1, model.config.vocab_size))]
-    positions = model.config.max_source_positions
+    positions = _positions(model)
     for i, layer in enumerate(model.model.decoder.layers):
         own, cross = _heads(layer.self_attn), _heads(layer.encoder_attn)
         inputs += _cache(f"past.{i}", f"heads_dec_{i}", "past", own)
@@ -184,15 +209,40 @@ def _cache(name: str, heads: int | str, length: int | str, shape: Heads) -> list
     ]
 
 
-def _stem(g: Graph, mel: str, encoder: nn.Module) -> str:
+def _stem(g: Graph, mel: str, encoder: nn.Module, positions: int | str) -> str:
     """Two convolutions and the positions: (1, n_mels, frames) -> (1, frames / 2, d_model)."""
     x = mel
     for conv, stride in ((encoder.conv1, 1), (encoder.conv2, 2)):
         kernel = ops.kernel(g, _array(conv.weight), g.schemes.get(conv))
         bias = g.constant(_array(conv.bias))
         x = ops.gelu(g, g.op("Conv", x, kernel, bias, pads=[1, 1], strides=[stride]))
-    positions = ops.float_table(g, _array(encoder.embed_positions.weight))
-    return g.op("Add", g.op("Transpose", x, perm=[0, 2, 1]), positions)
+    if isinstance(positions, str):
+        length = g.op("Shape", x, start=2, end=3)
+    else:  # a constant: the runtime computes the positions once, as it loads the graph
+        length = g.constant([positions])
+    here = _encoder_positions(g, _array(encoder.embed_positions.weight), length)
+    return g.op("Add", g.op("Transpose", x, perm=[0, 2, 1]), here)
+
+
+def _encoder_positions(g: Graph, table: ops.Floats, length: str) -> str:
+    """The first `length` rows of the table, computed where they are Whisper's sinusoids."""
+    rates = sinusoid_rates(table.shape[1])
+    angles = np.arange(len(table), dtype=np.float32)[:, None] * rates
+    wanted = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    error = SINUSOID_ERROR["int8" if g.int8 else "fp32"]
+    if wanted.shape == table.shape and np.abs(wanted - table).max() <= error:
+        return ops.sinusoids(g, length, rates)
+    return g.op("Slice", ops.float_table(g, table), g.constant([0]), length)
+
+
+def sinusoid_rates(width: int) -> ops.Floats:
+    """Angle per position of every sine, (width / 2,): from 1 down to 1/10000, as Whisper rounds it.
+
+    Bits matter: an angle is up to 1500 times as far off as its rate.
+    """
+    half = width // 2
+    step = np.log(10000) / max(1, half - 1)
+    return torch.exp(-step * torch.arange(half)).numpy()
 
 
 def _encoder_layer(g: Graph, x: str, layer: nn.Module) -> str:

@@ -8,7 +8,7 @@ from dead_structure import kill
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from edgewhisper import whisper
-from export.cost import count_parameters, macs
+from export.cost import count_parameters, macs, macs_by_window
 from export.shrink import shrink
 
 
@@ -58,6 +58,23 @@ def test_a_longer_context_costs_its_attention():
     model = dense(384, 4, 6)
     more = macs(model, context=132)["decoder_per_token"] - macs(model)["decoder_per_token"]
     assert more == 100 * 4 * 2 * 384
+
+
+@pytest.mark.parametrize(("seconds", "share"), [(10, 0.28), (5, 0.13)])
+def test_a_short_window_of_small_costs_its_share(seconds, share):
+    model = dense(768, 12, 12)
+    found = macs(model, positions=50 * seconds)
+    assert found["encoder"] / macs(model)["encoder"] == pytest.approx(share, abs=0.005)
+    assert found["cross"] * 30 == macs(model)["cross"] * seconds
+    fewer = macs(model)["decoder_per_token"] - found["decoder_per_token"]
+    assert fewer == 12 * 2 * 768 * (1500 - 50 * seconds)
+
+
+def test_costs_are_told_for_every_window(tiny_whisper):
+    assert macs_by_window(tiny_whisper) == {"300": macs(tiny_whisper)}
+    whisper.set_windows(tiny_whisper.config, [50, 300])
+    found = macs_by_window(tiny_whisper)
+    assert found == {"50": macs(tiny_whisper, positions=50), "300": macs(tiny_whisper)}
 
 
 def test_a_slim_model_costs_what_its_shapes_say(tiny_whisper, rng):

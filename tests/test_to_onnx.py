@@ -27,6 +27,7 @@ from export.to_onnx import (
     export_onnx,
     layer_shapes,
     prompt_ids,
+    sinusoid_rates,
     token_bytes,
 )
 
@@ -195,6 +196,7 @@ def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, 
     assert manifest["audio"] == {
         "sampling_rate": 16000,
         "window_samples": 96000,
+        "windows_samples": [96000],
         "hop_samples": 160,
     }
     assert manifest["versions"]["onnxruntime"] == version("onnxruntime")
@@ -241,9 +243,12 @@ def test_int8_weights_are_those_of_quantise(tiny_whisper, processor, tmp_path):
 
 
 def expected_bytes(model, precision):
-    """Every parameter once. int8: matrices with a scale a row, float16 positions and kernels."""
+    """Every parameter once, but for the encoder's positions, which are sinusoids and computed.
+    int8: matrices with a scale a row, float16 positions and kernels."""
     total = 0
     for name, parameter in model.named_parameters():
+        if name.endswith("encoder.embed_positions.weight"):
+            continue
         rows, count = len(parameter), parameter.numel()
         if precision == "fp32" or parameter.dim() == 1:
             total += 4 * count
@@ -264,6 +269,51 @@ def test_nothing_is_stored_twice(precision, make_whisper, processor, tmp_path):
     assert found == pytest.approx(expected_bytes(model, precision) + extra, abs=4000)
     table = model.model.decoder.embed_tokens.weight.shape
     assert sum(array.shape == table[::-1] for array in arrays) == 1
+
+
+def test_positions_that_are_no_sinusoids_are_stored_and_used(
+    make_whisper, processor, rng, tmp_path
+):
+    model = make_whisper()
+    with torch.no_grad():
+        model.model.encoder.embed_positions.weight += 0.01 * torch.randn(300, 32)
+    exported = export(model, processor, tmp_path)
+    assert sum(array.shape == (300, 32) for array in stored(tmp_path / "encoder.onnx")) == 1
+    pcm = window(processor, rng)
+    want = torch_steps(model, processor, pcm, [[375, 5]])[0]
+    found, _ = exported.step([375, 5], exported.no_past(), exported.encode(pcm))
+    assert np.abs(found - want).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("width", [2, 32, 384, 1280])
+def test_computed_positions_are_whispers_own(width, tmp_path):
+    from transformers.models.whisper.modeling_whisper import sinusoids
+
+    g = ops.Graph("fp32")
+    name = g.name(ops.sinusoids(g, g.constant([1500]), sinusoid_rates(width)), "positions")
+    graph = g.model("positions", [], [ops.Spec(name, (1500, width))])
+    onnx.save(graph, tmp_path / "x.onnx")
+    found = _session(tmp_path / "x.onnx").run(None, {})[0]
+    # a sine of up to 1500 radians; transformers' own table has nothing to say at width 2
+    if width > 2:
+        assert np.abs(found - sinusoids(1500, width).numpy()).max() < 1e-6
+    assert np.isfinite(found).all()
+
+
+def test_the_tokenizer_is_saved_without_indentation_and_reads_as_before(
+    tiny_whisper, processor, tmp_path
+):
+    from transformers import AutoTokenizer, WhisperTokenizerFast
+
+    export_onnx(tiny_whisper, processor, tmp_path / "out")
+    processor.tokenizer.save_pretrained(tmp_path / "before")
+    small, large = (tmp_path / where / "tokenizer.json" for where in ("out", "before"))
+    assert json.loads(small.read_text()) == json.loads(large.read_text())
+    assert small.stat().st_size < 0.7 * large.stat().st_size
+    for load in (AutoTokenizer, WhisperTokenizerFast):
+        tokenizer = load.from_pretrained(tmp_path / "out")
+        for text in (" one two three", "naïve café", "日本語 🙂"):
+            assert tokenizer(text).input_ids == processor.tokenizer(text).input_ids
 
 
 def test_the_encoder_graph_has_the_front_ends_tensor(tiny_whisper, processor, rng, tmp_path):

@@ -6,6 +6,7 @@ before Python 3.12, the extensible header that most recorders write.
 
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,6 +188,11 @@ def split(pcm: Pcm, window_samples: int) -> list[slice]:
         pieces.append(slice(start, stop))
         start = stop
     return [*pieces, slice(start, len(pcm))]
+
+
+def shortest(windows: Sequence[int], samples: int) -> int:
+    """Return the first of the ascending windows that holds so many samples, or the last one."""
+    return next((window for window in windows if window >= samples), windows[-1])
 
 
 def find_cut(window: Pcm) -> int:

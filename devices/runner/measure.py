@@ -2,7 +2,8 @@
 
 Log-mel is part of the encoder graph, so its time cannot be taken from outside. The graph runs
 whole and is timed whole; afterwards a second session with onnxruntime's profiler says which share
-of the kernel time belongs to the log-mel nodes, and each sample is divided in that proportion.
+of the kernel time belongs to the log-mel nodes, and each sample is divided in that proportion. It
+is that of the first clip's window, also where other clips take a window of another length.
 """
 
 import json
@@ -41,7 +42,8 @@ def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = N
     done = [timed(recognizer, path) for _ in range(repeats) for path in paths]
     transcripts = [transcript for _, _, transcript in done]
     peak = peak_rss_bytes()  # before the profiler takes memory of its own
-    share = mel_share(artifact, read_wav(paths[0]), threads)
+    first = read_wav(paths[0])[: recognizer.window_samples]
+    share = mel_share(artifact, pad(first, recognizer.windows), threads)
     return {
         "load_s": [load_s],
         **stages(transcripts, share),
@@ -85,14 +87,13 @@ def stages(transcripts: list[Transcript], share: float) -> dict[str, list[float]
     }
 
 
-def mel_share(artifact: Path, pcm: Pcm, threads: int | None) -> float:
+def mel_share(artifact: Path, window: Pcm, threads: int | None) -> float:
     """Return the share of the encoder graph's kernel time that the log-mel nodes take."""
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(threads)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "encoder")
         session = open_session(artifact / "encoder.onnx", options)
-        window = pad(pcm[: session.get_inputs()[0].shape[1]], session.get_inputs()[0].shape[1])
         for _ in range(PROFILED_RUNS):
             encode(session, window)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from .audio import SAMPLING_RATE, Pcm, is_silent, read_wav, split
+from .audio import SAMPLING_RATE, Pcm, is_silent, read_wav, shortest, split
 from .decode import Logits, Rules, greedy
 from .machine import usable_cores
 from .problem import RunnerProblem
@@ -59,7 +59,9 @@ class Recognizer:
         folder = Path(artifact)
         self.manifest, self.guards = read_manifest(folder), guards
         self.rules = Rules.from_manifest(self.manifest["decoding"])
-        self.window_samples: int = self.manifest["audio"]["window_samples"]
+        audio = self.manifest["audio"]
+        self.window_samples: int = audio["window_samples"]
+        self.windows: list[int] = audio.get("windows_samples", [self.window_samples])
         self.table = read_tokens(folder / "tokens.json")
         self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
         self.decoder = open_session(folder / "decoder.onnx", session_options(threads))
@@ -105,7 +107,7 @@ class Decoder:
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.clock, self.next_clock = times.prompt_s, times.per_token_s
         started = time.perf_counter()
-        self.state = encode(recognizer.encoder, pad(pcm, recognizer.window_samples))
+        self.state = encode(recognizer.encoder, pad(pcm, recognizer.windows))
         times.graph_s.append(time.perf_counter() - started)
         self.state |= empty_past(self.session)
 
@@ -122,8 +124,9 @@ class Decoder:
         return found
 
 
-def pad(pcm: Pcm, window_samples: int) -> Pcm:
-    """Return one window, (1, window_samples), with zeros behind the samples."""
+def pad(pcm: Pcm, windows: Sequence[int]) -> Pcm:
+    """Return the shortest of the windows that holds the samples, (1, n), with zeros behind them."""
+    window_samples = shortest(windows, len(pcm))
     if len(pcm) > window_samples:
         raise RunnerProblem(
             f"a window holds {window_samples} samples, {len(pcm)} were given",

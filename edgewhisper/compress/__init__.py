@@ -12,5 +12,6 @@ METHODS: dict[str, str] = {
     "merge": "edgewhisper.compress.merge",  # BaldWhisper, stage 1
     "shear": "edgewhisper.compress.shear",  # and stage 2
     "qat": "edgewhisper.compress.qat",
+    "short": "edgewhisper.compress.short",
     "shrink": "edgewhisper.compress.shrink",
 }
