@@ -66,6 +66,8 @@ if TYPE_CHECKING:
 Weight = Annotated[float, Range(0)]
 TABLE = "model.decoder.embed_tokens"
 Seen = dict[str, Tensor]
+ROUND_TO = 16
+"""Ranks that `theta` chooses are multiples of this."""
 RIDGE = 1e-6
 """Of the mean square of a state's features, added to each: few clips span few directions."""
 
@@ -74,6 +76,9 @@ RIDGE = 1e-6
 class Options:
     rank: Annotated[int, Range(1)] = 96
     """r."""
+    theta: Annotated[float, Range(0, 1)] = 0.0
+    """Ours: not `rank`, but the smallest multiple of 16 that keeps more than this share of the square
+    that the start weighs, all of it if none does. 0 switches it off."""
     start: Literal["svd", "frequency", "activation", "both", "mix"] = "svd"
     mix: Annotated[float, Range(0, 1)] = 0.5
     """Of start = "mix": 1 is "frequency", 0 is "activation"."""
@@ -105,16 +110,24 @@ def powers(options: Options) -> tuple[float, float]:
 
 
 def factorise(
-    table: Tensor, rank: int, frequencies: Tensor, metric: Tensor
+    table: Tensor, rank: int, frequencies: Tensor, metric: Tensor, theta: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(6): table (V, h), f (V,), E[h h^T] (h, h) -> rows (V, r), basis (r, h)."""
     left = frequencies.double().sqrt()[:, None]  # (V, 1)
     right, back = square_root(metric)  # (h, h): S, S^-1
     u, sigma, v = torch.linalg.svd(left * table.double() @ right, full_matrices=False)
+    rank = enough(sigma, theta) if theta else rank
     rows = u[:, :rank] / left
     basis = sigma[:rank, None] * v[:rank] @ back
     rows, basis = balanced(rows, basis)
     return rows.to(table.dtype), basis.to(table.dtype)
+
+
+def enough(sigma: Tensor, theta: float) -> int:
+    """The smallest multiple of 16 whose part of sigma^2 is more than theta; all, if none has that."""
+    kept = (sigma.square().cumsum(0) / sigma.square().sum())[ROUND_TO - 1 :: ROUND_TO]
+    found = (kept > theta).nonzero()
+    return ROUND_TO * (int(found[0]) + 1) if len(found) else len(sigma)
 
 
 def square_root(metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +259,7 @@ def apply(
     `work.record["shear"]` counts parameters and says how close the factors were at the start, in
     the plain norm and in those of look-ups and logits. Raises what training.train raises.
     """
-    refuse_rank(model, options.rank)
+    refuse_rank(model, 1 if options.theta else options.rank)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     frequencies = token_frequencies(model, work, options.floor)
     metric = second_moment(teacher, options, work)
@@ -286,12 +299,13 @@ def sheared(
     """The model with a factorised table, before any training."""
     table = model.model.decoder.embed_tokens.weight.detach()
     f, m = powers(options)
-    rows, basis = factorise(table.cpu(), options.rank, frequencies.double() ** f, power(metric, m))
+    weights = (frequencies.double() ** f, power(metric, m))
+    rows, basis = factorise(table.cpu(), options.rank, *weights, options.theta)
     dense = {f"{TABLE}.weight", "proj_out.weight"}
     tensors = {name: t for name, t in model.state_dict().items() if name not in dense}
     tensors |= {f"{TABLE}.rows.weight": rows, f"{TABLE}.up.weight": basis.T.contiguous()}
     shapes = getattr(model.config, "edgewhisper", None) or {"format": FORMAT}
-    return whisper.rebuild(model, tensors, {**shapes, "token_rank": options.rank})
+    return whisper.rebuild(model, tensors, {**shapes, "token_rank": len(basis)})
 
 
 def token_frequencies(model: "WhisperForConditionalGeneration", work: Work, floor: float) -> Tensor:
