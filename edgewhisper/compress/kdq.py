@@ -25,9 +25,11 @@ quantisation are distilled, the layers that have learnt most are quantised.
 
 (5) replaces (1) where `guided_mode` is "KDQ"; B (d_s, d_t) adapts the width. Losses are sums over
 features and means over the tokens to be found; the authors sum over tokens, which for Adam is the
-same as long as all terms do ((5) has no tokens to sum over: its weight here is ours). The paper describes the guidance in a sentence. Our reading of it, with both shares at 1 in
-the published configuration: at each step, D_i,m(i) counts for the layers with the largest q_i, and
-in the next pass the layers with the smallest D_i,m(i) see rounded weights. Layers that are not
+same as long as all terms do. (5) has no tokens to sum over: its weight beside the others is ours.
+
+The paper describes the guidance in a sentence. Our reading of it, with both shares at 1 in the
+published configuration: at each step, D_i,m(i) counts for the layers with the largest q_i, and in
+the next pass the layers with the smallest D_i,m(i) see rounded weights. Layers that are not
 quantised in the end are stored in 16 bits.
 
 Where we differ, each by an option named below or because a published detail is an oversight:
