@@ -97,7 +97,8 @@ def _codes(blocks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 def _scales(blocks: Tensor, scheme: Scheme) -> Tensor:
     sharing = blocks.reshape(1, 1, -1) if scheme.per == "tensor" else blocks
-    largest = sharing.gather(2, sharing.abs().argmax(2, keepdim=True))  # signed
+    low, high = sharing.aminmax(dim=2, keepdim=True)
+    largest = torch.where(high >= -low, high, low)  # signed
     scale = -largest if scheme.bits == 4 else largest.abs()
     scale = _round_up(scale / LARGEST[scheme.bits], ROUNDED_AWAY[scheme.bits])
     return torch.where(largest.abs() > TINY, scale, 1.0).expand(*blocks.shape[:2], 1)

@@ -310,8 +310,10 @@ def layer_shapes(model: nn.Module) -> dict[str, Any]:
 def _bits(model: nn.Module, side: str) -> list[dict[str, Any]]:
     """What config.edgewhisper says of the precision of each layer, under the same key."""
     told = (getattr(model.config, "edgewhisper", None) or {}).get(side, [])
-    known = [{"bits": dict(shape["bits"])} if "bits" in shape else {} for shape in told]
-    return known or [{}] * len(getattr(model.model, side).layers)
+    known: list[dict[str, Any]] = [
+        {"bits": dict(shape["bits"])} if "bits" in shape else {} for shape in told
+    ]
+    return known or [{} for _ in getattr(model.model, side).layers]
 
 
 def _beside_layers(model: nn.Module) -> dict[str, Any]:

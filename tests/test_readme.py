@@ -26,6 +26,14 @@ def test_every_command_in_it_parses(words):
     command.make_context(words[1], words[2:])
 
 
+def test_its_recipes_are_read():
+    from edgewhisper.recipe import parse
+
+    recipes = [block for language, block in BLOCKS if language == "toml"]
+    assert all(parse("README", text).steps for text in recipes)
+    assert recipes
+
+
 def test_it_names_the_two_commands_and_no_other_way_to_set_up():
     set_up = README.split("## Set up")[1].split("## ")[0]
     commands = re.findall(r"^make (\w+)", set_up, flags=re.M)

@@ -11,6 +11,7 @@ METHODS: dict[str, str] = {
     "lite": "edgewhisper.compress.lite",
     "merge": "edgewhisper.compress.merge",  # BaldWhisper, stage 1
     "shear": "edgewhisper.compress.shear",  # and stage 2
+    "kdq": "edgewhisper.compress.kdq",
     "qat": "edgewhisper.compress.qat",
     "short": "edgewhisper.compress.short",
     "shrink": "edgewhisper.compress.shrink",

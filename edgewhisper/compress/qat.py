@@ -19,7 +19,7 @@ step may quantise some layers and another one the rest: whatever is quantised al
 grid while the second one trains.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -46,7 +46,7 @@ Schemes = Mapping[nn.Module, Scheme]
 
 
 @dataclass(frozen=True)
-class Options:
+class Precision:
     encoder: Literal[4, 8, 16, 32] = 8
     """Bits of the encoder's linear layers; 32 leaves them in float32, in an int8 artifact too."""
     decoder: Literal[4, 8, 16, 32] = 8
@@ -61,6 +61,9 @@ class Options:
     """Neighbouring inputs that share a scale in 4 bits. Smaller is more exact and takes more room:
     4 bytes a block."""
 
+
+@dataclass(frozen=True)
+class Options(Precision):
     keep: Annotated[float, Range(0)] = 0.0
     """Weight of the distance to the model before the step (near.distance), added to the cross
     entropy."""
@@ -83,17 +86,17 @@ class StraightThrough(torch.autograd.Function):
 
 
 @contextmanager
-def fake_quantised(model: nn.Module, chosen: Schemes) -> Iterator[None]:
+def fake_quantised(model: nn.Module, chosen: Callable[[], Schemes]) -> Iterator[None]:
     """Inside, every forward pass of `model` has Q(W) in place of W, and gradients go to W.
 
     The weights themselves stay in place before and after each pass: the optimiser, saved states
-    and the loss terms of methods find W. `chosen` may change between passes.
+    and the loss terms of methods find W. `chosen` is asked before each pass.
     """
     users = _users(model)
     replaced: list[tuple[nn.Module, Tensor]] = []
 
     def quantise(module: nn.Module, args: Any) -> None:
-        for layer, scheme in chosen.items():
+        for layer, scheme in chosen().items():
             weight = layer.weight
             seen = StraightThrough.apply(weight, scheme)
             for user in users[layer]:  # the tied output shares the token table
@@ -147,7 +150,7 @@ def apply(
     keep = keep_term(model, options.keep)
     note_bits(model, options)
     chosen = schemes(model)
-    with fake_quantised(model, chosen):
+    with fake_quantised(model, lambda: chosen):
         log = train(
             model,
             work.processor,
@@ -165,7 +168,7 @@ def apply(
     return model
 
 
-def note_bits(model: "WhisperForConditionalGeneration", options: Options) -> None:
+def note_bits(model: "WhisperForConditionalGeneration", options: Precision) -> None:
     """Write the bits into config.edgewhisper, where schemes() and export read them."""
     told = layer_shapes(model)
     for side, attentions in ATTENTIONS.items():

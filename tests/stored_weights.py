@@ -1,0 +1,76 @@
+"""The weights that a saved ONNX graph multiplies with, taken apart without our own unpacking."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+CASTS = {onnx.TensorProto.FLOAT: np.float32}
+
+
+def stored_rows(*paths: Path) -> dict[bytes, set[str]]:
+    """Every row of every stored weight, as the bytes of its floats -> the operators that read it.
+
+    A row holds the weights of one output: bitwise equal rows are found, and nothing else.
+    """
+    found: dict[bytes, set[str]] = defaultdict(set)
+    for path in paths:
+        graph = onnx.load(path).graph
+        constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        makers = {name: node for node in graph.node for name in node.output}
+        for node in graph.node:
+            weight = _weight(node, constants, makers)
+            for row in [] if weight is None else weight:
+                found[(row + np.float32(0)).tobytes()].add(node.op_type)
+    return found
+
+
+def _weight(node, constants, makers) -> np.ndarray | None:
+    """(out, in) float32; None where the operator has no stored weight."""
+    if node.op_type == "MatMulNBits":
+        return _blocks(node, constants)
+    if node.op_type not in ("MatMul", "DynamicQuantizeMatMul", "Conv"):
+        return None
+    weight = _value(node.input[1], constants, makers)
+    if weight is None:
+        return None
+    if node.op_type == "Conv":
+        return weight.reshape(len(weight), -1).astype(np.float32)
+    if node.op_type == "DynamicQuantizeMatMul":
+        weight = weight.astype(np.float32) * constants[node.input[2]]
+    return np.ascontiguousarray(weight.T)
+
+
+def _blocks(node, constants) -> np.ndarray:
+    """MatMulNBits' documentation: two codes a byte, the first one low, zero point 8."""
+    settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    packed, scale = constants[node.input[1]], constants[node.input[2]]
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8
+    wide = codes.reshape(*packed.shape[:2], -1) * scale[:, :, None]
+    return np.ascontiguousarray(wide.reshape(len(packed), -1)[:, : settings["K"]])
+
+
+def _value(name, constants, makers) -> np.ndarray | None:
+    """A constant, or what the runtime makes of constants as it loads the graph."""
+    if name in constants:
+        return constants[name]
+    node = makers.get(name)
+    if node is None:
+        return None
+    inputs = [_value(other, constants, makers) for other in node.input]
+    settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if any(value is None for value in inputs):
+        return None
+    if node.op_type == "Gather":
+        return np.take(inputs[0], inputs[1], axis=settings["axis"])
+    if node.op_type == "Concat":
+        return np.concatenate(inputs, axis=settings["axis"])
+    if node.op_type == "Cast":
+        return inputs[0].astype(CASTS[settings["to"]])
+    if node.op_type == "Mul":
+        return inputs[0] * inputs[1]
+    return None
