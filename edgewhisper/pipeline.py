@@ -86,6 +86,7 @@ def compress(
         dev=clips.dev,
         run_dir=_run_dir(steps, source, clips, seed),
         seed=seed,
+        original=dense,
     )
     before = measure(dense, work)
     say(f"{source}: {describe(before)}")

@@ -65,8 +65,8 @@ class Precision:
 @dataclass(frozen=True)
 class Options(Precision):
     keep: Annotated[float, Range(0)] = 0.0
-    """Weight of the distance to the model before the step (near.distance), added to the cross
-    entropy."""
+    """Weight of the distance to the model that the recipe began with (near.distance), added to the
+    cross entropy."""
     training: Training = field(default_factory=lambda: Training(steps=0))
 
 
@@ -147,7 +147,7 @@ def apply(
     """
     if not is_quantised(model):
         model, _ = slimmed(model)
-    keep = keep_term(model, options.keep)
+    keep = keep_term(work.original or model, options.keep)
     note_bits(model, options)
     chosen = schemes(model)
     with fake_quantised(model, lambda: chosen):

@@ -24,6 +24,8 @@ class Work:
     dev: "Sequence[Clip]"
     run_dir: Path
     seed: int = 0
+    original: "WhisperForConditionalGeneration | None" = None
+    """The model that the recipe began with, where it is at hand: a teacher for later steps."""
     record: dict[str, Any] = field(default_factory=dict)
     """Figures that a step adds; they end up in compression.json."""
 
