@@ -243,6 +243,7 @@ class WhisperForConditionalGeneration(transformers.WhisperForConditionalGenerati
         super().__init__(config)
         self.model.encoder = None  # first, or there would be memory for two
         self.model.encoder = Encoder(self.config)
+        self.init_weights()
         shapes = getattr(config, "edgewhisper", None)
         if shapes is not None:
             check_shapes(shapes, config)

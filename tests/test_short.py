@@ -442,13 +442,12 @@ def test_zero_steps_record_the_windows_and_change_nothing(tiny_whisper, work):
 
 @pytest.mark.parametrize("lengths", ["windows", "jitter"])
 def test_hearing_everything_it_is_the_teacher_and_stays_so(lengths, tiny_whisper, work):
-    """n = N: (2) and the divergence are zero, and so is every gradient."""
+    """n = N: (2) is zero, and so is every gradient."""
     before = weights(tiny_whisper)
-    options = Options(windows_s=(6.0,), lengths=lengths, margin=300, reach=0, kl=1.0)
+    options = Options(windows_s=(6.0,), lengths=lengths, margin=300, reach=0)
     model = short.apply(tiny_whisper, replace(options, training=BRIEF), work)
-    assert work.record["short"]["training"]["last_loss"] == pytest.approx(0.0, abs=1e-6)
-    for name, tensor in weights(model).items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-12)
+    assert work.record["short"]["training"]["last_loss"] == 0
+    assert same_bits(weights(model), before)
     assert not hasattr(model.config, "edgewhisper")
 
 
@@ -458,6 +457,7 @@ def test_it_learns_to_say_in_short_windows_what_it_says_in_the_full_one(
     teacher = copy.deepcopy(tiny_whisper)
     whisper.set_windows(tiny_whisper.config, WINDOWS)
 
+    @torch.no_grad()
     def distance(model) -> float:
         batch = Examples(few, model, processor, seed=0)[[0]]
         told = model(
@@ -469,7 +469,7 @@ def test_it_learns_to_say_in_short_windows_what_it_says_in_the_full_one(
         return float(short.state_distance(wanted, told).mean())
 
     before = distance(tiny_whisper)
-    training = Training(steps=20, batch_size=2, learning_rate=3e-3)
+    training = Training(steps=40, batch_size=2, learning_rate=1e-3)
     work.train = few[:2]
     short.apply(tiny_whisper, Options(lengths="windows", training=training), work)
     assert distance(tiny_whisper) < 0.7 * before
@@ -511,7 +511,7 @@ def test_the_loss_of_one_clip_is_the_published_expression(short_whisper, process
     published = torch.nn.functional.mse_loss(*pair)
     term = short.distillation(teacher, Options())(student, batch, told)
     found = term + torch.nn.functional.cross_entropy(told.logits[0], batch.labels[0])
-    assert float(found) == pytest.approx(float(published), rel=1e-4)
+    assert found.item() == pytest.approx(published.item(), rel=1e-4)
 
 
 def test_cross_entropy_counts_as_much_as_it_is_asked_to(short_whisper, processor, few):
@@ -520,7 +520,7 @@ def test_cross_entropy_counts_as_much_as_it_is_asked_to(short_whisper, processor
         batch.input_features, decoder_input_ids=batch.decoder_input_ids, output_hidden_states=True
     )
     terms = [
-        float(short.distillation(short_whisper, Options(ce=ce))(short_whisper, batch, told))
+        short.distillation(short_whisper, Options(ce=ce))(short_whisper, batch, told).item()
         for ce in (0.0, 1.0, 3.0)
     ]
     entropy = torch.nn.functional.cross_entropy(told.logits[0], batch.labels[0]).item()
@@ -643,7 +643,8 @@ torch.save(model.state_dict(), out / f"rank-{torch.distributed.get_rank()}.pt")
 def test_two_processes_teach_the_same_as_one(make_whisper, processor, clips, tmp_path):
     model = make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=1)
     whisper.save(model, processor, tmp_path / "start", {})
-    options = Options(full_share=0.3, training=Training(steps=3, batch_size=4, accumulate=2))
+    training = Training(steps=3, batch_size=4, accumulate=2, noise_snr_db=10.0)
+    options = Options(full_share=0.3, training=training)
     script = tmp_path / "worker.py"
     script.write_text(WORKER.replace("OPTIONS", repr(options)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]

@@ -77,8 +77,8 @@ class Options:
     rank: Annotated[int, Range(1)] = 96
     """r."""
     theta: Annotated[float, Range(0, 1)] = 0.0
-    """Ours: not `rank`, but the smallest multiple of 16 that keeps more than this share of the square
-    that the start weighs, all of it if none does. 0 switches it off."""
+    """Ours: not `rank`, but the smallest multiple of 16 that keeps more than this share of the
+    square that the start weighs; all of it, if none does. 0 switches it off."""
     start: Literal["svd", "frequency", "activation", "both", "mix"] = "svd"
     mix: Annotated[float, Range(0, 1)] = 0.5
     """Of start = "mix": 1 is "frequency", 0 is "activation"."""
@@ -124,7 +124,7 @@ def factorise(
 
 
 def enough(sigma: Tensor, theta: float) -> int:
-    """The smallest multiple of 16 whose part of sigma^2 is more than theta; all, if none has that."""
+    """The smallest multiple of 16 whose part of sigma^2 is more than theta; all, if there is none."""
     kept = (sigma.square().cumsum(0) / sigma.square().sum())[ROUND_TO - 1 :: ROUND_TO]
     found = (kept > theta).nonzero()
     return ROUND_TO * (int(found[0]) + 1) if len(found) else len(sigma)
