@@ -243,7 +243,8 @@ class WhisperForConditionalGeneration(transformers.WhisperForConditionalGenerati
         super().__init__(config)
         self.model.encoder = None  # first, or there would be memory for two
         self.model.encoder = Encoder(self.config)
-        self.init_weights()
+        positions = self.model.encoder.embed_positions.weight
+        positions.data.copy_(sinusoids(*positions.shape))  # transformers does so for its own class
         shapes = getattr(config, "edgewhisper", None)
         if shapes is not None:
             check_shapes(shapes, config)
