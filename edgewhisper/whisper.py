@@ -56,6 +56,7 @@ from transformers.models.whisper.modeling_whisper import (
     capture_outputs,
     eager_attention_forward,
     merge_with_config_defaults,
+    sinusoids,
 )
 
 from export.files import new_directory
