@@ -124,7 +124,7 @@ def factorise(
 
 
 def enough(sigma: Tensor, theta: float) -> int:
-    """The smallest multiple of 16 whose part of sigma^2 is more than theta; all, if there is none."""
+    """The smallest multiple of 16 whose part of sigma^2 exceeds theta; all, if none does."""
     kept = (sigma.square().cumsum(0) / sigma.square().sum())[ROUND_TO - 1 :: ROUND_TO]
     found = (kept > theta).nonzero()
     return ROUND_TO * (int(found[0]) + 1) if len(found) else len(sigma)
