@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from export.cost import count_parameters, macs
 
 if TYPE_CHECKING:
-    from transformers import WhisperForConditionalGeneration
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 STORED = Path(__file__).parent.parent / "results" / "accounting.jsonl"
 TOKENS = 32
@@ -57,28 +57,37 @@ class Line:
     how: str = ""
 
 
-def build(
+def build(name: str, **shape: Any) -> WhisperForConditionalGeneration:
+    """A Whisper of that size without weights; see build_config for its shape."""
+    import torch
+
+    from edgewhisper.whisper import WhisperForConditionalGeneration
+
+    with torch.device("meta"):
+        return WhisperForConditionalGeneration(build_config(name, **shape))
+
+
+def build_config(
     name: str,
     decoder_layers: int | None = None,
     positions: int = 1500,
     ffn: int | None = None,
     token_rank: int | None = None,
-) -> WhisperForConditionalGeneration:
-    """A Whisper of that size without weights; `ffn` and `token_rank` are what compression left."""
-    import torch
+) -> WhisperConfig:
+    """Whisper's dimensions, with what compression left of them."""
     from transformers import WhisperConfig
 
-    from edgewhisper.whisper import WhisperForConditionalGeneration
     from export.shrink import FORMAT
 
     size = SIZES[name]
     layers = {"encoder": size.layers, "decoder": decoder_layers or size.layers}
+    heads = size.width // HEAD
     config = WhisperConfig(
         d_model=size.width,
         encoder_layers=layers["encoder"],
         decoder_layers=layers["decoder"],
-        encoder_attention_heads=size.width // HEAD,
-        decoder_attention_heads=size.width // HEAD,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
         encoder_ffn_dim=4 * size.width,
         decoder_ffn_dim=4 * size.width,
         num_mel_bins=size.mels,
@@ -90,13 +99,12 @@ def build(
     if token_rank is not None:
         shapes["token_rank"] = token_rank
     if ffn is not None:
-        attention = {"heads": size.width // HEAD, "qk_dim": HEAD, "v_dim": HEAD}
+        attention = {"heads": heads, "qk_dim": HEAD, "v_dim": HEAD}
         layer = {"self_attn": attention, "encoder_attn": attention, "ffn": ffn}
         shapes |= {side: [layer] * count for side, count in layers.items()}
     if len(shapes) > 1:
         config.edgewhisper = shapes
-    with torch.device("meta"):
-        return WhisperForConditionalGeneration(config)
+    return config
 
 
 def parameters(model: Any) -> int:
@@ -156,7 +164,7 @@ def tspar() -> Iterator[Line]:
             model, units = build(name, ffn=left), 4 * SIZES[name].width
             how = f"{units - left} of {units} units of every feed-forward layer removed, so that "
             how += f"{asked} falls by {-target} %"
-            for what in printed:
+            for what in [what for what in printed if what != asked]:
                 of = work if what == "work" else parameters
                 change = percent_less(of(model), of(whole))
                 yield Line("TSPAR", name, what, "%", printed[what], change, how)

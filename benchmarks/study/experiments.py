@@ -94,6 +94,7 @@ def wsap(zero: float, scale: float) -> list[Step]:
 
 
 PROXIMAL = {"reg_mode": "proximal", **lambdas(3.0, 3.0)}
+ELEMENTS = {"reg_mode": "proximal", **lambdas(3.0, 0.0), "c2": 5.0, "rho": 0.0}
 
 PRUNING = Experiment(
     question=f"TSPAR, IMP and WSAP where {ZERO:.1%} of the parameters outside the token table are "
@@ -108,7 +109,7 @@ PRUNING = Experiment(
         "TSPAR, no penalty": tspar(ZERO, **lambdas(0.0, 0.0)),
         "TSPAR, half the steps after pruning (ours)": tspar(ZERO, **HALF),
         "TSPAR on fc2 (ours)": tspar_fc2(ZERO),
-        "fc2, sub-gradient": tspar_fc2(ZERO, reg_mode="subgradient", **lambdas(0.0, 1.0)),
+        "TSPAR, elements alone, half after (ours)": tspar(ZERO, **ELEMENTS, **HALF),
         "fc2, no penalty": tspar_fc2(ZERO, **lambdas(0.0, 0.0)),
     },
     pairs=(
@@ -121,7 +122,7 @@ PRUNING = Experiment(
         ("TSPAR, half the steps after pruning (ours)", "IMP"),
         ("TSPAR on fc2 (ours)", "TSPAR as published"),
         ("TSPAR on fc2 (ours)", "IMP"),
-        ("TSPAR on fc2 (ours)", "fc2, sub-gradient"),
+        ("TSPAR, elements alone, half after (ours)", "IMP"),
         ("TSPAR on fc2 (ours)", "fc2, no penalty"),
     ),
     published={
@@ -152,7 +153,7 @@ MERGING = Experiment(
         ("lower kept", "upper kept"),
     ),
     published={
-        "merged, alpha 0.1": "whisper-base, Bambara, 6 layers to 3: WER 33.11 to 34.77 %",
+        "merged, alpha chosen on dev": "whisper-base, Bambara, 6 layers to 3: WER 33.11 to 34.77 %",
     },
     chosen_on_dev={"merged, alpha chosen on dev": tuple(MERGED)},
 )
@@ -222,15 +223,79 @@ LITE_TIGHT = Experiment(
         "budget, padding masked (ours)": lite(
             0.95, 0.95, mask_padding=True, budget=CostOf("as published")
         ),
-        "sequential (ours)": lite(0.95, 0.95, sequential=True),
     },
     pairs=(
         ("as published", "plain SVD, same ranks"),
         ("budget, same cost (ours)", "as published"),
         ("budget, padding masked (ours)", "as published"),
         ("padding masked (ours)", "as published"),
-        ("sequential (ours)", "as published"),
     ),
+)
+
+LITE_SEQUENTIAL = Experiment(
+    question="LiteASR beyond its thresholds, each layer fitted to the compressed ones before it",
+    budget="no training; 25 clips of calibration, other ones for each seed",
+    arms={
+        "as published": lite(0.95, 0.95, clips=25),
+        "sequential (ours)": lite(0.95, 0.95, clips=25, sequential=True),
+    },
+    pairs=(("sequential (ours)", "as published"),),
+)
+
+# -------------------------------------------------------- Whisper-KDQ, and shorter audio contexts
+
+
+def kdq(**options: Any) -> list[Step]:
+    """The model learns from itself while all of its layers are rounded to 4 bits."""
+    quantise = {"encoder": 4, "decoder": 4, "token_table": 8}
+    step = {"method": "kdq", "encoder": True, **options, "quantise": quantise}
+    return [{"training": training(STEPS)} | step]
+
+
+GUIDED = Experiment(
+    question="Distillation while weights become 4 bits: which layers are distilled, and by what",
+    budget=TRAINED,
+    arms={
+        "rounded, not trained": kdq(training={"steps": 0}),
+        "logits alone": kdq(distill_mode="logits"),
+        "unguided": kdq(),
+        "static match": kdq(matching="static"),
+        "guided, half of the layers": kdq(distil_share=0.5),
+        "weights matched": kdq(guided_mode="KDQ"),
+        "normalised, best match (ours)": kdq(features="normalised", matching="dp"),
+    },
+    pairs=(
+        ("guided, half of the layers", "unguided"),
+        ("unguided", "static match"),
+        ("unguided", "logits alone"),
+        ("weights matched", "unguided"),
+        ("normalised, best match (ours)", "unguided"),
+        ("unguided", "rounded, not trained"),
+    ),
+)
+
+
+def short(steps: int, **options: Any) -> list[Step]:
+    return [{"method": "short", **options, "training": training(steps)}]
+
+
+SHORT = Experiment(
+    question="Windows of a third and two thirds, taken where they hold the clip: naive or trained",
+    budget=TRAINED,
+    arms={
+        "naive": short(0),
+        "trained, lengths as published": short(STEPS),
+        "trained on the windows (ours)": short(STEPS, lengths="windows", full_share=0.2, kl=1.0),
+    },
+    pairs=(
+        ("trained, lengths as published", "naive"),
+        ("trained on the windows (ours)", "naive"),
+        ("trained on the windows (ours)", "trained, lengths as published"),
+    ),
+    published={
+        "naive": "tiny.en, LibriSpeech: 4.73 to 225.99 %",
+        "trained, lengths as published": "tiny.en, LibriSpeech: 4.73 to 5.50 %",
+    },
 )
 
 DENSE = Experiment(
@@ -247,7 +312,15 @@ EXPERIMENTS: dict[str, Experiment] = {
     "shearing": SHEARING,
     "lite": LITE_BALANCED,
     "lite-tight": LITE_TIGHT,
+    "lite-sequential": LITE_SEQUENTIAL,
+    "guided": GUIDED,
+    "short": SHORT,
 }
+
+
+def methods(name: str) -> set[str]:
+    """What an experiment needs of edgewhisper.compress."""
+    return {step["method"] for steps in EXPERIMENTS[name].arms.values() for step in steps}
 
 
 def recipe_text(steps: Sequence[Step], title: str) -> str:

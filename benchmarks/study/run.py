@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.study.experiments import EXPERIMENTS, CostOf, Step, recipe_text
+from benchmarks.study.experiments import EXPERIMENTS, CostOf, Step, methods, recipe_text
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -60,6 +60,13 @@ def keys(names: Sequence[str], seeds: Sequence[int]) -> Iterator[Key]:
         for name in names:
             if EXPERIMENTS[name].pairs or seed == seeds[0]:
                 yield from ((name, arm, seed) for arm in EXPERIMENTS[name].arms)
+
+
+def available() -> list[str]:
+    """The experiments whose methods are all there."""
+    from edgewhisper.compress import METHODS
+
+    return [name for name in EXPERIMENTS if methods(name) <= METHODS.keys()]
 
 
 def key_of(line: Line) -> Key:
@@ -236,7 +243,7 @@ def main() -> None:
 
     judges = {path.stem: read_manifest(path) for path in given.judge}
     speech = Speech(read_manifest(given.speech), read_manifest(given.dev), judges)
-    names = given.experiments or list(EXPERIMENTS)
+    names = given.experiments or available()
     try:
         run_all(names, given.seeds, speech, given.out, given.model or str(DEFAULT_MODEL))
     except Problem as problem:

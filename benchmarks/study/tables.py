@@ -9,7 +9,6 @@ seeds, not of the clips: other speakers would shift all arms.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.markdown import table
 from benchmarks.study.experiments import EXPERIMENTS, Experiment
+from export.problem import Problem
 
 Line = dict[str, Any]
 Runs = dict[str, dict[int, Line]]
@@ -26,10 +27,6 @@ Runs = dict[str, dict[int, Line]]
 RESULTS = Path(__file__).parent.parent / "results"
 PLOT = RESULTS / "study.png"
 COVERAGE = 0.95
-
-
-def read(path: Path) -> list[Line]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def runs_of(name: str, lines: Sequence[Line]) -> Runs:
@@ -82,14 +79,12 @@ def points(line: Line, judge: str | None = None) -> float:
 
 def refuse_mixture(lines: Sequence[Line]) -> None:
     """Raises Problem where lines of other speech or normalizers stand among them."""
-    from export.problem import Problem
-
     for what, of in {
         "speech": lambda line: line["speech"],
         "normalizers": lambda line: {n: s["normalizer"] for n, s in line["scores"].items()},
         "base models": lambda line: line["base"],
     }.items():
-        if len({json.dumps(of(line), sort_keys=True) for line in lines}) > 1:
+        if any(of(line) != of(lines[0]) for line in lines):
             raise Problem(
                 f"study: the {len(lines)} stored runs have different {what}",
                 hint="keep the runs of each in a file of its own",
@@ -103,7 +98,7 @@ def rows(name: str, lines: Sequence[Line]) -> list[dict[str, str]]:
     """One row an arm; sizes are means over the seeds."""
     runs = {"as it is": runs_of("dense", lines).get("dense", {}), **runs_of(name, lines)}
     published = EXPERIMENTS[name].published
-    table = []
+    found_rows = []
     for arm, of_seed in runs.items():
         if not of_seed:
             continue
@@ -115,11 +110,11 @@ def rows(name: str, lines: Sequence[Line]) -> list[dict[str, str]]:
         for judge in found[0]["scores"]:
             row[f"WER % {judge}"] = rate([points(line, judge) for line in found])
         row["published"] = published.get(arm, "")
-        table.append(row)
+        found_rows.append(row)
     if not published:
-        for row in table:
+        for row in found_rows:
             del row["published"]
-    return table
+    return found_rows
 
 
 def total_nonzero(line: Line) -> int:
@@ -153,6 +148,8 @@ def verdict(a: str, b: str, runs: Runs) -> str | None:
     told = f"{middle:+.2f} points"
     told += f" ({low:+.2f} to {high:+.2f})" if math.isfinite(low) else " (one seed)"
     answer = "yes" if low > 0 else "no, worse" if high < 0 else "within the noise"
+    if len(seeds) < 2:
+        answer = "not known yet"
     if not any(differences):
         answer, told = "the same", f"no word differs in {len(seeds)} seeds"
     sizes = [mean(list(runs[arm].values()), total_nonzero) / 1e6 for arm in (a, b)]
@@ -169,8 +166,6 @@ def verdicts(name: str, lines: Sequence[Line]) -> list[str]:
 
 def markdown(lines: Sequence[Line]) -> str:
     """All experiments of which something is stored: question, budget, table, verdicts."""
-    from benchmarks.markdown import table
-
     refuse_mixture(lines)
     parts = []
     for name, experiment in EXPERIMENTS.items():
