@@ -386,7 +386,7 @@ def test_min_removed_is_reached_whatever_the_margin(tiny_whisper, work_with_know
 
 @pytest.mark.parametrize("layers", ["*", "*.fc2"])
 def test_min_zero_is_reached_without_any_search(layers, tiny_whisper, work, rng):
-    share = float(rng.uniform(0.1, 0.25))
+    share = float(rng.uniform(0.05, 0.15))
     options = Options(
         layers=layers, c2=-2.0, search=False, min_zero=share, training=Training(steps=0)
     )
