@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,44 +131,82 @@ def millions(lines: Sequence[Line], of: Any) -> str:
 
 
 def rate(values: Sequence[float]) -> str:
-    """`4.1 (3.2 to 5.0)`."""
+    """`4.1 (3.2 to 5.0)`; no rate is below zero, whatever the interval says."""
     middle, low, high = interval(values)
-    return f"{middle:.1f}" + (f" ({low:.1f} to {high:.1f})" if math.isfinite(low) else "")
+    return f"{middle:.1f}" + (f" ({max(low, 0):.1f} to {high:.1f})" if math.isfinite(low) else "")
 
 
 # ----------------------------------------------------------------------------------- verdicts
 
 
-def verdict(a: str, b: str, runs: Runs) -> str | None:
-    """A sentence on whether A is better than B; None where no seed has both."""
+BETTER, WORSE, NOISE, SAME, UNKNOWN = (
+    "yes",
+    "no, worse",
+    "within the noise",
+    "the same",
+    "not known yet",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    a: str
+    b: str
+    answer: str
+    told: str
+
+    def __str__(self) -> str:
+        return f"{self.a} better than {self.b}: **{self.answer}**, {self.told}"
+
+
+def verdict(a: str, b: str, runs: Runs) -> Verdict | None:
+    """Whether A is better than B; None where no seed has both."""
     seeds = sorted(set(runs.get(a, {})) & set(runs.get(b, {})))
     if not seeds:
         return None
     differences = [points(runs[b][seed]) - points(runs[a][seed]) for seed in seeds]
     middle, low, high = interval(differences)
     told = f"{middle:+.2f} points"
-    told += f" ({low:+.2f} to {high:+.2f})" if math.isfinite(low) else " (one seed)"
-    answer = "yes" if low > 0 else "no, worse" if high < 0 else "within the noise"
-    if len(seeds) < 2:
-        answer = "not known yet"
+    told += f" ({low:+.2f} to {high:+.2f})" if math.isfinite(low) else ", one seed"
     if not any(differences):
-        answer, told = "the same", f"no word differs in {len(seeds)} seeds"
+        told = f"as many words wrong with each of {len(seeds)} seeds"
     sizes = [mean(list(runs[arm].values()), total_nonzero) / 1e6 for arm in (a, b)]
     if abs(sizes[0] - sizes[1]) > 0.005 * sizes[1]:
         told += f"; nonzero {sizes[0]:.3f} M against {sizes[1]:.3f} M"
-    return f"{a} better than {b}: **{answer}**, {told}"
+    return Verdict(a, b, answer(differences), told)
 
 
-def verdicts(name: str, lines: Sequence[Line]) -> list[str]:
+def answer(differences: Sequence[float]) -> str:
+    """In a word, from B's errors less A's of every seed."""
+    _, low, high = interval(differences)
+    if len(differences) < 2:
+        return UNKNOWN
+    if not any(differences):
+        return SAME
+    return BETTER if low > 0 else WORSE if high < 0 else NOISE
+
+
+def verdicts(name: str, lines: Sequence[Line]) -> list[Verdict]:
     runs = runs_of(name, lines)
     found = [verdict(a, b, runs) for a, b in EXPERIMENTS[name].pairs]
-    return [sentence for sentence in found if sentence]
+    return [one for one in found if one]
+
+
+def summary(lines: Sequence[Line]) -> str:
+    """How often what is ours won, and where it did not."""
+    ours = [v for name in EXPERIMENTS for v in verdicts(name, lines) if "(ours)" in v.a]
+    ours = [v for v in ours if v.answer != UNKNOWN]
+    counts = {word: sum(v.answer == word for v in ours) for word in (BETTER, NOISE, WORSE, SAME)}
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    lost = "; ".join(f"{v.a} with {v.b}" for v in ours if v.answer == WORSE)
+    text = f"Of {len(ours)} comparisons of an option of ours: {told or 'none is measured yet'}."
+    return f"{text} Worse: {lost}.\n" if lost else f"{text}\n"
 
 
 def markdown(lines: Sequence[Line]) -> str:
     """All experiments of which something is stored: question, budget, table, verdicts."""
     refuse_mixture(lines)
-    parts = []
+    parts = [summary(lines)]
     for name, experiment in EXPERIMENTS.items():
         if experiment.pairs and any(line["experiment"] == name for line in lines):
             sentences = "".join(f"- {sentence}\n" for sentence in verdicts(name, lines))

@@ -6,6 +6,7 @@ Each case runs in a process of its own, whose peak memory is the operating syste
 weights are random, the clips those that come with the embedded model, padded to 30 s as Whisper
 pads them; the loop is edgewhisper.training.train, as every method uses it, without a teacher (one
 more takes its weights, and a forward pass a step). The first step, which allocates, is left out.
+Seconds are the processor's, summed over threads: a busy machine does not lengthen them much.
 
 Least memory in float32: weights, gradients and AdamW's two moments, 16 bytes a parameter, 3.9 GB.
 """
@@ -40,7 +41,7 @@ class Enough(Exception):
 
 
 def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train for `steps` + 1 steps in this process; seconds of a step, and the peak until then."""
+    """Train for `steps` + 1 steps in this process; CPU seconds of each, and the peak until then."""
     import torch
 
     from benchmarks.speech import read_manifest
@@ -53,7 +54,7 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
     peaks: list[int] = []
 
     def hook(model: Any, step: int, rate: float) -> None:
-        ends.append(time.monotonic())
+        ends.append(time.process_time())
         peaks.append(peak_bytes())
         if step == steps:
             raise Enough
@@ -69,8 +70,8 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
         **case,
         "parameters": count,
         "steps": len(seconds),
-        "step_s": seconds,
-        "median_step_s": statistics.median(seconds),
+        "step_cpu_s": seconds,
+        "median_step_cpu_s": statistics.median(seconds),
         "peak_rss_bytes": peaks[-1],
         "least_bytes": 16 * count,
         "threads": torch.get_num_threads(),
@@ -116,7 +117,7 @@ def rows(stored: list[dict[str, Any]]) -> list[dict[str, str]]:
             "precision": {"no": "fp32"}.get(line["precision"], line["precision"]),
             "clips a step": str(line["batch_size"]),
             "in passes": str(line["accumulate"]),
-            "s a step": f"{line['median_step_s']:.1f}",
+            "CPU s a step": f"{line['median_step_cpu_s']:.1f}",
             "peak GB": f"{line['peak_rss_bytes'] / 1e9:.2f}",
         }
         for line in stored
@@ -133,7 +134,7 @@ def main() -> None:
         return print(json.dumps(measure(given.case, given.steps)))
     from export.versions import versions
 
-    about = {"device": machine(), "versions": versions()}
+    about: dict[str, Any] = {"device": machine(), "versions": versions()}
     about["measured_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     found = [in_own_process(case, given.steps) | about for case in CASES]
     given.out.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
