@@ -27,7 +27,15 @@ BLOCK = re.compile(r"(<!-- ([\w ]+?) table: .*? -->\n).*?(<!-- end -->)", flags=
 
 def with_tables(text: str) -> str:
     """The text with its tables made anew."""
-    return BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]]() + found[3], text)
+    return BLOCK.sub(lambda found: found[1] + block(found[2]) + found[3], text)
+
+
+def block(name: str) -> str:
+    """A table; where its results are not there, a line that says so."""
+    try:
+        return BLOCKS[name]()
+    except FileNotFoundError as error:
+        return f"Not measured yet: there is no {Path(error.filename).name}.\n"
 
 
 def demo() -> str:
