@@ -229,12 +229,21 @@ def test_a_verdict_compares_seed_by_seed(made, first, second, answer):
     assert str(sentence).startswith(f"first better than second: **{answer}**, ")
 
 
-def test_a_verdict_says_where_sizes_differ(made):
-    lines = paired([1, 2, 3], [5, 6, 7])
+@pytest.mark.parametrize(
+    ("first", "second", "answer"),
+    [
+        ([1, 2, 3], [5, 6, 7], "yes"),
+        ([5, 6, 7], [1, 2, 3], "no, worse, but smaller"),
+    ],
+    ids=["better", "worse"],
+)
+def test_a_verdict_says_where_sizes_differ(made, first, second, answer):
+    lines = paired(first, second)
     smaller = {"total": 1, "token_table": 1_000_000, "nonzero": 500_000}
     lines = [told | {"parameters": smaller} if told["arm"] == "first" else told for told in lines]
     sentence = tables.verdict("first", "second", tables.runs_of("made", lines))
     assert "nonzero 1.500 M against 2.000 M" in str(sentence)
+    assert sentence.answer == answer
 
 
 def test_the_summary_counts_what_is_ours(made, monkeypatch):
@@ -244,7 +253,7 @@ def test_the_summary_counts_what_is_ours(made, monkeypatch):
     lines = [line("first (ours)", s, w) for s, w in enumerate([5, 6, 7])]
     lines += [line("second", s, w) for s, w in enumerate([1, 2, 3])]
     told = tables.summary(lines)
-    assert "Of 1 comparisons" in told and "1 no, worse" in told
+    assert "Of 1 comparisons" in told and "1 “no, worse”" in told
     assert "first (ours) with second" in told
 
 

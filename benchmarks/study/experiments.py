@@ -195,12 +195,16 @@ LITE_BALANCED = Experiment(
         "plain SVD, same ranks": lite(0.99, 0.999, basis="weights"),
         "budget, same cost (ours)": lite(0.99, 0.999, budget=CostOf("as published")),
         "padding masked (ours)": lite(0.99, 0.999, mask_padding=True),
+        "budget, padding masked (ours)": lite(
+            0.99, 0.999, mask_padding=True, budget=CostOf("as published")
+        ),
         "shared keys and values": lite(0.99, 0.999, share=True),
     },
     pairs=(
         ("as published", "plain SVD, same ranks"),
         ("budget, same cost (ours)", "as published"),
         ("padding masked (ours)", "as published"),
+        ("budget, padding masked (ours)", "as published"),
         ("shared keys and values", "as published"),
     ),
     published={

@@ -10,6 +10,7 @@ seeds, not of the clips: other speakers would shift all arms.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,9 @@ BETTER, WORSE, NOISE, SAME, UNKNOWN = (
     "the same",
     "not known yet",
 )
+LARGER, SMALLER = ", but larger", ", but smaller"
+EQUAL_SIZE = 0.005
+"""Sizes that differ by less than this share count as equal."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +174,13 @@ def verdict(a: str, b: str, runs: Runs) -> Verdict | None:
     told += f" ({low:+.2f} to {high:+.2f})" if math.isfinite(low) else ", one seed"
     if not any(differences):
         told = f"as many words wrong with each of {len(seeds)} seeds"
+    found = answer(differences)
     sizes = [mean(list(runs[arm].values()), total_nonzero) / 1e6 for arm in (a, b)]
-    if abs(sizes[0] - sizes[1]) > 0.005 * sizes[1]:
+    if abs(sizes[0] - sizes[1]) > EQUAL_SIZE * sizes[1]:
         told += f"; nonzero {sizes[0]:.3f} M against {sizes[1]:.3f} M"
-    return Verdict(a, b, answer(differences), told)
+        smaller = sizes[0] < sizes[1]
+        found += {(BETTER, False): LARGER, (WORSE, True): SMALLER}.get((found, smaller), "")
+    return Verdict(a, b, found, told)
 
 
 def answer(differences: Sequence[float]) -> str:
@@ -196,9 +203,9 @@ def summary(lines: Sequence[Line]) -> str:
     """How often what is ours won, and where it did not."""
     ours = [v for name in EXPERIMENTS for v in verdicts(name, lines) if "(ours)" in v.a]
     ours = [v for v in ours if v.answer != UNKNOWN]
-    counts = {word: sum(v.answer == word for v in ours) for word in (BETTER, NOISE, WORSE, SAME)}
-    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    lost = "; ".join(f"{v.a} with {v.b}" for v in ours if v.answer == WORSE)
+    counts = Counter(v.answer for v in ours)
+    told = ", ".join(f"{count} “{word}”" for word, count in counts.most_common())
+    lost = "; ".join(f"{v.a} with {v.b}" for v in ours if v.answer.startswith(WORSE))
     text = f"Of {len(ours)} comparisons of an option of ours: {told or 'none is measured yet'}."
     return f"{text} Worse: {lost}.\n" if lost else f"{text}\n"
 
