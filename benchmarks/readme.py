@@ -1,24 +1,44 @@
 """Put the tables of the stored results into the README: python -m benchmarks.readme.
 
-The results are those that `edgewhisper demo` wrote, kept in benchmarks/results/demo.jsonl: to renew
-the table, copy the file that a new demo names there and run this.
+All that is needed stands in benchmarks/results:
+
+    demo.jsonl             the file that a new `edgewhisper demo` names, copied
+    study.jsonl            python -m benchmarks.study.run; study.png is drawn from it here
+    accounting.jsonl       python -m benchmarks.study.accounting
+    training_cost.jsonl    python -m benchmarks.study.training_cost
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks.markdown import table
 from benchmarks.result import brief_rows, read
+from benchmarks.study import accounting, tables, training_cost
 
-STORED = Path(__file__).parent / "results" / "demo.jsonl"
+RESULTS = Path(__file__).parent / "results"
+STORED = RESULTS / "demo.jsonl"
 README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"(<!-- demo table: .*? -->\n).*?(<!-- end -->)", flags=re.S)
+BLOCK = re.compile(r"(<!-- ([\w ]+?) table: .*? -->\n).*?(<!-- end -->)", flags=re.S)
 
 
 def with_tables(text: str) -> str:
-    """The text with its table made anew."""
+    """The text with its tables made anew."""
+    return BLOCK.sub(lambda found: found[1] + block(found[2]) + found[3], text)
+
+
+def block(name: str) -> str:
+    """A table; where its results are not there, a line that says so."""
+    try:
+        return BLOCKS[name]()
+    except FileNotFoundError as error:
+        return f"Not measured yet: there is no {Path(error.filename).name}.\n"
+
+
+def demo() -> str:
     results = read(STORED)
     first = results[0]
     told = (
@@ -26,15 +46,36 @@ def with_tables(text: str) -> str:
         f"{first['device'].get('cpu', 'unavailable')}; medians of {first['rounds']} interleaved "
         f"rounds ({first['measured_at'][:10]}).\n"
     )
-    table = markdown(brief_rows(results)) + told
-    return BLOCK.sub(lambda found: found[1] + table + found[2], text)
+    return table(brief_rows(results)) + told
 
 
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """Rows of equal keys as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def study() -> str:
+    return tables.markdown(stored("study.jsonl"))
+
+
+def sizes() -> str:
+    return table(accounting.rows(stored("accounting.jsonl")))
+
+
+def training() -> str:
+    lines = stored("training_cost.jsonl")
+    first = lines[0]
+    told = (
+        f"\n{first['parameters'] / 1e6:.1f} M parameters, {first['threads']} thread on "
+        f"{first['device'].get('cpu', 'unavailable')} ({first['measured_at'][:10]}); weights, "
+        f"gradients and moments alone are {first['least_bytes'] / 1e9:.2f} GB in float32.\n"
+    )
+    return table(training_cost.rows(lines)) + told
+
+
+def stored(name: str) -> list[dict[str, Any]]:
+    text = (RESULTS / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+BLOCKS = {"demo": demo, "study": study, "accounting": sizes, "training cost": training}
 
 
 if __name__ == "__main__":
     README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    tables.plot(stored("study.jsonl"))

@@ -470,6 +470,41 @@ def test_each_layer_writes_its_mean_and_keeps_its_energy(narrow_whisper, work, f
         assert told["rank"] == layer.down.out_features
 
 
+def test_plain_decomposition_keeps_the_bias_and_the_best_of_the_weight(rng):
+    """The same as numpy's truncated SVD of W, and nearer to W than the activations' axes."""
+    weight, bias, rows = draw_layer(rng)
+    rank = int(rng.integers(1, min(weight.shape) + 1))
+    for own in (bias, None):
+        mean, root = lite.plain(weight, own)
+        factors = split(weight, own, mean, principal_axes(root, rank))
+        u, s, v = np.linalg.svd(weight.numpy(), full_matrices=False)
+        wanted = torch.from_numpy(u[:, :rank] * s[:rank] @ v[:rank])
+        torch.testing.assert_close(factors.up @ factors.down, wanted, rtol=0, atol=1e-9)
+        kept = torch.zeros(len(weight)).double() if own is None else own
+        torch.testing.assert_close(factors.shift, kept, rtol=0, atol=1e-12)
+    heard, _ = split_layer(weight, bias, rows, rank)
+    error = (heard.up @ heard.down - weight).norm()
+    assert (wanted - weight).norm() <= error + 1e-9
+
+
+def test_plain_decomposition_takes_the_same_ranks(narrow_whisper, work):
+    ranks = []
+    for basis in ("activations", "weights"):
+        model = lite.apply(copy.deepcopy(narrow_whisper), replace(FINE, basis=basis), work)
+        layers = work.record["lite"]["layers"]
+        ranks.append({name: layer["rank"] for name, layer in layers.items()})
+        assert any(ranks[-1].values())
+        for name, module in narrow_whisper.named_modules():
+            if ranks[-1].get(name) and basis == "weights" and module.bias is not None:
+                assert torch.equal(model.get_submodule(name).up.bias, module.bias)
+    assert ranks[0] == ranks[1]
+
+
+def test_plain_decomposition_cannot_be_sequential(tiny_whisper, work):
+    with pytest.raises(Problem, match="basis"):
+        lite.apply(tiny_whisper, Options(basis="weights", sequential=True), work)
+
+
 def test_a_full_subspace_is_the_same_model(narrow_whisper, work, few, processor):
     """Every layer split at k = d_out: the same words."""
     dense = copy.deepcopy(narrow_whisper)

@@ -384,6 +384,26 @@ def test_min_removed_is_reached_whatever_the_margin(tiny_whisper, work_with_know
     )
 
 
+@pytest.mark.parametrize("layers", ["*", "*.fc2"])
+def test_min_zero_is_reached_without_any_search(layers, tiny_whisper, work, rng):
+    share = float(rng.uniform(0.05, 0.15))
+    options = Options(
+        layers=layers, c2=-2.0, search=False, min_zero=share, training=Training(steps=0)
+    )
+    tspar.apply(tiny_whisper, options, work)
+    assert "search" not in work.record["tspar"]
+    slim = shrink.apply(tiny_whisper, shrink.Options(), work)
+    table = slim.model.decoder.embed_tokens.weight.numel()
+    left = sum(int((p != 0).sum()) for p in slim.parameters()) - table
+    dense = sum(p.numel() for p in tiny_whisper.parameters()) - table
+    assert share <= 1 - left / dense == pytest.approx(share, abs=0.05)
+
+
+def test_without_a_share_to_reach_the_recipes_values_are_applied(tiny_whisper, work):
+    tspar.apply(tiny_whisper, Options(search=False, training=Training(steps=0)), work)
+    assert work.record["tspar"]["thresholds"]["strength"] == 1.0
+
+
 # --------------------------------------------------------------------------------- the whole step
 
 

@@ -32,7 +32,8 @@ What we do otherwise, with the same result:
 
 The paper calibrates on 100 English clips of eight sets, padding included, recorded while decoding;
 its thresholds for the smaller models are not published. Ours, off by default: `mask_padding`,
-`budget`, `sequential` and `recovery`.
+`budget`, `sequential` and `recovery`. `basis = "weights"` is a baseline, plain singular value
+decomposition: the singular vectors of W in the place of V_k, the bias as it was, the same ranks.
 
 `share`, off by default as in the paper, attends in the small dimensions where keys and values have
 fewer of them than a head has. With A = X down_q, B = X down_k, C = X down_v (frames, k), which all
@@ -113,6 +114,9 @@ class Options:
     max_cost: Annotated[float, Range(0, 1)] = 1.0
     """A layer is split where the two factors have at most this share of its weights. 1 is the
     paper's rule, which splits at break-even too."""
+
+    basis: Literal["activations", "weights"] = "activations"
+    """weights: a baseline, plain singular value decomposition of W at the same ranks."""
 
     clips: Annotated[int, Range(1)] = 100
     """Clips of calibration speech, drawn from the training clips by the seed; all if fewer."""
@@ -325,6 +329,7 @@ def apply(
 
     Raises Problem: no such layer, no speech, a budget too small; and what training.train raises.
     """
+    refuse(options)
     home = next(model.parameters()).device
     names = chosen(model, options.layers)
     before = count_parameters(model), macs(model)
@@ -341,7 +346,7 @@ def apply(
         if options.sequential:
             split_in_turn(model, ranks, speech, options)
         else:
-            split_at_once(model, ranks, outputs)
+            split_at_once(model, ranks, outputs, options.basis)
         model = whisper.rebuild(model, model.state_dict(), layer_shapes(model))
     model.to(home)
     recover(model, keep, options, work, record)
@@ -351,6 +356,15 @@ def apply(
     record["macs"] = {"before": before[1], "after": macs(model)}
     work.record["lite"] = record
     return model
+
+
+def refuse(options: Options) -> None:
+    if options.sequential and options.basis == "weights":
+        raise Problem(
+            'lite: basis = "weights" looks at no activations, so there is nothing that '
+            "sequential = true could follow",
+            hint="leave one of the two out",
+        )
 
 
 def chosen(model: nn.Module, pattern: str) -> list[str]:
@@ -391,10 +405,11 @@ def theta_of(name: str, options: Options) -> float:
 def told(
     model: nn.Module, name: str, ranks: Mapping[str, int | None], outputs: "Outputs"
 ) -> dict[str, Any]:
-    """What is recorded of a layer: its rank (None: dense), of how many, and what that keeps."""
+    """What is recorded of a layer: its rank (None: dense), its size, and what that rank keeps."""
     rank = ranks[name]
     kept = 1.0 if rank is None else energy_at(outputs.variances[name], rank)
-    return {"rank": rank, "outputs": weight_of(model, name).shape[0], "energy": kept}
+    d_out, d_in = weight_of(model, name).shape
+    return {"rank": rank, "outputs": d_out, "inputs": d_in, "energy": kept}
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
@@ -511,15 +526,26 @@ def budget_choices(model: nn.Module, outputs: Outputs, options: Options) -> dict
 # -- splitting
 
 
-def split_at_once(model: nn.Module, ranks: Mapping[str, int | None], outputs: Outputs) -> None:
+def split_at_once(
+    model: nn.Module,
+    ranks: Mapping[str, int | None],
+    outputs: Outputs,
+    basis: str = "activations",
+) -> None:
     """(5) for every layer, from the activations of the original model."""
     for name, rank in ranks.items():
         if rank is not None:
-            mean, root = outputs.of(model, name)
-            bias = model.get_submodule(name).bias
+            weight, bias = weight_of(model, name), model.get_submodule(name).bias
             own = None if bias is None else exact(bias)
-            axes = principal_axes(root, rank)
-            put(model, name, split(weight_of(model, name), own, mean, axes))
+            found = plain(weight, own) if basis == "weights" else outputs.of(model, name)
+            axes = principal_axes(found.root, rank)
+            put(model, name, split(weight, own, found.mean, axes))
+
+
+def plain(weight: Tensor, bias: Tensor | None) -> Roots:
+    """What a layer would write if its inputs were white noise: axes are those of W alone, and the
+    shift of (5) is the bias."""
+    return Roots(weight.new_zeros(len(weight)) if bias is None else bias, weight)
 
 
 def split_in_turn(

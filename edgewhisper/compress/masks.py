@@ -114,8 +114,20 @@ def bookkeeping(model: nn.Module) -> dict[str, Any]:
 
 def removed_share(model: nn.Module) -> float:
     """Share of the parameters outside the token table that exact removal would take away."""
-    dense = count_parameters(model)
-    tensors = shrink(model).tensors
-    counted = [n for n in tensors if not n.endswith(".inputs") and n != "proj_out.weight"]
-    slim = sum(tensors[name].numel() for name in counted) - dense["token_table"]
-    return 1 - slim / dense["rest"]
+    return 1 - sum(tensor.numel() for tensor in left_by_removal(model)) / rest(model)
+
+
+def zero_share(model: nn.Module) -> float:
+    """Share of the parameters outside the token table that would be gone or are zero."""
+    return 1 - sum(int((t != 0).sum()) for t in left_by_removal(model)) / rest(model)
+
+
+def left_by_removal(model: nn.Module) -> list[Tensor]:
+    """The tensors outside the token table after exact removal, without the indices of gathers."""
+    table = ("proj_out.", "model.decoder.embed_tokens.")
+    tensors = shrink(model).tensors.items()
+    return [t for name, t in tensors if not name.startswith(table) and not name.endswith(".inputs")]
+
+
+def rest(model: nn.Module) -> int:
+    return count_parameters(model)["rest"]

@@ -29,7 +29,7 @@ The paper is not explicit everywhere; what we fill in:
   step of the penalty, which makes exact zeros.
 - The two passes and their order: see `two_pass`. c1, c2 and rho are not published; bisection finds
   how far towards the values given here pruning may go before dev WER suffers.
-- Ours, off by default: `layers`, `min_removed`, `recovery`, `keep`.
+- Ours, off by default: `layers`, `min_removed`, `min_zero`, `recovery`, `keep`.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,6 +46,7 @@ from edgewhisper.compress.masks import (
     removed_share,
     set_pruned,
     weights_of,
+    zero_share,
 )
 from edgewhisper.compress.near import keep_term, total
 from edgewhisper.compress.work import Work
@@ -101,7 +102,8 @@ class Options:
     """Column statistics from what pass 1 left, or all statistics from the unpruned weights."""
 
     search: bool = True
-    """Go towards c1, c2 and rho only as far as dev WER allows; false applies them as given."""
+    """Go towards c1, c2 and rho only as far as dev WER allows; false applies them as given, or
+    where `min_removed` or `min_zero` is set, goes just as far as that."""
     wer_margin: Annotated[float, Range(0)] = 0.5
     """Points of dev WER that pruning may cost against the fine-tuned model."""
     evaluations: Annotated[int, Range(1)] = 7
@@ -109,6 +111,9 @@ class Options:
     min_removed: Annotated[float, Range(0, 1)] = 0.0
     """Ours: prune at least until this share of the parameters outside the token table would go,
     whatever wer_margin says (recovery then has to make up for it). 0 leaves it to the search."""
+    min_zero: Annotated[float, Range(0, 1)] = 0.0
+    """Ours: likewise, until this share would go or is zero: what IMP's `target` says of its
+    matrices, so that the two can be compared at equal nonzero parameters."""
 
     keep: Weight = 0.0
     """Ours: weight of the distance to the model before the step (near.distance), added to the
@@ -367,7 +372,13 @@ def prune(
     def prune_to(strength: float) -> None:
         set_pruned(model, dense, two_pass(dense, full.at(strength), options))
 
-    strength = choose_strength(model, prune_to, options, work, record) if options.search else 1.0
+    floor = max(
+        strength_for(options.min_removed, removed_share, model, prune_to),
+        strength_for(options.min_zero, zero_share, model, prune_to),
+    )
+    strength = floor or 1.0
+    if options.search:
+        strength = choose_strength(model, prune_to, floor, options, work, record)
     prune_to(strength)
     thresholds = full.at(strength)
     record["thresholds"] = {"strength": strength, **asdict(thresholds)}
@@ -377,12 +388,13 @@ def prune(
 def choose_strength(
     model: "WhisperForConditionalGeneration",
     prune_to: Callable[[float], None],
+    floor: float,
     options: Options,
     work: Work,
     record: dict[str, Any],
 ) -> float:
-    """The largest strength whose dev WER stays within the margin of the unpruned model's."""
-    floor = strength_for(options.min_removed, model, prune_to)
+    """The largest strength, at least `floor`, whose dev WER stays within the margin of the unpruned
+    model's."""
     prune_to(0.0)
     unpruned = work.wer(model).wer
     limit = unpruned + options.wer_margin / 100
@@ -420,13 +432,18 @@ def largest(good: Callable[[float], bool], low: float, evaluations: int) -> floa
     return low
 
 
-def strength_for(share: float, model: nn.Module, prune_to: Callable[[float], None]) -> float:
-    """The smallest strength that removes this share of parameters; 0 for none, at most 1."""
+def strength_for(
+    share: float,
+    counted: Callable[[nn.Module], float],
+    model: nn.Module,
+    prune_to: Callable[[float], None],
+) -> float:
+    """The smallest strength at which so large a share counts; 0 for none, at most 1."""
     low, high = 0.0, 1.0 if share > 0 else 0.0
     while high - low > 1 / 256:
         middle = (low + high) / 2
         prune_to(middle)
-        low, high = (low, middle) if removed_share(model) >= share else (middle, high)
+        low, high = (low, middle) if counted(model) >= share else (middle, high)
     return high
 
 
