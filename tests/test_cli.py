@@ -142,7 +142,40 @@ def test_a_bare_compress_leaves_the_choice_of_recipe_to_the_model(edgewhisper, m
     assert asked[0][:2] == (None, None)
 
 
+def test_a_target_is_searched_for_and_the_trials_are_shown(edgewhisper, tmp_path, digits, clips):
+    (tmp_path / "mine.toml").write_text(
+        '[[step]]\nmethod = "shear"\nrank = 96\ncalibration = 2\n[step.training]\nsteps = 0\n'
+        '[[search]]\nfield = "step.1.rank"\nlow = 64\nhigh = 112\n'
+    )
+    shutil.copytree(clips.parent / "test", tmp_path / "test")
+    (tmp_path / "few.jsonl").write_text("\n".join(clips.read_text().splitlines()[:2]))
+    speech = ("--speech", "few.jsonl", "--dev", "few.jsonl")
+    told = ("--recipe", "mine.toml", *speech, "--trials", "2", "--out", "out")
+    done = edgewhisper("compress", digits, *told, "--target-params", "99.5%")
+    assert done.returncode == 0, done.stderr
+    assert "chosen" in done.stdout and "dev WER %" in done.stdout
+    assert done.stdout.splitlines()[-1] == "wrote out"
+    found = json.loads((tmp_path / "out/pareto.json").read_text())
+    assert found["limits"]["parameters"] == int(0.995 * found["before"]["parameters"])
+
+
+def test_recipes_say_what_may_be_searched(edgewhisper):
+    lines = edgewhisper("recipes").stdout.splitlines()
+    quick = next(number for number, line in enumerate(lines) if line.startswith("quick"))
+    assert lines[quick + 1].split() == ["searched:", "step.1.min_removed"]
+
+
 # ------------------------------------------------------------------------------- bad input
+
+
+def test_targets_that_cannot_be(edgewhisper, tmp_path):
+    assert "neither a count nor a share" in letter(edgewhisper("compress", "--target-params", "x"))
+    text = letter(edgewhisper("compress", "--max-wer-loss", "-1"))
+    assert "--max-wer-loss -1 is not between 0 and 100 points" in text
+    assert "nothing to search without a target" in letter(edgewhisper("compress", "--trials", 3))
+    text = letter(edgewhisper("compress", "--recipe", "imp", "--target-params", "60%"))
+    assert "recipe imp: it does not say what may be searched" in text
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_normalizer_is_said_before_anything_is_transcribed(
