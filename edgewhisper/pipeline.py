@@ -115,12 +115,14 @@ def prepare(
         raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
     clips = choose_speech(source, speech, dev)
     dense = whisper.load(source, revision)
+    processor = whisper.load_processor(source, revision)
     work = Work(
-        processor=whisper.load_processor(source, revision),
+        processor=processor,
         train=clips.train,
         dev=clips.dev,
         run_dir=_run_dir(recipe, source, clips, seed, purpose),
         seed=seed,
+        timed=alignment.reference(dense, processor, clips.dev),
     )
     return Job(source, recipe, dense, work, measure(dense, work))
 
@@ -177,11 +179,15 @@ def choose_speech(source: str, speech: Path | None, dev: Path | None) -> Speech:
 
 
 def measure(model: WhisperForConditionalGeneration, work: Work) -> dict[str, Any]:
-    """Size, cost and dev error rate of a checkpoint."""
+    """Size, cost and dev error rate of a checkpoint, and how far off its timestamps are."""
+    heads = alignment.heads_of(model)
     return {
         "parameters": count_parameters(model),
         "macs": macs(model),
         "dev": work.wer(model).as_dict(),
+        "timestamp_error_s": None
+        if work.timed is None
+        else alignment.timestamp_error_s(model, work.processor, work.timed.clips, heads),
     }
 
 
@@ -219,6 +225,9 @@ def record_of(
         "versions": versions(),
         "before": job.before,
         "after": after,
+        "timestamps": None
+        if work.timed is None
+        else {"judged_by": work.timed.source, "clips": len(work.timed.clips)},
         "steps": work.record,
     }
 
