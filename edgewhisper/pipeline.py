@@ -166,9 +166,9 @@ def choose_speech(source: str, speech: Path | None, dev: Path | None) -> Speech:
             f"{source}: no speech to compress it with",
             hint="name a manifest with --speech; a few hours in the model's language are best",
         )
-    clips = read_manifest(speech)
+    clips = with_texts(speech)
     if dev is not None:
-        return Speech(clips, read_manifest(dev))
+        return Speech(clips, with_texts(dev))
     if len(clips) < 2 * DEV_SHARE:
         raise Problem(
             f"{speech} names {len(clips)} clips: too few to hold some out for the thresholds",
@@ -176,6 +176,17 @@ def choose_speech(source: str, speech: Path | None, dev: Path | None) -> Speech:
         )
     held = clips[::DEV_SHARE]
     return Speech([clip for clip in clips if clip not in held], held)
+
+
+def with_texts(speech: Path) -> list[Clip]:
+    """The clips of a manifest. Raises Problem where nothing is said in any of them."""
+    clips = read_manifest(speech)
+    if not any(clip.text.strip() for clip in clips):
+        raise Problem(
+            f"{speech}: the text of all {len(clips)} clips is empty, so there is nothing to learn",
+            hint="write what is said into `text`; clips without speech may stand among others",
+        )
+    return clips
 
 
 def measure(model: WhisperForConditionalGeneration, work: Work) -> dict[str, Any]:
