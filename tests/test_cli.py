@@ -201,7 +201,7 @@ TRAIN = '[[step]]\nmethod = "tspar"\n[step.training]\nsteps = 1\nbatch_size = 2\
             id="more layers than there are",
         ),
         pytest.param(
-            TRAIN.replace('"tspar"', '"tspar"\nencoder_element = 1e39'),
+            TRAIN.replace('"tspar"', '"tspar"\nencoder_element = 1e300'),
             {},
             (),
             "the loss is inf at step 1 of 1",
