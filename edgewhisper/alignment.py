@@ -9,7 +9,9 @@ dynamic time warping finds the one way through it from start to end (transformer
   stands in, as in Whisper where nobody knows better.
 - `find_heads` discovers them anew on speech whose word times are known, for compression or
   fine-tuning may have changed what a head does. `compose` makes such speech from single words.
-- `timestamp_error_s` says how far from the truth the words are timed with a set of heads.
+- `timestamp_error_s` says how far from the truth the words are timed with a set of heads, and
+  `reference` gives compression some speech to say it of: the truth where the clips hold single
+  words, which can be put together, and otherwise what the model said before.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +31,9 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 from edgewhisper.decoding import log_mel
 from edgewhisper.examples import SAMPLE_RATE, UNSPACED, prompt_ids
 from export.problem import Problem
+
+if TYPE_CHECKING:
+    from benchmarks.speech import Clip
 
 Head = tuple[int, int]
 """A decoder layer, and a head of its cross-attention, both from 0."""
@@ -142,6 +147,92 @@ def spell(
         processor.tokenizer(space + word.text, add_special_tokens=False).input_ids
         for word in clip.words
     ]
+
+
+# ---------------------------------------------------------------------- speech to be judged by
+
+REFERENCE_CLIPS = 8
+WORDS = 4
+"""Of a clip that is put together, with pauses of PAUSE_S."""
+PAUSE_S = 0.2
+QUIET = 0.01
+"""Of the loudest 20 ms: what is softer, before and behind a word, is not part of it."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    clips: tuple[TimedClip, ...]
+    source: str
+    """Where the times of the words are from."""
+
+
+def reference(
+    model: nn.Module, processor: WhisperProcessor, clips: Sequence[Clip]
+) -> Reference | None:
+    """Some of the clips with the times of their words: true ones where at least four clips hold a
+    single word, otherwise those that `model` gives; None where no clip can be used."""
+    ready = [clip for clip in clips if can_be_timed(clip, model)]
+    made = composed([clip for clip in ready if len(clip.text.split()) == 1], processor)
+    if made:
+        return Reference(tuple(made), "single words put together, whose times are known")
+    told = [self_timed(clip, model, processor) for clip in fitting(ready, model, processor)]
+    return Reference(tuple(told), "the model before compression") if told else None
+
+
+def can_be_timed(clip: Clip, model: Any) -> bool:
+    """Whether its words can be told apart and the model has a token for its language."""
+    language = clip.lang.split("-")[0].lower()
+    generation = model.generation_config
+    english_only = not getattr(generation, "is_multilingual", False)
+    known = english_only or f"<|{language}|>" in generation.lang_to_id
+    return known and language not in UNSPACED and bool(clip.text.strip())
+
+
+def composed(single: Sequence[Clip], processor: WhisperProcessor) -> list[TimedClip]:
+    """Clips of four words each from clips of one, as many as fit into the window."""
+    made = []
+    for first in range(0, min(len(single), REFERENCE_CLIPS * WORDS) - WORDS + 1, WORDS):
+        words = [(c.text.strip(), without_silence(c.pcm())) for c in single[first : first + WORDS]]
+        clip = compose(words, [PAUSE_S] * (WORDS + 1), single[first].lang)
+        if len(clip.pcm) <= processor.feature_extractor.n_samples:
+            made.append(clip)
+    return made
+
+
+def without_silence(pcm: np.ndarray) -> np.ndarray:
+    power = np.convolve(pcm**2, np.ones(320) / 320, mode="same")
+    loud = np.flatnonzero(power >= QUIET * power.max())
+    return pcm[loud[0] : loud[-1] + 1]
+
+
+def fitting(clips: Sequence[Clip], model: Any, processor: WhisperProcessor) -> list[Clip]:
+    """The first few of two words or more that the model can hear and write at once."""
+    found: list[Clip] = []
+    for clip in clips:
+        ids = processor.tokenizer(f" {clip.text}", add_special_tokens=False).input_ids
+        room = model.config.max_target_positions - 5  # start, language, task, no timestamps, end
+        short = len(clip.pcm()) <= processor.feature_extractor.n_samples
+        if len(clip.text.split()) > 1 and len(ids) <= room and short:
+            found.append(clip)
+        if len(found) == REFERENCE_CLIPS:
+            break
+    return found
+
+
+def self_timed(clip: Clip, model: nn.Module, processor: WhisperProcessor) -> TimedClip:
+    """A clip with the times that the model itself gives to its words."""
+    words = clip.text.split()
+    untimed = TimedClip(clip.pcm(), tuple(Word(word, 0.0, 0.0) for word in words), clip.lang)
+    times = word_times(model, processor, untimed, heads_of(model))
+    timed = tuple(Word(word, *span) for word, span in zip(words, times, strict=True))
+    return TimedClip(untimed.pcm, timed, clip.lang)
+
+
+def heads_of(model: Any) -> list[list[int]]:
+    """The alignment heads that the model names and has, or those that stand in for them."""
+    named = getattr(model.generation_config, "alignment_heads", None) or []
+    there = moves([range(count) for count in head_counts(model)])
+    return remap(named, there) or upper_half(model)
 
 
 # ------------------------------------------------------------------------------- what heads do

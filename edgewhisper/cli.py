@@ -60,11 +60,37 @@ def compress_cli(
     out: Out = None,
     seed: Annotated[int, typer.Option(help="of everything that is drawn at random")] = 0,
     revision: Annotated[str | None, typer.Option(help="of a model on the hub")] = None,
+    target_params: Annotated[
+        str | None, typer.Option(metavar="N|SHARE", help="search for it: 900000, 0.9M or 60%")
+    ] = None,
+    target_macs: Annotated[
+        str | None, typer.Option(metavar="N|SHARE", help="likewise, of one window and 32 tokens")
+    ] = None,
+    max_wer_loss: Annotated[
+        float | None,
+        typer.Option(metavar="POINTS", help="search for the smallest that loses no more dev WER"),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="runs of the recipe that a search makes; default: 12")
+    ] = None,
 ) -> None:
-    """Make a checkpoint smaller by a recipe. Interrupted, the same command goes on."""
-    from edgewhisper import pipeline
+    """Make a checkpoint smaller by a recipe. Interrupted, the same command goes on.
 
-    place = pipeline.compress(model, recipe, speech, dev, out, seed, revision, say)
+    With a target, search within the recipe (see `edgewhisper recipes`) and write the chosen
+    checkpoint with all trials in pareto.json; others worth having are in front/.
+    """
+    rest = (model, recipe, speech, dev, out, seed, revision, say)
+    if target_params is None and target_macs is None and max_wer_loss is None:
+        _refuse_trials(trials)
+        from edgewhisper import pipeline
+
+        say(f"wrote {pipeline.compress(*rest)}")
+        return
+    from edgewhisper import targets
+
+    asked = targets.parse(target_params, target_macs, max_wer_loss)
+    place, rows = targets.compress_to(asked, trials or targets.TRIALS, *rest)
+    _show_trials(rows)
     say(f"wrote {place}")
 
 
@@ -198,11 +224,13 @@ def demo_cli() -> None:
 
 @app.command("recipes")
 def recipes_cli() -> None:
-    """The recipes that come with EdgeWhisper."""
-    from edgewhisper.recipe import available, summary
+    """The recipes that come with EdgeWhisper, and what a target may search in each."""
+    from edgewhisper.recipe import available, searchable, summary
 
     for name in available():
         say(f"{name:10} {summary(name)}")
+        if searchable(name):
+            say(f"{'':10} searched: {', '.join(searchable(name))}")
 
 
 @app.command("devices")
@@ -245,6 +273,23 @@ def _show_results(results: list[dict[str, Any]], json_file: str | None) -> None:
     _emit(results, json_file)
     if json_file != "-":
         _table(brief_rows(results))
+
+
+def _show_trials(rows: list[dict[str, str]]) -> None:
+    from edgewhisper.runs import main_process
+
+    if main_process():
+        _table(rows)
+
+
+def _refuse_trials(trials: int | None) -> None:
+    if trials is not None:
+        from export.problem import Problem
+
+        raise Problem(
+            f"--trials {trials}: there is nothing to search without a target",
+            hint="add --target-params, --target-macs or --max-wer-loss, or leave --trials out",
+        )
 
 
 def _table(rows: list[dict[str, str]]) -> None:

@@ -73,49 +73,90 @@ def compress(
     Without one it is `quick`, some minutes' work, where the embedded model is compressed on the
     speech that comes with it, and `tspar` elsewhere.
     """
+    job = prepare(recipe_for(model, recipe, speech), model, speech, dev, out, seed, revision)
+    say(f"{job.source}: {describe(job.before)}")
+    slim, after = finish(run_steps(job.dense, job.recipe, job.work, say), job.work)
+    say(f"compressed: {describe(after)}")
+    place = out or runs.new_path("checkpoint", f"-{job.recipe.name}")
+    if runs.main_process():
+        whisper.save(slim, job.work.processor, place, record_of(job, job.work, after))
+        shutil.rmtree(job.work.run_dir, ignore_errors=True)
+    return place
+
+
+def recipe_for(model: str | None, recipe: str | None, speech: Path | None) -> Recipe:
+    embedded = Path(model or DEFAULT_MODEL) == DEFAULT_MODEL and speech is None
+    return load_recipe(recipe or ("quick" if embedded else "tspar"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint to be compressed, by what, with what, and what it is before."""
+
+    source: str
+    recipe: Recipe
+    dense: WhisperForConditionalGeneration
+    work: Work
+    before: dict[str, Any]
+
+
+def prepare(
+    recipe: Recipe,
+    model: str | None,
+    speech: Path | None,
+    dev: Path | None,
+    out: Path | None,
+    seed: int,
+    revision: str | None,
+    purpose: str = "",
+) -> Job:
+    """Everything is read and checked before the first step, the place of the output as well."""
     source = model or str(DEFAULT_MODEL)
-    embedded = Path(source) == DEFAULT_MODEL and speech is None
-    steps = load_recipe(recipe or ("quick" if embedded else "tspar"))
     if out is not None and out.exists():
         raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
     clips = choose_speech(source, speech, dev)
     dense = whisper.load(source, revision)
+    processor = whisper.load_processor(source, revision)
     work = Work(
-        processor=whisper.load_processor(source, revision),
+        processor=processor,
         train=clips.train,
         dev=clips.dev,
-        run_dir=_run_dir(steps, source, clips, seed),
+        run_dir=_run_dir(recipe, source, clips, seed, purpose),
         seed=seed,
         original=dense,
+        timed=alignment.reference(dense, processor, clips.dev),
     )
-    before = measure(dense, work)
-    say(f"{source}: {describe(before)}")
-    slim = run_steps(dense, steps, work, say)
-    alignment.settle(slim)
-    after = measure(slim, work)
-    say(f"compressed: {describe(after)}")
-    record = _record(steps, source, dense, work, before, after)
-    place = out or runs.new_path("checkpoint", f"-{steps.name}")
-    if runs.main_process():
-        whisper.save(slim, work.processor, place, record)
-        shutil.rmtree(work.run_dir, ignore_errors=True)
-    return place
+    return Job(source, recipe, dense, work, measure(dense, work))
 
 
 def run_steps(
-    model: WhisperForConditionalGeneration, recipe: Recipe, work: Work, say: Say
+    model: WhisperForConditionalGeneration,
+    recipe: Recipe,
+    work: Work,
+    say: Say,
+    first: int = 0,
+    last: int | None = None,
 ) -> WhisperForConditionalGeneration:
     """Each step of the recipe in turn; a step gets the model that the one before returned.
 
-    A method that comes twice has state and records of its own each time.
+    A method that comes twice has state and records of its own each time. `first` and `last` choose
+    some of the steps, as a slice does.
     """
-    for number, step in enumerate(recipe.steps, start=1):
+    for number, step in list(enumerate(recipe.steps, start=1))[first:last]:
         say(f"step {number} of {len(recipe.steps)}: {step.method}")
         own = replace(work, run_dir=work.run_dir / f"step-{number}", record={})
         model = import_module(METHODS[step.method]).apply(model, step.options, own)
         for name, told in own.record.items():
             work.record[f"{name}-{number}" if name in work.record else name] = told
     return model
+
+
+def finish(
+    model: WhisperForConditionalGeneration, work: Work
+) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
+    """A compressed model as it will be saved, and what it is."""
+    alignment.settle(model)
+    return model, measure(model, work)
 
 
 def choose_speech(source: str, speech: Path | None, dev: Path | None) -> Speech:
@@ -127,9 +168,9 @@ def choose_speech(source: str, speech: Path | None, dev: Path | None) -> Speech:
             f"{source}: no speech to compress it with",
             hint="name a manifest with --speech; a few hours in the model's language are best",
         )
-    clips = read_manifest(speech)
+    clips = with_texts(speech)
     if dev is not None:
-        return Speech(clips, read_manifest(dev))
+        return Speech(clips, with_texts(dev))
     if len(clips) < 2 * DEV_SHARE:
         raise Problem(
             f"{speech} names {len(clips)} clips: too few to hold some out for the thresholds",
@@ -139,13 +180,28 @@ def choose_speech(source: str, speech: Path | None, dev: Path | None) -> Speech:
     return Speech([clip for clip in clips if clip not in held], held)
 
 
+def with_texts(speech: Path) -> list[Clip]:
+    """The clips of a manifest. Raises Problem where nothing is said in any of them."""
+    clips = read_manifest(speech)
+    if not any(clip.text.strip() for clip in clips):
+        raise Problem(
+            f"{speech}: the text of all {len(clips)} clips is empty, so there is nothing to learn",
+            hint="write what is said into `text`; clips without speech may stand among others",
+        )
+    return clips
+
+
 def measure(model: WhisperForConditionalGeneration, work: Work) -> dict[str, Any]:
-    """Size, cost and dev error rate of a checkpoint."""
+    """Size, cost and dev error rate of a checkpoint, and how far off its timestamps are."""
+    heads = alignment.heads_of(model)
     return {
         "parameters": count_parameters(model),
         "macs": macs(model),
         "macs_by_window": macs_by_window(model),
         "dev": work.wer(model).as_dict(),
+        "timestamp_error_s": None
+        if work.timed is None
+        else alignment.timestamp_error_s(model, work.processor, work.timed.clips, heads),
     }
 
 
@@ -156,36 +212,36 @@ def describe(measured: dict[str, Any]) -> str:
     )
 
 
-def _run_dir(recipe: Recipe, source: str, clips: Speech, seed: int) -> Path:
+def _run_dir(recipe: Recipe, source: str, clips: Speech, seed: int, purpose: str) -> Path:
     """Where interrupted work waits: the same command, typed again, finds it and goes on."""
-    told = f"{recipe.text}\0{source}\0{clips}\0{seed}"
+    told = f"{recipe.text}\0{source}\0{clips}\0{seed}\0{purpose}"
     return runs.RUNS / f"unfinished-{sha256(told.encode()).hexdigest()[:12]}"
 
 
-def _record(
-    recipe: Recipe,
-    source: str,
-    dense: WhisperForConditionalGeneration,
-    work: Work,
-    before: dict[str, Any],
-    after: dict[str, Any],
+def record_of(
+    job: Job, work: Work, after: dict[str, Any], values: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """compression.json: how this checkpoint came to be."""
+    """compression.json: how this checkpoint came to be. `values` are those of a search, which
+    stood in the place of the recipe's own."""
+    recipe = {"name": job.recipe.name, "text": job.recipe.text}
     return {
         "format": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "recipe": {"name": recipe.name, "text": recipe.text},
+        "recipe": recipe | ({"values": values} if values else {}),
         "base": {
-            "source": Path(source).name if Path(source).is_dir() else source,
-            "revision": getattr(dense.config, "_commit_hash", None),
-            "files": _hashes(Path(source)),
-            "compression": whisper.compression_record(source),
+            "source": Path(job.source).name if Path(job.source).is_dir() else job.source,
+            "revision": getattr(job.dense.config, "_commit_hash", None),
+            "files": _hashes(Path(job.source)),
+            "compression": whisper.compression_record(job.source),
         },
         "speech": {"train": _clips_record(work.train), "dev": _clips_record(work.dev)},
         "seed": work.seed,
         "versions": versions(),
-        "before": before,
+        "before": job.before,
         "after": after,
+        "timestamps": None
+        if work.timed is None
+        else {"judged_by": work.timed.source, "clips": len(work.timed.clips)},
         "steps": work.record,
     }
 

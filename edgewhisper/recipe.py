@@ -7,6 +7,11 @@
     [step.training]           # a field that is itself a table
     steps = 200
 
+    [[search]]                # what `compress --target-...` may change, and how far
+    field = "step.1.c1"       # step number and field; "step.1.training.steps" within a table
+    low = 0.1                 # with high, and log = true to draw over orders of magnitude;
+    high = 2.0                # or choices = [...] instead
+
 A recipe may come from a stranger: it names methods and numbers, so reading one runs no code of its
 author and opens no file but the recipe. Importing this module is quick; the modules of the methods
 (and torch) are imported when a recipe that names them is loaded.
@@ -17,11 +22,12 @@ import importlib
 import math
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from edgewhisper.compress import METHODS
+from edgewhisper.search import Dimension, Value
 from export.problem import Problem
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -48,11 +54,31 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Knob:
+    """A field that a search may change."""
+
+    field: str
+    """As the recipe writes it: "step.1.training.steps"."""
+    dimension: Dimension
+
+    @property
+    def step(self) -> int:
+        """From 0."""
+        return int(self.field.split(".")[1]) - 1
+
+    @property
+    def path(self) -> list[str]:
+        """Names of the field within the step's options."""
+        return self.field.split(".")[2:]
+
+
+@dataclass(frozen=True)
 class Recipe:
     name: str
     text: str
     """The file, verbatim: it is copied into the checkpoint's compression.json."""
     steps: tuple[Step, ...]
+    knobs: tuple[Knob, ...] = ()
 
 
 def available() -> list[str]:
@@ -63,6 +89,12 @@ def available() -> list[str]:
 def summary(name: str) -> str:
     """The first comment line of a shipped recipe."""
     return (RECIPES / f"{name}.toml").read_text("utf-8").splitlines()[0].lstrip("# ")
+
+
+def searchable(name: str) -> list[str]:
+    """Fields of a shipped recipe that a search may change."""
+    tables = tomllib.loads((RECIPES / f"{name}.toml").read_text("utf-8")).get("search", [])
+    return [table["field"] for table in tables]
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -112,14 +144,15 @@ def parse(name: str, text: str) -> Recipe:
         raise Problem(
             f"recipe {name}: not valid TOML: {error}", hint="mend that line and run again"
         ) from error
-    refuse_unknown(table, ["step"], f"recipe {name}")
+    refuse_unknown(table, ["step", "search"], f"recipe {name}")
     steps = table.get("step")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
         raise Problem(
             f"recipe {name}: it has no [[step]], so there is nothing to do",
             hint=f"add a table [[step]] with method = one of {', '.join(map(quoted, METHODS))}",
         )
-    return Recipe(name, text, tuple(read_step(name, i, step) for i, step in enumerate(steps, 1)))
+    read = tuple(read_step(name, i, step) for i, step in enumerate(steps, 1))
+    return Recipe(name, text, read, read_knobs(name, table.get("search", []), read))
 
 
 def read_step(recipe: str, number: int, table: dict[str, Any]) -> Step:
@@ -167,6 +200,121 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
         if not limits.low <= value <= limits.high:
             raise wrong(where, value, f"is not between {limits.low:g} and {limits.high:g}")
     return kind(value)
+
+
+# ------------------------------------------------------------------------- what may be searched
+
+
+def read_knobs(recipe: str, tables: Any, steps: tuple[Step, ...]) -> tuple[Knob, ...]:
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise Problem(
+            f"recipe {recipe}: search is no list of tables",
+            hint='write [[search]] with field = "step.1.FIELD", low and high',
+        )
+    knobs: list[Knob] = []
+    for number, table in enumerate(tables, 1):
+        knob = read_knob(f"recipe {recipe}, search {number}", table, steps)
+        if knob.field in [other.field for other in knobs]:
+            raise Problem(
+                f"recipe {recipe}, search {number}: {knob.field} is searched already",
+                hint="name every field once",
+            )
+        knobs.append(knob)
+    return tuple(knobs)
+
+
+def read_knob(where: str, table: dict[str, Any], steps: tuple[Step, ...]) -> Knob:
+    refuse_unknown(table, ["field", "low", "high", "log", "choices"], where)
+    field = table.get("field")
+    hint = field_hint(where, field, steps)
+    values = {key: value for key, value in table.items() if key != "field"}
+    wanted = f"{where}, {field}"
+    if "choices" in values:
+        return Knob(str(field), read_choices(wanted, values, hint))
+    return Knob(str(field), read_bounds(wanted, values, hint))
+
+
+def field_hint(where: str, field: Any, steps: tuple[Step, ...]) -> Any:
+    """The type of a field that is named like "step.1.training.steps"."""
+    parts = field.split(".") if isinstance(field, str) else []
+    if len(parts) < 3 or parts[0] != "step" or not parts[1].isdecimal():
+        raise Problem(
+            f"{where}: field is {field!r}, which names no field of a step",
+            hint='write it like "step.1.min_removed": the number of the step, then the field',
+        )
+    if not 1 <= int(parts[1]) <= len(steps):
+        raise Problem(
+            f"{where}: there is no step {parts[1]}, the recipe has {len(steps)}",
+            hint="steps are numbered from 1",
+        )
+    kind: Any = type(steps[int(parts[1]) - 1].options)
+    for name in parts[2:]:
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            raise Problem(f"{where}: {field} goes too deep", hint=f"{name!r} is in no table")
+        hints = get_type_hints(kind, include_extras=True)
+        refuse_unknown({name: None}, list(hints), f"{where}, {field}")
+        kind = hints[name]
+    if isinstance(kind, type) and is_dataclass(kind):
+        raise Problem(
+            f"{where}: {field} is a table, not a value",
+            hint=f"name one of its fields: {', '.join(get_type_hints(kind))}",
+        )
+    return kind
+
+
+def read_choices(where: str, values: dict[str, Any], hint: Any) -> Dimension:
+    others = [key for key in values if key != "choices"]
+    choices = values["choices"]
+    if others or not isinstance(choices, list) or not choices:
+        told = f"{', '.join(others)} beside choices" if others else f"choices are {choices!r}"
+        raise Problem(f"{where}: {told}", hint="give choices = [...], or low and high")
+    return Dimension(choices=tuple(read_value(hint, choice, where) for choice in choices))
+
+
+def read_bounds(where: str, values: dict[str, Any], hint: Any) -> Dimension:
+    scalar = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+    if scalar not in (int, float):
+        raise Problem(f"{where}: it is no number", hint="give choices = [...]")
+    missing = [bound for bound in ("low", "high") if bound not in values]
+    if missing:
+        raise Problem(
+            f"{where}: {' and '.join(missing)} missing", hint="give low and high, or choices"
+        )
+    low, high = (read_value(hint, values[bound], f"{where}, {bound}") for bound in ("low", "high"))
+    log = read_value(bool, values.get("log", False), f"{where}, log")
+    if not -math.inf < low < high < math.inf or (log and low <= 0):
+        above = "above 0 and " if log else ""
+        raise Problem(
+            f"{where}: low is {low:g} and high is {high:g}",
+            hint=f"low must be {above}less than high, both finite",
+        )
+    return Dimension(low, high, log, whole=scalar is int)
+
+
+def value_at(recipe: Recipe, knob: Knob) -> Value:
+    """What the recipe itself says for a field that may be searched."""
+    value: Any = recipe.steps[knob.step].options
+    for name in knob.path:
+        value = getattr(value, name)
+    return value
+
+
+def with_values(recipe: Recipe, point: dict[str, Any]) -> Recipe:
+    """The recipe with other values for the fields that it lets be searched."""
+    steps = list(recipe.steps)
+    for knob in recipe.knobs:
+        step = steps[knob.step]
+        options = put(step.options, knob.path, point[knob.field])
+        steps[knob.step] = replace(step, options=options)
+    return replace(recipe, steps=tuple(steps))
+
+
+def put(options: Any, path: list[str], value: Value) -> Any:
+    first, *rest = path
+    return replace(options, **{first: put(getattr(options, first), rest, value) if rest else value})
+
+
+# ------------------------------------------------------------------------------------- letters
 
 
 def wrong(where: str, value: Any, told: str) -> Problem:

@@ -1,16 +1,19 @@
-"""Searching a few numbers for the smallest value of a costly function, on Optuna.
+"""Searching a few options for the smallest values of a costly function, on Optuna.
 
-Trials stand in a database: an SQLite file that an interrupted search goes on from, or one at a URL
-that several machines share. What trial n draws follows from the seed and the trials finished
-before it, so a search that was stopped makes the same trials as one that was not.
+A function may have several values, and limits that they shall keep; then none is the best, and the
+caller takes its choice among the trials. Trials stand in a database: an SQLite file that an
+interrupted search goes on from, or one at a URL that several machines share. What trial n draws
+follows from the seed and the trials finished before it, so a search that was stopped makes the same
+trials as one that was not.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -21,9 +24,9 @@ if TYPE_CHECKING:
     import optuna
     from accelerate import Accelerator
 
-Point = dict[str, float]
-Objective = Callable[[Point, int], float]
-"""A point and the number of trials finished before it -> what shall be small."""
+Value = float | int | str | bool
+Point = dict[str, Any]
+"""Name -> Value."""
 
 STORAGE = "EDGEWHISPER_STORAGE"
 """Environment variable with the URL of a database that machines share. It is no field of a recipe:
@@ -31,17 +34,55 @@ recipes may come from strangers, and are copied into checkpoints, where no passw
 
 
 @dataclass(frozen=True)
+class Dimension:
+    """What one name of a point may be: between two bounds, both allowed, or one of some values."""
+
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    """Draw evenly over orders of magnitude."""
+    whole: bool = False
+    choices: tuple[Value, ...] = ()
+    """If there are any, low and high count for nothing."""
+
+    def holds(self, value: Value) -> bool:
+        if self.choices or isinstance(value, str):
+            return value in self.choices
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a function says of a point: its values, and what else is to be remembered (JSON)."""
+
+    values: tuple[float, ...]
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Tried:
     point: Point
-    value: float
+    values: tuple[float, ...]
+    told: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        """The only one, or the first."""
+        return self.values[0]
+
+
+Objective = Callable[[Point, Sequence[Tried]], Found]
+"""A point and the trials finished before it -> what shall be small."""
 
 
 def minimise(
     objective: Objective,
-    space: Mapping[str, tuple[float, float]],
+    space: Mapping[str, Dimension],
     *,
     trials: int,
     first: Sequence[Point] = (),
+    limits: Sequence[float] = (math.inf,),
+    startup: int = 10,
     run_dir: Path,
     name: str,
     seed: int,
@@ -49,7 +90,9 @@ def minimise(
 ) -> list[Tried]:
     """Try points of the box `space` until `trials` are finished -> all of them, oldest first.
 
-    The points `first` are tried before the search draws its own (a tree of Parzen estimators).
+    The points `first` are tried before the search draws its own: at random until `startup` trials
+    are finished, then by a tree of Parzen estimators. Each value of the objective has one of the
+    `limits`; where trials keep them all, the search goes on near those.
     `name` must say all that decides an objective's value: trials of one name are one search,
     whoever makes them. With several processes the first one keeps the database and tells the
     others. Raises what `objective` raises, after noting that the point is to be tried again, and
@@ -57,22 +100,25 @@ def minimise(
     """
     main = accelerator.is_main_process
     shared = bool(os.environ.get(STORAGE))
-    study = open_study(run_dir, name) if main else None
+    study = open_study(run_dir, name, len(limits)) if main else None
     if study is not None:
-        prepare(study, first, shared)
+        prepare(study, shared)
     while True:
-        asked = ask(study, space, trials, seed, shared) if study is not None else None
-        number, point, finished = tell_all(asked, accelerator)
+        trial, asked = None, None
+        if study is not None:
+            line_up(study, first)
+            trial, asked = ask(study, space, trials, sampler(study, seed, startup, shared))
+        point, finished = tell_all(asked, accelerator)
         if point is None:
             return finished
         try:
-            value = objective(point, len(finished))
+            found = objective(point, finished)
         except BaseException:
-            if study is not None:
-                give_up(study, number, point)
+            if study is not None and trial is not None:
+                give_up(study, trial.number, point)
             raise
-        if study is not None:
-            study.tell(number, value)
+        if study is not None and trial is not None:
+            finish(study, trial, found, limits)
 
 
 def best(tried: Sequence[Tried]) -> Tried:
@@ -83,12 +129,12 @@ def best(tried: Sequence[Tried]) -> Tried:
 # ----------------------------------------------------------------------------------- the database
 
 
-def open_study(run_dir: Path, name: str) -> optuna.Study:
+def open_study(run_dir: Path, name: str, values: int) -> optuna.Study:
     optuna = import_optuna()
     url = address(run_dir)
     try:
         return optuna.create_study(
-            storage=url, study_name=name, direction="minimize", load_if_exists=True
+            storage=url, study_name=name, directions=["minimize"] * values, load_if_exists=True
         )
     except Exception as error:
         raise Problem(
@@ -127,23 +173,38 @@ def without_password(url: str) -> str:
 
 # --------------------------------------------------------------------------------------- one trial
 
-Asked = tuple[int, Point | None, list[Tried]]
-"""Number of a trial, its point (None: the search is over), and the trials finished before it."""
+Asked = tuple[Point | None, list[Tried]]
+"""The point of a trial (None: the search is over), and the trials finished before it."""
+
+TOLD = "told"
 
 
-def prepare(study: optuna.Study, first: Sequence[Point], shared: bool) -> None:
-    """Put the first points in line, and those that were being tried when the search was killed.
+def prepare(study: optuna.Study, shared: bool) -> None:
+    """Put in line what was being tried when the search was killed.
 
     In a shared database a trial that runs may be another machine's, so it is left alone; a dead
     one counts nowhere.
     """
     from optuna.trial import TrialState
 
-    for point in first:
-        study.enqueue_trial(point, skip_if_exists=True)
     if not shared:
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             give_up(study, trial.number, trial.params)
+
+
+def line_up(study: optuna.Study, first: Sequence[Point]) -> None:
+    """Put the next of the first points in line, unless something waits there: one that was given
+    up keeps its turn."""
+    from optuna.trial import TrialState
+
+    if study.get_trials(states=(TrialState.WAITING,)):
+        return
+    begun = study.get_trials(states=(TrialState.COMPLETE, TrialState.RUNNING))
+    known = [trial.params for trial in begun]
+    for point in first:
+        if point not in known:
+            study.enqueue_trial(point)
+            return
 
 
 def give_up(study: optuna.Study, number: int, point: Point) -> None:
@@ -154,30 +215,50 @@ def give_up(study: optuna.Study, number: int, point: Point) -> None:
         study.enqueue_trial(point)
 
 
-def ask(
-    study: optuna.Study,
-    space: Mapping[str, tuple[float, float]],
-    trials: int,
-    seed: int,
-    shared: bool,
-) -> Asked:
+def sampler(study: optuna.Study, seed: int, startup: int, shared: bool) -> Any:
+    """Draws that follow from the seed and the number of trials finished; machines that share a
+    search would draw the same point from the same seed."""
     from optuna.samplers import TPESampler
 
+    seed_now = None if shared else seed + len(complete(study))
+    return TPESampler(seed=seed_now, n_startup_trials=startup)
+
+
+def ask(
+    study: optuna.Study, space: Mapping[str, Dimension], trials: int, sampler: Any
+) -> tuple[optuna.Trial | None, Asked]:
     finished = complete(study)
     if len(finished) >= trials:
-        return -1, None, finished
-    # machines that share a search would draw the same point from the same seed
-    study.sampler = TPESampler(seed=None if shared else seed + len(finished))
+        return None, (None, finished)
+    study.sampler = sampler
     trial = study.ask()
-    point = {name: trial.suggest_float(name, *bounds) for name, bounds in space.items()}
-    return trial.number, point, finished
+    return trial, ({name: draw(trial, name, of) for name, of in space.items()}, finished)
+
+
+def draw(trial: optuna.Trial, name: str, of: Dimension) -> Value:
+    if of.choices:
+        return trial.suggest_categorical(name, of.choices)
+    if of.whole:
+        return trial.suggest_int(name, int(of.low), int(of.high), log=of.log)
+    return trial.suggest_float(name, of.low, of.high, log=of.log)
+
+
+def finish(study: optuna.Study, trial: optuna.Trial, found: Found, limits: Sequence[float]) -> None:
+    for number, (value, limit) in enumerate(zip(found.values, limits, strict=True)):
+        if limit < math.inf:
+            trial.set_constraint(str(number), value - limit)
+    trial.set_user_attr(TOLD, found.told)
+    study.tell(trial, list(found.values))
 
 
 def complete(study: optuna.Study) -> list[Tried]:
     from optuna.trial import TrialState
 
     trials = study.get_trials(states=(TrialState.COMPLETE,))
-    return [Tried(dict(trial.params), float(trial.values[0])) for trial in trials]
+    return [
+        Tried(dict(trial.params), tuple(map(float, trial.values)), trial.user_attrs.get(TOLD, {}))
+        for trial in trials
+    ]
 
 
 def tell_all(asked: Asked | None, accelerator: Accelerator) -> Asked:

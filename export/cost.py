@@ -61,6 +61,11 @@ def macs(model: nn.Module, context: int = 32, positions: int | None = None) -> d
     }
 
 
+def window_macs(counted: dict[str, int], tokens: int = 32) -> int:
+    """Of what macs() says: one full window and so many tokens."""
+    return counted["encoder"] + counted["cross"] + tokens * counted["decoder_per_token"]
+
+
 def _token_table(table: nn.Module) -> int:
     if hasattr(table, "rows"):
         return table.rows.weight.numel() + 2 * table.up.weight.numel()

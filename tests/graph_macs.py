@@ -9,7 +9,30 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from export.shrink import layer_shapes
+from export.to_onnx import export_onnx
+
 FRONT_END = "log_mel/"
+
+
+def of_exported(model, processor, folder: Path, context: int) -> tuple[int, int]:
+    """Of the encoder's graph, and of the decoder's for one token that sees `context` in all."""
+    manifest = export_onnx(model, processor, folder / "artifact", "fp32")
+    samples = manifest["audio"]["window_samples"]
+    shapes = layer_shapes(model)["decoder"]
+    feeds = {"input_ids": np.zeros((1, 1), np.int64)}
+    for spec in manifest["contract"]["decoder"]["inputs"][1:]:
+        layer, kind = spec["name"].split(".")[1:]
+        attention = {"past": "self_attn", "cross": "encoder_attn"}[spec["name"].split(".")[0]]
+        shape = shapes[int(layer)][attention]
+        length = context - 1 if attention == "self_attn" else model.config.max_source_positions
+        dim = shape["qk_dim" if kind == "key" else "v_dim"]
+        feeds[spec["name"]] = np.zeros((1, shape["heads"], length, dim), np.float32)
+    pcm = {"pcm": np.zeros((1, samples), np.float32)}
+    return (
+        count(folder / "artifact" / "encoder.onnx", pcm),
+        count(folder / "artifact" / "decoder.onnx", feeds),
+    )
 
 
 def count(path: Path, feeds: dict[str, np.ndarray]) -> int:

@@ -1,5 +1,6 @@
 """Alignment heads: followed through compression, found on speech, judged by their times."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from dead_structure import kill
 from scipy.ndimage import median_filter
+from torch import nn
 
 from benchmarks.speech import read_manifest
 from edgewhisper import alignment, decoding, pipeline, whisper
@@ -29,10 +31,15 @@ from edgewhisper.alignment import (
     timestamp_error_s,
     upper_half,
     within,
+    without_silence,
     word_times,
 )
+from edgewhisper.compress import imp, tspar, wsap
+from edgewhisper.compress.masks import guards
 from edgewhisper.compress.shrink import slimmed
+from edgewhisper.compress.work import Work
 from edgewhisper.digits import DIGITS
+from edgewhisper.training import Training
 from export.problem import Problem
 
 
@@ -307,13 +314,6 @@ def test_attention_that_is_told_is_attention_as_computed(tiny_whisper, processor
     assert tiny_whisper.config._attn_implementation == before
 
 
-def trimmed(pcm: np.ndarray) -> np.ndarray:
-    """A recording without the silence around its word."""
-    power = np.convolve(pcm**2, np.ones(320) / 320, mode="same")
-    loud = np.flatnonzero(power > 0.01 * power.max())
-    return pcm[loud[0] : loud[-1] + 1]
-
-
 def test_heads_found_on_the_embedded_model_time_words_better_than_the_others(
     digits, processor, clips, rng
 ):
@@ -323,7 +323,7 @@ def test_heads_found_on_the_embedded_model_time_words_better_than_the_others(
     made = []
     for _ in range(4):
         chosen = [single[i] for i in rng.permutation(len(single))[:4]]
-        words = [(clip.text, trimmed(clip.pcm())) for clip in chosen]
+        words = [(clip.text, without_silence(clip.pcm())) for clip in chosen]
         made.append(compose(words, [0.2] * 5))
     scores = head_scores(model, processor, made)
     assert set(scores) == set(map(tuple, all_heads(model)))
@@ -333,6 +333,170 @@ def test_heads_found_on_the_embedded_model_time_words_better_than_the_others(
     print(scores, best, worst, errors)
     assert errors[0] < errors[1]
     assert errors[0] < 0.3
+
+
+def test_single_words_are_put_together_and_their_times_are_true(digits, processor, clips):
+    model = whisper.load(digits)
+    found = alignment.reference(model, processor, read_manifest(clips.parent / "dev.jsonl"))
+    assert "single words" in found.source
+    assert found.clips and all(len(clip.words) == 4 for clip in found.clips)
+    error = timestamp_error_s(model, processor, found.clips, alignment.heads_of(model))
+    assert 0 < error < 1
+
+
+def test_other_speech_is_timed_by_the_model_before_which_then_is_right(digits, processor, clips):
+    model = whisper.load(digits)
+    longer = [clip for clip in read_manifest(clips) if " " in clip.text][:3]
+    found = alignment.reference(model, processor, longer)
+    assert found.source == "the model before compression"
+    assert [" ".join(w.text for w in clip.words) for clip in found.clips] == [
+        clip.text for clip in longer
+    ]
+    heads = alignment.heads_of(model)
+    assert timestamp_error_s(model, processor, found.clips, heads) == 0
+    with torch.no_grad():
+        for layer, head in heads:  # they look anywhere now
+            attention = model.model.decoder.layers[layer].encoder_attn
+            rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+            attention.q_proj.weight[rows].normal_()
+    assert timestamp_error_s(model, processor, found.clips, heads) > 0
+
+
+def test_speech_that_tells_no_times_gives_no_reference(tiny_whisper, processor, clips):
+    first = read_manifest(clips)[0]
+    for change in (dict(text=" "), dict(lang="xx"), dict(lang="zh", text="a b")):
+        assert alignment.reference(tiny_whisper, processor, [replace(first, **change)]) is None
+
+
+def test_compress_says_how_far_off_timestamps_are_before_and_after(
+    tmp_path, monkeypatch, digits, clips
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(clips.parent / "test", tmp_path / "test")
+    (tmp_path / "few.jsonl").write_text("\n".join(clips.read_text().splitlines()[1:4]))
+    (tmp_path / "mine.toml").write_text(
+        '[[step]]\nmethod = "wsap"\nlow = 0.8\nmiddle = 0.8\nhigh = 0.8\n'
+        "[step.recovery]\nsteps = 0\n"
+    )
+    manifest = Path("few.jsonl")
+    slim = pipeline.compress(str(digits), "mine.toml", manifest, manifest, Path("slim"))
+    record = json.loads((slim / "compression.json").read_text())
+    assert record["timestamps"]["judged_by"] == "the model before compression"
+    assert record["before"]["timestamp_error_s"] == 0
+    assert record["after"]["timestamp_error_s"] > 0
+
+
+# ----------------------------------------------------------------------------- heads protected
+
+HARD = {
+    "tspar": tspar.Options(
+        c1=9.0,
+        c2=-3.0,
+        rho=1.0,
+        search=False,
+        reg_mode="proximal",
+        training=Training(steps=1, batch_size=2),
+    ),
+    "imp": imp.Options(
+        share=0.9,
+        target=0.9,
+        training=Training(steps=0),
+        recovery=Training(steps=1, batch_size=2),
+    ),
+    "wsap": wsap.Options(low=0.9, middle=0.9, high=0.9, recovery=Training(steps=1, batch_size=2)),
+}
+METHODS = {"tspar": tspar, "imp": imp, "wsap": wsap}
+
+
+@pytest.fixture
+def work(processor, clips, tmp_path) -> Work:
+    two = read_manifest(clips)[:2]
+    return Work(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
+
+
+def zeros_of(model, heads) -> tuple[list[float], list[float]]:
+    """Shares of zeros in every cross-attention weight: of the heads' parts, and of the rest."""
+    own, rest = [], []
+    for number, layer in enumerate(model.model.decoder.layers):
+        attention = layer.encoder_attn
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            weight = getattr(attention, part).weight.detach()
+            weight = weight.T if part == "out_proj" else weight
+            for head, rows in enumerate(weight.split(attention.head_dim)):
+                which = own if [number, head] in heads else rest
+                which.append(float((rows == 0).float().mean()))
+    return own, rest
+
+
+@pytest.mark.parametrize("method", HARD)
+def test_protected_heads_lose_no_weight(method, make_whisper, work, rng):
+    model = make_whisper(heads=4)
+    every = all_heads(model)
+    heads = sorted(every[i] for i in rng.permutation(len(every))[: int(rng.integers(1, 4))])
+    model.generation_config.alignment_heads = heads
+    told = replace(HARD[method], protect_alignment=True)
+    METHODS[method].apply(copy.deepcopy(model), HARD[method], work)
+    assert work.record[method]["pruned"]["zero_elements"] > 0.5
+    slim = METHODS[method].apply(model, told, replace(work, run_dir=work.run_dir / "protected"))
+    own, rest = zeros_of(slim, heads)
+    assert set(own) == {0.0}
+    assert np.mean(rest) > 0.5
+    slim, moved = slimmed(slim)
+    assert len(slim.generation_config.alignment_heads) == len(heads), "none was removed"
+    assert not moved["stand_in"]
+
+
+@pytest.mark.parametrize("method", HARD)
+def test_heads_that_nobody_names_cannot_be_protected(method, tiny_whisper, work, monkeypatch):
+    monkeypatch.setattr(METHODS[method], "train", None)  # nothing is trained first
+    told = replace(HARD[method], protect_alignment=True)
+    with pytest.raises(Problem, match="the model names no alignment heads"):
+        METHODS[method].apply(tiny_whisper, told, work)
+
+
+@pytest.mark.parametrize("mode", ["proximal", "subgradient"])
+def test_penalties_leave_protected_weights_alone(mode, make_whisper, work):
+    """Trained with overwhelming penalties, they become what they do without any."""
+    model = make_whisper(heads=4)
+    model.generation_config.alignment_heads = [[0, 1], [1, 3]]
+    guard = guards(model, True)
+    options = replace(HARD["tspar"], reg_mode=mode, protect_alignment=True)
+    if mode == "proximal":
+        hook = tspar.proximal_hook(options, dict.fromkeys(tspar.lambdas_of(options), 1e3), guard)
+        before = {name: m.weight.clone() for name, m in whisper.linears(model)}
+        with torch.no_grad():
+            hook(model, 0, 1.0)
+        for name, module in whisper.linears(model):
+            wanted = before[name] * guard[name] if name in guard else 0 * before[name]
+            assert module.weight.equal(wanted)
+    else:
+        sums = tspar.penalties(model, options, guard)
+        torch.stack(list(sums.values())).sum().backward()
+        for name, module in whisper.linears(model):
+            inside = guard.get(name, torch.zeros_like(module.weight, dtype=torch.bool))
+            assert (module.weight.grad[inside] == 0).all()
+            assert (module.weight.grad[~inside] != 0).all()
+
+
+def test_of_a_low_rank_layer_the_shared_factor_is_protected(make_whisper):
+    model = make_whisper(heads=4)
+    attention = model.model.decoder.layers[0].encoder_attn
+    for part in ("k_proj", "out_proj"):
+        old = getattr(attention, part)
+        down, up = nn.Linear(32, 8, bias=False), nn.Linear(8, 32, bias=old.bias is not None)
+        setattr(attention, part, whisper.LowRank(down, up))
+    model.generation_config.alignment_heads = [[0, 2]]
+    found = guards(model, True)
+    assert {name.partition("encoder_attn.")[2] for name in found} == {
+        *("q_proj", "v_proj", "k_proj.down", "k_proj.up", "out_proj.down", "out_proj.up"),
+    }
+    prefix = "model.decoder.layers.0.encoder_attn."
+    assert found[prefix + "k_proj.down"].all() and found[prefix + "out_proj.up"].all()
+    assert found[prefix + "k_proj.up"].any(dim=1).nonzero().flatten().tolist() == [*range(16, 24)]
+    assert found[prefix + "out_proj.down"].any(dim=0).nonzero().flatten().tolist() == [
+        *range(16, 24)
+    ]
+    assert set(found) <= {name for name, _ in whisper.linears(model)}
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,119 @@ def test_a_bare_compress_leaves_the_choice_of_recipe_to_the_model(edgewhisper, m
     assert asked[0][:2] == (None, None)
 
 
+def test_a_target_is_searched_for_and_the_trials_are_shown(edgewhisper, tmp_path, digits, clips):
+    (tmp_path / "mine.toml").write_text(
+        '[[step]]\nmethod = "shear"\nrank = 96\ncalibration = 2\n[step.training]\nsteps = 0\n'
+        '[[search]]\nfield = "step.1.rank"\nlow = 64\nhigh = 112\n'
+    )
+    shutil.copytree(clips.parent / "test", tmp_path / "test")
+    (tmp_path / "few.jsonl").write_text("\n".join(clips.read_text().splitlines()[:2]))
+    speech = ("--speech", "few.jsonl", "--dev", "few.jsonl")
+    told = ("--recipe", "mine.toml", *speech, "--trials", "2", "--out", "out")
+    done = edgewhisper("compress", digits, *told, "--target-params", "99.5%")
+    assert done.returncode == 0, done.stderr
+    assert "chosen" in done.stdout and "dev WER %" in done.stdout
+    assert done.stdout.splitlines()[-1] == "wrote out"
+    found = json.loads((tmp_path / "out/pareto.json").read_text())
+    assert found["limits"]["parameters"] == int(0.995 * found["before"]["parameters"])
+
+
+def test_recipes_say_what_may_be_searched(edgewhisper):
+    lines = edgewhisper("recipes").stdout.splitlines()
+    quick = next(number for number, line in enumerate(lines) if line.startswith("quick"))
+    assert lines[quick + 1].split() == ["searched:", "step.1.min_removed"]
+
+
 # ------------------------------------------------------------------------------- bad input
+
+
+SHEAR = '[[step]]\nmethod = "shear"\nrank = {}\ncalibration = 1\n[step.training]\nsteps = {}\n'
+MERGE = '[[step]]\nmethod = "merge"\ngroups = "{}"\n[step.training]\nsteps = 0\n'
+SEARCH = '[[search]]\nfield = "step.1.rank"\nlow = 64\nhigh = 96\n'
+TRAIN = '[[step]]\nmethod = "tspar"\n[step.training]\nsteps = 1\nbatch_size = 2\n'
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "more", "told"),
+    [
+        pytest.param(TRAIN, None, (), "names no clips", id="empty manifest"),
+        pytest.param(
+            TRAIN, {"text": " "}, (), "the text of all 2 clips is empty", id="empty texts"
+        ),
+        pytest.param(TRAIN, {"text": None}, (), "line 1: `text` is None", id="no text"),
+        pytest.param(
+            TRAIN,
+            {"lang": "klingon"},
+            (),
+            "language is 'klingon', which the model has no token",
+            id="wrong language",
+        ),
+        pytest.param(TRAIN, {"lang": ""}, (), "language is '', which", id="empty language"),
+        pytest.param(
+            SHEAR.format(200, 0), {}, (), "rank 200 is more than a table", id="rank above width"
+        ),
+        pytest.param(
+            MERGE.format("0+1 2+3"),
+            {},
+            (),
+            "do not name each of the 2 decoder layers",
+            id="more layers than there are",
+        ),
+        pytest.param(
+            TRAIN.replace('"tspar"', '"tspar"\nencoder_element = 1e300'),
+            {},
+            (),
+            "the loss is inf at step 1 of 1",
+            id="a loss that is not finite",
+        ),
+        pytest.param(
+            SHEAR.format(96, 0) + SEARCH,
+            {},
+            ("--target-params", "10%", "--trials", 2),
+            "none of 2 trials has at most 154,867 parameters",
+            id="target out of reach",
+        ),
+        pytest.param(
+            SHEAR.format(96, 0) + SEARCH,
+            {},
+            ("--target-macs", "900G"),
+            "is met at once",
+            id="target already met",
+        ),
+        pytest.param(
+            SHEAR.format(200, 0) + SEARCH.replace("96", "200").replace("64", "190"),
+            {},
+            ("--max-wer-loss", 1),
+            "rank 200 is more than a table",
+            id="search beyond the width",
+        ),
+    ],
+)
+def test_what_compress_cannot_do_is_a_letter_and_leaves_no_half_output(
+    recipe, change, more, told, edgewhisper, tmp_path, digits, clips
+):
+    shutil.copytree(clips.parent / "test", tmp_path / "test")
+    rows = [json.loads(line) for line in clips.read_text().splitlines()[:2]]
+    lines = [json.dumps(row | change) for row in rows] if change is not None else []
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    (tmp_path / "mine.toml").write_text(recipe)
+    speech = ("--speech", "few.jsonl", "--dev", "few.jsonl")
+    done = edgewhisper("compress", digits, "--recipe", "mine.toml", *speech, *more, "--out", "out")
+    assert told in letter(done)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"test", "few.jsonl", "mine.toml", "edgewhisper-runs"}
+    runs = tmp_path / "edgewhisper-runs"
+    assert all(path.name.startswith("unfinished-") for path in runs.glob("*"))
+
+
+def test_targets_that_cannot_be(edgewhisper, tmp_path):
+    assert "neither a count nor a share" in letter(edgewhisper("compress", "--target-params", "x"))
+    text = letter(edgewhisper("compress", "--max-wer-loss", "-1"))
+    assert "--max-wer-loss -1 is not between 0 and 100 points" in text
+    assert "nothing to search without a target" in letter(edgewhisper("compress", "--trials", 3))
+    text = letter(edgewhisper("compress", "--recipe", "imp", "--target-params", "60%"))
+    assert "recipe imp: it does not say what may be searched" in text
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_normalizer_is_said_before_anything_is_transcribed(

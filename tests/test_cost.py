@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import graph_macs
 import pytest
 import torch
 from dead_structure import kill
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from benchmarks.speech import read_manifest
 from edgewhisper import whisper
-from export.cost import count_parameters, macs, macs_by_window
+from edgewhisper.compress import lite, merge, shear
+from edgewhisper.compress.work import Work
+from edgewhisper.training import Training
+from export.cost import count_parameters, macs, macs_by_window, window_macs
 from export.shrink import shrink
 
 
@@ -121,3 +126,31 @@ def test_low_rank_layers_count_both_factors(tiny_whisper):
     after = macs(tiny_whisper)
     assert after["encoder"] == before["encoder"] - 300 * saved
     assert after["decoder_per_token"] == before["decoder_per_token"]
+
+
+def test_a_window_is_the_encoder_the_cross_attention_and_its_tokens():
+    counted = {"encoder": 1000, "cross": 100, "decoder_per_token": 1}
+    assert window_macs(counted) == 1132
+    assert window_macs(counted, tokens=0) == 1100
+
+
+def test_graphs_of_low_rank_layers_merged_layers_and_a_factorised_table_cost_what_is_counted(
+    make_whisper, processor, clips, rng, tmp_path
+):
+    """Of LiteASR and BaldWhisper, as of TSPAR: the operators of the graphs, counted one by one."""
+    two = read_manifest(clips)[:2]
+    work = Work(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
+    d_model = 2 * int(rng.integers(10, 20))
+    model = make_whisper(d_model=d_model, ffn=int(rng.integers(30, 60)), decoder_layers=4)
+    none = Training(steps=0)
+    dense = macs(model)
+    slim = merge.apply(model, merge.Options(training=none, calibration=1), work)
+    rank = int(rng.integers(2, d_model // 2))
+    slim = shear.apply(slim, shear.Options(rank=rank, training=none, calibration=1), work)
+    slim = lite.apply(slim, lite.Options(theta_attn=0.5, theta_mlp=0.5, round_to=2), work)
+    context = int(rng.integers(2, 20))
+    told = macs(slim, context)
+    assert told["encoder"] < dense["encoder"] and told["cross"] == dense["cross"] // 2
+    encoder, step = graph_macs.of_exported(slim, processor, tmp_path, context)
+    assert encoder == told["encoder"] + told["cross"]
+    assert step == told["decoder_per_token"]

@@ -149,6 +149,26 @@ def test_it_agrees_with_the_svd_of_stored_activations(rng):
     assert cosines.min() > 1 - 1e-6
 
 
+def test_it_is_whitening_with_a_centred_covariance(rng):
+    """SVD-LLM's way: S of C_xx = S S^T by Cholesky, truncate the SVD of W S, undo S. The weights
+    are the same, and what they lose is the tail: ||(W - W') S||^2 = sum of the dropped sigma^2."""
+    weight, bias, rows = draw_layer(rng)
+    covariance = rows.T.cov(correction=0)
+    root = torch.linalg.cholesky(covariance)
+    u, sigma, v = torch.linalg.svd(weight @ root, full_matrices=False)
+    rank = int(rng.integers(1, len(sigma) + 1))
+    wanted = (u[:, :rank] * sigma[:rank]) @ v[:rank] @ torch.linalg.inv(root)
+    factors, _ = split_layer(weight, bias, rows, rank)
+    found = factors.up @ factors.down
+    size = float(weight.norm())
+    lost = ((weight - found) @ root).square().sum()
+    dropped = sigma[rank:].square().sum()
+    assert float(lost - dropped) == pytest.approx(0, abs=1e-9 * float(sigma.square().sum()))
+    gap = sigma[rank - 1] - (sigma[rank] if rank < len(sigma) else 0)
+    if gap > 1e-3 * sigma[0]:  # otherwise other axes do as well
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * size)
+
+
 def test_no_other_subspace_of_that_rank_loses_less(rng):
     weight, bias, rows = draw_layer(rng)
     rank = int(rng.integers(1, len(weight) + 1))

@@ -46,6 +46,14 @@ def test_its_table_is_made_from_the_stored_results():
     assert with_tables(README) == README
 
 
+def test_its_search_is_one_that_a_recipe_takes():
+    from edgewhisper.recipe import load_recipe, parse
+
+    (search,) = [block for language, block in BLOCKS if language == "toml"]
+    steps = load_recipe("tspar").text.split("[[search]]")[0]
+    assert parse("mine", steps + search).knobs == load_recipe("tspar").knobs
+
+
 def test_its_python_runs(digits, monkeypatch, tmp_path):
     (tmp_path / "small").symlink_to(digits)
     monkeypatch.chdir(tmp_path)

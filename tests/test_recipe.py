@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from edgewhisper.compress.tspar import Options
-from edgewhisper.recipe import available, load_recipe, parse, summary
+from edgewhisper.recipe import (
+    available,
+    load_recipe,
+    parse,
+    searchable,
+    summary,
+    value_at,
+    with_values,
+)
+from edgewhisper.search import Dimension
 from edgewhisper.training import Training
 from export.problem import Problem
 
@@ -88,6 +97,117 @@ def test_a_file_loads_like_a_shipped_recipe(tmp_path: Path):
 )
 def test_a_wrong_recipe_is_refused_and_the_place_is_named(text: str, told: str):
     assert told in refusal(text)
+
+
+def searching(**told: str) -> str:
+    """A recipe with one [[search]]; values as TOML writes them."""
+    return TSPAR + "[[search]]\n" + "".join(f"{key} = {value}\n" for key, value in told.items())
+
+
+def test_a_search_names_a_field_and_its_bounds():
+    recipe = parse(
+        "mine",
+        searching(field='"step.1.c1"', low="0.1", high="2", log="true")
+        + '[[search]]\nfield = "step.1.training.steps"\nlow = 10\nhigh = 20\n'
+        + '[[search]]\nfield = "step.1.group_norm"\nchoices = ["l2", "l2_squared"]\n',
+    )
+    assert [knob.dimension for knob in recipe.knobs] == [
+        Dimension(0.1, 2.0, log=True),
+        Dimension(10, 20, whole=True),
+        Dimension(choices=("l2", "l2_squared")),
+    ]
+    assert [value_at(recipe, knob) for knob in recipe.knobs] == [1.0, 400, "l2"]
+
+
+def test_other_values_change_what_they_name_and_nothing_else():
+    recipe = parse("mine", searching(field='"step.1.training.steps"', low="1", high="9"))
+    changed = with_values(recipe, {"step.1.training.steps": 7})
+    assert changed.steps[0].options.training.steps == 7
+    assert recipe.steps[0].options.training.steps == 400
+    back = with_values(changed, {"step.1.training.steps": 400})
+    assert back == recipe
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        pytest.param(
+            dict(field='"step.1.min_remvoed"', low="0", high="1"),
+            "there is no field 'min_remvoed'; did you mean 'min_removed'?",
+            id="nearest field",
+        ),
+        pytest.param(
+            dict(field='"step.1.training.step"', low="0", high="1"),
+            "did you mean 'steps'?",
+            id="nearest nested field",
+        ),
+        pytest.param(dict(feld='"step.1.c1"'), "did you mean 'field'?", id="unknown key"),
+        pytest.param(dict(low="0", high="1"), "field is None, which names no", id="no field"),
+        pytest.param(dict(field='"c1"', low="0"), "which names no field of a step", id="no step"),
+        pytest.param(
+            dict(field='"step.2.c1"', low="0", high="1"),
+            "there is no step 2, the recipe has 1",
+            id="step",
+        ),
+        pytest.param(
+            dict(field='"step.0.c1"', low="0", high="1"), "there is no step 0", id="step zero"
+        ),
+        pytest.param(
+            dict(field='"step.1.training"', low="0", high="1"), "training is a table", id="table"
+        ),
+        pytest.param(
+            dict(field='"step.1.c1.low"', low="0", high="1"), "goes too deep", id="too deep"
+        ),
+        pytest.param(
+            dict(field='"step.1.rho"', low="0", high="1.5"),
+            "high: 1.5 is not between 0 and 1",
+            id="range",
+        ),
+        pytest.param(
+            dict(field='"step.1.evaluations"', low="1", high="2.5"),
+            "high: 2.5 is not an integer",
+            id="fraction",
+        ),
+        pytest.param(
+            dict(field='"step.1.c1"', low="0.5", high="0.5"), "low is 0.5 and high is 0.5", id="one"
+        ),
+        pytest.param(
+            dict(field='"step.1.c1"', low="0", high="1", log="true"),
+            "low must be above 0",
+            id="log of zero",
+        ),
+        pytest.param(
+            dict(field='"step.1.c1"', low="0", high="inf"), "both finite", id="no upper bound"
+        ),
+        pytest.param(dict(field='"step.1.c1"', low="0"), "high missing", id="no high"),
+        pytest.param(
+            dict(field='"step.1.group_norm"', low="0", high="1"), "it is no number", id="text"
+        ),
+        pytest.param(
+            dict(field='"step.1.group_norm"', choices='["l3"]'), "'l3' is not one of", id="choice"
+        ),
+        pytest.param(dict(field='"step.1.c1"', choices="[]"), "choices are []", id="no choices"),
+        pytest.param(
+            dict(field='"step.1.c1"', choices="[1.0]", low="0"), "low beside choices", id="both"
+        ),
+    ],
+)
+def test_a_wrong_search_is_refused_and_the_place_is_named(told: dict, words: str):
+    text = refusal(searching(**told))
+    assert words in text
+    assert "recipe mine, search 1" in text
+
+
+def test_a_field_is_searched_once():
+    once = '[[search]]\nfield = "step.1.c1"\nlow = 0\nhigh = 1\n'
+    assert "search 2: step.1.c1 is searched already" in refusal(TSPAR + once + once)
+    assert "search is no list of tables" in refusal("search = 3\n" + TSPAR)
+
+
+def test_shipped_recipes_that_can_be_searched_say_so():
+    assert {"quick", "tspar", "lite", "bald"} <= {name for name in available() if searchable(name)}
+    for name in available():
+        assert [knob.field for knob in load_recipe(name).knobs] == searchable(name)
 
 
 def test_a_missing_recipe_is_named_with_the_nearest_one():

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import optuna
 import pytest
 
 from edgewhisper import search
-from edgewhisper.search import best, minimise
+from edgewhisper.search import Dimension, Found, best, minimise
 from export.problem import Problem
 
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
-SPACE = {"x": (-4.0, 6.0), "y": (0.0, 1.0)}
+SPACE = {"x": Dimension(-4.0, 6.0), "y": Dimension(0.0, 1.0)}
 
 
-def bowl(point, number):
-    return (point["x"] - 1) ** 2 + point["y"]
+def bowl(point, finished):
+    return Found(((point["x"] - 1) ** 2 + point["y"],))
 
 
 @pytest.fixture
@@ -35,8 +37,8 @@ def test_a_search_tries_what_it_may_and_finds_low_ground(run):
     tried = run(trials=30)
     assert len(tried) == 30
     for trial in tried:
-        assert all(low <= trial.point[name] <= high for name, (low, high) in SPACE.items())
-        assert trial.value == bowl(trial.point, 0)
+        assert all(of.holds(trial.point[name]) for name, of in SPACE.items())
+        assert trial.values == bowl(trial.point, []).values
     assert best(tried).value == min(trial.value for trial in tried) < 2
 
 
@@ -47,37 +49,38 @@ def test_the_first_points_are_tried_first_and_of_equals_the_oldest_is_best(run):
     assert best(tried).point == first[0]
 
 
-def test_the_number_of_trials_done_is_told(run):
+def test_the_trials_done_are_told(run):
     numbers = []
-    run(lambda point, number: numbers.append(number) or 0.0, trials=3)
+    run(lambda point, finished: numbers.append(len(finished)) or Found((0.0,)), trials=3)
     assert numbers == [0, 1, 2]
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_an_interrupted_search_makes_the_trials_of_one_that_was_not(how, run, rng, monkeypatch):
-    whole = run(where="whole", first=[{"x": 2.0, "y": 0.5}])
-    last = int(rng.integers(1, 13))
+    first = [{"x": 2.0, "y": 0.5}, {"x": 1.0, "y": 0.0}, {"x": -4.0, "y": 1.0}]
+    whole = run(where="whole", first=first)
+    last = int(rng.integers(0, 13))
     seen = []
 
-    def interrupted(point, number):
-        if number == last and not seen:
+    def interrupted(point, finished):
+        if len(finished) == last and not seen:
             seen.append(point)
             raise KeyboardInterrupt
-        return bowl(point, number)
+        return bowl(point, finished)
 
     if how == "killed":  # nobody notes that the trial failed
         monkeypatch.setattr(search, "give_up", lambda study, number, point: None)
     with pytest.raises(KeyboardInterrupt):
-        run(interrupted, first=[{"x": 2.0, "y": 0.5}])
+        run(interrupted, first=first)
     monkeypatch.undo()
-    resumed = run(interrupted, first=[{"x": 2.0, "y": 0.5}])
+    resumed = run(interrupted, first=first)
     assert resumed == whole
     assert resumed[last].point == seen[0]
 
 
 def test_a_finished_search_is_not_made_again(run):
     tried = run(trials=4)
-    assert run(lambda point, number: pytest.fail("tried again"), trials=4) == tried
+    assert run(lambda point, finished: pytest.fail("tried again"), trials=4) == tried
     assert len(run(trials=5)) == 5
 
 
@@ -102,10 +105,10 @@ def test_machines_share_a_database(run, tmp_path, shared):
 
 
 def test_a_trial_that_runs_on_another_machine_is_left_alone(run, shared):
-    def meanwhile(point, number):
-        if number == 0:  # the other machine starts and finishes while this one is at work
+    def meanwhile(point, finished):
+        if not finished:  # the other machine starts and finishes while this one is at work
             assert len(run(trials=2, where="two")) == 2
-        return bowl(point, number)
+        return bowl(point, finished)
 
     assert len(run(meanwhile, trials=3, where="one")) == 3
 
@@ -125,3 +128,43 @@ def test_without_optuna_the_letter_names_the_extra(run, monkeypatch):
     with pytest.raises(Problem, match="Optuna is not installed") as problem:
         run()
     assert "edgewhisper[search]" in problem.value.hint
+
+
+# ----------------------------------------------------------- several values, limits, other spaces
+
+
+def lens(point, finished):
+    """Two values that pull apart: the front is where x lies between 0 and 2."""
+    return Found((point["x"] ** 2, (point["x"] - 2) ** 2), {"drawn": point["x"]})
+
+
+def test_several_values_come_back_with_what_was_told_of_them(run):
+    tried = run(lens, trials=8, limits=(1.0, math.inf))
+    assert all(trial.values == lens(trial.point, []).values for trial in tried)
+    assert [trial.told["drawn"] for trial in tried] == [trial.point["x"] for trial in tried]
+    assert run(lens, trials=8, limits=(1.0, math.inf)) == tried
+
+
+def test_the_search_is_told_how_far_a_trial_is_beyond_its_limits(run, tmp_path):
+    tried = run(lens, trials=3, limits=(0.25, math.inf))
+    study = optuna.load_study(study_name="n", storage=f"sqlite:///{tmp_path / 'run/search.db'}")
+    told = [trial.constraints for trial in study.get_trials()]
+    assert told == [{"0": trial.values[0] - 0.25} for trial in tried]
+
+
+def test_whole_numbers_magnitudes_and_choices_are_drawn(tmp_path, seed):
+    space = {
+        "rank": Dimension(2, 64, log=True, whole=True),
+        "rate": Dimension(1e-5, 1e-1, log=True),
+        "start": Dimension(choices=("svd", "mix")),
+        "on": Dimension(choices=(True, False)),
+    }
+    first = [{"rank": 9, "rate": 1e-2, "start": "mix", "on": False}]
+    told = dict(run_dir=tmp_path, name="n", seed=seed, accelerator=ALONE)
+    tried = minimise(lambda p, f: Found((p["rate"],)), space, trials=30, first=first, **told)
+    assert tried[0].point == first[0]
+    for trial in tried:
+        assert type(trial.point["rank"]) is int and type(trial.point["on"]) is bool
+        assert all(of.holds(trial.point[name]) for name, of in space.items())
+    assert sum(trial.point["rate"] < 1e-3 for trial in tried) > 5
+    assert {trial.point["start"] for trial in tried} == {"svd", "mix"}

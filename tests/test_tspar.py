@@ -427,6 +427,33 @@ def test_what_was_pruned_stays_zero_through_recovery(tiny_whisper, work):
     assert work.record["tspar"]["recovery"]["steps"] == 2
 
 
+def test_the_proximal_step_is_as_large_as_the_learning_rate_says(make_whisper, rng):
+    """Section 5.5: scaled with the rate, so that a schedule ends it with the training."""
+    model = make_whisper(d_model=8 * int(rng.integers(1, 5)), ffn=int(rng.integers(9, 40)))
+    element, column, rate = (float(x) for x in rng.uniform(0.1, 2.0, size=3))
+    options = replace(
+        NOTHING,
+        reg_mode="proximal",
+        encoder_element=element,
+        decoder_element=0.0,
+        encoder_column=0.0,
+        decoder_column=column,
+    )
+    before = {name: module.weight.detach().clone() for name, module in linears(model)}
+    scales = tspar.average_sizes(before)
+    with torch.no_grad():
+        tspar.proximal_hook(options, scales, {})(model, 0, 0.01 * rate)
+    for name, module in linears(model):
+        if ".encoder." in name:
+            amount = 0.01 * rate * element * scales["encoder", "element"]
+            wanted = soft_threshold(before[name], amount)
+        else:
+            amount = 0.01 * rate * column * scales["decoder", "column"]
+            wanted = shrink_columns(before[name], amount)
+        torch.testing.assert_close(module.weight.detach(), wanted)
+        assert not module.weight.equal(before[name])
+
+
 def test_only_layers_that_match_are_penalised_and_pruned(tiny_whisper, work):
     before = weights_of(tiny_whisper)
     before = {name: weight.clone() for name, weight in before.items()}
@@ -528,31 +555,15 @@ def test_a_shrunk_graph_multiplies_as_often_as_its_shapes_say(
     dense = macs(model)
     slim = shrink.apply(tspar.apply(model, options, work), shrink.Options(), work)
     context = int(rng.integers(2, 20))
-    told, (encoder, step) = macs(slim, context), graph_macs_of(slim, processor, tmp_path, context)
+    told, (encoder, step) = (
+        macs(slim, context),
+        graph_macs.of_exported(slim, processor, tmp_path, context),
+    )
     zeros = multiplied_zeros(slim)
     assert encoder == told["encoder"] + told["cross"] + zeros["encoder"]
     assert step == told["decoder_per_token"] + zeros["decoder"]
     assert told["encoder"] + told["cross"] < dense["encoder"] + dense["cross"]
     assert layers == "*" or zeros == {"encoder": 0, "decoder": 0}
-
-
-def graph_macs_of(model, processor, folder: Path, context: int) -> tuple[int, int]:
-    """Of the encoder's graph, and of the decoder's for one token that sees `context` in all."""
-    manifest = export_onnx(model, processor, folder / "artifact", "fp32")
-    samples = manifest["audio"]["window_samples"]
-    feeds = {"input_ids": np.zeros((1, 1), np.int64)}
-    for spec in manifest["contract"]["decoder"]["inputs"][1:]:
-        layer, kind = spec["name"].split(".")[1:]
-        attention = {"past": "self_attn", "cross": "encoder_attn"}[spec["name"].split(".")[0]]
-        shape = model.config.edgewhisper["decoder"][int(layer)][attention]
-        length = context - 1 if attention == "self_attn" else model.config.max_source_positions
-        dim = shape["qk_dim" if kind == "key" else "v_dim"]
-        feeds[spec["name"]] = np.zeros((1, shape["heads"], length, dim), np.float32)
-    pcm = {"pcm": np.zeros((1, samples), np.float32)}
-    return (
-        graph_macs.count(folder / "artifact" / "encoder.onnx", pcm),
-        graph_macs.count(folder / "artifact" / "decoder.onnx", feeds),
-    )
 
 
 def multiplied_zeros(model) -> dict[str, int]:

@@ -74,7 +74,7 @@ def tspar(zero: float, **options: Any) -> list[Step]:
 def tspar_fc2(zero: float, **options: Any) -> list[Step]:
     """Ours: the columns of fc2 alone; half of the steps after the pruning."""
     columns = {"reg_mode": "proximal", "c1": 0.1, "c2": -1.0, "rho": 0.1, **lambdas(0.0, 30.0)}
-    return tspar(zero, layers="*.fc2", **(columns | HALF | options))
+    return tspar(zero, **({"layers": "*.fc2"} | columns | HALF | options))
 
 
 def imp(zero: float, rounds: int) -> list[Step]:
@@ -300,7 +300,8 @@ SHORT = Experiment(
 
 # --------------------------------------------------------------------- the order of recipe `edge`
 
-PRUNED = tspar_fc2(ZERO, layers="*.fc2*")  # in a low-rank layer both factors may lose columns
+PRUNED = tspar_fc2(ZERO)
+PRUNED_AFTER = tspar_fc2(0.2, layers="*.fc2*")  # of both factors, and of what is left
 LOW_RANK = lite(0.99, 0.99, layers="*", mask_padding=True, sequential=True, share=True, clips=50)
 TABLE = [{"method": "shear", "theta": 0.9999, "start": "activation", "training": training(0)}]
 INT8 = [{"method": "qat", "stem": 8, "keep": 1.0, "training": training(STEPS // 2, 1e-4)}]
@@ -311,7 +312,7 @@ EDGE = Experiment(
     budget=f"{STEPS} optimiser steps for pruning, {STEPS // 2} for int8",
     arms={
         "windows, prune, low rank, table, int8": RECORDED + PRUNED + LOW_RANK + TABLE + INT8,
-        "windows, low rank, prune, table, int8": RECORDED + LOW_RANK + PRUNED + TABLE + INT8,
+        "windows, low rank, prune, table, int8": RECORDED + LOW_RANK + PRUNED_AFTER + TABLE + INT8,
         "prune, low rank, table, int8, windows": PRUNED + LOW_RANK + TABLE + INT8 + RECORDED,
         "windows, low rank, table, int8": RECORDED + LOW_RANK + TABLE + INT8,
     },

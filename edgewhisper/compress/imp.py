@@ -43,8 +43,11 @@ from torch import Tensor, nn
 from edgewhisper.compress.masks import (
     Masks,
     bookkeeping,
+    guarded,
+    guards,
     hold,
     masked_gradients,
+    never_smallest,
     set_pruned,
     smallest,
     weights_of,
@@ -70,6 +73,9 @@ class Options:
     """As large a share of every matrix, or the smallest weights of all matrices together."""
     rewind: bool = False
     """After every pruning, go back to the weights after `start` instead of going on."""
+    protect_alignment: bool = False
+    """Ours: leave the cross-attention heads that token timestamps are read from as they are
+    (generation_config.alignment_heads)."""
 
     start: Training = field(default_factory=lambda: Training(steps=0))
     """Before the first round, on all weights; 0 steps where the model is fine-tuned already."""
@@ -90,14 +96,23 @@ def kept_after(share: float, target: float) -> list[float]:
     return kept[1:]
 
 
-def prune(weights: Mapping[str, Tensor], keep: Masks, left: float, scope: str) -> dict[str, Tensor]:
-    """(2): masks that leave this share of all weights, or of every matrix; none comes back."""
-    sizes = {name: masked_sizes(weight, keep[name]) for name, weight in weights.items()}
+def prune(
+    weights: Mapping[str, Tensor], keep: Masks, left: float, scope: str, guard: Masks | None = None
+) -> dict[str, Tensor]:
+    """(2): masks that leave this share of all weights, or of every matrix; none comes back, and
+    what is guarded stays."""
+    guard = guard or {}
+    sizes = {
+        name: never_smallest(masked_sizes(weight, keep[name]), guard.get(name))
+        for name, weight in weights.items()
+    }
     if scope == "per_matrix":
-        return {name: ~smallest(size, pruned(size, left)) for name, size in sizes.items()}
+        masks = {name: ~smallest(size, pruned(size, left)) for name, size in sizes.items()}
+        return guarded(masks, guard)
     joint = torch.cat([size.flatten() for size in sizes.values()])
     parts = (~smallest(joint, pruned(joint, left))).split([s.numel() for s in sizes.values()])
-    return {name: part.view_as(sizes[name]) for name, part in zip(sizes, parts, strict=True)}
+    masks = {n: part.view_as(sizes[n]) for n, part in zip(sizes, parts, strict=True)}
+    return guarded(masks, guard)
 
 
 def masked_sizes(weight: Tensor, keep: Tensor) -> Tensor:
@@ -122,6 +137,7 @@ def apply(
     same bits. `work.record["imp"]` says what every round did. Raises what training.train raises.
     """
     weights = weights_of(model, options.layers)
+    guards(model, options.protect_alignment)  # refused now, not after the first training
     keep: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
     start = train_masked(model, keep, options.start, work, 0, work.run_dir / "imp-start")
     keep, rounds = run_rounds(model, keep, options, work)
@@ -168,6 +184,7 @@ def run_rounds(
     """Every round that is not finished yet: train, prune, perhaps rewind; the last mask, a log."""
     finished = Finished(work.run_dir / "imp-rounds", identity(model, options, work))
     start = copies(model) if options.rewind else {}
+    guard = guards(model, options.protect_alignment)
     done, tensors, rounds = finished.newest()
     if done:
         keep = restore(model, tensors)
@@ -176,7 +193,7 @@ def run_rounds(
     for number, left in enumerate(schedule[done:], start=done + 1):
         place = finished.training(number)
         log = train_masked(model, keep, options.training, work, number, place)
-        keep = prune(weights_of(model, options.layers), keep, left, options.scope)
+        keep = prune(weights_of(model, options.layers), keep, left, options.scope, guard)
         put(model, start)
         set_pruned(model, weights_of(model, options.layers), keep)  # (3)
         rounds.append({"left": left, "training": log})
@@ -189,6 +206,7 @@ def identity(model: nn.Module, options: Options, work: Work) -> str:
     clips = [(clip.audio.name, clip.text, clip.lang) for clip in work.train]
     schedule = kept_after(options.share, options.target)
     how = [options.layers, options.scope, options.rewind, decisive(options.training)]
+    how += [options.protect_alignment]
     return digest(model.state_dict(), ["imp", schedule, how, clips, work.seed])
 
 

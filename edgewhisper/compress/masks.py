@@ -52,6 +52,66 @@ def smallest(values: Tensor, count: int) -> Tensor:
     return found.view(values.shape)
 
 
+# -- what may not be pruned
+
+
+def guards(model: Any, wanted: bool) -> dict[str, Tensor]:
+    """What a method that is told to protect the alignment heads must leave as it is: name ->
+    (d_out, d_in) bool, for the layers that have some; empty where it is not wanted.
+
+    Of a head's cross-attention these are its rows of q, k and v and its columns of out_proj; of a
+    low-rank layer the factor that all heads share, whole. Raises Problem where no head is named.
+    """
+    if not wanted:
+        return {}
+    heads = getattr(model.generation_config, "alignment_heads", None)
+    if not heads:
+        raise Problem(
+            "protect_alignment is asked for, but the model names no alignment heads",
+            hint="set alignment_heads in its generation_config.json, or leave protect_alignment "
+            "out; edgewhisper.alignment.find_heads finds them",
+        )
+    found: dict[str, Tensor] = {}
+    for layer, head in heads:
+        attention = model.model.decoder.layers[layer].encoder_attn
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            for name, guard in guards_of(attention, part, head).items():
+                whole = f"model.decoder.layers.{layer}.encoder_attn.{name}"
+                found[whole] = found.get(whole, torch.zeros_like(guard)) | guard
+    return found
+
+
+def guards_of(attention: Any, part: str, head: int) -> dict[str, Tensor]:
+    """One head's share of one linear layer, or of both factors of it."""
+    linear = getattr(attention, part)
+    values = part in ("v_proj", "out_proj")
+    width = getattr(attention, "v_dim", attention.head_dim) if values else attention.head_dim
+    own = slice(head * width, (head + 1) * width)
+    down, up = getattr(linear, "down", linear), getattr(linear, "up", linear)
+    guard = {
+        f"{part}.{factor}": torch.ones_like(getattr(linear, factor).weight, dtype=torch.bool)
+        for factor in ("down", "up")
+        if down is not up
+    }
+    side = down if part == "out_proj" else up
+    mask = torch.zeros_like(side.weight, dtype=torch.bool)
+    if part == "out_proj":
+        mask[:, own] = True
+    else:
+        mask[own] = True
+    name = part if down is up else f"{part}.{'down' if part == 'out_proj' else 'up'}"
+    return guard | {name: mask}
+
+
+def guarded(keep: Masks, guard: Masks) -> dict[str, Tensor]:
+    return {name: mask | guard[name] if name in guard else mask for name, mask in keep.items()}
+
+
+def never_smallest(sizes: Tensor, guard: Tensor | None) -> Tensor:
+    """Sizes in which all that is guarded is larger than anything else."""
+    return sizes if guard is None else sizes.masked_fill(guard, torch.inf)
+
+
 @torch.no_grad()
 def set_pruned(model: nn.Module, dense: Mapping[str, Tensor], keep: Masks) -> None:
     """Give the masked layers the weights `dense`, with zeros where nothing is kept."""

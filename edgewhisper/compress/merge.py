@@ -51,7 +51,7 @@ from edgewhisper.compress.work import Work
 from edgewhisper.examples import IGNORED, Batch, batches
 from edgewhisper.recipe import Range
 from edgewhisper.runs import main_process
-from edgewhisper.search import Point, best, minimise
+from edgewhisper.search import Dimension, Found, Point, Tried, best, minimise
 from edgewhisper.training import (
     LossTerm,
     Training,
@@ -430,19 +430,19 @@ def search(
     grid = options.search == "grid"
     trials = len(GRID) if grid else options.trials
 
-    def objective(point: Point, number: int) -> float:
+    def objective(point: Point, finished: Sequence[Tried]) -> Found:
         student, _ = regroup(teacher, plan, **point)
         place = "merge-trials/{alpha!r}-{beta!r}".format(**point)
-        label = f"merge: trial {number + 1} of {trials}"
+        label = f"merge: trial {len(finished) + 1} of {trials}"
         distil(student, teacher, options, options.trial, less, place, label)
         wer = less.wer(student).wer
         if main_process():
             shutil.rmtree(work.run_dir / place, ignore_errors=True)
-        return wer
+        return Found((wer,))
 
     tried = minimise(
         objective,
-        {"alpha": (0.0, options.highest), "beta": (0.0, options.highest)},
+        dict.fromkeys(("alpha", "beta"), Dimension(0.0, options.highest)),
         trials=trials,
         first=GRID if grid else BASELINES if options.baselines else (),
         run_dir=work.run_dir,

@@ -29,7 +29,8 @@ The paper is not explicit everywhere; what we fill in:
   step of the penalty, which makes exact zeros.
 - The two passes and their order: see `two_pass`. c1, c2 and rho are not published; bisection finds
   how far towards the values given here pruning may go before dev WER suffers.
-- Ours, off by default: `layers`, `min_removed`, `min_zero`, `recovery`, `keep`.
+- Ours, off by default: `layers`, `min_removed`, `min_zero`, `recovery`, `keep`,
+  `protect_alignment`.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,8 +41,11 @@ import torch
 from torch import Tensor, nn
 
 from edgewhisper.compress.masks import (
+    Masks,
     bookkeeping,
     chosen,
+    guarded,
+    guards,
     hold,
     removed_share,
     set_pruned,
@@ -119,6 +123,10 @@ class Options:
     """Ours: weight of the distance to the model before the step (near.distance), added to the
     cross entropy in training and recovery. It says something about every frame of speech where
     the text says a few words, so little speech goes a long way. 0 is the paper."""
+
+    protect_alignment: bool = False
+    """Ours: leave the cross-attention heads that token timestamps are read from as they are
+    (generation_config.alignment_heads): neither penalised nor pruned."""
 
     training: Training = field(default_factory=lambda: Training(steps=400, learning_rate=5e-4))
     recovery: Training = field(default_factory=lambda: Training(steps=0))
@@ -257,6 +265,7 @@ def apply(
     "shrink". Raises what training.train raises.
     """
     record: dict[str, Any] = {}
+    guards(model, options.protect_alignment)  # refused now, not after the training
     penalty, after_step, record["scales"] = regulariser(model, options, work)
     keep = keep_term(model, options.keep)
     log = train(
@@ -295,38 +304,47 @@ def regulariser(
     """The loss term, or the hook after the step, and the scales it was given."""
     if not any(lambdas_of(options).values()):
         return None, None, {}
+    guard = guards(model, options.protect_alignment)
     if options.reg_mode == "proximal":
         scales = average_sizes(weights_of(model, options.layers))
-        return None, proximal_hook(options, scales), readable(scales)
+        return None, proximal_hook(options, scales, guard), readable(scales)
     loss = loss_before(model, work.processor, work.train, options.training, work.seed)
     with torch.no_grad():
-        start = penalties(model, options)
+        start = penalties(model, options, guard)
     scales = {key: loss / float(penalty) for key, penalty in start.items()}
-    return penalty_term(options, scales), None, readable(scales)
+    return penalty_term(options, scales, guard), None, readable(scales)
 
 
-def penalties(model: nn.Module, options: Options) -> dict[tuple[str, str], Tensor]:
-    """The four sums of (1)."""
+def penalties(
+    model: nn.Module, options: Options, guard: Masks | None = None
+) -> dict[tuple[str, str], Tensor]:
+    """The four sums of (1), without what is guarded."""
     sums: dict[tuple[str, str], list[Tensor]] = {}
     for name, module in chosen(model, options.layers):
-        column = column_penalty(module.weight, options.group_norm)
-        sums.setdefault((side_of(name), "element"), []).append(element_penalty(module.weight))
+        weight = unguarded(module.weight, name, guard or {})
+        column = column_penalty(weight, options.group_norm)
+        sums.setdefault((side_of(name), "element"), []).append(element_penalty(weight))
         sums.setdefault((side_of(name), "column"), []).append(column)
     return {key: torch.stack(parts).sum() for key, parts in sums.items()}
 
 
-def penalty_term(options: Options, scales: Lambdas) -> LossTerm:
+def unguarded(weight: Tensor, name: str, guard: Masks) -> Tensor:
+    """The weight with zeros where it is guarded."""
+    return weight * ~guard[name].to(weight.device) if name in guard else weight
+
+
+def penalty_term(options: Options, scales: Lambdas, guard: Masks) -> LossTerm:
     """(1) without L_CE; a scale is (cross entropy / penalty) of the starting model."""
     lambdas = lambdas_of(options)
 
     def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
-        sums = penalties(model, options)
+        sums = penalties(model, options, guard)
         return torch.stack([lambdas[key] * scales[key] * sums[key] for key in sums]).sum()
 
     return term
 
 
-def proximal_hook(options: Options, scales: Lambdas) -> AfterStep:
+def proximal_hook(options: Options, scales: Lambdas, guard: Masks) -> AfterStep:
     """The proximal step after AdamW's, decoupled from the gradient as AdamW's weight decay is.
 
     AdamW moves an element by about the learning rate, whatever the size of its gradient; so the
@@ -339,7 +357,9 @@ def proximal_hook(options: Options, scales: Lambdas) -> AfterStep:
         amounts = {key: learning_rate * lambdas[key] * scales[key] for key in scales}
         for name, module in chosen(model, options.layers):
             amount = amounts[side_of(name), "element"], amounts[side_of(name), "column"]
-            module.weight.copy_(proximal(module.weight, *amount, options.group_norm))
+            free = unguarded(module.weight, name, guard)  # zeros stay zeros in the step
+            near = proximal(free, *amount, options.group_norm)
+            module.weight.copy_(near + (module.weight - free) if name in guard else near)
 
     return hook
 
@@ -368,9 +388,11 @@ def prune(
     """Choose the strength, then zero what the two passes say, once."""
     dense = {n: weight.clone() for n, weight in weights_of(model, options.layers).items()}
     full = Thresholds(options.c1, options.c2, options.rho)
+    guard = guards(model, options.protect_alignment)
 
     def prune_to(strength: float) -> None:
-        set_pruned(model, dense, two_pass(dense, full.at(strength), options))
+        keep = two_pass(dense, full.at(strength), options)
+        set_pruned(model, dense, guarded(keep, guard))
 
     floor = max(
         strength_for(options.min_removed, removed_share, model, prune_to),

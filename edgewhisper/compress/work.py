@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from benchmarks.speech import Clip
     from benchmarks.wer import Score
+    from edgewhisper.alignment import Reference
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Work:
     """The model that the recipe began with, where it is at hand: a teacher for later steps."""
     record: dict[str, Any] = field(default_factory=dict)
     """Figures that a step adds; they end up in compression.json."""
+    timed: "Reference | None" = None
+    """Dev speech with the times of its words, which timestamps are judged by."""
 
     def wer(self, model: "WhisperForConditionalGeneration") -> "Score":
         """The model's greedy transcripts of the dev clips against their texts."""

@@ -30,8 +30,11 @@ from torch import Tensor
 
 from edgewhisper.compress.masks import (
     bookkeeping,
+    guarded,
+    guards,
     hold,
     masked_gradients,
+    never_smallest,
     set_pruned,
     smallest,
     weights_of,
@@ -59,6 +62,9 @@ class Options:
     """The share pruned of matrices whose weights vary least."""
     middle: Ratio = 0.5
     high: Ratio = 0.7
+    protect_alignment: bool = False
+    """Ours: leave the cross-attention heads that token timestamps are read from as they are
+    (generation_config.alignment_heads)."""
     recovery: Training = field(default_factory=lambda: Training(steps=400, learning_rate=5e-4))
     """Fine-tuning after pruning, what was pruned held at zero."""
 
@@ -87,9 +93,10 @@ def ratios(variations: Mapping[str, float], options: Options) -> dict[str, float
     }
 
 
-def keep_largest(weight: Tensor, ratio: float) -> Tensor:
-    """(4): what stays, (d_out, d_in) bool."""
-    return ~smallest(weight.abs(), round(ratio * weight.numel()))
+def keep_largest(weight: Tensor, ratio: float, guard: Tensor | None = None) -> Tensor:
+    """(4): what stays, (d_out, d_in) bool; all that is guarded does."""
+    sizes = never_smallest(weight.abs(), guard)
+    return ~smallest(sizes, round(ratio * weight.numel()))
 
 
 def apply(
@@ -102,7 +109,9 @@ def apply(
     weights = weights_of(model, options.layers)
     variations = {name: variation(weight) for name, weight in weights.items()}
     shares = ratios(variations, options)
-    keep = {name: keep_largest(weight, shares[name]) for name, weight in weights.items()}
+    guard = guards(model, options.protect_alignment)
+    keep = {n: keep_largest(weight, shares[n], guard.get(n)) for n, weight in weights.items()}
+    keep = guarded(keep, guard)
     set_pruned(model, weights, keep)
     with masked_gradients(model, keep):
         log = train(
