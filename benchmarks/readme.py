@@ -3,6 +3,7 @@
 All that is needed stands in benchmarks/results:
 
     demo.jsonl             the file that a new `edgewhisper demo` names, copied
+    edge.jsonl             the file that `edgewhisper bench` of the recipe edge names, copied
     study.jsonl            python -m benchmarks.study.run; study.png is drawn from it here
     accounting.jsonl       python -m benchmarks.study.accounting
     training_cost.jsonl    python -m benchmarks.study.training_cost
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from benchmarks.result import brief_rows, read
 from benchmarks.study import accounting, tables, training_cost
 
 RESULTS = Path(__file__).parent / "results"
-STORED = RESULTS / "demo.jsonl"
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- ([\w ]+?) table: .*? -->\n).*?(<!-- end -->)", flags=re.S)
 
@@ -38,8 +39,8 @@ def block(name: str) -> str:
         return f"Not measured yet: there is no {Path(error.filename).name}.\n"
 
 
-def demo() -> str:
-    results = read(STORED)
+def benched(name: str) -> str:
+    results = read(RESULTS / name)
     first = results[0]
     told = (
         f"\n{first['utterances']} clips, {first['threads']} threads on "
@@ -73,7 +74,13 @@ def stored(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-BLOCKS = {"demo": demo, "study": study, "accounting": sizes, "training cost": training}
+BLOCKS = {
+    "demo": partial(benched, "demo.jsonl"),
+    "edge": partial(benched, "edge.jsonl"),
+    "study": study,
+    "accounting": sizes,
+    "training cost": training,
+}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,13 @@ from edgewhisper.compress.merge import (
     remap,
     similarities,
 )
-from edgewhisper.compress.shear import balanced, factorise, feature_distance, weighted_error
+from edgewhisper.compress.shear import (
+    balanced,
+    enough,
+    factorise,
+    feature_distance,
+    weighted_error,
+)
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import Batch
 from edgewhisper.recipe import load_recipe
@@ -673,6 +679,23 @@ def test_the_full_rank_changes_neither_embeddings_nor_logits(start, tiny_whisper
     wanted = logits(tiny_whisper)
     torch.testing.assert_close(logits(full), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
     assert max(work.record["shear"]["start_error"].values()) < 1e-9
+
+
+def test_theta_is_the_share_that_the_rank_must_exceed():
+    sigma = torch.cat([torch.full((16,), 3.0), torch.full((16,), 1.0), torch.zeros(4)])
+    assert [enough(sigma, theta) for theta in (0.1, 0.89, 0.91)] == [16, 16, 32]
+    assert enough(sigma, 1.0) == 36  # nothing exceeds all
+
+
+def test_theta_chooses_the_rank_by_what_the_start_weighs(make_whisper, work, rng):
+    model = make_whisper(d_model=48)
+    theta = rng.uniform(0.3, 0.99)
+    found = shear.apply(model, replace(SHEAR, start="svd", theta=theta), work)
+    rank = found.config.edgewhisper["token_rank"]
+    squares = np.linalg.svd(model.model.decoder.embed_tokens.weight.detach().numpy())[1] ** 2
+    share = np.cumsum(squares) / squares.sum()
+    assert rank % 16 == 0 and share[rank - 1] > theta
+    assert rank == 16 or share[rank - 17] <= theta
 
 
 def test_each_start_is_best_by_its_own_measure(tiny_whisper, work):

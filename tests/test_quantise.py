@@ -324,6 +324,15 @@ def test_trained_weights_stand_on_their_grids_and_the_loss_falls(scales, tiny_wh
     )
 
 
+def test_it_stays_near_the_model_that_the_recipe_began_with(make_whisper, work, monkeypatch):
+    asked = []
+    monkeypatch.setattr(qat, "keep_term", lambda model, weight: asked.append((model, weight)))
+    original, model = make_whisper(), make_whisper()
+    options = qat.Options(keep=0.7, training=Training(steps=1, batch_size=2))
+    qat.apply(model, options, replace(work, original=original))
+    assert asked[0] == (original, 0.7)
+
+
 def stop_after(steps: int):
     """A train() that is asked to stop, as by Ctrl-C, after so many steps: it finishes the next."""
 
