@@ -12,6 +12,8 @@ from edgewhisper.cli import app
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.S)
+RECIPES = [block for language, block in BLOCKS if language == "toml" and "[[step]]" in block]
+SEARCHES = [block for language, block in BLOCKS if language == "toml" and "[[search]]" in block]
 COMMANDS = [
     line.split("#")[0].split()
     for language, block in BLOCKS
@@ -29,9 +31,8 @@ def test_every_command_in_it_parses(words):
 def test_its_recipes_are_read():
     from edgewhisper.recipe import parse
 
-    recipes = [block for language, block in BLOCKS if language == "toml"]
-    assert all(parse("README", text).steps for text in recipes)
-    assert recipes
+    assert RECIPES
+    assert all(parse("README", text).steps for text in RECIPES)
 
 
 def test_it_names_the_two_commands_and_no_other_way_to_set_up():
@@ -49,7 +50,7 @@ def test_its_table_is_made_from_the_stored_results():
 def test_its_search_is_one_that_a_recipe_takes():
     from edgewhisper.recipe import load_recipe, parse
 
-    (search,) = [block for language, block in BLOCKS if language == "toml"]
+    (search,) = SEARCHES
     steps = load_recipe("tspar").text.split("[[search]]")[0]
     assert parse("mine", steps + search).knobs == load_recipe("tspar").knobs
 
