@@ -399,8 +399,10 @@ def test_regression_of_a_layer_whose_answer_is_known(rng):
     c_xx, c_yx = both[:width, :width], both[width:, :width]
     means = read.mean(dim=0), written.mean(dim=0)
     found, offset = refit(weight, *means, c_xx, c_yx, ridge=1e-12)
-    torch.testing.assert_close(found, weight @ turn / 2, rtol=0, atol=1e-4)
-    torch.testing.assert_close(offset, bias, rtol=0, atol=1e-3)
+    # judged by what is written: along directions in which hardly anything is read, the ridge rules
+    size = float(written.std())
+    known = read @ (weight @ turn).T / 2 + bias
+    torch.testing.assert_close(read @ found.T + offset, known, rtol=0, atol=1e-4 * size)
 
 
 def test_regression_keeps_the_weight_where_nothing_was_heard():
