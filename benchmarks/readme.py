@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def stored(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-BLOCKS = {
+BLOCKS: dict[str, Callable[[], str]] = {
     "demo": partial(benched, "demo.jsonl"),
     "edge": partial(benched, "edge.jsonl"),
     "study": study,
