@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -567,3 +570,49 @@ def test_sizes_are_those_of_the_paper():
     assert base / 1e6 == pytest.approx(93.46, abs=0.005)
     assert tiny / 1e6 == pytest.approx(46.16, abs=0.005)
     assert (small / base, small / tiny) == pytest.approx((5.17, 10.47), abs=0.005)
+
+
+# ----------------------------------------------------------------------------------- two processes
+
+WORKER = """
+import sys, torch
+from math import inf
+from pathlib import Path
+from benchmarks.speech import read_manifest
+from edgewhisper import whisper
+from edgewhisper.compress import kdq
+from edgewhisper.compress.kdq import Options, Precision
+from edgewhisper.compress.work import Work
+from edgewhisper.training import Training
+
+start, clips, out = map(Path, sys.argv[1:])
+model, processor = whisper.load(start), whisper.load_processor(start)
+six = read_manifest(clips)[:6]
+model = kdq.apply(model, OPTIONS, Work(processor, six, six, out, seed=3))
+torch.save(model.state_dict(), out / f"rank-{torch.distributed.get_rank()}.pt")
+"""
+
+
+def test_two_processes_teach_the_same_as_one(make_whisper, processor, clips, tmp_path):
+    """With static matches; the others are chosen by each process for its own clips."""
+    model = make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=2)
+    whisper.save(model, processor, tmp_path / "start", {})
+    training = Training(steps=3, batch_size=4)
+    options = Options(matching="static", quantise=FLOAT, training=training)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.replace("OPTIONS", repr(options)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    paths = [str(path) for path in (script, tmp_path / "start", clips, tmp_path / "two")]
+    root = str(Path(whisper.__file__).parent.parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    subprocess.run([*launch, *paths], check=True, env=environment, timeout=600)
+
+    six = read_manifest(clips)[:6]
+    one = kdq.apply(model, options, Work(processor, six, six, tmp_path / "one", seed=3))
+    for rank in (0, 1):
+        state = torch.load(tmp_path / "two" / f"rank-{rank}.pt")
+        for name, tensor in one.state_dict().items():
+            if tensor.is_floating_point():
+                difference = (state[name] - tensor).abs()
+                assert difference.mean() < 1e-6, name
+                assert difference.max() < 0.05 * training.learning_rate, name

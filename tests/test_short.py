@@ -658,7 +658,10 @@ def test_two_processes_teach_the_same_as_one(make_whisper, processor, clips, tmp
     for rank in (0, 1):
         state = torch.load(tmp_path / "two" / f"rank-{rank}.pt")
         for name, tensor in weights(model).items():
-            torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-5)
+            difference = (state[name] - tensor).abs()
+            # where a gradient is all but zero, Adam turns its rounding into a share of the rate
+            assert difference.mean() < 1e-6, name
+            assert difference.max() < 0.05 * training.learning_rate, name
 
 
 def test_it_comes_before_and_after_other_methods(tiny_whisper, work):
