@@ -1,4 +1,4 @@
-"""Put the tables of the stored results into the README: python -m benchmarks.readme.
+"""Put the tables of the stored results into the READMEs: python -m benchmarks.readme.
 
 All that is needed stands in benchmarks/results:
 
@@ -23,7 +23,7 @@ from benchmarks.result import brief_rows, read
 from benchmarks.study import accounting, tables, training_cost
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+PAGES = (Path(__file__).parent.parent / "README.md", Path(__file__).parent / "study" / "README.md")
 BLOCK = re.compile(r"(<!-- ([\w ]+?) table: .*? -->\n).*?(<!-- end -->)", flags=re.S)
 
 
@@ -49,6 +49,11 @@ def benched(name: str) -> str:
         f"rounds ({first['measured_at'][:10]}).\n"
     )
     return table(brief_rows(results)) + told
+
+
+def verdicts() -> str:
+    lines = stored("study.jsonl")
+    return tables.summary(lines) + "\n" + table(tables.verdict_rows(lines))
 
 
 def study() -> str:
@@ -78,6 +83,7 @@ def stored(name: str) -> list[dict[str, Any]]:
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": partial(benched, "demo.jsonl"),
     "edge": partial(benched, "edge.jsonl"),
+    "verdicts": verdicts,
     "study": study,
     "accounting": sizes,
     "training cost": training,
@@ -85,5 +91,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     tables.plot(stored("study.jsonl"))

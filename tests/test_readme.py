@@ -1,4 +1,4 @@
-"""The README is executed: its commands exist, its table comes from stored results."""
+"""The README is executed: its commands exist, its tables come from stored results."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from benchmarks.readme import PAGES, with_tables
 from edgewhisper.cli import app
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -41,10 +42,10 @@ def test_it_names_the_two_commands_and_no_other_way_to_set_up():
     assert commands == ["demo", "test"]
 
 
-def test_its_table_is_made_from_the_stored_results():
-    from benchmarks.readme import with_tables
-
-    assert with_tables(README) == README
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_its_tables_are_made_from_the_stored_results(page):
+    text = page.read_text(encoding="utf-8")
+    assert with_tables(text) == text
 
 
 def test_its_search_is_one_that_a_recipe_takes():

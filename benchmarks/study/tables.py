@@ -199,6 +199,14 @@ def verdicts(name: str, lines: Sequence[Line]) -> list[Verdict]:
     return [one for one in found if one]
 
 
+def verdict_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
+    return [
+        {"experiment": name, "A": v.a, "B": v.b, "A better?": v.answer, "points": v.told}
+        for name in EXPERIMENTS
+        for v in verdicts(name, lines)
+    ]
+
+
 def summary(lines: Sequence[Line]) -> str:
     """How often what is ours won, and where it did not."""
     ours = [v for name in EXPERIMENTS for v in verdicts(name, lines) if "(ours)" in v.a]
@@ -213,7 +221,7 @@ def summary(lines: Sequence[Line]) -> str:
 def markdown(lines: Sequence[Line]) -> str:
     """All experiments of which something is stored: question, budget, table, verdicts."""
     refuse_mixture(lines)
-    parts = [summary(lines)]
+    parts = []
     for name, experiment in EXPERIMENTS.items():
         if experiment.pairs and any(line["experiment"] == name for line in lines):
             sentences = "".join(f"- {sentence}\n" for sentence in verdicts(name, lines))
