@@ -47,6 +47,7 @@ from edgewhisper.compress.masks import (
     guarded,
     guards,
     hold,
+    masked_gradients,
     removed_share,
     set_pruned,
     weights_of,
@@ -481,17 +482,17 @@ def recover(
 ) -> None:
     """Fine-tune without the penalties; what was pruned stays zero."""
     alive = {name: weight != 0 for name, weight in weights_of(model).items()}
-
-    log = train(
-        model,
-        work.processor,
-        work.train,
-        options.recovery,
-        run_dir=work.run_dir / "tspar-recovery",
-        seed=work.seed + 1,
-        identity=repr(options),
-        loss_term=loss_term,
-        after_step=hold(alive),
-        label="tspar: recovering",
-    )
+    with masked_gradients(model, alive):
+        log = train(
+            model,
+            work.processor,
+            work.train,
+            options.recovery,
+            run_dir=work.run_dir / "tspar-recovery",
+            seed=work.seed + 1,
+            identity=repr(options),
+            loss_term=loss_term,
+            after_step=hold(alive),
+            label="tspar: recovering",
+        )
     record["recovery"] = log.summary()
