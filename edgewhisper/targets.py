@@ -41,6 +41,8 @@ PARETO = "pareto.json"
 TRIALS = 12
 STARTUP = 5
 """Trials before the search stops drawing at random: it has few in all."""
+HOPELESS = 1.5
+"""How many times the limit a size must be at both ends of the search for it to be given up."""
 UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}
 NAMES = {"parameters": "parameters", "macs": "MACs", "wer": "dev WER"}
 
@@ -199,6 +201,17 @@ def out_of_reach(tried: Sequence[Tried], limits: Mapping[str, float]) -> Problem
     )
 
 
+def refuse_hopeless(recipe: Recipe, finished: Sequence[Tried], limits: Mapping[str, float]) -> None:
+    """Sizes hardly go beyond those at the two ends of what is searched: where these are tried and
+    far too large, more trials would only take time."""
+    if len(finished) < len(first_points(recipe)) or not any(map(works, finished)):
+        return
+    for place, (axis, limit) in enumerate(limits.items()):
+        smallest = min(trial.values[place] for trial in finished if works(trial))
+        if axis != "wer" and smallest > HOPELESS * limit:
+            raise out_of_reach(finished, limits)
+
+
 def listed(values: Mapping[str, float]) -> str:
     told = [
         f"{100 * value:.2f} % {NAMES[axis]}" if axis == "wer" else f"{value:,.0f} {NAMES[axis]}"
@@ -254,7 +267,7 @@ def compress_to(
     limits = limits_of(targets, job.before)
     begun = begin(job, say)
     tried = minimise(
-        partial(run_trial, job, begun, axes, trials, Clock(), say),
+        partial(run_trial, job, begun, limits, trials, Clock(), say),
         {knob.field: knob.dimension for knob in job.recipe.knobs},
         trials=trials,
         first=first_points(job.recipe),
@@ -322,7 +335,7 @@ def begin(job: Job, say: Say) -> Start:
 def run_trial(
     job: Job,
     begun: Start,
-    axes: Sequence[str],
+    limits: Mapping[str, float],
     trials: int,
     clock: Clock,
     say: Say,
@@ -333,6 +346,7 @@ def run_trial(
     for earlier in finished:
         if earlier.point == point:
             return Found(earlier.values, earlier.told)
+    refuse_hopeless(job.recipe, finished, limits)
     say(f"trial {len(finished) + 1} of {trials}: {said(point)}")
     try:
         slim, measured, record = make(job, begun, point, say)
@@ -340,8 +354,8 @@ def run_trial(
         if is_not_about_values(error) or not any(map(works, finished)):
             raise
         say(f"this cannot be: {error}")
-        return refused(job, axes, str(error))
-    found = Found(tuple(position(measured)[axis] for axis in axes), {"measured": measured})
+        return refused(job, list(limits), str(error))
+    found = Found(tuple(position(measured)[axis] for axis in limits), {"measured": measured})
     keep(job, slim, record, Tried(point, found.values, found.told), finished)
     say(f"{pipeline.describe(measured)}{clock.left(trials - len(finished) - 1)}")
     return found

@@ -261,8 +261,8 @@ def test_an_interrupted_search_goes_on_and_repeats_no_finished_trial(
 
 
 def test_a_target_out_of_reach_is_a_letter_with_the_nearest_and_keeps_the_trials(run, wer_by_size):
-    with pytest.raises(Problem, match=r"none of 6 trials has at most 774,336 parameters") as found:
-        run(Targets(parameters=Amount(0.5, share=True)))
+    with pytest.raises(Problem, match=r"none of 6 trials has at most 1,393,804 param") as found:
+        run(Targets(parameters=Amount(0.9, share=True)))
     assert "the nearest has 1,452,092 parameters and 0.62 % dev WER, with step.1.rank = 4" in str(
         found.value
     )
@@ -273,6 +273,12 @@ def test_a_target_out_of_reach_is_a_letter_with_the_nearest_and_keeps_the_trials
     place, _ = run(Targets(parameters=Amount(0.96, share=True)))
     assert len(wer_by_size) == made + 1, "only the model before was measured anew"
     assert len(pareto(place)["trials"]) == 6
+
+
+def test_a_target_far_beyond_both_ends_is_given_up_after_them(run, wer_by_size):
+    with pytest.raises(Problem, match=r"none of 3 trials has at most 774,336 parameters"):
+        run(Targets(parameters=Amount(0.5, share=True)))
+    assert len(wer_by_size) == 1 + 3, "the model before, the recipe's own value, and the two ends"
 
 
 def test_a_target_that_is_met_at_once_is_a_letter_before_any_trial(run, wer_by_size):
