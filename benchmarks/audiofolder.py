@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import columns
 from benchmarks.speech import Clip
 from export.problem import Problem
+from export.prompt import language_code
 
 NAMES = ("metadata.csv", "metadata.jsonl")
 FILE = "file_name"
@@ -104,7 +105,7 @@ def _clip(path: Path, number: int, row: dict[str, Any]) -> Clip:
     return Clip(
         audio=_audio(path.parent, _string(row, FILE, where), where),
         text=_string(row, columns.find(row, columns.TEXT) or columns.TEXT[0], where),
-        lang=columns.language_code(str(row[lang])) if lang and row[lang] else "en",
+        lang=language_code(str(row[lang])) if lang and row[lang] else "en",
         speaker=str(row[speaker]) if speaker and row[speaker] is not None else None,
         duration_s=_seconds(row.get("duration")),
     )

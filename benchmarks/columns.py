@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from export.problem import Problem
+from export.prompt import language_code
 
 TEXT = ("text", "sentence", "transcription", "transcript")
 LANG = ("lang", "locale", "language")
@@ -31,14 +32,6 @@ def text_column(columns: Iterable[str], where: str) -> str:
 
 def listed(columns: Iterable[object]) -> str:
     return ", ".join(f"`{name}`" for name in columns) or "no columns"
-
-
-def language_code(given: str) -> str:
-    """Whisper's code for hi, hi_in, hi-IN or Hindi; what it does not know stays, in lower case."""
-    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
-
-    word = given.strip().lower()
-    return TO_LANGUAGE_CODE.get(word, word.replace("_", "-").split("-")[0])
 
 
 def is_language(given: str) -> bool:

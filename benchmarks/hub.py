@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import columns
 from export.files import new_directory
 from export.problem import Problem
+from export.prompt import language_code
 
 PREFIX = "hf:"
 SOURCE = re.compile(
@@ -137,7 +138,7 @@ def write(text: str, source: Source, stream: Any, folder: Path) -> None:
         name = f"{number:06}{suffix(row[sound])}"
         (folder / name).write_bytes(sound_bytes(row[sound], sound, where))
         language = str(row[lang]) if lang and isinstance(row[lang], str) else spoken
-        line = {"audio": name, "text": row[said], "lang": columns.language_code(language)}
+        line = {"audio": name, "text": row[said], "lang": language_code(language)}
         lines.append(line | ({"speaker": str(row[speaker])} if speaker else {}))
     if not lines:
         raise Problem(f"{text} holds no clips", hint="name another split")
