@@ -8,6 +8,9 @@ from export.problem import Problem
 from export.prompt import language_code
 
 TEXT = ("text", "sentence", "transcription", "transcript")
+TEXT_BY_LANGUAGE = {"bam": "bm"}
+"""Columns of transcripts that are called by their language, as jeli-asr's is, and its code."""
+TEXTS = (*TEXT, *TEXT_BY_LANGUAGE)
 LANG = ("lang", "locale", "language")
 SPEAKER = ("speaker", "speaker_id")
 
@@ -21,7 +24,7 @@ def find(columns: Iterable[str], known: tuple[str, ...]) -> str | None:
 def text_column(columns: Iterable[str], where: str) -> str:
     """The column of transcripts. Raises Problem, with the names that were found."""
     columns = list(columns)
-    found = find(columns, TEXT)
+    found = find(columns, TEXTS)
     if found is None:
         raise Problem(
             f"{where}: no column holds the text; there are {listed(columns)}",

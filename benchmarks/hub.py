@@ -127,7 +127,8 @@ def write(text: str, source: Source, stream: Any, folder: Path) -> None:
     stream = undecoded(stream, sound)
     stream = stream.select_columns([name for name in (sound, said, lang, speaker) if name])
     stream = stream if source.first is None else stream.take(source.first)
-    spoken = source.config if source.config and columns.is_language(source.config) else "en"
+    configured = source.config if source.config and columns.is_language(source.config) else None
+    spoken = columns.TEXT_BY_LANGUAGE.get(said) or configured or "en"
     lines = []
     for number, row in enumerate(watched(text, source, stream), start=1):
         where = f"{text}, row {number}"
