@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import columns
 from benchmarks.speech import Clip
 from export.problem import Problem
+from export.prompt import language_code
 
 NAMES = ("metadata.csv", "metadata.jsonl")
 FILE = "file_name"
@@ -100,11 +101,13 @@ def _check_columns(names: Any, where: str) -> None:
 
 def _clip(path: Path, number: int, row: dict[str, Any]) -> Clip:
     where = f"{path}, line {number}"
+    said = columns.find(row, columns.TEXTS) or columns.TEXT[0]
     lang, speaker = columns.find(row, columns.LANG), columns.find(row, columns.SPEAKER)
+    otherwise = columns.TEXT_BY_LANGUAGE.get(said, "en")
     return Clip(
         audio=_audio(path.parent, _string(row, FILE, where), where),
-        text=_string(row, columns.find(row, columns.TEXT) or columns.TEXT[0], where),
-        lang=columns.language_code(str(row[lang])) if lang and row[lang] else "en",
+        text=_string(row, said, where),
+        lang=language_code(str(row[lang])) if lang and row[lang] else otherwise,
         speaker=str(row[speaker]) if speaker and row[speaker] is not None else None,
         duration_s=_seconds(row.get("duration")),
     )

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from export.problem import Problem
+from export.prompt import language_code
 
 TEXT = ("text", "sentence", "transcription", "transcript")
+TEXT_BY_LANGUAGE = {"bam": "bm"}
+"""Columns of transcripts that are called by their language, as jeli-asr's is, and its code."""
+TEXTS = (*TEXT, *TEXT_BY_LANGUAGE)
 LANG = ("lang", "locale", "language")
 SPEAKER = ("speaker", "speaker_id")
 
@@ -20,7 +24,7 @@ def find(columns: Iterable[str], known: tuple[str, ...]) -> str | None:
 def text_column(columns: Iterable[str], where: str) -> str:
     """The column of transcripts. Raises Problem, with the names that were found."""
     columns = list(columns)
-    found = find(columns, TEXT)
+    found = find(columns, TEXTS)
     if found is None:
         raise Problem(
             f"{where}: no column holds the text; there are {listed(columns)}",
@@ -31,14 +35,6 @@ def text_column(columns: Iterable[str], where: str) -> str:
 
 def listed(columns: Iterable[object]) -> str:
     return ", ".join(f"`{name}`" for name in columns) or "no columns"
-
-
-def language_code(given: str) -> str:
-    """Whisper's code for hi, hi_in, hi-IN or Hindi; what it does not know stays, in lower case."""
-    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
-
-    word = given.strip().lower()
-    return TO_LANGUAGE_CODE.get(word, word.replace("_", "-").split("-")[0])
 
 
 def is_language(given: str) -> bool:

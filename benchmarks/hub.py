@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import columns
 from export.files import new_directory
 from export.problem import Problem
+from export.prompt import language_code
 
 PREFIX = "hf:"
 SOURCE = re.compile(
@@ -126,7 +127,8 @@ def write(text: str, source: Source, stream: Any, folder: Path) -> None:
     stream = undecoded(stream, sound)
     stream = stream.select_columns([name for name in (sound, said, lang, speaker) if name])
     stream = stream if source.first is None else stream.take(source.first)
-    spoken = source.config if source.config and columns.is_language(source.config) else "en"
+    configured = source.config if source.config and columns.is_language(source.config) else None
+    spoken = columns.TEXT_BY_LANGUAGE.get(said) or configured or "en"
     lines = []
     for number, row in enumerate(watched(text, source, stream), start=1):
         where = f"{text}, row {number}"
@@ -137,7 +139,7 @@ def write(text: str, source: Source, stream: Any, folder: Path) -> None:
         name = f"{number:06}{suffix(row[sound])}"
         (folder / name).write_bytes(sound_bytes(row[sound], sound, where))
         language = str(row[lang]) if lang and isinstance(row[lang], str) else spoken
-        line = {"audio": name, "text": row[said], "lang": columns.language_code(language)}
+        line = {"audio": name, "text": row[said], "lang": language_code(language)}
         lines.append(line | ({"speaker": str(row[speaker])} if speaker else {}))
     if not lines:
         raise Problem(f"{text} holds no clips", hint="name another split")

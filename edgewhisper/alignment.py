@@ -29,8 +29,9 @@ from transformers import WhisperProcessor
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from edgewhisper.decoding import log_mel
-from edgewhisper.examples import SAMPLE_RATE, UNSPACED, prompt_ids
+from edgewhisper.examples import SAMPLE_RATE, UNSPACED
 from export.problem import Problem
+from export.prompt import language_code, prompt_ids
 
 if TYPE_CHECKING:
     from benchmarks.speech import Clip
@@ -140,10 +141,8 @@ def spell(
     clip: TimedClip, model: nn.Module, processor: WhisperProcessor
 ) -> tuple[list[int], list[list[int]]]:
     """What decoding is given, and every word's tokens."""
-    language = clip.lang.split("-")[0].lower()
-    given = [model.config.decoder_start_token_id, *prompt_ids(language, model.generation_config)]
-    space = "" if language in UNSPACED else " "
-    return given, [
+    space = "" if language_code(clip.lang) in UNSPACED else " "
+    return prompt_ids(model.generation_config, clip.lang), [
         processor.tokenizer(space + word.text, add_special_tokens=False).input_ids
         for word in clip.words
     ]
@@ -171,7 +170,7 @@ def reference(
 ) -> Reference | None:
     """Some of the clips with the times of their words: true ones where at least four clips hold a
     single word, otherwise those that `model` gives; None where no clip can be used."""
-    ready = [clip for clip in clips if can_be_timed(clip, model)]
+    ready = [clip for clip in clips if can_be_timed(clip)]
     made = composed([clip for clip in ready if len(clip.text.split()) == 1], processor)
     if made:
         return Reference(tuple(made), "single words put together, whose times are known")
@@ -179,13 +178,9 @@ def reference(
     return Reference(tuple(told), "the model before compression") if told else None
 
 
-def can_be_timed(clip: Clip, model: Any) -> bool:
-    """Whether its words can be told apart and the model has a token for its language."""
-    language = clip.lang.split("-")[0].lower()
-    generation = model.generation_config
-    english_only = not getattr(generation, "is_multilingual", False)
-    known = english_only or f"<|{language}|>" in generation.lang_to_id
-    return known and language not in UNSPACED and bool(clip.text.strip())
+def can_be_timed(clip: Clip) -> bool:
+    """Whether it has words that can be told apart."""
+    return language_code(clip.lang) not in UNSPACED and bool(clip.text.strip())
 
 
 def composed(single: Sequence[Clip], processor: WhisperProcessor) -> list[TimedClip]:

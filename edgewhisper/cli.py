@@ -60,6 +60,13 @@ def compress_cli(
     out: Out = None,
     seed: Annotated[int, typer.Option(help="of everything that is drawn at random")] = 0,
     revision: Annotated[str | None, typer.Option(help="of a model on the hub")] = None,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CODE",
+            help="that prompts the model for speech in a language which it has no token for",
+        ),
+    ] = None,
     target_params: Annotated[
         str | None, typer.Option(metavar="N|SHARE", help="search for it: 900000, 0.9M or 60%")
     ] = None,
@@ -79,7 +86,7 @@ def compress_cli(
     With a target, search within the recipe (see `edgewhisper recipes`) and write the chosen
     checkpoint with all trials in pareto.json; others worth having are in front/.
     """
-    rest = (model, recipe, speech, dev, out, seed, revision, say)
+    rest = (model, recipe, speech, dev, out, seed, revision, say, language)
     if target_params is None and target_macs is None and max_wer_loss is None:
         _refuse_trials(trials)
         from edgewhisper import pipeline

@@ -12,7 +12,11 @@ from transformers import WhisperProcessor
 
 from devices.runner.audio import shortest, split
 from edgewhisper.whisper import quiet
+from export.prompt import language_for, task_of
 from export.shrink import windows_of
+
+Languages = Sequence[str | None] | None
+"""What is spoken in each clip, where it is known."""
 
 
 def window_samples(processor: WhisperProcessor) -> int:
@@ -44,12 +48,18 @@ def greedy(
     model: nn.Module,
     processor: WhisperProcessor,
     pcms: Sequence[np.ndarray],
+    languages: Languages = None,
     batch_size: int = 16,
 ) -> list[list[int]]:
-    """Greedy tokens of clips of up to one window each, without prompt and end of text."""
+    """Greedy tokens of clips of up to one window each, without prompt and end of text.
+
+    Each is decoded under the prompt of its language; where that is not known, or the model has no
+    token for it, under the one that generation_config names (export/prompt.py).
+    """
     limit = model.config.max_target_positions - 4
     tokens: list[list[int]] = [[] for _ in pcms]
-    for indices, features in _batches(model, processor, pcms, batch_size):
+    prompts = [language_for(model.generation_config, spoken) for spoken in _each(pcms, languages)]
+    for indices, features in _batches(model, processor, pcms, batch_size, prompts):
         with quiet():
             output = model.generate(
                 features.to(next(model.parameters()).device),
@@ -57,7 +67,7 @@ def greedy(
                 num_beams=1,
                 max_new_tokens=limit,
                 suppress_tokens=_suppressed(model),
-                **_language(model),
+                **_told(model, prompts[indices[0]]),
             )
         for index, row in zip(indices, output.tolist(), strict=True):
             tokens[index] = _until_end(row, model.generation_config.eos_token_id)
@@ -65,14 +75,20 @@ def greedy(
 
 
 def _batches(
-    model: nn.Module, processor: WhisperProcessor, pcms: Sequence[np.ndarray], size: int
+    model: nn.Module,
+    processor: WhisperProcessor,
+    pcms: Sequence[np.ndarray],
+    size: int,
+    prompts: Languages = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Clips of one window together: their indices, and their features in the shortest window that
-    holds them."""
+    """Clips of one window and one prompt together: their indices, and their features in the
+    shortest window that holds them."""
     extractor = processor.feature_extractor
     windows = windows_samples(model, extractor)
-    for window in windows:
-        group = [i for i, pcm in enumerate(pcms) if shortest(windows, len(pcm)) == window]
+    groups: dict[tuple[int, str | None], list[int]] = {}
+    for i, (pcm, prompt) in enumerate(zip(pcms, _each(pcms, prompts), strict=True)):
+        groups.setdefault((shortest(windows, len(pcm)), prompt), []).append(i)
+    for (window, _), group in groups.items():
         for start in range(0, len(group), size):
             indices = group[start : start + size]
             yield indices, log_mel(extractor, [pcms[i] for i in indices], window)
@@ -95,22 +111,33 @@ def transcribe(
     model: nn.Module,
     processor: WhisperProcessor,
     pcms: Sequence[np.ndarray],
+    languages: Languages = None,
     batch_size: int = 16,
 ) -> list[str]:
-    """Text of clips of any length, 16 kHz mono float32; long ones are cut at quiet places."""
+    """Text of clips of any length, 16 kHz mono float32; long ones are cut at quiet places. See
+    greedy() for `languages`."""
     pieces = [[pcm[cut] for cut in split(pcm, window_samples(processor))] for pcm in pcms]
-    flat = greedy(model, processor, [piece for clip in pieces for piece in clip], batch_size)
+    spoken = [
+        language
+        for clip, language in zip(pieces, _each(pcms, languages), strict=True)
+        for _ in clip
+    ]
+    flat = greedy(
+        model, processor, [piece for clip in pieces for piece in clip], spoken, batch_size
+    )
     texts = iter(processor.tokenizer.batch_decode(flat, skip_special_tokens=True))
     return [" ".join(next(texts).strip() for _ in clip).strip() for clip in pieces]
 
 
-def _language(model: nn.Module) -> dict[str, str]:
-    """The prompt's language and task; English where a multilingual model names none."""
-    generation = model.generation_config
-    if not getattr(generation, "is_multilingual", False):
+def _each(pcms: Sequence[np.ndarray], languages: Languages) -> Sequence[str | None]:
+    return [None] * len(pcms) if languages is None else languages
+
+
+def _told(model: nn.Module, language: str | None) -> dict[str, str]:
+    """The prompt, as generate() wants to hear of it."""
+    if language is None:
         return {}
-    language = getattr(generation, "language", None) or "en"
-    return {"language": language, "task": getattr(generation, "task", None) or "transcribe"}
+    return {"language": language, "task": task_of(model.generation_config)}
 
 
 def _suppressed(model: nn.Module) -> list[int]:

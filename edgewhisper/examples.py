@@ -20,6 +20,7 @@ from torch import Tensor
 from devices.runner.audio import shortest
 from edgewhisper.decoding import log_mel
 from export.problem import Problem
+from export.prompt import language_code, prompt_ids
 from export.shrink import windows_of
 
 if TYPE_CHECKING:
@@ -218,28 +219,12 @@ def padded(rows: list[list[int]], filler: int) -> Tensor:
 def token_ids(
     clip: "Clip", model: "WhisperForConditionalGeneration", tokenizer: Any
 ) -> tuple[list[int], list[int]]:
-    """What decoding is given (start and the model's own prompt), and what it shall find (the text
-    as Whisper writes it, and the end)."""
-    language = clip.lang.split("-")[0].lower()
+    """What decoding is given (start, and the prompt of the clip's language), and what it shall
+    find (the text as Whisper writes it, and the end)."""
     text = clip.text.strip()
-    spaced = f" {text}" if text and language not in UNSPACED else text
+    spaced = f" {text}" if text and language_code(clip.lang) not in UNSPACED else text
     ids = tokenizer(spaced, add_special_tokens=False).input_ids
-    given = [model.config.decoder_start_token_id, *prompt_ids(language, model.generation_config)]
-    return given, [*ids, model.config.eos_token_id]
-
-
-def prompt_ids(language: str, generation: Any) -> list[int]:
-    """Language, task, no timestamps; the last alone where the model knows English only."""
-    if not getattr(generation, "is_multilingual", False):
-        return [generation.no_timestamps_token_id]
-    known = generation.lang_to_id
-    if f"<|{language}|>" not in known:
-        raise Problem(
-            f"training: a clip's language is {language!r}, which the model has no token for",
-            hint=f"use one of its {len(known)} languages, such as {', '.join(list(known)[:5])}",
-        )
-    task = generation.task_to_id["transcribe"]
-    return [known[f"<|{language}|>"], task, generation.no_timestamps_token_id]
+    return prompt_ids(model.generation_config, clip.lang), [*ids, model.config.eos_token_id]
 
 
 def seconds(clip: "Clip") -> float:

@@ -25,6 +25,7 @@ from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.compress import METHODS
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
+from edgewhisper.languages import fix_language, set_language
 from edgewhisper.recipe import Recipe, load_recipe
 from export.artifact import MANIFEST, verify, write_manifest
 from export.cost import count_parameters, macs, macs_by_window
@@ -67,13 +68,16 @@ def compress(
     seed: int = 0,
     revision: str | None = None,
     say: Say = print,
+    language: str | None = None,
 ) -> Path:
     """Run a recipe on a checkpoint; return the directory of the smaller one.
 
     Without one it is `quick`, some minutes' work, where the embedded model is compressed on the
-    speech that comes with it, and `tspar` elsewhere.
+    speech that comes with it, and `tspar` elsewhere. `language` prompts the model for speech in a
+    language that it has no token for.
     """
-    job = prepare(recipe_for(model, recipe, speech), model, speech, dev, out, seed, revision)
+    found = recipe_for(model, recipe, speech)
+    job = prepare(found, model, speech, dev, out, seed, revision, language=language)
     say(f"{job.source}: {describe(job.before)}")
     slim, after = finish(run_steps(job.dense, job.recipe, job.work, say), job.work)
     say(f"compressed: {describe(after)}")
@@ -109,6 +113,7 @@ def prepare(
     seed: int,
     revision: str | None,
     purpose: str = "",
+    language: str | None = None,
 ) -> Job:
     """Everything is read and checked before the first step, the place of the output as well."""
     source = model or str(DEFAULT_MODEL)
@@ -116,12 +121,13 @@ def prepare(
         raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
     clips = choose_speech(source, speech, dev)
     dense = whisper.load(source, revision)
+    set_language(dense.generation_config, clips.train, clips.dev, language)
     processor = whisper.load_processor(source, revision)
     work = Work(
         processor=processor,
         train=clips.train,
         dev=clips.dev,
-        run_dir=_run_dir(recipe, source, clips, seed, purpose),
+        run_dir=_run_dir(recipe, source, clips, seed, language, purpose),
         seed=seed,
         original=dense,
         timed=alignment.reference(dense, processor, clips.dev),
@@ -212,9 +218,11 @@ def describe(measured: dict[str, Any]) -> str:
     )
 
 
-def _run_dir(recipe: Recipe, source: str, clips: Speech, seed: int, purpose: str) -> Path:
+def _run_dir(
+    recipe: Recipe, source: str, clips: Speech, seed: int, language: str | None, purpose: str
+) -> Path:
     """Where interrupted work waits: the same command, typed again, finds it and goes on."""
-    told = f"{recipe.text}\0{source}\0{clips}\0{seed}\0{purpose}"
+    told = f"{recipe.text}\0{source}\0{clips}\0{seed}\0{language}\0{purpose}"
     return runs.RUNS / f"unfinished-{sha256(told.encode()).hexdigest()[:12]}"
 
 
@@ -236,6 +244,7 @@ def record_of(
         },
         "speech": {"train": _clips_record(work.train), "dev": _clips_record(work.dev)},
         "seed": work.seed,
+        "language": getattr(job.dense.generation_config, "language", None),
         "versions": versions(),
         "before": job.before,
         "after": after,
@@ -279,6 +288,7 @@ def export(
     if not is_quantised(model):  # removal would move weights to other blocks: it came first
         model, _ = slimmed(model)
     clips = read_manifest(speech or SPEECH / "test.jsonl")
+    fix_language(model.generation_config, clips)
     place = out or runs.new_path("artifact", f"-{precision}")
     with new_directory(place) as folder:
         say(f"{source} -> {place} ({precision})")
@@ -382,9 +392,12 @@ def demo(say: Say = print) -> tuple[list[dict[str, Any]], Path]:
 
 
 def transcriber(
-    source: str, threads: int | None = None
+    source: str, threads: int | None = None, languages: Sequence[str] | None = None
 ) -> Callable[[Sequence[np.ndarray]], list[str]]:
-    """Text of 16 kHz clips by a checkpoint or by an artifact, whichever `source` is."""
+    """Text of 16 kHz clips by a checkpoint or by an artifact, whichever `source` is.
+
+    `languages` are the clips' own, where they are known; an artifact has one prompt for all.
+    """
     if (Path(source) / MANIFEST).exists():
         from devices.runner.recognizer import Recognizer
 
@@ -392,14 +405,19 @@ def transcriber(
         recognizer = Recognizer(source, threads)
         return lambda pcms: [recognizer.transcribe(pcm).text for pcm in pcms]
     model, processor = whisper.load(source), whisper.load_processor(source)
-    return lambda pcms: decoding.transcribe(model, processor, pcms)
+    return lambda pcms: decoding.transcribe(model, processor, pcms, languages)
 
 
 def evaluate(source: str, speech: Path, normalizer: str | None = None) -> Score:
     """Error rates of a checkpoint or an artifact on a manifest's clips; the normalizer is by
     default the one for their language."""
+    from benchmarks.bench import warn_of_languages
+
     clips = read_manifest(speech)
     normalizer = normalizer or name_for(clips)
     normalizer_named(normalizer)  # an unknown one is said now, not after the transcription
-    texts = transcriber(source)([clip.pcm() for clip in clips])
+    if (Path(source) / MANIFEST).exists():
+        warn_of_languages(Path(source), clips)
+    hear = transcriber(source, languages=[clip.lang for clip in clips])
+    texts = hear([clip.pcm() for clip in clips])
     return score([clip.text for clip in clips], texts, normalizer)

@@ -32,6 +32,7 @@ from edgewhisper.training import Training, start_accelerator
 from export.cost import window_macs
 from export.files import new_directory
 from export.problem import Problem
+from export.prompt import language_for
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
@@ -251,6 +252,7 @@ def compress_to(
     seed: int = 0,
     revision: str | None = None,
     say: Say = print,
+    language: str | None = None,
 ) -> tuple[Path, list[dict[str, str]]]:
     """Search within the recipe; return the directory of the chosen checkpoint and all trials as
     rows of a table. The other arguments are those of pipeline.compress.
@@ -262,7 +264,8 @@ def compress_to(
     found = pipeline.recipe_for(model, recipe, speech)
     refuse_unsearchable(found)
     axes = targets.axes()
-    job = pipeline.prepare(found, model, speech, dev, out, seed, revision, f"search {axes}")
+    purpose = f"search {axes}"
+    job = pipeline.prepare(found, model, speech, dev, out, seed, revision, purpose, language)
     say(f"{job.source}: {pipeline.describe(job.before)}")
     limits = limits_of(targets, job.before)
     begun = begin(job, say)
@@ -294,7 +297,13 @@ def search_name(job: Job, axes: Sequence[str]) -> str:
     """A name that two searches share only if their trials measure the same thing."""
     work = job.work
     clips = [[(c.audio.name, c.text, c.lang) for c in clips] for clips in (work.train, work.dev)]
-    told = [job.recipe.text, list(axes), clips, work.seed]
+    told = [
+        job.recipe.text,
+        list(axes),
+        clips,
+        language_for(job.dense.generation_config),
+        work.seed,
+    ]
     return f"targets-{digest(job.dense.state_dict(), told)[:16]}"
 
 

@@ -119,8 +119,8 @@ def train(
     tells trainings apart that differ only in what the hooks do). `progress`: None shows a bar on a
     terminal only.
 
-    Raises Problem: no clips, clips in a language the model does not know, state of another
-    training in run_dir, a loss that is not finite, Ctrl-C (Interrupted: state is saved first).
+    Raises Problem: no clips, state of another training in run_dir, a loss that is not finite,
+    Ctrl-C (Interrupted: state is saved first).
     """
     options = counted(options, len(clips))
     if options.steps == 0:

@@ -45,6 +45,7 @@ from export.artifact import write_manifest
 from export.cost import count_parameters, macs, macs_by_window
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
+from export.prompt import prompt_ids
 from export.quantise import schemes
 from export.shrink import attention_shape, layer_shapes, windows_of
 from export.versions import versions
@@ -374,8 +375,8 @@ def check_window(model: nn.Module, extractor: Any) -> None:
 def decoding_rules(model: nn.Module) -> dict[str, Any]:
     """Prompt, end and suppressed tokens, as transformers' generate() would have them, greedy.
 
-    A multilingual model that names no language is prompted for English. The prompt forbids
-    timestamps, so ids from `timestamp_begin` on are never chosen.
+    The prompt is for one language (see prompt.py). It forbids timestamps, so ids from
+    `timestamp_begin` on are never chosen.
     """
     generation = model.generation_config
     prompt = prompt_ids(generation)
@@ -389,33 +390,6 @@ def decoding_rules(model: nn.Module) -> dict[str, Any]:
         "timestamp_begin": None if silent is None else silent + 1,
         "max_new_tokens": model.config.max_target_positions - len(prompt),
     }
-
-
-def prompt_ids(generation: Any) -> list[int]:
-    """Start, language and task where the model is multilingual, no timestamps."""
-    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
-
-    prompt = [generation.decoder_start_token_id]
-    if getattr(generation, "is_multilingual", False):
-        language = (getattr(generation, "language", None) or "en").lower().strip("<|>")
-        code = TO_LANGUAGE_CODE.get(language, language)
-        task = getattr(generation, "task", None) or "transcribe"
-        prompt.append(_look_up(generation, "lang_to_id", f"<|{code}|>"))
-        prompt.append(_look_up(generation, "task_to_id", task))
-    silent = getattr(generation, "no_timestamps_token_id", None)
-    return prompt if silent is None else [*prompt, silent]
-
-
-def _look_up(generation: Any, table: str, key: str) -> int:
-    ids = getattr(generation, table, None) or {}
-    if key not in ids:
-        known = ", ".join(sorted(ids)[:5]) or "none"
-        raise Problem(
-            f"generation_config.json: {key!r} is asked for, but {table} has no such entry "
-            f"({len(ids)} there: {known} ...)",
-            hint="take generation_config.json from the model that was compressed",
-        )
-    return ids[key]
 
 
 def token_bytes(tokenizer: Any, vocab_size: int) -> list[str | None]:

@@ -41,6 +41,12 @@ def test_a_language_by_its_name_is_understood(folder):
     assert read_manifest(folder)[0].lang == "hi"
 
 
+def test_a_column_of_texts_may_be_called_by_its_language(folder):
+    (folder / "metadata.csv").write_text("file_name,bam,french\na.wav,kelen,un\n")
+    (clip,) = read_manifest(folder)
+    assert (clip.text, clip.lang) == ("kelen", "bm")
+
+
 def test_a_spreadsheet_s_byte_order_mark_is_not_a_column(folder):
     (folder / "metadata.csv").write_text("file_name,text\na.wav,one\n", encoding="utf-8-sig")
     assert read_manifest(folder)[0].text == "one"

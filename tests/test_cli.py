@@ -186,10 +186,27 @@ TRAIN = '[[step]]\nmethod = "tspar"\n[step.training]\nsteps = 1\nbatch_size = 2\
             TRAIN,
             {"lang": "klingon"},
             (),
-            "language is 'klingon', which the model has no token",
+            "the language of 4 clips is 'klingon', which the model has no token",
             id="wrong language",
         ),
-        pytest.param(TRAIN, {"lang": ""}, (), "language is '', which", id="empty language"),
+        pytest.param(TRAIN, {"lang": ""}, (), "of 4 clips is '', which", id="empty language"),
+        pytest.param(
+            TRAIN, {"lang": "bm"}, (), "add --language CODE", id="language without a token"
+        ),
+        pytest.param(
+            TRAIN,
+            {"lang": "bm"},
+            ("--language", "bambara"),
+            "--language bambara: the model has no token for it",
+            id="prompt without a token",
+        ),
+        pytest.param(
+            TRAIN,
+            {"lang": "hi"},
+            ("--language", "sw"),
+            "--language sw: the speech is in hi",
+            id="prompt that nothing needs",
+        ),
         pytest.param(
             SHEAR.format(200, 0), {}, (), "rank 200 is more than a table", id="rank above width"
         ),

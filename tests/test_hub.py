@@ -94,6 +94,14 @@ def test_a_configuration_names_the_language(home):
     assert read_manifest("hf:owner/name:hi")[0].lang == "hi"
 
 
+def test_a_column_of_texts_may_be_called_by_its_language(home):
+    """As jeli-asr's is, which is what the recipe `bald` names."""
+    (rows, texts) = spoken("kelen").values()
+    store(home, "train", {"audio": rows, "duration": [0.1], "bam": texts, "french": ["un"]})
+    (clip,) = read_manifest("hf:owner/name::train")
+    assert (clip.text, clip.lang) == ("kelen", "bm")
+
+
 # ------------------------------------------------------------------------------------- letters
 
 

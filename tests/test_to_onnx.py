@@ -20,13 +20,13 @@ from edgewhisper import decoding, whisper
 from export import onnx_graph as ops
 from export.artifact import verify
 from export.problem import Problem
+from export.prompt import prompt_ids
 from export.shrink import shrink
 from export.to_onnx import (
     decoding_rules,
     encoder_graph,
     export_onnx,
     layer_shapes,
-    prompt_ids,
     sinusoid_rates,
     token_bytes,
 )

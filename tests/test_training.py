@@ -252,11 +252,6 @@ def test_only_long_clips_is_a_letter(model, processor, few, tmp_path):
         train(model, processor, long, SHORT, run_dir=tmp_path)
 
 
-def test_a_language_without_a_token_is_a_letter(model, processor, few, tmp_path):
-    with pytest.raises(Problem, match="language is 'tlh'"):
-        train(model, processor, [replace(few[0], lang="tlh")], SHORT, run_dir=tmp_path)
-
-
 def test_a_loss_that_is_not_finite_is_a_letter_with_the_step(model, processor, few, tmp_path):
     def term(model, batch, outputs):
         return outputs.logits.sum() * float("nan")

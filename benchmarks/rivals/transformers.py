@@ -2,6 +2,9 @@
 
     python -m benchmarks.rivals.transformers CHECKPOINT CLIPS.json --repeats 1 --threads 2
 
+The languages of the clips stand in languages.json beside them, where they are known: each is
+prompted as in the checkpoint's training.
+
 Answers as `python -m runner bench` does, in the same fields. Stages are timed by hooks: the
 feature extractor's call is `mel_s`, the encoder's forward `encoder_s`, the model's forward
 `prompt_s` the first time and `per_token_s` afterwards; what generate() does between them is in
@@ -26,6 +29,7 @@ from devices.runner.audio import Pcm, read_wav, split
 from devices.runner.machine import peak_rss_bytes
 from devices.runner.problem import RunnerProblem
 from devices.runner.text import join
+from export.prompt import language_for, task_of
 
 WARM_UP_CLIPS = 3
 
@@ -52,14 +56,16 @@ def bench(checkpoint: Path, clips: Path, repeats: int = 1, threads: int = 1) -> 
     transformers.logging.disable_progress_bar()
     names = json.loads(clips.read_text(encoding="utf-8"))
     paths = [clips.parent / name for name in names]
+    spoken = languages_of(clips, len(paths))
     classes = transformers.WhisperForConditionalGeneration, transformers.WhisperProcessor
     started = time.perf_counter()  # the names above are imported on first use
     rival = Rival(checkpoint, *classes)
     load_s = time.perf_counter() - started
-    for path in paths[:WARM_UP_CLIPS]:
-        rival.transcribe(path)
+    work = list(zip(paths, spoken, strict=True))
+    for path, language in work[:WARM_UP_CLIPS]:
+        rival.transcribe(path, language)
     rival.clear()
-    answers = [rival.timed(path) for _ in range(repeats) for path in paths][-len(paths) :]
+    answers = [rival.timed(*each) for _ in range(repeats) for each in work][-len(work) :]
     return {
         "load_s": [load_s],
         **vars(rival.watch),
@@ -103,21 +109,21 @@ class Rival:
         """Forget what was measured."""
         self.watch = Stopwatch()
 
-    def timed(self, path: Path) -> tuple[list[int], str]:
+    def timed(self, path: Path, language: str | None = None) -> tuple[list[int], str]:
         """Tokens and text of a WAV file; notes the seconds from file to text."""
         with noted(self.watch.end_to_end_s), noted(self.watch.cpu_s, time.process_time):
-            return self.transcribe(path)
+            return self.transcribe(path, language)
 
-    def transcribe(self, path: Path) -> tuple[list[int], str]:
+    def transcribe(self, path: Path, language: str | None = None) -> tuple[list[int], str]:
         """Tokens and text of a WAV file of any length, cut as the runner cuts it."""
         pcm = read_wav(path)
         pieces = split(pcm, self.processor.feature_extractor.n_samples)
-        tokens = [self.window(pcm[piece]) for piece in pieces]
+        tokens = [self.window(pcm[piece], language) for piece in pieces]
         decode = self.processor.tokenizer.decode
         texts = [decode(found, skip_special_tokens=True).strip() for found in tokens]
         return [token for window in tokens for token in window], join(texts)
 
-    def window(self, pcm: Pcm) -> list[int]:
+    def window(self, pcm: Pcm, language: str | None = None) -> list[int]:
         """Greedy tokens of one window, without prompt and end token."""
         import torch
 
@@ -125,21 +131,23 @@ class Rival:
         with noted(self.watch.mel_s):
             features = self.processor(pcm, sampling_rate=16_000, return_tensors="pt").input_features
         config = self.model.generation_config
-        language = {}
-        if getattr(config, "is_multilingual", False):
-            language = {
-                "language": getattr(config, "language", None) or "en",
-                "task": getattr(config, "task", None) or "transcribe",
-            }
+        code = language_for(config, language)
+        told = {} if code is None else {"language": code, "task": task_of(config)}
         with torch.no_grad():
             found = self.model.generate(
                 features,
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=self.model.config.max_target_positions - 4,
-                **language,
+                **told,
             )[0].tolist()
         return found[: found.index(config.eos_token_id)] if config.eos_token_id in found else found
+
+
+def languages_of(clips: Path, count: int) -> list[str | None]:
+    """What is spoken in each clip; None where the list does not say."""
+    place = clips.parent / "languages.json"
+    return json.loads(place.read_text(encoding="utf-8")) if place.is_file() else [None] * count
 
 
 @contextmanager

@@ -197,7 +197,8 @@ def scored(model: Any, processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
     from benchmarks.wer import score
     from edgewhisper import decoding
 
-    texts = decoding.transcribe(model, processor, [clip.pcm() for clip in clips])
+    pcms = [clip.pcm() for clip in clips]
+    texts = decoding.transcribe(model, processor, pcms, [clip.lang for clip in clips])
     return score([clip.text for clip in clips], texts, name_for(clips)).as_dict()
 
 

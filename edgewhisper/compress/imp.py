@@ -34,6 +34,7 @@ TSPAR's authors do not say which implementation they compared with; what we fill
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,6 +57,7 @@ from edgewhisper.compress.work import Work
 from edgewhisper.recipe import Range
 from edgewhisper.resume import Finished, decisive, digest
 from edgewhisper.training import Training, train
+from export.prompt import language_for
 
 if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
@@ -203,7 +205,8 @@ def run_rounds(
 
 def identity(model: nn.Module, options: Options, work: Work) -> str:
     """What decides the rounds: the weights before them, their schedule and training, the speech."""
-    clips = [(clip.audio.name, clip.text, clip.lang) for clip in work.train]
+    prompted = partial(language_for, model.generation_config)
+    clips = [(clip.audio.name, clip.text, prompted(clip.lang)) for clip in work.train]
     schedule = kept_after(options.share, options.target)
     how = [options.layers, options.scope, options.rewind, decisive(options.training)]
     how += [options.protect_alignment]

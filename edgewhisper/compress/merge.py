@@ -39,6 +39,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -60,6 +61,7 @@ from edgewhisper.training import (
     train,
 )
 from export.problem import Problem
+from export.prompt import language_for
 
 if TYPE_CHECKING:
     from benchmarks.speech import Clip
@@ -470,7 +472,11 @@ DECISIVE = ("ce", "kl", "temperature", "learn_temperature", "t_squared", "trial"
 def search_name(teacher: nn.Module, plan: Plan, options: Options, work: Work) -> str:
     """A name that two searches share only if their trials measure the same thing."""
     told = asdict(options)
-    clips = [[(c.audio.name, c.text) for c in clips] for clips in (work.train, work.dev)]
+    prompted = partial(language_for, teacher.generation_config)
+    clips = [
+        [(c.audio.name, c.text, c.lang, prompted(c.lang)) for c in clips]
+        for clips in (work.train, work.dev)
+    ]
     digest = hashlib.sha256(repr([plan, [told[k] for k in DECISIVE], clips, work.seed]).encode())
     for name, tensor in teacher.state_dict().items():
         digest.update(name.encode())

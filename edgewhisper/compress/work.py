@@ -38,6 +38,7 @@ class Work:
         from benchmarks.wer import score
         from edgewhisper import decoding
 
-        texts = decoding.transcribe(model, self.processor, [clip.pcm() for clip in self.dev])
+        pcms = [clip.pcm() for clip in self.dev]
+        texts = decoding.transcribe(model, self.processor, pcms, [c.lang for c in self.dev])
         labels = [clip.text for clip in self.dev]
         return score(labels, texts, name_for(self.dev, otherwise="none"))

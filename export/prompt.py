@@ -1,0 +1,106 @@
+"""The prompt: what Whisper is told before it writes, and for which language.
+
+One rule, for training, decoding, export and the rivals, so that a model is judged under the prompt
+that it was trained under: a clip's own language where the model has a token for it, otherwise the
+one that generation_config names, otherwise English. An English-only model is told none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from export.problem import Problem
+
+
+def language_code(given: str) -> str:
+    """Whisper's code for hi, hi_in, hi-IN, Hindi or <|hi|>; what it does not know stays, in lower
+    case."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    word = given.strip().lower().removeprefix("<|").removesuffix("|>")
+    return TO_LANGUAGE_CODE.get(word, word.replace("_", "-").split("-")[0])
+
+
+def is_multilingual(generation: Any) -> bool:
+    return bool(getattr(generation, "is_multilingual", False))
+
+
+def has_token(generation: Any, language: str) -> bool:
+    """Whether a multilingual model can be told of the language."""
+    return f"<|{language_code(language)}|>" in (getattr(generation, "lang_to_id", None) or {})
+
+
+def known_languages(generation: Any) -> list[str]:
+    return [token.strip("<|>") for token in getattr(generation, "lang_to_id", None) or {}]
+
+
+def language_for(generation: Any, spoken: str | None = None) -> str | None:
+    """The code of the language that prompts the model where `spoken` is heard, see above; None
+    where it knows English only. Raises Problem where generation_config names one it has not."""
+    if not is_multilingual(generation):
+        return None
+    if spoken is not None and has_token(generation, spoken):
+        return language_code(spoken)
+    code = language_code(getattr(generation, "language", None) or "en")
+    _look_up(generation, "lang_to_id", f"<|{code}|>")
+    return code
+
+
+def task_of(generation: Any) -> str:
+    return getattr(generation, "task", None) or "transcribe"
+
+
+def prompt_ids(generation: Any, spoken: str | None = None) -> list[int]:
+    """Start, language and task where the model is multilingual, no timestamps."""
+    prompt = [generation.decoder_start_token_id]
+    code = language_for(generation, spoken)
+    if code is not None:
+        prompt.append(_look_up(generation, "lang_to_id", f"<|{code}|>"))
+        prompt.append(_look_up(generation, "task_to_id", task_of(generation)))
+    silent = getattr(generation, "no_timestamps_token_id", None)
+    return prompt if silent is None else [*prompt, silent]
+
+
+def only_language(generation: Any, spoken: Iterable[str]) -> str | None:
+    """The code of the language that all this speech is in, where the model has a token for it."""
+    codes = {language_code(language) for language in spoken}
+    code = codes.pop() if len(codes) == 1 else None
+    return code if code is not None and has_token(generation, code) else None
+
+
+def _look_up(generation: Any, table: str, key: str) -> int:
+    ids = getattr(generation, table, None) or {}
+    if key not in ids:
+        known = ", ".join(sorted(ids)[:5]) or "none"
+        raise Problem(
+            f"generation_config.json: {key!r} is asked for, but {table} has no such entry "
+            f"({len(ids)} there: {known} ...)",
+            hint="take generation_config.json from the model that was compressed",
+        )
+    return ids[key]
+
+
+# ------------------------------------------------------------------------------------ artifacts
+
+
+def unheard_languages(
+    artifact: Path, prompt: Iterable[int], spoken: Iterable[str]
+) -> tuple[str, dict[str, int]]:
+    """The language that an artifact's prompt is for, and of the others that its model could have
+    been told of, how many clips are in each. An artifact without languages gives "" and none."""
+    try:
+        told = json.loads((artifact / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "", {}
+    generation, prompt = SimpleNamespace(**told), set(prompt)
+    ids = getattr(generation, "lang_to_id", None) or {}
+    made_for = next((token.strip("<|>") for token, i in ids.items() if i in prompt), "")
+    others: dict[str, int] = {}
+    for code in map(language_code, spoken):
+        if made_for and code != made_for and has_token(generation, code):
+            others[code] = others.get(code, 0) + 1
+    return made_for, others
