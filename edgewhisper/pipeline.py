@@ -23,6 +23,7 @@ from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import Score, score
 from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.compress import METHODS
+from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import Recipe, load_recipe
@@ -116,6 +117,8 @@ def prepare(
         raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
     clips = choose_speech(source, speech, dev)
     dense = whisper.load(source, revision)
+    for step in recipe.steps:
+        refuse_quantised(dense, step.method, step.options)
     processor = whisper.load_processor(source, revision)
     work = Work(
         processor=processor,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from dead_structure import kill
 from test_to_onnx import irregular
@@ -346,8 +347,6 @@ def test_a_piece_beyond_the_largest_window_is_still_a_letter(artifact, rng):
 
 
 def test_timing_reads_an_artifact_of_several_windows(artifact, few, tmp_path):
-    import soundfile
-
     from devices.runner import measure
 
     names = []
@@ -552,16 +551,35 @@ def test_a_length_follows_from_the_seed_and_the_step_alone(seed):
 
 
 def test_windows_never_cut_speech_away(seed):
+    """And no margin takes a longer one than decoding would."""
     rule = Lengths(Options(lengths="windows", margin=5), (100, 200, 300), seed)
-    assert [rule(0, needed) for needed in (1, 95, 96, 195, 196, 296, 300)] == [
-        100,
-        100,
-        200,
-        200,
-        300,
-        300,
-        300,
-    ]
+    needed = (1, 95, 96, 100, 101, 200, 201, 300)
+    assert [rule(0, n) for n in needed] == [100, 100, 100, 100, 200, 200, 300, 300]
+
+
+def test_the_margin_is_kept_behind_the_clip_in_the_published_draw(seed):
+    rule = Lengths(Options(reach=0, margin=5), (100, 200, 300), seed)
+    assert [rule(0, needed) for needed in (1, 95, 298, 300)] == [6, 100, 300, 300]
+
+
+def test_training_on_the_windows_takes_those_that_decoding_takes(
+    short_whisper, processor, seed, rng, tmp_path
+):
+    """One rule: clips of drawn lengths, some to the very sample at the border of a window."""
+    borders = [w * SAMPLES + extra for w in WINDOWS[:2] for extra in (-1, 0, 1)]
+    lengths = [*borders, *rng.integers(1600, 300 * SAMPLES, size=10).tolist()]
+    for number, samples in enumerate(lengths):
+        soundfile.write(tmp_path / f"{number}.wav", np.full(samples, 0.1), 16000)
+    some = [Clip(tmp_path / f"{n}.wav", "one", "en") for n in range(len(lengths))]
+    rule = Lengths(Options(lengths="windows", margin=int(rng.integers(64))), tuple(WINDOWS), seed)
+    examples = Examples(some, short_whisper, processor, seed, window=rule)
+    decoded = {}
+    for indices, features in decoding._batches(
+        short_whisper, processor, [clip.pcm() for clip in some], 4
+    ):
+        decoded |= dict.fromkeys(indices, features.shape[-1] // 2)
+    for position in range(len(some)):
+        assert examples.window(position) == decoded[examples.index(position)]
 
 
 @pytest.mark.parametrize(
