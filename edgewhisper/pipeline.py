@@ -23,6 +23,7 @@ from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import Score, score
 from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.compress import METHODS
+from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
 from edgewhisper.languages import fix_language, set_language
@@ -122,6 +123,8 @@ def prepare(
     clips = choose_speech(source, speech, dev)
     dense = whisper.load(source, revision)
     set_language(dense.generation_config, clips.train, clips.dev, language)
+    for step in recipe.steps:
+        refuse_quantised(dense, step.method, step.options)
     processor = whisper.load_processor(source, revision)
     work = Work(
         processor=processor,

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from edgewhisper.compress import METHODS
+from edgewhisper.compress.order import refuse_order
 from edgewhisper.search import Dimension, Value
 from export.problem import Problem
 
@@ -152,6 +153,7 @@ def parse(name: str, text: str) -> Recipe:
             hint=f"add a table [[step]] with method = one of {', '.join(map(quoted, METHODS))}",
         )
     read = tuple(read_step(name, i, step) for i, step in enumerate(steps, 1))
+    refuse_order(name, read)
     return Recipe(name, text, read, read_knobs(name, table.get("search", []), read))
 
 

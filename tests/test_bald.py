@@ -21,12 +21,12 @@ from edgewhisper import decoding, whisper
 from edgewhisper.compress import merge, shear, shrink
 from edgewhisper.compress.merge import (
     divergence,
+    head_moves,
     layer_scores,
     merge_layers,
     merge_tensor,
     parse_groups,
     regroup,
-    remap,
     similarities,
 )
 from edgewhisper.compress.shear import (
@@ -282,21 +282,55 @@ def test_layers_are_numbered_anew(deep, weights):
         assert layer.self_attn.layer_idx == layer.encoder_attn.layer_idx == i
 
 
-def test_alignment_heads_move_to_the_layer_that_absorbed_theirs():
-    heads = [[0, 3], [1, 3], [2, 0], [5, 1]]
-    assert remap(heads, [(0, 1), (2, 3), (4, 5)]) == ([[0, 3], [1, 0], [2, 1]], [])
-    assert remap(heads, [(1,), (3,), (5,)]) == ([[0, 3], [2, 1]], [[0, 3], [2, 0]])
+@pytest.mark.parametrize(
+    ("plan", "alpha", "beta", "went"),
+    [
+        pytest.param([(0, 1), (2, 3)], 1.0, 1.0, [0, 0, 1, 1], id="equal shares"),
+        pytest.param([(0, 1), (2, 3)], 1e-6, 1.0, [None, 0, None, 1], id="the upper one's"),
+        pytest.param([(0, 1), (2, 3)], 3.0, 2.9, [0, None, 1, None], id="the lower one's"),
+        pytest.param([(1,), (3,)], 0.0, 1.0, [None, 0, None, 1], id="layers left out"),
+        pytest.param([(0,), (1, 2), (3,)], 0.1, 1.0, [0, None, 1, 2], id="layers alone"),
+    ],
+)
+def test_heads_go_with_their_layer_where_it_has_the_larger_share(plan, alpha, beta, went):
+    moved = head_moves(plan, alpha, beta, heads=[3, 3, 3, 3])
+    for layer, number in enumerate(went):
+        for head in range(3):
+            assert moved.get((layer, head)) == (None if number is None else (number, head))
 
 
-def test_the_record_says_what_became_of_the_alignment_heads(tiny_whisper, work):
-    tiny_whisper.generation_config.alignment_heads = [[0, 1], [1, 0]]
+@pytest.mark.parametrize(
+    ("named", "weights", "after", "dropped"),
+    [
+        ([[0, 1], [1, 0]], (1.0, 1.0), [[0, 0], [0, 1]], []),
+        ([[0, 1], [1, 0]], (0.1, 1.0), [[0, 0]], [[0, 1]]),
+        ([[0, 1], [1, 0]], (2.0, 1.0), [[0, 1]], [[1, 0]]),
+        ([[0, 1]], (1e-6, 1.0), None, [[0, 1]]),
+        ([[0, 1]], (0.0, 1.0), None, [[0, 1]]),
+    ],
+)
+def test_the_record_says_what_became_of_the_alignment_heads(
+    named, weights, after, dropped, tiny_whisper, work
+):
+    """Where none is left the upper half stands in, as wherever heads are lost."""
+    tiny_whisper.generation_config.alignment_heads = named
+    alpha, beta = weights
+    merged = merge.apply(tiny_whisper, replace(MERGE, alpha=alpha, beta=beta), work)
+    found = merged.generation_config.alignment_heads
+    assert found == (after or [[0, 0], [0, 1]])
+    assert work.record["merge"]["alignment_heads"] == {
+        "before": named,
+        "after": found,
+        "stand_in": after is None,
+        "dropped": dropped,
+    }
+
+
+def test_a_model_without_alignment_heads_stays_without(tiny_whisper, work):
+    tiny_whisper.generation_config.alignment_heads = None
     merged = merge.apply(tiny_whisper, MERGE, work)
-    assert merged.generation_config.alignment_heads == [[0, 1], [0, 0]]
-    assert work.record["merge"]["alignment_heads"]["dropped"] == []
-    tiny_whisper.generation_config.alignment_heads = [[0, 1]]
-    upper = merge.apply(tiny_whisper, replace(MERGE, start="upper"), work)
-    assert work.record["merge"]["alignment_heads"]["dropped"] == [[0, 1]]
-    assert not hasattr(upper.generation_config, "alignment_heads")
+    assert merged.generation_config.alignment_heads is None
+    assert work.record["merge"]["alignment_heads"] == {"dropped": []}
 
 
 def both_stages(model, work):
@@ -672,13 +706,17 @@ def test_a_table_of_lower_rank_than_asked_for_gives_no_nan(rng):
 def test_the_full_rank_changes_neither_embeddings_nor_logits(start, tiny_whisper, work):
     config = tiny_whisper.config
     options = replace(SHEAR, start=start, rank=min(config.vocab_size, config.d_model))
-    full = shear.apply(tiny_whisper, options, work)
+    frequencies = shear.token_frequencies(tiny_whisper, work, options.floor)
+    metric = shear.second_moment(tiny_whisper, options, work)
+    factors = shear.factors_of(tiny_whisper, options, frequencies, metric)
+    full = shear.sheared(tiny_whisper, *factors)  # the step itself refuses it: nothing is saved
     ids = torch.arange(config.vocab_size)
     old, new = (m.model.decoder.embed_tokens(ids) for m in (tiny_whisper, full))
     torch.testing.assert_close(new, old, rtol=0, atol=1e-4)
     wanted = logits(tiny_whisper)
     torch.testing.assert_close(logits(full), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
-    assert max(work.record["shear"]["start_error"].values()) < 1e-9
+    errors = shear.start_errors(tiny_whisper, full, frequencies, metric)
+    assert max(errors.values()) < 1e-9
 
 
 def test_theta_is_the_share_that_the_rank_must_exceed():
@@ -691,7 +729,12 @@ def test_theta_chooses_the_rank_by_what_the_start_weighs(make_whisper, work, rng
     model = make_whisper(d_model=48)
     theta = rng.uniform(0.3, 0.99)
     found = shear.apply(model, replace(SHEAR, start="svd", theta=theta), work)
-    rank = found.config.edgewhisper["token_rank"]
+    rank = work.record["shear"]["rank"]
+    if rank is None:  # 48 is all of it
+        assert found is model
+        rank = work.record["shear"]["kept_dense"]["rank_needed"]
+    else:
+        assert rank == found.config.edgewhisper["token_rank"] < 48
     squares = np.linalg.svd(model.model.decoder.embed_tokens.weight.detach().numpy())[1] ** 2
     share = np.cumsum(squares) / squares.sum()
     assert rank % 16 == 0 and share[rank - 1] > theta
@@ -955,6 +998,30 @@ def test_a_table_is_factorised_once_and_within_its_rank(sheared, tiny_whisper, w
     ) as problem:
         shear.apply(tiny_whisper, replace(SHEAR, rank=33), work)
     assert "set rank to 8" in problem.value.hint
+
+
+def test_factors_that_save_nothing_are_a_letter(make_whisper, work, rng):
+    model = make_whisper(d_model=16 * int(rng.integers(1, 5)))
+    tokens, width = model.model.decoder.embed_tokens.weight.shape
+    highest = (tokens * width - 1) // (tokens + width)
+    with pytest.raises(Problem, match=f"shear: two factors of rank {highest + 1} have") as told:
+        shear.apply(model, replace(SHEAR, rank=highest + 1), work)
+    assert f"the token table has {tokens * width:,}: nothing would be saved" in str(told.value)
+    small = shear.apply(model, replace(SHEAR, rank=highest), work)
+    assert count_parameters(small)["token_table"] < tokens * width
+
+
+@pytest.mark.parametrize("theta", [0.999999, 1.0])
+def test_a_table_that_theta_would_make_larger_stays_as_it_is(theta, make_whisper, work):
+    model = make_whisper(d_model=48)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = replace(SHEAR, theta=theta, training=BRIEF)
+    found = shear.apply(model, options, work)
+    told = work.record["shear"]
+    assert told["kept_dense"] == {"rank_needed": 48, "parameters_of_factors": 48 * (783 + 48)}
+    assert told["parameters"]["before"] == told["parameters"]["after"] == count_parameters(found)
+    assert told["rank"] is None and not hasattr(found.config, "edgewhisper")
+    assert all(torch.equal(before[name], t) for name, t in found.state_dict().items())
 
 
 @pytest.mark.parametrize("rank", [0, -1, 33, 2.5, "8", True, None])

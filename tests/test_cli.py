@@ -172,6 +172,30 @@ SHEAR = '[[step]]\nmethod = "shear"\nrank = {}\ncalibration = 1\n[step.training]
 MERGE = '[[step]]\nmethod = "merge"\ngroups = "{}"\n[step.training]\nsteps = 0\n'
 SEARCH = '[[search]]\nfield = "step.1.rank"\nlow = 64\nhigh = 96\n'
 TRAIN = '[[step]]\nmethod = "tspar"\n[step.training]\nsteps = 1\nbatch_size = 2\n'
+KDQ = '[[step]]\nmethod = "kdq"\nteacher = "teacher"\n[step.training]\nsteps = 1\n'
+
+
+@pytest.fixture
+def refused(edgewhisper, tmp_path, digits, clips) -> Callable[..., str]:
+    """The letter that `compress` answers a recipe with, which leaves nothing half done: two clips,
+    with `change` in their lines (None: no clips)."""
+
+    def run(recipe: str, change: dict | None = None, more: tuple = (), model: Path = digits) -> str:
+        shutil.copytree(clips.parent / "test", tmp_path / "test")
+        rows = [json.loads(line) for line in clips.read_text().splitlines()[:2]]
+        lines = [json.dumps(row | change) for row in rows] if change is not None else []
+        (tmp_path / "few.jsonl").write_text("\n".join(lines))
+        (tmp_path / "mine.toml").write_text(recipe)
+        before = {path.name for path in tmp_path.iterdir()}
+        speech = ("--speech", "few.jsonl", "--dev", "few.jsonl")
+        told = ("--recipe", "mine.toml", *speech, *more, "--out", "out")
+        text = letter(edgewhisper("compress", model, *told))
+        assert {path.name for path in tmp_path.iterdir()} <= before | {"edgewhisper-runs"}
+        runs = tmp_path / "edgewhisper-runs"
+        assert all(path.name.startswith("unfinished-") for path in runs.glob("*"))
+        return text
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -245,23 +269,91 @@ TRAIN = '[[step]]\nmethod = "tspar"\n[step.training]\nsteps = 1\nbatch_size = 2\
             "rank 200 is more than a table",
             id="search beyond the width",
         ),
+        pytest.param(
+            SHEAR.format(120, 0),
+            {},
+            (),
+            "factors of rank 120 have 109,320 parameters, the token table has 100,224",
+            id="factors larger than the table",
+        ),
+        pytest.param(
+            '[[step]]\nmethod = "lite"\nbudget = 0.01\nclips = 1\n',
+            {},
+            (),
+            "a budget of 0.01 is asked for; the lowest ranks",
+            id="budget too small",
+        ),
+        pytest.param(
+            '[[step]]\nmethod = "short"\nwindows_s = [99]\n',
+            {},
+            (),
+            "windows_s is [99.0]; it must be ascending, and between 0.02 and the model's 6 s",
+            id="window beyond the model's",
+        ),
+        pytest.param(
+            TRAIN.replace('"tspar"', '"tspar"\nmin_removed = 0.95'),
+            {},
+            (),
+            "min_removed asks for 0.950 of the parameters outside the token table; all that is in",
+            id="share out of reach",
+        ),
+        pytest.param(
+            TRAIN.replace('"tspar"', '"tspar"\nlayers = "*.fc2"\nmin_removed = 0.5').replace(
+                "steps = 1", "steps = 0"
+            ),
+            {},
+            (),
+            "min_removed asks for 0.500 of the parameters outside the token table; at full",
+            id="share beyond the thresholds",
+        ),
+        pytest.param(
+            '[[step]]\nmethod = "qat"\n' + TRAIN,
+            None,
+            (),
+            "recipe mine: step 2 (tspar) would change weights that step 1 (qat) has quantised",
+            id="quantised first",
+        ),
     ],
 )
 def test_what_compress_cannot_do_is_a_letter_and_leaves_no_half_output(
-    recipe, change, more, told, edgewhisper, tmp_path, digits, clips
+    recipe, change, more, told, refused
 ):
-    shutil.copytree(clips.parent / "test", tmp_path / "test")
-    rows = [json.loads(line) for line in clips.read_text().splitlines()[:2]]
-    lines = [json.dumps(row | change) for row in rows] if change is not None else []
-    (tmp_path / "few.jsonl").write_text("\n".join(lines))
-    (tmp_path / "mine.toml").write_text(recipe)
-    speech = ("--speech", "few.jsonl", "--dev", "few.jsonl")
-    done = edgewhisper("compress", digits, "--recipe", "mine.toml", *speech, *more, "--out", "out")
-    assert told in letter(done)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left <= {"test", "few.jsonl", "mine.toml", "edgewhisper-runs"}
-    runs = tmp_path / "edgewhisper-runs"
-    assert all(path.name.startswith("unfinished-") for path in runs.glob("*"))
+    assert told in refused(recipe, change, more)
+
+
+def test_a_teacher_with_another_table_of_tokens(refused, make_whisper, processor, tmp_path):
+    from edgewhisper import whisper
+
+    teacher = make_whisper(d_model=16, ffn=16)
+    teacher.resize_token_embeddings(800)
+    whisper.save(teacher, processor, tmp_path / "teacher", {})
+    assert "the teacher teacher has 800 tokens, the student 783" in refused(KDQ, {})
+
+
+def test_a_teacher_that_spells_otherwise(refused, digits, tmp_path):
+    copy = Path(shutil.copytree(digits, tmp_path / "teacher"))
+    told = json.loads((copy / "tokenizer.json").read_text("utf-8"))
+    vocabulary = told["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (copy / "tokenizer.json").write_text(json.dumps(told), "utf-8")
+    text = refused(KDQ, {})
+    assert "the teacher teacher spells text otherwise" in text
+    assert "4 are in one vocabulary only or have another number" in text
+
+
+def test_a_checkpoint_that_is_quantised_already(refused, processor, digits, tmp_path):
+    """Before its dev clips are decoded."""
+    from edgewhisper import whisper
+    from edgewhisper.compress import qat
+    from edgewhisper.compress.work import Work
+
+    work = Work(processor, [], [], tmp_path)
+    model = qat.apply(whisper.load(digits), qat.Options(stem=8), work)
+    whisper.save(model, processor, tmp_path / "quantised", {})
+    text = refused('[[step]]\nmethod = "shrink"\n', {}, model=tmp_path / "quantised")
+    assert "weights of the model are quantised, and this step would move them" in text
+    assert "start from the checkpoint before that one" in text
+    assert not (tmp_path / "edgewhisper-runs").exists()
 
 
 def test_targets_that_cannot_be(edgewhisper, tmp_path):
@@ -290,6 +382,15 @@ def test_a_language_without_a_normalizer(edgewhisper, tmp_path, digits, spoken):
     (tmp_path / "m.jsonl").write_text(json.dumps(row))
     text = letter(edgewhisper("eval", digits, "--speech", "m.jsonl"))
     assert "'ta': whisper-basic would turn 4 of 9 characters" in text
+
+
+def test_a_refused_eval_writes_no_file(edgewhisper, tmp_path, digits, spoken):
+    row = {"audio": str(spoken), "text": "தமிழ் மொழி", "lang": "ta"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    done = edgewhisper("eval", digits, "--speech", "m.jsonl", "--json", "found.json")
+    assert "'ta': whisper-basic would turn 4 of 9 characters" in letter(done)
+    assert not done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
 
 
 def test_a_data_set_that_cannot_be_named_so(edgewhisper, digits):

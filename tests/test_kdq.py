@@ -20,7 +20,8 @@ from test_to_onnx import irregular
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from benchmarks.speech import Clip, read_manifest
-from edgewhisper import whisper
+from devices.runner.recognizer import Recognizer
+from edgewhisper import decoding, whisper
 from edgewhisper.compress import kdq, qat
 from edgewhisper.compress.kdq import (
     Lesson,
@@ -616,3 +617,22 @@ def test_two_processes_teach_the_same_as_one(make_whisper, processor, clips, tmp
                 difference = (state[name] - tensor).abs()
                 assert difference.mean() < 1e-6, name
                 assert difference.max() < 0.05 * training.learning_rate, name
+
+
+# -------------------------------------------------------------------------- what becomes of it
+
+
+def test_the_exported_graph_says_what_the_student_says(
+    tiny_whisper, teacher, work, processor, few, tmp_path
+):
+    options = Options(teacher=teacher, training=BRIEF, quantise=Precision(encoder=4, stem=8))
+    model = kdq.apply(tiny_whisper, options, work)
+    whisper.save(model, processor, tmp_path / "student", {})
+    again = whisper.load(tmp_path / "student")
+    (tmp_path / "artifact").mkdir()
+    export_onnx(again, processor, tmp_path / "artifact", "fp32")
+    recognizer = Recognizer(tmp_path / "artifact", threads=1, guards=False)
+    pcms = [clip.pcm() for clip in few]
+    wanted = decoding.greedy(again, processor, pcms)
+    assert any(wanted)
+    assert [recognizer.window(pcm) for pcm in pcms] == wanted

@@ -14,7 +14,7 @@ from transformers import WhisperConfig
 
 from benchmarks.speech import Clip, read_manifest
 from edgewhisper import decoding, whisper
-from edgewhisper.calibration import Point, Speech, collect, collect_together
+from edgewhisper.calibration import Moments, Point, Speech, collect, collect_together
 from edgewhisper.compress import lite, shrink
 from edgewhisper.compress.lite import (
     Choice,
@@ -203,6 +203,33 @@ def test_a_flat_spectrum_stays_dense():
     """No multiple of 16 below 64 keeps more than 0.99 of it; the authors' code splits at 63."""
     assert rank_for(torch.ones(64), 64, 0.99) is None
     assert not worth_it(None, 64, 64)
+
+
+def test_a_model_whose_layers_have_flat_spectra_stays_as_it_is(
+    make_whisper, work, rng, monkeypatch
+):
+    """White noise through orthogonal matrices: no rank below the full one keeps 0.999."""
+    model = make_whisper(d_model=2 * int(rng.integers(17, 60)), ffn=int(rng.integers(33, 150)))
+
+    def white(model, points, *_) -> dict[Point, Moments]:
+        moments = {}
+        for point in points:
+            weight = model.get_submodule(point.module).weight
+            width = weight.shape[0 if point.side == "output" else 1]
+            moments[point] = Moments(width)
+            moments[point].add(torch.cat([torch.eye(width), -torch.eye(width)]))
+        return moments
+
+    for layer in model.model.encoder.layers:
+        torch.nn.init.orthogonal_(layer.fc1.weight)
+    monkeypatch.setattr(lite, "collect", white)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = Options(layers="*.encoder.*.fc1", theta_mlp=0.999, round_to=int(rng.integers(1, 17)))
+    made = lite.apply(model, options, work)
+    assert [layer["rank"] for layer in work.record["lite"]["layers"].values()] == [None, None]
+    assert work.record["lite"]["parameters"]["after"] == work.record["lite"]["parameters"]["before"]
+    assert not any(isinstance(module, LowRank) for module in made.modules())
+    assert all(torch.equal(before[name], t) for name, t in made.state_dict().items())
 
 
 def test_a_higher_threshold_never_lowers_a_rank(rng):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from edgewhisper.compress import METHODS
 from edgewhisper.compress.tspar import Options
 from edgewhisper.recipe import (
     available,
@@ -97,6 +98,48 @@ def test_a_file_loads_like_a_shipped_recipe(tmp_path: Path):
 )
 def test_a_wrong_recipe_is_refused_and_the_place_is_named(text: str, told: str):
     assert told in refusal(text)
+
+
+def in_order(*steps: str) -> str:
+    """A recipe of these methods, each with what is written behind its name."""
+    tables = [step.partition(" ") for step in steps]
+    return "".join(f'[[step]]\nmethod = "{name}"\n{more}\n' for name, _, more in tables)
+
+
+NO_TRAINING = "[step.training]\nsteps = 0"
+QUANTISERS = ["qat", "kdq"]
+
+
+@pytest.mark.parametrize("quantiser", QUANTISERS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in QUANTISERS])
+def test_a_step_that_changes_weights_may_not_follow_one_that_quantises(quantiser, method):
+    text = refusal(in_order("shrink", quantiser, "qat", method))
+    assert f"step 4 ({method}) would change weights that step 3 (qat) has quantised" in text
+    assert "put step 3 (qat) behind step 4" in text
+    parse("mine", in_order("shrink", method, quantiser, "qat"))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(("qat", "qat", "kdq"), id="quantising again"),
+        pytest.param(("qat", f"short {NO_TRAINING}"), id="windows recorded"),
+        pytest.param(
+            ("qat encoder = 32\ndecoder = 32\ntoken_table = 32", "tspar"), id="training in 32 bits"
+        ),
+        pytest.param(
+            ("kdq [step.quantise]\nencoder = 32\ndecoder = 32\ntoken_table = 32", "shrink"),
+            id="distilled in 32 bits",
+        ),
+    ],
+)
+def test_what_leaves_the_grids_alone_may_follow(steps):
+    assert len(parse("mine", in_order(*steps)).steps) == len(steps)
+
+
+def test_one_quantised_weight_is_enough_to_come_last():
+    qat = "qat encoder = 32\ndecoder = 32\ntoken_table = 32\nstem = 8"
+    assert "step 2 (lite) would change weights" in refusal(in_order(qat, "lite"))
 
 
 def searching(**told: str) -> str:

@@ -11,15 +11,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import graph_macs
 import numpy as np
 import pytest
+import soundfile
 import torch
 from dead_structure import kill
 from test_to_onnx import irregular
 
 from benchmarks.gate import run_gate
 from benchmarks.speech import Clip, read_manifest
+from benchmarks.wer import score
 from devices.runner.audio import shortest
+from devices.runner.decode import loop_period
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import calibration, decoding, pipeline, whisper
@@ -27,9 +31,11 @@ from edgewhisper.compress import short
 from edgewhisper.compress.short import Lengths, Options, drawn_length, windows_for
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import Examples
+from edgewhisper.pipeline import SPEECH
 from edgewhisper.recipe import parse
 from edgewhisper.training import Training
 from export.artifact import read_manifest as read_artifact
+from export.cost import macs_by_window
 from export.problem import Problem
 from export.shrink import layer_shapes, shrink, windows_of
 from export.to_onnx import export_onnx
@@ -346,8 +352,6 @@ def test_a_piece_beyond_the_largest_window_is_still_a_letter(artifact, rng):
 
 
 def test_timing_reads_an_artifact_of_several_windows(artifact, few, tmp_path):
-    import soundfile
-
     from devices.runner import measure
 
     names = []
@@ -552,16 +556,35 @@ def test_a_length_follows_from_the_seed_and_the_step_alone(seed):
 
 
 def test_windows_never_cut_speech_away(seed):
+    """And no margin takes a longer one than decoding would."""
     rule = Lengths(Options(lengths="windows", margin=5), (100, 200, 300), seed)
-    assert [rule(0, needed) for needed in (1, 95, 96, 195, 196, 296, 300)] == [
-        100,
-        100,
-        200,
-        200,
-        300,
-        300,
-        300,
-    ]
+    needed = (1, 95, 96, 100, 101, 200, 201, 300)
+    assert [rule(0, n) for n in needed] == [100, 100, 100, 100, 200, 200, 300, 300]
+
+
+def test_the_margin_is_kept_behind_the_clip_in_the_published_draw(seed):
+    rule = Lengths(Options(reach=0, margin=5), (100, 200, 300), seed)
+    assert [rule(0, needed) for needed in (1, 95, 298, 300)] == [6, 100, 300, 300]
+
+
+def test_training_on_the_windows_takes_those_that_decoding_takes(
+    short_whisper, processor, seed, rng, tmp_path
+):
+    """One rule: clips of drawn lengths, some to the very sample at the border of a window."""
+    borders = [w * SAMPLES + extra for w in WINDOWS[:2] for extra in (-1, 0, 1)]
+    lengths = [*borders, *rng.integers(1600, 300 * SAMPLES, size=10).tolist()]
+    for number, samples in enumerate(lengths):
+        soundfile.write(tmp_path / f"{number}.wav", np.full(samples, 0.1), 16000)
+    some = [Clip(tmp_path / f"{n}.wav", "one", "en") for n in range(len(lengths))]
+    rule = Lengths(Options(lengths="windows", margin=int(rng.integers(64))), tuple(WINDOWS), seed)
+    examples = Examples(some, short_whisper, processor, seed, window=rule)
+    decoded = {}
+    for indices, features in decoding._batches(
+        short_whisper, processor, [clip.pcm() for clip in some], 4
+    ):
+        decoded |= dict.fromkeys(indices, features.shape[-1] // 2)
+    for position in range(len(some)):
+        assert examples.window(position) == decoded[examples.index(position)]
 
 
 @pytest.mark.parametrize(
@@ -706,3 +729,50 @@ def test_what_was_taught_survives_export_and_its_gate(digits, work, few, clips, 
     assert manifest["gate"]["max_logits_error"] < 1e-3
     assert set(manifest["macs_by_window"]) == {"100", "200", "300"}
     assert manifest["macs_by_window"]["300"] == manifest["macs"]
+
+
+# ------------------------------------------------------------------ what it is for: speed and text
+
+
+def test_the_encoders_graph_multiplies_as_often_as_each_window_says(
+    make_whisper, processor, rng, tmp_path
+):
+    heads = int(rng.integers(1, 4))
+    model = make_whisper(
+        d_model=2 * heads * int(rng.integers(4, 12)), heads=heads, ffn=int(rng.integers(20, 80))
+    )
+    with_windows(model, sorted({*rng.integers(1, 300, size=2).tolist(), 300}))
+    manifest = export_onnx(model, processor, tmp_path / "artifact", "fp32")
+    told = macs_by_window(model)
+    assert manifest["audio"]["windows_samples"] == [int(window) * SAMPLES for window in told]
+    counted = []
+    for window, costs in told.items():
+        pcm = {"pcm": np.zeros((1, int(window) * SAMPLES), np.float32)}
+        counted.append(graph_macs.count(tmp_path / "artifact" / "encoder.onnx", pcm))
+        assert counted[-1] == costs["encoder"] + costs["cross"]
+    for window, count in zip(told, counted, strict=True):  # attention grows with the square
+        assert count / counted[-1] <= int(window) / 300
+
+
+def test_short_windows_lose_less_than_a_point_and_fall_into_no_loop(digits, processor, tmp_path):
+    """On the embedded model, which loses more than that before it is taught. 346 words: a point is
+    three of them."""
+    judged = [clip for part in ("test", "dev") for clip in read_manifest(SPEECH / f"{part}.jsonl")]
+    pcms = [clip.pcm() for clip in judged]
+
+    def wer(model) -> float:
+        tokens = decoding.greedy(model, processor, pcms)
+        assert not any(map(loop_period, tokens))
+        assert max(map(len, tokens)) < model.config.max_target_positions - 4
+        texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return score([clip.text for clip in judged], texts, "whisper-basic").wer
+
+    model = whisper.load(digits)
+    full = wer(model)
+    assert wer(with_windows(model)) > full + 0.01
+    training = Training(steps=40, batch_size=8, learning_rate=1e-4, warmup=0.1)
+    options = Options(lengths="windows", full_share=0.2, kl=1.0, training=training)
+    work = Work(processor, read_manifest(SPEECH / "train.jsonl"), [], tmp_path / "run", seed=0)
+    model = short.apply(whisper.load(digits), options, work)
+    assert windows_of(model.config) == WINDOWS
+    assert wer(model) < wer(with_windows(model, [300])) + 0.01

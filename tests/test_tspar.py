@@ -265,6 +265,66 @@ def test_harder_pairs_of_thresholds_remove_ever_more_where_statistics_come_first
     assert all(less <= more for less, more in pairwise(sets))
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_without_c2_raising_c1_removes_ever_more_in_the_default_order_too(scope, drawn, rng):
+    """All but the column that always stays, the largest: with other elements, it may be another."""
+    options, rho = Options(stats_scope=scope), float(rng.uniform(0, 0.6))
+    c1s = sorted(float(c1) for c1 in rng.uniform(0, 2, 5))
+    passes = [two_pass(drawn, Thresholds(c1, float("inf"), rho), options) for c1 in c1s]
+    assert removed(passes[0]) != removed(passes[-1])
+    for c1, softer, harder in zip(c1s[1:], passes[:-1], passes[1:], strict=True):
+        elements = keep_elements(drawn, c1, options)
+        for name, weight in drawn.items():
+            back = (harder[name] & ~softer[name]).any(dim=0)
+            back[(weight * elements[name]).norm(dim=0).argmax()] = False
+            assert not back.any()
+
+
+def rewritten(weights, thresholds, options) -> dict[str, np.ndarray]:
+    """Section 1.4's two passes in numpy; the largest column stays, which is our rule."""
+    group = {
+        "per_matrix": lambda name: name,
+        "per_layer": lambda name: name.rpartition(".")[0],
+        "global": lambda name: name.split(".")[1],
+    }[options.stats_scope]
+
+    def moments(values, name) -> tuple[float, float]:
+        pooled = np.concatenate([v.ravel() for n, v in values.items() if group(n) == group(name)])
+        return pooled.mean(), pooled.std()
+
+    def far(name, weight) -> np.ndarray:
+        mean, sigma = moments(weights, name)
+        return abs(weight - mean * options.centered) >= thresholds.c1 * sigma
+
+    mask = {name: far(name, weight) for name, weight in weights.items()}
+    after = options.pass_order == "element_then_column"
+    left = {name: weight * mask[name] if after else weight for name, weight in weights.items()}
+    rms = {name: np.sqrt((weight**2).mean(axis=0)) for name, weight in left.items()}
+    for name, sizes in rms.items():
+        mean, sigma = moments(rms, name)
+        drop = (sizes < mean - thresholds.c2 * sigma) | (mask[name].mean(axis=0) < thresholds.rho)
+        drop[sizes.argmax()] = False
+        mask[name] = mask[name] & ~drop
+    return mask
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_two_passes_agree_with_numpy(scope, order, rng):
+    shapes = rng.integers(3, 40, size=(8, 2)).tolist()
+    names = [f"model.{side}.layers.{n}.fc{m}" for side in tspar.SIDES for n in "01" for m in "12"]
+    weights = {
+        name: rng.normal(rng.normal(), rng.uniform(0.1, 3), shape)  # in float64: no ties
+        for name, shape in zip(names, shapes, strict=True)
+    }
+    for centered in (True, False):
+        options = Options(stats_scope=scope, pass_order=order, centered=centered)
+        thresholds = Thresholds(*(float(t) for t in rng.uniform((0, -1, 0), (1.5, 2, 0.6))))
+        ours = two_pass({n: torch.from_numpy(w) for n, w in weights.items()}, thresholds, options)
+        for name, keep in rewritten(weights, thresholds, options).items():
+            np.testing.assert_array_equal(ours[name].numpy(), keep)
+
+
 def test_raising_rho_removes_ever_more_columns(drawn):
     options = Options()
     sets = [
@@ -397,6 +457,54 @@ def test_min_zero_is_reached_without_any_search(layers, tiny_whisper, work, rng)
     left = sum(int((p != 0).sum()) for p in slim.parameters()) - table
     dense = sum(p.numel() for p in tiny_whisper.parameters()) - table
     assert share <= 1 - left / dense == pytest.approx(share, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["min_removed", "min_zero"])
+@pytest.mark.parametrize("search", [True, False], ids=["searched", "as given"])
+def test_a_share_beyond_full_strength_is_a_letter_with_what_it_reaches(
+    name, search, tiny_whisper, work, rng
+):
+    values = {"c1": float(rng.uniform(0, 0.3)), "c2": float(rng.uniform(0.2, 0.5)), "rho": 0.0}
+    options = Options(search=search, training=NO_TRAINING, **values)
+    own = replace(work, record={})
+    pruned = tspar.apply(copy.deepcopy(tiny_whisper), replace(options, search=False), own)
+    reached = tspar.SHARES[name](pruned)
+    with pytest.raises(Problem, match=f"tspar: {name} asks for 0.500 of the parameters") as told:
+        tspar.apply(copy.deepcopy(tiny_whisper), replace(options, **{name: 0.5}), work)
+    assert f"c2 = {values['c2']:g} and rho = 0 reach {reached:.3f}" in str(told.value)
+    assert "raise c1 or rho, lower c2" in told.value.hint
+    assert not work.record
+
+
+def test_what_full_strength_just_reaches_is_no_letter(tiny_whisper, work, rng):
+    options = Options(c1=float(rng.uniform(0, 0.3)), c2=0.3, search=False, training=NO_TRAINING)
+    reached = removed_share(tspar.apply(copy.deepcopy(tiny_whisper), options, work))
+    found = tspar.apply(tiny_whisper, replace(options, min_removed=reached), work)
+    assert removed_share(found) >= reached > 0
+
+
+@pytest.mark.parametrize("name", ["min_removed", "min_zero"])
+def test_a_share_that_the_layers_do_not_make_up_is_refused_before_the_training(
+    name, tiny_whisper, work, monkeypatch
+):
+    monkeypatch.setattr(tspar, "train", None)
+    before = {n: tensor.clone() for n, tensor in tiny_whisper.state_dict().items()}
+    options = Options(layers="*.decoder.*.fc2", **{name: 0.5})
+    with pytest.raises(Problem, match=rf"{name} asks for 0.500 .* makes up 0\.[01]\d\d") as told:
+        tspar.apply(tiny_whisper, options, work)
+    assert "let `layers` name more" in told.value.hint
+    assert all(torch.equal(before[n], t) for n, t in tiny_whisper.state_dict().items())
+
+
+def test_what_is_protected_cannot_be_asked_for(make_whisper, work):
+    """Of attention's two heads a layer one is guarded; without guards the share would be there."""
+    model = make_whisper(ffn=4)
+    model.generation_config.alignment_heads = [[0, 0], [1, 0]]
+    options = Options(layers="*.encoder_attn.*", training=NO_TRAINING)
+    options = replace(options, min_removed=0.12)
+    tspar.refuse_unreachable(model, options)
+    with pytest.raises(Problem, match=r"min_removed asks for 0.120"):
+        tspar.refuse_unreachable(model, replace(options, protect_alignment=True))
 
 
 def test_without_a_share_to_reach_the_recipes_values_are_applied(tiny_whisper, work):

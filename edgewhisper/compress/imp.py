@@ -53,6 +53,7 @@ from edgewhisper.compress.masks import (
     smallest,
     weights_of,
 )
+from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import Range
 from edgewhisper.resume import Finished, decisive, digest
@@ -138,6 +139,7 @@ def apply(
     Interrupted and started again with the same options, it goes on in the round it was in, to the
     same bits. `work.record["imp"]` says what every round did. Raises what training.train raises.
     """
+    refuse_quantised(model, "imp", options)
     weights = weights_of(model, options.layers)
     guards(model, options.protect_alignment)  # refused now, not after the first training
     keep: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}

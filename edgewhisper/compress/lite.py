@@ -76,6 +76,7 @@ from torch import Tensor, nn
 from edgewhisper import whisper
 from edgewhisper.calibration import Moments, Point, Speech, collect, collect_together, exact
 from edgewhisper.compress.near import keep_term
+from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import permutation
 from edgewhisper.recipe import Range
@@ -329,6 +330,7 @@ def apply(
 
     Raises Problem: no such layer, no speech, a budget too small; and what training.train raises.
     """
+    refuse_quantised(model, "lite", options)
     refuse(options)
     home = next(model.parameters()).device
     names = chosen(model, options.layers)

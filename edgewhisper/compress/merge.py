@@ -47,7 +47,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgewhisper import whisper
+from edgewhisper import alignment, whisper
+from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import IGNORED, Batch, batches
 from edgewhisper.recipe import Range
@@ -268,6 +269,7 @@ def apply(
     `work.record["merge"]` says what was merged, tried and trained, and what became of the heads
     that token timestamps are read from. Raises what training.train and search.minimise raise.
     """
+    refuse_quantised(model, "merge", options)
     plan = parse_groups(options.groups, model.config.decoder_layers)
     refuse(model, plan, options)
     record: dict[str, Any] = {"start": options.start}
@@ -383,7 +385,8 @@ def regroup(
     if shapes is not None and "decoder" in shapes:
         shapes["decoder"] = [shapes["decoder"][group[0]] for group in plan]
     smaller = whisper.rebuild(model, kept, shapes, decoder_layers=len(plan))
-    heads = move_alignment_heads(smaller.generation_config, plan)
+    counts = alignment.head_counts(model)
+    heads = move_alignment_heads(smaller, plan, alpha, beta, counts)
     return smaller, {"layers": [list(group) for group in plan], "alignment_heads": heads}
 
 
@@ -392,25 +395,31 @@ def layer_tensors(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Tensor
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def move_alignment_heads(generation: Any, plan: Plan) -> dict[str, Any]:
-    """Heads whose cross-attention tells the time of a token go with their layer to the one that
-    absorbed it; those of a layer that left nothing are dropped."""
-    old = getattr(generation, "alignment_heads", None)
-    if old is None:
-        return {"before": None}
-    new, dropped = remap(old, plan)
-    generation.alignment_heads = new
-    if not new:  # transformers then says that there are no token timestamps
-        del generation.alignment_heads
-    return {"before": [list(head) for head in old], "after": new, "dropped": dropped}
+def move_alignment_heads(
+    model: nn.Module, plan: Plan, alpha: float, beta: float, heads: Sequence[int]
+) -> dict[str, Any]:
+    """Let `model`, whose layers are those of the plan, name the alignment heads it had, of which
+    each layer had so many; see head_moves. Says also which of them were dropped."""
+    moved = head_moves(plan, alpha, beta, heads)
+    told = alignment.carry(model, moved)
+    return told | {"dropped": [h for h in told.get("before", []) if tuple(h) not in moved]}
 
 
-def remap(heads: Iterable[Sequence[int]], plan: Plan) -> tuple[list[list[int]], list[list[int]]]:
-    """[layer, head] pairs -> in the new numbering, each once; and those that are lost."""
-    homes = {layer: number for number, group in enumerate(plan) for layer in group}
-    moved = [[homes[layer], head] for layer, head in heads if layer in homes]
-    new = [head for i, head in enumerate(moved) if head not in moved[:i]]
-    return new, [[layer, head] for layer, head in heads if layer not in homes]
+def head_moves(plan: Plan, alpha: float, beta: float, heads: Sequence[int]) -> alignment.Moves:
+    """Where each head of each old decoder layer went.
+
+    A head goes with its layer to the one that absorbed it, where its layer has at least half of
+    that one's weight. With less it is gone: what stands there is rather the other layer's head of
+    the same number.
+    """
+    larger = [alpha >= beta, beta >= alpha]
+    return {
+        (layer, head): (number, head)
+        for number, group in enumerate(plan)
+        for layer, kept in zip(group, larger if len(group) == 2 else [True], strict=True)
+        if kept
+        for head in range(heads[layer])
+    }
 
 
 # -- searching alpha and beta

@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper import whisper
+from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import IGNORED, Batch, Examples, batches
 from edgewhisper.recipe import Range
@@ -78,7 +79,8 @@ class Options:
     """r."""
     theta: Annotated[float, Range(0, 1)] = 0.0
     """Ours: not `rank`, but the smallest multiple of 16 that keeps more than this share of the
-    square that the start weighs; all of it, if none does. 0 switches it off."""
+    square that the start weighs. The table stays as it is, and is not trained, where that rank
+    saves no parameters. 0 switches it off."""
     start: Literal["svd", "frequency", "activation", "both", "mix"] = "svd"
     mix: Annotated[float, Range(0, 1)] = 0.5
     """Of start = "mix": 1 is "frequency", 0 is "activation"."""
@@ -257,14 +259,22 @@ def apply(
     """Factorise the token table, then train with feature distillation.
 
     `work.record["shear"]` counts parameters and says how close the factors were at the start, in
-    the plain norm and in those of look-ups and logits. Raises what training.train raises.
+    the plain norm and in those of look-ups and logits; or that the table was kept as it is, because
+    the rank that theta needs saves nothing. Raises Problem for a `rank` that saves nothing, and
+    what training.train raises.
     """
+    refuse_quantised(model, "shear", options)
     refuse_rank(model, 1 if options.theta else options.rank)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     frequencies = token_frequencies(model, work, options.floor)
     metric = second_moment(teacher, options, work)
-    student = sheared(model, options, frequencies, metric)
-    record = {
+    rows, basis = factors_of(model, options, frequencies, metric)
+    if options.theta and not saves(len(basis), model):
+        work.record["shear"] = kept_dense(len(basis), model)
+        return model
+    student = sheared(model, rows, basis)
+    record: dict[str, Any] = {
+        "rank": len(basis),
         "parameters": {"before": count_parameters(model), "after": count_parameters(student)},
         "macs": {"before": macs(model), "after": macs(student)},
         "start_error": start_errors(model, student, frequencies, metric),
@@ -288,19 +298,50 @@ def refuse_rank(model: nn.Module, rank: int) -> None:
             f"{table.weight.shape[1]} can have, {limit}",
             hint=f"set rank to {limit // 4}, a quarter, or less",
         )
+    if not saves(rank, model):
+        raise Problem(
+            f"shear: two factors of rank {rank} have {factor_parameters(rank, model):,} "
+            f"parameters, the token table has {table.weight.numel():,}: nothing would be saved",
+            hint=f"set rank to {limit // 4}, a quarter of the width, or less",
+        )
 
 
-def sheared(
-    model: "WhisperForConditionalGeneration",
-    options: Options,
-    frequencies: Tensor,
-    metric: Tensor,
-) -> "WhisperForConditionalGeneration":
-    """The model with a factorised table, before any training."""
+def saves(rank: int, model: nn.Module) -> bool:
+    """Whether two factors of this rank have fewer parameters than the table."""
+    return factor_parameters(rank, model) < model.model.decoder.embed_tokens.weight.numel()
+
+
+def factor_parameters(rank: int, model: nn.Module) -> int:
+    return rank * sum(model.model.decoder.embed_tokens.weight.shape)
+
+
+def kept_dense(rank: int, model: nn.Module) -> dict[str, Any]:
+    """What the record says of a table that stays as it is."""
+    counted = {"parameters": count_parameters(model), "macs": macs(model)}
+    return {
+        "rank": None,
+        "kept_dense": {
+            "rank_needed": rank,
+            "parameters_of_factors": factor_parameters(rank, model),
+        },
+        **{what: {"before": value, "after": value} for what, value in counted.items()},
+    }
+
+
+def factors_of(
+    model: nn.Module, options: Options, frequencies: Tensor, metric: Tensor
+) -> tuple[Tensor, Tensor]:
+    """rows (V, r) and basis (r, h) by the options."""
     table = model.model.decoder.embed_tokens.weight.detach()
     f, m = powers(options)
     weights = (frequencies.double() ** f, power(metric, m))
-    rows, basis = factorise(table.cpu(), options.rank, *weights, options.theta)
+    return factorise(table.cpu(), options.rank, *weights, options.theta)
+
+
+def sheared(
+    model: "WhisperForConditionalGeneration", rows: Tensor, basis: Tensor
+) -> "WhisperForConditionalGeneration":
+    """The model with a factorised table, before any training."""
     dense = {f"{TABLE}.weight", "proj_out.weight"}
     tensors = {name: t for name, t in model.state_dict().items() if name not in dense}
     tensors |= {f"{TABLE}.rows.weight": rows, f"{TABLE}.up.weight": basis.T.contiguous()}

@@ -25,8 +25,8 @@ The defaults are the published values. What differs, or is ours:
   counts in (2) by its tokens. 50 * seconds is rounded up, not to the nearest; the text is not
   lowercased, and its end is no input. Clips up to the full window are used, not up to 29 s.
 - An exported model has a few windows, not any n: `windows_s`. With `lengths = "windows"` (ours) the
-  student is trained on these alone, and no speech is ever cut away; the published draw (1) cuts up
-  to a third of a clip.
+  student is trained on these alone, and hears each clip through the very window that decoding will
+  take; no speech is ever cut away. The published draw (1) cuts up to a third of a clip.
 - `margin`, `full_share`, `kl`, `ce` (ours, off by default).
 - Afterwards the checkpoint records its windows. Everything that trains, calibrates, decodes or
   exports it takes, for every clip, the shortest one that holds it.
@@ -47,6 +47,7 @@ from torch.nn import functional
 from devices.runner.audio import shortest
 from edgewhisper import whisper
 from edgewhisper.alignment import position_s
+from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.shear import mean_by_tokens
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import IGNORED, Batch
@@ -68,11 +69,12 @@ class Options:
     one more. Empty: a third of it and two thirds (ours)."""
     lengths: Literal["jitter", "windows"] = "jitter"
     """How much the student hears of a step's clips. jitter: (1), as published. windows (ours): the
-    shortest window that holds the longest one, or the full one where none does."""
+    window that decoding would take for the longest one: the shortest that holds it."""
     reach: Annotated[int, Range(0)] = 64
     """m in (1), at most; in encoder positions."""
     margin: Annotated[int, Range(0)] = 0
-    """Ours: positions of silence that are kept behind the end of the longest clip."""
+    """Ours: added to 50 * seconds in (1): positions of silence behind the end of the longest clip.
+    No matter for lengths = "windows"."""
     full_share: Annotated[float, Range(0, 1)] = 0.0
     """Ours: share of the steps in which the student hears the full window, lest it forget that."""
     kl: Weight = 0.0
@@ -113,13 +115,13 @@ class Lengths:
     seed: int
 
     def __call__(self, step: int, needed: int) -> int:
-        full, needed = self.windows[-1], needed + self.options.margin
+        full = self.windows[-1]
         rng = np.random.default_rng([self.seed, 3, step])
         if rng.random() < self.options.full_share:
             return full
         if self.options.lengths == "windows":
             return shortest(self.windows, needed)
-        return drawn_length(needed, self.options.reach, full, rng)
+        return drawn_length(needed + self.options.margin, self.options.reach, full, rng)
 
 
 def windows_for(seconds: Sequence[float], full: int, step_s: float) -> list[int]:
@@ -202,6 +204,7 @@ def apply(
     `work.record["short"]` has the windows and what the model costs in each. Raises Problem for
     windows it cannot have, and what training.train raises.
     """
+    refuse_quantised(model, "short", options)
     step_s, full = position_s(work.processor), model.config.max_source_positions
     windows = windows_for(options.windows_s, full, step_s)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)

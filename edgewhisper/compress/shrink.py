@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from edgewhisper import alignment, whisper
+from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import Range
 from export.cost import count_parameters
-from export.problem import Problem
-from export.quantise import is_quantised, schemes
 from export.shrink import shrink
 
 if TYPE_CHECKING:
@@ -30,13 +29,7 @@ def apply(
     model: "WhisperForConditionalGeneration", options: Options, work: Work
 ) -> "WhisperForConditionalGeneration":
     """The same function in fewer parameters; `work.record["shrink"]` counts them."""
-    if is_quantised(model):
-        quantised = sum(scheme.bits < 32 for scheme in schemes(model).values())
-        raise Problem(
-            f"shrink: {quantised} weights of the model are quantised, and their scales belong to "
-            "the rows and blocks they have",
-            hint="put the step shrink before the one that quantises",
-        )
+    refuse_quantised(model, "shrink", options)
     slim, heads = slimmed(model, options.round_to, options.min_saving)
     before, after = count_parameters(model), count_parameters(slim)
     work.record["shrink"] = {

@@ -33,6 +33,7 @@ The paper is not explicit everywhere; what we fill in:
   `protect_alignment`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -54,6 +55,7 @@ from edgewhisper.compress.masks import (
     zero_share,
 )
 from edgewhisper.compress.near import keep_term, total
+from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import Batch
 from edgewhisper.recipe import Range
@@ -66,6 +68,7 @@ from edgewhisper.training import (
     progress_bar,
     train,
 )
+from export.problem import Problem
 
 if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
@@ -115,7 +118,8 @@ class Options:
     """Dev evaluations the search may spend."""
     min_removed: Annotated[float, Range(0, 1)] = 0.0
     """Ours: prune at least until this share of the parameters outside the token table would go,
-    whatever wer_margin says (recovery then has to make up for it). 0 leaves it to the search."""
+    whatever wer_margin says (recovery then has to make up for it). 0 leaves it to the search. A
+    share that c1, c2 and rho do not reach at full strength is refused."""
     min_zero: Annotated[float, Range(0, 1)] = 0.0
     """Ours: likewise, until this share would go or is zero: what IMP's `target` says of its
     matrices, so that the two can be compared at equal nonzero parameters."""
@@ -263,10 +267,12 @@ def apply(
     """Fine-tune with the penalties, then prune once; what is pruned is zero in the result.
 
     `work.record["tspar"]` says what was measured and decided. Physical removal is the step
-    "shrink". Raises what training.train raises.
+    "shrink". Raises Problem for shares that are out of reach, and what training.train raises.
     """
+    refuse_quantised(model, "tspar", options)
     record: dict[str, Any] = {}
     guards(model, options.protect_alignment)  # refused now, not after the training
+    refuse_unreachable(model, options)
     penalty, after_step, record["scales"] = regulariser(model, options, work)
     keep = keep_term(model, options.keep)
     log = train(
@@ -395,10 +401,7 @@ def prune(
         keep = two_pass(dense, full.at(strength), options)
         set_pruned(model, dense, guarded(keep, guard))
 
-    floor = max(
-        strength_for(options.min_removed, removed_share, model, prune_to),
-        strength_for(options.min_zero, zero_share, model, prune_to),
-    )
+    floor = max(strength_for(name, options, model, prune_to) for name in SHARES)
     strength = floor or 1.0
     if options.search:
         strength = choose_strength(model, prune_to, floor, options, work, record)
@@ -445,7 +448,14 @@ def choose_strength(
 
 
 def largest(good: Callable[[float], bool], low: float, evaluations: int) -> float:
-    """Bisection between `low`, which is accepted unseen, and 1, in so many evaluations."""
+    """Bisection between `low`, which is accepted unseen, and 1, in so many evaluations.
+
+    It relies on more being pruned as the strength grows. That is certain, but for the largest
+    column, which always stays, where pass_order is "statistics_then_apply" or c2 is infinite. In
+    the default order a larger c1 moves the mean and the deviation that a finite c2 is measured
+    against, so that a column may come back; what is returned was found good, or is `low`, all the
+    same.
+    """
     high = 1.0
     if low >= high or good(high):
         return high
@@ -455,19 +465,57 @@ def largest(good: Callable[[float], bool], low: float, evaluations: int) -> floa
     return low
 
 
+# -- shares that are asked for
+
+SHARES = {"min_removed": removed_share, "min_zero": zero_share}
+"""Options that ask for a share, and what counts it."""
+
+
 def strength_for(
-    share: float,
-    counted: Callable[[nn.Module], float],
-    model: nn.Module,
-    prune_to: Callable[[float], None],
+    name: str, options: Options, model: nn.Module, prune_to: Callable[[float], None]
 ) -> float:
-    """The smallest strength at which so large a share counts; 0 for none, at most 1."""
+    """The smallest strength at which the share that option `name` asks for counts; 0 for none.
+
+    Raises Problem where the recipe's own thresholds, at strength 1, do not reach it.
+    """
+    share, counted = getattr(options, name), SHARES[name]
     low, high = 0.0, 1.0 if share > 0 else 0.0
     while high - low > 1 / 256:
         middle = (low + high) / 2
         prune_to(middle)
         low, high = (low, middle) if counted(model) >= share else (middle, high)
+    if high == 1:
+        prune_to(high)
+        if (reached := counted(model)) < share:
+            thresholds = f"c1 = {options.c1:g}, c2 = {options.c2:g} and rho = {options.rho:g}"
+            raise Problem(
+                f"tspar: {name} asks for {share:.3f} of the parameters outside the token table; "
+                f"at full strength, {thresholds} reach {reached:.3f}",
+                hint=f"raise c1 or rho, lower c2, let `layers` name more, or set {name} to "
+                f"{math.floor(1000 * reached) / 1000:g} or less",
+            )
     return high
+
+
+def refuse_unreachable(model: "WhisperForConditionalGeneration", options: Options) -> None:
+    """Raise Problem, before anything is trained, for a share that all of `layers` together, without
+    what is guarded, do not make up."""
+    asked = {name: getattr(options, name) for name in SHARES if getattr(options, name) > 0}
+    if not asked:
+        return
+    dense = {name: weight.clone() for name, weight in weights_of(model, options.layers).items()}
+    nothing = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in dense.items()}
+    set_pruned(model, dense, guarded(nothing, guards(model, options.protect_alignment)))
+    there = {name: SHARES[name](model) for name in asked}
+    set_pruned(model, dense, {name: ~keep for name, keep in nothing.items()})
+    for name, share in asked.items():
+        if share > there[name]:
+            raise Problem(
+                f"tspar: {name} asks for {share:.3f} of the parameters outside the token table; "
+                f"all that is in the layers {options.layers!r} and may be pruned makes up "
+                f"{there[name]:.3f}",
+                hint=f"set {name} to less, or let `layers` name more",
+            )
 
 
 # -- recovery

@@ -39,6 +39,7 @@ from edgewhisper.compress.masks import (
     smallest,
     weights_of,
 )
+from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import Range
 from edgewhisper.resume import digest
@@ -106,6 +107,7 @@ def apply(
 
     `work.record["wsap"]` has every matrix's variation and ratio. Raises what training.train raises.
     """
+    refuse_quantised(model, "wsap", options)
     weights = weights_of(model, options.layers)
     variations = {name: variation(weight) for name, weight in weights.items()}
     shares = ratios(variations, options)
