@@ -41,7 +41,7 @@ def fine_tune(model: Any, options: Training, work: Work) -> Any:
     log = train(
         model, work.processor, work.train, options, run_dir=work.run_dir / "loop", seed=work.seed
     )
-    work.record["losses"] = log.losses
+    work.record["training"] = {**log.summary(), "losses": log.losses}
     return model
 
 

@@ -49,7 +49,7 @@ def test_two_processes_give_what_one_gives(name, shared, module_seed, tmp_path):
     model, told = take(name, module_seed, tmp_path / "one")
     assert getattr(model.config, "edgewhisper", None) == shapes
     assert of_any_number(record) == {
-        path: pytest.approx(leaf, rel=1e-3, abs=1e-6) if isinstance(leaf, float) else leaf
+        path: pytest.approx(leaf, rel=1e-4, abs=1e-6) if isinstance(leaf, float) else leaf
         for path, leaf in of_any_number(told).items()
     }
     differences = torch.cat(
@@ -74,7 +74,7 @@ def test_both_processes_end_with_the_same_bits(name, shared):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[n], other[n]) for n in one)
     assert leaves(told) == leaves(told_too)
-    assert {leaf for path, leaf in leaves(told).items() if path.endswith("processes")} <= {2}
+    assert 2 in {leaf for path, leaf in leaves(told).items() if path.endswith("processes")}
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
