@@ -253,7 +253,7 @@ def test_no_vowel_is_lost_in_wer(text):
     assert [char in vowels for char in found].count(True) == [c in vowels for c in text].count(True)
     kept = re.compile(f"[{SIGNS}]")
     for word, was in zip(found.split(), re.findall(r"[\u0900-\u0963]+", text), strict=True):
-        if not re.search("य[ीे][ंँ]?(ग[ाीे])?$", was):
+        if not re.search("(य\u093c?|\u095f)[ीे][ंँ]?(ग[ाीे])?$", was):  # with nukta, or without
             assert kept.findall(word) == kept.findall(was)
 
 
@@ -362,7 +362,7 @@ def test_thresholds_are_chosen_by_the_dev_clips_language(monkeypatch, tmp_path, 
     from edgewhisper.compress.work import Work
 
     monkeypatch.setattr(Clip, "pcm", lambda clip: None)
-    monkeypatch.setattr(decoding, "transcribe", lambda model, processor, pcms: [text] * len(pcms))
+    monkeypatch.setattr(decoding, "transcribe", lambda model, processor, pcms, langs: [text])
     found = Work(None, [], clips_in((lang, text)), tmp_path).wer(None)
     assert (found.normalizer, found.wer) == (name, 0)
 

@@ -364,7 +364,7 @@ def test_a_search_stopped_inside_the_training_of_a_trial_goes_on_in_it(
 
     def search_to(out: str) -> Path:
         return targets.compress_to(
-            Targets(wer_loss=100.0),
+            Targets(parameters=Amount(0.999, share=True)),
             trials=3,
             model="start",
             recipe="mine.toml",
