@@ -31,7 +31,15 @@ IR_VERSION = 9
 PRECISIONS = ("fp32", "int8")
 INT8 = Scheme()
 """How an int8 graph stores a matrix that nothing else is said of: a scale for every row."""
-DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+DTYPES = {
+    "float32": TensorProto.FLOAT,
+    "int8": TensorProto.INT8,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+}
+SPARE = 32
+"""Room behind the encoder's keys and values: so many tokens can be decoded in one step."""
+CHANNELS = "PER_CHANNEL"
 
 Floats = NDArray[np.float32]
 Dim = int | str
@@ -59,6 +67,11 @@ class Heads:
     qk_dim: int
     v_dim: int
     scale: float
+
+    @property
+    def cache_dim(self) -> int:
+        """Width of a head in a cache: of keys and values alike, and a multiple of 8."""
+        return -(-max(self.qk_dim, self.v_dim) // 8) * 8
 
 
 @dataclass(frozen=True)
@@ -412,71 +425,115 @@ def shared_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
     """
     one_head = g.constant([1])
     keys, values = (g.op("Unsqueeze", x, one_head) for x in (k, v))  # (1, 1, n, dim)
-    return _plain_attention(g, q, keys, values, heads, mask=None)
+    return _plain_attention(g, q, keys, values, heads)
 
 
-def cross_attention(g: Graph, q: str, keys: str, values: str, heads: Heads) -> str:
-    """q (1, s, heads * qk_dim) over keys (1, heads, t, qk_dim), values (1, heads, t, v_dim)."""
-    if heads.qk_dim == heads.v_dim:
-        return g.op("MultiHeadAttention", q, keys, values, domain=FUSED, **_fused(heads))
-    return _plain_attention(g, q, keys, values, heads, mask=None)
+def ends(g: Graph, ids: str, length: str) -> tuple[str, str]:
+    """How many positions a cache holds after the new ones, less one (1,) and as it is (): what
+    cached_attention asks for. ids (1, s) are new, `length` (1,) int32 positions are there."""
+    new = g.op("Cast", g.op("Shape", ids, start=1, end=2), to=TensorProto.INT32)
+    total = g.op("Add", length, new)
+    one, first = g.constant(np.array([1], np.int32)), g.constant([0])
+    return g.op("Sub", total, one), g.op("Squeeze", total, first)
 
 
 def cached_attention(
     g: Graph,
     qkv: Sequence[str],
-    past: Sequence[str],
+    cache: Sequence[str],
     present: Sequence[str],
-    mask: str,
+    ends: Sequence[str],
     heads: Heads,
+    bias: str = "",
 ) -> str:
     """Causal attention of s new positions over the cached ones and themselves.
 
-    qkv (1, s, heads * dim) each, past keys and values (1, heads, past, dim); writes `present`,
-    (1, heads, past + s, dim). `mask` is causal_mask's, for shapes the fused operator refuses.
+    qkv (1, s, heads * dim) each. `cache` is keys and values (1, heads, room, cache_dim), filled as
+    far as `ends` says, and where they are int8 the scales of both, (heads * cache_dim,). Writes
+    `present`, the same with s more. A caller that binds one buffer as both has it filled in place.
     """
-    q, k, v = qkv
-    if heads.qk_dim == heads.v_dim:
-        inputs = (q, k, v, "", "", "", *past)
-        names = [f"{present[0]}.attention", *present]
-        return g.ops(
-            "MultiHeadAttention",
-            *inputs,
-            outputs=names,
-            domain=FUSED,
-            unidirectional=1,
-            **_fused(heads),
-        )[0]
-    k = split_heads(g, k, heads.count, heads.qk_dim)
-    v = split_heads(g, v, heads.count, heads.v_dim)
-    keys = g.ops("Concat", past[0], k, outputs=present[:1], axis=2)[0]
-    values = g.ops("Concat", past[1], v, outputs=present[1:], axis=2)[0]
-    return _plain_attention(g, q, keys, values, heads, mask)
+    room = heads.cache_dim
+    dims = heads.qk_dim, heads.qk_dim, heads.qk_dim if bias else heads.v_dim
+    q, k, v = (_padded(g, x, heads.count, room, dim) for x, dim in zip(qkv, dims, strict=True))
+    inputs = [q, k, v, *cache[:2], *ends, "", "", "", bias, "", *cache[2:]]
+    while not inputs[-1]:
+        inputs.pop()
+    int8 = {"kv_cache_bit_width": 8, "k_quant_type": CHANNELS, "v_quant_type": CHANNELS}
+    y = g.ops(
+        "GroupQueryAttention",
+        *inputs,
+        outputs=[f"{present[0]}.attention", *present],
+        domain=FUSED,
+        kv_num_heads=heads.count,
+        **(int8 if cache[2:] else {}),
+        **_fused(heads),
+    )[0]
+    if heads.v_dim == room:
+        return y
+    y = g.op("Reshape", y, g.constant([0, 0, heads.count, room]))
+    y = g.op("Slice", y, *(g.constant([end]) for end in (0, heads.v_dim, 3)))
+    return g.op("Reshape", y, g.constant([0, 0, heads.count * heads.v_dim]))
 
 
-def causal_mask(g: Graph, start: str, end: str) -> str:
-    """0 where query position i in [start, end) may see key position j <= i, else -inf.
+def cross_attention(
+    g: Graph,
+    q: str,
+    cache: Sequence[str],
+    present: Sequence[str],
+    ends: Sequence[str],
+    heads: Heads,
+    bias: str,
+) -> str:
+    """q (1, s, heads * qk_dim) over the encoder's keys and values, as encoder_cache leaves them.
 
-    start, end (1,) int64 -> (end - start, end).
+    The operator puts a key into the cache for every query. There is none to put, so the queries
+    stand for them: they fill the spare room behind the encoder's, and `bias` (unseen) hides them.
     """
-    begin, stop = (g.op("Squeeze", x, g.constant([0])) for x in (start, end))
-    one, zero = g.constant(1), g.constant(0)
-    queries = g.op("Unsqueeze", g.op("Range", begin, stop, one), g.constant([1]))
-    seen = g.op("LessOrEqual", g.op("Range", zero, stop, one), queries)
-    return g.op("Where", seen, g.constant(0.0), g.constant(-np.inf))
+    return cached_attention(g, [q, q, q], cache, present, ends, heads, bias)
+
+
+def encoder_cache(g: Graph, x: str, heads: Heads, dim: int) -> list[str]:
+    """Keys or values of a whole window, (1, T, heads * dim), as cross_attention reads them: (1,
+    heads, T + SPARE, cache_dim); in an int8 graph as int8, and their scales (heads * cache_dim,).
+    """
+    x = _padded(g, x, heads.count, heads.cache_dim, dim)
+    scales = []
+    if g.int8:
+        loudest = g.op("ReduceMax", g.op("Abs", x), g.constant([0, 1]), keepdims=0)
+        scale = g.op("Max", g.op("Mul", loudest, g.constant(1 / 127)), g.constant(1e-10))
+        # divided beforehand: the operator's own scales along an axis are fifty times as slow
+        x = g.op("Mul", x, g.op("Reciprocal", scale))
+        x = g.op("QuantizeLinear", x, g.constant(1.0), g.constant(np.array(0, np.int8)))
+        scales = [scale]
+    x = split_heads(g, x, heads.count, heads.cache_dim)
+    return [g.op("Pad", x, g.constant([0, 0, 0, 0, 0, 0, SPARE, 0])), *scales]
+
+
+def unseen(g: Graph, ids: str, filled: str) -> str:
+    """0 for the `filled` (1,) int64 positions of a cache, -1e30 for s behind: (1, 1, s, all)."""
+    new = g.op("Shape", ids, start=1, end=2)
+    ones = g.constant([1, 1])
+    seen = g.op("ConstantOfShape", g.op("Concat", ones, new, filled, axis=0))
+    hidden = g.op("Expand", g.constant(-1e30), g.op("Concat", ones, new, new, axis=0))
+    return g.op("Concat", seen, hidden, axis=3)
+
+
+def _padded(g: Graph, x: str, heads: int, room: int, dim: int) -> str:
+    """(1, n, heads * dim) -> (1, n, heads * room), zeros behind every head's own."""
+    if dim == room:
+        return x
+    x = g.op("Reshape", x, g.constant([0, 0, heads, dim]))
+    x = g.op("Pad", x, g.constant([0, 0, 0, 0, 0, 0, 0, room - dim]))
+    return g.op("Reshape", x, g.constant([0, 0, heads * room]))
 
 
 def _fused(heads: Heads) -> dict[str, int | float]:
     return {"num_heads": heads.count, "scale": heads.scale}
 
 
-def _plain_attention(
-    g: Graph, q: str, keys: str, values: str, heads: Heads, mask: str | None
-) -> str:
+def _plain_attention(g: Graph, q: str, keys: str, values: str, heads: Heads) -> str:
     q = split_heads(g, g.op("Mul", q, g.constant(heads.scale)), heads.count, heads.qk_dim)
     scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
-    if mask is not None:
-        scores = g.op("Add", scores, mask)
     mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), values)
     mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])
     return g.op("Reshape", mixed, g.constant([0, 0, heads.count * heads.v_dim]))
