@@ -231,6 +231,10 @@ class Loop:
                 self.state.save(done, self.log)
             if stopping:
                 raise interrupted(done, self.options.steps, self.state.directory)
+        # asked during the last step, or while its state was saved: more work may come after it
+        none = torch.zeros((), device=self.accelerator.device)
+        if self.agree(none, stop.is_set(), False)[1]:
+            raise interrupted(self.options.steps, self.options.steps, self.state.directory)
 
     def finished(self, done: int) -> bool:
         return done == self.options.steps
@@ -249,10 +253,13 @@ class Loop:
         return iter(loader)
 
     def passes(self, step: int) -> list[list[int]]:
-        """Positions in the stream of clips that this process trains on in each pass of a step."""
+        """Positions in the stream of clips that this process trains on in each pass of a step.
+
+        The clips of all processes in pass i are those of one process in pass i.
+        """
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        share = self.batch_positions(step)[rank::processes]
-        return [list(share[i :: self.options.accumulate]) for i in range(self.options.accumulate)]
+        passes, batch = self.options.accumulate, self.batch_positions(step)
+        return [list(batch[i::passes][rank::processes]) for i in range(passes)]
 
     def batch_positions(self, step: int) -> range:
         return range(step * self.options.batch_size, (step + 1) * self.options.batch_size)

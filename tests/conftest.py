@@ -7,6 +7,7 @@ import resource
 import secrets
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,16 @@ ASSETS = Path(__file__).parent.parent / "edgewhisper" / "assets"
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """Drawn anew for every test and shown when it fails; EDGEWHISPER_SEED=n repeats a run."""
+    return drawn_seed()
+
+
+@pytest.fixture(scope="module")
+def module_seed() -> int:
+    """Likewise, for what the tests of a module share."""
+    return drawn_seed()
+
+
+def drawn_seed() -> int:
     value = int(os.environ.get("EDGEWHISPER_SEED", secrets.randbits(31)))
     print(f"seed: EDGEWHISPER_SEED={value}")
     return value
@@ -64,44 +75,10 @@ def clips() -> Path:
 
 @pytest.fixture
 def make_whisper(rng: np.random.Generator, digits: Path) -> Callable:
-    """A factory of random small Whispers that go with the embedded default's tokenizer.
+    """A factory of random small Whispers; see small_whisper.random_whisper."""
+    from small_whisper import random_whisper
 
-    The window is the default's (300 positions), so that its feature extractor fits.
-    """
-    import torch
-    from transformers import GenerationConfig, WhisperConfig
-
-    from edgewhisper.whisper import WhisperForConditionalGeneration
-
-    def make(
-        d_model: int = 32,
-        heads: int = 2,
-        ffn: int = 48,
-        encoder_layers: int = 2,
-        decoder_layers: int = 2,
-    ):
-        config = WhisperConfig.from_pretrained(digits)
-        config.update(
-            dict(
-                d_model=d_model,
-                encoder_layers=encoder_layers,
-                decoder_layers=decoder_layers,
-                encoder_attention_heads=heads,
-                decoder_attention_heads=heads,
-                encoder_ffn_dim=ffn,
-                decoder_ffn_dim=ffn,
-                dropout=0.0,
-            )
-        )
-        model = WhisperForConditionalGeneration(config).eval()
-        with torch.no_grad():  # far from zero, so that a wrong fold or scale shows
-            for name, parameter in model.named_parameters():
-                if "embed_positions" not in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-        model.generation_config = GenerationConfig.from_pretrained(digits)
-        return model
-
-    return make
+    return partial(random_whisper, digits)
 
 
 @pytest.fixture

@@ -899,28 +899,6 @@ def test_training_the_factors_leaves_hooks_and_counters_behind_nowhere(make_whis
     assert work.record["shear"]["training"]["steps"] == 2
 
 
-def test_a_stopped_distillation_resumes_to_the_same_bits(make_whisper, work, monkeypatch):
-    """Stopped after the states changed hands: the steps done are part of what is saved."""
-    model = make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=1)
-    training = replace(BRIEF, steps=4, checkpoint_steps=1)
-    options = replace(SHEAR, training=training, switch=0.5)
-    whole = shear.apply(model, options, replace(work, run_dir=work.run_dir / "whole"))
-    inner = shear.Distillation.after_step
-
-    def stop(self, model, step, learning_rate):
-        if step == 3:
-            raise KeyboardInterrupt
-        inner(self, model, step, learning_rate)
-
-    monkeypatch.setattr(shear.Distillation, "after_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        shear.apply(model, options, work)
-    monkeypatch.undo()
-    resumed = shear.apply(model, options, work)
-    assert work.record["shear"]["training"]["resumed_at"] == [3]
-    assert same_tensors(resumed, whole)
-
-
 # ------------------------------------------------------------------ the factorised model at large
 
 

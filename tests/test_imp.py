@@ -3,8 +3,6 @@
 import copy
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -419,50 +417,3 @@ def test_a_pruned_model_survives_shrinking_and_export(sparse, work, processor, f
     recognizer = Recognizer(tmp_path / "artifact", guards=False)
     pcm = few[0].pcm()
     assert recognizer.window(pcm) == decoding.greedy(sparse, processor, [pcm])[0]
-
-
-# --------------------------------------------------------------------------------- two processes
-
-WORKER = """
-import sys, torch
-from math import inf
-from pathlib import Path
-from benchmarks.speech import read_manifest
-from edgewhisper import whisper
-from edgewhisper.compress import imp
-from edgewhisper.compress.imp import Options
-from edgewhisper.compress.work import Work
-from edgewhisper.training import Training
-
-start, clips, out = map(Path, sys.argv[1:])
-model, few = whisper.load(start), read_manifest(clips)[:4]
-work = Work(whisper.load_processor(start), few, few, out / "run", seed=3)
-imp.apply(model, OPTIONS, work)
-rank = torch.distributed.get_rank()
-torch.save((work.record["imp"]["rounds"], model.state_dict()), out / f"rank-{rank}.pt")
-"""
-
-
-def test_two_processes_prune_the_same_weights(model, processor, clips, tmp_path):
-    whisper.save(model, processor, tmp_path / "start", {})
-    options = replace(THREE_ROUNDS, start=NONE)
-    (tmp_path / "worker.py").write_text(WORKER.replace("OPTIONS", repr(options)))
-    (tmp_path / "out").mkdir()
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
-            *map(str, (tmp_path / "worker.py", tmp_path / "start", clips, tmp_path / "out")),
-        ],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        timeout=900,
-    )
-    (rounds, one), (_, other) = (torch.load(tmp_path / "out" / f"rank-{n}.pt") for n in (0, 1))
-    assert [entry["training"]["processes"] for entry in rounds] == [2, 2, 2]
-    assert same_bits(one, other)
-    zeros = [one[f"{name}.weight"] == 0 for name in weights_of(model)]
-    assert sum(z.sum() for z in zeros) / sum(z.numel() for z in zeros) == pytest.approx(
-        0.6,
-        abs=5e-3,  # whole weights of small matrices
-    )
-    assert len(list((tmp_path / "out" / "run" / "imp-rounds").iterdir())) == 1

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 from stored_weights import stored_rows
-from test_quantise import same_bits, stop_after
+from test_quantise import same_bits
 from test_to_onnx import irregular
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -47,7 +44,6 @@ from edgewhisper.compress.kdq import (
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import Batch
 from edgewhisper.recipe import load_recipe
-from edgewhisper.resume import Interrupted
 from edgewhisper.training import Training, cross_entropy, train
 from edgewhisper.whisper import GatherLinear, linears
 from export.problem import Problem
@@ -471,25 +467,6 @@ def test_a_slim_student_learns_too(make_whisper, teacher, work, rng):
         assert np.isfinite(work.record["kdq"]["training"]["last_loss"])
 
 
-def test_interrupted_training_goes_on_to_the_same_bits(tiny_whisper, teacher, work, monkeypatch):
-    """Adapters, and the layers chosen for quantisation, are part of the state."""
-    options = Options(teacher=teacher, quantise_share=0.5, distil_share=0.5, training=BRIEF)
-    ends = []
-    for place in ("whole", "stopped"):
-        own = work_in(work, place)
-        if place == "stopped":
-            monkeypatch.setattr(kdq, "train", stop_hooked)
-            with pytest.raises(Interrupted):
-                kdq.apply(copy.deepcopy(tiny_whisper), options, own)
-            monkeypatch.setattr(kdq, "train", train)
-        ends.append(kdq.apply(copy.deepcopy(tiny_whisper), options, own).state_dict())
-    assert work.record["kdq"]["training"]["resumed_at"] == [2]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-
-
-stop_hooked = stop_after(1)
-
-
 def test_the_student_survives_save_and_load_and_its_artifact_has_its_weights(
     tiny_whisper, teacher, work, processor, tmp_path
 ):
@@ -571,52 +548,6 @@ def test_sizes_are_those_of_the_paper():
     assert base / 1e6 == pytest.approx(93.46, abs=0.005)
     assert tiny / 1e6 == pytest.approx(46.16, abs=0.005)
     assert (small / base, small / tiny) == pytest.approx((5.17, 10.47), abs=0.005)
-
-
-# ----------------------------------------------------------------------------------- two processes
-
-WORKER = """
-import sys, torch
-from math import inf
-from pathlib import Path
-from benchmarks.speech import read_manifest
-from edgewhisper import whisper
-from edgewhisper.compress import kdq
-from edgewhisper.compress.kdq import Options, Precision
-from edgewhisper.compress.work import Work
-from edgewhisper.training import Training
-
-start, clips, out = map(Path, sys.argv[1:])
-model, processor = whisper.load(start), whisper.load_processor(start)
-six = read_manifest(clips)[:6]
-model = kdq.apply(model, OPTIONS, Work(processor, six, six, out, seed=3))
-torch.save(model.state_dict(), out / f"rank-{torch.distributed.get_rank()}.pt")
-"""
-
-
-def test_two_processes_teach_the_same_as_one(make_whisper, processor, clips, tmp_path):
-    """With static matches; the others are chosen by each process for its own clips."""
-    model = make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=2)
-    whisper.save(model, processor, tmp_path / "start", {})
-    training = Training(steps=3, batch_size=4)
-    options = Options(matching="static", quantise=FLOAT, training=training)
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.replace("OPTIONS", repr(options)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    paths = [str(path) for path in (script, tmp_path / "start", clips, tmp_path / "two")]
-    root = str(Path(whisper.__file__).parent.parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    subprocess.run([*launch, *paths], check=True, env=environment, timeout=600)
-
-    six = read_manifest(clips)[:6]
-    one = kdq.apply(model, options, Work(processor, six, six, tmp_path / "one", seed=3))
-    for rank in (0, 1):
-        state = torch.load(tmp_path / "two" / f"rank-{rank}.pt")
-        for name, tensor in one.state_dict().items():
-            if tensor.is_floating_point():
-                difference = (state[name] - tensor).abs()
-                assert difference.mean() < 1e-6, name
-                assert difference.max() < 0.05 * training.learning_rate, name
 
 
 # -------------------------------------------------------------------------- what becomes of it

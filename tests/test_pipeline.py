@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from ctrl_c import count_calls, press_ctrl_c
 
 from benchmarks.speech import read_manifest
-from edgewhisper import pipeline, runs
+from edgewhisper import pipeline, runs, whisper
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import parse
+from edgewhisper.resume import Interrupted
+from edgewhisper.training import Loop
 from edgewhisper.whisper import load
 from export.artifact import read_manifest as read_artifact
 from export.problem import Problem
@@ -98,6 +101,66 @@ def test_a_full_disk_leaves_no_half_artifact(empty, digits, full_disk):
     with pytest.raises(Problem, match="cannot be written"):
         pipeline.export(str(digits))
     assert not list(runs.RUNS.iterdir())
+
+
+SHORT_STEPS = """
+[[step]]
+method = "tspar"
+evaluations = 2
+[step.training]
+steps = 2
+batch_size = 2
+[step.recovery]
+steps = 2
+batch_size = 2
+
+[[step]]
+method = "lite"
+theta_attn = 0.9
+theta_mlp = 0.9
+round_to = 1
+clips = 2
+[step.recovery]
+steps = 2
+batch_size = 2
+"""
+
+
+@pytest.fixture
+def random_start(make_whisper, processor, tmp_path) -> str:
+    whisper.save(make_whisper(d_model=16, ffn=16), processor, tmp_path / "random", {})
+    return str(tmp_path / "random")
+
+
+@pytest.mark.parametrize(
+    ("busy_with", "raised"),
+    [
+        pytest.param((Loop, "update"), Interrupted, id="in training"),
+        pytest.param((Work, "wer"), KeyboardInterrupt, id="while it judges"),
+    ],
+)
+def test_the_same_command_after_ctrl_c_gives_the_same_weights(
+    busy_with, raised, empty, few, random_start, rng, monkeypatch
+):
+    (empty / "mine.toml").write_text(SHORT_STEPS)
+
+    def compress(out: str) -> Path:
+        return pipeline.compress(
+            random_start, "mine.toml", speech=few, dev=few, out=Path(out), say=lambda text: None
+        )
+
+    with monkeypatch.context() as patch:
+        calls = count_calls(patch, *busy_with)
+        whole = compress("whole")
+    with monkeypatch.context() as patch, pytest.raises(raised):
+        press_ctrl_c(patch, *busy_with, call=int(rng.integers(1, len(calls) + 1)))
+        compress("stopped")
+    assert not Path("stopped").exists()
+    again = compress("stopped")
+    assert not list(runs.RUNS.glob("unfinished-*"))
+    wanted, found = (load(place).state_dict() for place in (whole, again))
+    assert found.keys() == wanted.keys()
+    assert all(tensor.equal(found[name]) for name, tensor in wanted.items())
 
 
 def test_speech_without_dev_is_split_the_same_way_each_time(few, clips):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +19,7 @@ from edgewhisper import pipeline, whisper
 from edgewhisper.compress import METHODS, lite, qat, shear, short, shrink
 from edgewhisper.compress.qat import StraightThrough, fake_quantised, settle
 from edgewhisper.compress.work import Work
-from edgewhisper.resume import Interrupted
-from edgewhisper.training import Training, train
+from edgewhisper.training import Training
 from edgewhisper.whisper import GatherLinear, linears
 from export import onnx_graph as ops
 from export.problem import Problem
@@ -333,31 +330,6 @@ def test_it_stays_near_the_model_that_the_recipe_began_with(make_whisper, work, 
     options = qat.Options(keep=0.7, training=Training(steps=1, batch_size=2))
     qat.apply(model, options, replace(work, original=original))
     assert asked[0] == (original, 0.7)
-
-
-def stop_after(steps: int):
-    """A train() that is asked to stop, as by Ctrl-C, after so many steps: it finishes the next."""
-
-    def hook(model, step, learning_rate):
-        if step + 1 == steps:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return lambda *args, **named: train(*args, after_step=hook, **named)
-
-
-def test_interrupted_training_goes_on_to_the_same_bits(tiny_whisper, work, monkeypatch):
-    options = qat.Options(encoder=4, decoder=4, training=BRIEF)
-    ends = []
-    for place in ("whole", "stopped"):
-        own = replace(work, run_dir=work.run_dir / place)
-        if place == "stopped":
-            monkeypatch.setattr(qat, "train", stop_after(1))
-            with pytest.raises(Interrupted):
-                qat.apply(copy.deepcopy(tiny_whisper), options, own)
-            monkeypatch.setattr(qat, "train", train)
-        ends.append(qat.apply(copy.deepcopy(tiny_whisper), options, own).state_dict())
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-    assert work.record["qat"]["training"]["resumed_at"] == [2]
 
 
 def test_two_steps_share_the_work(tiny_whisper, work):

@@ -11,14 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from ctrl_c import count_calls, press_ctrl_c
 
 from benchmarks.wer import Score
 from edgewhisper import pipeline, runs, search, targets
 from edgewhisper.compress.work import Work
 from edgewhisper.recipe import parse as parse_recipe
+from edgewhisper.resume import Interrupted
 from edgewhisper.search import Tried
 from edgewhisper.targets import Amount, Targets, choose, excess, front
-from edgewhisper.whisper import load
+from edgewhisper.training import Loop
+from edgewhisper.whisper import load, save
 from export.cost import count_parameters
 from export.problem import Problem
 
@@ -348,6 +351,43 @@ def test_of_a_shared_search_only_missing_checkpoints_are_made_again(run, tmp_pat
     assert not [text for text in said if text.startswith("trial")]
     again = [text for text in said if text.startswith("once more")]
     assert len(again) == sum(trial["front"] for trial in pareto(two)["trials"])
+
+
+def test_a_search_stopped_inside_the_training_of_a_trial_goes_on_in_it(
+    empty, few, make_whisper, processor, rng, monkeypatch
+):
+    recipe = RANK.replace("steps = 0", "steps = 3\nbatch_size = 2\ncheckpoint_steps = 1")
+    (empty / "mine.toml").write_text(
+        recipe.replace("rank = 32", "rank = 8").replace("96", "12").replace("low = 4", "low = 2")
+    )
+    save(make_whisper(d_model=16, ffn=16), processor, empty / "start", {})
+
+    def search_to(out: str) -> Path:
+        return targets.compress_to(
+            Targets(wer_loss=100.0),
+            trials=3,
+            model="start",
+            recipe="mine.toml",
+            speech=few,
+            dev=few,
+            out=Path(out),
+            say=lambda text: None,
+        )[0]
+
+    with monkeypatch.context() as patch:
+        calls = count_calls(patch, Loop, "update")
+        whole = search_to("whole")
+    assert len(calls) == 9
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        done = press_ctrl_c(patch, Loop, "update", call=int(rng.integers(1, 10)))
+        search_to("stopped")
+    left = count_calls(monkeypatch, Loop, "update")
+    resumed = search_to("stopped")
+    assert len(done) + len(left) == 9, "no step is done twice"
+    assert pareto(resumed) == pareto(whole)
+    wanted, found = (load(place).state_dict() for place in (whole, resumed))
+    assert all(tensor.equal(found[name]) for name, tensor in wanted.items())
+    assert not list(runs.RUNS.glob("unfinished-*"))
 
 
 def test_searches_of_another_seed_or_recipe_or_size_share_nothing(empty, few, digits, wer_by_size):

@@ -1,10 +1,8 @@
-"""The training loop: the same bits after a stop, the same weights on two processes."""
+"""The training loop: what it minimises, and the same bits after a stop."""
 
 import copy
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,6 @@ from edgewhisper.training import Training, learning_rate, loss_before, train
 from export.problem import Problem
 
 SHORT = Training(steps=4, batch_size=3, learning_rate=1e-3, noise_snr_db=10.0, mask_mels=5)
-ASSETS = Path(__file__).parent.parent / "edgewhisper" / "assets"
 
 
 @pytest.fixture
@@ -199,6 +196,16 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_the_same_bits(
     assert same_bits(weights(resumed), weights(whole))
 
 
+def test_ctrl_c_in_the_last_step_is_heard_too(model, processor, few, tmp_path):
+    """Or a recipe of short trainings could not be stopped."""
+    whole = twin(model)
+    train(whole, processor, few, SHORT, run_dir=tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped after step 4 of 4"):
+        train(twin(model), processor, few, SHORT, run_dir=tmp_path, after_step=stop_after(3))
+    assert train(model, processor, few, SHORT, run_dir=tmp_path).resumed_at == [4]
+    assert same_bits(weights(model), weights(whole))
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(
     model, processor, few, tmp_path
 ):
@@ -273,46 +280,3 @@ def test_a_precision_the_machine_lacks_is_a_letter(model, processor, few, tmp_pa
     monkeypatch.setattr("accelerate.Accelerator", refuse)
     with pytest.raises(Problem, match=r"precision 'fp16' does not work here.*requires a GPU"):
         train(model, processor, few, replace(SHORT, precision="fp16"), run_dir=tmp_path)
-
-
-# ------------------------------------------------------------------------------------ two processes
-
-SHARED = Training(steps=3, batch_size=5, accumulate=2, learning_rate=1e-3, noise_snr_db=10.0)
-
-WORKER = """
-import sys, torch
-from pathlib import Path
-from benchmarks.speech import read_manifest
-from edgewhisper import whisper
-from edgewhisper.training import Training, train
-
-start, clips, out = map(Path, sys.argv[1:])
-model, processor = whisper.load(start), whisper.load_processor(start)
-options = OPTIONS
-log = train(model, processor, read_manifest(clips)[:7], options, run_dir=out, seed=3)
-rank = torch.distributed.get_rank()
-torch.save((log.processes, log.losses, model.state_dict()), out / f"rank-{rank}.pt")
-"""
-
-
-def test_two_processes_train_the_same_model_as_one(model, processor, clips, tmp_path):
-    whisper.save(model, processor, tmp_path / "start", {})
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.replace("OPTIONS", repr(SHARED)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    paths = [str(path) for path in (script, tmp_path / "start", clips, tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ASSETS.parent.parent)}
-    subprocess.run([*launch, *paths], check=True, env=environment, timeout=600)
-
-    seven = read_manifest(clips)[:7]
-    log = train(model, processor, seven, SHARED, run_dir=tmp_path / "one", seed=3)
-    assert log.processes == 1
-    for rank in (0, 1):
-        processes, losses, state = torch.load(tmp_path / "two" / f"rank-{rank}.pt")
-        assert processes == 2
-        assert losses == pytest.approx(log.losses, rel=1e-5)
-        for name, tensor in weights(model).items():
-            difference = (state[name] - tensor).abs()
-            # where a gradient is all but zero, Adam turns its rounding into a share of the rate
-            assert difference.mean() < 1e-6, name
-            assert difference.max() < 0.05 * SHARED.learning_rate, name

@@ -1,7 +1,7 @@
 """Run the study: every arm of every experiment, once for each seed.
 
     python -m benchmarks.study.run [EXPERIMENT ...] --speech train.jsonl --dev dev.jsonl
-        --judge clean.jsonl --judge noisy.jsonl [--seeds 0 1 2] [--out FILE]
+        --judge clean.jsonl --judge noisy.jsonl [--seeds 0 1 2] [--arm ARM ...] [--out FILE]
     python -m benchmarks.study.run --recipes DIRECTORY
 
 Every run adds one line to FILE: the recipe, sizes, costs, error rates with their counts. Runs that
@@ -81,10 +81,18 @@ def read(path: Path) -> list[Line]:
 
 
 def run_all(
-    names: Sequence[str], seeds: Sequence[int], speech: Speech, out: Path, base: str
+    names: Sequence[str],
+    seeds: Sequence[int],
+    speech: Speech,
+    out: Path,
+    base: str,
+    arms: Sequence[str] = (),
 ) -> None:
-    """Make the runs that `out` does not have, and add each to it when it is finished."""
+    """Make the runs that `out` does not have, and add each to it when it is finished; `arms` are
+    those that are wanted, none: all."""
     for key in keys(names, seeds):
+        if arms and key[1] not in arms:
+            continue
         lines = read(out)
         text = recipe_of(key, lines)
         found = next((line for line in lines if key_of(line) == key), None)
@@ -232,6 +240,7 @@ def main() -> None:
     parser.add_argument("--dev", type=Path, help="manifest to choose between arms on")
     parser.add_argument("--judge", type=Path, action="append", help="manifest to judge on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arm", action="append", help="only this one, or these; more seeds of it")
     parser.add_argument("--out", type=Path, default=STORED)
     parser.add_argument("--recipes", type=Path, help="write recipes there, run nothing")
     given = parser.parse_args()
@@ -246,7 +255,8 @@ def main() -> None:
     speech = Speech(read_manifest(given.speech), read_manifest(given.dev), judges)
     names = given.experiments or available()
     try:
-        run_all(names, given.seeds, speech, given.out, given.model or str(DEFAULT_MODEL))
+        model = given.model or str(DEFAULT_MODEL)
+        run_all(names, given.seeds, speech, given.out, model, given.arm or ())
     except Problem as problem:
         sys.exit(f"error: {problem}\ntry:   {problem.hint}")
 

@@ -32,6 +32,11 @@ published configuration: at each step, D_i,m(i) counts for the layers with the l
 the next pass the layers with the smallest D_i,m(i) see rounded weights. Layers that are not
 quantised in the end are stored in 16 bits.
 
+(4) and the guidance go by the distances of one pass, over the clips of all processes, so two
+processes match as one does. A step of several passes (`training.accumulate`) chooses anew in each
+of them, for the costs of the whole step would take a forward pass more: only with static matches
+and both shares at 1 is it the same as a step of one pass.
+
 Where we differ, each by an option named below or because a published detail is an oversight:
 
 - The authors scale by the signed maximum of a weight; a weight below minus that would overflow in
@@ -85,7 +90,8 @@ class Options:
     guided_mode: Literal["KD", "KDQ"] = "KD"
     """KD: layers imitate activations (1). KDQ: weights of fc1 (5)."""
     matching: Literal["static", "limit", "nolimit", "dp"] = "limit"
-    """static: evenly spaced, layer i of 6 imitates layer 2 i + 1 of 12. The others: see (4)."""
+    """static: evenly spaced, layer i of 6 imitates layer 2 i + 1 of 12. The others: see (4);
+    chosen by the clips of a pass, whatever the number of processes that share it."""
     features: Literal["softmax", "normalised"] = "softmax"
     temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0
     """T."""
@@ -345,10 +351,10 @@ def distillation(lesson: Lesson) -> LossTerm:
 def imitation(side: str, lesson: Lesson, labels: Tensor) -> Tensor:
     """1 / N_s sum_i D_i,m(i) of one side; notes D and m in the distiller."""
     distiller = lesson.student.distiller
+    matches = MATCHING[lesson.options.matching](costs(side, lesson, labels))
     distance = distance_of(side, lesson, labels)
-    matches = MATCHING[lesson.options.matching](costs(side, lesson, distance))
     losses = torch.stack([distance(i, j) for i, j in enumerate(matches)])
-    getattr(distiller, f"{side}_losses").copy_(losses.detach())
+    getattr(distiller, f"{side}_losses").copy_(over_processes(losses.detach(), labels))
     getattr(distiller, f"{side}_matches").copy_(torch.tensor(matches))
     kept = torch.zeros_like(losses)
     kept[in_need(side, lesson)] = 1
@@ -358,13 +364,27 @@ def imitation(side: str, lesson: Lesson, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def costs(side: str, lesson: Lesson, distance: Callable[[int, int], Tensor]) -> Tensor:
+def costs(side: str, lesson: Lesson, labels: Tensor) -> Tensor:
     """D_ij of all pairs, (N_s, N_t); a static match does not ask for them."""
     ours, theirs = (len(layers_of(model, side)) for model in (lesson.student, lesson.teacher))
     if lesson.options.matching == "static":
         return torch.zeros(ours, theirs)
+    distance = distance_of(side, lesson, labels)
     rows = [torch.stack([distance(i, j) for j in range(theirs)]) for i in range(ours)]
-    return torch.stack(rows).cpu()
+    return over_processes(torch.stack(rows), labels).cpu()
+
+
+def over_processes(means: Tensor, labels: Tensor) -> Tensor:
+    """Means over this process's tokens -> over the tokens of all processes in this pass. What is
+    chosen by them must be the same everywhere, and the same as on one process."""
+    from accelerate import PartialState
+    from accelerate.utils import reduce
+
+    if PartialState().num_processes == 1:
+        return means
+    tokens = (labels != IGNORED).sum().to(means.dtype)
+    sums = reduce(torch.cat([means.flatten() * tokens, tokens[None]]), reduction="sum")
+    return (sums[:-1] / sums[-1]).view_as(means)
 
 
 def distance_of(side: str, lesson: Lesson, labels: Tensor) -> Callable[[int, int], Tensor]:
