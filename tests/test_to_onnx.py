@@ -157,7 +157,7 @@ def test_logits_and_tokens_are_torchs(make, make_whisper, processor, rng, tmp_pa
 def test_the_default_checkpoint_gives_the_same_tokens(
     precision, digits, processor, clips, tmp_path
 ):
-    """Real speech, ten clips: token for token in floats, most in int8 and int4 (their gate is on WER)."""
+    """Real speech, ten clips: all tokens in floats, most in int8 and int4 (gated on WER)."""
     from benchmarks.speech import read_manifest
 
     model = whisper.load(digits)
