@@ -13,7 +13,7 @@ from typing import Any
 from export.files import new_file
 from export.problem import Problem
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 GRAPHS = ("encoder.onnx", "decoder.onnx", "tokens.json")
 AGAIN = "export it again, or copy the whole folder anew"

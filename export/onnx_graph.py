@@ -28,10 +28,17 @@ from export.quantise import Scheme
 FUSED = "com.microsoft"
 OPSETS = {"": 18, FUSED: 1}
 IR_VERSION = 9
-PRECISIONS = ("fp32", "int8")
-INT8 = Scheme()
-"""How an int8 graph stores a matrix that nothing else is said of: a scale for every row."""
-DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+INT8, INT4, FLOAT = Scheme(8), Scheme(4), Scheme(32)
+DTYPES = {
+    "float32": TensorProto.FLOAT,
+    "int8": TensorProto.INT8,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+}
+SPARE = 32
+"""Room behind the encoder's keys and values: so many tokens can be decoded in one step."""
+CHANNELS = "PER_CHANNEL"
 
 Floats = NDArray[np.float32]
 Dim = int | str
@@ -47,8 +54,8 @@ class Linear:
     inputs: NDArray[np.int64] | None = None
     features: int = 0
     """Needed with `inputs` only."""
-    scheme: Scheme = INT8
-    """How the weight is stored in a graph that is not float32."""
+    scheme: Scheme | None = None
+    """How a graph that quantises stores the weight; None: as it stores all matrices."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,11 @@ class Heads:
     qk_dim: int
     v_dim: int
     scale: float
+
+    @property
+    def cache_dim(self) -> int:
+        """Width of a head in a cache: of keys and values alike, and a multiple of 8."""
+        return -(-max(self.qk_dim, self.v_dim) // 8) * 8
 
 
 @dataclass(frozen=True)
@@ -73,14 +85,18 @@ class Spec:
 class Graph:
     """Nodes and constants of one graph under construction. Equal constants are stored once.
 
-    `schemes` says how single weights are stored, by what they belong to; a float32 graph keeps all
-    weights as they are.
+    `schemes` says how single weights are stored, by what they belong to, where the graph quantises
+    (int8 and int4); the others store all of them as float32, or as float16 (fp16).
     """
 
     def __init__(self, precision: str, schemes: Mapping[Any, Scheme] | None = None) -> None:
-        self.int8 = precision == "int8"
+        self.quantises = precision in ("int8", "int4")
+        self.halves = precision != "fp32"
+        """Floats are stored as float16, and widened by the runtime as it loads the graph."""
+        self.matrices = {"int8": INT8, "int4": INT4}.get(precision, FLOAT)
         self.schemes = schemes or {}
         self._nodes: list[onnx.NodeProto] = []
+        self._quantised: dict[str, list[str]] = {}
         self._constants: dict[bytes, onnx.TensorProto] = {}
         self._prefix = ""
 
@@ -115,6 +131,16 @@ class Graph:
         node = helper.make_node(kind, inputs, outputs, name, domain=domain, **attributes)
         self._nodes.append(node)
         return list(outputs)
+
+    def scheme(self, wanted: Scheme | None, usual: Scheme | None = None) -> Scheme:
+        """How a weight is stored for which that is wanted; `usual`: other than matrices are."""
+        return wanted or usual or self.matrices if self.quantises else FLOAT
+
+    def quantised(self, value: str) -> list[str]:
+        """A value in 8 bits with its scale and zero point; the same ones whenever it is asked."""
+        if value not in self._quantised:
+            self._quantised[value] = self.ops("DynamicQuantizeLinear", value, outputs=3)
+        return self._quantised[value]
 
     def name(self, value: str, name: str) -> str:
         """Give a value a name that readers of the graph can rely on."""
@@ -174,7 +200,8 @@ def linear(g: Graph, x: str, layers: Sequence[Linear], gather: bool = False) -> 
 
 
 def parallel(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
-    """Several linear layers of one input (q, k and v): one product of all that are stored alike.
+    """Several linear layers of one input of a few rows (q, k and v of new tokens): one product of
+    all that are stored alike, so that there are few operators.
 
     A low-rank layer's first factor takes part, and its second one follows.
     """
@@ -191,24 +218,44 @@ def parallel(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str
     return [linear(g, parts[i], branch[1:]) for i, branch in enumerate(branches)]
 
 
+def apart(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
+    """The same for hundreds of rows, where splitting a product costs more than several products
+    (measured: a third of q, k and v together); x is quantised once for all of them."""
+    return [linear(g, _shared_product(g, x, first), rest) for first, *rest in branches]
+
+
+def _shared_product(g: Graph, x: str, layer: Linear) -> str:
+    """As _product, of an input that other layers read too."""
+    scheme = g.scheme(layer.scheme)
+    if scheme.bits != 8:
+        return _product(g, x, [layer])
+    codes, scale = quantise(layer.weight, scheme)
+    matrix = _joint_matrix(g, [layer], [codes])
+    q, q_scale, zero = g.quantised(x)
+    inputs = [q, matrix, q_scale, g.constant(scale), zero]
+    inputs += [] if layer.bias is None else ["", g.constant(layer.bias)]
+    return g.op("MatMulIntegerToFloat", *inputs, domain=FUSED)
+
+
 def _kind(g: Graph, layer: Linear) -> Any:
     """What layers of one product have in common."""
-    if not g.int8 or layer.scheme.bits > 4:
-        return g.int8 and layer.scheme.bits
-    return layer.scheme.block, None if layer.inputs is None else layer.inputs.tobytes()
+    scheme = g.scheme(layer.scheme)
+    if scheme.bits > 4:
+        return scheme.bits
+    return scheme.block, None if layer.inputs is None else layer.inputs.tobytes()
 
 
 def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:
     """Layers of one input, stored alike, side by side: x (1, n, in) -> (1, n, sum of out)."""
     bias = _joint_bias(layers)
     added = [] if bias is None else [g.constant(bias)]
-    scheme = layers[0].scheme if g.int8 else Scheme(32)
+    scheme = g.scheme(layers[0].scheme)
     if scheme.bits == 4:
-        return _int4_product(g, x, layers, added)
+        return _int4_product(g, x, layers, scheme, added)
     if scheme.bits == 32:
         x = g.op("MatMul", x, _joint_matrix(g, layers, [layer.weight for layer in layers]))
         return g.op("Add", x, *added) if added else x
-    parts = [quantise(layer.weight, layer.scheme) for layer in layers]
+    parts = [quantise(layer.weight, scheme) for layer in layers]
     matrix = _joint_matrix(g, layers, [q for q, _ in parts])
     scale = g.constant(np.concatenate([scale for _, scale in parts]))
     if scheme.bits == 16:
@@ -218,12 +265,14 @@ def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:
     return g.op("DynamicQuantizeMatMul", x, matrix, scale, *zero, *added, domain=FUSED)
 
 
-def _int4_product(g: Graph, x: str, layers: Sequence[Linear], added: list[str]) -> str:
+def _int4_product(
+    g: Graph, x: str, layers: Sequence[Linear], scheme: Scheme, added: list[str]
+) -> str:
     """Blocks lie along the inputs that are read, so these are picked, on many rows too."""
-    scheme, inputs = layers[0].scheme, layers[0].inputs
+    inputs = layers[0].inputs
     if inputs is not None:
         x = g.op("Gather", x, g.constant(inputs), axis=-1)
-    parts = [quantise(layer.weight, layer.scheme) for layer in layers]
+    parts = [quantise(layer.weight, scheme) for layer in layers]
     codes, scales = (np.concatenate(both) for both in zip(*parts, strict=True))
     packed = quantisers.pack(torch.from_numpy(codes), scheme).numpy()
     out, features = codes.shape
@@ -245,7 +294,7 @@ def _int4_product(g: Graph, x: str, layers: Sequence[Linear], added: list[str]) 
 def _joint_matrix(g: Graph, layers: Sequence[Linear], weights: Sequence[NDArray]) -> str:
     """Weights (out, in) of several layers as one matrix (all inputs, sum of out)."""
     if all(layer.inputs is None for layer in layers):
-        return g.constant(np.concatenate(weights).T)
+        return _stored(g, np.concatenate(weights).T)
     pairs = zip(layers, weights, strict=True)
     wide = [_all_inputs(g, weight, layer.inputs, layer.features) for layer, weight in pairs]
     return wide[0] if len(wide) == 1 else g.op("Concat", *wide, axis=1)
@@ -258,11 +307,11 @@ def _all_inputs(g: Graph, weight: NDArray, inputs: NDArray | None, features: int
     loads the graph (constant folding).
     """
     if inputs is None:
-        return g.constant(weight.T)
+        return _stored(g, weight.T)
     source = np.full(features, len(inputs), np.int32)
     source[inputs] = np.arange(len(inputs))
     rows = np.concatenate([weight.T, np.zeros_like(weight.T[:1])])
-    return g.op("Gather", g.constant(rows), g.constant(source), axis=0)
+    return g.op("Gather", _stored(g, rows), g.constant(source), axis=0)
 
 
 def _joint_bias(layers: Sequence[Linear]) -> Floats | None:
@@ -278,14 +327,20 @@ def _joint_bias(layers: Sequence[Linear]) -> Floats | None:
 
 
 def float_table(g: Graph, array: Floats) -> str:
-    """Positions and convolution kernels: float32; stored as float16 in an int8 graph.
+    """Positions, kernels, matrices that stay floats: as float16 where the graph halves them.
 
-    The runtime widens them once, as it loads the graph: half the bytes, and an error of 2**-11,
-    far below that of int8 activations. Values beyond the range of float16 stay as they are.
+    The runtime widens them once, as it loads the graph: half the bytes, and an error of 2**-11.
+    Values beyond the range of float16 stay as they are.
     """
-    if not g.int8 or np.abs(array).max() > np.finfo(np.float16).max:
+    if not g.halves or np.abs(array).max(initial=0) > np.finfo(np.float16).max:
         return g.constant(array)
     return g.op("Cast", g.constant(array.astype(np.float16)), to=TensorProto.FLOAT)
+
+
+def _stored(g: Graph, matrix: NDArray) -> str:
+    """Codes, or floats: those that a graph leaves where it quantises were asked for as they are."""
+    halved = matrix.dtype == np.float32 and not g.quantises
+    return float_table(g, matrix) if halved else g.constant(matrix)
 
 
 def kernel(g: Graph, weight: Floats, scheme: Scheme | None) -> str:
@@ -293,7 +348,7 @@ def kernel(g: Graph, weight: Floats, scheme: Scheme | None) -> str:
 
     Convolutions run in float32; the runtime widens the codes once, as it loads the graph.
     """
-    if not g.int8 or scheme is None:
+    if not g.quantises or scheme is None:
         return float_table(g, weight)
     return _widened(g, weight, scheme)
 
@@ -301,7 +356,7 @@ def kernel(g: Graph, weight: Floats, scheme: Scheme | None) -> str:
 def _widened(g: Graph, weight: Floats, scheme: Scheme, columns: bool = False) -> str:
     """Stored in 8 or 16 bits, float32 at work; `columns`: a matrix as its transpose."""
     if scheme.bits == 32:
-        return g.constant(weight.T if columns else weight)
+        return _stored(g, weight.T if columns else weight)
     q, scale = quantise(weight.reshape(len(weight), -1), scheme)
     q, scale = q.reshape(weight.shape), scale.reshape(-1, *[1] * (weight.ndim - 1))
     q, scale = (q.T, scale.T) if columns else (q, scale)
@@ -337,7 +392,7 @@ class TokenTable:
     def __init__(self, g: Graph, weight: Floats, scheme: Scheme | None = None) -> None:
         self.g = g
         self.scale: str | None = None
-        scheme = (scheme or INT8) if g.int8 else Scheme(32)
+        scheme = g.scheme(scheme, INT8)
         if scheme.bits == 8:
             q, scale = quantise(weight, scheme)
             self.table, self.scale = g.constant(q.T), g.constant(scale)
@@ -412,71 +467,117 @@ def shared_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
     """
     one_head = g.constant([1])
     keys, values = (g.op("Unsqueeze", x, one_head) for x in (k, v))  # (1, 1, n, dim)
-    return _plain_attention(g, q, keys, values, heads, mask=None)
+    return _plain_attention(g, q, keys, values, heads)
 
 
-def cross_attention(g: Graph, q: str, keys: str, values: str, heads: Heads) -> str:
-    """q (1, s, heads * qk_dim) over keys (1, heads, t, qk_dim), values (1, heads, t, v_dim)."""
-    if heads.qk_dim == heads.v_dim:
-        return g.op("MultiHeadAttention", q, keys, values, domain=FUSED, **_fused(heads))
-    return _plain_attention(g, q, keys, values, heads, mask=None)
+def ends(g: Graph, ids: str, length: str) -> tuple[str, str]:
+    """How many positions a cache holds after the new ones, less one (1,) and as it is (): what
+    cached_attention asks for. ids (1, s) are new, `length` (1,) int32 positions are there."""
+    new = g.op("Cast", g.op("Shape", ids, start=1, end=2), to=TensorProto.INT32)
+    total = g.op("Add", length, new)
+    one, first = g.constant(np.array([1], np.int32)), g.constant([0])
+    return g.op("Sub", total, one), g.op("Squeeze", total, first)
 
 
 def cached_attention(
     g: Graph,
     qkv: Sequence[str],
-    past: Sequence[str],
+    cache: Sequence[str],
     present: Sequence[str],
-    mask: str,
+    ends: Sequence[str],
     heads: Heads,
+    bias: str = "",
 ) -> str:
     """Causal attention of s new positions over the cached ones and themselves.
 
-    qkv (1, s, heads * dim) each, past keys and values (1, heads, past, dim); writes `present`,
-    (1, heads, past + s, dim). `mask` is causal_mask's, for shapes the fused operator refuses.
+    qkv (1, s, heads * dim) each. `cache` is keys and values (1, heads, room, cache_dim), filled as
+    far as `ends` says, and where they are int8 the scales of both, (heads * cache_dim,). Writes
+    `present`, the same with s more. A caller that binds one buffer as both has it filled in place.
     """
-    q, k, v = qkv
-    if heads.qk_dim == heads.v_dim:
-        inputs = (q, k, v, "", "", "", *past)
-        names = [f"{present[0]}.attention", *present]
-        return g.ops(
-            "MultiHeadAttention",
-            *inputs,
-            outputs=names,
-            domain=FUSED,
-            unidirectional=1,
-            **_fused(heads),
-        )[0]
-    k = split_heads(g, k, heads.count, heads.qk_dim)
-    v = split_heads(g, v, heads.count, heads.v_dim)
-    keys = g.ops("Concat", past[0], k, outputs=present[:1], axis=2)[0]
-    values = g.ops("Concat", past[1], v, outputs=present[1:], axis=2)[0]
-    return _plain_attention(g, q, keys, values, heads, mask)
+    room = heads.cache_dim
+    dims = heads.qk_dim, heads.qk_dim, heads.qk_dim if bias else heads.v_dim
+    q, k, v = (_padded(g, x, heads.count, room, dim) for x, dim in zip(qkv, dims, strict=True))
+    inputs = [q, k, v, *cache[:2], *ends, "", "", "", bias, "", *cache[2:]]
+    while not inputs[-1]:
+        inputs.pop()
+    int8 = {"kv_cache_bit_width": 8, "k_quant_type": CHANNELS, "v_quant_type": CHANNELS}
+    y = g.ops(
+        "GroupQueryAttention",
+        *inputs,
+        outputs=[f"{present[0]}.attention", *present],
+        domain=FUSED,
+        kv_num_heads=heads.count,
+        **(int8 if cache[2:] else {}),
+        **_fused(heads),
+    )[0]
+    if heads.v_dim == room:
+        return y
+    y = g.op("Reshape", y, g.constant([0, 0, heads.count, room]))
+    y = g.op("Slice", y, *(g.constant([end]) for end in (0, heads.v_dim, 3)))
+    return g.op("Reshape", y, g.constant([0, 0, heads.count * heads.v_dim]))
 
 
-def causal_mask(g: Graph, start: str, end: str) -> str:
-    """0 where query position i in [start, end) may see key position j <= i, else -inf.
+def cross_attention(
+    g: Graph,
+    q: str,
+    cache: Sequence[str],
+    present: Sequence[str],
+    ends: Sequence[str],
+    heads: Heads,
+    bias: str,
+) -> str:
+    """q (1, s, heads * qk_dim) over the encoder's keys and values, as encoder_cache leaves them.
 
-    start, end (1,) int64 -> (end - start, end).
+    The operator puts a key into the cache for every query. There is none to put, so the queries
+    stand for them: they fill the spare room behind the encoder's, and `bias` (unseen) hides them.
     """
-    begin, stop = (g.op("Squeeze", x, g.constant([0])) for x in (start, end))
-    one, zero = g.constant(1), g.constant(0)
-    queries = g.op("Unsqueeze", g.op("Range", begin, stop, one), g.constant([1]))
-    seen = g.op("LessOrEqual", g.op("Range", zero, stop, one), queries)
-    return g.op("Where", seen, g.constant(0.0), g.constant(-np.inf))
+    return cached_attention(g, [q, q, q], cache, present, ends, heads, bias)
+
+
+def encoder_cache(g: Graph, x: str, heads: Heads, dim: int) -> list[str]:
+    """Keys or values of a whole window, (1, T, heads * dim), as cross_attention reads them.
+
+    (1, heads, T + SPARE, cache_dim); where the graph quantises, int8 and (heads * cache_dim,)
+    scales.
+    """
+    x = _padded(g, x, heads.count, heads.cache_dim, dim)
+    scales = []
+    if g.quantises:
+        loudest = g.op("ReduceMax", g.op("Abs", x), g.constant([0, 1]), keepdims=0)
+        scale = g.op("Max", g.op("Mul", loudest, g.constant(1 / 127)), g.constant(1e-10))
+        # divided beforehand: the operator's own scales along an axis are fifty times as slow
+        x = g.op("Mul", x, g.op("Reciprocal", scale))
+        x = g.op("QuantizeLinear", x, g.constant(1.0), g.constant(np.array(0, np.int8)))
+        scales = [scale]
+    x = split_heads(g, x, heads.count, heads.cache_dim)
+    return [g.op("Pad", x, g.constant([0, 0, 0, 0, 0, 0, SPARE, 0])), *scales]
+
+
+def unseen(g: Graph, ids: str, filled: str) -> str:
+    """0 for the `filled` (1,) int64 positions of a cache, -1e30 for s behind: (1, 1, s, all)."""
+    new = g.op("Shape", ids, start=1, end=2)
+    ones = g.constant([1, 1])
+    seen = g.op("ConstantOfShape", g.op("Concat", ones, new, filled, axis=0))
+    hidden = g.op("Expand", g.constant(-1e30), g.op("Concat", ones, new, new, axis=0))
+    return g.op("Concat", seen, hidden, axis=3)
+
+
+def _padded(g: Graph, x: str, heads: int, room: int, dim: int) -> str:
+    """(1, n, heads * dim) -> (1, n, heads * room), zeros behind every head's own."""
+    if dim == room:
+        return x
+    x = g.op("Reshape", x, g.constant([0, 0, heads, dim]))
+    x = g.op("Pad", x, g.constant([0, 0, 0, 0, 0, 0, 0, room - dim]))
+    return g.op("Reshape", x, g.constant([0, 0, heads * room]))
 
 
 def _fused(heads: Heads) -> dict[str, int | float]:
     return {"num_heads": heads.count, "scale": heads.scale}
 
 
-def _plain_attention(
-    g: Graph, q: str, keys: str, values: str, heads: Heads, mask: str | None
-) -> str:
+def _plain_attention(g: Graph, q: str, keys: str, values: str, heads: Heads) -> str:
     q = split_heads(g, g.op("Mul", q, g.constant(heads.scale)), heads.count, heads.qk_dim)
     scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
-    if mask is not None:
-        scores = g.op("Add", scores, mask)
     mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), values)
     mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])
     return g.op("Reshape", mixed, g.constant([0, 0, heads.count * heads.v_dim]))

@@ -1,25 +1,33 @@
 """Whisper as two ONNX graphs in our native layout, built from the weights.
 
     encoder.onnx   pcm (1, samples) float32, 16 kHz
-                   -> cross.{i}.key (1, heads, T, qk_dim), cross.{i}.value (1, heads, T, v_dim)
-    decoder.onnx   input_ids (1, s) int64, past.{i}.key/value (1, heads, past, dim), cross.{i}.*
-                   -> logits (1, 1, vocab) of the last position, present.{i}.key/value
+                   -> cross.{i}.key/value (1, heads, T + 32, width)
+    decoder.onnx   input_ids (1, s) int64, s <= 32, past_length (1,) int32,
+                   past.{i}.key/value (1, heads, room, width), cross.{i}.*
+                   -> logits (1, 1, vocab) of the last position,
+                      present.{i}.key/value, heard.{i}.key/value
 
 `i` counts decoder layers. `samples` is one of the manifest's `windows_samples`, and T the encoder
 positions of that window: one graph serves them all. Where the model has one window only, both are
-numbers. The decoder starts with a past of length 0; positions follow from it. Head axes of the
-inputs are symbolic, those of the outputs static. Beside the graphs stands all that inference needs
+numbers. Keys and values stand in buffers with room for all positions, `past_length` says how many
+of them are filled. A caller binds one buffer as past.{i} and as present.{i}, and another one as
+cross.{i} and as heard.{i}: then nothing is copied between steps (bound apart, they are copied, and
+the results are the same). Widths of heads are rounded up to a multiple of 8. In int8 the encoder's
+keys and values are int8 as well, and cross.{i}.key_scale and value_scale (heads * width,) belong to
+them: reading them is a large part of a step's work. Head axes of the inputs are symbolic, those of
+the outputs static. Beside the graphs stands all that inference needs
 without a tokenizer library: tokens.json, and the prompt and the rules of decoding in manifest.json;
 the Hugging Face files are there for tools that want them.
 
-fp32 keeps every weight as it is. int8 quantises every matrix of the blocks per output channel and
-the tied token table per token (its factors per row), with dynamic activations; the convolution stem
-and the decoder's positions are float16 on disk and float32 at work; biases and norms stay float32.
-The encoder's positions are computed where they are the sinusoids that Whisper fixes. Where the
-checkpoint names bits for a layer, the table or the stem (see quantise.py), an int8 export follows
-it: 4 bits in blocks, 8, 16 (float32 at work) or 32. Nothing is
-stored twice. On x86 without VNNI, onnxruntime's int8 products may saturate (u8 * s8 summed in 16
-bits): gate there.
+fp32 keeps every weight as it is; fp16 stores matrices and tables as float16, which the runtime
+widens as it loads them. int8 quantises every matrix of the blocks per output channel and the tied
+token table per token (its factors per row), with dynamic activations; the convolution stem and the
+decoder's positions are float16 on disk and float32 at work; biases and norms stay float32. int4 is
+int8 but for the matrices of the blocks: 4 bits, a scale for 32 inputs. The encoder's positions are
+computed where they are the sinusoids that Whisper fixes. Where the checkpoint names bits for a
+layer, the table or the stem (see quantise.py), int8 and int4 follow it: 4 bits in blocks, 8, 16
+(float32 at work) or 32. Nothing is stored twice. On x86 without VNNI, onnxruntime's int8 products
+may saturate (u8 * s8 summed in 16 bits): gate there.
 
 The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels, frames), and
 the names of its nodes begin with `log_mel/`. To tell its time from the encoder's, run the encoder
@@ -32,12 +40,14 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from export import onnx_graph as ops
@@ -50,11 +60,12 @@ from export.quantise import schemes
 from export.shrink import attention_shape, layer_shapes, windows_of
 from export.versions import versions
 
+KINDS = ("key", "value")
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
-SINUSOID_ERROR = {"fp32": 1e-5, "int8": 2**-12}
-"""Positions this close to Whisper's sinusoids are computed, not stored. float16, in which an int8
-graph would store them, is off by as much."""
+SINUSOID_ERROR = {False: 1e-5, True: 2**-12}
+"""Positions this close to Whisper's sinusoids are computed, not stored. A graph that would store
+them as float16 would be off by as much."""
 
 
 def export_onnx(
@@ -151,10 +162,13 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
     outputs = []
     for i, layer in enumerate(model.model.decoder.layers):
         attention, heads = layer.encoder_attn, _heads(layer.encoder_attn)
-        key, value = ops.parallel(g, x, _chains(g, attention, "kv"))
-        for kind, y, dim in (("key", key, heads.qk_dim), ("value", value, heads.v_dim)):
-            name = g.name(ops.split_heads(g, y, heads.count, dim), f"cross.{i}.{kind}")
-            outputs.append(Spec(name, (1, heads.count, _positions(model), dim)))
+        both = ops.apart(g, x, _chains(g, attention, "kv"))
+        dims = heads.qk_dim, heads.v_dim
+        specs = _cross(model, i, g.quantises, heads.count)
+        made = [ops.encoder_cache(g, y, heads, dim) for y, dim in zip(both, dims, strict=True)]
+        for value, spec in zip(sum(zip(*made, strict=True), ()), specs, strict=True):
+            g.name(value, spec.name)
+        outputs += specs
     one_window = isinstance(_positions(model), int)
     return g, [Spec("pcm", (1, extractor.n_samples if one_window else "samples"))], outputs
 
@@ -170,18 +184,21 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
     g = Graph(precision, schemes(model))
     decoder = model.model.decoder
     table = _token_table(g, decoder.embed_tokens)
-    past_length = g.op("Shape", "past.0.key", start=2, end=3)
-    length = g.op("Shape", "input_ids", start=1, end=2)
-    end = g.op("Add", past_length, length)
+    length = g.op("Cast", "past_length", to=TensorProto.INT64)
+    end = g.op("Add", length, g.op("Shape", "input_ids", start=1, end=2))
     positions = ops.float_table(g, _array(decoder.embed_positions.weight))
-    here = g.op("Slice", positions, past_length, end)
-    x = g.op("Add", table.look_up("input_ids"), here)
-    mask = ops.causal_mask(g, past_length, end)
+    x = g.op("Add", table.look_up("input_ids"), g.op("Slice", positions, length, end))
+    filled = g.op("Sub", g.op("Shape", "cross.0.key", start=2, end=3), g.constant([ops.SPARE]))
+    places = Places(
+        own=ops.ends(g, "input_ids", "past_length"),
+        cross=ops.ends(g, "input_ids", g.op("Cast", filled, to=TensorProto.INT32)),
+        unseen=ops.unseen(g, "input_ids", filled),
+    )
     for i, layer in enumerate(decoder.layers):
-        x = _decoder_layer(g, x, layer, i, mask)
+        x = _decoder_layer(g, x, layer, i, places)
     last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
     g.name(table.logits(_norm(g, last, decoder.layer_norm)), "logits")
-    return g, *_decoder_contract(model)
+    return g, *_decoder_contract(model, g.quantises)
 
 
 def _token_table(g: Graph, table: nn.Module) -> ops.TokenTable | ops.FactorisedTable:
@@ -191,23 +208,42 @@ def _token_table(g: Graph, table: nn.Module) -> ops.TokenTable | ops.FactorisedT
     return ops.TokenTable(g, _array(table.weight), g.schemes.get(table))
 
 
-def _decoder_contract(model: nn.Module) -> tuple[list[Spec], list[Spec]]:
-    inputs = [Spec("input_ids", (1, "s"), "int64")]
+@dataclass(frozen=True)
+class Places:
+    """Where the new tokens stand among the cached ones, and behind the encoder's positions."""
+
+    own: tuple[str, str]
+    cross: tuple[str, str]
+    unseen: str
+
+
+def _decoder_contract(model: nn.Module, int8: bool) -> tuple[list[Spec], list[Spec]]:
+    inputs = [Spec("input_ids", (1, "s"), "int64"), Spec("past_length", (1,), "int32")]
     outputs = [Spec("logits", (1, 1, model.config.vocab_size))]
-    positions = _positions(model)
     for i, layer in enumerate(model.model.decoder.layers):
-        own, cross = _heads(layer.self_attn), _heads(layer.encoder_attn)
-        inputs += _cache(f"past.{i}", f"heads_dec_{i}", "past", own)
-        inputs += _cache(f"cross.{i}", f"heads_enc_{i}", positions, cross)
-        outputs += _cache(f"present.{i}", own.count, "total", own)
+        inputs += _cache(model, f"past.{i}", f"heads_dec_{i}", layer.self_attn)
+        inputs += _cross(model, i, int8, f"heads_enc_{i}")
+        outputs += _cache(model, f"present.{i}", _heads(layer.self_attn).count, layer.self_attn)
+        outputs += _cross(model, i, int8, _heads(layer.encoder_attn).count, "heard")[:2]
     return inputs, outputs
 
 
-def _cache(name: str, heads: int | str, length: int | str, shape: Heads) -> list[Spec]:
-    return [
-        Spec(f"{name}.key", (1, heads, length, shape.qk_dim)),
-        Spec(f"{name}.value", (1, heads, length, shape.v_dim)),
-    ]
+def _cache(model: nn.Module, name: str, heads: int | str, attention: nn.Module) -> list[Spec]:
+    shape = (1, heads, model.config.max_target_positions, _heads(attention).cache_dim)
+    return [Spec(f"{name}.{kind}", shape) for kind in KINDS]
+
+
+def _cross(
+    model: nn.Module, layer: int, int8: bool, heads: int | str, name: str = "cross"
+) -> list[Spec]:
+    """Keys and values of the encoder for one decoder layer, and their scales in an int8 graph."""
+    attention = _heads(model.model.decoder.layers[layer].encoder_attn)
+    positions, width = _positions(model), attention.cache_dim
+    room = positions + ops.SPARE if isinstance(positions, int) else "room"
+    shape = (1, heads, room, width)
+    specs = [Spec(f"{name}.{layer}.{kind}", shape, "int8" if int8 else "float32") for kind in KINDS]
+    scales = [Spec(f"{name}.{layer}.{kind}_scale", (attention.count * width,)) for kind in KINDS]
+    return specs + scales if int8 else specs
 
 
 def _stem(g: Graph, mel: str, encoder: nn.Module, positions: int | str) -> str:
@@ -230,7 +266,7 @@ def _encoder_positions(g: Graph, table: ops.Floats, length: str) -> str:
     rates = sinusoid_rates(table.shape[1])
     angles = np.arange(len(table), dtype=np.float32)[:, None] * rates
     wanted = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    error = SINUSOID_ERROR["int8" if g.int8 else "fp32"]
+    error = SINUSOID_ERROR[g.halves]
     if wanted.shape == table.shape and np.abs(wanted - table).max() <= error:
         return ops.sinusoids(g, length, rates)
     return g.op("Slice", ops.float_table(g, table), g.constant([0]), length)
@@ -249,28 +285,28 @@ def sinusoid_rates(width: int) -> ops.Floats:
 def _encoder_layer(g: Graph, x: str, layer: nn.Module) -> str:
     attention = layer.self_attn
     y = _norm(g, x, layer.self_attn_layer_norm)
-    q, k, v = ops.parallel(g, y, _chains(g, attention, "qkv"))
+    q, k, v = ops.apart(g, y, _chains(g, attention, "qkv"))
     attend = ops.shared_attention if getattr(attention, "shared", False) else ops.self_attention
     y = attend(g, q, k, v, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
     return _feed_forward(g, x, layer)
 
 
-def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, mask: str) -> str:
+def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Places) -> str:
     attention = layer.self_attn
     y = _norm(g, x, layer.self_attn_layer_norm)
-    past, present = (
-        [f"{time}.{number}.{kind}" for kind in ("key", "value")] for time in ("past", "present")
-    )
+    past, present = ([f"{time}.{number}.{kind}" for kind in KINDS] for time in ("past", "present"))
     qkv = ops.parallel(g, y, _chains(g, attention, "qkv"))
-    y = ops.cached_attention(g, qkv, past, present, mask, _heads(attention))
+    y = ops.cached_attention(g, qkv, past, present, places.own, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
 
     attention = layer.encoder_attn
     y = _norm(g, x, layer.encoder_attn_layer_norm)
     q = ops.linear(g, y, _chain(g, attention.q_proj, layer.embed_dim), gather=True)
-    keys, values = (f"cross.{number}.{kind}" for kind in ("key", "value"))
-    y = ops.cross_attention(g, q, keys, values, _heads(attention))
+    kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.quantises else KINDS
+    cross = [f"cross.{number}.{kind}" for kind in kinds]
+    heard = [f"heard.{number}.{kind}" for kind in KINDS]
+    y = ops.cross_attention(g, q, cross, heard, places.cross, _heads(attention), places.unseen)
     x = g.op("Add", x, _attention_output(g, y, attention))
     return _feed_forward(g, x, layer, gather=True)
 
@@ -298,7 +334,7 @@ def _chain(g: Graph, module: nn.Module, features: int) -> list[Linear]:
     bias = None if module.bias is None else _array(module.bias)
     inputs = getattr(module, "inputs", None)
     kept = None if inputs is None else inputs.cpu().numpy()
-    return [Linear(_array(module.weight), bias, kept, features, g.schemes.get(module, ops.INT8))]
+    return [Linear(_array(module.weight), bias, kept, features, g.schemes.get(module))]
 
 
 def _attention_output(g: Graph, x: str, attention: nn.Module) -> str:

@@ -373,7 +373,7 @@ DAMAGE = [
     pytest.param(
         "manifest.json",
         b'{"format": 7, "target": "onnx"}',
-        "artifact format 7 for onnx; this runner reads 1",
+        "artifact format 7 for onnx; this runner reads 2",
         "same release",
         id="future-format",
     ),

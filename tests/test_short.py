@@ -255,9 +255,10 @@ def test_the_contract_names_the_axes_that_follow_the_window(short_whisper, proce
     manifest = export_onnx(short_whisper, processor, tmp_path, "int8")
     encoder, decoder = (manifest["contract"][name] for name in ("encoder", "decoder"))
     assert encoder["inputs"] == [{"name": "pcm", "shape": [1, "samples"], "dtype": "float32"}]
-    assert {tuple(spec["shape"]) for spec in encoder["outputs"]} == {(1, 2, "positions", 16)}
+    shapes = {tuple(spec["shape"]) for spec in encoder["outputs"]}
+    assert shapes == {(1, 2, "room", 16), (32,)}
     shapes = {spec["name"]: spec["shape"] for spec in decoder["inputs"]}
-    assert shapes["cross.1.key"] == [1, "heads_enc_1", "positions", 16]
+    assert shapes["cross.1.key"] == [1, "heads_enc_1", "room", 16]
     assert manifest["audio"]["windows_samples"] == [32000, 64000, 96000]
     assert manifest["audio"]["window_samples"] == 96000
     assert manifest["layers"]["windows"] == WINDOWS
@@ -266,7 +267,7 @@ def test_the_contract_names_the_axes_that_follow_the_window(short_whisper, proce
 def test_a_model_of_one_window_keeps_its_static_axes(tiny_whisper, processor, tmp_path):
     manifest = export_onnx(tiny_whisper, processor, tmp_path, "int8")
     assert manifest["contract"]["encoder"]["inputs"][0]["shape"] == [1, 96000]
-    assert manifest["contract"]["encoder"]["outputs"][0]["shape"] == [1, 2, 300, 16]
+    assert manifest["contract"]["encoder"]["outputs"][0]["shape"] == [1, 2, 332, 16]
 
 
 def test_int8_hears_short_windows_too(digits, processor, few, tmp_path):

@@ -23,8 +23,11 @@ from .machine import usable_cores
 from .problem import RunnerProblem
 from .text import join, read_tokens, to_text
 
-FORMAT = 1
+FORMAT = 2
 """The version of manifest.json that this runner reads."""
+
+MOST_IDS = 32
+"""Tokens that the decoder takes in one step."""
 
 State = dict[str, Any]
 """Names of decoder inputs -> their OrtValue."""
@@ -65,6 +68,7 @@ class Recognizer:
         self.table = read_tokens(folder / "tokens.json")
         self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
         self.decoder = open_session(folder / "decoder.onnx", session_options(threads))
+        self.cache = empty_cache(self.decoder)
 
     def transcribe(self, audio: Pcm | str | Path) -> Transcript:
         """Return the transcript of a WAV file or of 16 kHz samples of any length."""
@@ -89,7 +93,8 @@ class Recognizer:
         The tokens are fed as given, whatever the model itself would have said.
         """
         step = Decoder(self, pcm, Transcript())
-        return np.stack([step(self.rules.prompt), *(step((token,)) for token in tokens)])
+        fed = [self.rules.prompt, *((token,) for token in tokens)]
+        return np.stack([step(ids).copy() for ids in fed])
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens."""
@@ -99,29 +104,52 @@ class Recognizer:
 class Decoder:
     """The decoder over one encoded window: feeds tokens, keeps their keys and values.
 
-    Keys and values stay inside onnxruntime from step to step; only ids and logits cross over.
+    Keys and values stand in buffers that the graph fills in place, step by step; only ids and
+    logits cross over.
     """
 
     def __init__(self, recognizer: Recognizer, pcm: Pcm, times: Transcript) -> None:
-        self.session = recognizer.decoder
-        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.session, self.fed = recognizer.decoder, 0
         self.clock, self.next_clock = times.prompt_s, times.per_token_s
         started = time.perf_counter()
-        self.state = encode(recognizer.encoder, pad(pcm, recognizer.windows))
+        cross = encode(recognizer.encoder, pad(pcm, recognizer.windows))
         times.graph_s.append(time.perf_counter() - started)
-        self.state |= empty_past(self.session)
+        self.binding = bind(self.session, cross | recognizer.cache)
 
     def __call__(self, ids: Sequence[int]) -> Logits:
-        """Feed tokens behind those already fed; return the logits (vocab,) after the last."""
+        """Feed tokens behind those already fed; return the logits (vocab,) after the last.
+
+        The array is onnxruntime's own: the next call writes over it.
+        """
+        for start in range(0, len(ids), MOST_IDS):
+            found = self.step(ids[start : start + MOST_IDS])
+        return found
+
+    def step(self, ids: Sequence[int]) -> Logits:
+        """Feed at most MOST_IDS tokens."""
         started = time.perf_counter()
-        feed = self.state | {"input_ids": value(np.array([ids], np.int64))}
-        logits, *present = self.session.run_with_ort_values(self.outputs, feed)
-        names = (name.replace("present.", "past.") for name in self.outputs[1:])
-        self.state |= dict(zip(names, present, strict=True))
-        found: Logits = logits.numpy()[0, 0]
+        self.binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
+        self.binding.bind_cpu_input("past_length", np.array([self.fed], np.int32))
+        self.session.run_with_iobinding(self.binding)
+        self.fed += len(ids)
+        found: Logits = self.binding.get_outputs()[0].numpy()[0, 0]
         self.clock.append(time.perf_counter() - started)
         self.clock = self.next_clock
         return found
+
+
+def bind(decoder: ort.InferenceSession, state: State) -> Any:
+    """Return a binding in which every cache is read and written where it is."""
+    binding = decoder.io_binding()
+    for name, array in state.items():
+        binding.bind_ortvalue_input(name, array)
+    for output in decoder.get_outputs():
+        name = output.name.replace("present.", "past.").replace("heard.", "cross.")
+        if name in state:
+            binding.bind_ortvalue_output(output.name, state[name])
+        else:
+            binding.bind_output(output.name)
+    return binding
 
 
 def pad(pcm: Pcm, windows: Sequence[int]) -> Pcm:
@@ -143,14 +171,14 @@ def encode(session: ort.InferenceSession, window: Pcm) -> State:
     return dict(zip(names, session.run_with_ort_values(names, {"pcm": value(window)}), strict=True))
 
 
-def empty_past(decoder: ort.InferenceSession) -> State:
-    """Return keys and values of length zero; the number of heads stands in the outputs' shapes."""
+def empty_cache(decoder: ort.InferenceSession) -> State:
+    """Return room for the keys and values of all tokens that the decoder can be fed."""
     shapes = {output.name: output.shape for output in decoder.get_outputs()}
-    state = {}
-    for name in (past.name for past in decoder.get_inputs() if past.name.startswith("past.")):
-        _, heads, _, width = shapes[name.replace("past.", "present.")]
-        state[name] = value(np.zeros((1, heads, 0, width), np.float32))
-    return state
+    return {
+        name.replace("present.", "past."): value(np.zeros(shape, np.float32))
+        for name, shape in shapes.items()
+        if name.startswith("present.")
+    }
 
 
 def value(array: np.ndarray) -> Any:
