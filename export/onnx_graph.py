@@ -32,6 +32,7 @@ PRECISIONS = ("fp32", "int8")
 INT8 = Scheme()
 """How an int8 graph stores a matrix that nothing else is said of: a scale for every row."""
 DTYPES = {
+    "bool": TensorProto.BOOL,
     "float32": TensorProto.FLOAT,
     "int8": TensorProto.INT8,
     "int32": TensorProto.INT32,
