@@ -104,9 +104,7 @@ def listen(
     )
 
 
-def logits_error(
-    recognizer: Any, reference: Logits, pcm: np.ndarray, tokens: list[int]
-) -> float:
+def logits_error(recognizer: Any, reference: Logits, pcm: np.ndarray, tokens: list[int]) -> float:
     """The largest difference of logits along the checkpoint's own tokens; infinite for NaN."""
     difference = np.abs(recognizer.logits(pcm, tokens) - reference(pcm, tokens)).max()
     return float(difference) if np.isfinite(difference) else float("inf")

@@ -82,7 +82,9 @@ class Transformers(_Files):
         return text.strip()
 
     def _steps(self, pcm: np.ndarray, merged: bool) -> Callable[[Sequence[int]], Logits]:
-        heard = self.encoder.run(None, {"input_features": log_mel(self.processor.feature_extractor, pcm)})[0]
+        heard = self.encoder.run(
+            None, {"input_features": log_mel(self.processor.feature_extractor, pcm)}
+        )[0]
         cache: dict[str, np.ndarray] = {}
 
         def step(ids: Sequence[int]) -> Logits:

@@ -168,10 +168,10 @@ def save_beside(model: nn.Module, processor: Any, out: Path) -> None:
     parts = (model.config, model.generation_config, processor.tokenizer)
     for part in (*parts, processor.feature_extractor):
         part.save_pretrained(out)
-    _write_compactly(out / "tokenizer.json")
+    write_compactly(out / "tokenizer.json")
 
 
-def _write_compactly(path: Path) -> None:
+def write_compactly(path: Path) -> None:
     """A JSON file without indentation: of a small model's artifact it is a large part."""
     if path.is_file():
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -180,6 +180,7 @@ def _write_compactly(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- graphs
+
 
 def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
     """PCM to the cross-attention's keys and values of every decoder layer."""

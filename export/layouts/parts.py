@@ -18,7 +18,6 @@ from export import onnx_graph as ops
 from export.onnx_graph import FUSED, Graph, Heads, Spec
 from export.quantise import schemes
 from export.to_onnx import (
-    KINDS,
     _array,
     _attention_output,
     _chain,
@@ -61,7 +60,7 @@ def heard_parts(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
 def heard_caches(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
     """The same in heads, (b, heads, T, dim)."""
     heads = cross_heads(model, number)
-    both = zip(heard_parts(g, model, number, x), (heads.qk_dim, heads.v_dim), strict=True)
+    both = zip(heard_parts(g, model, number, x), widths(heads), strict=True)
     return [ops.split_heads(g, part, heads.count, dim) for part, dim in both]
 
 
@@ -103,6 +102,11 @@ def cross_heads(model: nn.Module, number: int) -> Heads:
     return _heads(model.model.decoder.layers[number].encoder_attn)
 
 
+def widths(heads: Heads) -> tuple[int, int]:
+    """Of one head: its keys' and its values'."""
+    return heads.qk_dim, heads.v_dim
+
+
 def layers_of(model: nn.Module) -> range:
     return range(len(model.model.decoder.layers))
 
@@ -133,9 +137,11 @@ def grown_attention(
             unidirectional=1,
             **_fused(heads),
         )[0]
-    new = (ops.split_heads(g, x, heads.count, d) for x, d in ((k, heads.qk_dim), (v, heads.v_dim)))
-    parts = zip([[]] * 2 if past is None else [[x] for x in past], new, present, strict=True)
-    caches = [g.ops("Concat", *old, x, outputs=[name], axis=2)[0] for old, x, name in parts]
+    caches = []
+    for i, (x, width) in enumerate(zip((k, v), widths(heads), strict=True)):
+        old = [] if past is None else [past[i]]
+        new = ops.split_heads(g, x, heads.count, width)
+        caches += g.ops("Concat", *old, new, outputs=[present[i]], axis=2)
     return attention(g, q, caches, heads, causal_mask(g, start, q))
 
 
@@ -147,9 +153,7 @@ def attention(g: Graph, q: str, caches: Sequence[str], heads: Heads, mask: str =
     keys, values = caches
     if heads.qk_dim == heads.v_dim and not mask:
         return g.op("MultiHeadAttention", q, keys, values, domain=FUSED, **_fused(heads))
-    q = ops.split_heads(
-        g, g.op("Mul", q, g.constant(heads.scale)), heads.count, heads.qk_dim
-    )
+    q = ops.split_heads(g, g.op("Mul", q, g.constant(heads.scale)), heads.count, heads.qk_dim)
     scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
     if mask:
         scores = g.op("Add", scores, mask)

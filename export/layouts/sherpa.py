@@ -22,6 +22,8 @@ What stock sherpa-onnx does differently from Whisper, and what the graphs do abo
   beginning, and timestamps, which the prompt forbids. So its segment timestamps are not to be had
   from this layout, and there are no attention weights for its token timestamps.
 - It decodes 6 tokens a second of frames at most, padding included, and n_text_ctx / 2.
+- Its log-mel has frames 5 ms later than Whisper's (kaldi's, centred at 10 t + 5 ms). No graph can
+  undo that; a word that a model is in doubt about may come out differently.
 """
 
 from __future__ import annotations
@@ -115,7 +117,9 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
         for made, part in zip(new, qkv[1:], strict=True):
             made.append(part)
         past = [
-            split_heads(g, _layer(g, name, number, size, "offset"), heads.count, size // heads.count)
+            split_heads(
+                g, _layer(g, name, number, size, "offset"), heads.count, size // heads.count
+            )
             for name, size in zip(SELF, sizes[number], strict=True)
         ]
         present = [f"present.{number}.{kind}" for kind in parts.KINDS]
@@ -194,7 +198,8 @@ def _decoder_contract(model: nn.Module) -> tuple[list[Spec], list[Spec]]:
 
 def _sizes(heads: Heads) -> tuple[int, int]:
     """Columns of one layer's keys and of its values."""
-    return heads.count * heads.qk_dim, heads.count * heads.v_dim
+    keys, values = parts.widths(heads)
+    return heads.count * keys, heads.count * values
 
 
 def _width(model: nn.Module, heads_of: Any) -> int:

@@ -98,7 +98,7 @@ def _past_specs(model: nn.Module, time: str) -> list[Spec]:
     specs = []
     for number in parts.layers_of(model):
         heads = parts.own_heads(model, number)
-        for kind, width in zip(parts.KINDS, (heads.qk_dim, heads.v_dim), strict=True):
+        for kind, width in zip(parts.KINDS, parts.widths(heads), strict=True):
             shape = (1, heads.count, f"{time}_length_{number}_{kind}", width)
             specs.append(Spec(f"{time}.{number}.{kind}", shape))
     return specs

@@ -38,7 +38,7 @@ from torch import nn
 from export.artifact import suffix_for
 from export.layouts import parts
 from export.onnx_graph import Graph, Heads, Spec
-from export.to_onnx import KINDS, Contract, GraphParts, save_beside, write_graph
+from export.to_onnx import KINDS, Contract, GraphParts, save_beside, write_compactly, write_graph
 
 DTYPES = {"fp32": "fp32", "int8": "q8"}
 """What transformers.js calls a precision."""
@@ -106,15 +106,35 @@ def decoder_graph(model: nn.Module, precision: str, kind: str) -> GraphParts:
 
 def _reshaped(g: Graph, past: list[str], heads: Heads) -> list[str]:
     """A past as it is; one of no positions, whatever its shape, in the shape of this layer."""
+    batch, count = g.op("Shape", "input_ids", start=0, end=1), g.constant([heads.count])
     found = []
-    for name, width in zip(past, (heads.qk_dim, heads.v_dim), strict=True):
-        ends = ((g.op("Shape", x, start=i, end=i + 1)) for x, i in (("input_ids", 0), (name, 2)))
-        batch, length = ends
-        shape = g.op(
-            "Concat", batch, g.constant([heads.count]), length, g.constant([width]), axis=0
-        )
+    for name, width in zip(past, parts.widths(heads), strict=True):
+        length = g.op("Shape", name, start=2, end=3)
+        shape = g.op("Concat", batch, count, length, g.constant([width]), axis=0)
         found.append(g.op("Reshape", name, shape, allowzero=1))
     return found
+
+
+def _read_or_made(g: Graph, model: nn.Module, number: int, q: str, heads: Heads) -> str:
+    """Cross-attention over the cached keys and values, or over those projected here and now."""
+    cached = parts.Branch(g, f"cached_{number}")
+    mixed = parts.attention(cached, q, _names("past_key_values", number, "encoder"), heads)
+    shapes = ((0, heads.count, 0, width) for width in parts.widths(heads))
+    nothing = [g.constant(np.zeros(shape, np.float32)) for shape in shapes]
+    read = [mixed, *(cached.op("Identity", value) for value in nothing)]
+
+    here = parts.Branch(g, f"made_{number}")
+    caches = parts.heard_caches(here, model, number, "encoder_hidden_states")
+    made = [parts.attention(here, q, caches, heads), *caches]
+
+    outputs = [f"cross_attention.{number}", *_names("present", number, "encoder")]
+    return g.ops(
+        "If",
+        "use_cache_branch",
+        outputs=outputs,
+        then_branch=cached.subgraph([], _any_shape(read)),
+        else_branch=here.subgraph([], _any_shape(made)),
+    )[0]
 
 
 def _read_or_made(g: Graph, model: nn.Module, number: int, q: str, heads: Heads) -> str:
@@ -174,25 +194,21 @@ def _contract(model: nn.Module, kind: str) -> tuple[list[Spec], list[Spec]]:
 
 
 def _past(number: int, side: str, heads: Heads, usual: int) -> list[Spec]:
+    """Heads and unusual widths are symbolic: the first past has the dense model's."""
     count, length = f"heads_{side[:3]}_{number}", f"past_{side}_sequence_length"
-    specs = []
-    for name, width in zip(
-        _names("past_key_values", number, side), (heads.qk_dim, heads.v_dim), strict=True
-    ):
-        known = width if width == usual else f"width_{side[:3]}_{number}_{name.split('.')[-1]}"
-        specs.append(Spec(name, ("batch_size", count, length, known)))
-    return specs
+    named = zip(_names("past_key_values", number, side), parts.widths(heads), strict=True)
+    return [
+        Spec(name, ("batch_size", count, length, width if width == usual else f"{name}.width"))
+        for name, width in named
+    ]
 
 
 def _present(number: int, side: str, heads: Heads) -> list[Spec]:
-    length = "encoder_sequence_length_out" if side == "encoder" else "total_sequence_length"
-    batch = "batch_size_out" if side == "encoder" else "batch_size"
-    return [
-        Spec(name, (batch, heads.count, length, width))
-        for name, width in zip(
-            _names("present", number, side), (heads.qk_dim, heads.v_dim), strict=True
-        )
-    ]
+    """The encoder's have no elements where they are not made, so their batch is another symbol."""
+    axes = ("batch_size", "total_sequence_length")
+    batch, length = axes if side == "decoder" else ("made_batch_size", "made_sequence_length")
+    named = zip(_names("present", number, side), parts.widths(heads), strict=True)
+    return [Spec(name, (batch, heads.count, length, width)) for name, width in named]
 
 
 # --------------------------------------------------------------------------------------- weights
@@ -253,12 +269,11 @@ def _write_for_transformers_4(out: Path) -> None:
         "added_tokens.json": {token["content"]: token["id"] for token in added},
     }.items():
         (out / name).write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
-    fields = {
-        str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added
-    }
+    fields = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
     special = [token["content"] for token in added if token["special"]]
     tokens = {"added_tokens_decoder": fields, "additional_special_tokens": special}
     _change(out / "tokenizer_config.json", tokens)
+    write_compactly(out / "tokenizer_config.json")
 
 
 def _change(path: Path, fields: dict[str, Any]) -> None:

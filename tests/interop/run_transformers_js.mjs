@@ -5,7 +5,7 @@
 // runtime's versions, and a text for each file.
 //
 // The package has one build for Node, on native onnxruntime, and one for browsers. This takes the
-// browser's, so it looks like one (no process.release) and is served its files by HTTP.
+// browser's, so it looks like one (a window, no process.release) and is served its files by HTTP.
 
 import { createReadStream, existsSync, readFileSync, statSync } from "node:fs";
 import { createServer } from "node:http";
@@ -24,7 +24,7 @@ function read(path) {
 
 function serve(folder) {
   const server = createServer((request, response) => {
-    const path = join(folder, decodeURIComponent(new URL(request.url, "http://x").pathname));
+    const path = join(folder, decodeURIComponent(request.url.split("?")[0]));
     if (!existsSync(path) || !statSync(path).isFile()) {
       response.writeHead(404).end();
       return;
@@ -38,6 +38,8 @@ function serve(folder) {
 const version = (name) => JSON.parse(readFileSync(join(packages, name, "package.json"))).version;
 
 Object.defineProperty(process, "release", { value: {} });
+globalThis.window = { document: {} };
+globalThis.self = globalThis;
 const dist = resolve(packages, "@huggingface/transformers/dist/transformers.web.js");
 const { env, pipeline } = await import(pathToFileURL(dist));
 const wasm = (ending) =>
