@@ -128,8 +128,9 @@ class Sherpa(_Files):
         seconds = self.window_samples // manifest["audio"]["sampling_rate"]
         mels = int(told["n_mels"])
         self.extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds)
-        rows = (self.folder / "whisper-tokens.txt").read_text(encoding="ascii").split()
-        self.table = {int(i): base64.b64decode(token) for token, i in zip(*[iter(rows)] * 2)}
+        lines = (self.folder / "whisper-tokens.txt").read_text(encoding="ascii").splitlines()
+        rows = (line.split() for line in lines)
+        self.table = {int(number): base64.b64decode(token) for token, number in rows}
 
     def window(self, pcm: np.ndarray) -> list[int]:
         step = self._steps(pcm)

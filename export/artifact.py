@@ -30,7 +30,10 @@ FILES = {
     "single": ("whisper.onnx", "tokens.json"),
 }
 """What no artifact of a layout can do without; {} stands for the precision."""
-SUFFIXES = {"transformers": {"int8": "_quantized"}, "sherpa": {"int8": ".int8"}}
+SUFFIXES = {
+    "transformers": {"fp16": "_fp16", "int8": "_quantized", "int4": "_q4"},
+    "sherpa": {"fp16": ".fp16", "int8": ".int8", "int4": ".int4"},
+}
 """How a layout's file names tell a precision; nothing is said of others."""
 GRAPHS = FILES["native"]
 AGAIN = "export it again, or copy the whole folder anew"

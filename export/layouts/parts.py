@@ -54,7 +54,7 @@ def encode(g: Graph, model: nn.Module, mel: str) -> str:
 
 def heard_parts(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
     """The encoder's states to one decoder layer's keys and values, (b, T, heads * dim) each."""
-    return ops.parallel(g, x, _chains(g, model.model.decoder.layers[number].encoder_attn, "kv"))
+    return ops.apart(g, x, _chains(g, model.model.decoder.layers[number].encoder_attn, "kv"))
 
 
 def heard_caches(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
@@ -194,11 +194,12 @@ def forbidden(g: Graph, ids: Sequence[int], vocab: int) -> str:
 
 class Branch(Graph):
     """Nodes of a subgraph (of an If, of a Loop). Its constants stand in the graph around it, so
-    that branches share them."""
+    that branches share them; other values of its own are not to be seen outside."""
 
     def __init__(self, outer: Graph, prefix: str) -> None:
         self.__dict__.update(outer.__dict__)
         self._nodes, self._prefix = [], f"{prefix}/"
+        self._quantised = dict(outer._quantised)
 
     def subgraph(self, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> onnx.GraphProto:
         infos = [

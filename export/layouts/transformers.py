@@ -10,9 +10,9 @@
     onnx/decoder_with_past_model{S}.onnx  the same with one, and without encoder_hidden_states
     onnx/decoder_model_merged{S}.onnx_data   the weights of all three decoders, stored once
 
-S is empty in fp32 and `_quantized` in int8, which is what transformers.js asks for as "q8". Beside
-them stand the files of tokenizer, feature extractor and configuration, also in the form that
-transformers 4 reads.
+S is empty in fp32, `_quantized` in int8, `_fp16` and `_q4` in fp16 and int4, as transformers.js has
+it. Whatever the precision, inputs and outputs are float32. Beside them stand the files of tokenizer,
+feature extractor and configuration, also in the form that transformers 4 reads.
 
 Both runtimes begin with a past of no positions in the shape that they work out from config.json,
 the same for all layers. So the head axes of the past are symbolic, and a width that is not
@@ -40,7 +40,7 @@ from export.layouts import parts
 from export.onnx_graph import Graph, Heads, Spec
 from export.to_onnx import KINDS, Contract, GraphParts, save_beside, write_compactly, write_graph
 
-DTYPES = {"fp32": "fp32", "int8": "q8"}
+DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 """What transformers.js calls a precision."""
 SMALL = 1024
 """Constants of fewer bytes stand in the graph's own file: so do all shapes, which must be known."""
