@@ -98,11 +98,12 @@ def test_tokens_that_are_suppressed_are_not_said(layout, make_whisper, processor
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_contract_and_graphs_agree(layout, made, tmp_path):
-    made(irregular, layout, "int8")
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_contract_and_graphs_agree(precision, layout, made, tmp_path):
+    made(irregular, layout, precision)
     manifest = verify(tmp_path / layout)
-    assert (manifest["layout"], manifest["precision"]) == (layout, "int8")
-    for name, session in sessions(tmp_path / layout, layout, "int8").items():
+    assert (manifest["layout"], manifest["precision"]) == (layout, precision)
+    for name, session in sessions(tmp_path / layout, layout, precision).items():
         contract = manifest["contract"][name.removeprefix("whisper-")]
         for side, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
             types = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}

@@ -6,10 +6,11 @@
               (layers, b, n_text_ctx, n_text_state), n_layer_cross_k, n_layer_cross_v, offset (1,)
               -> logits (b, s, vocab), out_n_layer_self_k_cache, out_n_layer_self_v_cache
 
-S is empty in fp32, else `.fp16`, `.int8` or `.int4`. Caches of all layers are stacked: each layer reads and writes as many columns
-as its heads have, the rest is zero. `n_text_state` in the metadata is the width of that stack, of
-which sherpa-onnx makes its cache; the stack of the encoder's keys and values has a width of its
-own, which it passes on as it is. All metadata stand in the encoder, where sherpa-onnx reads them.
+S is empty in fp32, else `.fp16`, `.int8` or `.int4`. Caches of all layers are stacked: each layer
+reads and writes as many columns as its heads have, the rest is zero. `n_text_state` in the metadata
+is the width of that stack, of which sherpa-onnx makes its cache; the stack of the encoder's keys
+and values has a width of its own, which it passes on as it is. All metadata stand in the encoder,
+where sherpa-onnx reads them.
 
 What stock sherpa-onnx does differently from Whisper, and what the graphs do about it:
 

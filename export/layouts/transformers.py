@@ -11,8 +11,8 @@
     onnx/decoder_model_merged{S}.onnx_data   the weights of all three decoders, stored once
 
 S is empty in fp32, `_quantized` in int8, `_fp16` and `_q4` in fp16 and int4, as transformers.js has
-it. Whatever the precision, inputs and outputs are float32. Beside them stand the files of tokenizer,
-feature extractor and configuration, also in the form that transformers 4 reads.
+it. Whatever the precision, inputs and outputs are float32. Beside them stand the files of
+tokenizer, feature extractor and configuration, also in the form that transformers 4 reads.
 
 Both runtimes begin with a past of no positions in the shape that they work out from config.json,
 the same for all layers. So the head axes of the past are symbolic, and a width that is not

@@ -106,7 +106,7 @@ def run(command: Sequence[str | Path], clips: Sequence[Path]) -> dict[str, Any]:
 
 
 def wanted_texts(source: Path, artifact: Path, precision: str, clips: list[Path]) -> list[str]:
-    """What a runtime must say: the checkpoint's texts in fp32, the artifact's under ours in int8."""
+    """What a runtime must say: in fp32 the checkpoint's texts, in int8 the artifact's."""
     pcms = [read_wav(path) for path in clips]
     if precision != "fp32":
         hearing = open_artifact(artifact)
