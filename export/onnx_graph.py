@@ -31,6 +31,7 @@ IR_VERSION = 9
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 INT8, INT4, FLOAT = Scheme(8), Scheme(4), Scheme(32)
 DTYPES = {
+    "bool": TensorProto.BOOL,
     "float32": TensorProto.FLOAT,
     "int8": TensorProto.INT8,
     "int32": TensorProto.INT32,

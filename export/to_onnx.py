@@ -39,8 +39,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from torch import Tensor, nn
 from export import onnx_graph as ops
 from export.artifact import write_manifest
 from export.cost import count_parameters, macs, macs_by_window
+from export.layouts import LAYOUTS
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
 from export.prompt import prompt_ids
@@ -61,6 +63,10 @@ from export.shrink import attention_shape, layer_shapes, windows_of
 from export.versions import versions
 
 KINDS = ("key", "value")
+GraphParts = tuple[Graph, list[Spec], list[Spec]]
+"""A graph, what goes in and what comes out."""
+Contract = dict[str, dict[str, list[dict[str, Any]]]]
+"""Name of a graph -> "inputs" and "outputs" -> name, shape and dtype of each."""
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
 SINUSOID_ERROR = {False: 1e-5, True: 2**-12}
@@ -74,6 +80,7 @@ def export_onnx(
     out: Path,
     precision: str = "int8",
     provenance: dict[str, Any] | None = None,
+    layout: str = "native",
 ) -> dict[str, Any]:
     """Write an artifact into the empty directory `out`; returns its manifest, gate still null.
 
@@ -87,21 +94,21 @@ def export_onnx(
             f"there is no precision {precision!r} for ONNX",
             hint=f"choose one of: {', '.join(PRECISIONS)}",
         )
+    if layout not in LAYOUTS:
+        raise Problem(
+            f"there is no layout {layout!r} for ONNX", hint=f"choose one of: {', '.join(LAYOUTS)}"
+        )
     extractor = processor.feature_extractor
     check_model(model)
     check_window(model, extractor)
     decoding = decoding_rules(model)
-    tokens = token_bytes(processor.tokenizer, model.config.vocab_size)
+    token_bytes(processor.tokenizer, model.config.vocab_size)  # refused before a file is written
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    contract = _write_graphs(model, extractor, precision, out)
-    (out / "tokens.json").write_text(json.dumps({"bytes": tokens}) + "\n", encoding="utf-8")
-    for part in (model.config, model.generation_config, processor.tokenizer, extractor):
-        part.save_pretrained(out)
-    _write_compactly(out / "tokenizer.json")
+    contract = import_module(LAYOUTS[layout]).write(model, processor, precision, out)
     manifest = {
         "target": "onnx",
-        "layout": "native",
+        "layout": layout,
         "precision": precision,
         "parameters": count_parameters(model)["total"],
         "macs": macs(model),
@@ -123,7 +130,49 @@ def export_onnx(
     return manifest
 
 
-def _write_compactly(path: Path) -> None:
+def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contract:
+    """The native layout's files; returns what goes in and comes out of each graph."""
+    encoder = encoder_graph(model, processor.feature_extractor, precision)
+    contract = {
+        "encoder": write_graph(encoder, out, "encoder"),
+        "decoder": write_graph(decoder_graph(model, precision), out, "decoder"),
+    }
+    write_tokens(processor.tokenizer, model.config.vocab_size, out)
+    save_beside(model, processor, out)
+    return contract
+
+
+def write_graph(
+    made: GraphParts,
+    folder: Path,
+    name: str,
+    suffix: str = "",
+    last: Callable[[onnx.ModelProto], None] = lambda model: None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Write one graph, changed by `last`; returns what goes in and comes out of it."""
+    graph, inputs, outputs = made
+    model, path = graph.model(name, inputs, outputs), folder / f"{name}{suffix}.onnx"
+    _check(model, path)
+    last(model)
+    onnx.save(model, path)
+    return {"inputs": _described(inputs), "outputs": _described(outputs)}
+
+
+def write_tokens(tokenizer: Any, vocab_size: int, out: Path) -> None:
+    """The bytes of every token, for those who have no tokenizer library."""
+    tokens = {"bytes": token_bytes(tokenizer, vocab_size)}
+    (out / "tokens.json").write_text(json.dumps(tokens) + "\n", encoding="utf-8")
+
+
+def save_beside(model: nn.Module, processor: Any, out: Path) -> None:
+    """Hugging Face's files, for tools that want them."""
+    parts = (model.config, model.generation_config, processor.tokenizer)
+    for part in (*parts, processor.feature_extractor):
+        part.save_pretrained(out)
+    write_compactly(out / "tokenizer.json")
+
+
+def write_compactly(path: Path) -> None:
     """A JSON file without indentation: of a small model's artifact it is a large part."""
     if path.is_file():
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -131,23 +180,7 @@ def _write_compactly(path: Path) -> None:
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def _write_graphs(
-    model: nn.Module, extractor: Any, precision: str, out: Path
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Write both graphs; returns what goes in and comes out of each."""
-    contract = {}
-    for name, (graph, inputs, outputs) in {
-        "encoder": encoder_graph(model, extractor, precision),
-        "decoder": decoder_graph(model, precision),
-    }.items():
-        _save(graph.model(name, inputs, outputs), out / f"{name}.onnx")
-        contract[name] = {"inputs": _described(inputs), "outputs": _described(outputs)}
-    return contract
-
-
 # ---------------------------------------------------------------------------------------- graphs
-
-GraphParts = tuple[Graph, list[Spec], list[Spec]]
 
 
 def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
@@ -355,7 +388,7 @@ def _array(tensor: Tensor) -> ops.Floats:
     return tensor.detach().float().cpu().numpy()
 
 
-def _save(graph: onnx.ModelProto, path: Path) -> None:
+def _check(graph: onnx.ModelProto, path: Path) -> None:
     size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
     if size > PROTOBUF_LIMIT:
         raise Problem(
@@ -363,7 +396,6 @@ def _save(graph: onnx.ModelProto, path: Path) -> None:
             hint="export with --precision int8",
         )
     onnx.checker.check_model(graph)
-    onnx.save(graph, path)
 
 
 # ------------------------------------------------------------------------------- what stands beside
