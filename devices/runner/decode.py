@@ -70,7 +70,7 @@ class Rules:
         prompt = [swapped(i, self.languages, language) for i in self.prompt]
         prompt = [swapped(i, self.tasks, task) for i in prompt]
         if timestamps and self.timestamp_begin is not None:
-            prompt.remove(self.timestamp_begin - 1)
+            prompt = [i for i in prompt if i != self.timestamp_begin - 1]
         room = len(self.prompt) + self.max_new_tokens
         return replace(
             self,

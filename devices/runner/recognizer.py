@@ -42,8 +42,9 @@ Past = dict[str, np.ndarray]
 class Transcript:
     """What is said in one recording, and how long each stage took, in seconds.
 
-    `language` is the code that prompted the model, where it is told one. `graph_s` is the encoder graph: log-mel, encoder, cross keys and values. Lists have one entry
-    a window, `per_token_s` one a decoder step after the prompt's.
+    `language` is the code that prompted the model, where it is told one. `graph_s` is the encoder
+    graph: log-mel, encoder, cross keys and values. Lists of seconds have one entry a window,
+    `per_token_s` one a decoder step after the prompt's.
     """
 
     text: str = ""
