@@ -25,6 +25,10 @@ AUTO = "auto"
 
 MOST_BEAMS = 32
 
+LEAST_STEPS = 50
+"""A window that would move on by less than a second keeps its unfinished text instead: a model that
+goes on in steps of 0.02 s would take hours."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -106,11 +110,13 @@ class Listener:
             window = first_window(pcm[start:], self.recognizer.window_samples)
             tokens, length = self.window(window), len(window) // STEP_SAMPLES
             found, steps = parts(tokens, begin, length) if tokens else ([], length)
+            if steps < min(length, LEAST_STEPS):
+                rest = tokens[sum(len(part) for _, _, part in found) :]
+                found, steps = [*found, (steps, length, rest)], length
             stop = start + len(window)
-            ends = [(start + a * STEP_SAMPLES, start + b * STEP_SAMPLES) for a, b, _ in found]
             yield [
-                self.segment(min(a, stop), min(b, stop), part)
-                for (a, b), (_, _, part) in zip(ends, found, strict=True)
+                self.segment(*(min(start + n * STEP_SAMPLES, stop) for n in ends), part)
+                for *ends, part in found
             ]
             start = stop if steps >= length else start + steps * STEP_SAMPLES
 

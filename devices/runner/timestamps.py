@@ -64,13 +64,15 @@ def parts(tokens: list[int], begin: int, length: int) -> tuple[list[Part], int]:
 
     `begin` is the first timestamp's id, `length` the steps of sound in the window. Text behind the
     last pair is left out where no timestamp closes it: the next window begins with it. A window
-    without pairs is one segment.
+    without pairs is one segment. Whisper lets that begin with the window, and end where it began if
+    no timestamp closes it; here it begins as the model says, and ends with the window.
     """
     is_stamp = [token >= begin for token in tokens]
     pairs = [i for i in range(1, len(tokens)) if is_stamp[i - 1] and is_stamp[i]]
     if not pairs:
-        last = next((token for token in reversed(tokens) if token >= begin), begin)
-        return [(0, last - begin or length, tokens)], length
+        start = tokens[0] - begin if is_stamp[0] else 0
+        stop = tokens[-1] - begin if is_stamp[-1] and len(tokens) > 1 else length
+        return [(start, stop, tokens)], length
     closed = is_stamp[-2:] == [False, True]
     cuts = [0, *pairs, *([len(tokens)] if closed else [])]
     found = [tokens[a:b] for a, b in pairwise(cuts)]
