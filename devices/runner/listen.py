@@ -114,9 +114,9 @@ class Listener:
                 rest = tokens[sum(len(part) for _, _, part in found) :]
                 found, steps = [*found, (steps, length, rest)], length
             stop = start + len(window)
+            marks = [[min(start + n * STEP_SAMPLES, stop) for n in (a, b)] for a, b, _ in found]
             yield [
-                self.segment(*(min(start + n * STEP_SAMPLES, stop) for n in ends), part)
-                for *ends, part in found
+                self.segment(a, b, part) for (a, b), (_, _, part) in zip(marks, found, strict=True)
             ]
             start = stop if steps >= length else start + steps * STEP_SAMPLES
 
