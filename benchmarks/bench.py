@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,10 +23,9 @@ from benchmarks.result import FORMAT, STAGES, summaries, validate
 from benchmarks.speech import SAMPLING_RATE, Clip
 from benchmarks.wer import score
 from devices.device import RUNNER, Device, run_runner
-from export.artifact import read_manifest as read_artifact
 from export.artifact import verify
 from export.problem import Problem
-from export.prompt import unheard_languages
+from export.prompt import language_code
 from export.versions import version
 
 RIVALS = {"transformers": "benchmarks.rivals.transformers"}
@@ -84,9 +82,6 @@ def bench_all(
     normalizer = normalizer or name_for(clips)
     normalizer_named(normalizer)  # an unknown one is said now, not after the measurement
     described = [identify(candidate) for candidate in candidates]
-    for candidate in candidates:
-        if candidate.rival is None:
-            warn_of_languages(Path(candidate.source), clips)
     audio_s = send(candidates, device, clips)
     machine = device.describe()
     threads = threads or device_cores(machine)
@@ -110,19 +105,6 @@ def bench_all(
         validate(common | known | merge(rounds) | accuracy(clips, rounds[-1]["texts"], normalizer))
         for known, rounds in zip(described, answers, strict=True)
     ]
-
-
-def warn_of_languages(artifact: Path, clips: Sequence[Clip]) -> None:
-    """An artifact has one prompt; its model might have done better in a clip's own language."""
-    prompt = read_artifact(artifact)["decoding"]["prompt"]
-    made_for, others = unheard_languages(artifact, prompt, [clip.lang for clip in clips])
-    if others:
-        count, named = sum(others.values()), ", ".join(f"{c} of {k!r}" for k, c in others.items())
-        warnings.warn(
-            f"{artifact}: the artifact is made for the language {made_for!r}, which prompts it for "
-            f"all {len(clips)} clips; {count} of them are in another ({named})",
-            stacklevel=3,
-        )
 
 
 def identify(candidate: Candidate) -> dict[str, Any]:
@@ -170,8 +152,8 @@ def send(candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip])
 
 
 def write_clips(clips: Sequence[Clip], folder: Path) -> float:
-    """Write clips as 16 kHz float WAV files, their list, clips.json, and what is spoken in each,
-    languages.json, which rivals read; return their seconds."""
+    """Write clips as 16 kHz float WAV files, their list, clips.json, and the code of what is
+    spoken in each, languages.json, which prompts the model; return their seconds."""
     import soundfile
 
     names = [f"{index:05}.wav" for index in range(len(clips))]
@@ -181,7 +163,7 @@ def write_clips(clips: Sequence[Clip], folder: Path) -> float:
         samples += len(pcm)
         soundfile.write(folder / name, pcm, SAMPLING_RATE, subtype="FLOAT")
     (folder / "clips.json").write_text(json.dumps(names), encoding="utf-8")
-    languages = [clip.lang for clip in clips]
+    languages = [language_code(clip.lang) for clip in clips]
     (folder / "languages.json").write_text(json.dumps(languages), encoding="utf-8")
     return samples / SAMPLING_RATE
 

@@ -177,6 +177,18 @@ def eval_cli(
 def transcribe_cli(
     source: Source,
     audio: Annotated[list[Path], typer.Argument(help="sound files of any length")],
+    language: Annotated[
+        str | None, typer.Option(help="code such as hi, or auto; default: the artifact's own")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="transcribe, or translate to English")] = None,
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="segments and cuts where the model hears them")
+    ] = False,
+    beams: Annotated[int, typer.Option(min=1, help="texts followed at once; 1 is greedy")] = 1,
+    fallback: Annotated[
+        bool, typer.Option("--fallback", help="try again, at random, what reads like a failure")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="of the random numbers of --fallback")] = 0,
     threads: Threads = None,
     json_file: Json = None,
 ) -> None:
@@ -184,12 +196,28 @@ def transcribe_cli(
     from benchmarks.speech import read_audio
     from edgewhisper import pipeline
 
+    def said(number: int, segment: Any) -> None:
+        if timestamps and json_file != "-":
+            place = "" if len(audio) == 1 else f"{audio[number]}\t"
+            say(f"{place}{segment.start_s:.2f}\t{segment.end_s:.2f}\t{segment.text}")
+
     pcms = [read_audio(path) for path in audio]
-    texts = pipeline.transcriber(source, threads)(pcms)
-    rows = [{"audio": str(path), "text": text} for path, text in zip(audio, texts, strict=True)]
+    options = dict(
+        language=language,
+        task=task,
+        timestamps=timestamps,
+        beams=beams,
+        fallback=fallback,
+        seed=seed,
+    )
+    rows = []
+    for path, found in zip(
+        audio, pipeline.transcribe(source, pcms, threads, said, **options), strict=True
+    ):
+        rows.append({"audio": str(path), **found})
+        if not timestamps and json_file != "-":
+            say(found["text"] if len(audio) == 1 else f"{path}\t{found['text']}")
     _emit(rows, json_file)
-    for row in rows if json_file != "-" else []:
-        say(row["text"] if len(rows) == 1 else f"{row['audio']}\t{row['text']}")
 
 
 @app.command("compare")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +32,7 @@ from export.artifact import MANIFEST, verify, write_manifest
 from export.cost import count_parameters, macs, macs_by_window
 from export.files import new_directory
 from export.problem import Problem
+from export.prompt import has_token, language_code
 from export.quantise import is_quantised
 from export.versions import versions
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     from benchmarks.bench import Candidate
+    from devices.runner.listen import Segment
+    from devices.runner.recognizer import Recognizer
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = ASSETS / "whisper-digits"
@@ -405,28 +408,89 @@ def transcriber(
 ) -> Callable[[Sequence[np.ndarray]], list[str]]:
     """Text of 16 kHz clips by a checkpoint or by an artifact, whichever `source` is.
 
-    `languages` are the clips' own, where they are known; an artifact has one prompt for all.
+    `languages` are the clips' own, where they are known: each prompts for its clip where the model
+    can be told of it.
     """
-    if (Path(source) / MANIFEST).exists():
-        from devices.runner.recognizer import Recognizer
+    if is_artifact(source):
+        recognizer = open_artifact(source, threads)
 
-        verify(Path(source))
-        recognizer = Recognizer(source, threads)
-        return lambda pcms: [recognizer.transcribe(pcm).text for pcm in pcms]
+        def hear(pcms: Sequence[np.ndarray]) -> list[str]:
+            spoken = [None] * len(pcms) if languages is None else map(language_code, languages)
+            return [
+                recognizer.transcribe(pcm, language=recognizer.known(code)).text
+                for pcm, code in zip(pcms, spoken, strict=True)
+            ]
+
+        return hear
     model, processor = whisper.load(source), whisper.load_processor(source)
     return lambda pcms: decoding.transcribe(model, processor, pcms, languages)
+
+
+def transcribe(
+    source: str,
+    pcms: Sequence[np.ndarray],
+    threads: int | None = None,
+    said: Callable[[int, Segment], None] = lambda number, segment: None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """What is said in 16 kHz recordings, one after the other: text, and by an artifact language and
+    segments as well. `said` hears each segment with its recording's number, as soon as it is there.
+
+    `options` are the runner's (devices/runner/listen.py); a checkpoint takes the language only.
+    """
+    if not is_artifact(source):
+        language = only_language_of(source, options)
+        model, processor = whisper.load(source), whisper.load_processor(source)
+        if language is not None and not has_token(model.generation_config, language):
+            raise Problem(
+                f"{source} has no token for the language {language!r}",
+                hint="leave it out, or name a code such as those in its generation_config.json",
+            )
+        texts = decoding.transcribe(model, processor, pcms, [language] * len(pcms))
+        yield from ({"text": text} for text in texts)
+        return
+    from devices.runner.recognizer import Transcript
+
+    recognizer = open_artifact(source, threads)
+    for number, pcm in enumerate(pcms):
+        transcript = Transcript()
+        for segment in recognizer.stream(pcm, transcript, **options):
+            said(number, segment)
+        yield transcript.as_dict()
+
+
+def only_language_of(source: str, options: dict[str, Any]) -> str | None:
+    """The language that options name; nothing else may stand in them."""
+    from devices.runner.listen import AUTO, Options
+
+    language: str | None = options.get("language")
+    wrong = [f.name for f in fields(Options) if options.get(f.name, f.default) != f.default]
+    if wrong not in ([], ["language"]) or language == AUTO:
+        raise Problem(
+            f"{source} is a checkpoint, and {' and '.join(wrong)} are for artifacts",
+            hint="make an artifact of it with `edgewhisper export`, and transcribe by that",
+        )
+    return language
+
+
+def is_artifact(source: str) -> bool:
+    return (Path(source) / MANIFEST).exists()
+
+
+def open_artifact(source: str, threads: int | None = None) -> Recognizer:
+    """The runner over an artifact whose files are whole."""
+    from devices.runner.recognizer import Recognizer
+
+    verify(Path(source))
+    return Recognizer(source, threads)
 
 
 def evaluate(source: str, speech: Path, normalizer: str | None = None) -> Score:
     """Error rates of a checkpoint or an artifact on a manifest's clips; the normalizer is by
     default the one for their language."""
-    from benchmarks.bench import warn_of_languages
-
     clips = read_manifest(speech)
     normalizer = normalizer or name_for(clips)
     normalizer_named(normalizer)  # an unknown one is said now, not after the transcription
-    if (Path(source) / MANIFEST).exists():
-        warn_of_languages(Path(source), clips)
     hear = transcriber(source, languages=[clip.lang for clip in clips])
     texts = hear([clip.pcm() for clip in clips])
     return score([clip.text for clip in clips], texts, normalizer)

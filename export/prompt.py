@@ -7,10 +7,7 @@ one that generation_config names, otherwise English. An English-only model is to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from export.problem import Problem
@@ -34,8 +31,14 @@ def has_token(generation: Any, language: str) -> bool:
     return f"<|{language_code(language)}|>" in (getattr(generation, "lang_to_id", None) or {})
 
 
+def language_ids(generation: Any) -> dict[str, int]:
+    """Code -> id of every language that the model can be told of."""
+    ids = getattr(generation, "lang_to_id", None) or {}
+    return {token.strip("<|>"): number for token, number in ids.items()}
+
+
 def known_languages(generation: Any) -> list[str]:
-    return [token.strip("<|>") for token in getattr(generation, "lang_to_id", None) or {}]
+    return list(language_ids(generation))
 
 
 def language_for(generation: Any, spoken: str | None = None) -> str | None:
@@ -82,25 +85,3 @@ def _look_up(generation: Any, table: str, key: str) -> int:
             hint="take generation_config.json from the model that was compressed",
         )
     return ids[key]
-
-
-# ------------------------------------------------------------------------------------ artifacts
-
-
-def unheard_languages(
-    artifact: Path, prompt: Iterable[int], spoken: Iterable[str]
-) -> tuple[str, dict[str, int]]:
-    """The language that an artifact's prompt is for, and of the others that its model could have
-    been told of, how many clips are in each. An artifact without languages gives "" and none."""
-    try:
-        told = json.loads((artifact / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "", {}
-    generation, prompt = SimpleNamespace(**told), set(prompt)
-    ids = getattr(generation, "lang_to_id", None) or {}
-    made_for = next((token.strip("<|>") for token, i in ids.items() if i in prompt), "")
-    others: dict[str, int] = {}
-    for code in map(language_code, spoken):
-        if made_for and code != made_for and has_token(generation, code):
-            others[code] = others.get(code, 0) + 1
-    return made_for, others

@@ -57,7 +57,7 @@ from export.cost import count_parameters, macs, macs_by_window
 from export.layouts import LAYOUTS
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
-from export.prompt import prompt_ids
+from export.prompt import is_multilingual, language_ids, prompt_ids
 from export.quantise import schemes
 from export.shrink import attention_shape, layer_shapes, windows_of
 from export.versions import versions
@@ -443,10 +443,14 @@ def check_window(model: nn.Module, extractor: Any) -> None:
 def decoding_rules(model: nn.Module) -> dict[str, Any]:
     """Prompt, end and suppressed tokens, as transformers' generate() would have them, greedy.
 
-    The prompt is for one language (see prompt.py). It forbids timestamps, so ids from
-    `timestamp_begin` on are never chosen.
+    The prompt is for one language (see prompt.py); `languages` and `tasks` have the ids that may
+    stand in it instead, code -> id. It forbids timestamps, so ids from `timestamp_begin` on are
+    never chosen. Whoever wants them leaves out the prompt's last token, timestamp_begin - 1, and
+    says a first one of at most `max_initial_timestamp_index` steps. Behind the prompt's first
+    token, the probability of `no_speech` is that of no speech.
     """
     generation = model.generation_config
+    multilingual = is_multilingual(generation)
     prompt = prompt_ids(generation)
     end = generation.eos_token_id
     silent = getattr(generation, "no_timestamps_token_id", None)
@@ -456,6 +460,10 @@ def decoding_rules(model: nn.Module) -> dict[str, Any]:
         "suppress_tokens": list(generation.suppress_tokens or []),
         "begin_suppress_tokens": list(generation.begin_suppress_tokens or []),
         "timestamp_begin": None if silent is None else silent + 1,
+        "max_initial_timestamp_index": getattr(generation, "max_initial_timestamp_index", None),
+        "no_speech": None if silent is None else silent - 1,
+        "languages": language_ids(generation) if multilingual else {},
+        "tasks": dict(getattr(generation, "task_to_id", None) or {}) if multilingual else {},
         "max_new_tokens": model.config.max_target_positions - len(prompt),
     }
 

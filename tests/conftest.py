@@ -93,3 +93,14 @@ def processor(digits: Path):
     from edgewhisper.whisper import load_processor
 
     return load_processor(digits)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, digits: Path, processor) -> Path:
+    """The embedded default as an fp32 artifact."""
+    from edgewhisper.whisper import load
+    from export.to_onnx import export_onnx
+
+    out = tmp_path_factory.mktemp("exported") / "fp32"
+    export_onnx(load(digits), processor, out, "fp32")
+    return out

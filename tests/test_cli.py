@@ -96,6 +96,13 @@ def test_transcribe_prints_the_text(edgewhisper, tmp_path, digits, clips):
     assert sum(text == row["text"] for text, row in zip(texts, rows, strict=True)) >= 2
 
 
+def test_what_only_an_artifact_can_do_is_refused_to_a_checkpoint(edgewhisper, digits, spoken):
+    found = letter(edgewhisper("transcribe", digits, spoken, "--timestamps", "--beams", "3"))
+    assert "is a checkpoint, and timestamps and beams are for artifacts" in found
+    found = letter(edgewhisper("transcribe", digits, spoken, "--language", "tlh"))
+    assert "has no token for the language 'tlh'" in found
+
+
 def test_eval_json_has_the_agreed_names_and_nothing_else_on_stdout(
     edgewhisper, tmp_path, digits, clips
 ):

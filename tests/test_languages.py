@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,10 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from benchmarks.bench import warn_of_languages, write_clips
+from benchmarks.bench import write_clips
 from benchmarks.rivals.transformers import Rival, languages_of
 from benchmarks.speech import read_manifest
+from devices.runner.recognizer import Recognizer
 from edgewhisper import alignment, decoding, pipeline, whisper
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import token_ids
@@ -268,10 +268,15 @@ def bambara(tmp_path, monkeypatch, clips) -> Path:
 
 
 def test_speech_without_a_token_is_prompted_as_asked_from_training_to_the_artifact(
-    bambara, digits, processor, clips, drawn
+    bambara, digits, processor, clips, drawn, monkeypatch
 ):
     code, other = drawn(2)
-    quiet = {"say": lambda text: None}
+    quiet, heard, transcribe = {"say": lambda text: None}, [], Recognizer.transcribe
+    monkeypatch.setattr(
+        Recognizer,
+        "transcribe",
+        lambda *given, **options: heard.append(transcribe(*given, **options)) or heard[-1],
+    )
     given = str(digits), "mine.toml", bambara, bambara
     slim = pipeline.compress(*given, Path("slim"), language=code, **quiet)
     model = whisper.load(slim)
@@ -287,16 +292,12 @@ def test_speech_without_a_token_is_prompted_as_asked_from_training_to_the_artifa
     assert told["decoding"]["prompt"] == token_ids(spoken[0], model, processor.tokenizer)[0]
     assert named(processor, told["decoding"]["prompt"]) == code
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_languages(artifact, spoken)
     assert pipeline.evaluate("artifact", bambara).normalizer == "bambara"
-    with pytest.warns(UserWarning, match=f"made for the language '{code}'.* 1 of them are"):
-        warn_of_languages(artifact, [spoken[0], replace(spoken[1], lang=other)])
+    assert [transcript.language for transcript in heard] == [code] * 2
     rows = [json.loads(line) | {"lang": other} for line in bambara.read_text().splitlines()]
     Path("other.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.warns(UserWarning, match=f"2 of '{other}'"):
-        pipeline.evaluate("artifact", Path("other.jsonl"), "none")
+    pipeline.evaluate("artifact", Path("other.jsonl"), "none")
+    assert [transcript.language for transcript in heard[2:]] == [other] * 2
 
 
 def test_every_step_keeps_the_language(tiny_whisper, processor, few, drawn, tmp_path):

@@ -97,6 +97,17 @@ def test_no_word_is_lost_or_doubled_where_long_audio_is_cut(empty, clips, digits
         assert pipeline.transcriber(source)([long.pcm()]) == [long.text]
 
 
+def test_an_artifact_tells_segments_and_language(empty, clips, exported):
+    clip = next(clip for clip in read_manifest(clips) if clip.text)
+    told = []
+    (found,) = pipeline.transcribe(
+        str(exported), [clip.pcm()], said=lambda number, s: told.append((number, s.text)), beams=2
+    )
+    assert found["language"] == "en"
+    assert found["text"] == clip.text
+    assert told == [(0, segment["text"]) for segment in found["segments"]]
+
+
 def test_a_full_disk_leaves_no_half_artifact(empty, digits, full_disk):
     with pytest.raises(Problem, match="cannot be written"):
         pipeline.export(str(digits))

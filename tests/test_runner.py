@@ -299,17 +299,6 @@ def test_a_damaged_token_table_gets_a_letter(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, digits, processor) -> Path:
-    """The shipped checkpoint as an fp32 artifact."""
-    from edgewhisper.whisper import load
-    from export.to_onnx import export_onnx
-
-    out = tmp_path_factory.mktemp("exported") / "fp32"
-    export_onnx(load(digits), processor, out, "fp32")
-    return out
-
-
-@pytest.fixture(scope="module")
 def pcms(clips) -> list[np.ndarray]:
     """Ten shipped clips, within one window."""
     return [clip.pcm()[:WINDOW] for clip in read_manifest(clips)[::4]]
@@ -427,6 +416,63 @@ def test_transcribe_prints_texts_and_notes_what_it_averaged(device_folder):
     assert code == 0
     assert texts[0] == texts[1] != ""
     assert stderr == "note:  s.wav: 2 channels averaged into one\n"
+
+
+def test_transcribe_streams_segments_and_takes_the_options(device_folder):
+    argv = ["transcribe", "artifact", "a.wav", "--language", "hi", "--beams", "2", "--stream"]
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *argv],
+        cwd=device_folder,
+        env={},
+        capture_output=True,
+        text=True,
+    )
+    *segments, last = map(json.loads, done.stdout.splitlines())
+    (found,) = last["transcripts"]
+    assert (found["audio"], found["language"]) == ("a.wav", "hi")
+    assert segments == [{"audio": "a.wav", **segment} for segment in found["segments"]]
+    code, answer, _ = runner(device_folder, *argv[:3], "--language", "xx")
+    assert code == 1
+    assert "no token for the language 'xx'" in answer["error"]
+
+
+def test_a_device_needs_few_lines_of_python(device_folder):
+    code = (
+        "import sys, runner\n"
+        "assert not {'numpy', 'onnxruntime'} & set(sys.modules)\n"
+        "from runner import Recognizer\n"
+        "recognizer = Recognizer('artifact', threads=1)\n"
+        "for segment in recognizer.stream('a.wav'):\n"
+        "    print(segment.text)\n"
+        "assert recognizer.transcribe('a.wav').text == segment.text\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=device_folder, env={}, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.stdout.strip()
+
+
+def test_bench_prompts_each_clip_for_its_language(device_folder, monkeypatch):
+    heard, transcribe = [], Recognizer.transcribe
+    monkeypatch.setattr(
+        Recognizer,
+        "transcribe",
+        lambda *given, **options: (
+            heard.append(options["language"]) or transcribe(*given, **options)
+        ),
+    )
+    languages = device_folder / "languages.json"
+    languages.write_text('["hi_in", "tlh"]')
+    try:
+        measure.bench(device_folder / "artifact", device_folder / "clips.json", threads=1)
+        assert heard == ["hi", None] * 2
+        languages.write_text('["hi"]')
+        with pytest.raises(RunnerProblem, match="1 entries for 2 clips"):
+            measure.read_languages(device_folder / "clips.json", 2)
+    finally:
+        languages.unlink()
+    assert measure.read_languages(device_folder / "clips.json", 2) == [None, None]
 
 
 def test_bench_keeps_every_sample(device_folder):

@@ -6,11 +6,29 @@ The folder is copied to the device as `runner/` and started there:
     python -m runner bench ARTIFACT CLIPS.json --repeats 1 --threads 2
     python -m runner describe
 
+In Python:
+
+    from runner import Recognizer
+
+    print(Recognizer("ARTIFACT").transcribe("clip.wav").text)
+
 The last line on stdout is one JSON object. A failure is `{"error": ..., "hint": ...}` with exit
 code 1, and the same letter in words on stderr.
 """
 
 import os
+from typing import Any
 
 # onnxruntime 1.29 and later report usage unless this is set before its import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+__all__ = ["Options", "Recognizer", "RunnerProblem", "Segment", "Transcript"]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name; numpy and onnxruntime are imported with the first of them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import recognizer
+
+    return getattr(recognizer, name)

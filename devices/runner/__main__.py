@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     transcribe = commands.add_parser("transcribe", help="text of WAV files")
     transcribe.add_argument("artifact", type=Path)
     transcribe.add_argument("wav", type=Path, nargs="+")
+    add_options(transcribe)
     bench = commands.add_parser("bench", help="texts and times of a JSON list of WAV files")
     bench.add_argument("artifact", type=Path)
     bench.add_argument("clips", type=Path)
@@ -40,6 +42,17 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=positive, help="default: all usable cores")
     commands.add_parser("describe", help="this machine and its state")
     return top
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the fields of listen.Options, and how they are printed."""
+    command.add_argument("--language", help="code, or auto; default: the artifact's own")
+    command.add_argument("--task", help="transcribe or translate")
+    command.add_argument("--timestamps", action="store_true", help="cut and timed by the model")
+    command.add_argument("--beams", type=positive, default=1, help="default: 1, greedy")
+    command.add_argument("--fallback", action="store_true", help="try again what reads badly")
+    command.add_argument("--seed", type=int, default=0, help="of --fallback's random numbers")
+    command.add_argument("--stream", action="store_true", help="a line of JSON a segment, at once")
 
 
 def positive(text: str) -> int:
@@ -57,11 +70,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         from .measure import bench
 
         return bench(arguments.artifact, arguments.clips, arguments.repeats, arguments.threads)
-    from .recognizer import Recognizer
+    return {"transcripts": list(transcripts(arguments))}
+
+
+def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what is said in each file; `--stream` prints every segment as soon as it is decoded."""
+    from .recognizer import Recognizer, Transcript
 
     recognizer = Recognizer(arguments.artifact, arguments.threads)
-    found = [(path, recognizer.transcribe(path)) for path in arguments.wav]
-    return {"transcripts": [{"audio": str(path), "text": t.text} for path, t in found]}
+    names = ("language", "task", "timestamps", "beams", "fallback", "seed")
+    options = {name: getattr(arguments, name) for name in names}
+    for path in arguments.wav:
+        transcript = Transcript()
+        for segment in recognizer.stream(path, transcript, **options):
+            if arguments.stream:
+                row = {"audio": str(path), **segment.as_dict()}
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+        yield {"audio": str(path), **transcript.as_dict()}
 
 
 if __name__ == "__main__":

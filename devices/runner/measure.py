@@ -29,17 +29,21 @@ PROFILED_RUNS = 9
 def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = None) -> dict:
     """Transcribe all clips `repeats` times and return texts, tokens and times, in seconds.
 
+    Each is prompted for its language, as languages.json beside the list says it, where the model
+    can be told of that; otherwise for the one that the artifact is made for.
     `load_s` is both sessions, manifest and tokens, without Python's imports; `end_to_end_s` goes
     from the WAV file to the text, and `cpu_s` is the time of all cores for the same work; lists are
     in the order of measurement.
     """
     paths = read_clips(clips)
+    spoken = read_languages(clips, len(paths))
     started = time.perf_counter()
     recognizer = Recognizer(artifact, threads)
     load_s = time.perf_counter() - started
-    for path in paths[:WARM_UP_CLIPS]:
-        recognizer.transcribe(path)
-    done = [timed(recognizer, path) for _ in range(repeats) for path in paths]
+    work = [(path, recognizer.known(code)) for path, code in zip(paths, spoken, strict=True)]
+    for path, language in work[:WARM_UP_CLIPS]:
+        recognizer.transcribe(path, language=language)
+    done = [timed(recognizer, *each) for _ in range(repeats) for each in work]
     transcripts = [transcript for _, _, transcript in done]
     peak = peak_rss_bytes()  # before the profiler takes memory of its own
     first = read_wav(paths[0])[: recognizer.window_samples]
@@ -69,10 +73,26 @@ def read_clips(path: Path) -> list[Path]:
     return clips
 
 
-def timed(recognizer: Recognizer, path: Path) -> tuple[float, float, Transcript]:
+def read_languages(clips: Path, count: int) -> list[str | None]:
+    """Read what is spoken in each clip; None for all of them where the list is not there."""
+    path = clips.parent / "languages.json"
+    if not path.is_file():
+        return [None] * count
+    try:
+        codes = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(code, str | None) for code in codes) or len(codes) != count:
+            raise ValueError(f"{len(codes)} entries for {count} clips, each a code or null")
+    except (OSError, ValueError, TypeError) as error:
+        raise RunnerProblem(f"{path}: no list of languages ({error})", 'write ["en"]') from None
+    return list(codes)
+
+
+def timed(
+    recognizer: Recognizer, path: Path, language: str | None
+) -> tuple[float, float, Transcript]:
     """Return the seconds from WAV file to text by the wall and of all cores, and the transcript."""
     wall, cpu = time.perf_counter(), time.process_time()
-    transcript = recognizer.transcribe(path)
+    transcript = recognizer.transcribe(path, language=language)
     return time.perf_counter() - wall, time.process_time() - cpu, transcript
 
 

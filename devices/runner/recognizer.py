@@ -9,7 +9,8 @@ the past ever had. Measured on whisper-tiny in int8, the peak of the process fal
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from .audio import SAMPLING_RATE, Pcm, is_silent, read_wav, shortest, split
+from .audio import SAMPLING_RATE, Pcm, is_silent, read_wav, shortest
 from .decode import Logits, Rules, greedy
+from .listen import Listener, Options, Segment, plain
 from .machine import usable_cores
 from .problem import RunnerProblem
-from .text import join, read_tokens, to_text
+from .text import read_tokens, to_text
 
 FORMAT = 2
 """The version of manifest.json that this runner reads."""
@@ -32,20 +34,31 @@ MOST_IDS = 32
 State = dict[str, Any]
 """Names of decoder inputs -> their OrtValue."""
 
+Past = dict[str, np.ndarray]
+"""Names of the decoder's own caches -> their memory."""
+
 
 @dataclass
 class Transcript:
-    """Text and tokens of one recording, and how long each stage took, in seconds.
+    """What is said in one recording, and how long each stage took, in seconds.
 
-    `graph_s` is the encoder graph: log-mel, encoder, cross keys and values. Lists have one entry
-    a window, `per_token_s` one a decoder step after the prompt's.
+    `language` is the code that prompted the model, where it is told one. `graph_s` is the encoder
+    graph: log-mel, encoder, cross keys and values. Lists of seconds have one entry a window,
+    `per_token_s` one a decoder step after the prompt's.
     """
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    language: str | None = None
     graph_s: list[float] = field(default_factory=list)
     prompt_s: list[float] = field(default_factory=list)
     per_token_s: list[float] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is printed of it."""
+        segments = [segment.as_dict() for segment in self.segments]
+        return {"text": self.text, "language": self.language, "segments": segments}
 
 
 class Recognizer:
@@ -69,23 +82,48 @@ class Recognizer:
         self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
         self.decoder = open_session(folder / "decoder.onnx", session_options(threads))
         self.cache = empty_cache(self.decoder)
+        self.more_pasts: list[Past] = []
 
-    def transcribe(self, audio: Pcm | str | Path) -> Transcript:
-        """Return the transcript of a WAV file or of 16 kHz samples of any length."""
-        pcm = read_wav(audio) if isinstance(audio, str | Path) else audio
-        transcript, texts = Transcript(), []
-        for piece in split(pcm, self.window_samples):
-            tokens = self.window(pcm[piece], transcript)
-            transcript.tokens += tokens
-            texts.append(self.text(tokens))
-        transcript.text = join(texts)
+    def transcribe(self, audio: Pcm | str | Path, **options: Any) -> Transcript:
+        """Return the transcript of a WAV file or of 16 kHz samples of any length.
+
+        Keywords are the fields of Options: language, task, timestamps, beams, fallback, seed.
+        """
+        transcript = Transcript()
+        for _ in self.stream(audio, transcript, **options):
+            pass
         return transcript
+
+    def stream(
+        self, audio: Pcm | str | Path, into: Transcript | None = None, **options: Any
+    ) -> Iterator[Segment]:
+        """Yield the segments of a recording, each as soon as its window is decoded.
+
+        `into` is a transcript that grows with them; other keywords are those of transcribe().
+        """
+        listener = Listener(self, Options(**options), Transcript() if into is None else into)
+        return listener.segments(samples(audio))
 
     def window(self, pcm: Pcm, times: Transcript | None = None) -> list[int]:
         """Return the greedy tokens of one window, without prompt and end token."""
         if self.guards and is_silent(pcm):
             return []
-        return greedy(Decoder(self, pcm, times or Transcript()), self.rules, self.guards)
+        return greedy(self.decoder_over(pcm, times or Transcript()), self.rules, self.guards)
+
+    def decoder_over(self, pcm: Pcm, times: Transcript) -> "Decoder":
+        """Return the decoder over one window, which is encoded here."""
+        return Decoder(self, pcm, times)
+
+    def pasts(self, count: int) -> list[Past]:
+        """Return memory for so many decoders' own caches; it is taken once and kept."""
+        while len(self.more_pasts) < count:
+            self.more_pasts.append({n: np.zeros_like(v.numpy()) for n, v in self.cache.items()})
+        return self.more_pasts[:count]
+
+    def known(self, language: str | None) -> str | None:
+        """Return the model's code for a language, None where it cannot be told of it."""
+        found = plain(language or "")
+        return found if found in self.rules.languages else None
 
     def logits(self, pcm: Pcm, tokens: Sequence[int]) -> Logits:
         """Return the raw logits before each of the tokens and after the last, (tokens+1, vocab).
@@ -115,6 +153,7 @@ class Decoder:
         cross = encode(recognizer.encoder, pad(pcm, recognizer.windows))
         times.graph_s.append(time.perf_counter() - started)
         self.binding = bind(self.session, cross | recognizer.cache)
+        self.cross, self.past = cross, views(recognizer.cache)
 
     def __call__(self, ids: Sequence[int]) -> Logits:
         """Feed tokens behind those already fed; return the logits (vocab,) after the last.
@@ -136,6 +175,24 @@ class Decoder:
         self.clock.append(time.perf_counter() - started)
         self.clock = self.next_clock
         return found
+
+    def branch(self, past: Past) -> "Decoder":
+        """Return a decoder over the same window that has been fed as many tokens as this one, with
+        keys and values in other memory."""
+        other = copy(self)
+        other.past = past
+        other.binding = bind(self.session, self.cross | {n: value(a) for n, a in past.items()})
+        return other
+
+
+def samples(audio: Pcm | str | Path) -> Pcm:
+    """Return the samples of a WAV file, or the samples that are given."""
+    return read_wav(audio) if isinstance(audio, str | Path) else audio
+
+
+def views(state: State) -> Past:
+    """Return the memory of caches: onnxruntime lends it out."""
+    return {name: held.numpy() for name, held in state.items()}
 
 
 def bind(decoder: ort.InferenceSession, state: State) -> Any:

@@ -1,0 +1,240 @@
+"""From sound of any length to segments: which window is decoded next, under which rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .audio import SAMPLING_RATE, Pcm, find_cut, is_silent, split
+from .decode import Rules, greedy, without_loop
+from .problem import RunnerProblem
+from .text import join
+from .timestamps import STEP_SAMPLES, parts
+
+if TYPE_CHECKING:
+    from .fallback import Attempt
+    from .recognizer import Decoder, Recognizer, Transcript
+
+AUTO = "auto"
+"""The language that asks for the model's own guess."""
+
+MOST_BEAMS = 32
+
+LEAST_STEPS = 50
+"""A window that would move on by less than a second keeps its unfinished text instead: a model that
+goes on in steps of 0.02 s would take hours."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a recording is to be heard; the defaults are what the gate has checked."""
+
+    language: str | None = None
+    """A code such as "hi"; "auto": the likeliest by the first window with sound; None: the one
+    that the artifact is made for."""
+    task: str | None = None
+    """transcribe, or translate into English."""
+    timestamps: bool = False
+    """Segments as the model times them, and long recordings cut there, as Whisper does; otherwise
+    a segment is a piece between pauses, of a window at most."""
+    beams: int = 1
+    """Texts that are followed at once; 1 is greedy."""
+    fallback: bool = False
+    """Decode again, at higher temperatures, what reads like a failure, and leave out what sounds
+    like no speech."""
+    seed: int = 0
+    """Of the random numbers at higher temperatures."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a recording, in seconds from its begin, and what is said there."""
+
+    start_s: float
+    end_s: float
+    text: str
+    tokens: list[int]
+
+    def as_dict(self) -> dict[str, float | str]:
+        """Return what is printed of it."""
+        return {"start_s": self.start_s, "end_s": self.end_s, "text": self.text}
+
+
+class Listener:
+    """One recording's way through a recognizer; it notes times and language in a transcript."""
+
+    def __init__(self, recognizer: Recognizer, options: Options, transcript: Transcript) -> None:
+        self.recognizer, self.options, self.transcript = recognizer, options, transcript
+        self.rng = np.random.default_rng(options.seed)
+        check(options, recognizer.rules)
+        language = code(options.language, recognizer.rules)
+        self.rules = recognizer.rules.told(
+            None if language == AUTO else language, options.task, options.timestamps
+        )
+        transcript.language = None if language == AUTO else self.rules.language
+
+    def segments(self, pcm: Pcm) -> Iterator[Segment]:
+        """Yield what is said, segment by segment, and write it into the transcript."""
+        for window in self.windows(pcm):
+            tokens = [token for segment in window for token in segment.tokens]
+            spoken = [segment for segment in window if segment.text]
+            said = self.recognizer.text(tokens)
+            self.transcript.text = join([self.transcript.text, said])
+            self.transcript.tokens += tokens
+            self.transcript.segments += spoken
+            yield from spoken
+
+    def windows(self, pcm: Pcm) -> Iterator[list[Segment]]:
+        """Yield the segments of one window after the other, as soon as it is decoded."""
+        return self.by_timestamps(pcm) if self.options.timestamps else self.by_pauses(pcm)
+
+    def by_pauses(self, pcm: Pcm) -> Iterator[list[Segment]]:
+        """Yield one segment a window; windows end in pauses."""
+        for piece in split(pcm, self.recognizer.window_samples):
+            yield [self.segment(piece.start, piece.stop, self.window(pcm[piece]))]
+
+    def by_timestamps(self, pcm: Pcm) -> Iterator[list[Segment]]:
+        """Yield the finished segments of a window; the next one begins where they end.
+
+        A window ends in a pause where more sound follows. Whisper's own end anywhere, and a word
+        there is lost if the model leaves it out, as it does where it said everything before.
+        """
+        begin, start = self.rules.timestamp_begin, 0
+        assert begin is not None
+        while start < len(pcm):
+            window = first_window(pcm[start:], self.recognizer.window_samples)
+            tokens, length = self.window(window), len(window) // STEP_SAMPLES
+            found, steps = parts(tokens, begin, length) if tokens else ([], length)
+            if steps < min(length, LEAST_STEPS):
+                rest = tokens[sum(len(part) for _, _, part in found) :]
+                found, steps = [*found, (steps, length, rest)], length
+            stop = start + len(window)
+            marks = [[min(start + n * STEP_SAMPLES, stop) for n in (a, b)] for a, b, _ in found]
+            yield [
+                self.segment(a, b, part) for (a, b), (_, _, part) in zip(marks, found, strict=True)
+            ]
+            start = stop if steps >= length else start + steps * STEP_SAMPLES
+
+    def segment(self, start: int, stop: int, tokens: list[int]) -> Segment:
+        """Return the segment between two samples."""
+        text = self.recognizer.text(tokens)
+        return Segment(start / SAMPLING_RATE, stop / SAMPLING_RATE, text, tokens)
+
+    def window(self, pcm: Pcm) -> list[int]:
+        """Return the tokens of one window, without prompt and end token."""
+        guards, options = self.recognizer.guards, self.options
+        if guards and is_silent(pcm):
+            return []
+        decoder = self.recognizer.decoder_over(pcm, self.transcript)
+        self.tell_language(decoder)
+        if options.beams == 1 and not options.fallback:
+            return greedy(decoder, self.rules, guards)
+        found = self.considered(decoder) if options.fallback else self.attempt(decoder, 0.0)
+        return without_loop(found.tokens) if guards else found.tokens
+
+    def tell_language(self, decoder: Decoder) -> None:
+        """Put the likeliest language into the prompt where it is to be found out."""
+        if self.transcript.language is None and self.options.language == AUTO:
+            logits = decoder(self.rules.prompt[:1])
+            languages = self.recognizer.rules.languages
+            heard = max(languages, key=lambda spoken: logits[languages[spoken]])
+            self.rules = self.rules.told(heard, None, self.options.timestamps)
+            self.transcript.language = heard
+            self.rewind(decoder)
+
+    def considered(self, decoder: Decoder) -> Attempt:
+        """Return the first attempt that reads like a text."""
+        from .fallback import best_attempt
+
+        attempt, no_speech = partial(self.attempt, decoder), partial(self.no_speech, decoder)
+        return best_attempt(attempt, self.recognizer.text, no_speech)
+
+    def attempt(self, decoder: Decoder, temperature: float) -> Attempt:
+        """Decode the window once, from the prompt on; beams are for temperature 0."""
+        from .fallback import sample
+
+        self.rewind(decoder)
+        if self.options.beams == 1 or temperature:
+            return sample(decoder, self.rules, temperature, self.rng, self.recognizer.guards)
+        return self.beam_search(decoder)
+
+    def beam_search(self, decoder: Decoder) -> Attempt:
+        """Decode the window once, with several beams."""
+        from .beam import Branches, beam_search
+
+        first = decoder(self.rules.prompt).copy()
+        branches = Branches(decoder, self.recognizer.pasts(self.options.beams))
+        found = beam_search(first, branches, self.rules, self.options.beams)
+        return replace(found, looped=without_loop(found.tokens) != found.tokens)
+
+    def no_speech(self, decoder: Decoder) -> float:
+        """Return the probability that nobody speaks in the window."""
+        from .fallback import probability
+
+        token = self.rules.no_speech
+        if token is None:
+            return 0.0
+        self.rewind(decoder)
+        return probability(decoder(self.rules.prompt[:1]), token)
+
+    def rewind(self, decoder: Decoder) -> None:
+        """Let the decoder begin again; what it is fed next counts as a prompt."""
+        decoder.fed, decoder.clock = 0, self.transcript.prompt_s
+
+
+def first_window(pcm: Pcm, window_samples: int) -> Pcm:
+    """Return all of it, or where it is longer than a window, what stands before a pause in it."""
+    if len(pcm) <= window_samples:
+        return pcm
+    return pcm[: find_cut(pcm[:window_samples])]
+
+
+def check(options: Options, rules: Rules) -> None:
+    """Raise the letter for what the artifact's model cannot do."""
+    if not 1 <= options.beams <= MOST_BEAMS:
+        raise RunnerProblem(
+            f"beams = {options.beams}: there can be 1 to {MOST_BEAMS}",
+            "take 1 for greedy decoding, or 5, which Whisper's own program takes",
+        )
+    if options.timestamps and rules.timestamp_begin is None:
+        raise RunnerProblem(
+            "timestamps are asked for, and the artifact's model has no tokens for them",
+            "leave them out, or start from a checkpoint whose generation_config.json names "
+            "no_timestamps_token_id",
+        )
+    if options.task is not None and options.task not in rules.tasks:
+        raise RunnerProblem(
+            f"the task {options.task!r} is not among the artifact's "
+            f"({', '.join(rules.tasks) or 'none: its model knows no tasks'})",
+            "leave it out, or name one of these",
+        )
+
+
+def code(language: str | None, rules: Rules) -> str | None:
+    """Return the artifact's code for hi, HI, hi_in, hi-IN or <|hi|>; raise the letter for a
+    language that the model cannot be told of."""
+    if language is None:
+        return None
+    found = plain(language)
+    if found in rules.languages or (found == AUTO and rules.languages):
+        return found
+    known = list(rules.languages)
+    near = get_close_matches(found, known, n=1) or known[:1]
+    message = f"the artifact's model has no token for the language {language!r}"
+    if not known:
+        raise RunnerProblem(f"{message}: it is told none", "leave the language out")
+    raise RunnerProblem(
+        f"{message}, it knows {len(known)}",
+        f"name a code such as {near[0]!r}, or 'auto' to let the model find out",
+    )
+
+
+def plain(language: str) -> str:
+    """Return a code in lower case, without a region and without Whisper's brackets."""
+    bare = language.strip().lower().removeprefix("<|").removesuffix("|>")
+    return bare.replace("_", "-").split("-")[0]
