@@ -17,6 +17,9 @@ from hypothesis import HealthCheck, settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
+# a shell that starts the tests in the background has them ignore Ctrl-C; some press it
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # a busy machine is slow, not wrong
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")

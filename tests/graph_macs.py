@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from export.shrink import layer_shapes
+from export.onnx_graph import SPARE
 from export.to_onnx import export_onnx
 
 FRONT_END = "log_mel/"
@@ -19,15 +19,13 @@ def of_exported(model, processor, folder: Path, context: int) -> tuple[int, int]
     """Of the encoder's graph, and of the decoder's for one token that sees `context` in all."""
     manifest = export_onnx(model, processor, folder / "artifact", "fp32")
     samples = manifest["audio"]["window_samples"]
-    shapes = layer_shapes(model)["decoder"]
-    feeds = {"input_ids": np.zeros((1, 1), np.int64)}
-    for spec in manifest["contract"]["decoder"]["inputs"][1:]:
-        layer, kind = spec["name"].split(".")[1:]
-        attention = {"past": "self_attn", "cross": "encoder_attn"}[spec["name"].split(".")[0]]
-        shape = shapes[int(layer)][attention]
-        length = context - 1 if attention == "self_attn" else model.config.max_source_positions
-        dim = shape["qk_dim" if kind == "key" else "v_dim"]
-        feeds[spec["name"]] = np.zeros((1, shape["heads"], length, dim), np.float32)
+    past = {"past_length": np.array([context - 1], np.int32)}
+    feeds = {"input_ids": np.zeros((1, 1), np.int64)} | past
+    heads = {spec["name"]: spec["shape"][1] for spec in manifest["contract"]["decoder"]["outputs"]}
+    for spec in manifest["contract"]["decoder"]["inputs"][2:]:
+        made = spec["name"].replace("past.", "present.").replace("cross.", "heard.")
+        shape = (1, heads[made], *spec["shape"][2:])
+        feeds[spec["name"]] = np.zeros(shape, np.float32)
     pcm = {"pcm": np.zeros((1, samples), np.float32)}
     return (
         count(folder / "artifact" / "encoder.onnx", pcm),
@@ -36,11 +34,12 @@ def of_exported(model, processor, folder: Path, context: int) -> tuple[int, int]
 
 
 def count(path: Path, feeds: dict[str, np.ndarray]) -> int:
-    """All MatMul, Conv and MultiHeadAttention nodes of one run, without the log-mel front end."""
+    """All MatMul, Conv and attention nodes of one run, without the log-mel front end."""
     model = onnx.load(str(path))
     shapes = run(model, feeds)
     nodes = [node for node in model.graph.node if not node.name.startswith(FRONT_END)]
-    return sum(COUNTERS[node.op_type](node, shapes) for node in nodes if node.op_type in COUNTERS)
+    plain = (COUNTERS[node.op_type](node, shapes) for node in nodes if node.op_type in COUNTERS)
+    return sum(plain) + cached(model, feeds, shapes)
 
 
 def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
@@ -69,12 +68,29 @@ def convolution(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int
 
 
 def attention(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Scores and mix of every query with every key: (1, s, width) and (1, heads, past, dim)."""
+    """Scores and mix of every query with every key, (1, s, width) each."""
     query, value = shapes[node.input[0]], shapes[node.output[0]]
-    keys = shapes[node.input[1]][-2]
-    if len(node.input) > 6:
-        keys += shapes[node.input[6]][-2]
-    return query[1] * keys * (query[2] + value[2])
+    return query[1] * shapes[node.input[1]][1] * (query[2] + value[2])
+
+
+def cached(model: onnx.ModelProto, feeds: dict, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Scores and mix over the filled part of the caches, in the widths that heads have outside
+    them. (Inside, widths are multiples of 8, and one position more is multiplied and hidden.)"""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers = {name: node for node in model.graph.node for name in node.input}
+    total = 0
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            query, value = node.input[0], node.output[0]
+            if makers[makers[query].input[0]].op_type == "Pad":
+                query = makers[makers[makers[query].input[0]].input[0]].input[0]
+            if readers[readers[value].output[0]].op_type == "Slice":
+                value = readers[readers[readers[value].output[0]].output[0]].output[0]
+            own = node.input[3].startswith("past.")
+            room = feeds[node.input[3]].shape[2]
+            keys = int(feeds["past_length"][0]) + 1 if own else room - SPARE
+            total += keys * (shapes[query][2] + shapes[value][2])
+    return total
 
 
 COUNTERS = {"MatMul": matmul, "Conv": convolution, "MultiHeadAttention": attention}
