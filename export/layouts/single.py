@@ -106,10 +106,12 @@ def _past_specs(model: nn.Module, time: str) -> list[Spec]:
 
 def _no_past(g: Graph, model: nn.Module) -> list[str]:
     """Keys and values of no positions, for every layer."""
-    return [
-        g.op("ConstantOfShape", g.constant([1, spec.shape[1], 0, spec.shape[3]]))
-        for spec in _past_specs(model, "past")
-    ]
+    found = []
+    for number in parts.layers_of(model):
+        heads = parts.own_heads(model, number)
+        shapes = ([1, heads.count, 0, width] for width in parts.widths(heads))
+        found += [g.op("ConstantOfShape", g.constant(shape)) for shape in shapes]
+    return found
 
 
 def _body(g: Graph, model: nn.Module, heard: list[list[str]], biases: list[str], end: int) -> Any:
