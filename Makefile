@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RIVALS := .rivals
 
-.PHONY: demo test check clean
+.PHONY: demo test check rivals-env clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    compress, export and measure the embedded model; ends in a table"
 	@echo "make test    run the tests"
 	@echo "make check   format, lint, types, direction of imports"
+	@echo "make rivals-env   faster-whisper, whisper.cpp, sherpa-onnx, for benchmarks/rivals"
 
 demo: $(READY)
 	$(BIN)/edgewhisper demo
@@ -37,5 +39,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(READY)
 
+rivals-env: $(RIVALS)/.ready
+
+$(RIVALS)/.ready: benchmarks/rivals/requirements.txt $(READY)
+	$(BIN)/python -m venv --clear $(RIVALS)
+	$(RIVALS)/bin/python -m pip install -q -r benchmarks/rivals/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) edgewhisper-runs
+	rm -rf $(VENV) $(RIVALS) edgewhisper-runs
