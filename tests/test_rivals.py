@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from benchmarks.compare import compare_pair
 from benchmarks.result import table_rows
 from benchmarks.rivals import __main__ as command
 from benchmarks.rivals import ggml, prepare
+from benchmarks.rivals.prepare import Order
 from benchmarks.rivals.protocol import Engine, bench, forced, main
 from benchmarks.rivals.race import (
     ENGINES,
@@ -253,10 +255,11 @@ def test_parameters_are_counted_from_the_file(random_checkpoint, digits):
 
 def test_our_artifact_gets_a_window_as_long_as_the_noise(random_checkpoint, tmp_path):
     write = prepare.artifact("int8")
-    place = write(random_checkpoint, tmp_path, (5.0,), PYTHON)
+    order = Order(random_checkpoint, tmp_path, PYTHON, windows_s=(5.0,))
+    place = write(order)
     manifest = json.loads((place / "manifest.json").read_text())
     assert manifest["audio"]["windows_samples"] == [80_000, 480_000]
-    again = write(random_checkpoint, tmp_path, (30.0,), PYTHON)
+    again = write(replace(order, windows_s=(30.0,)))
     assert again == place
     manifest = json.loads((place / "manifest.json").read_text())
     assert manifest["audio"]["windows_samples"] == [480_000]
@@ -471,7 +474,7 @@ def test_whisper_cpp_reads_our_file_and_says_what_the_clips_say(
 
 @with_rivals
 def test_faster_whisper_says_what_the_clips_say(digits, few, pushed, tmp_path):
-    place = prepare.ctranslate2(digits, tmp_path, (), PYTHON)
+    place = prepare.ctranslate2(Order(digits, tmp_path, PYTHON))
     answer = answer_of(pushed, "faster_whisper", place)
     assert answer["texts"] == [clip.text for clip in few]
     assert answer["per_token_s"] == []
@@ -480,15 +483,23 @@ def test_faster_whisper_says_what_the_clips_say(digits, few, pushed, tmp_path):
 @with_rivals
 @pytest.mark.parametrize(
     ("module", "write"),
-    [("whisper_cpp", prepare.ggml("q8_0")), ("faster_whisper", prepare.ctranslate2)],
-    ids=["whisper.cpp", "faster-whisper"],
+    [
+        ("whisper_cpp", prepare.ggml("q8_0")),
+        ("faster_whisper", prepare.ctranslate2),
+        ("sherpa_onnx", prepare.sherpa("int8")),
+    ],
+    ids=["whisper.cpp", "faster-whisper", "sherpa-onnx"],
 )
 def test_rivals_decode_the_tokens_that_are_forced(
     random_checkpoint, pushed, tmp_path, rng, module, write
 ):
-    count = int(rng.integers(2, 70))
-    place = write(random_checkpoint, tmp_path, (), PYTHON)
+    count = int(rng.integers(5, 12))  # sherpa-onnx allows 6 a second
+    write_clips([command.noise(2.0, tmp_path / "noise.wav")], tmp_path)
+    pushed.push(tmp_path / "00000.wav", "clips/00000.wav")
+    pushed.push(tmp_path / "clips.json", "clips/clips.json")
+    pushed.push(tmp_path / "languages.json", "clips/languages.json")
+    place = write(Order(random_checkpoint, tmp_path, PYTHON, tokens=count))
     answer = answer_of(pushed, module, place, "--tokens", str(count))
-    assert [len(tokens) for tokens in answer["tokens"]] == [count] * 3
-    assert len(answer["prompt_s"]) == 3
+    assert [len(tokens) for tokens in answer["tokens"]] == [count]
+    assert len(answer["encoder_s"]) == 1
     assert all(time > 0 for time in answer["per_token_s"])
