@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-RIVALS := .rivals
+RIVALS := build/rivals
+INTEROP := build/interop
 
-.PHONY: demo test check rivals-env clean
+.PHONY: demo test check interop rivals-env clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    compress, export and measure the embedded model; ends in a table"
 	@echo "make test    run the tests"
+	@echo "make interop run artifacts of other layouts in optimum, transformers.js and sherpa-onnx"
 	@echo "make check   format, lint, types, direction of imports"
-	@echo "make rivals-env   faster-whisper, whisper.cpp, sherpa-onnx, for benchmarks/rivals"
+	@echo "make rivals-env   install faster-whisper, whisper.cpp, sherpa-onnx for benchmarks.rivals"
 
 demo: $(READY)
 	$(BIN)/edgewhisper demo
@@ -27,6 +29,24 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+interop: $(READY) $(INTEROP)/optimum/.ready $(INTEROP)/sherpa/.ready $(INTEROP)/js/.ready
+	rm -rf $(INTEROP)/work
+	$(BIN)/python -m tests.interop.check $(INTEROP) $(INTEROP)/work
+
+$(INTEROP)/%/.ready: tests/interop/requirements-%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -q -r $<
+	@touch $@
+
+# --ignore-scripts: a package's install script would fetch a native runtime that is not used
+$(INTEROP)/js/.ready: tests/interop/package.json
+	@sh tests/system-packages.sh 'node --version' nodejs
+	@sh tests/system-packages.sh 'npm --version' npm
+	@mkdir -p $(@D) && cp $< $(@D)
+	@if npm --version >/dev/null 2>&1; then \
+	  cd $(@D) && npm install --silent --no-fund --no-audit --ignore-scripts && touch .ready; \
+	else echo "note: without node and npm transformers.js is not run"; fi
 
 # torch first and by exact version: a range would let pip choose a build with gigabytes of CUDA
 $(READY): pyproject.toml constraints.txt

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = ASSETS / "whisper-digits"
 SPEECH = ASSETS / "speech"
+ONE_WINDOW = ("transformers", "sherpa")
+"""Layouts of runtimes that give every clip the same window."""
 DEV_SHARE = 10
 """Every tenth clip is held out for choosing thresholds where no dev manifest is given."""
 
@@ -277,11 +279,12 @@ def export(
     speech: Path | None = None,
     out: Path | None = None,
     say: Say = print,
+    layout: str = "native",
 ) -> Path:
     """Write an artifact from a checkpoint and let it prove itself on text; return its directory.
 
     What was pruned is removed first, physically and exactly. Nothing is left behind when the gate
-    fails.
+    fails. Layouts whose runtimes know one window are made, and judged, with the full one.
     """
     from benchmarks.gate import run_gate
     from export.to_onnx import export_onnx
@@ -292,11 +295,14 @@ def export(
         model, _ = slimmed(model)
     clips = read_manifest(speech or SPEECH / "test.jsonl")
     fix_language(model.generation_config, clips)
-    place = out or runs.new_path("artifact", f"-{precision}")
+    if layout in ONE_WINDOW:
+        whisper.forget_short_windows(model)
+    kind = precision if layout == "native" else f"{layout}-{precision}"
+    place = out or runs.new_path("artifact", f"-{kind}")
     with new_directory(place) as folder:
-        say(f"{source} -> {place} ({precision})")
+        say(f"{source} -> {place} ({kind})")
         provenance = whisper.compression_record(source)
-        manifest = export_onnx(model, processor, folder, precision, provenance)
+        manifest = export_onnx(model, processor, folder, precision, provenance, layout)
         manifest["gate"] = run_gate(
             folder,
             lambda pcm: decoding.greedy(model, processor, [pcm])[0],

@@ -340,6 +340,13 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
             _check_layer(layer, f"{side}.layers.{index}", attentions, side, config)
 
 
+def forget_short_windows(model: nn.Module) -> None:
+    """From now on the model hears every clip in its full window."""
+    shapes = getattr(model.config, "edgewhisper", None)
+    if shapes:
+        model.config.edgewhisper = {k: v for k, v in shapes.items() if k != "windows"}
+
+
 def check_windows(windows: Any, positions: int) -> None:
     """Refuse lengths of audio that this model, of so many encoder positions, cannot have."""
     counts = isinstance(windows, list) and all(type(n) is int and n >= 1 for n in windows)

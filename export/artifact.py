@@ -15,7 +15,27 @@ from export.problem import Problem
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-GRAPHS = ("encoder.onnx", "decoder.onnx", "tokens.json")
+FILES = {
+    "native": ("encoder.onnx", "decoder.onnx", "tokens.json"),
+    "transformers": (
+        "onnx/encoder_model{}.onnx",
+        "onnx/decoder_model_merged{}.onnx",
+        "onnx/decoder_model_merged{}.onnx_data",
+        "onnx/decoder_model{}.onnx",
+        "onnx/decoder_with_past_model{}.onnx",
+        "config.json",
+        "tokenizer.json",
+    ),
+    "sherpa": ("whisper-encoder{}.onnx", "whisper-decoder{}.onnx", "whisper-tokens.txt"),
+    "single": ("whisper.onnx", "tokens.json"),
+}
+"""What no artifact of a layout can do without; {} stands for the precision."""
+SUFFIXES = {
+    "transformers": {"fp16": "_fp16", "int8": "_quantized", "int4": "_q4"},
+    "sherpa": {"fp16": ".fp16", "int8": ".int8", "int4": ".int4"},
+}
+"""How a layout's file names tell a precision; nothing is said of others."""
+GRAPHS = FILES["native"]
 AGAIN = "export it again, or copy the whole folder anew"
 
 
@@ -57,7 +77,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path}: format {found!r}; this version reads format {FORMAT}",
             hint="use the EdgeWhisper version that wrote it, or export the checkpoint again",
         )
-    _check_files(path, manifest.get("files"))
+    _check_files(path, manifest)
     return manifest
 
 
@@ -85,6 +105,15 @@ def verify(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def suffix_for(layout: str, precision: str) -> str:
+    return SUFFIXES.get(layout, {}).get(precision, "")
+
+
+def needed_files(layout: str, precision: str) -> list[str]:
+    """Names of the files without which an artifact is none."""
+    return [name.format(suffix_for(layout, precision)) for name in FILES[layout]]
+
+
 def describe(path: Path) -> dict[str, Any]:
     """SHA-256 and size in bytes of a file."""
     with path.open("rb") as file:
@@ -92,7 +121,13 @@ def describe(path: Path) -> dict[str, Any]:
     return {"sha256": digest, "bytes": path.stat().st_size}
 
 
-def _check_files(path: Path, files: Any) -> None:
+def _check_files(path: Path, manifest: dict[str, Any]) -> None:
+    layout, files = manifest.get("layout", "native"), manifest.get("files")
+    if layout not in tuple(FILES):
+        raise Problem(
+            f"{path}: layout {layout!r}; this version knows {', '.join(FILES)}",
+            hint="use the EdgeWhisper version that wrote it, or export the checkpoint again",
+        )
     if not isinstance(files, dict):
         raise Problem(f"{path}: damaged, it lists no files", hint=AGAIN)
     for name, entry in files.items():
@@ -103,7 +138,7 @@ def _check_files(path: Path, files: Any) -> None:
             )
         if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
             raise Problem(f"{path}: damaged, no hash and size for {name}", hint=AGAIN)
-    for name in GRAPHS:
+    for name in needed_files(layout, str(manifest.get("precision"))):
         if name not in files:
             raise Problem(f"{path}: damaged, it does not list {name}", hint=AGAIN)
 

@@ -19,14 +19,15 @@ the outputs static. Beside the graphs stands all that inference needs
 without a tokenizer library: tokens.json, and the prompt and the rules of decoding in manifest.json;
 the Hugging Face files are there for tools that want them.
 
-fp32 keeps every weight as it is. int8 quantises every matrix of the blocks per output channel and
-the tied token table per token (its factors per row), with dynamic activations; the convolution stem
-and the decoder's positions are float16 on disk and float32 at work; biases and norms stay float32.
-The encoder's positions are computed where they are the sinusoids that Whisper fixes. Where the
-checkpoint names bits for a layer, the table or the stem (see quantise.py), an int8 export follows
-it: 4 bits in blocks, 8, 16 (float32 at work) or 32. Nothing is
-stored twice. On x86 without VNNI, onnxruntime's int8 products may saturate (u8 * s8 summed in 16
-bits): gate there.
+fp32 keeps every weight as it is; fp16 stores matrices and tables as float16, which the runtime
+widens as it loads them. int8 quantises every matrix of the blocks per output channel and the tied
+token table per token (its factors per row), with dynamic activations; the convolution stem and the
+decoder's positions are float16 on disk and float32 at work; biases and norms stay float32. int4 is
+int8 but for the matrices of the blocks: 4 bits, a scale for 32 inputs. The encoder's positions are
+computed where they are the sinusoids that Whisper fixes. Where the checkpoint names bits for a
+layer, the table or the stem (see quantise.py), int8 and int4 follow it: 4 bits in blocks, 8, 16
+(float32 at work) or 32. Nothing is stored twice. On x86 without VNNI, onnxruntime's int8 products
+may saturate (u8 * s8 summed in 16 bits): gate there.
 
 The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels, frames), and
 the names of its nodes begin with `log_mel/`. To tell its time from the encoder's, run the encoder
@@ -38,8 +39,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ from torch import Tensor, nn
 from export import onnx_graph as ops
 from export.artifact import write_manifest
 from export.cost import count_parameters, macs, macs_by_window
+from export.layouts import LAYOUTS
 from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
 from export.problem import Problem
 from export.prompt import prompt_ids
@@ -60,11 +63,15 @@ from export.shrink import attention_shape, layer_shapes, windows_of
 from export.versions import versions
 
 KINDS = ("key", "value")
+GraphParts = tuple[Graph, list[Spec], list[Spec]]
+"""A graph, what goes in and what comes out."""
+Contract = dict[str, dict[str, list[dict[str, Any]]]]
+"""Name of a graph -> "inputs" and "outputs" -> name, shape and dtype of each."""
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
-SINUSOID_ERROR = {"fp32": 1e-5, "int8": 2**-12}
-"""Positions this close to Whisper's sinusoids are computed, not stored. float16, in which an int8
-graph would store them, is off by as much."""
+SINUSOID_ERROR = {False: 1e-5, True: 2**-12}
+"""Positions this close to Whisper's sinusoids are computed, not stored. A graph that would store
+them as float16 would be off by as much."""
 
 
 def export_onnx(
@@ -73,6 +80,7 @@ def export_onnx(
     out: Path,
     precision: str = "int8",
     provenance: dict[str, Any] | None = None,
+    layout: str = "native",
 ) -> dict[str, Any]:
     """Write an artifact into the empty directory `out`; returns its manifest, gate still null.
 
@@ -86,21 +94,21 @@ def export_onnx(
             f"there is no precision {precision!r} for ONNX",
             hint=f"choose one of: {', '.join(PRECISIONS)}",
         )
+    if layout not in LAYOUTS:
+        raise Problem(
+            f"there is no layout {layout!r} for ONNX", hint=f"choose one of: {', '.join(LAYOUTS)}"
+        )
     extractor = processor.feature_extractor
     check_model(model)
     check_window(model, extractor)
     decoding = decoding_rules(model)
-    tokens = token_bytes(processor.tokenizer, model.config.vocab_size)
+    token_bytes(processor.tokenizer, model.config.vocab_size)  # refused before a file is written
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    contract = _write_graphs(model, extractor, precision, out)
-    (out / "tokens.json").write_text(json.dumps({"bytes": tokens}) + "\n", encoding="utf-8")
-    for part in (model.config, model.generation_config, processor.tokenizer, extractor):
-        part.save_pretrained(out)
-    _write_compactly(out / "tokenizer.json")
+    contract = import_module(LAYOUTS[layout]).write(model, processor, precision, out)
     manifest = {
         "target": "onnx",
-        "layout": "native",
+        "layout": layout,
         "precision": precision,
         "parameters": count_parameters(model)["total"],
         "macs": macs(model),
@@ -122,7 +130,49 @@ def export_onnx(
     return manifest
 
 
-def _write_compactly(path: Path) -> None:
+def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contract:
+    """The native layout's files; returns what goes in and comes out of each graph."""
+    encoder = encoder_graph(model, processor.feature_extractor, precision)
+    contract = {
+        "encoder": write_graph(encoder, out, "encoder"),
+        "decoder": write_graph(decoder_graph(model, precision), out, "decoder"),
+    }
+    write_tokens(processor.tokenizer, model.config.vocab_size, out)
+    save_beside(model, processor, out)
+    return contract
+
+
+def write_graph(
+    made: GraphParts,
+    folder: Path,
+    name: str,
+    suffix: str = "",
+    last: Callable[[onnx.ModelProto], None] = lambda model: None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Write one graph, changed by `last`; returns what goes in and comes out of it."""
+    graph, inputs, outputs = made
+    model, path = graph.model(name, inputs, outputs), folder / f"{name}{suffix}.onnx"
+    _check(model, path)
+    last(model)
+    onnx.save(model, path)
+    return {"inputs": _described(inputs), "outputs": _described(outputs)}
+
+
+def write_tokens(tokenizer: Any, vocab_size: int, out: Path) -> None:
+    """The bytes of every token, for those who have no tokenizer library."""
+    tokens = {"bytes": token_bytes(tokenizer, vocab_size)}
+    (out / "tokens.json").write_text(json.dumps(tokens) + "\n", encoding="utf-8")
+
+
+def save_beside(model: nn.Module, processor: Any, out: Path) -> None:
+    """Hugging Face's files, for tools that want them."""
+    parts = (model.config, model.generation_config, processor.tokenizer)
+    for part in (*parts, processor.feature_extractor):
+        part.save_pretrained(out)
+    write_compactly(out / "tokenizer.json")
+
+
+def write_compactly(path: Path) -> None:
     """A JSON file without indentation: of a small model's artifact it is a large part."""
     if path.is_file():
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -130,23 +180,7 @@ def _write_compactly(path: Path) -> None:
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def _write_graphs(
-    model: nn.Module, extractor: Any, precision: str, out: Path
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Write both graphs; returns what goes in and comes out of each."""
-    contract = {}
-    for name, (graph, inputs, outputs) in {
-        "encoder": encoder_graph(model, extractor, precision),
-        "decoder": decoder_graph(model, precision),
-    }.items():
-        _save(graph.model(name, inputs, outputs), out / f"{name}.onnx")
-        contract[name] = {"inputs": _described(inputs), "outputs": _described(outputs)}
-    return contract
-
-
 # ---------------------------------------------------------------------------------------- graphs
-
-GraphParts = tuple[Graph, list[Spec], list[Spec]]
 
 
 def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
@@ -161,9 +195,9 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
     outputs = []
     for i, layer in enumerate(model.model.decoder.layers):
         attention, heads = layer.encoder_attn, _heads(layer.encoder_attn)
-        both = ops.parallel(g, x, _chains(g, attention, "kv"))
+        both = ops.apart(g, x, _chains(g, attention, "kv"))
         dims = heads.qk_dim, heads.v_dim
-        specs = _cross(model, i, g.int8, heads.count)
+        specs = _cross(model, i, g.quantises, heads.count)
         made = [ops.encoder_cache(g, y, heads, dim) for y, dim in zip(both, dims, strict=True)]
         for value, spec in zip(sum(zip(*made, strict=True), ()), specs, strict=True):
             g.name(value, spec.name)
@@ -197,7 +231,7 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
         x = _decoder_layer(g, x, layer, i, places)
     last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
     g.name(table.logits(_norm(g, last, decoder.layer_norm)), "logits")
-    return g, *_decoder_contract(model, g.int8)
+    return g, *_decoder_contract(model, g.quantises)
 
 
 def _token_table(g: Graph, table: nn.Module) -> ops.TokenTable | ops.FactorisedTable:
@@ -265,7 +299,7 @@ def _encoder_positions(g: Graph, table: ops.Floats, length: str) -> str:
     rates = sinusoid_rates(table.shape[1])
     angles = np.arange(len(table), dtype=np.float32)[:, None] * rates
     wanted = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    error = SINUSOID_ERROR["int8" if g.int8 else "fp32"]
+    error = SINUSOID_ERROR[g.halves]
     if wanted.shape == table.shape and np.abs(wanted - table).max() <= error:
         return ops.sinusoids(g, length, rates)
     return g.op("Slice", ops.float_table(g, table), g.constant([0]), length)
@@ -284,7 +318,7 @@ def sinusoid_rates(width: int) -> ops.Floats:
 def _encoder_layer(g: Graph, x: str, layer: nn.Module) -> str:
     attention = layer.self_attn
     y = _norm(g, x, layer.self_attn_layer_norm)
-    q, k, v = ops.parallel(g, y, _chains(g, attention, "qkv"))
+    q, k, v = ops.apart(g, y, _chains(g, attention, "qkv"))
     attend = ops.shared_attention if getattr(attention, "shared", False) else ops.self_attention
     y = attend(g, q, k, v, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
@@ -302,7 +336,7 @@ def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Plac
     attention = layer.encoder_attn
     y = _norm(g, x, layer.encoder_attn_layer_norm)
     q = ops.linear(g, y, _chain(g, attention.q_proj, layer.embed_dim), gather=True)
-    kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.int8 else KINDS
+    kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.quantises else KINDS
     cross = [f"cross.{number}.{kind}" for kind in kinds]
     heard = [f"heard.{number}.{kind}" for kind in KINDS]
     y = ops.cross_attention(g, q, cross, heard, places.cross, _heads(attention), places.unseen)
@@ -333,7 +367,7 @@ def _chain(g: Graph, module: nn.Module, features: int) -> list[Linear]:
     bias = None if module.bias is None else _array(module.bias)
     inputs = getattr(module, "inputs", None)
     kept = None if inputs is None else inputs.cpu().numpy()
-    return [Linear(_array(module.weight), bias, kept, features, g.schemes.get(module, ops.INT8))]
+    return [Linear(_array(module.weight), bias, kept, features, g.schemes.get(module))]
 
 
 def _attention_output(g: Graph, x: str, attention: nn.Module) -> str:
@@ -354,7 +388,7 @@ def _array(tensor: Tensor) -> ops.Floats:
     return tensor.detach().float().cpu().numpy()
 
 
-def _save(graph: onnx.ModelProto, path: Path) -> None:
+def _check(graph: onnx.ModelProto, path: Path) -> None:
     size = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
     if size > PROTOBUF_LIMIT:
         raise Problem(
@@ -362,7 +396,6 @@ def _save(graph: onnx.ModelProto, path: Path) -> None:
             hint="export with --precision int8",
         )
     onnx.checker.check_model(graph)
-    onnx.save(graph, path)
 
 
 # ------------------------------------------------------------------------------- what stands beside

@@ -33,7 +33,7 @@ from devices.device import DeviceProblem
 from devices.runner.problem import RunnerProblem
 from export.problem import Problem
 
-ENVIRONMENT = PROJECT / ".rivals"
+ENVIRONMENT = PROJECT / "build/rivals"
 LOUDNESS = 0.1
 
 

@@ -201,6 +201,12 @@ def read_manifest(folder: Path) -> dict:
             f"{folder}: artifact format {found} for {target}; this runner reads {FORMAT} for onnx",
             "take runner and artifact from the same release",
         )
+    layout = manifest.get("layout", "native")
+    if layout != "native":
+        raise RunnerProblem(
+            f"{folder}: made for another runtime (layout {layout}); this runner reads native ones",
+            "export the checkpoint with --layout native",
+        )
     if manifest["audio"]["sampling_rate"] != SAMPLING_RATE:
         rate = manifest["audio"]["sampling_rate"]
         raise RunnerProblem(f"{folder}: the model listens at {rate} Hz, not {SAMPLING_RATE}")
