@@ -295,7 +295,8 @@ def against_best(
     times, interval = least / value, None
     if measure.endswith("_s"):
         times, interval = ratio(best[measure], ours[measure], best["rounds"], ours["rounds"])
-    named = {"ours": ours["name"], "rival": best["name"], "measure": measure}
+    ours_label, label = (Case(one["engine"], one["threads"]).label for one in (ours, best))
+    named = {"ours": ours_label, "rival": label, "measure": measure}
     return {**named, "value": value, "best": least, "ratio": times, "interval": interval}
 
 
