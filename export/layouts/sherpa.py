@@ -39,7 +39,7 @@ from export.artifact import suffix_for
 from export.layouts import parts
 from export.onnx_graph import Graph, Heads, Spec, split_heads
 from export.problem import Problem
-from export.to_onnx import Contract, GraphParts, decoding_rules, token_bytes, write_graph
+from export.to_onnx import KINDS, Contract, GraphParts, decoding_rules, token_bytes, write_graph
 
 NAME = "whisper"
 SELF = ("in_n_layer_self_k_cache", "in_n_layer_self_v_cache")
@@ -123,7 +123,7 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
             )
             for name, size in zip(SELF, sizes[number], strict=True)
         ]
-        present = [f"present.{number}.{kind}" for kind in parts.KINDS]
+        present = [f"present.{number}.{kind}" for kind in KINDS]
         return parts.grown_attention(g, qkv, past, present, heads, "offset")
 
     def heard(number: int, q: str, heads: Heads) -> str:

@@ -28,7 +28,7 @@ from export import onnx_graph as ops
 from export.layouts import parts
 from export.onnx_graph import Graph, Heads, Spec
 from export.shrink import windows_of
-from export.to_onnx import Contract, GraphParts, decoding_rules, write_graph, write_tokens
+from export.to_onnx import KINDS, Contract, GraphParts, decoding_rules, write_graph, write_tokens
 
 NAME = "whisper"
 
@@ -91,14 +91,14 @@ def _turns(g: Graph, room: int) -> str:
 
 
 def _past_names(model: nn.Module, time: str = "past") -> list[str]:
-    return [f"{time}.{i}.{kind}" for i in parts.layers_of(model) for kind in parts.KINDS]
+    return [f"{time}.{i}.{kind}" for i in parts.layers_of(model) for kind in KINDS]
 
 
 def _past_specs(model: nn.Module, time: str) -> list[Spec]:
     specs = []
     for number in parts.layers_of(model):
         heads = parts.own_heads(model, number)
-        for kind, width in zip(parts.KINDS, parts.widths(heads), strict=True):
+        for kind, width in zip(KINDS, parts.widths(heads), strict=True):
             shape = (1, heads.count, f"{time}_length_{number}_{kind}", width)
             specs.append(Spec(f"{time}.{number}.{kind}", shape))
     return specs
@@ -106,10 +106,12 @@ def _past_specs(model: nn.Module, time: str) -> list[Spec]:
 
 def _no_past(g: Graph, model: nn.Module) -> list[str]:
     """Keys and values of no positions, for every layer."""
-    return [
-        g.op("ConstantOfShape", g.constant([1, spec.shape[1], 0, spec.shape[3]]))
-        for spec in _past_specs(model, "past")
-    ]
+    found = []
+    for number in parts.layers_of(model):
+        heads = parts.own_heads(model, number)
+        shapes = ([1, heads.count, 0, width] for width in parts.widths(heads))
+        found += [g.op("ConstantOfShape", g.constant(shape)) for shape in shapes]
+    return found
 
 
 def _body(g: Graph, model: nn.Module, heard: list[list[str]], biases: list[str], end: int) -> Any:
@@ -119,7 +121,7 @@ def _body(g: Graph, model: nn.Module, heard: list[list[str]], biases: list[str],
 
     def own(number: int, qkv: list[str], heads: Heads) -> str:
         past, present = (
-            [f"{time}.{number}.{kind}" for kind in parts.KINDS] for time in ("past", "present")
+            [f"{time}.{number}.{kind}" for kind in KINDS] for time in ("past", "present")
         )
         return parts.grown_attention(b, qkv, past, present, heads, start)
 

@@ -137,27 +137,6 @@ def _read_or_made(g: Graph, model: nn.Module, number: int, q: str, heads: Heads)
     )[0]
 
 
-def _read_or_made(g: Graph, model: nn.Module, number: int, q: str, heads: Heads) -> str:
-    """Cross-attention over the cached keys and values, or over those projected here and now."""
-    mixed = f"cross_attention.{number}"
-    outputs = [mixed, *_names("present", number, "encoder")]
-    cached = parts.Branch(g, f"cached_{number}")
-    y = parts.attention(cached, q, _names("past_key_values", number, "encoder"), heads)
-    none = (
-        cached.op("Identity", g.constant(np.zeros((0, heads.count, 0, width), np.float32)))
-        for width in (heads.qk_dim, heads.v_dim)
-    )
-    made = parts.Branch(g, f"made_{number}")
-    caches = parts.heard_caches(made, model, number, "encoder_hidden_states")
-    branches = {
-        "then_branch": cached.subgraph([], _any_shape([y, *none])),
-        "else_branch": made.subgraph(
-            [], _any_shape([parts.attention(made, q, caches, heads), *caches])
-        ),
-    }
-    return g.ops("If", "use_cache_branch", outputs=outputs, **branches)[0]
-
-
 def _any_shape(names: list[str]) -> list[Spec]:
     ranks = [3, *[4] * (len(names) - 1)]
     return [
