@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-
+RIVALS := build/rivals
 INTEROP := build/interop
-.PHONY: demo test check interop clean
+
+.PHONY: demo test check interop rivals-env clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +14,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make interop run artifacts of other layouts in optimum, transformers.js and sherpa-onnx"
 	@echo "make check   format, lint, types, direction of imports"
+	@echo "make rivals-env   install faster-whisper, whisper.cpp, sherpa-onnx for benchmarks.rivals"
 
 demo: $(READY)
 	$(BIN)/edgewhisper demo
@@ -57,5 +59,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(READY)
 
+rivals-env: $(RIVALS)/.ready
+
+$(RIVALS)/.ready: benchmarks/rivals/requirements.txt $(READY)
+	$(BIN)/python -m venv --clear $(RIVALS)
+	$(RIVALS)/bin/python -m pip install -q -r benchmarks/rivals/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) edgewhisper-runs
+	rm -rf $(VENV) $(RIVALS) edgewhisper-runs

@@ -18,6 +18,7 @@ MUST_MATCH = {
     "clips_hash": "clip sets",
     "normalizer": "normalizers",
     "emulated": "kinds of machine (emulated and real)",
+    "forced_tokens": "numbers of forced tokens",
 }
 
 
@@ -56,16 +57,17 @@ def compare_pair(
     refuse_mismatch(base, other, across_versions)
     sizes = [size_row(name, base, other) for name in SIZES]
     stages = [] if base["emulated"] else [time_row(s, base, other) for s in COLUMNS.values()]
-    return [wer_row(base, other)] + [row for row in stages + sizes if row is not None]
+    accuracy = [] if base.get("forced_tokens") else [wer_row(base, other)]
+    return accuracy + [row for row in stages + sizes if row is not None]
 
 
 def refuse_mismatch(base: dict[str, Any], other: dict[str, Any], across_versions: bool) -> None:
     """Raise the letter for results that must not be set side by side."""
     for field, what in MUST_MATCH.items():
-        if base[field] != other[field]:
+        if base.get(field) != other.get(field):
             raise Problem(
                 f"{base['name']} and {other['name']} were measured on different {what}: "
-                f"{short(base[field])} and {short(other[field])}",
+                f"{short(base.get(field))} and {short(other.get(field))}",
                 hint="bench both in one call, on the same clips and with the same normalizer",
             )
     common = base["versions"].keys() & other["versions"].keys()

@@ -12,6 +12,9 @@ cores for the same, which other programs on the machine disturb less; `mel_s`, `
 inside the encoder graph, its time is the graph's times `mel_share`, the share of kernel time that
 a separate profiled run gave its nodes; for a rival with a front end of its own `mel_share` is null.
 
+A result of `python -m benchmarks.rivals` may have `forced_tokens`: every engine was made to decode
+exactly so many tokens, and texts and error rates mean nothing.
+
 Error rates are fractions; `wer_per_utterance_mean` is missing in older lines. `clip_errors` and
 `clip_words` are the word counts of each clip, from which two results can be compared pairwise. What
 is not known is null, never zero.
@@ -48,8 +51,9 @@ ACCURACY: dict[str, type | tuple[type, ...]] = {
 
 LATER: dict[str, type | tuple[type, ...]] = {
     "wer_per_utterance_mean": (int, float),
+    "forced_tokens": (int, type(None)),
 }
-"""Fields that lines written before them lack; readers take them with `get`."""
+"""Fields that lines written before them, or by others, lack; readers take them with `get`."""
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "format": int,
@@ -155,8 +159,8 @@ def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "parameters": millions(result["parameters"]),
             "size MB": f"{result['artifact_bytes'] / 1e6:.2f}",
             "peak MB": megabytes(result["peak_rss_bytes"]),
-            "WER %": f"{100 * result['wer']:.1f}",
-            "95 %": "{:.1f} to {:.1f}".format(*(100 * bound for bound in result["wer_interval"])),
+            "WER %": wer(result),
+            "95 %": wer_interval(result),
             **{title: milliseconds(result, stage) for title, stage in COLUMNS.items()},
         }
         for result in results
@@ -191,6 +195,17 @@ COLUMNS = {
     "total ms": "end_to_end_s",
     "cpu ms": "cpu_s",
 }
+
+
+def wer(result: dict[str, Any]) -> str:
+    """The word error rate for a table; none where the tokens were forced."""
+    return "-" if result.get("forced_tokens") else f"{100 * result['wer']:.1f}"
+
+
+def wer_interval(result: dict[str, Any]) -> str:
+    """Where it lies, likewise."""
+    low, high = (100 * bound for bound in result["wer_interval"])
+    return "-" if result.get("forced_tokens") else f"{low:.1f} to {high:.1f}"
 
 
 def milliseconds(result: dict[str, Any], stage: str) -> str:

@@ -135,12 +135,14 @@ def run_runner(
     module: str = "runner",
     env: Env = None,
     timeout_s: float | None = None,
+    python: str | None = None,
 ) -> dict[str, Any]:
     """Run a program that speaks the runner's protocol; return the JSON of its last line.
 
+    `python` is another interpreter there than the device's own.
     Raises the program's own letter, or one that says how it ended without any.
     """
-    done = device.run([device.python, "-m", module, *arguments], env, timeout_s)
+    done = device.run([python or device.python, "-m", module, *arguments], env, timeout_s)
     answer = last_json(done.stdout)
     if answer is not None and "error" in answer:
         raise DeviceProblem(f"{device.name}: {answer['error']}", answer.get("hint", ""))

@@ -12,7 +12,8 @@ import pytest
 import soundfile
 
 from benchmarks.bench import write_clips
-from benchmarks.rivals.transformers import Rival, languages_of
+from benchmarks.rivals.protocol import languages_of
+from benchmarks.rivals.transformers import Rival
 from benchmarks.speech import read_manifest
 from devices.runner.recognizer import Recognizer
 from edgewhisper import alignment, decoding, pipeline, whisper
@@ -180,12 +181,10 @@ def test_dev_clips_are_judged_under_their_own_languages(
 
 
 def test_the_rival_is_prompted_for_the_clips_too(digits, processor, few, drawn, tmp_path):
-    from transformers import WhisperForConditionalGeneration, WhisperProcessor
-
     clips = in_languages(few, drawn(4))
     write_clips(clips, tmp_path)
     assert languages_of(tmp_path / "clips.json", 4) == [clip.lang for clip in clips]
-    rival = Rival(digits, WhisperForConditionalGeneration, WhisperProcessor)
+    rival = Rival(digits, threads=1)
     soundfile.write(tmp_path / "a.wav", few[0].pcm(), 16_000, subtype="FLOAT")
     for clip in clips:
         decode = partial(rival.transcribe, tmp_path / "a.wav", clip.lang)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.sizes import HEAD, SIZES
 from export.cost import count_parameters, macs
 
 if TYPE_CHECKING:
@@ -24,25 +25,6 @@ if TYPE_CHECKING:
 
 STORED = Path(__file__).parent.parent / "results" / "accounting.jsonl"
 TOKENS = 32
-HEAD = 64
-"""Width of an attention head in every Whisper."""
-
-
-@dataclass(frozen=True)
-class Size:
-    width: int
-    layers: int
-    mels: int = 80
-    vocabulary: int = 51_865
-
-
-SIZES = {
-    "tiny": Size(384, 4),
-    "base": Size(512, 6),
-    "small": Size(768, 12),
-    "medium": Size(1024, 24),
-    "large-v3": Size(1280, 32, mels=128, vocabulary=51_866),
-}
 COUNTED = ("tiny", "base", "small", "medium")
 
 

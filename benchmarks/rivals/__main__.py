@@ -1,0 +1,150 @@
+"""The same checkpoint through several engines, side by side.
+
+    python -m benchmarks.rivals --size tiny --threads 1 2 --seconds 30 --tokens 64 --out FILE
+    python -m benchmarks.rivals --size tiny --threads 1 2 --seconds 5 --tokens 20
+    python -m benchmarks.rivals --model DIR --speech MANIFEST
+
+With --size the checkpoint has Whisper's dimensions and random weights, and hears noise; every
+engine is made to decode exactly --tokens tokens, for how long that takes does not depend on the
+weights. Our artifact then has a window of --seconds beside the full one; the rivals pad to the full
+one, as they do. With --model and --speech they decode to the end of the text, and the table has
+their word error rates.
+
+--out keeps the results as JSON lines, which `edgewhisper compare` and `edgewhisper report` read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.markdown import table
+from benchmarks.normalizers import name_for
+from benchmarks.result import write
+from benchmarks.rivals import models
+from benchmarks.rivals.race import ENGINES, PROJECT, USUAL, Work, race, ratio_rows, ratios, rows
+from benchmarks.sizes import SIZES
+from benchmarks.speech import SAMPLING_RATE, Clip, read_manifest
+from devices.device import DeviceProblem
+from devices.runner.problem import RunnerProblem
+from export.problem import Problem
+
+ENVIRONMENT = PROJECT / "build/rivals"
+LOUDNESS = 0.1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; a letter ends with code 1."""
+    given = parser().parse_args(argv)
+    try:
+        measure(given)
+    except (Problem, DeviceProblem, RunnerProblem) as letter:
+        print(f"error: {letter}\ntry:   {letter.hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    summary, *rest = (__doc__ or "").splitlines()
+    found = argparse.ArgumentParser(
+        prog="benchmarks.rivals",
+        description=summary,
+        epilog="\n".join(rest),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = found.add_argument
+    add("--size", choices=list(SIZES), default="tiny", help="dimensions of a random model")
+    add("--model", type=Path, help="a dense checkpoint, instead of a random one")
+    add("--speech", type=Path, help="a manifest of clips, instead of noise")
+    add("--threads", type=count, nargs="+", default=[1, 2])
+    add("--seconds", type=float, default=30.0, help="how long the noise is")
+    add("--tokens", type=count, help="decoded on every clip: 64 on noise, not forced on speech")
+    add("--engines", nargs="+", default=list(USUAL), help=f"of {', '.join(ENGINES)}")
+    add("--rounds", type=count, default=5)
+    add("--repeats", type=count, help="times that a round's process does its work")
+    add("--models", type=Path, help="where the engines' models are kept for the next call")
+    add("--python", type=Path, default=ENVIRONMENT / "bin/python", help="of the rivals")
+    add("--out", type=Path, help="results as JSON lines")
+    return found
+
+
+def count(text: str) -> int:
+    """Read a count of at least 1."""
+    if (found := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{found} is less than 1")
+    return found
+
+
+def measure(given: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        place = (given.models or Path(folder) / "models").resolve()
+        place.mkdir(parents=True, exist_ok=True)
+        work = work_of(given, place, Path(folder))
+        results = race(
+            work,
+            given.engines,
+            given.threads,
+            given.rounds,
+            place,
+            given.python.absolute(),  # not resolved: an environment's interpreter is a link
+            name_for(work.clips),
+            lambda text: print(text, file=sys.stderr),
+        )
+    if given.out is not None:
+        write(results, given.out)
+    print(told(work))
+    print(table(rows(results)))
+    if compared := ratio_rows(ratios(results)):
+        print(table(compared))
+
+
+def work_of(given: argparse.Namespace, place: Path, folder: Path) -> Work:
+    """What is to be done, with checkpoint and clips on disk."""
+    checkpoint = given.model
+    if checkpoint is None:
+        checkpoint = place / f"whisper-{given.size}-random"
+        if not checkpoint.is_dir():
+            print(f"{checkpoint.name}: random weights", file=sys.stderr)
+            models.make(given.size, checkpoint)
+    elif not checkpoint.is_dir():
+        raise Problem(f"{checkpoint}: no such directory", hint="name a local checkpoint directory")
+    forced = given.tokens is not None or given.speech is None
+    if given.speech is not None:
+        clips = tuple(read_manifest(given.speech))
+    else:
+        clips = (noise(given.seconds, folder / "noise.wav"),)
+    return Work(
+        model=checkpoint.name,
+        checkpoint=checkpoint.resolve(),
+        clips=clips,
+        tokens=(given.tokens or 64) if forced else None,
+        repeats=given.repeats or (3 if given.speech is None else 1),
+        windows_s=() if given.speech is not None else (given.seconds,),
+    )
+
+
+def noise(seconds: float, path: Path) -> Clip:
+    """White noise; the same for the same length."""
+    import soundfile
+
+    samples = np.random.default_rng(0).standard_normal(round(seconds * SAMPLING_RATE))
+    soundfile.write(path, LOUDNESS * samples, SAMPLING_RATE, subtype="FLOAT")
+    return Clip(path, "noise", "en", duration_s=seconds)
+
+
+def told(work: Work) -> str:
+    """What was done, in a line above the table."""
+    sound = sum(clip.duration_s or 0 for clip in work.clips)
+    heard = f"{sound:g} s of noise" if work.clips[0].text == "noise" else f"{len(work.clips)} clips"
+    ended = "decoded to the end of the text"
+    if work.tokens is not None:
+        ended = f"exactly {work.tokens} tokens forced on every engine (end of text is suppressed)"
+    return f"{work.model}: {heard}, {ended}; medians of interleaved rounds\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

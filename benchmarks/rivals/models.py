@@ -1,0 +1,133 @@
+"""A checkpoint of Whisper's dimensions whose weights are random: engines take as long over it as
+over a trained one, and it needs no download.
+
+Every engine reads it as one of OpenAI's: the vocabulary has 51 865 entries, with end of text,
+languages, tasks and timestamps where Whisper has them, and a tokenizer that goes with it. Its
+ordinary tokens are the bytes and as many pairs of bytes as make 50 257: no text of interest, but
+every byte string can be written with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.sizes import HEAD, SIZES, Size
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, WhisperConfig, WhisperTokenizer
+
+ORDINARY = 50_257
+LANGUAGES = 99
+TIMESTAMPS = 1501
+END, START = 50_257, 50_258
+TASKS = {"translate": 50_358, "transcribe": 50_359}
+SILENT = 50_363
+"""<|notimestamps|>"""
+
+
+def make(size: str, out: Path, seed: int = 0) -> None:
+    """Write the checkpoint into the directory `out`."""
+    write(SIZES[size], out, seed)
+
+
+def write(size: Size, out: Path, seed: int = 0) -> None:
+    import torch
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+    from transformers import WhisperProcessor as Processor
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = WhisperForConditionalGeneration(model_config(size)).eval()
+    model.generation_config = generation_config()
+    model.save_pretrained(out)
+    extractor = WhisperFeatureExtractor(feature_size=size.mels)
+    Processor(extractor, make_tokenizer()).save_pretrained(out)
+    extractor.save_pretrained(out)  # preprocessor_config.json, which faster-whisper reads
+
+
+def model_config(size: Size) -> WhisperConfig:
+    from transformers import WhisperConfig
+
+    heads, ffn = size.width // HEAD, 4 * size.width
+    return WhisperConfig(
+        d_model=size.width,
+        encoder_layers=size.layers,
+        decoder_layers=size.layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=ffn,
+        decoder_ffn_dim=ffn,
+        num_mel_bins=size.mels,
+        vocab_size=size.vocabulary,
+        decoder_start_token_id=START,
+        bos_token_id=END,
+        eos_token_id=END,
+        pad_token_id=END,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+
+
+def generation_config() -> GenerationConfig:
+    """Which ids mean what; nothing but timestamps is suppressed."""
+    from transformers import GenerationConfig
+
+    codes = list(languages())
+    return GenerationConfig(
+        decoder_start_token_id=START,
+        bos_token_id=END,
+        eos_token_id=END,
+        pad_token_id=END,
+        max_length=448,
+        is_multilingual=True,
+        lang_to_id={f"<|{code}|>": START + 1 + i for i, code in enumerate(codes)},
+        task_to_id=TASKS,
+        no_timestamps_token_id=SILENT,
+        suppress_tokens=[],
+        begin_suppress_tokens=[],
+        max_initial_timestamp_index=50,
+    )
+
+
+def make_tokenizer() -> WhisperTokenizer:
+    """Byte-level BPE with the ids of OpenAI's multilingual vocabulary."""
+    from tokenizers import AddedToken
+    from transformers import WhisperTokenizer
+
+    words, merges = ordinary()
+    special, stamps = special_tokens(), [f"<|{i * 0.02:.2f}|>" for i in range(TIMESTAMPS)]
+    vocabulary = {word: i for i, word in enumerate([*words, *special])}
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=merges, pad_token=special[0])
+
+    def added(texts: list[str], is_special: bool) -> list[Any]:
+        return [AddedToken(text, normalized=False, special=is_special) for text in texts]
+
+    tokenizer.add_special_tokens({"extra_special_tokens": added(special, True)})
+    tokenizer.add_tokens(added(stamps, False))
+    return tokenizer
+
+
+def ordinary() -> tuple[list[str], list[tuple[str, str]]]:
+    """The 50 257 words, all bytes first, and the merges of the pairs behind them."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    pairs = list(islice(product(letters, letters), ORDINARY - len(letters)))
+    return letters + [first + second for first, second in pairs], pairs
+
+
+def special_tokens() -> list[str]:
+    """From end of text to <|notimestamps|>, in the order of their ids."""
+    later = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
+    names = ("endoftext", "startoftranscript", *languages(), *later)
+    return [f"<|{name}|>" for name in names]
+
+
+def languages() -> Iterator[str]:
+    """Codes of the languages, in Whisper's order."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES as known
+
+    return islice(known, LANGUAGES)

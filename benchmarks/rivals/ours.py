@@ -1,0 +1,64 @@
+"""An artifact by the runner of this project, in a process like the rivals'.
+
+    python -m benchmarks.rivals.ours ARTIFACT CLIPS.json --threads 2 --tokens 64
+
+The runner's own measurement (devices/runner/measure.py), with a forced number of tokens: log-mel's
+share of the encoder graph is taken by the profiler afterwards. The encoder's keys and values are
+computed in the encoder's graph. The runner's guards against silence and loops are off, as no rival
+has them on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.rivals.protocol import Engine, forced, main
+from devices.runner.audio import read_wav
+
+if TYPE_CHECKING:
+    from devices.runner.recognizer import Transcript
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+
+class Ours(Engine):
+    """The runner's recognizer; its transcripts carry the times."""
+
+    imports = ("devices.runner.recognizer",)
+    packages = ("numpy", "onnxruntime")
+
+    def __init__(self, model: Path, threads: int, tokens: int | None) -> None:
+        from devices.runner.recognizer import Recognizer
+
+        super().__init__(model, threads, tokens)
+        self.artifact, self.threads = model, threads
+        self.recognizer = Recognizer(model, threads, guards=False)
+        self.recognizer.rules = forced(self.recognizer.rules, tokens)
+        self.done: list[Transcript] = []
+        self.first: Path | None = None
+
+    def transcribe(self, path: Path, language: str | None = None) -> tuple[list[int], str]:
+        self.first = self.first or path
+        found = self.recognizer.transcribe(path)
+        self.done.append(found)
+        return found.tokens, found.text
+
+    def finish(self) -> None:
+        """Divide the graph's times between log-mel and encoder."""
+        from devices.runner.measure import mel_share, stages
+        from devices.runner.recognizer import pad
+
+        assert self.first is not None
+        pcm = read_wav(self.first)[: self.recognizer.window_samples]
+        window = pad(pcm, self.recognizer.windows)
+        self.mel_share = mel_share(self.artifact, window, self.threads)
+        timed = self.done[-len(self.watch.end_to_end_s) :]  # those before were to warm up
+        for stage, seconds in stages(timed, self.mel_share).items():
+            setattr(self.watch, stage, seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Ours))

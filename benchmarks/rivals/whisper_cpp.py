@@ -1,0 +1,156 @@
+"""A checkpoint by whisper.cpp, from the library inside pywhispercpp's wheel.
+
+    python -m benchmarks.rivals.whisper_cpp MODEL CLIPS.json --threads 2 --tokens 64
+
+MODEL is a folder that ggml.py wrote. pywhispercpp's binding of whisper_decode() takes one token and
+gives one logit, so the C functions are called as they are, through ctypes:
+
+    whisper_pcm_to_mel   mel_s; always 30 s and silence behind it
+    whisper_encode       encoder_s; the decoder's cross keys and values are part of it
+    whisper_decode       prompt_s for the prompt, per_token_s for each further token
+
+Everything else is as the library has it by default, flash attention on. That fills its keys up to a
+multiple of 256 positions and attends to the filling as well (whisper.cpp's pull request 3941): 36
+in the full window, too few to matter, but with the embedded model's 300 positions it says words
+twice. Models with another window than Whisper's therefore run without it.
+
+What whisper_full() does between these calls (sampling, fallback, timestamps) is left out, to the
+engine's favour; tokens are chosen by the loop of our own runner, after the prompt of the
+checkpoint's own language. The library in the wheel is compiled for AVX2; `build` in the answer is
+what it says itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.rivals.ggml import MODEL, RULES
+from benchmarks.rivals.protocol import Engine, forced, main, noted, only_window
+from devices.runner.decode import Rules, greedy
+from devices.runner.problem import RunnerProblem
+
+Quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+FLOATS = ctypes.POINTER(ctypes.c_float)
+FULL_WINDOW = 30 * 16_000
+
+
+class Heads(ctypes.Structure):
+    _fields_ = (("count", ctypes.c_size_t), ("heads", ctypes.c_void_p))
+
+
+class Options(ctypes.Structure):
+    """whisper_context_params of whisper.cpp 1.8."""
+
+    _fields_ = (
+        ("use_gpu", ctypes.c_bool),
+        ("flash_attn", ctypes.c_bool),
+        ("gpu_device", ctypes.c_int),
+        ("dtw_token_timestamps", ctypes.c_bool),
+        ("dtw_aheads_preset", ctypes.c_int),
+        ("dtw_n_top", ctypes.c_int),
+        ("dtw_aheads", Heads),
+        ("dtw_mem_size", ctypes.c_size_t),
+    )
+
+
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "whisper_log_set": (None, (Quiet, ctypes.c_void_p)),
+    "whisper_context_default_params": (Options, ()),
+    "whisper_init_from_file_with_params": (ctypes.c_void_p, (ctypes.c_char_p, Options)),
+    "whisper_pcm_to_mel": (ctypes.c_int, (ctypes.c_void_p, FLOATS, ctypes.c_int, ctypes.c_int)),
+    "whisper_encode": (ctypes.c_int, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)),
+    "whisper_decode": (
+        ctypes.c_int,
+        (ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), *(ctypes.c_int,) * 3),
+    ),
+    "whisper_get_logits": (FLOATS, (ctypes.c_void_p,)),
+    "whisper_n_vocab": (ctypes.c_int, (ctypes.c_void_p,)),
+    "whisper_token_to_str": (ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_int)),
+    "whisper_print_system_info": (ctypes.c_char_p, ()),
+}
+
+
+class WhisperCpp(Engine):
+    imports = ("_pywhispercpp",)
+    packages = ("pywhispercpp",)
+
+    def __init__(self, model: Path, threads: int, tokens: int | None) -> None:
+        super().__init__(model, threads, tokens)
+        self.threads, self.library = threads, open_library()
+        told = json.loads((model / RULES).read_text(encoding="utf-8"))
+        self.rules = forced(Rules.from_manifest(told), tokens)
+        self.window_samples: int = told["window_samples"]
+        options = self.library.whisper_context_default_params()
+        options.flash_attn &= self.window_samples == FULL_WINDOW
+        load = self.library.whisper_init_from_file_with_params
+        self.context = load(bytes(model / MODEL), options)
+        if not self.context:
+            raise RunnerProblem(f"{model / MODEL}: whisper.cpp cannot load it")
+        self.vocabulary: int = self.library.whisper_n_vocab(self.context)
+        self.build = self.library.whisper_print_system_info().decode()
+        self.fed = 0
+
+    def transcribe(self, path: Path, language: str | None = None) -> tuple[list[int], str]:
+        pcm = only_window(path, self.window_samples)
+        with noted(self.watch.mel_s):
+            self.call("whisper_pcm_to_mel", pcm.ctypes.data_as(FLOATS), len(pcm))
+        with noted(self.watch.encoder_s):
+            self.call("whisper_encode", 0)
+        self.fed = 0
+        tokens = greedy(self.step, self.rules, stop_loops=False)
+        return tokens, self.text(tokens)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call one of the library's stages; the number of threads is their last argument."""
+        code = getattr(self.library, name)(self.context, *arguments, self.threads)
+        if code:
+            raise RunnerProblem(f"{name} of whisper.cpp ended with code {code}")
+
+    def step(self, ids: Sequence[int]) -> Any:
+        """Feed tokens behind those already fed; the logits (vocab,) after the last."""
+        tokens = (ctypes.c_int32 * len(ids))(*ids)
+        with noted(self.watch.per_token_s if self.fed else self.watch.prompt_s):
+            self.call("whisper_decode", tokens, len(ids), self.fed)
+            rows = self.library.whisper_get_logits(self.context)
+        self.fed += len(ids)
+        return np.ctypeslib.as_array(rows, (len(ids), self.vocabulary))[-1]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of ordinary tokens; the library keeps their bytes up to a zero."""
+        spell = self.library.whisper_token_to_str
+        found = b"".join(spell(self.context, t) for t in tokens if t < self.rules.eos)
+        return found.decode(errors="replace").strip()
+
+
+def open_library() -> Any:
+    """The library that pywhispercpp's own module is linked with, muted."""
+    module = importlib.util.find_spec("_pywhispercpp")
+    assert module is not None and module.origin is not None  # it has been imported
+    found = sorted(Path(module.origin).parent.glob("libwhisper.*"))
+    if not found:
+        raise RunnerProblem(
+            f"{module.origin}: there is no libwhisper beside pywhispercpp's module",
+            "install the version of pywhispercpp that requirements.txt names",
+        )
+    library = ctypes.CDLL(str(found[0]))
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    library.whisper_log_set(MUTE, None)
+    return library
+
+
+MUTE = Quiet(lambda level, text, data: None)
+"""Kept as long as the process lives: the library calls it."""
+
+
+if __name__ == "__main__":
+    sys.exit(main(WhisperCpp))

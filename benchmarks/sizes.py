@@ -1,0 +1,25 @@
+"""Whisper's published dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEAD = 64
+"""Width of an attention head in every Whisper."""
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int
+    layers: int
+    mels: int = 80
+    vocabulary: int = 51_865
+
+
+SIZES = {
+    "tiny": Size(384, 4),
+    "base": Size(512, 6),
+    "small": Size(768, 12),
+    "medium": Size(1024, 24),
+    "large-v3": Size(1280, 32, mels=128, vocabulary=51_866),
+}
