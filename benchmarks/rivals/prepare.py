@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,10 @@ def sherpa(precision: str) -> Prepare:
         model, processor = load(order.checkpoint)
         if order.tokens is not None:
             force(model, order.tokens)
-        return export(model, processor, order.place(f"sherpa-{precision}"), precision, "sherpa")
+        place = export(model, processor, order.place(f"sherpa-{precision}"), precision, "sherpa")
+        if order.tokens is not None:
+            name_by_number(place)
+        return place
 
     return write
 
@@ -117,6 +121,16 @@ def force(model: Any, tokens: int) -> None:
     table.embed_positions.num_embeddings = 2 * tokens
     table.embed_positions.weight = nn.Parameter(positions)
     generation.suppress_tokens = list(range(generation.eos_token_id, config.vocab_size))
+
+
+def name_by_number(place: Path) -> None:
+    """Let every token be called by its id: sherpa-onnx's Python package tells tokens as texts, and
+    cannot tell those that are half a letter, of which random weights say many."""
+    (tokens,) = place.glob("*-tokens.txt")
+    ids = [line.split()[1] for line in tokens.read_text(encoding="ascii").splitlines()]
+    lines = [f"{b64encode(f' {number}'.encode()).decode()} {number}\n" for number in ids]
+    tokens.write_text("".join(lines), encoding="ascii")
+    (place / "manifest.json").unlink()  # it has the file's hash, and sherpa-onnx does not read it
 
 
 # ------------------------------------------------------------------------------------- the others

@@ -17,8 +17,8 @@ The Python package has one call for encoder and decoder, so:
 
 Tokens cannot be forced by its options. prepare.sherpa() therefore writes a model that has room for
 twice as many positions as tokens are wanted (the loop stops at half of them), and whose graph
-suppresses the end of text; per_token_s gains, as less is copied. The texts are the engine's; the
-ids of tokens are not told, so `tokens` are their texts.
+suppresses the end of text; per_token_s gains, as less is copied. The package tells no ids, so
+`tokens` are texts; of that model, the ids written out.
 """
 
 from __future__ import annotations
