@@ -190,6 +190,29 @@ def transcribe_cli(
         say(row["text"] if len(rows) == 1 else f"{row['audio']}\t{row['text']}")
 
 
+@app.command("verify")
+def verify_cli(
+    artifact: Annotated[Path, typer.Argument(help="directory written by `edgewhisper export`")],
+    speech: Annotated[
+        Path | None, typer.Option(help=f"the clips that export was given: {SPEECH}")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="run the gate anew against this directory or hub id")
+    ] = None,
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Check an artifact: hashes, graphs, contract, and that it still says what its gate heard."""
+    from edgewhisper.verify import verify
+
+    report = verify(artifact, speech, checkpoint, threads)
+    _emit(report.as_dict(), json_file)
+    if json_file != "-":
+        _table(report.rows)
+    if report.letter is not None:
+        raise report.letter
+
+
 @app.command("compare")
 def compare_cli(
     results: Annotated[list[Path], typer.Argument(help="files that `edgewhisper bench` wrote")],
