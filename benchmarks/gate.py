@@ -220,7 +220,9 @@ def gate_again(
             hint="the artifact or its runtime has changed: export it again, or give --checkpoint "
             "to compare with the model itself",
         )
-    return f"{told}; WER {100 * found:.2f} %, within the gate's {gate['max_wer_loss_points']:g} points"
+    return (
+        f"{told}; WER {100 * found:.2f} %, within the gate's {gate['max_wer_loss_points']:g} points"
+    )
 
 
 RECORDED = {

@@ -31,8 +31,8 @@ bits): gate there.
 The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels, frames), and
 the names of its nodes begin with `log_mel/`. Those of the other parts begin with `stem/`,
 `layers.{i}/`, `cross.{i}/`, `look_up/` and `logits/`, and in a layer go on with `feed_forward/` or
-`encoder_attn/`; all else there is self-attention. To tell its time from the encoder's, run the encoder
-with profiling on (SessionOptions.enable_profiling) and add up the `dur` of the events whose name
+`encoder_attn/`; all else there is self-attention. To tell their times, run a graph with profiling
+on (SessionOptions.enable_profiling) and add up the `dur` of the events whose name
 begins with `log_mel/`: onnxruntime computes a whole graph whatever outputs are asked for.
 """
 

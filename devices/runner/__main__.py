@@ -14,7 +14,6 @@ from typing import Any
 from .machine import describe, limit_memory
 from .problem import RunnerProblem
 
-
 SPARE_BYTES = 2**30
 
 

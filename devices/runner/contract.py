@@ -284,7 +284,7 @@ def check_audio(told: Told) -> None:
     for length in (longest, *lengths):
         if length % step:
             raise RunnerProblem(
-                f"{told.path}: {told.where} has a window of {length} samples, no multiple of {step}",
+                f"{told.path}: {told.where} has a window of {length}, no multiple of {step}",
                 AGAIN,
             )
 
@@ -378,9 +378,7 @@ def check_file(path: Path, expected: dict[str, Any], hashed: bool = True) -> Non
     plain_file(path)
     found = path.stat().st_size
     if found != expected["bytes"]:
-        raise RunnerProblem(
-            f"{path}: damaged, {found} bytes instead of {expected['bytes']}", AGAIN
-        )
+        raise RunnerProblem(f"{path}: damaged, {found} bytes instead of {expected['bytes']}", AGAIN)
     if hashed and sha256(path) != expected["sha256"]:
         raise RunnerProblem(f"{path}: damaged, its SHA-256 is not the manifest's", AGAIN)
 
@@ -429,7 +427,10 @@ def running(path: Path) -> Iterator[None]:
     except RunnerProblem:
         raise
     except Exception as error:  # onnxruntime has a class of its own for each status code
-        if not isinstance(error, MemoryError | RuntimeError) and "onnx" not in type(error).__module__:
+        if (
+            not isinstance(error, MemoryError | RuntimeError)
+            and "onnx" not in type(error).__module__
+        ):
             raise
         reason = (str(error).strip().splitlines() or ["out of memory"])[0]
         raise RunnerProblem(f"{path}: the graph cannot be run ({reason[:300]})", AGAIN) from None

@@ -7,7 +7,6 @@ from typing import Any
 from .contract import read_json
 from .problem import RunnerProblem
 
-
 MOST_BYTES = 2**24
 
 
