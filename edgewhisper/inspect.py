@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TOKENIZER = ("token", "vocab", "merges", "normalizer", "added_tokens", "special_tokens")
 """How the names of a tokenizer's files begin."""
 INT8_TYPES, FLOAT16 = (2, 3), 10
+COSTS = {"encoder", "cross", "decoder_per_token"}
 PROBE = (1500, 1024)
 """Rows and width of the product that is timed: (rows, width) (width, width)."""
 TIMEOUT_S = 600.0
@@ -82,9 +83,7 @@ def weight_bytes(model: WhisperForConditionalGeneration) -> dict[str, int]:
 
 def inspect_artifact(folder: Path) -> dict[str, Any]:
     """The same from an artifact's manifest and files, which are looked at and not run."""
-    told = artifact.read_manifest(folder)
-    if told.get("layout", "native") == "native":
-        told = contract.read_manifest(folder)
+    told = read_facts(folder)
     sizes = {name: entry["bytes"] for name, entry in told["files"].items()}
     sizes[artifact.MANIFEST] = (folder / artifact.MANIFEST).stat().st_size
     return {
@@ -98,6 +97,24 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
         "bytes": graph_bytes(folder, told) | file_bytes(sizes, tuple(graph_files(told))),
         "gate": told.get("gate"),
     }
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact of any layout, with what there is to show in it."""
+    path = folder / artifact.MANIFEST
+    told = contract.read_json(path)
+    if isinstance(told, dict) and told.get("layout", "native") == "native":
+        told = contract.read_manifest(folder)
+    else:
+        told = artifact.read_manifest(folder)
+        contract.check_facts(contract.Told(path, told))
+    for name in ("precision", "parameters", "macs_by_window", "layers"):
+        if told.get(name) is None:
+            raise Problem(f"{path}: {name} is missing", hint=artifact.AGAIN)
+    for window, macs in told["macs_by_window"].items():
+        if not window.isdecimal() or not macs.keys() >= COSTS:
+            raise Problem(f"{path}: no costs of the window {window[:40]!r}", hint=artifact.AGAIN)
+    return told
 
 
 def graph_files(manifest: dict[str, Any]) -> list[str]:
@@ -241,7 +258,7 @@ def time_artifact(
             f"{folder}: there are no graphs to time, it is not an artifact",
             hint="export the checkpoint first: edgewhisper export",
         )
-    told = contract.read_manifest(folder)
+    told = read_facts(folder)
     with LocalDevice() as device:
         device.push(RUNNER, "runner")
         with tempfile.TemporaryDirectory() as probes:
@@ -273,7 +290,12 @@ def write_probes(folder: Path) -> None:
 def with_floors(folder: Path, told: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     """The runner's answer, with the least time that the same work takes on such a machine."""
     positions = answer["samples"] // (2 * told["audio"].get("hop_samples", 160))
-    macs = told["macs_by_window"][str(positions)]
+    macs = told["macs_by_window"].get(str(positions))
+    if macs is None:
+        raise Problem(
+            f"{folder}: macs_by_window says nothing of {positions} positions",
+            hint="export the checkpoint again",
+        )
     rows, width = PROBE
     rates = {name: rows * width**2 / seconds for name, seconds in answer["probes"].items()}
     files = told["files"].keys()

@@ -194,3 +194,23 @@ def test_tables_are_shown(exported, few, monkeypatch, capsys):
     assert "token table" in out
     assert "encoder 3" in out
     assert len(read_manifest(few)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("macs_by_window", None, "macs_by_window is missing"),
+        ("macs_by_window", {"300": {"encoder": 1}}, "no costs of the window '300'"),
+        ("macs_by_window", {"x": {}}, "no costs of the window 'x'"),
+        ("parameters", "many", "parameters is 'many', not a whole number"),
+        ("layers", {"encoder": [{}], "decoder": []}, "ffn is missing"),
+        ("layers", None, "layers is missing"),
+    ],
+)
+def test_an_artifact_that_hides_what_it_is_gets_a_letter(name, value, message, exported, tmp_path):
+    broken = Path(shutil.copytree(exported, tmp_path / "broken"))
+    manifest = json.loads((broken / "manifest.json").read_text()) | {name: value}
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message) as letter:
+        inspect.inspect(str(broken))
+    assert letter.value.hint

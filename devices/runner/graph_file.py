@@ -272,7 +272,8 @@ class Reader:
                 raise self.refused("sparse constants, which no graph has here")
 
     def constant(self, span: Span) -> Constant:
-        found, dims = Constant(), []
+        found = Constant()
+        dims: list[int] = []
         for number, value in self.fields(span):
             if number == 1:
                 dims += self.numbers(value)
