@@ -213,8 +213,9 @@ def inspect_cli(
         say(f"{found['kind']}, {found['precision']}, {found['parameters']:,} parameters")
         for rows in (inspect.layer_rows, inspect.size_rows, inspect.cost_rows):
             _table(rows(found))
-        for rows in (inspect.time_rows, inspect.floor_rows) if "time" in found else ():
-            _table(rows(found["time"]))
+        if "time" in found:
+            _table(inspect.time_rows(found["time"]))
+            _table(inspect.floor_rows(found["time"]))
 
 
 @app.command("verify")

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.timing import summarise
 from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
 from devices.runner import contract
@@ -228,11 +229,17 @@ def time_rows(timed: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def unsure(timed: dict[str, Any], stage: str) -> str:
+    """The mark of times that differ too much from window to window, as in tables of results."""
+    return "~" if summarise(timed[stage]["samples_s"], timed["windows"]).unstable else ""
+
+
 def floor_rows(timed: dict[str, Any]) -> list[dict[str, str]]:
+    """Measured and least times of both graphs, and what the least is made of."""
     return [
         {
             "graph": stage,
-            "measured ms": f"{1e3 * timed[stage]['measured_s']:.3f}",
+            "measured ms": f"{unsure(timed, stage)}{1e3 * timed[stage]['measured_s']:.3f}",
             "floor ms": f"{1e3 * timed[stage]['floor_s']:.3f}",
             "ratio": f"{timed[stage]['measured_s'] / timed[stage]['floor_s']:.1f}",
             "bound by": timed[stage]["bound_by"],
@@ -310,6 +317,7 @@ def with_floors(folder: Path, told: dict[str, Any], answer: dict[str, Any]) -> d
     return {
         "window_s": answer["samples"] / told["audio"]["sampling_rate"],
         "threads": answer["threads"],
+        "windows": len(answer["encoder_s"]),
         "machine": {"bytes_per_s": answer["bytes_per_s"], "macs_per_s": rates},
         "encoder": {
             "measured_s": median(answer["encoder_s"]),
