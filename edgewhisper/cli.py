@@ -107,7 +107,7 @@ def export_cli(
         str | None, typer.Argument(help="directory or hub id; default: the newest checkpoint")
     ] = None,
     target: Annotated[str, typer.Option(help="onnx")] = "onnx",
-    precision: Annotated[str, typer.Option(help="int8 or fp32")] = "int8",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4")] = "int8",
     layout: Annotated[str, typer.Option(help="native")] = "native",
     speech: Annotated[Path | None, typer.Option(help=f"clips for the gate: {SPEECH}")] = None,
     out: Out = None,
@@ -115,7 +115,7 @@ def export_cli(
     """Turn a checkpoint into files a device can run; fails if their text differs."""
     _one_of("--target", target, ("onnx",))
     _one_of("--layout", layout, ("native",))
-    _one_of("--precision", precision, ("int8", "fp32"))
+    _one_of("--precision", precision, ("fp32", "fp16", "int8", "int4"))
     from edgewhisper import pipeline
 
     place = pipeline.export(checkpoint, precision, speech, out, say)

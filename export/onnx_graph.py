@@ -28,9 +28,8 @@ from export.quantise import Scheme
 FUSED = "com.microsoft"
 OPSETS = {"": 18, FUSED: 1}
 IR_VERSION = 9
-PRECISIONS = ("fp32", "int8")
-INT8 = Scheme()
-"""How an int8 graph stores a matrix that nothing else is said of: a scale for every row."""
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+INT8, INT4, FLOAT = Scheme(8), Scheme(4), Scheme(32)
 DTYPES = {
     "float32": TensorProto.FLOAT,
     "int8": TensorProto.INT8,
@@ -55,8 +54,8 @@ class Linear:
     inputs: NDArray[np.int64] | None = None
     features: int = 0
     """Needed with `inputs` only."""
-    scheme: Scheme = INT8
-    """How the weight is stored in a graph that is not float32."""
+    scheme: Scheme | None = None
+    """How a graph that quantises stores the weight; None: as it stores all matrices."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,18 @@ class Spec:
 class Graph:
     """Nodes and constants of one graph under construction. Equal constants are stored once.
 
-    `schemes` says how single weights are stored, by what they belong to; a float32 graph keeps all
-    weights as they are.
+    `schemes` says how single weights are stored, by what they belong to, where the graph quantises
+    (int8 and int4); the others store all of them as float32, or as float16 (fp16).
     """
 
     def __init__(self, precision: str, schemes: Mapping[Any, Scheme] | None = None) -> None:
-        self.int8 = precision == "int8"
+        self.quantises = precision in ("int8", "int4")
+        self.halves = precision != "fp32"
+        """Floats are stored as float16, and widened by the runtime as it loads the graph."""
+        self.matrices = {"int8": INT8, "int4": INT4}.get(precision, FLOAT)
         self.schemes = schemes or {}
         self._nodes: list[onnx.NodeProto] = []
+        self._quantised: dict[str, list[str]] = {}
         self._constants: dict[bytes, onnx.TensorProto] = {}
         self._prefix = ""
 
@@ -128,6 +131,16 @@ class Graph:
         node = helper.make_node(kind, inputs, outputs, name, domain=domain, **attributes)
         self._nodes.append(node)
         return list(outputs)
+
+    def scheme(self, wanted: Scheme | None, usual: Scheme | None = None) -> Scheme:
+        """How a weight is stored for which that is wanted; `usual`: other than matrices are."""
+        return wanted or usual or self.matrices if self.quantises else FLOAT
+
+    def quantised(self, value: str) -> list[str]:
+        """A value in 8 bits with its scale and zero point; the same ones whenever it is asked."""
+        if value not in self._quantised:
+            self._quantised[value] = self.ops("DynamicQuantizeLinear", value, outputs=3)
+        return self._quantised[value]
 
     def name(self, value: str, name: str) -> str:
         """Give a value a name that readers of the graph can rely on."""
@@ -187,7 +200,8 @@ def linear(g: Graph, x: str, layers: Sequence[Linear], gather: bool = False) -> 
 
 
 def parallel(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
-    """Several linear layers of one input (q, k and v): one product of all that are stored alike.
+    """Several linear layers of one input of a few rows (q, k and v of new tokens): one product of
+    all that are stored alike, so that there are few operators.
 
     A low-rank layer's first factor takes part, and its second one follows.
     """
@@ -204,24 +218,44 @@ def parallel(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str
     return [linear(g, parts[i], branch[1:]) for i, branch in enumerate(branches)]
 
 
+def apart(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
+    """The same for hundreds of rows, where splitting a product costs more than several products
+    (measured: a third of q, k and v together); x is quantised once for all of them."""
+    return [linear(g, _shared_product(g, x, first), rest) for first, *rest in branches]
+
+
+def _shared_product(g: Graph, x: str, layer: Linear) -> str:
+    """As _product, of an input that other layers read too."""
+    scheme = g.scheme(layer.scheme)
+    if scheme.bits != 8:
+        return _product(g, x, [layer])
+    codes, scale = quantise(layer.weight, scheme)
+    matrix = _joint_matrix(g, [layer], [codes])
+    q, q_scale, zero = g.quantised(x)
+    inputs = [q, matrix, q_scale, g.constant(scale), zero]
+    inputs += [] if layer.bias is None else ["", g.constant(layer.bias)]
+    return g.op("MatMulIntegerToFloat", *inputs, domain=FUSED)
+
+
 def _kind(g: Graph, layer: Linear) -> Any:
     """What layers of one product have in common."""
-    if not g.int8 or layer.scheme.bits > 4:
-        return g.int8 and layer.scheme.bits
-    return layer.scheme.block, None if layer.inputs is None else layer.inputs.tobytes()
+    scheme = g.scheme(layer.scheme)
+    if scheme.bits > 4:
+        return scheme.bits
+    return scheme.block, None if layer.inputs is None else layer.inputs.tobytes()
 
 
 def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:
     """Layers of one input, stored alike, side by side: x (1, n, in) -> (1, n, sum of out)."""
     bias = _joint_bias(layers)
     added = [] if bias is None else [g.constant(bias)]
-    scheme = layers[0].scheme if g.int8 else Scheme(32)
+    scheme = g.scheme(layers[0].scheme)
     if scheme.bits == 4:
-        return _int4_product(g, x, layers, added)
+        return _int4_product(g, x, layers, scheme, added)
     if scheme.bits == 32:
         x = g.op("MatMul", x, _joint_matrix(g, layers, [layer.weight for layer in layers]))
         return g.op("Add", x, *added) if added else x
-    parts = [quantise(layer.weight, layer.scheme) for layer in layers]
+    parts = [quantise(layer.weight, scheme) for layer in layers]
     matrix = _joint_matrix(g, layers, [q for q, _ in parts])
     scale = g.constant(np.concatenate([scale for _, scale in parts]))
     if scheme.bits == 16:
@@ -231,12 +265,14 @@ def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:
     return g.op("DynamicQuantizeMatMul", x, matrix, scale, *zero, *added, domain=FUSED)
 
 
-def _int4_product(g: Graph, x: str, layers: Sequence[Linear], added: list[str]) -> str:
+def _int4_product(
+    g: Graph, x: str, layers: Sequence[Linear], scheme: Scheme, added: list[str]
+) -> str:
     """Blocks lie along the inputs that are read, so these are picked, on many rows too."""
-    scheme, inputs = layers[0].scheme, layers[0].inputs
+    inputs = layers[0].inputs
     if inputs is not None:
         x = g.op("Gather", x, g.constant(inputs), axis=-1)
-    parts = [quantise(layer.weight, layer.scheme) for layer in layers]
+    parts = [quantise(layer.weight, scheme) for layer in layers]
     codes, scales = (np.concatenate(both) for both in zip(*parts, strict=True))
     packed = quantisers.pack(torch.from_numpy(codes), scheme).numpy()
     out, features = codes.shape
@@ -258,7 +294,7 @@ def _int4_product(g: Graph, x: str, layers: Sequence[Linear], added: list[str]) 
 def _joint_matrix(g: Graph, layers: Sequence[Linear], weights: Sequence[NDArray]) -> str:
     """Weights (out, in) of several layers as one matrix (all inputs, sum of out)."""
     if all(layer.inputs is None for layer in layers):
-        return g.constant(np.concatenate(weights).T)
+        return _stored(g, np.concatenate(weights).T)
     pairs = zip(layers, weights, strict=True)
     wide = [_all_inputs(g, weight, layer.inputs, layer.features) for layer, weight in pairs]
     return wide[0] if len(wide) == 1 else g.op("Concat", *wide, axis=1)
@@ -271,11 +307,11 @@ def _all_inputs(g: Graph, weight: NDArray, inputs: NDArray | None, features: int
     loads the graph (constant folding).
     """
     if inputs is None:
-        return g.constant(weight.T)
+        return _stored(g, weight.T)
     source = np.full(features, len(inputs), np.int32)
     source[inputs] = np.arange(len(inputs))
     rows = np.concatenate([weight.T, np.zeros_like(weight.T[:1])])
-    return g.op("Gather", g.constant(rows), g.constant(source), axis=0)
+    return g.op("Gather", _stored(g, rows), g.constant(source), axis=0)
 
 
 def _joint_bias(layers: Sequence[Linear]) -> Floats | None:
@@ -291,14 +327,20 @@ def _joint_bias(layers: Sequence[Linear]) -> Floats | None:
 
 
 def float_table(g: Graph, array: Floats) -> str:
-    """Positions and convolution kernels: float32; stored as float16 in an int8 graph.
+    """Positions, kernels, matrices that stay floats: as float16 where the graph halves them.
 
-    The runtime widens them once, as it loads the graph: half the bytes, and an error of 2**-11,
-    far below that of int8 activations. Values beyond the range of float16 stay as they are.
+    The runtime widens them once, as it loads the graph: half the bytes, and an error of 2**-11.
+    Values beyond the range of float16 stay as they are.
     """
-    if not g.int8 or np.abs(array).max() > np.finfo(np.float16).max:
+    if not g.halves or np.abs(array).max(initial=0) > np.finfo(np.float16).max:
         return g.constant(array)
     return g.op("Cast", g.constant(array.astype(np.float16)), to=TensorProto.FLOAT)
+
+
+def _stored(g: Graph, matrix: NDArray) -> str:
+    """Codes, or floats: those that a graph leaves where it quantises were asked for as they are."""
+    halved = matrix.dtype == np.float32 and not g.quantises
+    return float_table(g, matrix) if halved else g.constant(matrix)
 
 
 def kernel(g: Graph, weight: Floats, scheme: Scheme | None) -> str:
@@ -306,7 +348,7 @@ def kernel(g: Graph, weight: Floats, scheme: Scheme | None) -> str:
 
     Convolutions run in float32; the runtime widens the codes once, as it loads the graph.
     """
-    if not g.int8 or scheme is None:
+    if not g.quantises or scheme is None:
         return float_table(g, weight)
     return _widened(g, weight, scheme)
 
@@ -314,7 +356,7 @@ def kernel(g: Graph, weight: Floats, scheme: Scheme | None) -> str:
 def _widened(g: Graph, weight: Floats, scheme: Scheme, columns: bool = False) -> str:
     """Stored in 8 or 16 bits, float32 at work; `columns`: a matrix as its transpose."""
     if scheme.bits == 32:
-        return g.constant(weight.T if columns else weight)
+        return _stored(g, weight.T if columns else weight)
     q, scale = quantise(weight.reshape(len(weight), -1), scheme)
     q, scale = q.reshape(weight.shape), scale.reshape(-1, *[1] * (weight.ndim - 1))
     q, scale = (q.T, scale.T) if columns else (q, scale)
@@ -350,7 +392,7 @@ class TokenTable:
     def __init__(self, g: Graph, weight: Floats, scheme: Scheme | None = None) -> None:
         self.g = g
         self.scale: str | None = None
-        scheme = (scheme or INT8) if g.int8 else Scheme(32)
+        scheme = g.scheme(scheme, INT8)
         if scheme.bits == 8:
             q, scale = quantise(weight, scheme)
             self.table, self.scale = g.constant(q.T), g.constant(scale)
@@ -493,12 +535,14 @@ def cross_attention(
 
 
 def encoder_cache(g: Graph, x: str, heads: Heads, dim: int) -> list[str]:
-    """Keys or values of a whole window, (1, T, heads * dim), as cross_attention reads them: (1,
-    heads, T + SPARE, cache_dim); in an int8 graph as int8, and their scales (heads * cache_dim,).
+    """Keys or values of a whole window, (1, T, heads * dim), as cross_attention reads them.
+
+    (1, heads, T + SPARE, cache_dim); where the graph quantises, int8 and (heads * cache_dim,)
+    scales.
     """
     x = _padded(g, x, heads.count, heads.cache_dim, dim)
     scales = []
-    if g.int8:
+    if g.quantises:
         loudest = g.op("ReduceMax", g.op("Abs", x), g.constant([0, 1]), keepdims=0)
         scale = g.op("Max", g.op("Mul", loudest, g.constant(1 / 127)), g.constant(1e-10))
         # divided beforehand: the operator's own scales along an axis are fifty times as slow

@@ -19,14 +19,15 @@ the outputs static. Beside the graphs stands all that inference needs
 without a tokenizer library: tokens.json, and the prompt and the rules of decoding in manifest.json;
 the Hugging Face files are there for tools that want them.
 
-fp32 keeps every weight as it is. int8 quantises every matrix of the blocks per output channel and
-the tied token table per token (its factors per row), with dynamic activations; the convolution stem
-and the decoder's positions are float16 on disk and float32 at work; biases and norms stay float32.
-The encoder's positions are computed where they are the sinusoids that Whisper fixes. Where the
-checkpoint names bits for a layer, the table or the stem (see quantise.py), an int8 export follows
-it: 4 bits in blocks, 8, 16 (float32 at work) or 32. Nothing is
-stored twice. On x86 without VNNI, onnxruntime's int8 products may saturate (u8 * s8 summed in 16
-bits): gate there.
+fp32 keeps every weight as it is; fp16 stores matrices and tables as float16, which the runtime
+widens as it loads them. int8 quantises every matrix of the blocks per output channel and the tied
+token table per token (its factors per row), with dynamic activations; the convolution stem and the
+decoder's positions are float16 on disk and float32 at work; biases and norms stay float32. int4 is
+int8 but for the matrices of the blocks: 4 bits, a scale for 32 inputs. The encoder's positions are
+computed where they are the sinusoids that Whisper fixes. Where the checkpoint names bits for a
+layer, the table or the stem (see quantise.py), int8 and int4 follow it: 4 bits in blocks, 8, 16
+(float32 at work) or 32. Nothing is stored twice. On x86 without VNNI, onnxruntime's int8 products
+may saturate (u8 * s8 summed in 16 bits): gate there.
 
 The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels, frames), and
 the names of its nodes begin with `log_mel/`. Those of the other parts begin with `stem/`,
@@ -64,9 +65,9 @@ from export.versions import versions
 KINDS = ("key", "value")
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
-SINUSOID_ERROR = {"fp32": 1e-5, "int8": 2**-12}
-"""Positions this close to Whisper's sinusoids are computed, not stored. float16, in which an int8
-graph would store them, is off by as much."""
+SINUSOID_ERROR = {False: 1e-5, True: 2**-12}
+"""Positions this close to Whisper's sinusoids are computed, not stored. A graph that would store
+them as float16 would be off by as much."""
 
 
 def export_onnx(
@@ -167,9 +168,9 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
     for i, layer in enumerate(model.model.decoder.layers):
         attention, heads = layer.encoder_attn, _heads(layer.encoder_attn)
         dims = heads.qk_dim, heads.v_dim
-        specs = _cross(model, i, g.int8, heads.count)
+        specs = _cross(model, i, g.quantises, heads.count)
         with g.scope(f"cross.{i}"):
-            both = ops.parallel(g, x, _chains(g, attention, "kv"))
+            both = ops.apart(g, x, _chains(g, attention, "kv"))
             made = [ops.encoder_cache(g, y, heads, dim) for y, dim in zip(both, dims, strict=True)]
         for value, spec in zip(sum(zip(*made, strict=True), ()), specs, strict=True):
             g.name(value, spec.name)
@@ -207,7 +208,7 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
     with g.scope("logits"):
         last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
         g.name(table.logits(_norm(g, last, decoder.layer_norm)), "logits")
-    return g, *_decoder_contract(model, g.int8)
+    return g, *_decoder_contract(model, g.quantises)
 
 
 def _token_table(g: Graph, table: nn.Module) -> ops.TokenTable | ops.FactorisedTable:
@@ -275,7 +276,7 @@ def _encoder_positions(g: Graph, table: ops.Floats, length: str) -> str:
     rates = sinusoid_rates(table.shape[1])
     angles = np.arange(len(table), dtype=np.float32)[:, None] * rates
     wanted = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    error = SINUSOID_ERROR["int8" if g.int8 else "fp32"]
+    error = SINUSOID_ERROR[g.halves]
     if wanted.shape == table.shape and np.abs(wanted - table).max() <= error:
         return ops.sinusoids(g, length, rates)
     return g.op("Slice", ops.float_table(g, table), g.constant([0]), length)
@@ -294,7 +295,7 @@ def sinusoid_rates(width: int) -> ops.Floats:
 def _encoder_layer(g: Graph, x: str, layer: nn.Module) -> str:
     attention = layer.self_attn
     y = _norm(g, x, layer.self_attn_layer_norm)
-    q, k, v = ops.parallel(g, y, _chains(g, attention, "qkv"))
+    q, k, v = ops.apart(g, y, _chains(g, attention, "qkv"))
     attend = ops.shared_attention if getattr(attention, "shared", False) else ops.self_attention
     y = attend(g, q, k, v, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
@@ -318,7 +319,7 @@ def _cross_attention(g: Graph, x: str, layer: nn.Module, number: int, places: Pl
     attention = layer.encoder_attn
     y = _norm(g, x, layer.encoder_attn_layer_norm)
     q = ops.linear(g, y, _chain(g, attention.q_proj, layer.embed_dim), gather=True)
-    kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.int8 else KINDS
+    kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.quantises else KINDS
     cross = [f"cross.{number}.{kind}" for kind in kinds]
     heard = [f"heard.{number}.{kind}" for kind in KINDS]
     y = ops.cross_attention(g, q, cross, heard, places.cross, _heads(attention), places.unseen)
@@ -349,7 +350,7 @@ def _chain(g: Graph, module: nn.Module, features: int) -> list[Linear]:
     bias = None if module.bias is None else _array(module.bias)
     inputs = getattr(module, "inputs", None)
     kept = None if inputs is None else inputs.cpu().numpy()
-    return [Linear(_array(module.weight), bias, kept, features, g.schemes.get(module, ops.INT8))]
+    return [Linear(_array(module.weight), bias, kept, features, g.schemes.get(module))]
 
 
 def _attention_output(g: Graph, x: str, attention: nn.Module) -> str:

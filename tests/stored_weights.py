@@ -9,11 +9,14 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+INT8 = {"DynamicQuantizeMatMul": 2, "MatMulIntegerToFloat": 3}
+"""Operators of int8 products -> their input that is the weight's scale."""
 CASTS = {onnx.TensorProto.FLOAT: np.float32}
 
 
 def stored_rows(*paths: Path) -> dict[bytes, set[str]]:
-    """Every row of every stored weight, as the bytes of its floats -> the operators that read it.
+    """Every row of every stored weight, as the bytes of its floats -> the operators that read it,
+    those of int8 products under one name.
 
     A row holds the weights of one output: bitwise equal rows are found, and nothing else.
     """
@@ -25,7 +28,8 @@ def stored_rows(*paths: Path) -> dict[bytes, set[str]]:
         for node in graph.node:
             weight = _weight(node, constants, makers)
             for row in [] if weight is None else weight:
-                found[(row + np.float32(0)).tobytes()].add(node.op_type)
+                kind = "int8" if node.op_type in INT8 else node.op_type
+                found[(row + np.float32(0)).tobytes()].add(kind)
     return found
 
 
@@ -33,15 +37,15 @@ def _weight(node, constants, makers) -> np.ndarray | None:
     """(out, in) float32; None where the operator has no stored weight."""
     if node.op_type == "MatMulNBits":
         return _blocks(node, constants)
-    if node.op_type not in ("MatMul", "DynamicQuantizeMatMul", "Conv"):
+    if node.op_type not in ("MatMul", "Conv", *INT8):
         return None
     weight = _value(node.input[1], constants, makers)
     if weight is None:
         return None
     if node.op_type == "Conv":
         return weight.reshape(len(weight), -1).astype(np.float32)
-    if node.op_type == "DynamicQuantizeMatMul":
-        weight = weight.astype(np.float32) * constants[node.input[2]]
+    if node.op_type in INT8:
+        weight = weight.astype(np.float32) * constants[node.input[INT8[node.op_type]]]
     return np.ascontiguousarray(weight.T)
 
 

@@ -214,3 +214,18 @@ def test_an_artifact_that_hides_what_it_is_gets_a_letter(name, value, message, e
     with pytest.raises(ValueError, match=message) as letter:
         inspect.inspect(str(broken))
     assert letter.value.hint
+
+
+def test_four_bits_are_as_many_weights_as_eight(digits, processor, tmp_path, rng):
+    """Two stand in a byte; blocks are of 32 inputs, which divide these widths."""
+    from devices.runner.graph_file import read_graph
+    from export.to_onnx import export_onnx
+
+    model, found = random_whisper(digits, ffn=64), {}
+    for precision in ("int8", "int4"):
+        export_onnx(model, processor, tmp_path / precision, precision)
+        for name in ("encoder", "decoder"):
+            parts = read_graph(tmp_path / precision / f"{name}.onnx")
+            found[precision, name] = inspect.integer_weights(parts)
+    assert found["int8", "encoder"] == found["int4", "encoder"] > 0
+    assert found["int8", "decoder"] == found["int4", "decoder"] > 0
