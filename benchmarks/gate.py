@@ -3,6 +3,9 @@
 fp32 has to give the same greedy tokens on every window of every clip, and logits within
 LOGITS_TOLERANCE. Other precisions may differ in words, but must not lose more than 0.5 points of
 word error rate against the clips' labels.
+
+The manifest keeps what it takes to ask again without the checkpoint: which clips they were, the
+artifact's error rate on them, and a hash of its tokens of each.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.metadata import clips_hash, digest
 from benchmarks.normalizers import name_for
 from benchmarks.speech import Clip
 from benchmarks.stock import Hearing, open_artifact
@@ -72,6 +76,7 @@ def run_gate(
     heard = [listen(recognizer, clip, reference, logits_reference) for clip in clips]
     figures = measure(heard, name_for(clips, otherwise="none"))
     figures |= {"exact": exact, "max_wer_loss_points": max_wer_loss}
+    figures |= {"clips_hash": clips_hash(clips), **tokens_record([clip.found for clip in heard])}
     if exact:
         check_tokens(heard)
         check_logits(heard)
@@ -172,3 +177,77 @@ def show(clip: Heard) -> str:
         f"First: {clip.name}, checkpoint says {clip.wanted_text!r} {clip.wanted}, "
         f"artifact says {clip.found_text!r} {clip.found}"
     )
+
+
+# ------------------------------------------------------------------ again, without the checkpoint
+
+Windows = Sequence[Sequence[int]]
+"""The tokens of one clip, a list for each window."""
+
+
+def tokens_record(tokens: Sequence[Windows]) -> dict[str, Any]:
+    """What the manifest keeps of an artifact's tokens: a hash of all, and a short one a clip."""
+    hashes = [digest(" ".join(map(str, window)) for window in clip) for clip in tokens]
+    return {"tokens_hash": digest(hashes), "clip_tokens": [one[:8] for one in hashes]}
+
+
+def gate_again(
+    gate: dict[str, Any], clips: Sequence[Clip], tokens: Sequence[Windows], texts: Sequence[str]
+) -> str:
+    """What an artifact says now against what its gate recorded of the same clips; a sentence.
+
+    The tokens must be the same. Only where the gate was about words and another processor rounds
+    int8 products in another way, other tokens pass as long as the gate's bound on words holds.
+    Raises Problem where there is nothing to compare with, GateFailure where it fails.
+    """
+    check_record(gate, clips)
+    now = tokens_record(tokens)
+    if now["tokens_hash"] == gate["tokens_hash"]:
+        return f"the tokens of all {len(clips)} clips are those of the gate"
+    pairs = zip(clips, now["clip_tokens"], gate["clip_tokens"], texts, strict=True)
+    other = [(clip, text) for clip, mine, wanted, text in pairs if mine != wanted]
+    clip, text = other[0] if other else (clips[0], texts[0])
+    told = (
+        f"{len(other)} of {len(clips)} clips get other tokens than at the gate (first: "
+        f"{clip.audio.name}, {clip.text!r}, artifact says {text!r})"
+    )
+    found = score([clip.text for clip in clips], list(texts), gate["normalizer"]).wer
+    loss = 100 * (found - gate["checkpoint_wer"])
+    if gate["exact"] or loss > gate["max_wer_loss_points"]:
+        raise GateFailure(
+            f"{told}; WER {100 * found:.2f} %, at the gate {100 * gate['artifact_wer']:.2f} %",
+            hint="the artifact or its runtime has changed: export it again, or give --checkpoint "
+            "to compare with the model itself",
+        )
+    return (
+        f"{told}; WER {100 * found:.2f} %, within the gate's {gate['max_wer_loss_points']:g} points"
+    )
+
+
+RECORDED = {
+    "clips_hash": str,
+    "tokens_hash": str,
+    "clip_tokens": list,
+    "normalizer": str,
+    "checkpoint_wer": float,
+    "artifact_wer": float,
+    "max_wer_loss_points": float,
+    "exact": bool,
+}
+
+
+def check_record(gate: dict[str, Any], clips: Sequence[Clip]) -> None:
+    """Raise Problem where the gate's record lacks something, or is of other clips than these."""
+    for name, kind in RECORDED.items():
+        if not isinstance(gate.get(name), (float, int) if kind is float else kind):
+            raise Problem(
+                f"the gate's record says no {name}, so there is nothing to compare with",
+                hint="give --checkpoint to run the gate anew, or export the checkpoint again",
+            )
+    if gate["clips_hash"] != clips_hash(clips) or len(gate["clip_tokens"]) != len(clips):
+        raise Problem(
+            f"the gate heard {len(gate['clip_tokens'])} other clips than these {len(clips)} "
+            f"(hash {gate['clips_hash'][:12]}, not {clips_hash(clips)[:12]})",
+            hint="name with --speech the clips that `edgewhisper export` was given, or give "
+            "--checkpoint to run the gate anew on these",
+        )

@@ -220,6 +220,57 @@ def transcribe_cli(
     _emit(rows, json_file)
 
 
+@app.command("inspect")
+def inspect_cli(
+    source: Source,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--time", min=0.01, help="time an artifact's graphs on so much sound; alone: 5 s"
+        ),
+    ] = None,
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Show what a checkpoint or an artifact is made of, what it costs, where its time goes."""
+    from edgewhisper import inspect
+
+    found = inspect.inspect(source)
+    if seconds is not None:
+        found["time"] = inspect.time_artifact(Path(source), seconds, threads)
+    _emit(found, json_file)
+    if json_file != "-":
+        say(f"{found['kind']}, {found['precision']}, {found['parameters']:,} parameters")
+        for rows in (inspect.layer_rows, inspect.size_rows, inspect.cost_rows):
+            _table(rows(found))
+        if "time" in found:
+            _table(inspect.time_rows(found["time"]))
+            _table(inspect.floor_rows(found["time"]))
+
+
+@app.command("verify")
+def verify_cli(
+    artifact: Annotated[Path, typer.Argument(help="directory written by `edgewhisper export`")],
+    speech: Annotated[
+        Path | None, typer.Option(help=f"the clips that export was given: {SPEECH}")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="run the gate anew against this directory or hub id")
+    ] = None,
+    threads: Threads = None,
+    json_file: Json = None,
+) -> None:
+    """Check an artifact: hashes, graphs, contract, and that it still says what its gate heard."""
+    from edgewhisper.verify import verify
+
+    report = verify(artifact, speech, checkpoint, threads)
+    _emit(report.as_dict(), json_file)
+    if json_file != "-":
+        _table(report.rows)
+    if report.letter is not None:
+        raise report.letter
+
+
 @app.command("compare")
 def compare_cli(
     results: Annotated[list[Path], typer.Argument(help="files that `edgewhisper bench` wrote")],
@@ -356,14 +407,18 @@ def _note(message: Warning | str, *_: Any, **__: Any) -> None:
         typer.echo(f"note:  {message}", err=True)
 
 
-def _with_json_alone(arguments: list[str]) -> list[str]:
-    """`--json` without a file means stdout; the parser wants a value, so give it one."""
+ALONE = {"--json": "-", "--time": "5"}
+"""Options that may stand alone, and the value that they have then: stdout, seconds."""
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """The parser wants a value behind these options, so give them theirs."""
     found: list[str] = []
     for position, word in enumerate(arguments):
         found.append(word)
         after = arguments[position + 1 : position + 2]
-        if word == "--json" and (not after or after[0].startswith("--")):
-            found.append("-")
+        if word in ALONE and (not after or after[0].startswith("--")):
+            found.append(ALONE[word])
     return found
 
 
@@ -371,7 +426,7 @@ def main() -> None:
     """Run the command line; letters are printed as two lines and exit with 1."""
     warnings.showwarning = _note
     try:
-        app(_with_json_alone(sys.argv[1:]), standalone_mode=True)
+        app(_with_values(sys.argv[1:]), standalone_mode=True)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)

@@ -28,7 +28,7 @@ from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
 from edgewhisper.languages import fix_language, set_language
 from edgewhisper.recipe import Recipe, load_recipe
-from export.artifact import MANIFEST, verify, write_manifest
+from export.artifact import MANIFEST, write_manifest
 from export.cost import count_parameters, macs, macs_by_window
 from export.files import new_directory
 from export.problem import Problem
@@ -289,7 +289,6 @@ def export(
     What was pruned is removed first, physically and exactly. Nothing is left behind when the gate
     fails. Layouts whose runtimes know one window are made, and judged, with the full one.
     """
-    from benchmarks.gate import run_gate
     from export.to_onnx import export_onnx
 
     source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
@@ -306,15 +305,28 @@ def export(
         say(f"{source} -> {place} ({kind})")
         provenance = whisper.compression_record(source)
         manifest = export_onnx(model, processor, folder, precision, provenance, layout)
-        manifest["gate"] = run_gate(
-            folder,
-            lambda pcm: decoding.greedy(model, processor, [pcm])[0],
-            clips,
-            logits_reference=torch_logits(model, processor, manifest["decoding"]["prompt"]),
-            exact=precision == "fp32",
-        )
+        manifest["gate"] = gate(folder, manifest, model, processor, clips)
         write_manifest(folder, manifest)
     return place
+
+
+def gate(
+    folder: Path,
+    manifest: dict[str, Any],
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    clips: Sequence[Clip],
+) -> dict[str, Any]:
+    """The gate's figures of an artifact against its checkpoint, see benchmarks/gate.py."""
+    from benchmarks.gate import run_gate
+
+    return run_gate(
+        folder,
+        lambda pcm: decoding.greedy(model, processor, [pcm])[0],
+        clips,
+        logits_reference=torch_logits(model, processor, manifest["decoding"]["prompt"]),
+        exact=manifest["precision"] == "fp32",
+    )
 
 
 def torch_logits(
@@ -481,7 +493,6 @@ def open_artifact(source: str, threads: int | None = None) -> Recognizer:
     """The runner over an artifact whose files are whole."""
     from devices.runner.recognizer import Recognizer
 
-    verify(Path(source))
     return Recognizer(source, threads)
 
 

@@ -63,13 +63,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = Path(directory) / MANIFEST
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "not a file")  # a pipe would keep its reader waiting
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Problem(
             f"{directory}: no artifact here, {MANIFEST} cannot be read ({error.strerror})",
             hint="name a directory that `edgewhisper export` wrote",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Problem(f"{path}: damaged, not JSON ({error})", hint=AGAIN) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if type(found) is not int or found != FORMAT:

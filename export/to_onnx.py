@@ -30,8 +30,10 @@ layer, the table or the stem (see quantise.py), int8 and int4 follow it: 4 bits 
 may saturate (u8 * s8 summed in 16 bits): gate there.
 
 The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels, frames), and
-the names of its nodes begin with `log_mel/`. To tell its time from the encoder's, run the encoder
-with profiling on (SessionOptions.enable_profiling) and add up the `dur` of the events whose name
+the names of its nodes begin with `log_mel/`. Those of the other parts begin with `stem/`,
+`layers.{i}/`, `cross.{i}/`, `look_up/` and `logits/`, and in a layer go on with `feed_forward/` or
+`encoder_attn/`; all else there is self-attention. To tell their times, run a graph with profiling
+on (SessionOptions.enable_profiling) and add up the `dur` of the events whose name
 begins with `log_mel/`: onnxruntime computes a whole graph whatever outputs are asked for.
 """
 
@@ -188,17 +190,21 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
     g = Graph(precision, schemes(model))
     encoder = model.model.encoder
     mel = ops.log_mel(g, "pcm", extractor.mel_filters, extractor.n_fft, extractor.hop_length)
-    x = _stem(g, mel, encoder, _positions(model))
-    for layer in encoder.layers:
-        x = _encoder_layer(g, x, layer)
-    x = _norm(g, x, encoder.layer_norm)
+    with g.scope("stem"):
+        x = _stem(g, mel, encoder, _positions(model))
+    for i, layer in enumerate(encoder.layers):
+        with g.scope(f"layers.{i}"):
+            x = _encoder_layer(g, x, layer)
+    with g.scope("layer_norm"):
+        x = _norm(g, x, encoder.layer_norm)
     outputs = []
     for i, layer in enumerate(model.model.decoder.layers):
         attention, heads = layer.encoder_attn, _heads(layer.encoder_attn)
-        both = ops.apart(g, x, _chains(g, attention, "kv"))
         dims = heads.qk_dim, heads.v_dim
         specs = _cross(model, i, g.quantises, heads.count)
-        made = [ops.encoder_cache(g, y, heads, dim) for y, dim in zip(both, dims, strict=True)]
+        with g.scope(f"cross.{i}"):
+            both = ops.apart(g, x, _chains(g, attention, "kv"))
+            made = [ops.encoder_cache(g, y, heads, dim) for y, dim in zip(both, dims, strict=True)]
         for value, spec in zip(sum(zip(*made, strict=True), ()), specs, strict=True):
             g.name(value, spec.name)
         outputs += specs
@@ -216,11 +222,13 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
     """New tokens and the cache to the last token's logits and the longer cache."""
     g = Graph(precision, schemes(model))
     decoder = model.model.decoder
-    table = _token_table(g, decoder.embed_tokens)
+    with g.scope("look_up"):
+        table = _token_table(g, decoder.embed_tokens)
     length = g.op("Cast", "past_length", to=TensorProto.INT64)
     end = g.op("Add", length, g.op("Shape", "input_ids", start=1, end=2))
-    positions = ops.float_table(g, _array(decoder.embed_positions.weight))
-    x = g.op("Add", table.look_up("input_ids"), g.op("Slice", positions, length, end))
+    with g.scope("look_up"):
+        positions = ops.float_table(g, _array(decoder.embed_positions.weight))
+        x = g.op("Add", table.look_up("input_ids"), g.op("Slice", positions, length, end))
     filled = g.op("Sub", g.op("Shape", "cross.0.key", start=2, end=3), g.constant([ops.SPARE]))
     places = Places(
         own=ops.ends(g, "input_ids", "past_length"),
@@ -228,9 +236,11 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
         unseen=ops.unseen(g, "input_ids", filled),
     )
     for i, layer in enumerate(decoder.layers):
-        x = _decoder_layer(g, x, layer, i, places)
-    last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
-    g.name(table.logits(_norm(g, last, decoder.layer_norm)), "logits")
+        with g.scope(f"layers.{i}"):
+            x = _decoder_layer(g, x, layer, i, places)
+    with g.scope("logits"):
+        last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
+        g.name(table.logits(_norm(g, last, decoder.layer_norm)), "logits")
     return g, *_decoder_contract(model, g.quantises)
 
 
@@ -333,6 +343,12 @@ def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Plac
     y = ops.cached_attention(g, qkv, past, present, places.own, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
 
+    with g.scope("encoder_attn"):
+        x = _cross_attention(g, x, layer, number, places)
+    return _feed_forward(g, x, layer, gather=True)
+
+
+def _cross_attention(g: Graph, x: str, layer: nn.Module, number: int, places: Places) -> str:
     attention = layer.encoder_attn
     y = _norm(g, x, layer.encoder_attn_layer_norm)
     q = ops.linear(g, y, _chain(g, attention.q_proj, layer.embed_dim), gather=True)
@@ -340,14 +356,14 @@ def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Plac
     cross = [f"cross.{number}.{kind}" for kind in kinds]
     heard = [f"heard.{number}.{kind}" for kind in KINDS]
     y = ops.cross_attention(g, q, cross, heard, places.cross, _heads(attention), places.unseen)
-    x = g.op("Add", x, _attention_output(g, y, attention))
-    return _feed_forward(g, x, layer, gather=True)
+    return g.op("Add", x, _attention_output(g, y, attention))
 
 
 def _feed_forward(g: Graph, x: str, layer: nn.Module, gather: bool = False) -> str:
-    y = _norm(g, x, layer.final_layer_norm)
-    y = ops.gelu(g, ops.linear(g, y, _chain(g, layer.fc1, layer.embed_dim), gather))
-    return g.op("Add", x, ops.linear(g, y, _chain(g, layer.fc2, _outputs(layer.fc1)), gather))
+    with g.scope("feed_forward"):
+        y = _norm(g, x, layer.final_layer_norm)
+        y = ops.gelu(g, ops.linear(g, y, _chain(g, layer.fc1, layer.embed_dim), gather))
+        return g.op("Add", x, ops.linear(g, y, _chain(g, layer.fc2, _outputs(layer.fc1)), gather))
 
 
 def _norm(g: Graph, x: str, norm: nn.Module) -> str:

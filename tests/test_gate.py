@@ -13,10 +13,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from benchmarks.gate import GateFailure, run_gate
+from benchmarks.gate import GateFailure, gate_again, run_gate, tokens_record
+from benchmarks.metadata import clips_hash
 from benchmarks.speech import read_manifest
 from edgewhisper import decoding, whisper
 from export.artifact import read_manifest as read_artifact
+from export.artifact import write_manifest
 from export.problem import Problem
 from export.to_onnx import export_onnx
 
@@ -70,12 +72,14 @@ def torch_logits(model, processor, fp32):
 
 
 def damaged(artifact: Path, out: Path, change) -> Path:
-    """A copy of an artifact with one weight of its decoder changed: the widest that is used."""
+    """A copy of an artifact with one weight of its decoder changed: the widest that is used. Its
+    hashes are those of what it holds now."""
     shutil.copytree(artifact, out)
     graph = onnx.load(out / "decoder.onnx")
     weight = max(graph.graph.initializer, key=lambda tensor: np.prod(tensor.dims))
     weight.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(weight)), weight.name))
     onnx.save(graph, out / "decoder.onnx")
+    write_manifest(out, read_artifact(out))
     return out
 
 
@@ -149,6 +153,63 @@ def test_long_clips_are_compared_window_by_window(fp32, reference, clips):
     long = next(clip for clip in others if clip.audio.stem == "long")
     figures = run_gate(fp32, reference, [long], exact=True, threads=1)
     assert figures["windows"] > 1
+
+
+# ------------------------------------------------------------------ again, without the checkpoint
+
+
+def record(clips, tokens, **changes):
+    """What the manifest keeps of a gate in which all words were right."""
+    kept = {"clips_hash": clips_hash(clips), "normalizer": "whisper-basic", "exact": False}
+    kept |= {"checkpoint_wer": 0.0, "artifact_wer": 0.0, "max_wer_loss_points": 0.5}
+    return kept | tokens_record(tokens) | changes
+
+
+@pytest.fixture
+def said(few, rng):
+    """Drawn tokens of some clips, the first of two windows."""
+    tokens = [[rng.integers(700, size=5).tolist()] for _ in few]
+    return [[*tokens[0], rng.integers(700, size=3).tolist()], *tokens[1:]]
+
+
+def test_a_gate_keeps_what_asking_again_takes(fp32, reference, few):
+    figures = run_gate(fp32, reference, few[:2], exact=True, threads=1)
+    tokens = [[reference(clip.pcm())] for clip in few[:2]]
+    texts = [clip.text for clip in few[:2]]
+    assert "the tokens of all 2 clips" in gate_again(figures, few[:2], tokens, texts)
+
+
+def test_other_tokens_fail_an_exact_gate_and_name_the_clip(few, said):
+    gate, texts = record(few, said, exact=True), [clip.text for clip in few]
+    said[1][0][2] += 1
+    with pytest.raises(GateFailure, match=rf"1 of {len(few)} clips.*{few[1].audio.name}"):
+        gate_again(gate, few, said, texts)
+
+
+def test_tokens_cut_between_other_windows_are_other_tokens(few, said):
+    gate, texts = record(few, said, exact=True), [clip.text for clip in few]
+    said[0] = [said[0][0] + said[0][1]]
+    with pytest.raises(GateFailure, match="1 of"):
+        gate_again(gate, few, said, texts)
+
+
+def test_other_tokens_of_the_same_words_pass_a_gate_of_words(few, said):
+    gate, texts = record(few, said), [clip.text for clip in few]
+    said[2][0].append(5)
+    assert "within the gate's 0.5 points" in gate_again(gate, few, said, texts)
+    with pytest.raises(GateFailure, match=r"WER \d.*at the gate 0.00 %"):
+        gate_again(gate, few, said, ["nothing", *texts[1:]])
+
+
+def test_other_clips_and_gates_without_a_record_are_refused(few, said):
+    gate, texts = record(few, said), [clip.text for clip in few]
+    with pytest.raises(Problem, match=rf"the gate heard {len(few)} other clips than these") as told:
+        gate_again(gate, few[1:], said[1:], texts[1:])
+    assert "--speech" in told.value.hint
+    for name in gate:
+        broken = {key: value for key, value in gate.items() if key != name}
+        with pytest.raises(Problem, match=f"says no {name}"):
+            gate_again(broken, few, said, texts)
 
 
 def test_a_gate_without_clips_is_refused(fp32, reference):

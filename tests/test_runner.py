@@ -291,7 +291,7 @@ def test_a_letter_spread_over_tokens_is_joined_and_half_a_letter_replaced(tmp_pa
 
 def test_a_damaged_token_table_gets_a_letter(tmp_path):
     (tmp_path / "tokens.json").write_text('{"bytes": [')
-    with pytest.raises(RunnerProblem, match=r"tokens\.json: the token table cannot be read"):
+    with pytest.raises(RunnerProblem, match=r"tokens\.json cannot be read"):
         read_tokens(tmp_path / "tokens.json")
 
 
@@ -362,13 +362,11 @@ DAMAGE = [
     pytest.param(
         "manifest.json",
         b'{"format": 7, "target": "onnx"}',
-        "artifact format 7 for onnx; this runner reads 2",
+        "artifact format 7 for 'onnx'; this runner reads 2",
         "same release",
         id="future-format",
     ),
-    pytest.param(
-        "encoder.onnx", b"\x08", "cannot load it", "copy the artifact again", id="bad-graph"
-    ),
+    pytest.param("encoder.onnx", b"\x08", "1 bytes instead of", "again", id="bad-graph"),
     pytest.param("decoder.onnx", None, "there is no such file", "again", id="no-graph"),
 ]
 

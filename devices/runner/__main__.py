@@ -1,4 +1,8 @@
-"""The runner's commands; the last line on stdout is one JSON object."""
+"""The runner's commands; the last line on stdout is one JSON object.
+
+A command that opens an artifact runs under a limit of memory, a gigabyte and eight times the
+artifact's size: a graph that asks for more gets a letter, not the machine.
+"""
 
 import argparse
 import json
@@ -8,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .machine import describe
+from .machine import describe, limit_memory
 from .problem import RunnerProblem
+
+SPARE_BYTES = 2**30
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"note:  {message}", file=sys.stderr)
     try:
         answer = run(arguments)
-    except RunnerProblem as letter:
+    except (RunnerProblem, MemoryError) as error:
+        letter = error if isinstance(error, RunnerProblem) else out_of_memory(arguments)
         print(f"error: {letter}\ntry:   {letter.hint}", file=sys.stderr)
         print(json.dumps({"error": str(letter), "hint": letter.hint}))
         return 1
@@ -38,7 +45,14 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("artifact", type=Path)
     bench.add_argument("clips", type=Path)
     bench.add_argument("--repeats", type=positive, default=1)
-    for command in (transcribe, bench):
+    check = commands.add_parser("check", help="tokens of WAV files, after all that can be checked")
+    check.add_argument("artifact", type=Path)
+    check.add_argument("clips", type=Path)
+    profile = commands.add_parser("profile", help="where the time of both graphs goes")
+    profile.add_argument("artifact", type=Path)
+    profile.add_argument("--seconds", type=float, default=5.0, help="of sound in the window")
+    profile.add_argument("--probes", type=Path, help="folder of graphs to run beside it")
+    for command in (transcribe, bench, check, profile):
         command.add_argument("--threads", type=positive, help="default: all usable cores")
     commands.add_parser("describe", help="this machine and its state")
     return top
@@ -66,6 +80,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return a command's answer; numpy and onnxruntime are imported where they are used."""
     if arguments.command == "describe":
         return describe()
+    limit_memory(SPARE_BYTES + 8 * size_of(arguments.artifact))
+    if arguments.command == "check":
+        from .check import check
+
+        return check(arguments.artifact, arguments.clips, arguments.threads)
+    if arguments.command == "profile":
+        from .profile import profile
+
+        return profile(arguments.artifact, arguments.seconds, arguments.threads, arguments.probes)
     if arguments.command == "bench":
         from .measure import bench
 
@@ -87,6 +110,19 @@ def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 row = {"audio": str(path), **segment.as_dict()}
                 print(json.dumps(row, ensure_ascii=False), flush=True)
         yield {"audio": str(path), **transcript.as_dict()}
+
+
+def size_of(artifact: Path) -> int:
+    """Return the bytes of the files in a folder."""
+    return sum(entry.stat().st_size for entry in artifact.glob("*") if entry.is_file())
+
+
+def out_of_memory(arguments: argparse.Namespace) -> RunnerProblem:
+    return RunnerProblem(
+        f"{getattr(arguments, 'artifact', 'the runner')}: more memory is needed than the machine "
+        "has, or than such an artifact can need",
+        "close other programs; copy the artifact again if that does not help",
+    )
 
 
 if __name__ == "__main__":

@@ -120,6 +120,19 @@ def throttled() -> str:
     return found[1] if found else UNAVAILABLE
 
 
+def limit_memory(more_bytes: int) -> None:
+    """Let this process take so many bytes and no more, where the system can be told so."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    taken = number(field(read(Path("/proc/self/status")), "VmData"), 1024)
+    wanted = more_bytes + (int(taken) if not isinstance(taken, str) else 0)
+    allowed = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = wanted if allowed == resource.RLIM_INFINITY else min(wanted, allowed)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, allowed))
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what computes here, without importing it."""
     found = {"python": platform.python_version()}

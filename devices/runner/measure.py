@@ -15,6 +15,7 @@ from statistics import median
 import numpy as np
 
 from .audio import Pcm, read_wav
+from .contract import check_files, read_manifest
 from .machine import peak_rss_bytes, versions
 from .problem import RunnerProblem
 from .recognizer import Recognizer, Transcript, encode, open_session, pad, session_options
@@ -37,8 +38,9 @@ def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = N
     """
     paths = read_clips(clips)
     spoken = read_languages(clips, len(paths))
+    check_files(artifact, read_manifest(artifact))  # before the clock starts
     started = time.perf_counter()
-    recognizer = Recognizer(artifact, threads)
+    recognizer = Recognizer(artifact, threads, hashed=False)
     load_s = time.perf_counter() - started
     work = [(path, recognizer.known(code)) for path, code in zip(paths, spoken, strict=True)]
     for path, language in work[:WARM_UP_CLIPS]:
@@ -66,7 +68,7 @@ def read_clips(path: Path) -> list[Path]:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
         clips = [path.parent / name for name in names]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunnerProblem(f"{path}: no list of clips ({error})", 'write ["a.wav"]') from None
     if not clips:
         raise RunnerProblem(f"{path}: the list of clips is empty", "name at least one WAV file")

@@ -7,7 +7,6 @@ the past ever had. Measured on whisper-tiny in int8, the peak of the process fal
 198 MB, at the same speed; plain malloc instead of the arena takes 209 MB.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -18,15 +17,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from .audio import SAMPLING_RATE, Pcm, is_silent, read_wav, shortest
+from .audio import Pcm, is_silent, read_wav, shortest
+from .contract import check_files, check_session, read_manifest, running
 from .decode import Logits, Rules, greedy
 from .listen import Listener, Options, Segment, plain
 from .machine import usable_cores
 from .problem import RunnerProblem
 from .text import read_tokens, to_text
-
-FORMAT = 2
-"""The version of manifest.json that this runner reads."""
 
 MOST_IDS = 32
 """Tokens that the decoder takes in one step."""
@@ -67,13 +64,21 @@ class Recognizer:
     `guards` are two rules that transformers' generate() does not have: a silent window is not
     decoded at all, and a text that has fallen into a loop is cut. The gate turns them off to
     compare token for token.
+
+    What the folder holds is checked first (contract.py). With `hashed` false, sizes of files are
+    compared with the manifest's and contents are not: for who has done that already.
     """
 
     def __init__(
-        self, artifact: str | Path, threads: int | None = None, guards: bool = True
+        self,
+        artifact: str | Path,
+        threads: int | None = None,
+        guards: bool = True,
+        hashed: bool = True,
     ) -> None:
-        folder = Path(artifact)
+        folder = self.folder = Path(artifact)
         self.manifest, self.guards = read_manifest(folder), guards
+        check_files(folder, self.manifest, hashed)
         self.rules = Rules.from_manifest(self.manifest["decoding"])
         audio = self.manifest["audio"]
         self.window_samples: int = audio["window_samples"]
@@ -81,6 +86,8 @@ class Recognizer:
         self.table = read_tokens(folder / "tokens.json")
         self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
         self.decoder = open_session(folder / "decoder.onnx", session_options(threads))
+        for name, session in (("encoder", self.encoder), ("decoder", self.decoder)):
+            check_session(folder / f"{name}.onnx", session, self.manifest["contract"][name])
         self.cache = empty_cache(self.decoder)
         self.more_pasts: list[Past] = []
 
@@ -108,7 +115,8 @@ class Recognizer:
         """Return the greedy tokens of one window, without prompt and end token."""
         if self.guards and is_silent(pcm):
             return []
-        return greedy(self.decoder_over(pcm, times or Transcript()), self.rules, self.guards)
+        step = self.decoder_over(pcm, times or Transcript())
+        return greedy(step, self.rules, self.guards)
 
     def decoder_over(self, pcm: Pcm, times: Transcript) -> "Decoder":
         """Return the decoder over one window, which is encoded here."""
@@ -130,7 +138,7 @@ class Recognizer:
 
         The tokens are fed as given, whatever the model itself would have said.
         """
-        step = Decoder(self, pcm, Transcript())
+        step = self.decoder_over(pcm, Transcript())
         fed = [self.rules.prompt, *((token,) for token in tokens)]
         return np.stack([step(ids).copy() for ids in fed])
 
@@ -148,9 +156,11 @@ class Decoder:
 
     def __init__(self, recognizer: Recognizer, pcm: Pcm, times: Transcript) -> None:
         self.session, self.fed = recognizer.decoder, 0
+        self.path = recognizer.folder / "decoder.onnx"
         self.clock, self.next_clock = times.prompt_s, times.per_token_s
         started = time.perf_counter()
-        cross = encode(recognizer.encoder, pad(pcm, recognizer.windows))
+        with running(recognizer.folder / "encoder.onnx"):
+            cross = encode(recognizer.encoder, pad(pcm, recognizer.windows))
         times.graph_s.append(time.perf_counter() - started)
         self.binding = bind(self.session, cross | recognizer.cache)
         self.cross, self.past = cross, views(recognizer.cache)
@@ -169,7 +179,8 @@ class Decoder:
         started = time.perf_counter()
         self.binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
         self.binding.bind_cpu_input("past_length", np.array([self.fed], np.int32))
-        self.session.run_with_iobinding(self.binding)
+        with running(self.path):
+            self.session.run_with_iobinding(self.binding)
         self.fed += len(ids)
         found: Logits = self.binding.get_outputs()[0].numpy()[0, 0]
         self.clock.append(time.perf_counter() - started)
@@ -241,33 +252,6 @@ def empty_cache(decoder: ort.InferenceSession) -> State:
 def value(array: np.ndarray) -> Any:
     """Return the array as onnxruntime holds it."""
     return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def read_manifest(folder: Path) -> dict:
-    """Return manifest.json, or the letter that says why this is no artifact for this runner."""
-    remedy = "name a directory written by `edgewhisper export`"
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        found, target = manifest["format"], manifest["target"]
-    except FileNotFoundError:
-        raise RunnerProblem(f"{folder}: no manifest.json there", remedy) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunnerProblem(f"{folder}: manifest.json cannot be read ({error})", remedy) from None
-    if (found, target) != (FORMAT, "onnx"):
-        raise RunnerProblem(
-            f"{folder}: artifact format {found} for {target}; this runner reads {FORMAT} for onnx",
-            "take runner and artifact from the same release",
-        )
-    layout = manifest.get("layout", "native")
-    if layout != "native":
-        raise RunnerProblem(
-            f"{folder}: made for another runtime (layout {layout}); this runner reads native ones",
-            "export the checkpoint with --layout native",
-        )
-    if manifest["audio"]["sampling_rate"] != SAMPLING_RATE:
-        rate = manifest["audio"]["sampling_rate"]
-        raise RunnerProblem(f"{folder}: the model listens at {rate} Hz, not {SAMPLING_RATE}")
-    return manifest
 
 
 def session_options(threads: int | None) -> ort.SessionOptions:

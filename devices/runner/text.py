@@ -1,22 +1,33 @@
 """Tokens to text by table, so that a device needs no tokenizer library."""
 
 import base64
-import json
 from pathlib import Path
+from typing import Any
 
+from .contract import read_json
 from .problem import RunnerProblem
+
+MOST_BYTES = 2**24
 
 
 def read_tokens(path: Path) -> list[bytes]:
     """Read tokens.json: the bytes of each ordinary token id; special tokens are empty."""
+    told = read_json(path, MOST_BYTES)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["bytes"]
-        return [base64.b64decode(row) if row else b"" for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [base64.b64decode(row, validate=True) if row else b"" for row in list_of(told)]
+    except (ValueError, KeyError, TypeError) as error:
         raise RunnerProblem(
             f"{path}: the token table cannot be read ({error})",
             "copy the artifact again",
         ) from None
+
+
+def list_of(told: Any) -> list[Any]:
+    """Return the rows of the token table."""
+    rows = told["bytes"]
+    if not isinstance(rows, list):
+        raise TypeError("`bytes` is no list")
+    return rows
 
 
 def to_text(tokens: list[int], table: list[bytes]) -> str:

@@ -1,0 +1,26 @@
+"""All that can be said of an artifact by running it: its tokens of some clips, window by window."""
+
+from pathlib import Path
+from typing import Any
+
+from .audio import read_wav, split
+from .machine import versions
+from .measure import read_clips
+from .recognizer import Recognizer
+from .text import join
+
+
+def check(artifact: Path, clips: Path, threads: int | None = None) -> dict[str, Any]:
+    """Return the greedy tokens of every clip, a list for each of its windows, and the texts.
+
+    Manifest, hashes, graphs and contract are checked before (contract.py). No rule is applied that
+    transformers' generate() does not have: the tokens are those that the gate compared.
+    """
+    recognizer = Recognizer(artifact, threads, guards=False)
+    tokens = []
+    for path in read_clips(clips):
+        pcm = read_wav(path)
+        pieces = split(pcm, recognizer.window_samples)
+        tokens.append([recognizer.window(pcm[piece]) for piece in pieces])
+    texts = [join([recognizer.text(window) for window in clip]) for clip in tokens]
+    return {"tokens": tokens, "texts": texts, "versions": versions()}

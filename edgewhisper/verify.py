@@ -1,0 +1,193 @@
+"""Whether an artifact is what it says: its files, its contract, and what it hears.
+
+From the cheap to the dear, and each check only where the ones before have passed: the manifest and
+the files' hashes; the graphs, read without running them; then, in a process of its own under limits
+of memory and time, the graphs themselves on the gate's clips. Nothing that a stranger sent is run
+before it was looked at, and no run can take this process with it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench import write_clips
+from benchmarks.gate import gate_again
+from benchmarks.metadata import folder_bytes
+from benchmarks.speech import Clip, read_manifest
+from devices.device import RUNNER, run_runner
+from devices.local import LocalDevice
+from devices.runner import contract
+from devices.runner.graph_file import read_graph
+from export import artifact
+from export.onnx_graph import OPSETS
+from export.problem import Problem
+
+CHECKS = ("manifest", "files", "graphs", "contract", "gate")
+TIMEOUT_S = 1800.0
+
+
+@dataclass
+class Report:
+    """What was checked, in order; the letter of the check that failed, if one did."""
+
+    rows: list[dict[str, str]] = field(default_factory=list)
+    letter: Exception | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        told = {"error": str(self.letter), "hint": getattr(self.letter, "hint", "")}
+        return {"ok": self.letter is None, "checks": self.rows} | (told if self.letter else {})
+
+
+def verify(
+    folder: Path,
+    speech: Path | None = None,
+    checkpoint: str | None = None,
+    threads: int | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Report:
+    """Check an artifact from end to end; the first thing that is wrong ends it.
+
+    Without `speech` the clips are those that come with EdgeWhisper. With a checkpoint the gate is
+    run anew against it, otherwise the artifact's tokens are compared with those that its gate
+    recorded. Raises nothing that is about the artifact: that is in the report.
+    """
+    from edgewhisper.pipeline import SPEECH
+
+    folder, report = Path(folder), Report()
+    clips = read_manifest(speech or SPEECH / "test.jsonl")
+    found: dict[str, Any] = {}
+    checks: dict[str, Callable[[], str]] = {
+        "manifest": lambda: check_manifest(folder, found),
+        "files": lambda: check_files(folder),
+        "graphs": lambda: check_graphs(folder, found["manifest"]),
+        "contract": lambda: run_graphs(folder, found, clips, threads, timeout_s),
+        "gate": lambda: check_gate(folder, found, clips, checkpoint),
+    }
+    for name, check in checks.items():
+        if report.letter is not None:
+            report.rows.append({"check": name, "result": "not reached", "found": ""})
+            continue
+        try:
+            report.rows.append({"check": name, "result": "ok", "found": check()})
+        except Exception as error:
+            if not hasattr(error, "hint"):
+                raise
+            report.letter = error
+            report.rows.append({"check": name, "result": "failed", "found": str(error)})
+    return report
+
+
+def check_manifest(folder: Path, found: dict[str, Any]) -> str:
+    """The manifest alone; of other layouts than the native one only what all have in common."""
+    told = contract.read_json(folder / artifact.MANIFEST)
+    if isinstance(told, dict) and told.get("layout", "native") == "native":
+        found["manifest"] = contract.read_manifest(folder)
+    else:
+        found["manifest"] = artifact.read_manifest(folder)
+    told = found["manifest"]
+    return f"format {told['format']}, {told.get('layout', 'native')}, {told.get('precision')}"
+
+
+def check_files(folder: Path) -> str:
+    files = artifact.verify(folder)["files"]
+    return f"{len(files)} files, {folder_bytes(folder) / 1e6:.2f} MB, every SHA-256 as written"
+
+
+def check_graphs(folder: Path, manifest: dict[str, Any]) -> str:
+    """What the graphs ask for, read from their bytes, and the versions of their operators."""
+    names = [name for name in manifest["files"] if name.endswith(".onnx")]
+    native = manifest.get("layout", "native") == "native"
+    kinds, constants = set(), 0
+    for name in names:
+        parts = read_graph(folder / name, manifest["files"].keys(), subgraphs=not native)
+        check_opsets(folder / name, parts.opsets)
+        kinds |= {node.kind for node in parts.nodes}
+        constants += len(parts.constants)
+    return f"{len(names)} graphs of {len(kinds)} kinds of operators, {constants} constants"
+
+
+def check_opsets(path: Path, opsets: dict[str, int]) -> None:
+    """Of the versions that the installed onnx knows; newer operators may mean something else."""
+    from onnx import defs
+
+    for domain, version in opsets.items():
+        newest = OPSETS.get(domain, 1) if domain.startswith("com.") else defs.onnx_opset_version()
+        if not 1 <= version <= newest:
+            raise Problem(
+                f"{path}: version {version} of the operators {domain or 'ai.onnx'!r}; versions 1 "
+                f"to {newest} are known here",
+                hint="use the EdgeWhisper version that wrote it, or export the checkpoint again",
+            )
+
+
+def run_graphs(
+    folder: Path, found: dict[str, Any], clips: list[Clip], threads: int | None, timeout_s: float
+) -> str:
+    """The runner's own check, in a process of its own; its answer is kept for the gate."""
+    if found["manifest"].get("layout", "native") != "native":
+        return "not compared: graphs of this layout run in its own runtime"
+    with LocalDevice() as device:
+        device.push(RUNNER, "runner")
+        with tempfile.TemporaryDirectory() as sounds:
+            write_clips(clips, Path(sounds))
+            device.push(Path(sounds), "clips")
+        words = ["check", str(folder.resolve()), "clips/clips.json"]
+        words += ["--threads", str(threads)] if threads else []
+        found["answer"] = run_runner(device, words, timeout_s=timeout_s)
+    sides = [found["manifest"]["contract"][name] for name in ("encoder", "decoder")]
+    tensors = sum(len(side["inputs"]) + len(side["outputs"]) for side in sides)
+    return f"{tensors} inputs and outputs have the names, shapes and types of the manifest"
+
+
+def check_gate(
+    folder: Path, found: dict[str, Any], clips: list[Clip], checkpoint: str | None
+) -> str:
+    if "answer" not in found:
+        return "not run: see the layout's own runtime"
+    manifest = found["manifest"]
+    if checkpoint is not None:
+        return gate_anew(folder, manifest, clips, checkpoint)
+    if not manifest.get("gate"):
+        raise Problem(
+            f"{folder}: the artifact has passed no gate",
+            hint="give --checkpoint to run it now, or export the checkpoint again",
+        )
+    return gate_again(manifest["gate"], clips, found["answer"]["tokens"], found["answer"]["texts"])
+
+
+def gate_anew(folder: Path, manifest: dict[str, Any], clips: list[Clip], checkpoint: str) -> str:
+    """The whole gate, as export runs it, against the checkpoint that the artifact is said to be
+    of."""
+    from edgewhisper import whisper
+    from edgewhisper.compress.shrink import slimmed
+    from edgewhisper.languages import fix_language
+    from edgewhisper.pipeline import gate
+    from export.prompt import prompt_ids
+    from export.quantise import is_quantised
+    from export.shrink import layer_shapes
+
+    model, processor = whisper.load(checkpoint), whisper.load_processor(checkpoint)
+    if not is_quantised(model):
+        model, _ = slimmed(model)
+    if layer_shapes(model) != manifest["layers"]:
+        raise Problem(
+            f"{folder}: its layers are not those of {checkpoint}",
+            hint="name the checkpoint that the artifact was exported from",
+        )
+    fix_language(model.generation_config, clips)
+    if prompt_ids(model.generation_config) != manifest["decoding"]["prompt"]:
+        raise Problem(
+            f"{folder}: its prompt {manifest['decoding']['prompt']} is not the checkpoint's, "
+            f"{prompt_ids(model.generation_config)}",
+            hint="name with --speech clips of the language that it was exported for",
+        )
+    figures = gate(folder, manifest, model, processor, clips)
+    return (
+        f"anew: {figures['identical_tokens']:.0%} of {figures['clips']} clips get the checkpoint's "
+        f"tokens; WER {100 * figures['artifact_wer']:.2f} %, checkpoint "
+        f"{100 * figures['checkpoint_wer']:.2f} %"
+    )
