@@ -17,7 +17,8 @@ keys and values are int8 as well, and cross.{i}.key_scale and value_scale (heads
 them: reading them is a large part of a step's work. Head axes of the inputs are symbolic, those of
 the outputs static. Beside the graphs stands all that inference needs
 without a tokenizer library: tokens.json, and the prompt and the rules of decoding in manifest.json;
-the Hugging Face files are there for tools that want them.
+the Hugging Face files are there for tools that want them. Weights of a mebibyte and more stand in
+files of their own, encoder.weights and decoder.weights, which the runtime maps.
 
 fp32 keeps every weight as it is; fp16 stores matrices and tables as float16, which the runtime
 widens as it loads them. int8 quantises every matrix of the blocks per output channel and the tied
@@ -41,7 +42,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -71,6 +72,8 @@ Contract = dict[str, dict[str, list[dict[str, Any]]]]
 """Name of a graph -> "inputs" and "outputs" -> name, shape and dtype of each."""
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
+LARGE = 2**20
+"""Bytes of a weight that is worth a file to map."""
 SINUSOID_ERROR = {False: 1e-5, True: 2**-12}
 """Positions this close to Whisper's sinusoids are computed, not stored. A graph that would store
 them as float16 would be off by as much."""
@@ -136,8 +139,8 @@ def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contra
     """The native layout's files; returns what goes in and comes out of each graph."""
     encoder = encoder_graph(model, processor.feature_extractor, precision)
     contract = {
-        "encoder": write_graph(encoder, out, "encoder"),
-        "decoder": write_graph(decoder_graph(model, precision), out, "decoder"),
+        "encoder": write_graph(encoder, out, "encoder", mapped=True),
+        "decoder": write_graph(decoder_graph(model, precision), out, "decoder", mapped=True),
     }
     write_tokens(processor.tokenizer, model.config.vocab_size, out)
     save_beside(model, processor, out)
@@ -150,13 +153,25 @@ def write_graph(
     name: str,
     suffix: str = "",
     last: Callable[[onnx.ModelProto], None] = lambda model: None,
+    mapped: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write one graph, changed by `last`; returns what goes in and comes out of it."""
+    """Write one graph, changed by `last`; returns what goes in and comes out of it.
+
+    Where it is to be `mapped`, large weights get a file of their own beside it, NAME.weights: the
+    runtime maps that into memory, where it would copy what stands in the graph.
+    """
     graph, inputs, outputs = made
     model, path = graph.model(name, inputs, outputs), folder / f"{name}{suffix}.onnx"
     _check(model, path)
     last(model)
-    onnx.save(model, path)
+    large = any(len(tensor.raw_data) >= LARGE for tensor in model.graph.initializer)
+    if not (mapped and large):
+        onnx.save(model, path)
+    else:
+        weights = path.with_suffix(".weights")
+        apart = {"location": weights.name, "size_threshold": LARGE}
+        onnx.save(model, path, save_as_external_data=True, **apart)
+        weights.chmod(path.stat().st_mode)  # onnx keeps it from others
     return {"inputs": _described(inputs), "outputs": _described(outputs)}
 
 
@@ -189,12 +204,13 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
     """PCM to the cross-attention's keys and values of every decoder layer."""
     g = Graph(precision, schemes(model))
     encoder = model.model.encoder
-    mel = ops.log_mel(g, "pcm", extractor.mel_filters, extractor.n_fft, extractor.hop_length)
+    windows = windows_of(model.config)
+    mel = ops.log_mel(g, "pcm", extractor, [2 * n for n in windows])
     with g.scope("stem"):
         x = _stem(g, mel, encoder, _positions(model))
     for i, layer in enumerate(encoder.layers):
         with g.scope(f"layers.{i}"):
-            x = _encoder_layer(g, x, layer)
+            x = _encoder_layer(g, x, layer, windows)
     with g.scope("layer_norm"):
         x = _norm(g, x, encoder.layer_norm)
     outputs = []
@@ -293,7 +309,7 @@ def _stem(g: Graph, mel: str, encoder: nn.Module, positions: int | str) -> str:
     """Two convolutions and the positions: (1, n_mels, frames) -> (1, frames / 2, d_model)."""
     x = mel
     for conv, stride in ((encoder.conv1, 1), (encoder.conv2, 2)):
-        kernel = ops.kernel(g, _array(conv.weight), g.schemes.get(conv))
+        kernel = ops.widened(g, _array(conv.weight), g.schemes.get(conv))
         bias = g.constant(_array(conv.bias))
         x = ops.gelu(g, g.op("Conv", x, kernel, bias, pads=[1, 1], strides=[stride]))
     if isinstance(positions, str):
@@ -325,14 +341,16 @@ def sinusoid_rates(width: int) -> ops.Floats:
     return torch.exp(-step * torch.arange(half)).numpy()
 
 
-def _encoder_layer(g: Graph, x: str, layer: nn.Module) -> str:
+def _encoder_layer(g: Graph, x: str, layer: nn.Module, windows: Sequence[int]) -> str:
+    """One layer over one of the windows; hidden units are computed for a part of it at a time."""
     attention = layer.self_attn
     y = _norm(g, x, layer.self_attn_layer_norm)
     q, k, v = ops.apart(g, y, _chains(g, attention, "qkv"))
     attend = ops.shared_attention if getattr(attention, "shared", False) else ops.self_attention
     y = attend(g, q, k, v, _heads(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
-    return _feed_forward(g, x, layer)
+    pieces = ops.pieces_of(_outputs(layer.fc1), windows)
+    return ops.in_pieces(g, x, pieces, lambda piece: _feed_forward(g, piece, layer))
 
 
 def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Places) -> str:

@@ -93,4 +93,9 @@ def cached(model: onnx.ModelProto, feeds: dict, shapes: dict[str, tuple[int, ...
     return total
 
 
-COUNTERS = {"MatMul": matmul, "Conv": convolution, "MultiHeadAttention": attention}
+COUNTERS = {
+    "MatMul": matmul,
+    "Gemm": matmul,
+    "Conv": convolution,
+    "MultiHeadAttention": attention,
+}

@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-INT8 = {"DynamicQuantizeMatMul": 2, "MatMulIntegerToFloat": 3}
-"""Operators of int8 products -> their input that is the weight's scale."""
+INT8 = {"DynamicQuantizeMatMul": (1, 2), "MatMulIntegerToFloat": (1, 3), "QGemm": (3, 4)}
+"""Operators of int8 products -> their inputs that are the weight and its scale."""
+ROWS = ("QGemm", "Gemm")
+"""Operators whose weight lies as (out, in)."""
 CASTS = {onnx.TensorProto.FLOAT: np.float32}
 
 
@@ -37,16 +39,16 @@ def _weight(node, constants, makers) -> np.ndarray | None:
     """(out, in) float32; None where the operator has no stored weight."""
     if node.op_type == "MatMulNBits":
         return _blocks(node, constants)
-    if node.op_type not in ("MatMul", "Conv", *INT8):
+    if node.op_type not in ("MatMul", "Conv", "Gemm", *INT8):
         return None
-    weight = _value(node.input[1], constants, makers)
+    place, scale = INT8.get(node.op_type, (1, None))
+    weight = _value(node.input[place], constants, makers)
     if weight is None:
         return None
     if node.op_type == "Conv":
         return weight.reshape(len(weight), -1).astype(np.float32)
-    if node.op_type in INT8:
-        weight = weight.astype(np.float32) * constants[node.input[INT8[node.op_type]]]
-    return np.ascontiguousarray(weight.T)
+    rows = np.ascontiguousarray(weight if node.op_type in ROWS else weight.T)
+    return rows if scale is None else rows * constants[node.input[scale]].reshape(-1, 1)
 
 
 def _blocks(node, constants) -> np.ndarray:

@@ -484,7 +484,7 @@ def test_an_output_that_cannot_be_written(edgewhisper, tmp_path, digits):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--target", "coreml"), ("--precision", "int3"), ("--layout", "sherpa")],
+    [("--target", "coreml"), ("--precision", "int3"), ("--layout", "whisperkit")],
 )
 def test_an_export_that_this_release_lacks(edgewhisper, tmp_path, option, value):
     assert f"{option} {value} is not there" in letter(edgewhisper("export", option, value))

@@ -165,6 +165,23 @@ def test_only_the_inputs_that_are_read_are_stored(rng):
         ]
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+def test_what_is_computed_in_pieces_is_the_same(pieces, rng):
+    x, layers = draw(rng, 1, int(rng.integers(10, 40)), 20), random_layers(rng, "dense")
+    graph = Graph("fp32")
+    y = ops.in_pieces(graph, "x", pieces, lambda piece: ops.linear(graph, piece, layers))
+    found = run(graph, {"x": x}, {y: (1, x.shape[1], 11)})[0]
+    assert np.abs(found - apply(x, layers)).max() < 1e-4
+
+
+def test_no_piece_of_any_window_is_empty(rng):
+    for _ in range(100):
+        lengths = sorted({int(n) for n in rng.integers(1, 1501, 3)})
+        pieces = ops.pieces_of(int(rng.integers(1, 6000)), lengths)
+        assert all(-(-n // pieces) * (pieces - 1) < n for n in lengths)
+    assert ops.pieces_of(1536, [1500]) == 5
+
+
 # ------------------------------------------------------------------------------ tables and norms
 
 
@@ -319,11 +336,11 @@ def sounds(rng, samples):
 
 
 @pytest.mark.parametrize("n_mels", [80, 128])
-@pytest.mark.parametrize("seconds", [1, 6])
+@pytest.mark.parametrize("seconds", [1, 6, 30])
 def test_log_mel_in_the_graph_is_the_feature_extractors(n_mels, seconds, rng):
     extractor = WhisperFeatureExtractor(feature_size=n_mels, chunk_length=seconds)
     graph = Graph("int8")
-    ops.log_mel(graph, "pcm", extractor.mel_filters, extractor.n_fft, extractor.hop_length)
+    ops.log_mel(graph, "pcm", extractor, [extractor.nb_max_frames])
     shape = (1, n_mels, extractor.nb_max_frames)
     for name, pcm in sounds(rng, extractor.n_samples).items():
         pcm = pcm.astype(np.float32)
@@ -336,7 +353,7 @@ def test_log_mel_in_the_graph_is_the_feature_extractors(n_mels, seconds, rng):
 def test_names_of_the_front_ends_nodes_tell_them_apart():
     graph = Graph("fp32")
     extractor = WhisperFeatureExtractor()
-    ops.log_mel(graph, "pcm", extractor.mel_filters, 400, 160)
+    ops.log_mel(graph, "pcm", extractor, [3000])
     ops.gelu(graph, "log_mel")
     names = [node.name for node in graph.model("test", [], []).graph.node]
     assert all(name.startswith("log_mel/") for name in names[:-1])

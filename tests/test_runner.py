@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import re
 import shutil
 import struct
 import subprocess
@@ -22,7 +24,7 @@ from devices.device import RUNNER
 from devices.runner import measure
 from devices.runner.audio import FRAME, is_silent, read_wav, split
 from devices.runner.decode import Rules, greedy, loop_period
-from devices.runner.machine import describe, peak_rss_bytes
+from devices.runner.machine import describe, give_back_memory, peak_rss_bytes
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from devices.runner.text import join, read_tokens, to_text
@@ -560,6 +562,29 @@ def test_sources_that_lack_read_unavailable_and_never_zero(tmp_path):
     silent = ("model", "cpu", "isa", "governor", "frequency_hz", "temperature_c", "memory_bytes")
     assert {name: found[name] for name in silent} == dict.fromkeys(silent, "unavailable")
     assert peak_rss_bytes(tmp_path / "status") == "unavailable"
+
+
+def test_mapped_pages_are_given_back_and_read_again(tmp_path, rng):
+    held = rng.integers(0, 256, 2**22, np.uint8)
+    held.tofile(tmp_path / "held.weights")
+    os.sync()  # pages that wait to be written stay
+    mapped = np.memmap(tmp_path / "held.weights", mode="r")
+    assert mapped.sum() == held.sum()
+    before = resident(tmp_path / "held.weights")
+    give_back_memory(tmp_path / "elsewhere")
+    assert resident(tmp_path / "held.weights") == before
+    give_back_memory(tmp_path)
+    assert resident(tmp_path / "held.weights") <= before
+    assert (mapped == held).all()
+
+
+def resident(path):
+    """Kilobytes of a mapped file that are in memory, 0 where the system does not say."""
+    try:
+        told = Path("/proc/self/smaps").read_text()
+    except OSError:
+        return 0
+    return sum(map(int, re.findall(rf"{re.escape(str(path))}\n(?:.+\n)*?Rss:\s+(\d+)", told)))
 
 
 def test_the_high_water_mark_is_in_bytes(tmp_path):

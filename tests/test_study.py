@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.sizes import SIZES, Size
 from benchmarks.speech import read_manifest
 from benchmarks.study import accounting, run, tables, training_cost
 from benchmarks.study.experiments import (
@@ -301,7 +302,7 @@ def test_the_plot_of_the_same_lines_is_the_same_file(made, tmp_path):
     ("name", "millions"), [("tiny", 37.76), ("base", 72.59), ("small", 241.73), ("medium", 763.86)]
 )
 def test_whispers_sizes_are_counted_exactly(name, millions):
-    size = accounting.SIZES[name]
+    size = SIZES[name]
     d, layers = size.width, size.layers
     encoder = layers * (12 * d**2 + 12 * d) + 3 * d * (size.mels + d) + 2 * d + 1500 * d + 2 * d
     decoder = layers * (16 * d**2 + 17 * d) + size.vocabulary * d + 448 * d + 2 * d
@@ -367,7 +368,7 @@ def test_the_stored_accounting_is_what_is_counted():
 
 
 def test_the_cost_of_a_training_step_is_measured_in_the_real_loop(monkeypatch):
-    monkeypatch.setitem(accounting.SIZES, training_cost.MODEL, accounting.Size(64, 1))
+    monkeypatch.setitem(SIZES, training_cost.MODEL, Size(64, 1))
     case = {"batch_size": 2, "accumulate": 2, "precision": "no"}
     told = training_cost.measure(case, steps=1)
     assert told["steps"] == len(told["step_cpu_s"]) == 1

@@ -25,7 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.accounting import SIZES, build_config
+from benchmarks.sizes import SIZES
+from benchmarks.study.accounting import build_config
 
 STORED = Path(__file__).parent.parent / "results" / "training_cost.jsonl"
 MODEL = "small"

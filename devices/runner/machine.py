@@ -1,17 +1,17 @@
 """What this machine is and in what state: every source may be missing, and then reads so.
 
-Standard library only. `root` lets a test lay out a machine of its own under a folder.
+Standard library only; its larger parts are imported where they are used, for they would count in
+every peak of memory. `root` lets a test lay out a machine of its own under a folder.
 """
 
+import ctypes
 import os
 import platform
 import re
-import shutil
-import subprocess
-from importlib import metadata
 from pathlib import Path
 
 UNAVAILABLE = "unavailable"
+MADV_PAGEOUT = 21
 
 ISA_FEATURES = (
     *("neon", "asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
@@ -109,6 +109,9 @@ def load_average(text: str) -> float | str:
 
 def throttled() -> str:
     """Return the Raspberry Pi firmware's throttling bits, such as 0x0."""
+    import shutil
+    import subprocess
+
     tool = shutil.which("vcgencmd")
     if not tool:
         return UNAVAILABLE
@@ -135,6 +138,8 @@ def limit_memory(more_bytes: int) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes here, without importing it."""
+    from importlib import metadata
+
     found = {"python": platform.python_version()}
     for name in ("numpy", "onnxruntime"):
         try:
@@ -148,3 +153,21 @@ def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int | str:
     """Return the high-water mark of this process's resident memory (VmHWM)."""
     peak = number(field(read(status), "VmHWM"), 1024)
     return int(peak) if not isinstance(peak, str) else peak
+
+
+def give_back_memory(folder: Path, maps: Path = Path("/proc/self/maps")) -> None:
+    """Return to the system what was freed, and pages of files mapped from `folder` that can be read
+    again: on Linux with glibc; elsewhere nothing is done.
+
+    Packing a large weight reads all of its file, of which only a few rows are needed afterwards.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    if not hasattr(libc, "madvise"):
+        return
+    for line in read(maps).splitlines():
+        addresses, *_, name = line.split(maxsplit=5)
+        if name.startswith(f"{folder.resolve()}{os.sep}"):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)

@@ -7,10 +7,8 @@ is that of the first clip's window, also where other clips take a window of anot
 """
 
 import json
-import tempfile
 import time
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -111,6 +109,8 @@ def stages(transcripts: list[Transcript], share: float) -> dict[str, list[float]
 
 def mel_share(artifact: Path, window: Pcm, threads: int | None) -> float:
     """Return the share of the encoder graph's kernel time that the log-mel nodes take."""
+    import tempfile  # here, for it would count in every peak of memory
+
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(threads)
         options.enable_profiling = True
@@ -127,4 +127,4 @@ def share_of(events: list[dict], prefix: str) -> float:
     kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
     micros = np.array([kernel["dur"] for kernel in kernels], float).reshape(PROFILED_RUNS, -1)
     inside = np.array([k["name"].startswith(prefix) for k in kernels]).reshape(PROFILED_RUNS, -1)
-    return float(median((micros * inside).sum(axis=1) / micros.sum(axis=1)))
+    return float(np.median((micros * inside).sum(axis=1) / micros.sum(axis=1)))

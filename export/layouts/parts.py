@@ -17,6 +17,7 @@ from torch import nn
 from export import onnx_graph as ops
 from export.onnx_graph import FUSED, Graph, Heads, Spec
 from export.quantise import schemes
+from export.shrink import windows_of
 from export.to_onnx import (
     _array,
     _attention_output,
@@ -48,7 +49,7 @@ def encode(g: Graph, model: nn.Module, mel: str) -> str:
     encoder = model.model.encoder
     x = _stem(g, mel, encoder, _positions(model))
     for layer in encoder.layers:
-        x = _encoder_layer(g, x, layer)
+        x = _encoder_layer(g, x, layer, windows_of(model.config))
     return _norm(g, x, encoder.layer_norm)
 
 

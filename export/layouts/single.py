@@ -44,8 +44,9 @@ def whole_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
     """PCM and prompt to tokens."""
     g = parts.new_graph(model, precision)
     rules, vocab = decoding_rules(model), model.config.vocab_size
-    pcm = _window(g, "pcm", [2 * n * extractor.hop_length for n in windows_of(model.config)])
-    mel = ops.log_mel(g, pcm, extractor.mel_filters, extractor.n_fft, extractor.hop_length)
+    lengths = [2 * n for n in windows_of(model.config)]  # in frames
+    pcm = _window(g, "pcm", [n * extractor.hop_length for n in lengths])
+    mel = ops.log_mel(g, pcm, extractor, lengths)
     x = parts.encode(g, model, mel)
     heard = [parts.heard_caches(g, model, number, x) for number in parts.layers_of(model)]
     stamps = rules["timestamp_begin"]
