@@ -120,7 +120,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def graph_files(manifest: dict[str, Any]) -> list[str]:
     """Names of the files that hold graphs and their weights."""
-    return [name for name in manifest["files"] if ".onnx" in name]
+    return [name for name in manifest["files"] if ".onnx" in name or name.endswith(".weights")]
 
 
 def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
