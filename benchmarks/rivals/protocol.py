@@ -24,7 +24,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +95,8 @@ def bench(
     tokens: int | None = None,
 ) -> dict[str, Any]:
     """The answer of one process."""
+    from importlib import metadata
+
     names = json.loads(clips.read_text(encoding="utf-8"))
     work = list(
         zip([clips.parent / n for n in names], languages_of(clips, len(names)), strict=True)
