@@ -100,7 +100,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def mine(path: Path, seconds: float) -> Case:
-    return Case(path.resolve().name, path, seconds, speaks=True)
+    return Case(path.absolute().name, path, seconds, speaks=True)
 
 
 def standard() -> Iterator[Case]:

@@ -2,8 +2,11 @@
 
     root/            Debian's arm64 packages of Python and what it is linked with, unpacked
     root/site/       numpy and onnxruntime, the AArch64 wheels of the versions in constraints.txt
-    root/sys, proc   the CPU as Linux would describe it; of the host's own caches onnxruntime dies
     count.so         count.c, built with qemu-plugin.h of Debian's sources of qemu
+    bytecode/        of the Python programs that were run
+
+Every run sees a CPU as Linux would describe it: of x86's caches in the host's /sys onnxruntime
+dies.
 
 Debian 12 is the one that has a qemu-user with plugins, so it is needed. The folder takes about
 300 MB, and 70 MB are fetched.
@@ -75,9 +78,9 @@ class Answer:
 def emulate(place: Path, cpu: str, work: Work, folder: Path) -> Answer:
     """Run the guest on an emulated core; `folder` takes its files."""
     root, marks = place / "root", folder / "marks.txt"
-    describe(root, cpu)
+    seen = describe(root, cpu, folder / cpu)
     plugin = f"{place / 'count.so'},out={marks}"
-    emulator = ["qemu-aarch64", "-cpu", cpu, "-L", str(root), "-plugin", plugin]
+    emulator = ["qemu-aarch64", "-cpu", cpu, "-L", str(seen), "-plugin", plugin]
     env = {
         "PYTHONPATH": f"{PROJECT}:{root / 'site'}",
         "PYTHONPYCACHEPREFIX": str(place / "bytecode"),
@@ -230,8 +233,8 @@ def compile_plugin(header: Path, out: Path) -> None:
     checked(argv, "install gcc and libc6-dev")
 
 
-def describe(root: Path, cpu: str) -> None:
-    """Let the root describe itself as that core, as Linux would."""
+def describe(root: Path, cpu: str, out: Path) -> Path:
+    """A new folder with links into the root, and a CPU as Linux would describe it."""
     if cpu not in CPUS:
         raise Problem(f"there is no core {cpu!r} here", f"choose one of {', '.join(CPUS)}")
     part, features = CPUS[cpu]
@@ -242,6 +245,9 @@ def describe(root: Path, cpu: str) -> None:
     for name in ("possible", "present"):
         files[f"sys/devices/system/cpu/{name}"] = f"0-{CORES - 1}\n"
     for name, text in files.items():
-        path = root / name
+        path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="ascii")
+    for name in ("lib", "usr"):
+        (out / name).symlink_to(root / name)
+    return out
