@@ -92,7 +92,8 @@ def run(given: argparse.Namespace) -> None:
             for row in count(case, given, Path(folder)):
                 rows.append(row)
                 print(f"{case.name} on {row['cpu']}: counted", file=sys.stderr, flush=True)
-    print(table(counts.table_rows(rows)))
+    told = zip(counts.table_rows(rows), rows, strict=True)
+    print(table([line | {"change": counts.change(row, kept)} for line, row in told]))
     if given.keep:
         counts.keep(rows, KEPT)
         kept = rows

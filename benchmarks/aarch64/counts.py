@@ -128,8 +128,18 @@ def keep(rows: Sequence[Row], path: Path) -> None:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def key(row: Row) -> tuple[str, str]:
-    return row["name"], row["cpu"]
+def key(row: Row) -> tuple[Any, ...]:
+    """Rows of one key have done the same work."""
+    return tuple(row[name] for name in ("name", "cpu", "window_s", "tokens"))
+
+
+def change(row: Row, kept: Sequence[Row]) -> str:
+    """How much more the worst stage takes than was kept, for a table."""
+    before = next((one for one in kept if key(one) == key(row)), None)
+    if before is None:
+        return "none kept"
+    counts = (row["instructions"], before["instructions"])
+    return f"{max(counts[0][stage] / counts[1][stage] for stage in STAGES) - 1:+.2%}"
 
 
 def risen(row: Row, kept: Row) -> list[str]:
@@ -186,8 +196,8 @@ def table_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
             "core (emulated)": row["cpu"],
             **{f"{TITLES[s]}, M": f"{row['instructions'][s] / 1e6:.3g}" for s in STAGES},
             "dot products": share(row),
-            "logits off x86-64": f"{row['against_x86']['logits']:.1e}",
-            "clips alike": f"{row['against_x86']['clips_alike']} of {row['against_x86']['clips']}",
+            "logits off x86-64": "{logits:.1e} of {logits_span:.0f}".format(**row["against_x86"]),
+            "clips alike": "{clips_alike} of {clips}".format(**row["against_x86"]),
         }
         for row in rows
     ]

@@ -15,6 +15,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,13 +48,14 @@ def main() -> None:
     given.out.with_suffix(".json").write_text(json.dumps(told), encoding="utf-8")
 
 
-def window(recognizer: Recognizer, pcm: Pcm, tokens: int) -> dict[str, np.ndarray]:
+def window(recognizer: Recognizer, pcm: Pcm, tokens: int) -> dict[str, Any]:
     """Encode and decode once; return what the encoder leaves and the logits of all steps."""
     mark(ENCODER)
     decoder = recognizer.decoder_over(pcm, Transcript())
     mark(END)
     cross = {name: array.copy() for name, array in views(decoder.cross).items()}
-    prompt, logits = recognizer.rules.prompt, []
+    prompt = recognizer.rules.prompt
+    logits: list[np.ndarray] = []
     for ids in [prompt, *[prompt[:1]] * tokens]:
         mark(TOKEN if logits else PROMPT)
         found = decoder(ids)
