@@ -85,19 +85,18 @@ def run(given: argparse.Namespace) -> None:
     machine.build(PLACE)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        clips = read_manifest(ASSETS / "speech/test.jsonl")[: given.clips]
-        write_clips(clips, Path(folder))
+        write_clips(read_manifest(ASSETS / "speech/test.jsonl")[: given.clips], Path(folder))
+        clips = tuple(sorted(Path(folder).glob("*.wav")))
         cases = [mine(path, given.seconds) for path in given.artifacts] or standard()
         for case in cases:
-            for row in count(case, given, Path(folder)):
+            for row in count(case, given, clips):
                 rows.append(row)
                 print(f"{case.name} on {row['cpu']}: counted", file=sys.stderr, flush=True)
     told = zip(counts.table_rows(rows), rows, strict=True)
     print(table([line | {"change": counts.change(row, kept)} for line, row in told]))
+    counts.judge(rows, rows if given.keep else kept)
     if given.keep:
         counts.keep(rows, KEPT)
-        kept = rows
-    counts.judge(rows, kept)
 
 
 def mine(path: Path, seconds: float) -> Case:
@@ -119,15 +118,17 @@ def standard() -> Iterator[Case]:
         yield Case(f"{name}-{precision}", folder, seconds, speaks=name == DIGITS)
 
 
-def count(case: Case, given: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+def count(
+    case: Case, given: argparse.Namespace, clips: tuple[Path, ...]
+) -> Iterator[dict[str, Any]]:
     """A row for every core."""
     manifest = verify(case.folder)
-    clips = tuple(sorted(folder.glob("*.wav"))) if case.speaks else ()
-    work = machine.Work(case.folder, clips, case.seconds, given.tokens)
-    here = machine.run_here(work, folder)
+    heard = clips if case.speaks else ()
+    work = machine.Work(case.folder, heard, case.seconds, given.tokens)
+    here = machine.run_here(work)
     window_s = counts.window_s(manifest["audio"]["windows_samples"], case.seconds)
     for cpu in given.cpu:
-        there = machine.emulate(PLACE, cpu, work, folder)
+        there = machine.emulate(PLACE, cpu, work)
         yield {
             "format": counts.FORMAT,
             "name": case.name,

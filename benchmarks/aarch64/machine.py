@@ -20,9 +20,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from export.files import new_directory
 from export.problem import Problem
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
+VERSIONS = PROJECT / "constraints.txt"
 SOURCE = Path(__file__).with_name("count.c")
 SUITE, PYTHON = "bookworm", "3.11"
 PACKAGES = (
@@ -75,35 +77,34 @@ class Answer:
     marks: str = ""
 
 
-def emulate(place: Path, cpu: str, work: Work, folder: Path) -> Answer:
-    """Run the guest on an emulated core; `folder` takes its files."""
-    root, marks = place / "root", folder / "marks.txt"
-    seen = describe(root, cpu, folder / cpu)
-    plugin = f"{place / 'count.so'},out={marks}"
-    emulator = ["qemu-aarch64", "-cpu", cpu, "-L", str(seen), "-plugin", plugin]
+def emulate(place: Path, cpu: str, work: Work) -> Answer:
+    """What the guest makes on an emulated core, with its marks."""
+    root = place / "root"
     env = {
         "PYTHONPATH": f"{PROJECT}:{root / 'site'}",
         "PYTHONPYCACHEPREFIX": str(place / "bytecode"),
         "PYTHONHASHSEED": "0",  # or the order of sets would be counted
     }
-    python = str(root / f"usr/bin/python{PYTHON}")
-    return answer([*emulator, python, *work.argv(folder / "guest")], env, folder, marks)
+    with tempfile.TemporaryDirectory() as folder:
+        seen, marks = describe(root, cpu, Path(folder) / "root"), Path(folder) / "marks"
+        plugin = f"{place / 'count.so'},out={marks}"
+        emulator = ["qemu-aarch64", "-cpu", cpu, "-L", str(seen), "-plugin", plugin]
+        made = answer([*emulator, str(root / f"usr/bin/python{PYTHON}")], env, work, Path(folder))
+        return replace(made, marks=marks.read_text(encoding="ascii"))
 
 
-def run_here(work: Work, folder: Path) -> Answer:
-    """Run the same on this machine's own CPU."""
-    env = {"PYTHONPATH": str(PROJECT)}
-    return answer([sys.executable, *work.argv(folder / "guest")], env, folder)
+def run_here(work: Work) -> Answer:
+    """What it makes on this machine's own CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        return answer([sys.executable], {"PYTHONPATH": str(PROJECT)}, work, Path(folder))
 
 
-def answer(
-    argv: Sequence[str], env: Mapping[str, str], folder: Path, marks: Path | None = None
-) -> Answer:
-    checked(argv, "read what it said; delete build/aarch64 to build the emulated machine anew", env)
+def answer(python: Sequence[str], env: Mapping[str, str], work: Work, folder: Path) -> Answer:
+    hint = "read what it said; delete build/aarch64 to build the emulated machine anew"
+    checked([*python, *work.argv(folder / "guest")], hint, env)
     told = json.loads((folder / "guest.json").read_text(encoding="utf-8"))
     with np.load(folder / "guest.npz") as stored:
-        arrays = dict(stored)
-    return Answer(arrays, **told, marks=marks.read_text(encoding="ascii") if marks else "")
+        return Answer(dict(stored), **told)
 
 
 def checked(argv: Sequence[str], hint: str, env: Mapping[str, str] | None = None) -> str:
@@ -127,7 +128,8 @@ def build(place: Path) -> None:
     for tool, package in (("qemu-aarch64", "qemu-user"), ("gcc", "gcc")):
         if shutil.which(tool) is None:
             raise Problem(f"there is no {tool}", f"install it: sudo apt-get install {package}")
-    if not (place / "root").is_dir() or not (place / "qemu-plugin.h").is_file():
+    stamp = place / "root" / VERSIONS.name
+    if not stamp.is_file() or stamp.read_bytes() != VERSIONS.read_bytes():
         fetch(place)
     plugin = place / "count.so"
     if not plugin.is_file() or plugin.stat().st_mtime < SOURCE.stat().st_mtime:
@@ -155,13 +157,14 @@ def fetch(place: Path) -> None:
             checked(["dpkg-deb", "-x", str(package), str(root)], hint)
         for wheel in fetched.glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(root / "site")
+        shutil.copy(VERSIONS, root)
     shutil.rmtree(fetched)
 
 
 def pip(folder: Path) -> list[str]:
     """The command that fetches the wheels; what else they name is not needed to run a graph."""
     platforms = [word for name in PLATFORMS for word in ("--platform", f"{name}_aarch64")]
-    where = ["--no-deps", "-d", str(folder), "-c", str(PROJECT / "constraints.txt")]
+    where = ["--no-deps", "-d", str(folder), "-c", str(VERSIONS)]
     kind = ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
     command = [sys.executable, "-m", "pip", "download", "-q"]
     return [*command, *where, *kind, *platforms, "numpy", "onnxruntime"]
