@@ -22,6 +22,11 @@ built = pytest.mark.skipif(
     reason="gcc or qemu-plugin.h is not there: make aarch64",
 )
 
+emulated = pytest.mark.skipif(
+    shutil.which("qemu-aarch64") is None or not (command.PLACE / "count.so").is_file(),
+    reason="the emulated machine is not built: make aarch64",
+)
+
 
 @pytest.fixture
 def work(tmp_path) -> machine.Work:
@@ -198,6 +203,29 @@ def test_the_plugin_compiles_without_a_warning(tmp_path):
     subprocess.run([*argv, f"-I{HEADER.parent}", str(machine.SOURCE)], check=True)
     machine.compile_plugin(HEADER.parent, tmp_path / "count.so")
     assert (tmp_path / "count.so").read_bytes()[:4] == b"\x7fELF"
+
+
+COUNTED = """
+import os
+def mark(number):
+    try: os.getpgid(-7000000 - number)
+    except OSError: pass
+for times in (1, 1, {more}):
+    mark(3)
+    for i in range(10000 * times): pass
+    mark(0)
+"""
+
+
+@emulated
+def test_the_plugin_counts_what_lies_between_marks(seed, tmp_path):
+    more = 2 + seed % 9
+    argv = machine.python(command.PLACE, "cortex-a72", tmp_path, tmp_path / "marks")
+    machine.checked([*argv, "-S", "-c", COUNTED.format(more=more)], "", {})
+    _, once, often = counts.spans((tmp_path / "marks").read_text())[TOKEN]
+    assert often[0] / once[0] == pytest.approx(more, rel=0.05)
+    assert once[0] > 10_000
+    assert once[1] == often[1] == 0
 
 
 def test_a_plugin_without_its_header_gets_a_letter(tmp_path):

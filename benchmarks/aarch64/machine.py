@@ -86,11 +86,17 @@ def emulate(place: Path, cpu: str, work: Work) -> Answer:
         "PYTHONHASHSEED": "0",  # or the order of sets would be counted
     }
     with tempfile.TemporaryDirectory() as folder:
-        seen, marks = describe(root, cpu, Path(folder) / "root"), Path(folder) / "marks"
-        plugin = f"{place / 'count.so'},out={marks}"
-        emulator = ["qemu-aarch64", "-cpu", cpu, "-L", str(seen), "-plugin", plugin]
-        made = answer([*emulator, str(root / f"usr/bin/python{PYTHON}")], env, work, Path(folder))
+        marks = Path(folder) / "marks"
+        made = answer(python(place, cpu, Path(folder), marks), env, work, Path(folder))
         return replace(made, marks=marks.read_text(encoding="ascii"))
+
+
+def python(place: Path, cpu: str, folder: Path, marks: Path) -> list[str]:
+    """The command of the emulated interpreter, whose marks go to a file."""
+    root, plugin = place / "root", f"{place / 'count.so'},out={marks}"
+    seen = describe(root, cpu, folder / "root")
+    emulator = ["qemu-aarch64", "-cpu", cpu, "-L", str(seen), "-plugin", plugin]
+    return [*emulator, str(root / f"usr/bin/python{PYTHON}")]
 
 
 def run_here(work: Work) -> Answer:
@@ -99,9 +105,9 @@ def run_here(work: Work) -> Answer:
         return answer([sys.executable], {"PYTHONPATH": str(PROJECT)}, work, Path(folder))
 
 
-def answer(python: Sequence[str], env: Mapping[str, str], work: Work, folder: Path) -> Answer:
+def answer(interpreter: Sequence[str], env: Mapping[str, str], work: Work, folder: Path) -> Answer:
     hint = "read what it said; delete build/aarch64 to build the emulated machine anew"
-    checked([*python, *work.argv(folder / "guest")], hint, env)
+    checked([*interpreter, *work.argv(folder / "guest")], hint, env)
     told = json.loads((folder / "guest.json").read_text(encoding="utf-8"))
     with np.load(folder / "guest.npz") as stored:
         return Answer(dict(stored), **told)
