@@ -6,13 +6,14 @@ READY := $(VENV)/.ready
 RIVALS := build/rivals
 INTEROP := build/interop
 
-.PHONY: demo test check interop rivals-env clean
+.PHONY: demo test check interop aarch64 rivals-env clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    compress, export and measure the embedded model; ends in a table"
 	@echo "make test    run the tests"
 	@echo "make interop run artifacts of other layouts in optimum, transformers.js and sherpa-onnx"
+	@echo "make aarch64 count instructions on emulated ARM cores, hold them against those kept"
 	@echo "make check   format, lint, types, direction of imports"
 	@echo "make rivals-env   install faster-whisper, whisper.cpp, sherpa-onnx for benchmarks.rivals"
 
@@ -58,6 +59,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(READY)
+
+# tens of minutes of emulation; builds its machine in build/aarch64 on the first run
+aarch64: $(READY)
+	@sh tests/system-packages.sh 'qemu-aarch64 --version' qemu-user
+	@sh tests/system-packages.sh 'gcc --version' gcc
+	$(BIN)/python -m benchmarks.aarch64
 
 rivals-env: $(RIVALS)/.ready
 

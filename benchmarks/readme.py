@@ -7,6 +7,7 @@ All that is needed stands in benchmarks/results:
     study.jsonl            python -m benchmarks.study.run; study.png is drawn from it here
     accounting.jsonl       python -m benchmarks.study.accounting
     training_cost.jsonl    python -m benchmarks.study.training_cost
+    aarch64.jsonl          python -m benchmarks.aarch64 --keep
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.aarch64 import counts
 from benchmarks.markdown import table
 from benchmarks.result import brief_rows, read
 from benchmarks.study import accounting, tables, training_cost
@@ -75,6 +77,13 @@ def training() -> str:
     return table(training_cost.rows(lines)) + told
 
 
+def instructions() -> str:
+    rows = counts.read(RESULTS / "aarch64.jsonl")
+    runtime = rows[0]["versions"]["onnxruntime"]
+    told = f"\nonnxruntime {runtime}, one thread; other versions of it may count otherwise.\n"
+    return table(counts.table_rows(rows)) + told
+
+
 def stored(name: str) -> list[dict[str, Any]]:
     text = (RESULTS / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -87,6 +96,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "study": study,
     "accounting": sizes,
     "training cost": training,
+    "aarch64": instructions,
 }
 
 

@@ -94,6 +94,8 @@ class Profile:
     """The sizes it is sold with; empty where the machine itself is asked."""
     precision: str
     """The artifact precision that pays there."""
+    reason: str
+    """Why, in half a sentence."""
 
 
 def profile_names() -> list[str]:

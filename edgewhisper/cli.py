@@ -107,7 +107,12 @@ def export_cli(
         str | None, typer.Argument(help="directory or hub id; default: the newest checkpoint")
     ] = None,
     target: Annotated[str, typer.Option(help="onnx")] = "onnx",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4")] = "int8",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, int8 or int4; default: int8, or --device's")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="that it is for: see `edgewhisper devices`")
+    ] = None,
     layout: Annotated[
         str, typer.Option(help="native, transformers, sherpa or single: which runtime it is for")
     ] = "native",
@@ -117,7 +122,7 @@ def export_cli(
     """Turn a checkpoint into files a device can run; fails if their text differs."""
     _one_of("--target", target, ("onnx",))
     _one_of("--layout", layout, ("native", "transformers", "sherpa", "single"))
-    _one_of("--precision", precision, ("fp32", "fp16", "int8", "int4"))
+    precision = _precision(precision, device)
     from edgewhisper import pipeline
 
     place = pipeline.export(checkpoint, precision, speech, out, say, layout)
@@ -399,6 +404,18 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         from export.problem import Problem
 
         raise Problem(f"{option} {value} is not there", hint=f"use {' or '.join(known)}")
+
+
+def _precision(asked: str | None, device: str | None) -> str:
+    """What was asked for, else what pays on the device, which is said with the reason."""
+    from devices.device import load_profile
+
+    profile = None if device is None else load_profile(device)
+    if asked is not None:
+        _one_of("--precision", asked, ("fp32", "fp16", "int8", "int4"))
+    elif profile is not None:
+        say(f"{profile.precision} for {profile.name}: {profile.reason}")
+    return asked or (profile.precision if profile else "int8")
 
 
 def _note(message: Warning | str, *_: Any, **__: Any) -> None:

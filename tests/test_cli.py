@@ -17,6 +17,7 @@ import soundfile
 from made_results import make_result
 
 from benchmarks.result import write
+from devices.device import FAMILIES, load_profile, profile_names
 from edgewhisper.cli import main
 
 
@@ -488,6 +489,37 @@ def test_an_output_that_cannot_be_written(edgewhisper, tmp_path, digits):
 )
 def test_an_export_that_this_release_lacks(edgewhisper, tmp_path, option, value):
     assert f"{option} {value} is not there" in letter(edgewhisper("export", option, value))
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """The precisions that an export, which does not take place, is asked for."""
+    from edgewhisper import pipeline
+
+    found: list[str] = []
+    monkeypatch.setattr(pipeline, "export", lambda source, precision, *_: found.append(precision))
+    return found
+
+
+@pytest.mark.parametrize("name", [*profile_names(), *FAMILIES])
+def test_export_for_a_device_takes_the_precision_that_pays_there(edgewhisper, asked, name):
+    profile = load_profile(name)
+    done = edgewhisper("export", "--device", name)
+    assert asked == [profile.precision]
+    assert f"{profile.precision} for {profile.name}: {profile.reason}" in done.stdout
+
+
+def test_a_precision_that_is_asked_for_stands_whatever_the_device(edgewhisper, asked):
+    done = edgewhisper("export", "--device", "m1", "--precision", "int4")
+    assert asked == ["int4"]
+    assert "m1" not in done.stdout
+    edgewhisper("export")
+    assert asked == ["int4", "int8"]
+
+
+def test_export_for_an_unknown_device_names_the_known_ones(edgewhisper, asked):
+    assert "rpi4" in letter(edgewhisper("export", "--device", "toaster", "--precision", "fp32"))
+    assert asked == []
 
 
 def test_a_device_that_this_release_cannot_reach(edgewhisper, tmp_path, digits):

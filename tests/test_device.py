@@ -42,6 +42,7 @@ def test_every_profile_is_complete():
     for profile in map(load_profile, profile_names()):
         assert profile.kind in {"local", "ssh", "adb"}
         assert profile.precision in {"fp32", "fp16", "int8"}
+        assert profile.reason and not profile.reason.endswith(".")
         assert profile.kind == "local" or (profile.cores > 0 and profile.memory_bytes)
 
 

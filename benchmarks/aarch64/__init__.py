@@ -1,0 +1,1 @@
+"""How many instructions an artifact takes on AArch64, counted in an emulator."""

@@ -1,0 +1,73 @@
+"""What is run under the emulator, and on this machine to compare with:
+
+    python -m benchmarks.aarch64.guest ARTIFACT OUT WAV... --seconds 2 --tokens 8 --rounds 3
+
+Each round encodes a window of noise and feeds it the prompt and then forced tokens, with a mark
+before each; marks are what the plugin counts between (count.c), and nothing elsewhere. OUT.npz gets
+what came out of the first round, OUT.json the tokens that are said in each of the clips.
+numpy, onnxruntime and the runner are all that is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from devices.runner.audio import SAMPLING_RATE, Pcm
+from devices.runner.machine import versions
+from devices.runner.profile import noise
+from devices.runner.recognizer import Recognizer, Transcript, views
+
+END, ENCODER, PROMPT, TOKEN = range(4)
+"""Numbers of the marks: the stage that begins there."""
+FIRST_MARK = -7_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("artifact", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("clips", type=Path, nargs="*")
+    parser.add_argument("--seconds", type=float)
+    for name in ("--tokens", "--rounds"):
+        parser.add_argument(name, type=int)
+    given = parser.parse_args()
+    # the host has hashed the files: emulated, that would take longer than all the rest
+    recognizer = Recognizer(given.artifact, threads=1, guards=False, hashed=False)
+    pcm = noise(round(given.seconds * SAMPLING_RATE))
+    made = [window(recognizer, pcm, given.tokens) for _ in range(given.rounds)]
+    np.savez(given.out.with_suffix(".npz"), **made[0])
+    said = [recognizer.transcribe(path).tokens for path in given.clips]
+    told = {"tokens": said, "versions": versions()}
+    given.out.with_suffix(".json").write_text(json.dumps(told), encoding="utf-8")
+
+
+def window(recognizer: Recognizer, pcm: Pcm, tokens: int) -> dict[str, Any]:
+    """Encode and decode once; return what the encoder leaves and the logits of all steps."""
+    mark(ENCODER)
+    decoder = recognizer.decoder_over(pcm, Transcript())
+    mark(END)
+    cross = {name: array.copy() for name, array in views(decoder.cross).items()}
+    prompt = recognizer.rules.prompt
+    logits: list[np.ndarray] = []
+    for ids in [prompt, *[prompt[:1]] * tokens]:
+        mark(TOKEN if logits else PROMPT)
+        found = decoder(ids)
+        mark(END)
+        logits.append(found.copy())
+    return {**cross, "logits": np.stack(logits)}
+
+
+def mark(number: int) -> None:
+    with suppress(OSError):  # there is no such process group
+        os.getpgid(FIRST_MARK - number)
+
+
+if __name__ == "__main__":
+    main()

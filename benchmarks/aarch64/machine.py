@@ -1,0 +1,262 @@
+"""An AArch64 machine in an emulator, built once into a folder; nothing is installed.
+
+    root/            Debian's arm64 packages of Python and what it is linked with, unpacked
+    root/site/       numpy and onnxruntime, the AArch64 wheels of the versions in constraints.txt
+    count.so         count.c, built with qemu-plugin.h of Debian's sources of qemu
+    bytecode/        of the Python programs that were run
+
+Every run sees a CPU as Linux would describe it: of x86's caches in the host's /sys onnxruntime
+dies.
+
+Debian 12 is the one that has a qemu-user with plugins, so it is needed. The folder takes about
+300 MB, and 70 MB are fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from export.files import new_directory
+from export.problem import Problem
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+VERSIONS = PROJECT / "constraints.txt"
+SOURCE = Path(__file__).with_name("count.c")
+SUITE, PYTHON = "bookworm", "3.11"
+PACKAGES = (
+    *("libc6", "libgcc-s1", "libstdc++6", "zlib1g", "libexpat1", "libffi8", "libbz2-1.0"),
+    *("liblzma5", "libssl3", "libuuid1", f"python{PYTHON}-minimal"),
+    *(f"libpython{PYTHON}-minimal", f"libpython{PYTHON}-stdlib"),
+)
+PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
+CPUS = {
+    "cortex-a53": ("0xd03", "fp asimd crc32 cpuid"),
+    "cortex-a72": ("0xd08", "fp asimd crc32 cpuid"),
+    "cortex-a76": ("0xd0b", "fp asimd crc32 atomics fphp asimdhp cpuid asimdrdm asimddp"),
+}
+"""Name of a core -> its part number and features in /proc/cpuinfo."""
+CORES = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """What guest.py is asked to do."""
+
+    artifact: Path
+    clips: tuple[Path, ...]
+    seconds: float
+    tokens: int
+    rounds: int = 2
+    """The first one warms up, the last one counts."""
+
+    def argv(self, out: Path) -> list[str]:
+        paths = [str(path.resolve()) for path in (self.artifact, out, *self.clips)]
+        options = [f"--{name}={getattr(self, name)}" for name in ("seconds", "tokens", "rounds")]
+        return ["-s", "-m", "benchmarks.aarch64.guest", *paths, *options]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What it said and counted."""
+
+    arrays: dict[str, np.ndarray]
+    tokens: list[list[int]]
+    versions: dict[str, str]
+    marks: str = ""
+
+
+def emulate(place: Path, cpu: str, work: Work) -> Answer:
+    """What the guest makes on an emulated core, with its marks."""
+    root = place / "root"
+    env = {
+        "PYTHONPATH": f"{PROJECT}:{root / 'site'}",
+        "PYTHONPYCACHEPREFIX": str(place / "bytecode"),
+        "PYTHONHASHSEED": "0",  # or the order of sets would be counted
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        marks = Path(folder) / "marks"
+        made = answer(python(place, cpu, Path(folder), marks), env, work, Path(folder))
+        return replace(made, marks=marks.read_text(encoding="ascii"))
+
+
+def python(place: Path, cpu: str, folder: Path, marks: Path) -> list[str]:
+    """The command of the emulated interpreter, whose marks go to a file."""
+    root, plugin = place / "root", f"{place / 'count.so'},out={marks}"
+    seen = describe(root, cpu, folder / "root")
+    emulator = ["qemu-aarch64", "-cpu", cpu, "-L", str(seen), "-plugin", plugin]
+    return [*emulator, str(root / f"usr/bin/python{PYTHON}")]
+
+
+def run_here(work: Work) -> Answer:
+    """What it makes on this machine's own CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        return answer([sys.executable], {"PYTHONPATH": str(PROJECT)}, work, Path(folder))
+
+
+def answer(interpreter: Sequence[str], env: Mapping[str, str], work: Work, folder: Path) -> Answer:
+    hint = "read what it said; delete build/aarch64 to build the emulated machine anew"
+    checked([*interpreter, *work.argv(folder / "guest")], hint, env)
+    told = json.loads((folder / "guest.json").read_text(encoding="utf-8"))
+    with np.load(folder / "guest.npz") as stored:
+        return Answer(dict(stored), **told)
+
+
+def checked(argv: Sequence[str], hint: str, env: Mapping[str, str] | None = None) -> str:
+    """What a program prints; the letter has the last line of its complaint."""
+    own = None if env is None else {"ORT_DISABLE_TELEMETRY": "1", "PATH": "/usr/bin:/bin", **env}
+    try:
+        done = subprocess.run(argv, env=own, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise Problem(f"{argv[0]} cannot be started: {error.strerror}", hint) from None
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise Problem(f"{argv[0]} ended with exit code {done.returncode} ({said})", hint)
+    return done.stdout
+
+
+# --------------------------------------------------------------------------------- building it
+
+
+def build(place: Path) -> None:
+    """Build what is missing. Raises Problem where a tool or a package cannot be had."""
+    for tool, package in (("qemu-aarch64", "qemu-user"), ("gcc", "gcc")):
+        if shutil.which(tool) is None:
+            raise Problem(f"there is no {tool}", f"install it: sudo apt-get install {package}")
+    stamp = place / "root" / VERSIONS.name
+    if not stamp.is_file() or stamp.read_bytes() != VERSIONS.read_bytes():
+        fetch(place)
+    plugin = place / "count.so"
+    if not plugin.is_file() or plugin.stat().st_mtime < SOURCE.stat().st_mtime:
+        compile_plugin(place, plugin)
+
+
+def fetch(place: Path) -> None:
+    """Packages, wheels and header, unpacked."""
+    place.mkdir(parents=True, exist_ok=True)
+    fetched = place / "fetched"
+    shutil.rmtree(fetched, ignore_errors=True)
+    config = lay_out_apt(fetched, "".join(source_files()))
+    hint = "it needs Debian's packages and the Python package index; try again with a network"
+    env = {"APT_CONFIG": str(config)}
+    in_fetched = ["sh", "-c", 'cd "$0" && exec "$@"', str(fetched)]
+    checked(["apt-get", "update", "-qq"], hint, env)
+    checked([*in_fetched, "apt-get", "download", "-qq", *PACKAGES], hint, env)
+    source = ["apt-get", "source", "-qq", "--download-only", "qemu"]
+    checked([*in_fetched, *source], hint, env)
+    checked(pip(fetched), hint)
+    unpack_header(fetched, place / "qemu-plugin.h")
+    shutil.rmtree(place / "root", ignore_errors=True)
+    with new_directory(place / "root") as root:
+        for package in sorted(fetched.glob("*.deb")):
+            checked(["dpkg-deb", "-x", str(package), str(root)], hint)
+        for wheel in fetched.glob("*.whl"):
+            zipfile.ZipFile(wheel).extractall(root / "site")
+        shutil.copy(VERSIONS, root)
+    shutil.rmtree(fetched)
+
+
+def pip(folder: Path) -> list[str]:
+    """The command that fetches the wheels; what else they name is not needed to run a graph."""
+    platforms = [word for name in PLATFORMS for word in ("--platform", f"{name}_aarch64")]
+    where = ["--no-deps", "-d", str(folder), "-c", str(VERSIONS)]
+    kind = ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
+    command = [sys.executable, "-m", "pip", "download", "-q"]
+    return [*command, *where, *kind, *platforms, "numpy", "onnxruntime"]
+
+
+def lay_out_apt(folder: Path, sources: str) -> Path:
+    """apt's configuration with a state of its own, for arm64 and with sources of packages."""
+    entries = debian_sources(sources)
+    if not entries:
+        raise Problem(
+            "the emulated machine is built of Debian 12's packages (bookworm), which this "
+            "machine's apt does not know",
+            "run it on Debian 12, in a container for instance",
+        )
+    for name in ("lists/partial", "archives/partial", "sources"):
+        (folder / "apt" / name).mkdir(parents=True)
+    for number, entry in enumerate(entries):
+        kind = "sources" if "Suites:" in entry else "list"
+        (folder / f"apt/sources/{number}.{kind}").write_text(entry + "\n", encoding="utf-8")
+    told = {
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Sandbox::User": "root",
+        "Acquire::Languages": "none",
+        "Debug::NoLocking": "1",
+        "Dir::State": folder / "apt",
+        "Dir::State::status": "/dev/null",
+        "Dir::Cache": folder / "apt",
+        "Dir::Etc::sourcelist": "/dev/null",
+        "Dir::Etc::sourceparts": folder / "apt/sources",
+    }
+    config = folder / "apt/apt.conf"
+    lines = [f'{name} "{value}";\n' for name, value in told.items()]
+    config.write_text("".join(lines), encoding="utf-8")
+    return config
+
+
+def source_files() -> Iterator[str]:
+    """Where this machine's apt fetches from."""
+    base = Path("/etc/apt")
+    for path in [base / "sources.list", *sorted((base / "sources.list.d").glob("*"))]:
+        if path.is_file():
+            yield path.read_text(encoding="utf-8") + "\n\n"
+
+
+def debian_sources(text: str) -> list[str]:
+    """The entries for Debian 12, in either of apt's forms, each for binaries and sources."""
+    found = []
+    for stanza in re.split(r"\n\s*\n", text):
+        if re.search(rf"^Suites:.*\b(?<!-){SUITE}\b", stanza, flags=re.M):
+            found.append(re.sub(r"^Types:.*$", "Types: deb deb-src", stanza.strip(), flags=re.M))
+    for line in re.findall(rf"^deb (.*\s{SUITE}(?:\s|-).*)$", text, flags=re.M):
+        found.append(f"deb {line}\ndeb-src {line}")
+    return found
+
+
+def unpack_header(folder: Path, out: Path) -> None:
+    (archive,) = folder.glob("qemu_*.orig.tar.*")
+    with tarfile.open(archive) as tar:
+        header = next(m for m in tar if m.name.endswith("include/qemu/qemu-plugin.h"))
+        content = tar.extractfile(header)
+        assert content is not None  # a file, by its name
+        out.write_bytes(content.read())
+
+
+def compile_plugin(header: Path, out: Path) -> None:
+    """count.c as a library, with qemu-plugin.h of a folder."""
+    argv = ["gcc", "-O2", "-Wall", "-shared", "-fPIC", f"-I{header}", "-o", str(out), str(SOURCE)]
+    checked(argv, "install gcc and libc6-dev")
+
+
+def describe(root: Path, cpu: str, out: Path) -> Path:
+    """A new folder with links into the root, and a CPU as Linux would describe it."""
+    if cpu not in CPUS:
+        raise Problem(f"there is no core {cpu!r} here", f"choose one of {', '.join(CPUS)}")
+    part, features = CPUS[cpu]
+    told = f"Features\t: {features}\nCPU implementer\t: 0x41\nCPU architecture: 8\n"
+    told += f"CPU variant\t: 0x0\nCPU part\t: {part}\nCPU revision\t: 3\n\n"
+    cores = "".join(f"processor\t: {number}\n{told}" for number in range(CORES))
+    files = {"proc/cpuinfo": cores}
+    for name in ("possible", "present"):
+        files[f"sys/devices/system/cpu/{name}"] = f"0-{CORES - 1}\n"
+    for name, text in files.items():
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="ascii")
+    for name in ("lib", "usr"):
+        (out / name).symlink_to(root / name)
+    return out
