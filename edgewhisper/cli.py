@@ -424,6 +424,10 @@ ALONE = {"--json": "-", "--time": "5"}
 """Options that may stand alone, and the value that they have then: stdout, seconds."""
 
 
+INTERRUPTED = 130
+"""The exit code of programs that Ctrl-C has ended."""
+
+
 def _with_values(arguments: list[str]) -> list[str]:
     """The parser wants a value behind these options, so give them theirs."""
     found: list[str] = []
@@ -440,9 +444,11 @@ def main() -> None:
     warnings.showwarning = _note
     try:
         app(_with_values(sys.argv[1:]), standalone_mode=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # typer makes the second of the first
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
         typer.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "hint"):
             raise

@@ -245,6 +245,32 @@ def test_no_word_is_lost_or_doubled_between_windows(words, lead):
     ]
 
 
+def test_timestamps_are_said_as_by_generate(plain, torch_model, processor, pcms):
+    listener = Listener(plain, Options(timestamps=True), Transcript())
+    for pcm in pcms[:4]:
+        with torch.no_grad():
+            wanted = torch_model.generate(
+                features(processor, pcm),
+                return_timestamps=True,
+                max_new_tokens=listener.rules.max_new_tokens,
+                force_unique_generate_call=True,
+                return_dict_in_generate=True,
+            ).sequences[0, len(listener.rules.prompt) :]
+        found = listener.window(pcm)
+        assert found == decoding._until_end(wanted.tolist(), plain.rules.eos)
+        assert any(token >= plain.rules.timestamp_begin for token in found)
+
+
+def test_times_never_go_back_and_stay_within_the_recording(recognizer, pcms, rng):
+    order = rng.permutation(len(pcms))
+    pcm = np.concatenate([pcms[n] for n in order])
+    found = list(recognizer.stream(pcm, timestamps=True, previous=bool(rng.integers(2))))
+    times = [t for segment in found for t in (segment.start_s, segment.end_s)]
+    assert found
+    assert times == sorted(times)
+    assert 0 <= times[0] <= times[-1] <= len(pcm) / 16_000
+
+
 def test_a_window_that_would_hardly_move_on_keeps_its_unfinished_text():
     listener = ideal(window_steps=300)
     listener.window = lambda pcm: [BEGIN, 1, BEGIN + 2, BEGIN + 2, 3, 4]
@@ -412,7 +438,7 @@ def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, proces
 
 
 def test_what_was_drawn_hot_or_cut_from_a_loop_prompts_nothing(monkeypatch):
-    heard, window = [], np.ones(100, np.float32)
+    heard = []
     recognizer = SimpleNamespace(
         rules=rules(max_new_tokens=100),
         guards=True,
@@ -421,22 +447,16 @@ def test_what_was_drawn_hot_or_cut_from_a_loop_prompts_nothing(monkeypatch):
         decoder_over=lambda pcm, times: SimpleNamespace(fed=0, clock=times.prompt_s),
     )
     listener = Listener(recognizer, Options(previous=True, fallback=True), Transcript())
-    script = iter(
-        [Attempt([1], 0.0), Attempt([2], 0.0), Attempt([3] * 40, 0.0), Attempt([4], 0.0)]
-        + [Attempt([5], 0.0, temperature=0.6), Attempt([6], 0.0), Attempt([7], 0.0)]
-    )
+    drawn = [([1], 0.0), ([2], 0.4), ([3] * 40, 0.0), ([4], 0.0), ([5], 0.6), ([6], 0.0), ([7], 0)]
+    script = iter([Attempt(tokens, 0.0, temperature=hot) for tokens, hot in drawn])
 
     def considered(decoder) -> Attempt:
         heard.append(listener.prompted.prompt[1:-4])
         return next(script)
 
     monkeypatch.setattr(listener, "considered", considered)
-    monkeypatch.setattr(
-        listener,
-        "by_pauses",
-        lambda pcm: ([listener.segment(0, 1, listener.window(window))] for _ in range(7)),
-    )
-    list(listener.segments(window))
+    monkeypatch.setattr("devices.runner.listen.split", lambda *_: [slice(0, 100)] * len(drawn))
+    list(listener.segments(np.ones(100, np.float32)))
     assert heard == [(), (1,), (1, 2), (), (4,), (), (6,)]
 
 
