@@ -8,13 +8,17 @@ A manifest is JSON lines: `audio` (relative to the manifest), `text`, `lang`, an
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from devices.runner.audio import parse_riff
+from devices.runner.problem import RunnerProblem
 from export.problem import Problem
 
 SAMPLING_RATE = 16_000
@@ -103,7 +107,8 @@ def _clip(path: Path, number: int, line: str) -> Clip:
 
 
 def read_audio(path: str | Path) -> np.ndarray:
-    """Any sound file -> (samples,) float32 at 16 kHz, channels averaged, in [-1, 1] as stored.
+    """Any sound file -> (samples,) float32 at 16 kHz, channels averaged, in [-1, 1] as stored; "-"
+    is standard input.
 
     Warns when it mixes channels down or when the source has less than 16 kHz.
     Raises Problem: no such file, not audio or cut short, empty, NaN or infinite samples.
@@ -111,15 +116,18 @@ def read_audio(path: str | Path) -> np.ndarray:
     import soundfile
 
     path = Path(path)
-    if not path.is_file():
+    from_stdin = str(path) == "-"
+    if not from_stdin and not path.is_file():
         raise Problem(f"there is no audio file {path}", hint="check the path")
+    source = BytesIO(sys.stdin.buffer.read()) if from_stdin else path
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         raise Problem(
             f"{path} is not audio that can be read ({_reason(error)})",
             hint="give WAV, FLAC, OGG or MP3; convert other formats, for example with ffmpeg",
         ) from error
+    _check_whole(path, source.getvalue() if isinstance(source, BytesIO) else _content(path))
     if len(samples) == 0:
         raise Problem(f"{path} holds no samples", hint="record it again, or leave it out")
     if not np.isfinite(samples).all():
@@ -131,12 +139,27 @@ def read_audio(path: str | Path) -> np.ndarray:
     return _mono_16k(path, samples, rate)
 
 
+def _content(path: Path) -> np.ndarray:
+    """The bytes of a file, which are read where they are looked at."""
+    return np.memmap(path, np.uint8, "r")
+
+
+def _check_whole(path: Path, content: bytes | np.ndarray) -> None:
+    """libsndfile reads what is there of a WAV file that was cut short; words would be missing."""
+    riff = memoryview(content)
+    if riff[:4] == b"RIFF":
+        try:
+            parse_riff(path, riff)
+        except RunnerProblem as error:
+            raise Problem(str(error), hint=error.hint) from error
+
+
 def _mono_16k(path: Path, samples: np.ndarray, rate: int) -> np.ndarray:
     import soxr
 
     if samples.shape[1] > 1:
         warnings.warn(f"{path}: {samples.shape[1]} channels, averaged to one.", stacklevel=4)
-    mono = samples.mean(axis=1)
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     if rate == SAMPLING_RATE:
         return mono
     if rate < SAMPLING_RATE:

@@ -181,7 +181,7 @@ def eval_cli(
 @app.command("transcribe")
 def transcribe_cli(
     source: Source,
-    audio: Annotated[list[Path], typer.Argument(help="sound files of any length")],
+    audio: Annotated[list[Path], typer.Argument(help="sound of any length; - is stdin")],
     language: Annotated[
         str | None, typer.Option(help="code such as hi, or auto; default: the artifact's own")
     ] = None,
@@ -194,19 +194,31 @@ def transcribe_cli(
         bool, typer.Option("--fallback", help="try again, at random, what reads like a failure")
     ] = False,
     seed: Annotated[int, typer.Option(help="of the random numbers of --fallback")] = 0,
+    previous: Annotated[
+        bool, typer.Option("--previous", help="prompt each window with what was said before it")
+    ] = False,
     threads: Threads = None,
     json_file: Json = None,
 ) -> None:
-    """Text of sound files by a checkpoint or an artifact."""
+    """Text of sound files by a checkpoint or an artifact, which says every segment at once."""
     from benchmarks.speech import read_audio
     from edgewhisper import pipeline
 
-    def said(number: int, segment: Any) -> None:
-        if timestamps and json_file != "-":
-            place = "" if len(audio) == 1 else f"{audio[number]}\t"
-            say(f"{place}{segment.start_s:.2f}\t{segment.end_s:.2f}\t{segment.text}")
+    begun = -1
 
-    pcms = [read_audio(path) for path in audio]
+    def place(number: int) -> str:
+        return "" if len(audio) == 1 else f"{audio[number]}\t"
+
+    def said(number: int, segment: Any) -> None:
+        nonlocal begun
+        if timestamps:
+            times = f"{segment.start_s:.2f}\t{segment.end_s:.2f}"
+            say(f"{place(number)}{times}\t{segment.text}")
+        else:
+            typer.echo(" " if begun == number else place(number), nl=False)
+            typer.echo(segment.text, nl=False)
+        begun = number
+
     options = dict(
         language=language,
         task=task,
@@ -214,14 +226,15 @@ def transcribe_cli(
         beams=beams,
         fallback=fallback,
         seed=seed,
+        previous=previous,
     )
+    pcms = map(read_audio, audio)  # one after the other: they may be hours long
+    talk = {} if json_file == "-" else {"said": said}
     rows = []
-    for path, found in zip(
-        audio, pipeline.transcribe(source, pcms, threads, said, **options), strict=True
-    ):
-        rows.append({"audio": str(path), **found})
+    for number, found in enumerate(pipeline.transcribe(source, pcms, threads, **talk, **options)):
+        rows.append({"audio": str(audio[number]), **found})
         if not timestamps and json_file != "-":
-            say(found["text"] if len(audio) == 1 else f"{path}\t{found['text']}")
+            say("" if begun == number else place(number) + found["text"])
     _emit(rows, json_file)
 
 
@@ -428,6 +441,10 @@ ALONE = {"--json": "-", "--time": "5"}
 """Options that may stand alone, and the value that they have then: stdout, seconds."""
 
 
+INTERRUPTED = 130
+"""The exit code of programs that Ctrl-C has ended."""
+
+
 def _with_values(arguments: list[str]) -> list[str]:
     """The parser wants a value behind these options, so give them theirs."""
     found: list[str] = []
@@ -444,9 +461,11 @@ def main() -> None:
     warnings.showwarning = _note
     try:
         app(_with_values(sys.argv[1:]), standalone_mode=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # typer makes the second of the first
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
         typer.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "hint"):
             raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import import_module
@@ -440,7 +440,7 @@ def transcriber(
 
 def transcribe(
     source: str,
-    pcms: Sequence[np.ndarray],
+    pcms: Iterable[np.ndarray],
     threads: int | None = None,
     said: Callable[[int, Segment], None] = lambda number, segment: None,
     **options: Any,
@@ -458,8 +458,8 @@ def transcribe(
                 f"{source} has no token for the language {language!r}",
                 hint="leave it out, or name a code such as those in its generation_config.json",
             )
-        texts = decoding.transcribe(model, processor, pcms, [language] * len(pcms))
-        yield from ({"text": text} for text in texts)
+        for pcm in pcms:
+            yield {"text": decoding.transcribe(model, processor, [pcm], [language])[0]}
         return
     from devices.runner.recognizer import Transcript
 

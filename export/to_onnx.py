@@ -481,7 +481,8 @@ def decoding_rules(model: nn.Module) -> dict[str, Any]:
     stand in it instead, code -> id. It forbids timestamps, so ids from `timestamp_begin` on are
     never chosen. Whoever wants them leaves out the prompt's last token, timestamp_begin - 1, and
     says a first one of at most `max_initial_timestamp_index` steps. Behind the prompt's first
-    token, the probability of `no_speech` is that of no speech.
+    token, the probability of `no_speech` is that of no speech. Text from before may stand in front
+    of the prompt, behind `previous`.
     """
     generation = model.generation_config
     multilingual = is_multilingual(generation)
@@ -496,6 +497,7 @@ def decoding_rules(model: nn.Module) -> dict[str, Any]:
         "timestamp_begin": None if silent is None else silent + 1,
         "max_initial_timestamp_index": getattr(generation, "max_initial_timestamp_index", None),
         "no_speech": None if silent is None else silent - 1,
+        "previous": getattr(generation, "prev_sot_token_id", None),
         "languages": language_ids(generation) if multilingual else {},
         "tasks": dict(getattr(generation, "task_to_id", None) or {}) if multilingual else {},
         "max_new_tokens": model.config.max_target_positions - len(prompt),

@@ -9,15 +9,22 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import typer
+from ctrl_c import press_ctrl_c
 from made_results import make_result
 
 from benchmarks.result import write
+from benchmarks.speech import read_manifest
 from devices.device import FAMILIES, load_profile, profile_names
+from devices.runner.recognizer import Recognizer
 from edgewhisper.cli import main
 
 
@@ -426,6 +433,69 @@ def test_an_empty_recording(edgewhisper, tmp_path, digits):
 def test_a_recording_of_nan(edgewhisper, tmp_path, digits):
     soundfile.write(tmp_path / "a.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
     assert "100 of 100 samples are NaN" in letter(edgewhisper("transcribe", digits, "a.wav"))
+
+
+def test_a_recording_that_was_cut_short(edgewhisper, tmp_path, digits, spoken, rng):
+    samples, rate = soundfile.read(spoken)
+    for name in ("a.wav", "a.flac"):
+        soundfile.write(tmp_path / name, samples, rate)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: int(rng.integers(200, len(content)))])
+    assert "truncated WAV file, its header" in letter(edgewhisper("transcribe", digits, "a.wav"))
+    assert "is not audio that can be read" in letter(edgewhisper("transcribe", digits, "a.flac"))
+
+
+@pytest.fixture
+def piped(monkeypatch) -> Callable[[bytes], None]:
+    """Puts bytes into standard input."""
+    return lambda content: monkeypatch.setattr(
+        sys, "stdin", SimpleNamespace(buffer=BytesIO(content))
+    )
+
+
+def test_sound_comes_through_a_pipe(edgewhisper, exported, spoken, piped, tmp_path):
+    wanted = edgewhisper("transcribe", exported, spoken).stdout
+    samples, rate = soundfile.read(spoken)
+    for kind in ("WAV", "FLAC"):
+        soundfile.write(tmp_path / "a", samples, rate, format=kind)
+        piped((tmp_path / "a").read_bytes())
+        assert edgewhisper("transcribe", exported, "-").stdout == wanted
+    piped(b"")
+    assert "- is not audio" in letter(edgewhisper("transcribe", exported, "-"))
+
+
+def test_the_text_of_a_long_file_is_written_as_it_is_heard(
+    edgewhisper, exported, clips, tmp_path, monkeypatch
+):
+    """What stands on the screen before each window is decoded, then all of it, as in the JSON."""
+    pcms = [clip.pcm() for clip in read_manifest(clips)[:12]]
+    soundfile.write(tmp_path / "a.wav", np.concatenate(pcms), 16_000)
+    written, shown, echo, over = [], [], typer.echo, Recognizer.decoder_over
+    monkeypatch.setattr(typer, "echo", lambda text, **k: (written.append(text), echo(text, **k)))
+    monkeypatch.setattr(
+        Recognizer,
+        "decoder_over",
+        lambda *given: (shown.append("".join(written)), over(*given))[1],
+    )
+    text = edgewhisper("transcribe", exported, "a.wav").stdout
+    assert len(shown) > 2
+    assert all(len(a) < len(b) and text.startswith(b) for a, b in pairwise(shown))
+    (row,) = json.loads(edgewhisper("transcribe", exported, "a.wav", "--json").stdout)
+    assert text == row["text"] + "\n"
+    both = edgewhisper("transcribe", exported, "a.wav", "a.wav").stdout
+    assert both == f"a.wav\t{text}" * 2
+
+
+def test_ctrl_c_in_a_long_file_ends_it_cleanly(edgewhisper, exported, clips, tmp_path, rng):
+    pcms = [clip.pcm() for clip in read_manifest(clips)[:12]]
+    soundfile.write(tmp_path / "a.wav", np.concatenate(pcms), 16_000)
+    with pytest.MonkeyPatch.context() as patch:
+        press_ctrl_c(patch, Recognizer, "decoder_over", call=int(rng.integers(1, 4)))
+        done = edgewhisper("transcribe", exported, "a.wav", "--json", "texts.json")
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "texts.json").exists()
 
 
 def test_eight_kilohertz_stereo_is_converted_and_said(edgewhisper, tmp_path, digits, spoken):

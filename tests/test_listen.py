@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from transformers import WhisperForConditionalGeneration as Whisper
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
 
 from benchmarks.speech import read_manifest
+from devices.runner import beam
 from devices.runner.beam import Branches, beam_search
 from devices.runner.decode import Filter, Rules, greedy, loop_period, say, without_loop
 from devices.runner.fallback import (
@@ -50,6 +52,7 @@ def rules(**changes) -> Rules:
         "max_new_tokens": 30,
         "max_initial_timestamp_index": 5,
         "no_speech": SILENT - 1,
+        "previous": SILENT - 2,
         "languages": {"en": 42, "hi": 44, "haw": 45},
         "tasks": {"transcribe": 43, "translate": 46},
     }
@@ -242,6 +245,32 @@ def test_no_word_is_lost_or_doubled_between_windows(words, lead):
     ]
 
 
+def test_timestamps_are_said_as_by_generate(plain, torch_model, processor, pcms):
+    listener = Listener(plain, Options(timestamps=True), Transcript())
+    for pcm in pcms[:4]:
+        with torch.no_grad():
+            wanted = torch_model.generate(
+                features(processor, pcm),
+                return_timestamps=True,
+                max_new_tokens=listener.rules.max_new_tokens,
+                force_unique_generate_call=True,
+                return_dict_in_generate=True,
+            ).sequences[0, len(listener.rules.prompt) :]
+        found = listener.window(pcm)
+        assert found == decoding._until_end(wanted.tolist(), plain.rules.eos)
+        assert any(token >= plain.rules.timestamp_begin for token in found)
+
+
+def test_times_never_go_back_and_stay_within_the_recording(recognizer, pcms, rng):
+    order = rng.permutation(len(pcms))
+    pcm = np.concatenate([pcms[n] for n in order])
+    found = list(recognizer.stream(pcm, timestamps=True, previous=bool(rng.integers(2))))
+    times = [t for segment in found for t in (segment.start_s, segment.end_s)]
+    assert found
+    assert times == sorted(times)
+    assert 0 <= times[0] <= times[-1] <= len(pcm) / 16_000
+
+
 def test_a_window_that_would_hardly_move_on_keeps_its_unfinished_text():
     listener = ideal(window_steps=300)
     listener.window = lambda pcm: [BEGIN, 1, BEGIN + 2, BEGIN + 2, 3, 4]
@@ -320,6 +349,9 @@ def test_what_the_model_cannot_be_told_gets_a_letter(recognizer, pcms):
     ]:
         with pytest.raises(RunnerProblem, match=message):
             recognizer.stream(pcms[0], **options)
+    stub = SimpleNamespace(rules=rules(previous=None))
+    with pytest.raises(RunnerProblem, match="the artifact has no token for that"):
+        Listener(stub, Options(previous=True), Transcript())
     stub = SimpleNamespace(rules=rules(timestamp_begin=None))
     with pytest.raises(RunnerProblem, match="no tokens for them"):
         Listener(stub, Options(timestamps=True), Transcript())
@@ -349,6 +381,85 @@ def test_another_language_gives_the_tokens_of_generate(plain, torch_model, proce
     assert transcript.language == "hi"
 
 
+# ------------------------------------------------------------------------ what was said before
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    said=st.lists(st.integers(0, EOS - 1), max_size=60),
+    room=st.integers(8, 80),
+    timestamps=st.booleans(),
+)
+def test_the_prompt_with_text_from_before_is_that_of_transformers(said, room, timestamps):
+    told = rules(max_new_tokens=room - 4).told(None, None, timestamps)
+    half = min(room // 2, told.max_new_tokens) - 1  # ours leaves room for a token, however small
+    wanted, _ = Whisper._prepare_decoder_input_ids(
+        cur_bsz=1,
+        init_tokens=torch.tensor([told.prompt]),
+        current_segments=[[{"tokens": torch.tensor(said)}] if said else []],
+        batch_idx_map=[0],
+        do_condition_on_prev_tokens=[True],
+        prompt_ids=None,
+        generation_config=SimpleNamespace(
+            prev_sot_token_id=SILENT - 2,
+            prompt_condition_type="first-segment",
+            cache_implementation=None,
+            pad_token_id=EOS,
+        ),
+        config=SimpleNamespace(max_target_positions=2 * (half + 1)),
+        device="cpu",
+        suppress_tokens=None,
+        timestamp_begin=BEGIN,
+        kwargs={},
+    )
+    found = told.after(said)
+    assert list(found.prompt) == wanted[0].tolist()
+    assert len(found.prompt) + found.max_new_tokens == room
+
+
+def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, processor, pcms, rng):
+    """Two clips, a pause, two more: torch is fed the same prompt and says the same."""
+    a, b, c, d = (pcms[n][:40_000] for n in rng.permutation(len(pcms))[:4])
+    pcm = np.concatenate([a, b, np.zeros(8_000, np.float32), c, d])
+    first, *rest = segments = list(plain.stream(pcm, previous=True))
+    assert rest
+    assert first == next(plain.stream(pcm))
+    for before, segment in pairwise(segments):
+        said = [t for s in segments[: segments.index(before) + 1] for t in s.tokens]
+        told = plain.rules.after(said)
+        start, stop = (round(16_000 * s) for s in (segment.start_s, segment.end_s))
+        fed = [*told.prompt, *segment.tokens]
+        logits = decoding.logits(torch_model, processor, pcm[start:stop], fed)
+        choose = Filter(told).likeliest
+        wanted = [
+            choose(row, segment.tokens[:n]) for n, row in enumerate(logits[len(told.prompt) - 1 :])
+        ]
+        assert [*segment.tokens, told.eos] == wanted
+
+
+def test_what_was_drawn_hot_or_cut_from_a_loop_prompts_nothing(monkeypatch):
+    heard = []
+    recognizer = SimpleNamespace(
+        rules=rules(max_new_tokens=100),
+        guards=True,
+        window_samples=100,
+        text=str,
+        decoder_over=lambda pcm, times: SimpleNamespace(fed=0, clock=times.prompt_s),
+    )
+    listener = Listener(recognizer, Options(previous=True, fallback=True), Transcript())
+    drawn = [([1], 0.0), ([2], 0.4), ([3] * 40, 0.0), ([4], 0.0), ([5], 0.6), ([6], 0.0), ([7], 0)]
+    script = iter([Attempt(tokens, 0.0, temperature=hot) for tokens, hot in drawn])
+
+    def considered(decoder) -> Attempt:
+        heard.append(listener.prompted.prompt[1:-4])
+        return next(script)
+
+    monkeypatch.setattr(listener, "considered", considered)
+    monkeypatch.setattr("devices.runner.listen.split", lambda *_: [slice(0, 100)] * len(drawn))
+    list(listener.segments(np.ones(100, np.float32)))
+    assert heard == [(), (1,), (1, 2), (), (4,), (), (6,)]
+
+
 # --------------------------------------------------------------------------------- beam search
 
 
@@ -369,10 +480,31 @@ class Again:
         return self.logits()
 
 
+ROUNDING = 2e-5
+"""Of sums of some ten log-probabilities in float32."""
+
+
+def watch_gaps(patch: pytest.MonkeyPatch) -> list[float]:
+    """The gaps between one candidate and the next, of those taken and the best one left out."""
+    gaps, inner = [math.inf], beam.best_candidates
+
+    def watched(logits, running, filters, count):
+        found = inner(logits, running, filters, count + 1)
+        scores = [candidate.score for candidate in found if candidate.score > beam.NEVER / 2]
+        gaps.extend(a - b for a, b in pairwise(scores))
+        return found[:count]
+
+    patch.setattr(beam, "best_candidates", watched)
+    return gaps
+
+
 @pytest.mark.parametrize("beams", [2, 3, 5])
 @pytest.mark.parametrize("timestamps", [False, True], ids=["text", "timestamps"])
-def test_beams_find_what_transformers_finds(tiny_whisper, processor, rng, beams, timestamps):
-    """A random model, whose end token is one that it says, so that texts end at many lengths."""
+def test_beams_find_what_transformers_finds(tiny_whisper, monkeypatch, rng, beams, timestamps):
+    """A random model, whose end token is one that it says, so that texts end at many lengths.
+
+    The texts may differ where two candidates had the same score but for rounding.
+    """
     from export.to_onnx import decoding_rules
 
     model = tiny_whisper
@@ -398,8 +530,10 @@ def test_beams_find_what_transformers_finds(tiny_whisper, processor, rng, beams,
             **told,
         ).sequences[0, len(own.prompt) :]
     texts = Again(model, model.model.encoder(mel), own.prompt)
+    gaps = watch_gaps(monkeypatch)
     found = beam_search(texts.logits()[0], texts, own, beams)
-    assert found.tokens == decoding._until_end(wanted.tolist(), own.eos)
+    if found.tokens != decoding._until_end(wanted.tolist(), own.eos):
+        assert min(gaps) < ROUNDING
 
 
 @pytest.mark.parametrize("beams", [2, 4])

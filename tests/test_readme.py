@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import typer
 
 from benchmarks.readme import PAGES, with_tables
+from benchmarks.speech import read_manifest
+from devices.device import RUNNER
 from edgewhisper.cli import app
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.S)
 RECIPES = [block for language, block in BLOCKS if language == "toml" and "[[step]]" in block]
 SEARCHES = [block for language, block in BLOCKS if language == "toml" and "[[search]]" in block]
+PYTHON = [block for language, block in BLOCKS if language == "python"]
 COMMANDS = [
     line.split("#")[0].split()
     for language, block in BLOCKS
@@ -59,7 +66,19 @@ def test_its_search_is_one_that_a_recipe_takes():
 def test_its_python_runs(digits, monkeypatch, tmp_path):
     (tmp_path / "small").symlink_to(digits)
     monkeypatch.chdir(tmp_path)
-    first = next(block for language, block in BLOCKS if language == "python")
     scope: dict = {}
-    exec(first, scope)
+    exec(PYTHON[0], scope)
     assert scope["model"].config.model_type == "whisper"
+
+
+def test_its_python_for_the_device_runs_there(exported, clips, tmp_path):
+    """With nothing but the runner's folder, an artifact and a recording."""
+    shutil.copytree(RUNNER, tmp_path / "runner", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(exported, tmp_path / "small-onnx")
+    clip = next(clip for clip in read_manifest(clips) if clip.text)
+    soundfile.write(tmp_path / "meeting.wav", clip.pcm(), 16_000)
+    done = subprocess.run(
+        [sys.executable, "-c", PYTHON[1]], cwd=tmp_path, env={}, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert re.fullmatch(rf"0\.0 to \d+\.\d s: {clip.text}\n", done.stdout)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -72,8 +73,9 @@ def test_stereo_is_averaged_with_a_note(tmp_path, rng):
     assert np.allclose(pcm, stereo.mean(axis=1), atol=1e-7)
 
 
-def test_a_wav_streamed_into_a_pipe_is_read_to_its_end(tmp_path):
-    (tmp_path / "p.wav").write_bytes(wav(size=0xFFFFFFFF))
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000, 0x80000000])
+def test_a_wav_streamed_into_a_pipe_is_read_to_its_end(tmp_path, size):
+    (tmp_path / "p.wav").write_bytes(wav(size=size))
     assert len(read_wav(tmp_path / "p.wav")) == 1600
 
 
@@ -402,12 +404,11 @@ def device_folder(tmp_path_factory, exported, pcms) -> Path:
     return folder
 
 
-def runner(folder: Path, *argv: str) -> tuple[int, dict, str]:
+def runner(folder: Path, *argv: str, piped: bytes = b"") -> tuple[int, dict, str]:
     """Exit code, the JSON of the last line, and stderr; the process sees the folder only."""
-    done = subprocess.run(
-        [sys.executable, "-m", "runner", *argv], cwd=folder, env={}, capture_output=True, text=True
-    )
-    return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
+    command = [sys.executable, "-m", "runner", *argv]
+    done = subprocess.run(command, cwd=folder, env={}, capture_output=True, input=piped)
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr.decode()
 
 
 def test_transcribe_prints_texts_and_notes_what_it_averaged(device_folder):
@@ -434,6 +435,44 @@ def test_transcribe_streams_segments_and_takes_the_options(device_folder):
     code, answer, _ = runner(device_folder, *argv[:3], "--language", "xx")
     assert code == 1
     assert "no token for the language 'xx'" in answer["error"]
+
+
+def test_sound_comes_through_standard_input(device_folder):
+    _, wanted, _ = runner(device_folder, "transcribe", "artifact", "a.wav")
+    content = (device_folder / "a.wav").read_bytes()
+    code, answer, _ = runner(device_folder, "transcribe", "artifact", "-", piped=content)
+    assert code == 0
+    assert answer["transcripts"] == [wanted["transcripts"][0] | {"audio": "-"}]
+    code, answer, _ = runner(device_folder, "transcribe", "artifact", "-", piped=content[:2000])
+    assert code == 1
+    assert answer["error"].startswith("-: truncated WAV file")
+
+
+def test_ctrl_c_ends_a_long_recording_cleanly(device_folder, pcms):
+    soundfile.write(device_folder / "long.wav", np.concatenate(pcms * 200), 16_000)
+    argv = ["transcribe", "artifact", "long.wav", "--stream"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "runner", *argv],
+        cwd=device_folder,
+        env={},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        first = json.loads(running.stdout.readline())
+        running.send_signal(signal.SIGINT)
+        rest, stderr = running.communicate()
+    (device_folder / "long.wav").unlink()
+    assert first["start_s"] == 0
+    assert all("text" in json.loads(line) for line in rest.splitlines())
+    assert (running.returncode, stderr) == (130, "interrupted\n")
+
+
+def test_threads_change_no_word(exported, pcms):
+    one, two = (Recognizer(exported, threads=n) for n in (1, 2))
+    assert [one.transcribe(pcm).tokens for pcm in pcms] == [
+        two.transcribe(pcm).tokens for pcm in pcms
+    ]
 
 
 def test_a_device_needs_few_lines_of_python(device_folder):

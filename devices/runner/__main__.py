@@ -1,7 +1,7 @@
 """The runner's commands; the last line on stdout is one JSON object.
 
 A command that opens an artifact runs under a limit of memory, a gigabyte and eight times the
-artifact's size: a graph that asks for more gets a letter, not the machine.
+sizes of artifact and sound: a graph that asks for more gets a letter, not the machine.
 """
 
 import argparse
@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {letter}\ntry:   {letter.hint}", file=sys.stderr)
         print(json.dumps({"error": str(letter), "hint": letter.hint}))
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(json.dumps(answer, ensure_ascii=False))
     return 0
 
@@ -39,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     transcribe = commands.add_parser("transcribe", help="text of WAV files")
     transcribe.add_argument("artifact", type=Path)
-    transcribe.add_argument("wav", type=Path, nargs="+")
+    transcribe.add_argument("wav", type=Path, nargs="+", help="files; - is standard input")
     add_options(transcribe)
     bench = commands.add_parser("bench", help="texts and times of a JSON list of WAV files")
     bench.add_argument("artifact", type=Path)
@@ -66,6 +69,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--beams", type=positive, default=1, help="default: 1, greedy")
     command.add_argument("--fallback", action="store_true", help="try again what reads badly")
     command.add_argument("--seed", type=int, default=0, help="of --fallback's random numbers")
+    command.add_argument("--previous", action="store_true", help="prompt with the text before")
     command.add_argument("--stream", action="store_true", help="a line of JSON a segment, at once")
 
 
@@ -80,7 +84,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return a command's answer; numpy and onnxruntime are imported where they are used."""
     if arguments.command == "describe":
         return describe()
-    limit_memory(SPARE_BYTES + 8 * size_of(arguments.artifact))
+    sound = sum(path.stat().st_size for path in getattr(arguments, "wav", []) if path.is_file())
+    limit_memory(SPARE_BYTES + 8 * (size_of(arguments.artifact) + sound))
     if arguments.command == "check":
         from .check import check
 
@@ -101,7 +106,7 @@ def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from .recognizer import Recognizer, Transcript
 
     recognizer = Recognizer(arguments.artifact, arguments.threads)
-    names = ("language", "task", "timestamps", "beams", "fallback", "seed")
+    names = ("language", "task", "timestamps", "beams", "fallback", "seed", "previous")
     options = {name: getattr(arguments, name) for name in names}
     for path in arguments.wav:
         transcript = Transcript()

@@ -5,6 +5,7 @@ before Python 3.12, the extensible header that most recorders write.
 """
 
 import struct
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ SILENT_PEAK = 1e-4
 """-80 dBFS, three steps of a 16-bit converter: below it a recording holds its dither, no speech."""
 
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
-UNKNOWN_SIZE = 0xFFFFFFFF
-"""The length that programs write when they stream a WAV into a pipe."""
+UNKNOWN_SIZE = 0x7FFF0000
+"""From here on, it is what programs write when they stream a WAV into a pipe: ffmpeg 2**32 - 1, sox
+and arecord somewhat less than 2**31."""
 
 FRAME = 160
 """10 ms: the step in which pauses are looked for."""
@@ -31,6 +33,8 @@ PAUSE_FRAMES = 20
 """0.2 s: longer than the closure of a stop consonant, which is quiet too."""
 PAUSE_RISE = 4.0
 """A frame within 6 dB of the quietest one counts as pause; white noise varies by 1 dB."""
+
+STDIN = "-"
 
 OTHER_CONTAINERS = {
     b"OggS": "an Ogg file",
@@ -53,13 +57,14 @@ class Header:
 
 
 def read_wav(path: str | Path) -> Pcm:
-    """Return the samples of a 16 kHz WAV file, shape (samples,), within [-1, 1].
+    """Return the samples of a 16 kHz WAV file, shape (samples,), within [-1, 1]; of "-", what comes
+    through standard input.
 
     8-bit unsigned, 16/24/32-bit signed and 32/64-bit float samples are read; channels are
     averaged, with a warning. Raises RunnerProblem for everything that is not such a file.
     """
     path = Path(path)
-    header, data = parse_riff(path, read_bytes(path))
+    header, data = parse_riff(path, memoryview(read_bytes(path)))  # its slices are no copies
     check_header(path, header)
     width = header.bits // 8 * header.channels
     samples = to_float(header, data[: len(data) // width * width])
@@ -72,19 +77,19 @@ def read_wav(path: str | Path) -> Pcm:
 def read_bytes(path: Path) -> bytes:
     """Return the content of a file, or raise the letter that says why it cannot be read."""
     try:
-        return path.read_bytes()
+        return sys.stdin.buffer.read() if str(path) == STDIN else path.read_bytes()
     except FileNotFoundError:
         raise RunnerProblem(f"{path}: there is no such file", "check the path") from None
     except OSError as error:
         raise RunnerProblem(f"{path}: {error.strerror}", "give a readable WAV file") from None
 
 
-def parse_riff(path: Path, content: bytes) -> tuple[Header, bytes]:
+def parse_riff(path: Path, content: memoryview) -> tuple[Header, memoryview]:
     """Walk the chunks of a RIFF file and return its header and its raw sample bytes."""
     if not content:
         raise RunnerProblem(f"{path}: the file is empty (0 bytes)", "record or copy it again")
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
-        kind = next((k for m, k in OTHER_CONTAINERS.items() if content.startswith(m)), "not audio")
+        kind = next((k for m, k in OTHER_CONTAINERS.items() if content[: len(m)] == m), "not audio")
         raise RunnerProblem(f"{path}: wanted a WAV file, found {kind}", convert(path))
     header, position = None, 12
     while position + 8 <= len(content):
@@ -99,7 +104,7 @@ def parse_riff(path: Path, content: bytes) -> tuple[Header, bytes]:
     raise RunnerProblem(f"{path}: truncated WAV file, no `{missing}` chunk", "copy it again")
 
 
-def parse_header(path: Path, body: bytes) -> Header:
+def parse_header(path: Path, body: memoryview) -> Header:
     """Read a `fmt ` chunk; the extensible form keeps the real coding in its GUID."""
     if len(body) < 16:
         raise RunnerProblem(
@@ -111,9 +116,9 @@ def parse_header(path: Path, body: bytes) -> Header:
     return Header(coding, channels, rate, bits)
 
 
-def check_size(path: Path, header: Header, body: bytes, size: int) -> bytes:
+def check_size(path: Path, header: Header, body: memoryview, size: int) -> memoryview:
     """Refuse a data chunk that is shorter than it says: words would be missing."""
-    if size != UNKNOWN_SIZE and len(body) < size:
+    if len(body) < size < UNKNOWN_SIZE:
         raise RunnerProblem(
             f"{path}: truncated WAV file, its header promises {size} bytes of sound and "
             f"{len(body)} are there",
@@ -138,20 +143,21 @@ def check_header(path: Path, header: Header) -> None:
         )
 
 
-def to_float(header: Header, data: bytes) -> Pcm:
-    """Scale raw little-endian samples to [-1, 1]."""
+def to_float(header: Header, data: memoryview) -> Pcm:
+    """Scale raw little-endian samples to [-1, 1], in one array."""
     if header.coding == FLOAT:
         return np.frombuffer(data, f"<f{header.bits // 8}").astype(np.float32)
-    if header.bits == 8:  # the one unsigned width
-        return (np.frombuffer(data, np.uint8).astype(np.float32) - np.float32(128)) / np.float32(
-            128
-        )
     if header.bits == 24:  # into the upper three bytes of int32
         wide = np.zeros((len(data) // 3, 4), np.uint8)
         wide[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
-        return wide.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
-    integers = np.frombuffer(data, f"<i{header.bits // 8}")
-    return integers.astype(np.float32) / np.float32(2 ** (header.bits - 1))
+        pcm, bits = wide.view("<i4")[:, 0].astype(np.float32), 32
+    else:
+        kind = "u1" if header.bits == 8 else f"<i{header.bits // 8}"
+        pcm, bits = np.frombuffer(data, kind).astype(np.float32), header.bits
+    if header.bits == 8:  # the one unsigned width
+        pcm -= 128
+    pcm *= np.float32(2.0 ** (1 - bits))
+    return pcm
 
 
 def check_samples(path: Path, samples: Pcm) -> Pcm:
@@ -169,6 +175,8 @@ def check_samples(path: Path, samples: Pcm) -> Pcm:
 
 def convert(path: Path) -> str:
     """Return the command that turns anything into what read_wav takes."""
+    if str(path) == STDIN:
+        return f"ffmpeg -i SOUND -ar {SAMPLING_RATE} -ac 1 -f wav -"
     return f"ffmpeg -i {path.name} -ar {SAMPLING_RATE} -ac 1 {path.stem}-16k.wav"
 
 

@@ -304,8 +304,9 @@ def check_decoding(told: Told, decoder: dict[str, list[Told]]) -> None:
     told.at("max_new_tokens").count(0, room - len(prompt))
     if (start := told.get("max_initial_timestamp_index")) is not None:
         start.count()
-    if (none := told.get("no_speech")) is not None:
-        none.count(0, vocabulary - 1)
+    for name in ("no_speech", "previous"):
+        if (token_id := told.get(name)) is not None:
+            token_id.count(0, vocabulary - 1)
     for name in ("languages", "tasks"):
         if (table := told.get(name)) is not None:
             for token in table.items().values():

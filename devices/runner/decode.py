@@ -36,6 +36,8 @@ class Rules:
     """The first timestamp is this many steps of 0.02 s at most."""
     no_speech: int | None = None
     """Its probability behind the prompt's first token is that of no speech."""
+    previous: int | None = None
+    """Says that what follows, up to the prompt, was said before."""
     languages: Mapping[str, int] = field(default_factory=dict)
     """Code -> id; empty where the model knows English only."""
     tasks: Mapping[str, int] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class Rules:
             max_new_tokens=decoding["max_new_tokens"],
             max_initial_timestamp_index=decoding.get("max_initial_timestamp_index"),
             no_speech=decoding.get("no_speech"),
+            previous=decoding.get("previous"),
             languages=decoding.get("languages", {}),
             tasks=decoding.get("tasks", {}),
         )
@@ -78,6 +81,16 @@ class Rules:
             max_new_tokens=room - len(prompt),
             timestamps=timestamps,
         )
+
+    def after(self, said: Sequence[int]) -> "Rules":
+        """Return the rules with the end of what was said before in front of the prompt; with that
+        it takes half of the context at most, as Whisper's own."""
+        room = len(self.prompt) + self.max_new_tokens
+        kept = min(len(said), room // 2 - 1, self.max_new_tokens - 1)
+        if self.previous is None or kept < 1:
+            return self
+        prompt = (self.previous, *said[-kept:], *self.prompt)
+        return replace(self, prompt=prompt, max_new_tokens=room - len(prompt))
 
 
 def swapped(token: int, table: Mapping[str, int], wanted: str | None) -> int:

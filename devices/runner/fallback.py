@@ -22,12 +22,13 @@ MOST_NO_SPEECH = 0.6
 
 @dataclass(frozen=True)
 class Attempt:
-    """Tokens, the mean log-probability of each of them and the end token, and whether the text
-    ends in a loop."""
+    """Tokens, the mean log-probability of each of them and the end token, whether the text ends in
+    a loop, and how it was drawn."""
 
     tokens: list[int]
     logprob: float
     looped: bool = False
+    temperature: float = 0.0
 
 
 class Sampler:
@@ -59,7 +60,7 @@ def sample(
     sampler = Sampler(rules, temperature, rng)
     tokens = say(step, sampler, rules, stop_loops)
     looped = stop_loops and loop_period(tokens) > 0
-    return Attempt(tokens, sampler.logprob / max(1, sampler.count), looped)
+    return Attempt(tokens, sampler.logprob / max(1, sampler.count), looped, temperature)
 
 
 def best_attempt(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .audio import SAMPLING_RATE, Pcm, find_cut, is_silent, split
-from .decode import Rules, greedy, without_loop
+from .decode import Filter, Rules, say, without_loop
 from .problem import RunnerProblem
 from .text import join
 from .timestamps import STEP_SAMPLES, parts
@@ -24,6 +24,9 @@ AUTO = "auto"
 """The language that asks for the model's own guess."""
 
 MOST_BEAMS = 32
+
+HOT = 0.5
+"""What was drawn at a higher temperature prompts nothing, as in Whisper."""
 
 LEAST_STEPS = 50
 """A window that would move on by less than a second keeps its unfinished text instead: a model that
@@ -49,6 +52,9 @@ class Options:
     like no speech."""
     seed: int = 0
     """Of the random numbers at higher temperatures."""
+    previous: bool = False
+    """Prompt every window with what was said before it. Names and style go on over seams, and so do
+    errors: a small model may fall into repeating itself."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,9 @@ class Listener:
             None if language == AUTO else language, options.task, options.timestamps
         )
         transcript.language = None if language == AUTO else self.rules.language
+        self.prompted, self.doubtful = self.rules, False
+        self.since = len(transcript.tokens)
+        """From here on, what is said may prompt the next window."""
 
     def segments(self, pcm: Pcm) -> Iterator[Segment]:
         """Yield what is said, segment by segment, and write it into the transcript."""
@@ -87,6 +96,8 @@ class Listener:
             self.transcript.text = join([self.transcript.text, said])
             self.transcript.tokens += tokens
             self.transcript.segments += spoken
+            if self.doubtful:
+                self.since = len(self.transcript.tokens)
             yield from spoken
 
     def windows(self, pcm: Pcm) -> Iterator[list[Segment]]:
@@ -132,10 +143,17 @@ class Listener:
             return []
         decoder = self.recognizer.decoder_over(pcm, self.transcript)
         self.tell_language(decoder)
+        said = self.transcript.tokens[self.since :] if options.previous else []
+        self.prompted, hot = self.rules.after(said), False
         if options.beams == 1 and not options.fallback:
-            return greedy(decoder, self.rules, guards)
-        found = self.considered(decoder) if options.fallback else self.attempt(decoder, 0.0)
-        return without_loop(found.tokens) if guards else found.tokens
+            choose = Filter(self.prompted).likeliest
+            tokens = say(decoder, choose, self.prompted, guards)
+        else:
+            found = self.considered(decoder) if options.fallback else self.attempt(decoder, 0.0)
+            tokens, hot = found.tokens, found.temperature > HOT
+        kept = without_loop(tokens) if guards else tokens
+        self.doubtful = hot or len(kept) < len(tokens)
+        return kept
 
     def tell_language(self, decoder: Decoder) -> None:
         """Put the likeliest language into the prompt where it is to be found out."""
@@ -160,16 +178,16 @@ class Listener:
 
         self.rewind(decoder)
         if self.options.beams == 1 or temperature:
-            return sample(decoder, self.rules, temperature, self.rng, self.recognizer.guards)
+            return sample(decoder, self.prompted, temperature, self.rng, self.recognizer.guards)
         return self.beam_search(decoder)
 
     def beam_search(self, decoder: Decoder) -> Attempt:
         """Decode the window once, with several beams."""
         from .beam import Branches, beam_search
 
-        first = decoder(self.rules.prompt).copy()
+        first = decoder(self.prompted.prompt).copy()
         branches = Branches(decoder, self.recognizer.pasts(self.options.beams))
-        found = beam_search(first, branches, self.rules, self.options.beams)
+        found = beam_search(first, branches, self.prompted, self.options.beams)
         return replace(found, looped=without_loop(found.tokens) != found.tokens)
 
     def no_speech(self, decoder: Decoder) -> float:
@@ -180,7 +198,8 @@ class Listener:
         if token is None:
             return 0.0
         self.rewind(decoder)
-        return probability(decoder(self.rules.prompt[:1]), token)
+        before = len(self.prompted.prompt) - len(self.rules.prompt)
+        return probability(decoder(self.prompted.prompt[: before + 1]), token)
 
     def rewind(self, decoder: Decoder) -> None:
         """Let the decoder begin again; what it is fed next counts as a prompt."""
@@ -206,6 +225,12 @@ def check(options: Options, rules: Rules) -> None:
             "timestamps are asked for, and the artifact's model has no tokens for them",
             "leave them out, or start from a checkpoint whose generation_config.json names "
             "no_timestamps_token_id",
+        )
+    if options.previous and rules.previous is None:
+        raise RunnerProblem(
+            "what was said before is to prompt each window, and the artifact has no token for that",
+            "leave `previous` out, or export anew a checkpoint whose generation_config.json names "
+            "prev_sot_token_id",
         )
     if options.task is not None and options.task not in rules.tasks:
         raise RunnerProblem(

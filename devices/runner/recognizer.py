@@ -96,7 +96,8 @@ class Recognizer:
     def transcribe(self, audio: Pcm | str | Path, **options: Any) -> Transcript:
         """Return the transcript of a WAV file or of 16 kHz samples of any length.
 
-        Keywords are the fields of Options: language, task, timestamps, beams, fallback, seed.
+        Keywords are the fields of Options: language, task, timestamps, beams, fallback, seed,
+        previous.
         """
         transcript = Transcript()
         for _ in self.stream(audio, transcript, **options):
