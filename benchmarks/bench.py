@@ -32,6 +32,8 @@ RIVALS = {"transformers": "benchmarks.rivals.transformers"}
 """Other ways to do the same work: name -> module that speaks the runner's protocol."""
 
 PROJECT = Path(__file__).resolve().parent.parent
+OURS = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
+"""Environment of a program of this project that is not the runner."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,7 @@ def run_round(candidate: Candidate, index: int, device: Device, threads: int) ->
     if candidate.rival is None:
         return run_runner(device, ["bench", f"artifacts/{index}", *options])
     source = str(Path(candidate.source).resolve())
-    env = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
-    return run_runner(device, [source, *options], RIVALS[candidate.rival], env)
+    return run_runner(device, [source, *options], RIVALS[candidate.rival], OURS)
 
 
 def merge(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -20,9 +20,10 @@ import numpy as np
 from benchmarks.metadata import clips_hash, digest
 from benchmarks.normalizers import name_for
 from benchmarks.speech import Clip
-from benchmarks.stock import Hearing, open_artifact
+from benchmarks.stock import open_artifact
 from benchmarks.wer import score
 from devices.runner.audio import split
+from devices.runner.check import Hearing
 from devices.runner.text import join
 from export.problem import Problem
 

@@ -2,32 +2,37 @@
 
 Each class is what the gate asks of an artifact: `window_samples`, `window(pcm)` gives the greedy
 tokens, `text(tokens)` their text, and `logits(pcm, tokens)` where logits leave the files unchanged.
+
+As a program (`python -m benchmarks.stock ARTIFACT CLIPS`) it does what the runner's `check` does
+for the native layout: the last line of stdout is JSON, tokens and texts or a letter, and the
+process has a limit of memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
-from collections.abc import Callable, Sequence
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from devices.runner.decode import Logits, Rules, greedy
+from benchmarks.metadata import folder_bytes
+from devices.runner.__main__ import SPARE_BYTES
+from devices.runner.check import Hearing, said
+from devices.runner.contract import ONE_EXPORT, check_session
+from devices.runner.decode import Filter, Logits, Rules, greedy
+from devices.runner.machine import limit_memory
+from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer, open_session, session_options
 from devices.runner.text import read_tokens, to_text
-from export.artifact import needed_files, read_manifest
-
-
-class Hearing(Protocol):
-    """What the gate asks of an artifact."""
-
-    window_samples: int
-
-    def window(self, pcm: np.ndarray) -> list[int]: ...
-
-    def text(self, tokens: list[int]) -> str: ...
+from export.artifact import AGAIN, graph_files, read_manifest
+from export.problem import Problem
 
 
 def open_artifact(folder: Path, threads: int | None = None) -> Hearing:
@@ -46,45 +51,70 @@ class _Files:
         self.folder, self.manifest = Path(folder), manifest
         self.rules = Rules.from_manifest(manifest["decoding"])
         self.window_samples: int = manifest["audio"]["window_samples"]
-        needed = needed_files(manifest["layout"], manifest["precision"])
-        graphs = [name for name in needed if name.endswith(".onnx")]
-        self.sessions = [
-            open_session(self.folder / name, session_options(threads)) for name in graphs
-        ]
+        files = graph_files(manifest["layout"], manifest["precision"])
+        self.paths = [self.folder / name for name in files.values()]
+        self.sessions = [open_session(path, session_options(threads)) for path in self.paths]
+        for name, path, session in zip(files, self.paths, self.sessions, strict=True):
+            check_session(path, session, manifest["contract"][name])
 
 
 class Transformers(_Files):
-    """`window` uses the merged decoder, `logits` the two others: the gate sees all files at work.
+    """`window` uses the merged decoder, `logits` the two others, which must agree.
 
     The past of the first step is the one that optimum makes up from config.json.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
-        from transformers import WhisperConfig, WhisperProcessor
+        from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
 
         super().__init__(folder, manifest, threads)
         self.encoder, self.merged, self.first, self.later = self.sessions
-        self.processor = WhisperProcessor.from_pretrained(folder)
-        config = WhisperConfig.from_pretrained(folder)
-        heads = config.num_attention_heads
-        self.no_past = np.zeros((1, heads, 0, config.d_model // heads), np.float32)
+        with blamed(self.folder / "config.json"):
+            config = WhisperConfig.from_pretrained(folder)
+            heads, layers = config.num_attention_heads, config.decoder_layers
+            self.no_past = np.zeros((1, heads, 0, config.d_model // heads), np.float32)
+            if (found := len(self.later.get_outputs()) // 2) != layers:
+                raise ValueError(f"it says {layers} decoder layers, the graphs have {found}")
+        with blamed(self.folder / "preprocessor_config.json"):
+            self.extractor = WhisperFeatureExtractor.from_pretrained(folder)
+        with blamed(self.folder / "tokenizer.json"):
+            self.tokenizer = WhisperTokenizer.from_pretrained(folder)
 
     def window(self, pcm: np.ndarray) -> list[int]:
-        return greedy(self._steps(pcm, merged=True), self.rules, stop_loops=False)
+        step = self._steps(pcm, merged=True)
+        with blamed(self.paths[1]):
+            tokens = greedy(step, self.rules, stop_loops=False)
+        self._check_unmerged(pcm, tokens)
+        return tokens
+
+    def _check_unmerged(self, pcm: np.ndarray, tokens: list[int]) -> None:
+        """Where a model is in doubt, rounding may decide; more often than not they say the same."""
+        likeliest, wanted = Filter(self.rules).likeliest, [*tokens, self.rules.eos]
+        rows = enumerate(self.logits(pcm, tokens))
+        found = [likeliest(row, tokens[:place]) for place, row in rows]
+        wrong = sum(a != b for a, b in zip(found, wanted, strict=True))
+        if 2 * wrong > len(wanted):
+            raise RunnerProblem(
+                f"{self.paths[2]}: it and {self.paths[3].name} say other tokens than "
+                f"{self.paths[1].name}, {wrong} of {len(wanted)}",
+                ONE_EXPORT,
+            )
 
     def logits(self, pcm: np.ndarray, tokens: Sequence[int]) -> Logits:
         step = self._steps(pcm, merged=False)
         fed = [self.rules.prompt, *((token,) for token in tokens)]
-        return np.stack([step(ids) for ids in fed])
+        with blamed(self.paths[3]):
+            return np.stack([step(ids) for ids in fed])
 
     def text(self, tokens: list[int]) -> str:
-        text: str = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip()
 
     def _steps(self, pcm: np.ndarray, merged: bool) -> Callable[[Sequence[int]], Logits]:
-        heard = self.encoder.run(
-            None, {"input_features": log_mel(self.processor.feature_extractor, pcm)}
-        )[0]
+        with blamed(self.folder / "preprocessor_config.json"):
+            features = log_mel(self.extractor, pcm)
+        with blamed(self.paths[0]):
+            heard = self.encoder.run(None, {"input_features": features})[0]
         cache: dict[str, np.ndarray] = {}
 
         def step(ids: Sequence[int]) -> Logits:
@@ -114,29 +144,48 @@ class Sherpa(_Files):
 
     TAIL = 1000
     """Frames of zeros that it puts behind every clip."""
+    ASKED = (
+        *("n_mels", "n_text_layer", "n_text_ctx", "n_text_state", "n_vocab", "sot", "eot"),
+        *("blank_id", "translate", "transcribe", "is_multilingual", "no_timestamps", "no_speech"),
+        *("sot_sequence", "all_language_tokens", "all_language_codes"),
+    )
+    """Metadata without which it ends."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
         from transformers import WhisperFeatureExtractor
 
         super().__init__(folder, manifest, threads)
         self.encoder, self.decoder = self.sessions
-        told = self.encoder.get_modelmeta().custom_metadata_map
-        layers, room, width = (int(told[f"n_text_{size}"]) for size in ("layer", "ctx", "state"))
+        with blamed(self.paths[0]):
+            told = self.encoder.get_modelmeta().custom_metadata_map
+            self._check(told)
+            self.prompt = [int(i) for i in told["sot_sequence"].split(",")]
+            self.prompt.append(int(told["no_timestamps"]))
+            seconds = self.window_samples // manifest["audio"]["sampling_rate"]
+            mels = int(told["n_mels"])
+            self.extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds)
+        with blamed(self.folder / "whisper-tokens.txt"):
+            lines = (self.folder / "whisper-tokens.txt").read_text(encoding="ascii").splitlines()
+            rows = (line.split() for line in lines)
+            self.table = {int(number): base64.b64decode(token) for token, number in rows}
+
+    def _check(self, told: dict[str, str]) -> None:
+        """What sherpa-onnx makes its cache of must be what the decoder takes, and the rest there:
+        it ends the process where something lacks."""
+        if missing := [name for name in self.ASKED if name not in told]:
+            raise ValueError(f"its metadata lack {', '.join(missing)}")
+        sizes = [int(told[f"n_text_{size}"]) for size in ("layer", "ctx", "state")]
+        layers, _, room, width = taken = self.decoder.get_inputs()[1].shape
+        if sizes != [layers, room, width]:
+            raise ValueError(f"its metadata make a cache of {sizes}, the decoder takes {taken}")
         self.no_past = np.zeros((layers, 1, room, width), np.float32)
-        self.prompt = [int(i) for i in told["sot_sequence"].split(",")]
-        self.prompt.append(int(told["no_timestamps"]))
-        seconds = self.window_samples // manifest["audio"]["sampling_rate"]
-        mels = int(told["n_mels"])
-        self.extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds)
-        lines = (self.folder / "whisper-tokens.txt").read_text(encoding="ascii").splitlines()
-        rows = (line.split() for line in lines)
-        self.table = {int(number): base64.b64decode(token) for token, number in rows}
 
     def window(self, pcm: np.ndarray) -> list[int]:
         step = self._steps(pcm)
         rules = replace(self.rules, prompt=tuple(self.prompt))
         rules = replace(rules, suppress_tokens=(), begin_suppress_tokens=(), timestamp_begin=None)
-        return greedy(step, rules, stop_loops=False)
+        with blamed(self.paths[1]):
+            return greedy(step, rules, stop_loops=False)
 
     def text(self, tokens: list[int]) -> str:
         joined = b"".join(self.table.get(token, b"") for token in tokens)
@@ -150,7 +199,8 @@ class Sherpa(_Files):
         return np.concatenate([whole[..., :heard], tail], axis=2)
 
     def _steps(self, pcm: np.ndarray) -> Callable[[Sequence[int]], Logits]:
-        cross = self.encoder.run(None, {"mel": self.mel(pcm)})
+        with blamed(self.paths[0]):
+            cross = self.encoder.run(None, {"mel": self.mel(pcm)})
         own, fed = [self.no_past, self.no_past], 0
         names = [spec.name for spec in self.decoder.get_inputs()]
 
@@ -178,11 +228,27 @@ class Single(_Files):
             "prompt": np.array([self.rules.prompt], np.int64),
             "max_new_tokens": np.array(self.rules.max_new_tokens, np.int64),
         }
-        found: list[int] = self.session.run(None, feed)[0].tolist()
-        return found
+        with blamed(self.paths[0]):
+            found: list[int] = self.session.run(None, feed)[0].tolist()
+            return found
 
     def text(self, tokens: list[int]) -> str:
         return to_text(tokens, self.table)
+
+
+@contextmanager
+def blamed(path: Path) -> Iterator[None]:
+    """Turn whatever is raised over a file into a letter that names it: libraries that read what
+    a stranger wrote raise anything."""
+    try:
+        yield
+    except RunnerProblem:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise RunnerProblem(
+            f"{path}: cannot be used ({type(error).__name__}: {reason})", AGAIN
+        ) from error
 
 
 def log_mel(extractor: Any, pcm: np.ndarray) -> np.ndarray:
@@ -196,3 +262,26 @@ LAYOUTS: dict[str, Callable[..., Hearing]] = {
     "sherpa": Sherpa,
     "single": Single,
 }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """What an artifact says of a JSON list of WAV files; transformers is imported before the limit
+    of memory, which is for the artifact alone."""
+    parser = argparse.ArgumentParser(prog="benchmarks.stock", description="Run other layouts.")
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("clips", type=Path)
+    parser.add_argument("--threads", type=int)
+    given = parser.parse_args(argv)
+    from transformers import WhisperProcessor  # noqa: F401
+
+    limit_memory(SPARE_BYTES + 8 * folder_bytes(given.artifact))
+    try:
+        answer = said(open_artifact(given.artifact, given.threads), given.clips)
+    except (RunnerProblem, Problem) as letter:
+        answer = {"error": str(letter), "hint": letter.hint}
+    print(json.dumps(answer, ensure_ascii=False))
+    return int("error" in answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

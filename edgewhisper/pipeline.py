@@ -292,13 +292,8 @@ def export(
     from export.to_onnx import export_onnx
 
     source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
-    model, processor = whisper.load(source), whisper.load_processor(source)
-    if not is_quantised(model):  # removal would move weights to other blocks: it came first
-        model, _ = slimmed(model)
     clips = read_manifest(speech or SPEECH / "test.jsonl")
-    fix_language(model.generation_config, clips)
-    if layout in ONE_WINDOW:
-        whisper.forget_short_windows(model)
+    model, processor = load_for(layout, source, clips)
     kind = precision if layout == "native" else f"{layout}-{precision}"
     place = out or runs.new_path("artifact", f"-{kind}")
     with new_directory(place) as folder:
@@ -308,6 +303,19 @@ def export(
         manifest["gate"] = gate(folder, manifest, model, processor, clips)
         write_manifest(folder, manifest)
     return place
+
+
+def load_for(
+    layout: str, source: str, clips: Sequence[Clip]
+) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+    """A checkpoint as it is exported in a layout for clips of a language."""
+    model, processor = whisper.load(source), whisper.load_processor(source)
+    if not is_quantised(model):  # removal would move weights to other blocks: it came first
+        model, _ = slimmed(model)
+    fix_language(model.generation_config, clips)
+    if layout in ONE_WINDOW:
+        whisper.forget_short_windows(model)
+    return model, processor
 
 
 def gate(

@@ -116,6 +116,14 @@ def needed_files(layout: str, precision: str) -> list[str]:
     return [name.format(suffix_for(layout, precision)) for name in FILES[layout]]
 
 
+def graph_files(layout: str, precision: str) -> dict[str, str]:
+    """Name in the manifest's contract -> file of every graph of a layout."""
+    suffix = suffix_for(layout, precision)
+    names = [name for name in needed_files(layout, precision) if name.endswith(".onnx")]
+    plain = (name.rsplit("/")[-1].removesuffix(f"{suffix}.onnx") for name in names)
+    return {name.removeprefix("whisper-"): file for name, file in zip(plain, names, strict=True)}
+
+
 def describe(path: Path) -> dict[str, Any]:
     """SHA-256 and size in bytes of a file."""
     with path.open("rb") as file:

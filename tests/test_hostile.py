@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import hostile_graphs
 import numpy as np
+import onnx
 import pytest
 import soundfile
 import torch
@@ -25,7 +27,7 @@ from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from devices.runner.text import read_tokens
 from edgewhisper.verify import verify
-from export.artifact import write_manifest
+from export.artifact import graph_files, needed_files, write_manifest
 from export.to_onnx import export_onnx
 
 LARGEST_BYTES = 64 * 2**20
@@ -194,6 +196,172 @@ def test_pipes_and_folders_are_refused_and_nobody_waits(name, artifact, one_clip
     (artifact / name).unlink()
     (artifact / name).mkdir()
     assert f"{name}: not a regular file" in refused(artifact, one_clip)
+
+
+# ------------------------------------------------------------------------------- other layouts
+
+OTHERS = ("transformers", "sherpa", "single")
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory, digits, processor, module_seed) -> Path:
+    """Folders of int8 artifacts in the other layouts, and in `wide` those of a wider model."""
+    root = tmp_path_factory.mktemp("layouts")
+    for place, d_model in ((root, 32), (root / "wide", 64)):
+        torch.manual_seed(module_seed)
+        model = random_whisper(digits, d_model=d_model)
+        for layout in OTHERS:
+            export_onnx(model, processor, place / layout, "int8", layout=layout)
+    return root
+
+
+def why_not(folder: Path, one_clip: Path, check: str) -> str:
+    """The letter of `verify`, which must come from that check."""
+    report = verify(folder, one_clip, threads=1)
+    assert report.letter is not None
+    assert [row["check"] for row in report.rows if row["result"] == "failed"] == [check]
+    assert len(str(report.letter)) < 1500
+    assert report.letter.hint
+    return str(report.letter)
+
+
+def graphs_in(folder: Path, layout: str) -> list[Path]:
+    return [folder / name for name in graph_files(layout, "int8").values()]
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_other_layouts_are_sound(layout, layouts, one_clip):
+    """But for the gate, which was never run."""
+    assert "has passed no gate" in why_not(layouts / layout, one_clip, "gate")
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_their_files_cut_anywhere_are_refused(layout, layouts, one_clip, tmp_path, rng):
+    """Each as it is; then a graph, or the weights beside it, signed."""
+    names = needed_files(layout, "int8")
+    folder = Path(shutil.copytree(layouts / layout, tmp_path / layout))
+    for name in names:
+        whole = (folder / name).read_bytes()
+        place = int(rng.integers(0, len(whole) - 2))
+        (folder / name).write_bytes(whole[:place])
+        found = why_not(folder, one_clip, "files")
+        assert f"{name}: damaged, {place} bytes instead of {len(whole)}" in found
+        if ".onnx" in name:
+            sign(folder)
+            assert name.rsplit("/")[-1] in why_not(folder, one_clip, "graphs")
+        (folder / name).write_bytes(whole)
+        sign(folder)
+
+
+@pytest.mark.parametrize("layout", ["transformers", "sherpa"])
+def test_their_encoder_of_another_export_is_refused(layout, layouts, one_clip, tmp_path):
+    folder = Path(shutil.copytree(layouts / layout, tmp_path / layout))
+    encoder = graphs_in(folder, layout)[0]
+    shutil.copy(graphs_in(layouts / "wide" / layout, layout)[0], encoder)
+    sign(folder)
+    assert f"{encoder}: " in why_not(folder, one_clip, "contract")
+
+
+@pytest.mark.parametrize("layout", ["transformers", "sherpa"])
+def test_their_graphs_that_have_changed_places_are_refused(layout, layouts, one_clip, tmp_path):
+    folder = Path(shutil.copytree(layouts / layout, tmp_path / layout))
+    first, second = graphs_in(folder, layout)[-2:]
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+    sign(folder)
+    assert f"{first}: its" in why_not(folder, one_clip, "contract")
+
+
+def test_unmerged_decoders_of_another_model_are_found(
+    layouts, digits, processor, one_clip, tmp_path
+):
+    """Same shapes, other weights: only what they say tells."""
+    other = tmp_path / "other"
+    export_onnx(random_whisper(digits), processor, other, "int8", layout="transformers")
+    folder = Path(shutil.copytree(layouts / "transformers", tmp_path / "mixed"))
+    weights = "decoder_model_merged_quantized.onnx_data"
+    shutil.copy(other / "onnx" / weights, folder / "onnx/else.onnx_data")
+    for path in graphs_in(folder, "transformers")[2:]:
+        found = onnx.load(other / "onnx" / path.name, load_external_data=False)
+        for tensor in found.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = entry.value.replace(weights, "else.onnx_data")
+        onnx.save(found, path)
+    sign(folder)
+    found = why_not(folder, one_clip, "contract")
+    assert (
+        "decoder_model_quantized.onnx: it and decoder_with_past_model_quantized.onnx say" in found
+    )
+
+
+ODD_FILES = [
+    ("transformers", "config.json", '"encoder_attention_heads": 2', '"encoder_attention_heads": 0'),
+    ("transformers", "config.json", '"decoder_layers": 2', '"decoder_layers": 3'),
+    ("transformers", "tokenizer.json", '"model"', '"mode"'),
+    ("transformers", "preprocessor_config.json", '"hop_length": 160', '"hop_length": 0'),
+    ("sherpa", "whisper-tokens.txt", " 10\n", " 10 10\n"),
+    ("single", "tokens.json", '"bytes"', '"byte"'),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "old", "new"), ODD_FILES, ids=[f"{row[1]}-{row[3]}" for row in ODD_FILES]
+)
+def test_files_beside_their_graphs_that_make_no_sense_are_refused(
+    layout, name, old, new, layouts, one_clip, tmp_path
+):
+    folder = Path(shutil.copytree(layouts / layout, tmp_path / layout))
+    text = (folder / name).read_text(encoding="utf-8")
+    assert old in text
+    (folder / name).write_text(text.replace(old, new), encoding="utf-8")
+    sign(folder)
+    assert name in why_not(folder, one_clip, "contract")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "n_text_state",
+            "1000000000000",
+            r"a cache of \[2, \d+, 1000000000000\], the decoder takes",
+        ),
+        ("n_text_layer", "two", "ValueError: invalid literal"),
+        ("no_speech", None, "its metadata lack no_speech"),
+    ],
+)
+def test_absurd_metadata_of_sherpas_encoder_are_refused(
+    key, value, message, layouts, one_clip, tmp_path
+):
+    folder = Path(shutil.copytree(layouts / "sherpa", tmp_path / "sherpa"))
+    path = folder / "whisper-encoder.int8.onnx"
+    graph = onnx.load(path)
+    told = {p.key: p.value for p in graph.metadata_props} | {key: value}
+    onnx.helper.set_model_props(graph, {k: v for k, v in told.items() if v is not None})
+    onnx.save(graph, path)
+    sign(folder)
+    assert re.search(f"{path}: .*{message}", why_not(folder, one_clip, "contract"))
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_absurd_metadata_of_their_manifests_are_refused(layout, layouts, one_clip, tmp_path):
+    whole = json.loads((layouts / layout / "manifest.json").read_text())
+    graph = next(iter(whole["contract"]))
+    for where, value, message in (
+        ("audio.window_samples", 10**12, "a whole number from 1 to 960000"),
+        ("decoding.max_new_tokens", 10**9, "a whole number from 0 to"),
+        ("decoding.prompt", [], "it is empty"),
+        ("decoding.eos", None, "a whole number"),
+        ("contract", {}, f"contract.{graph} is missing"),
+        (f"contract.{graph}.inputs.0.shape", [10**5, 10**5], "takes 40000000000 bytes"),
+        ("files", {"../secret": {"sha256": "0" * 64, "bytes": 1}}, "outside the artifact"),
+        ("layers.encoder.0.self_attn.heads", 0, "a whole number"),
+    ):
+        store(tmp_path, changed(whole, where, value))
+        found = why_not(tmp_path, one_clip, "manifest")
+        assert found.startswith(f"{tmp_path / 'manifest.json'}: ")
+        assert message in found
 
 
 # ----------------------------------------------------------------------------------- the manifest

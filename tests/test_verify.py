@@ -103,6 +103,36 @@ def test_clips_that_the_gate_did_not_hear_are_refused(exported, clips):
     assert "the gate heard 3 other clips than these 40" in str(report.letter)
 
 
+@pytest.mark.parametrize("layout", ["transformers", "sherpa", "single"])
+def test_other_layouts_are_verified_too(layout, digits, few, tmp_path, monkeypatch, capsys):
+    """By our loops of their runtimes; a checkpoint with short windows is judged in its full one
+    where the runtime has only that."""
+    model, processor = whisper.load(digits), whisper.load_processor(digits)
+    model.config.edgewhisper = {"format": 1, "windows": [150, 300]}
+    whisper.save(model, processor, tmp_path / "two", {})
+    place = pipeline.export(
+        str(tmp_path / "two"), "int8", few, tmp_path / "out", lambda text: None, layout
+    )
+    report = verify(place, few)
+    assert report.letter is None
+    assert "the tokens of all 3 clips are those of the gate" in report.rows[-1]["found"]
+    assert "anew: 100% of 3 clips" in verify(place, few, str(tmp_path / "two")).rows[-1]["found"]
+
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["gate"] |= {"tokens_hash": "0" * 64, "exact": True}
+    manifest["gate"]["clip_tokens"][1] = "0" * 8
+    write_manifest(place, manifest)
+    assert "1 of 3 clips get other tokens than at the gate" in str(verify(place, few).letter)
+
+    sound = read_manifest(few)[0].audio
+    for words in (["transcribe", place, sound], ["eval", place, "--speech", few], ["bench", place]):
+        monkeypatch.chdir(tmp_path)
+        code, _, err = run(monkeypatch, capsys, *words)
+        assert code == 1
+        assert f"the layout is {layout!r}; this runner reads 'native'" in err
+        assert "Traceback" not in err
+
+
 # ---------------------------------------------------------------------------------------- inspect
 
 

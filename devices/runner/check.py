@@ -1,13 +1,23 @@
 """All that can be said of an artifact by running it: its tokens of some clips, window by window."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from .audio import read_wav, split
+from .audio import Pcm, read_wav, split
 from .machine import versions
 from .measure import read_clips
 from .recognizer import Recognizer
 from .text import join
+
+
+class Hearing(Protocol):
+    """What tells what an artifact says, whatever its layout."""
+
+    window_samples: int
+
+    def window(self, pcm: Pcm) -> list[int]: ...
+
+    def text(self, tokens: list[int]) -> str: ...
 
 
 def check(artifact: Path, clips: Path, threads: int | None = None) -> dict[str, Any]:
@@ -16,7 +26,11 @@ def check(artifact: Path, clips: Path, threads: int | None = None) -> dict[str, 
     Manifest, hashes, graphs and contract are checked before (contract.py). No rule is applied that
     transformers' generate() does not have: the tokens are those that the gate compared.
     """
-    recognizer = Recognizer(artifact, threads, guards=False)
+    return said(Recognizer(artifact, threads, guards=False), clips)
+
+
+def said(recognizer: Hearing, clips: Path) -> dict[str, Any]:
+    """Return what a recognizer says; also one that is not the runner's own."""
     tokens = []
     for path in read_clips(clips):
         pcm = read_wav(path)

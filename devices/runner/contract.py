@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,7 +122,7 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     specs = {name: check_graph(contract.at(name)) for name in ("encoder", "decoder")}
     check_caches(contract, specs)
     check_audio(told.at("audio"))
-    check_decoding(told.at("decoding"), specs["decoder"])
+    check_decoding(told.at("decoding"), *vocabulary_and_room(path, specs["decoder"]))
     check_facts(told)
 
 
@@ -187,7 +187,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_file_list(told: Told) -> None:
+def check_file_list(told: Told, needed: Iterable[str] = NEEDED) -> None:
     files = told.at("files").items()
     for name, entry in files.items():
         if not stays_inside(name):
@@ -199,7 +199,7 @@ def check_file_list(told: Told) -> None:
         digest = entry.at("sha256")
         if len(digest.text()) != 64 or set(digest.text()) - set("0123456789abcdef"):
             raise digest.wrong("64 hexadecimal digits")
-    for name in NEEDED:
+    for name in needed:
         if name not in files:
             raise RunnerProblem(f"{told.path}: it does not list {name}", AGAIN)
 
@@ -289,9 +289,8 @@ def check_audio(told: Told) -> None:
             )
 
 
-def check_decoding(told: Told, decoder: dict[str, list[Told]]) -> None:
+def check_decoding(told: Told, vocabulary: int, room: int) -> None:
     """Ids are of the vocabulary, and prompt and text find room in the caches."""
-    vocabulary, room = vocabulary_and_room(told.path, decoder)
     prompt = [token.count(0, vocabulary - 1) for token in told.at("prompt").each(room)]
     if not prompt:
         raise told.at("prompt").wrong("a prompt: it is empty")

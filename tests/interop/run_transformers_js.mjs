@@ -1,18 +1,20 @@
 // An artifact of layout `transformers` in transformers.js, on onnxruntime-web's WebAssembly backend.
 //
-// Usage: node run_transformers_js.mjs PACKAGES ARTIFACT WAV... (16 kHz mono, 16 bits), PACKAGES a
-// node_modules folder. Needs nothing of EdgeWhisper's. The last line of stdout is JSON: the
-// runtime's versions, and a text for each file.
+// Usage: node run_transformers_js.mjs PACKAGE ARTIFACT WAV... (16 kHz mono, 16 bits), PACKAGE the
+// folder of transformers.js in node_modules. Needs nothing of EdgeWhisper's. The last line of stdout
+// is JSON: the runtime's versions, and a text for each file.
 //
 // The package has one build for Node, on native onnxruntime, and one for browsers. This takes the
 // browser's, so it looks like one (a window, no process.release) and is served its files by HTTP.
+// Of onnxruntime's builds it takes the plain one: with version 4's default, which can wait for a GPU
+// (asyncify), the texts are the same and a clip took some twenty times as long.
 
 import { createReadStream, existsSync, readFileSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { join, resolve } from "node:path";
 import { pathToFileURL } from "node:url";
 
-const [packages, artifact, ...paths] = process.argv.slice(2);
+const [home, artifact, ...paths] = process.argv.slice(2);
 
 function read(path) {
   const bytes = readFileSync(path);
@@ -35,16 +37,22 @@ function serve(folder) {
   return new Promise((ready) => server.listen(0, "127.0.0.1", () => ready(server)));
 }
 
-const version = (name) => JSON.parse(readFileSync(join(packages, name, "package.json"))).version;
+function packageFolder(name) {
+  for (let folder = resolve(home); ; folder = join(folder, "..")) {
+    const found = join(folder, "node_modules", name);
+    if (existsSync(found)) return found;
+    if (folder === join(folder, "..")) throw new Error(`there is no ${name} for ${home}`);
+  }
+}
+
+const version = (folder) => JSON.parse(readFileSync(join(folder, "package.json"))).version;
 
 Object.defineProperty(process, "release", { value: {} });
 globalThis.window = { document: {} };
 globalThis.self = globalThis;
-const dist = resolve(packages, "@huggingface/transformers/dist/transformers.web.js");
-const { env, pipeline } = await import(pathToFileURL(dist));
-const wasm = (ending) =>
-  pathToFileURL(resolve(packages, `onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.${ending}`))
-    .href;
+const { env, pipeline } = await import(pathToFileURL(resolve(home, "dist/transformers.web.js")));
+const ort = packageFolder("onnxruntime-web");
+const wasm = (ending) => pathToFileURL(join(ort, `dist/ort-wasm-simd-threaded.${ending}`)).href;
 
 const server = await serve(resolve(artifact));
 env.allowLocalModels = false;
@@ -62,8 +70,7 @@ for (const path of paths) {
   const { text } = await transcribe(read(path), { num_beams: 1, do_sample: false });
   texts.push(text.trim());
 }
-const names = ["@huggingface/transformers", "onnxruntime-web"];
-const runtime = `${names.map((name) => `${name} ${version(name)}`).join(", ")}, WebAssembly`;
+const runtime = `transformers.js ${version(home)}, onnxruntime-web ${version(ort)}, WebAssembly`;
 console.log(JSON.stringify({ runtime, texts }));
 server.close();
 process.exit(0);
