@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.result import COLUMNS
+from benchmarks.result import COLUMNS, in_milliseconds
 from benchmarks.timing import COVERAGE, ENOUGH_ROUNDS, RESAMPLES, ratio
 from export.problem import Problem
 
@@ -188,4 +188,4 @@ def number(kind: str, value: float) -> str:
         return f"{100 * value:.1f}"
     if kind.endswith("_bytes"):
         return f"{value / 1e6:.2f}"
-    return f"{value:,}" if kind == "parameters" else f"{1000 * value:.3g}"
+    return f"{value:,}" if kind == "parameters" else in_milliseconds(value)

@@ -8,6 +8,7 @@ All that is needed stands in benchmarks/results:
     accounting.jsonl       python -m benchmarks.study.accounting
     training_cost.jsonl    python -m benchmarks.study.training_cost
     aarch64.jsonl          python -m benchmarks.aarch64 --keep
+    rivals/*.jsonl         python -m benchmarks.rivals ... --out FILE
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 from benchmarks.aarch64 import counts
 from benchmarks.markdown import table
 from benchmarks.result import brief_rows, read
+from benchmarks.rivals import race
 from benchmarks.study import accounting, tables, training_cost
 
-RESULTS = Path(__file__).parent / "results"
-PAGES = (Path(__file__).parent.parent / "README.md", Path(__file__).parent / "study" / "README.md")
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGES = (HERE.parent / "README.md", HERE / "study" / "README.md", HERE / "rivals" / "README.md")
 BLOCK = re.compile(r"(<!-- ([\w ]+?) table: .*? -->\n).*?(<!-- end -->)", flags=re.S)
 
 
@@ -84,6 +87,20 @@ def instructions() -> str:
     return table(counts.table_rows(rows)) + told
 
 
+def rivals() -> str:
+    """End to end and in memory, a row a work and a number of threads."""
+    return table([row for work in works() for row in race.brief_rows(work)])
+
+
+def rivals_in_full(rows: Callable[[list[dict[str, Any]]], list[dict[str, str]]]) -> str:
+    """One table a work."""
+    return "\n".join(f"**{race.work_told(work)}**\n\n{table(rows(work))}" for work in works())
+
+
+def works() -> list[list[dict[str, Any]]]:
+    return [read(path) for path in sorted((RESULTS / "rivals").glob("*.jsonl"))]
+
+
 def stored(name: str) -> list[dict[str, Any]]:
     text = (RESULTS / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -97,6 +114,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "accounting": sizes,
     "training cost": training,
     "aarch64": instructions,
+    "rivals": rivals,
+    "engines": partial(rivals_in_full, race.rows),
+    "ratios": partial(rivals_in_full, lambda work: race.ratio_rows(race.ratios(work))),
 }
 
 

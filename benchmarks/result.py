@@ -213,7 +213,13 @@ def milliseconds(result: dict[str, Any], stage: str) -> str:
     if result["emulated"] or stage not in result["medians"]:
         return "-"
     mark = "~" if result["unstable"][stage] else ""
-    return f"{mark}{1000 * result['medians'][stage]:.3g}"
+    return mark + in_milliseconds(result["medians"][stage])
+
+
+def in_milliseconds(seconds: float) -> str:
+    """Three digits, or all before the point."""
+    value = 1000 * seconds
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def megabytes(count: int | str) -> str:

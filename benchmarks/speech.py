@@ -144,7 +144,7 @@ def _content(path: Path) -> np.ndarray:
     return np.memmap(path, np.uint8, "r")
 
 
-def _check_whole(path: Path, content: bytes | np.ndarray) -> None:
+def _check_whole(path: Path, content: Any) -> None:
     """libsndfile reads what is there of a WAV file that was cut short; words would be missing."""
     riff = memoryview(content)
     if riff[:4] == b"RIFF":

@@ -219,7 +219,7 @@ def transcribe_cli(
             typer.echo(segment.text, nl=False)
         begun = number
 
-    options = dict(
+    options: dict[str, Any] = dict(
         language=language,
         task=task,
         timestamps=timestamps,

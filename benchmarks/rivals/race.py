@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from benchmarks.bench import PROJECT, accuracy, merge, write_clips
 from benchmarks.metadata import clips_hash, folder_bytes, folder_hash
-from benchmarks.result import FORMAT, megabytes, milliseconds, validate, wer
+from benchmarks.result import FORMAT, in_milliseconds, megabytes, milliseconds, validate, wer
 from benchmarks.rivals import prepare
 from benchmarks.rivals.prepare import Order, Prepare
 from benchmarks.rivals.transformers import refuse_slim
@@ -324,4 +324,39 @@ def ratio_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def in_unit(measure: str, value: float) -> str:
     """Milliseconds or megabytes."""
-    return f"{1000 * value:.3g}" if measure.endswith("_s") else f"{value / 1e6:.1f}"
+    return in_milliseconds(value) if measure.endswith("_s") else f"{value / 1e6:.1f}"
+
+
+def work_told(results: Sequence[Mapping[str, Any]]) -> str:
+    """What was done, of stored results."""
+    first = results[0]
+    model, _, _ = str(first["name"]).partition(",")
+    forced = first["forced_tokens"]
+    ended = "to the end of the text" if forced is None else f"{forced} tokens"
+    return f"{model}, {first['audio_s']:g} s, {ended}"
+
+
+def brief_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """End to end against the rival that is fastest at its own best number of threads, and memory
+    against the one that takes least."""
+    found = [row for row in ratios(results) if row["against"] == "at its best"]
+    by_ours = {
+        ours: {row["measure"]: row for row in found if row["ours"] == ours}
+        for ours in dict.fromkeys(row["ours"] for row in found)
+    }
+    return [
+        {"work": work_told(results), "": ours}
+        | {"total ms": in_unit("end_to_end_s", rows["end_to_end_s"]["value"])}
+        | compared("end_to_end_s", "fastest rival", rows["end_to_end_s"])
+        | {"peak MB": in_unit("peak_rss_bytes", rows["peak_rss_bytes"]["value"])}
+        | compared("peak_rss_bytes", "smallest rival", rows["peak_rss_bytes"])
+        for ours, rows in by_ours.items()
+    ]
+
+
+def compared(measure: str, title: str, row: Mapping[str, Any]) -> dict[str, str]:
+    """The best rival's figure, and how many times ours it is."""
+    return {
+        title: f"{row['rival']}: {in_unit(measure, row['best'])}",
+        f"{title} / ours": f"{row['ratio']:.2f}",
+    }
