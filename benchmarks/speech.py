@@ -127,7 +127,7 @@ def read_audio(path: str | Path) -> np.ndarray:
             f"{path} is not audio that can be read ({_reason(error)})",
             hint="give WAV, FLAC, OGG or MP3; convert other formats, for example with ffmpeg",
         ) from error
-    _check_whole(path, source.getvalue() if isinstance(source, BytesIO) else _content(path))
+    _check_whole(path, source.getbuffer() if isinstance(source, BytesIO) else _content(path))
     if len(samples) == 0:
         raise Problem(f"{path} holds no samples", hint="record it again, or leave it out")
     if not np.isfinite(samples).all():
@@ -139,17 +139,16 @@ def read_audio(path: str | Path) -> np.ndarray:
     return _mono_16k(path, samples, rate)
 
 
-def _content(path: Path) -> np.ndarray:
+def _content(path: Path) -> memoryview:
     """The bytes of a file, which are read where they are looked at."""
-    return np.memmap(path, np.uint8, "r")
+    return np.memmap(path, np.uint8, "r").data
 
 
-def _check_whole(path: Path, content: Any) -> None:
+def _check_whole(path: Path, content: memoryview) -> None:
     """libsndfile reads what is there of a WAV file that was cut short; words would be missing."""
-    riff = memoryview(content)
-    if riff[:4] == b"RIFF":
+    if content[:4] == b"RIFF":
         try:
-            parse_riff(path, riff)
+            parse_riff(path, content)
         except RunnerProblem as error:
             raise Problem(str(error), hint=error.hint) from error
 

@@ -211,6 +211,8 @@ def transcribe_cli(
 
     def said(number: int, segment: Any) -> None:
         nonlocal begun
+        if json_file == "-":
+            return
         if timestamps:
             times = f"{segment.start_s:.2f}\t{segment.end_s:.2f}"
             say(f"{place(number)}{times}\t{segment.text}")
@@ -229,9 +231,8 @@ def transcribe_cli(
         previous=previous,
     )
     pcms = map(read_audio, audio)  # one after the other: they may be hours long
-    talk = {} if json_file == "-" else {"said": said}
     rows = []
-    for number, found in enumerate(pipeline.transcribe(source, pcms, threads, **talk, **options)):
+    for number, found in enumerate(pipeline.transcribe(source, pcms, threads, said, **options)):
         rows.append({"audio": str(audio[number]), **found})
         if not timestamps and json_file != "-":
             say("" if begun == number else place(number) + found["text"])

@@ -32,7 +32,7 @@ from devices.runner.fallback import (
 )
 from devices.runner.listen import Listener, Options, code
 from devices.runner.problem import RunnerProblem
-from devices.runner.recognizer import Recognizer, Transcript
+from devices.runner.recognizer import MOST_IDS, Recognizer, Transcript
 from devices.runner.timestamps import STEP_SAMPLES, log_sum_exp, parts
 from edgewhisper import decoding, whisper
 
@@ -420,7 +420,8 @@ def test_the_prompt_with_text_from_before_is_that_of_transformers(said, room, ti
 def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, processor, pcms, rng):
     """Two clips, a pause, two more: torch is fed the same prompt and says the same."""
     a, b, c, d = (pcms[n][:40_000] for n in rng.permutation(len(pcms))[:4])
-    pcm = np.concatenate([a, b, np.zeros(8_000, np.float32), c, d])
+    pause = max(8_000, plain.window_samples + 1 - sum(map(len, (a, b, c, d))))
+    pcm = np.concatenate([a, b, np.zeros(pause, np.float32), c, d])
     first, *rest = segments = list(plain.stream(pcm, previous=True))
     assert rest
     assert first == next(plain.stream(pcm))
@@ -435,6 +436,16 @@ def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, proces
             choose(row, segment.tokens[:n]) for n, row in enumerate(logits[len(told.prompt) - 1 :])
         ]
         assert [*segment.tokens, told.eos] == wanted
+
+
+def test_a_prompt_of_half_the_context_is_fed_in_parts(plain, torch_model, processor, pcms, rng):
+    told = plain.rules.after(rng.integers(0, 370, 100).tolist())
+    assert MOST_IDS < len(told.prompt) == 32 + len(plain.rules.prompt)
+    times = Transcript()
+    found = plain.decoder_over(pcms[0], times)(told.prompt)
+    wanted = decoding.logits(torch_model, processor, pcms[0], told.prompt)[-1]
+    assert np.allclose(found, wanted, atol=2e-3)
+    assert (len(times.prompt_s), times.per_token_s) == (2, [])
 
 
 def test_what_was_drawn_hot_or_cut_from_a_loop_prompts_nothing(monkeypatch):

@@ -54,7 +54,7 @@ class Options:
     """Of the random numbers at higher temperatures."""
     previous: bool = False
     """Prompt every window with what was said before it. Names and style go on over seams, and so do
-    errors: a small model may fall into repeating itself."""
+    errors; a model that was never trained so may fall silent or repeat itself."""
 
 
 @dataclass(frozen=True)

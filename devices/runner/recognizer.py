@@ -175,6 +175,7 @@ class Decoder:
         """
         for start in range(0, len(ids), MOST_IDS):
             found = self.step(ids[start : start + MOST_IDS])
+        self.clock = self.next_clock
         return found
 
     def step(self, ids: Sequence[int]) -> Logits:
@@ -187,7 +188,6 @@ class Decoder:
         self.fed += len(ids)
         found: Logits = self.binding.get_outputs()[0].numpy()[0, 0]
         self.clock.append(time.perf_counter() - started)
-        self.clock = self.next_clock
         return found
 
     def branch(self, past: Past) -> "Decoder":
