@@ -30,7 +30,7 @@ from devices.runner.fallback import (
     probability,
     sample,
 )
-from devices.runner.listen import Listener, Options, code
+from devices.runner.listen import Listener, Options, Segment, code
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import MOST_IDS, Recognizer, Transcript
 from devices.runner.timestamps import STEP_SAMPLES, log_sum_exp, parts
@@ -419,12 +419,13 @@ def test_the_prompt_with_text_from_before_is_that_of_transformers(said, room, ti
 
 def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, processor, pcms, rng):
     """Two clips, a pause, two more: torch is fed the same prompt and says the same."""
-    a, b, c, d = (pcms[n][:40_000] for n in rng.permutation(len(pcms))[:4])
-    pause = max(8_000, plain.window_samples + 1 - sum(map(len, (a, b, c, d))))
-    pcm = np.concatenate([a, b, np.zeros(pause, np.float32), c, d])
-    first, *rest = segments = list(plain.stream(pcm, previous=True))
-    assert rest
-    assert first == next(plain.stream(pcm))
+    segments: list[Segment] = []
+    while len(segments) < 2:  # behind some texts the model says nothing more
+        a, b, c, d = (pcms[n][:40_000] for n in rng.permutation(len(pcms))[:4])
+        pause = max(8_000, plain.window_samples + 1 - sum(map(len, (a, b, c, d))))
+        pcm = np.concatenate([a, b, np.zeros(pause, np.float32), c, d])
+        segments = list(plain.stream(pcm, previous=True))
+    assert segments[0] == next(plain.stream(pcm))
     for before, segment in pairwise(segments):
         said = [t for s in segments[: segments.index(before) + 1] for t in s.tokens]
         told = plain.rules.after(said)
