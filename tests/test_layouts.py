@@ -137,7 +137,7 @@ def test_a_failing_gate_leaves_nothing_behind(layout, digits, clips, tmp_path, m
 @pytest.mark.parametrize("layout", OTHERS)
 def test_the_device_runner_refuses_it_by_name(layout, made, tmp_path):
     made(whole, layout)
-    with pytest.raises(RunnerProblem, match=f"the layout is '{layout}'; this runner reads") as problem:
+    with pytest.raises(RunnerProblem, match=f"the layout is '{layout}'") as problem:
         Recognizer(tmp_path / layout)
     assert "--layout native" in problem.value.hint
 
