@@ -181,7 +181,11 @@ class Sherpa(_Files):
         self.no_past = np.zeros((layers, 1, room, width), np.float32)
 
     def window(self, pcm: np.ndarray) -> list[int]:
-        step = self._steps(pcm)
+        return self.heard(self.mel(pcm))
+
+    def heard(self, mel: np.ndarray) -> list[int]:
+        """The tokens of frames (1, n_mels, n), whoever made them."""
+        step = self._steps(mel)
         rules = replace(self.rules, prompt=tuple(self.prompt))
         rules = replace(rules, suppress_tokens=(), begin_suppress_tokens=(), timestamp_begin=None)
         with blamed(self.paths[1]):
@@ -198,9 +202,9 @@ class Sherpa(_Files):
         tail = np.zeros((1, whole.shape[1], self.TAIL), np.float32)
         return np.concatenate([whole[..., :heard], tail], axis=2)
 
-    def _steps(self, pcm: np.ndarray) -> Callable[[Sequence[int]], Logits]:
+    def _steps(self, mel: np.ndarray) -> Callable[[Sequence[int]], Logits]:
         with blamed(self.paths[0]):
-            cross = self.encoder.run(None, {"mel": self.mel(pcm)})
+            cross = self.encoder.run(None, {"mel": mel})
         own, fed = [self.no_past, self.no_past], 0
         names = [spec.name for spec in self.decoder.get_inputs()]
 
