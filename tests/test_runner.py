@@ -411,6 +411,12 @@ def runner(folder: Path, *argv: str, piped: bytes = b"") -> tuple[int, dict, str
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr.decode()
 
 
+def python(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """What another Python says that sees the folder only."""
+    command = [sys.executable, *argv]
+    return subprocess.run(command, cwd=folder, env={}, capture_output=True, text=True)
+
+
 def test_transcribe_prints_texts_and_notes_what_it_averaged(device_folder):
     code, answer, stderr = runner(device_folder, "transcribe", "artifact", "a.wav", "s.wav")
     texts = [found["text"] for found in answer["transcripts"]]
@@ -421,13 +427,7 @@ def test_transcribe_prints_texts_and_notes_what_it_averaged(device_folder):
 
 def test_transcribe_streams_segments_and_takes_the_options(device_folder):
     argv = ["transcribe", "artifact", "a.wav", "--language", "hi", "--beams", "2", "--stream"]
-    done = subprocess.run(
-        [sys.executable, "-m", "runner", *argv],
-        cwd=device_folder,
-        env={},
-        capture_output=True,
-        text=True,
-    )
+    done = python(device_folder, "-m", "runner", *argv)
     *segments, last = map(json.loads, done.stdout.splitlines())
     (found,) = last["transcripts"]
     assert (found["audio"], found["language"]) == ("a.wav", "hi")
@@ -485,9 +485,7 @@ def test_a_device_needs_few_lines_of_python(device_folder):
         "    print(segment.text)\n"
         "assert recognizer.transcribe('a.wav').text == segment.text\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=device_folder, env={}, capture_output=True, text=True
-    )
+    done = python(device_folder, "-c", code)
     assert done.stderr == ""
     assert done.stdout.strip()
 
@@ -558,9 +556,7 @@ def test_the_runner_imports_only_numpy_and_onnxruntime(device_folder):
         "print([m for m in ('torch', 'transformers', 'tokenizers', 'onnx', 'scipy', 'soundfile',"
         " 'edgewhisper', 'benchmarks', 'export', 'devices') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=device_folder, env={}, capture_output=True, text=True
-    )
+    done = python(device_folder, "-c", code)
     assert done.stdout == "[]\n"
 
 
@@ -610,6 +606,7 @@ def test_mapped_pages_are_given_back_and_read_again(tmp_path, rng):
     mapped = np.memmap(tmp_path / "held.weights", mode="r")
     assert mapped.sum() == held.sum()
     before = resident(tmp_path / "held.weights")
+    give_back_memory(tmp_path, maps=tmp_path / "not Linux")
     give_back_memory(tmp_path / "elsewhere")
     assert resident(tmp_path / "held.weights") == before
     give_back_memory(tmp_path)

@@ -161,13 +161,13 @@ def give_back_memory(folder: Path, maps: Path = Path("/proc/self/maps")) -> None
 
     Packing a large weight reads all of its file, of which only a few rows are needed afterwards.
     """
-    libc = ctypes.CDLL(None)
+    if not maps.is_file():  # no Linux
+        return
+    libc, inside = ctypes.CDLL(None), f"{folder.resolve()}{os.sep}"
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-    if not hasattr(libc, "madvise"):
-        return
     for line in read(maps).splitlines():
         addresses, *_, name = line.split(maxsplit=5)
-        if name.startswith(f"{folder.resolve()}{os.sep}"):
+        if name.startswith(inside):
             start, end = (int(address, 16) for address in addresses.split("-"))
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
