@@ -27,10 +27,9 @@ from benchmarks.aarch64 import counts, machine
 from benchmarks.bench import write_clips
 from benchmarks.markdown import table
 from benchmarks.metadata import artifact_hash
+from benchmarks.program import exit_code, parser_of
 from benchmarks.speech import read_manifest
-from devices.runner.problem import RunnerProblem
 from export.artifact import verify
-from export.problem import Problem
 
 PLACE = machine.PROJECT / "build/aarch64"
 KEPT = machine.PROJECT / "benchmarks/results/aarch64.jsonl"
@@ -53,23 +52,11 @@ class Case:
 
 def main(argv: list[str] | None = None) -> int:
     """Count, compare, print; a letter ends with code 1."""
-    given = parser().parse_args(argv)
-    try:
-        run(given)
-    except (Problem, RunnerProblem) as letter:
-        print(f"error: {letter}\ntry:   {letter.hint}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(run, parser(), argv)
 
 
 def parser() -> argparse.ArgumentParser:
-    summary, *rest = (__doc__ or "").splitlines()
-    found = argparse.ArgumentParser(
-        prog="benchmarks.aarch64",
-        description=summary,
-        epilog="\n".join(rest),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    found = parser_of("benchmarks.aarch64", __doc__)
     add = found.add_argument
     add("artifacts", type=Path, nargs="*", metavar="ARTIFACT")
     add("--cpu", nargs="+", default=["cortex-a72", "cortex-a76"], choices=list(machine.CPUS))

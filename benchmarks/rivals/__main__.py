@@ -24,13 +24,12 @@ import numpy as np
 
 from benchmarks.markdown import table
 from benchmarks.normalizers import name_for
+from benchmarks.program import exit_code, parser_of
 from benchmarks.result import write
 from benchmarks.rivals import models
 from benchmarks.rivals.race import ENGINES, PROJECT, USUAL, Work, race, ratio_rows, ratios, rows
 from benchmarks.sizes import SIZES
 from benchmarks.speech import SAMPLING_RATE, Clip, read_manifest
-from devices.device import DeviceProblem
-from devices.runner.problem import RunnerProblem
 from export.problem import Problem
 
 ENVIRONMENT = PROJECT / "build/rivals"
@@ -39,23 +38,11 @@ LOUDNESS = 0.1
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; a letter ends with code 1."""
-    given = parser().parse_args(argv)
-    try:
-        measure(given)
-    except (Problem, DeviceProblem, RunnerProblem) as letter:
-        print(f"error: {letter}\ntry:   {letter.hint}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(measure, parser(), argv)
 
 
 def parser() -> argparse.ArgumentParser:
-    summary, *rest = (__doc__ or "").splitlines()
-    found = argparse.ArgumentParser(
-        prog="benchmarks.rivals",
-        description=summary,
-        epilog="\n".join(rest),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    found = parser_of("benchmarks.rivals", __doc__)
     add = found.add_argument
     add("--size", choices=list(SIZES), default="tiny", help="dimensions of a random model")
     add("--model", type=Path, help="a dense checkpoint, instead of a random one")
