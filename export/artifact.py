@@ -35,7 +35,6 @@ SUFFIXES = {
     "sherpa": {"fp16": ".fp16", "int8": ".int8", "int4": ".int4"},
 }
 """How a layout's file names tell a precision; nothing is said of others."""
-GRAPHS = FILES["native"]
 AGAIN = "export it again, or copy the whole folder anew"
 
 

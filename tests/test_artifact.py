@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from export.artifact import GRAPHS, read_manifest, verify, write_manifest
+from export.artifact import FILES, read_manifest, verify, write_manifest
 from export.problem import Problem
+
+GRAPHS = FILES["native"]
 
 
 @pytest.fixture
