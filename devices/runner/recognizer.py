@@ -270,6 +270,7 @@ def session_options(threads: int | None, arena: bool = True) -> ort.SessionOptio
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = arena
+    options.enable_mem_reuse = not arena
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     options.log_severity_level = 4  # errors become letters
