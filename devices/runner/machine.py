@@ -163,8 +163,7 @@ def return_large_blocks() -> None:
     Its own bound of what counts as large grows with the blocks that it sees freed, to 32 MiB: from
     then on they leave holes in its heap. Elsewhere nothing is done.
     """
-    libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(libc, "mallopt"):
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
