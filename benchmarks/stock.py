@@ -29,7 +29,8 @@ from devices.runner.contract import ONE_EXPORT, check_session
 from devices.runner.decode import Filter, Logits, Rules, greedy
 from devices.runner.machine import limit_memory
 from devices.runner.problem import RunnerProblem
-from devices.runner.recognizer import Recognizer, open_session, session_options
+from devices.runner.recognizer import Recognizer
+from devices.runner.sessions import open_session, session_options
 from devices.runner.text import read_tokens, to_text
 from export.artifact import AGAIN, graph_files, read_manifest
 from export.problem import Problem

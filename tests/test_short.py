@@ -308,12 +308,12 @@ def artifact(short_whisper, processor, tmp_path) -> Path:
 @pytest.fixture
 def lengths(monkeypatch) -> list[int]:
     """Samples of every window that the runner's encoder was given."""
-    from devices.runner import recognizer
+    from devices.runner import sessions
 
     seen: list[int] = []
-    encode = recognizer.encode
+    encode = sessions.encode
     monkeypatch.setattr(
-        recognizer,
+        sessions,
         "encode",
         lambda session, window: seen.append(window.shape[1]) or encode(session, window),
     )

@@ -16,7 +16,8 @@ from .audio import Pcm, read_wav
 from .contract import check_files, read_manifest
 from .machine import peak_rss_bytes, versions
 from .problem import RunnerProblem
-from .recognizer import Recognizer, Transcript, encode, open_session, pad, session_options
+from .recognizer import Recognizer, Transcript, pad
+from .sessions import encode, open_session, session_options
 
 MEL_NODES = "log_mel/"
 """The exporter names the log-mel nodes so."""
