@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Ints = list[int]
-Places = Ints | Tensor
+Ints: TypeAlias = list[int]
+Places: TypeAlias = Ints | Tensor
 """Constant, or known only when the program runs."""
-Found = Tensor | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -284,8 +283,8 @@ def slice_by_index(
 
 def slice_by_size(x: Tensor, begin: Places, size: Ints) -> Tensor:
     first = _ints(begin)
-    ends = [x.shape[i] if n == -1 else b + n for i, (b, n) in enumerate(zip(first, size))]
-    return x[_part(x, first, ends)]
+    rows = zip(first, size, x.shape, strict=True)
+    return x[_part(x, first, [whole if n == -1 else b + n for b, n, whole in rows])]
 
 
 def slice_update(
@@ -451,7 +450,21 @@ OPERATIONS |= {
     }.items()
 }
 MOVES = frozenset(
-    "identity transpose reshape expand_dims squeeze concat stack split tile gather slice_by_index"
-    " slice_by_size slice_update read_state".split()
+    {
+        "concat",
+        "expand_dims",
+        "gather",
+        "identity",
+        "read_state",
+        "reshape",
+        "slice_by_index",
+        "slice_by_size",
+        "slice_update",
+        "split",
+        "squeeze",
+        "stack",
+        "tile",
+        "transpose",
+    }
 )
 """These invent no values: there is nothing to round."""

@@ -100,7 +100,7 @@ class Package:
             raise Problem(f"{self.path}: constant {name} is not a tensor", hint=AGAIN)
         tensor = value.immediateValue.tensor
         kind = tensor.WhichOneof("value")
-        held = getattr(tensor, kind).values if kind else []
+        held: Any = getattr(tensor, kind).values if kind else []
         if spec.dtype == "string":
             if kind != "strings" or len(held) != 1:
                 raise Problem(f"{self.path}: constant {name} is not one string", hint=AGAIN)
