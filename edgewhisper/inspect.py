@@ -370,4 +370,4 @@ def cache_bytes(spec: dict[str, Any], filled: int) -> int:
     shape = list(spec["shape"])
     if len(shape) == 4:
         shape[2] = filled
-    return math.prod(shape) * contract.DTYPES[spec["dtype"]][1]
+    return math.prod(shape) * contract.DTYPES[spec["dtype"]]

@@ -8,7 +8,7 @@ are the same for both.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from .decode import Logits, Rules, greedy
 from .listen import Listener, Options, Segment, plain
 from .problem import RunnerProblem
 from .text import read_tokens, to_text
+
+if TYPE_CHECKING:
+    from .coreml import Opener
 
 
 class Decoder(Protocol):
@@ -56,8 +59,9 @@ class Transcript:
     """What is said in one recording, and how long each stage took, in seconds.
 
     `language` is the code that prompted the model, where it is told one. `graph_s` is the encoder
-    graph: log-mel, encoder, cross keys and values. Lists of seconds have one entry a window,
-    `per_token_s` one a decoder step after the prompt's.
+    graph: log-mel, encoder, cross keys and values; `mel_s` is log-mel's part of it, where that is
+    known. Lists of seconds have one entry a window, `per_token_s` one a decoder step after the
+    prompt's.
     """
 
     text: str = ""
@@ -65,6 +69,7 @@ class Transcript:
     segments: list[Segment] = field(default_factory=list)
     language: str | None = None
     graph_s: list[float] = field(default_factory=list)
+    mel_s: list[float] = field(default_factory=list)
     prompt_s: list[float] = field(default_factory=list)
     per_token_s: list[float] = field(default_factory=list)
 
@@ -83,6 +88,9 @@ class Recognizer:
 
     What the folder holds is checked first (contract.py). With `hashed` false, sizes of files are
     compared with the manifest's and contents are not: for who has done that already.
+
+    Of a Core ML artifact, `compute_units` says what may compute (coreml.UNITS), and `open_package`
+    runs its packages where Core ML is not to do it.
     """
 
     def __init__(
@@ -91,6 +99,8 @@ class Recognizer:
         threads: int | None = None,
         guards: bool = True,
         hashed: bool = True,
+        compute_units: str | None = None,
+        open_package: "Opener | None" = None,
     ) -> None:
         folder = self.folder = Path(artifact)
         self.manifest, self.guards = read_manifest(folder), guards
@@ -100,7 +110,26 @@ class Recognizer:
         self.window_samples: int = audio["window_samples"]
         self.windows: list[int] = audio.get("windows_samples", [self.window_samples])
         self.table = read_tokens(folder / "tokens.json")
-        self.engine = open_engine(folder, self.manifest, threads)
+        self.engine = self.open_engine(threads, compute_units, open_package)
+
+    def open_engine(
+        self, threads: int | None, compute_units: str | None, open_package: "Opener | None"
+    ) -> Engine:
+        """Return what computes the artifact; both need libraries of their own, imported here."""
+        if self.manifest["target"] == "coreml":
+            from .coreml import UNITS, Packages, installed
+
+            opener = open_package or installed(compute_units or next(iter(UNITS)))
+            return Packages(self.folder, self.manifest, opener)
+        if compute_units is not None:
+            raise RunnerProblem(
+                f"{self.folder}: compute units {compute_units!r} are asked for, and it is no "
+                "Core ML artifact",
+                "leave them out, or export with `--target coreml`",
+            )
+        from .sessions import Sessions
+
+        return Sessions(self.folder, self.manifest, threads)
 
     def transcribe(self, audio: Pcm | str | Path, **options: Any) -> Transcript:
         """Return the transcript of a WAV file or of 16 kHz samples of any length.
@@ -156,13 +185,6 @@ class Recognizer:
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens."""
         return to_text(tokens, self.table)
-
-
-def open_engine(folder: Path, manifest: dict[str, Any], threads: int | None) -> Engine:
-    """Return what computes an artifact."""
-    from .sessions import Sessions
-
-    return Sessions(folder, manifest, threads)
 
 
 def samples(audio: Pcm | str | Path) -> Pcm:
