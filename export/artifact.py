@@ -15,6 +15,13 @@ from export.problem import Problem
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+PACKAGES = ("MelSpectrogram", "AudioEncoder", "TextDecoder")
+PACKAGE_FILES = (
+    "Manifest.json",
+    "Data/com.apple.CoreML/model.mlmodel",
+    "Data/com.apple.CoreML/weights/weight.bin",
+)
+"""A Core ML package is a directory."""
 FILES = {
     "native": ("encoder.onnx", "decoder.onnx", "tokens.json"),
     "transformers": (
@@ -28,6 +35,11 @@ FILES = {
     ),
     "sherpa": ("whisper-encoder{}.onnx", "whisper-decoder{}.onnx", "whisper-tokens.txt"),
     "single": ("whisper.onnx", "tokens.json"),
+    "whisperkit": (
+        *(f"{name}.mlpackage/{file}" for name in PACKAGES for file in PACKAGE_FILES),
+        "tokens.json",
+    ),
+    "encoder": tuple(f"coreml-encoder.mlpackage/{file}" for file in PACKAGE_FILES),
 }
 """What no artifact of a layout can do without; {} stands for the precision."""
 SUFFIXES = {
