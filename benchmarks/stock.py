@@ -1,7 +1,8 @@
 """Finished files of the layouts for other runtimes, in plain onnxruntime, fed as those feed them.
 
 Each class is what the gate asks of an artifact: `window_samples`, `window(pcm)` gives the greedy
-tokens, `text(tokens)` their text, and `logits(pcm, tokens)` where logits leave the files unchanged.
+tokens, `text(tokens)` their text, and `parts(pcm, tokens)` what can be seen of the parts, with
+logits where they leave the files unchanged.
 
 As a program (`python -m benchmarks.stock ARTIFACT CLIPS`) it does what the runner's `check` does
 for the native layout: the last line of stdout is JSON, tokens and texts or a letter, and the
@@ -106,6 +107,9 @@ class Transformers(_Files):
         fed = [self.rules.prompt, *((token,) for token in tokens)]
         with blamed(self.paths[3]):
             return np.stack([step(ids) for ids in fed])
+
+    def parts(self, pcm: np.ndarray, tokens: Sequence[int]) -> dict[str, np.ndarray]:
+        return {"logits": self.logits(pcm, tokens)}
 
     def text(self, tokens: list[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -326,27 +326,27 @@ def gate(
     clips: Sequence[Clip],
 ) -> dict[str, Any]:
     """The gate's figures of an artifact against its checkpoint, see benchmarks/gate.py."""
-    from benchmarks.gate import run_gate
+    from benchmarks.gate import bounds_for, run_gate
 
     return run_gate(
         folder,
         lambda pcm: decoding.greedy(model, processor, [pcm])[0],
         clips,
-        logits_reference=torch_logits(model, processor, manifest["decoding"]["prompt"]),
-        exact=manifest["precision"] == "fp32",
+        bounds_for(manifest["target"], manifest["precision"]),
+        torch_parts(model, processor, manifest["decoding"]["prompt"]),
     )
 
 
-def torch_logits(
+def torch_parts(
     model: WhisperForConditionalGeneration, processor: WhisperProcessor, prompt: Sequence[int]
-) -> Callable[[np.ndarray, list[int]], np.ndarray]:
-    """The checkpoint's logits before each token and after the last, (tokens + 1, vocab)."""
+) -> Callable[[np.ndarray, list[int]], dict[str, np.ndarray]]:
+    """The checkpoint's parts along tokens; logits before each of them and after the last."""
 
-    def logits(pcm: np.ndarray, tokens: list[int]) -> np.ndarray:
-        found = decoding.logits(model, processor, pcm, [*prompt, *tokens])
-        return found[len(prompt) - 1 :]
+    def parts(pcm: np.ndarray, tokens: list[int]) -> dict[str, np.ndarray]:
+        found = decoding.parts(model, processor, pcm, [*prompt, *tokens])
+        return found | {"logits": found["logits"][len(prompt) - 1 :]}
 
-    return logits
+    return parts
 
 
 # ------------------------------------------------------------------------------------ bench
