@@ -1,4 +1,5 @@
-"""Finished files of the layouts for other runtimes, in plain onnxruntime, fed as those feed them.
+"""Finished files of the layouts for other runtimes, fed as those feed them: ONNX graphs in plain
+onnxruntime, Core ML packages on a Mac in Core ML and elsewhere in the interpreter of export/.
 
 Each class is what the gate asks of an artifact: `window_samples`, `window(pcm)` gives the greedy
 tokens, `text(tokens)` their text, and `parts(pcm, tokens)` what can be seen of the parts, with
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +44,44 @@ def open_artifact(folder: Path, threads: int | None = None) -> Hearing:
     """The artifact in a loop of ours, whatever its layout."""
     manifest = read_manifest(folder)
     layout = manifest.get("layout", "native")
-    if layout == "native":
-        return Recognizer(folder, threads, guards=False)
+    if layout in RECOGNIZED:
+        return recognizer(folder, threads, guards=False)
     return LAYOUTS[layout](folder, manifest, threads)
+
+
+def recognizer(
+    folder: Path, threads: int | None, guards: bool = True, compute_units: str | None = None
+) -> Recognizer:
+    """The runner's recognizer, with packages in the interpreter where Core ML is not to be had."""
+    return Recognizer(
+        folder,
+        threads,
+        guards,
+        compute_units=compute_units,
+        open_package=None if has_core_ml() else partial(Interpreted, threads=threads),
+    )
+
+
+def has_core_ml() -> bool:
+    return platform.system() == "Darwin"
+
+
+class Interpreted:
+    """A package in the interpreter of what was saved."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import torch
+
+        from export.mil_interpreter import open_package
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        program = open_package(path)
+        self.inputs, self.outputs, self.states = program.inputs, program.outputs, program.states
+        self.predict, self.new_state = program.predict, program.new_state
+
+    def copy_state(self, source: dict[str, Any], target: dict[str, Any]) -> None:
+        target.update({name: value.clone() for name, value in source.items()})
 
 
 class _Files:
@@ -266,6 +304,8 @@ def log_mel(extractor: Any, pcm: np.ndarray) -> np.ndarray:
     return found.input_features.astype(np.float32)
 
 
+RECOGNIZED = ("native", "whisperkit")
+"""Layouts that the runner's own loop decodes."""
 LAYOUTS: dict[str, Callable[..., Hearing]] = {
     "transformers": Transformers,
     "sherpa": Sherpa,

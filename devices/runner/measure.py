@@ -1,9 +1,10 @@
 """Time one artifact on clips, in this process, and keep every sample.
 
-Log-mel is part of the encoder graph, so its time cannot be taken from outside. The graph runs
+Log-mel is part of the ONNX encoder graph, so its time cannot be taken from outside. The graph runs
 whole and is timed whole; afterwards a second session with onnxruntime's profiler says which share
 of the kernel time belongs to the log-mel nodes, and each sample is divided in that proportion. It
-is that of the first clip's window, also where other clips take a window of another length.
+is that of the first clip's window, also where other clips take a window of another length. In Core
+ML log-mel is a package of its own.
 """
 
 import json
@@ -26,7 +27,13 @@ WARM_UP_CLIPS = 3
 PROFILED_RUNS = 9
 
 
-def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = None) -> dict:
+def bench(
+    artifact: Path,
+    clips: Path,
+    repeats: int = 1,
+    threads: int | None = None,
+    compute_units: str | None = None,
+) -> dict:
     """Transcribe all clips `repeats` times and return texts, tokens and times, in seconds.
 
     Each is prompted for its language, as languages.json beside the list says it, where the model
@@ -39,7 +46,7 @@ def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = N
     spoken = read_languages(clips, len(paths))
     check_files(artifact, read_manifest(artifact))  # before the clock starts
     started = time.perf_counter()
-    recognizer = Recognizer(artifact, threads, hashed=False)
+    recognizer = Recognizer(artifact, threads, hashed=False, compute_units=compute_units)
     load_s = time.perf_counter() - started
     work = [(path, recognizer.known(code)) for path, code in zip(paths, spoken, strict=True)]
     for path, language in work[:WARM_UP_CLIPS]:
@@ -47,8 +54,10 @@ def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = N
     done = [timed(recognizer, *each) for _ in range(repeats) for each in work]
     transcripts = [transcript for _, _, transcript in done]
     peak = peak_rss_bytes()  # before the profiler takes memory of its own
-    first = read_wav(paths[0])[: recognizer.window_samples]
-    share = mel_share(artifact, pad(first, recognizer.windows), threads)
+    share = None
+    if recognizer.manifest["target"] == "onnx":
+        first = read_wav(paths[0])[: recognizer.window_samples]
+        share = mel_share(artifact, pad(first, recognizer.windows), threads)
     return {
         "load_s": [load_s],
         **stages(transcripts, share),
@@ -97,12 +106,15 @@ def timed(
     return time.perf_counter() - wall, time.process_time() - cpu, transcript
 
 
-def stages(transcripts: list[Transcript], share: float) -> dict[str, list[float]]:
-    """Return the samples of each stage; the encoder graph is divided by log-mel's share."""
+def stages(transcripts: list[Transcript], share: float | None) -> dict[str, list[float]]:
+    """Return the samples of each stage; the encoder graph is divided by log-mel's share, or as it
+    was timed."""
     graph = [seconds for transcript in transcripts for seconds in transcript.graph_s]
+    mel = [seconds for transcript in transcripts for seconds in transcript.mel_s]
+    mel = mel if share is None else [share * seconds for seconds in graph]
     return {
-        "mel_s": [share * seconds for seconds in graph],
-        "encoder_s": [(1 - share) * seconds for seconds in graph],
+        "mel_s": mel,
+        "encoder_s": [whole - part for whole, part in zip(graph, mel, strict=True)],
         "prompt_s": [s for transcript in transcripts for s in transcript.prompt_s],
         "per_token_s": [s for transcript in transcripts for s in transcript.per_token_s],
     }

@@ -89,8 +89,8 @@ class Recognizer:
     What the folder holds is checked first (contract.py). With `hashed` false, sizes of files are
     compared with the manifest's and contents are not: for who has done that already.
 
-    Of a Core ML artifact, `compute_units` says what may compute (coreml.UNITS), and `open_package`
-    runs its packages where Core ML is not to do it.
+    A Core ML artifact is run by Core ML on `compute_units` (coreml.UNITS), or where none are named
+    by what `open_package` returns.
     """
 
     def __init__(
@@ -119,8 +119,9 @@ class Recognizer:
         if self.manifest["target"] == "coreml":
             from .coreml import UNITS, Packages, installed
 
-            opener = open_package or installed(compute_units or next(iter(UNITS)))
-            return Packages(self.folder, self.manifest, opener)
+            if open_package is None or compute_units is not None:
+                open_package = installed(compute_units or next(iter(UNITS)))
+            return Packages(self.folder, self.manifest, open_package)
         if compute_units is not None:
             raise RunnerProblem(
                 f"{self.folder}: compute units {compute_units!r} are asked for, and it is no "
