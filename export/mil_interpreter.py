@@ -227,8 +227,8 @@ class _Compiler:
             self.steps.append(self._step(op, name, outputs))
 
     def _keep(self, outputs: list[Spec], values: Constant | tuple[Array, ...]) -> None:
-        found = values if isinstance(values, tuple) else (values,)
-        for spec, value in zip(outputs, found, strict=True):
+        parts = values if isinstance(values, tuple) else (values,)
+        for spec, value in zip(outputs, parts, strict=True):
             if not isinstance(value, str) and (value.shape, value.dtype) != spec.held:
                 found = f"{value.dtype} {list(value.shape)}"
                 raise ValueError(f"holds {found}, declared {spec.dtype} {list(spec.shape)}")

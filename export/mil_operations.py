@@ -194,6 +194,8 @@ def transpose(x: Tensor, perm: Ints) -> Tensor:
 
 
 def reshape(x: Tensor, shape: Ints) -> Tensor:
+    if 0 in shape and len(shape) != x.dim():
+        raise Unknown(f"shape {shape} keeps sizes of a shape that is not as long")
     return x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(shape)])
 
 
