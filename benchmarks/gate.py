@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.metadata import clips_hash, digest
 from benchmarks.normalizers import name_for
 from benchmarks.speech import Clip
-from benchmarks.stock import open_artifact
+from benchmarks.stock import Encoder, open_artifact
 from benchmarks.wer import score
 from devices.runner.audio import split
 from devices.runner.check import Hearing
@@ -117,8 +117,6 @@ def run_gate(
 
     `parts` are the checkpoint's; those that the artifact shows of itself are compared.
     """
-    if not clips:
-        raise Problem("the gate got no clips to compare on", hint="give a speech manifest")
     return judge(open_artifact(artifact_dir, threads), reference, clips, bounds, parts)
 
 
@@ -130,6 +128,8 @@ def judge(
     parts: Parts | None = None,
 ) -> dict[str, Any]:
     """The same of an artifact that is open."""
+    if not clips:
+        raise Problem("the gate got no clips to compare on", hint="give a speech manifest")
     heard = [listen(recognizer, clip, reference, parts) for clip in clips]
     figures = measure(heard, name_for(clips, otherwise="none"))
     check_tokens(heard, bounds.same)
@@ -302,6 +302,31 @@ def gate_again(
     )
 
 
+def with_states(figures: dict[str, Any], encoder: Encoder, clips: Sequence[Clip]) -> dict[str, Any]:
+    """A gate's figures and what it takes to ask an encoder without a decoder again: some numbers of
+    its states of every clip."""
+    return figures | {"clip_states": [encoder.some_states(clip.pcm()) for clip in clips]}
+
+
+def states_again(
+    gate: dict[str, Any], clips: Sequence[Clip], states: Sequence[Sequence[float]]
+) -> str:
+    """As gate_again, of an encoder without a decoder."""
+    check_record(gate, clips)
+    then, now = np.array(gate.get("clip_states", ())), np.array(states)
+    apart = np.abs(now - then).max() if then.shape == now.shape and then.size else np.inf
+    if not apart <= SAME_STATES:
+        raise GateFailure(
+            f"the encoder's states of {len(clips)} clips differ by {apart:.2g} from those at the "
+            f"gate, {SAME_STATES:g} is taken for rounding",
+            hint="the artifact or its runtime has changed: export it again, or give --checkpoint "
+            "to compare with the model itself",
+        )
+    return f"the encoder's states of all {len(clips)} clips are those of the gate"
+
+
+SAME_STATES = 0.02
+"""Float16 rounds the same states otherwise on another processor."""
 RECORDED = {
     "clips_hash": str,
     "tokens_hash": str,

@@ -28,10 +28,13 @@ import numpy as np
 
 from benchmarks.metadata import folder_bytes
 from devices.runner.__main__ import SPARE_BYTES
+from devices.runner.audio import read_wav
 from devices.runner.check import Hearing, said
 from devices.runner.contract import ONE_EXPORT, check_session
+from devices.runner.coreml import Opener, checked, installed, typed
 from devices.runner.decode import Filter, Logits, Rules, greedy
-from devices.runner.machine import limit_memory
+from devices.runner.machine import limit_memory, versions
+from devices.runner.measure import read_clips
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from devices.runner.sessions import open_session, session_options
@@ -58,12 +61,48 @@ def recognizer(
         threads,
         guards,
         compute_units=compute_units,
-        open_package=None if has_core_ml() else partial(Interpreted, threads=threads),
+        open_package=None if has_core_ml() else opener(threads),
     )
 
 
 def has_core_ml() -> bool:
     return platform.system() == "Darwin"
+
+
+def opener(threads: int | None) -> Opener:
+    """What opens packages on this system."""
+    return installed("all") if has_core_ml() else partial(Interpreted, threads=threads)
+
+
+class Encoder:
+    """whisper.cpp's Core ML encoder, which takes log-mel features and gives states."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
+        from transformers import WhisperFeatureExtractor
+
+        (name,) = manifest["contract"]
+        told = manifest["contract"][name]
+        self.package = checked(opener(threads), Path(folder) / f"{name}.mlpackage", told)
+        audio = manifest["audio"]
+        self.window_samples: int = audio["window_samples"]
+        self.extractor = WhisperFeatureExtractor(
+            feature_size=told["inputs"][0]["shape"][1],
+            chunk_length=self.window_samples // audio["sampling_rate"],
+        )
+
+    def states(self, pcm: np.ndarray) -> np.ndarray:
+        """(d_model, positions) of a window."""
+        mel = log_mel(self.extractor, pcm)
+        (states,) = self.package.predict(typed(self.package, mel)).values()
+        return states[0].T.astype(np.float32)
+
+    def some_states(self, pcm: np.ndarray) -> list[float]:
+        """A few of the first window's, evenly spread."""
+        states = self.states(pcm[: self.window_samples]).ravel()
+        return [float(x) for x in states[:: len(states) // SOME_STATES]]
+
+
+SOME_STATES = 16
 
 
 class Interpreted:
@@ -304,6 +343,8 @@ def log_mel(extractor: Any, pcm: np.ndarray) -> np.ndarray:
     return found.input_features.astype(np.float32)
 
 
+PACKAGED = ("whisperkit", "encoder")
+"""Layouts of Core ML packages."""
 RECOGNIZED = ("native", "whisperkit")
 """Layouts that the runner's own loop decodes."""
 LAYOUTS: dict[str, Callable[..., Hearing]] = {
@@ -318,18 +359,32 @@ def main(argv: list[str] | None = None) -> int:
     of memory, which is for the artifact alone."""
     parser = argparse.ArgumentParser(prog="benchmarks.stock", description="Run other layouts.")
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("clips", type=Path)
+    parser.add_argument("clips", type=Path, nargs="?", help="without: only say what it is made of")
     parser.add_argument("--threads", type=int)
     given = parser.parse_args(argv)
     from transformers import WhisperProcessor  # noqa: F401
 
     limit_memory(SPARE_BYTES + 8 * folder_bytes(given.artifact))
     try:
-        answer = said(open_artifact(given.artifact, given.threads), given.clips)
+        answer = answer_of(given.artifact, given.clips, given.threads)
     except (RunnerProblem, Problem) as letter:
         answer = {"error": str(letter), "hint": letter.hint}
     print(json.dumps(answer, ensure_ascii=False))
     return int("error" in answer)
+
+
+def answer_of(folder: Path, clips: Path | None, threads: int | None) -> dict[str, Any]:
+    """What the packages of a Core ML artifact are made of, or what any artifact says of clips."""
+    manifest = read_manifest(folder)
+    if clips is None:
+        from export.mil_contents import contents
+
+        return {"packages": {n: contents(folder / f"{n}.mlpackage") for n in manifest["contract"]}}
+    if manifest.get("layout") == "encoder":
+        encoder = Encoder(folder, manifest, threads)
+        states = [encoder.some_states(read_wav(path)) for path in read_clips(clips)]
+        return {"states": states, "versions": versions()}
+    return said(open_artifact(folder, threads), clips)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,9 @@ def verify(directory: Path) -> dict[str, Any]:
             )
         if found["sha256"] != expected["sha256"]:
             raise Problem(f"{path}: damaged, its SHA-256 is not the manifest's", hint=AGAIN)
+    for path in directory.glob("*.mlpackage/**/*"):  # whatever stands in one may be read
+        if path.relative_to(directory).as_posix() not in manifest["files"] and not path.is_dir():
+            raise Problem(f"{path}: {MANIFEST} does not list it", hint=AGAIN)
     return manifest
 
 
@@ -128,7 +131,10 @@ def needed_files(layout: str, precision: str) -> list[str]:
 
 
 def graph_files(layout: str, precision: str) -> dict[str, str]:
-    """Name in the manifest's contract -> file of every graph of a layout."""
+    """Name in the manifest's contract -> file of every graph of a layout, or folder of a package."""
+    packages = [file.split("/")[0] for file in FILES[layout] if ".mlpackage/" in file]
+    if packages:
+        return {name.removesuffix(".mlpackage"): name for name in packages}
     suffix = suffix_for(layout, precision)
     names = [name for name in needed_files(layout, precision) if name.endswith(".onnx")]
     plain = (name.rsplit("/")[-1].removesuffix(f"{suffix}.onnx") for name in names)

@@ -4,35 +4,23 @@ against coremltools' own decompression, and packages that no stranger should get
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
-import itertools
-import json
 import math
-import os
-import shutil
-import sys
-import tracemalloc
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-from export import mil_package
 from export.mil_constants import FORMS
 from export.mil_interpreter import Program, open_package
 from export.mil_operations import OPERATIONS
-from export.problem import Problem
 
 with contextlib.redirect_stderr(io.StringIO()):  # it tells what it lacks outside macOS
     ct = pytest.importorskip("coremltools")
     from coremltools.converters.mil import Builder
     from coremltools.converters.mil.mil import types
-    from coremltools.models.utils import MultiFunctionDescriptor, save_multifunction
 
 SIZES = {"x": (2, 3, 4, 6), "y": (2, 3, 4, 6), "ids": (5,), "at": (1,)}
 DTYPES = {"fp16": types.fp16, "fp32": types.fp32}

@@ -54,8 +54,9 @@ def bench(
     done = [timed(recognizer, *each) for _ in range(repeats) for each in work]
     transcripts = [transcript for _, _, transcript in done]
     peak = peak_rss_bytes()  # before the profiler takes memory of its own
-    share = None
+    share, runtime = None, ["coremltools"]
     if recognizer.manifest["target"] == "onnx":
+        runtime = []
         first = read_wav(paths[0])[: recognizer.window_samples]
         share = mel_share(artifact, pad(first, recognizer.windows), threads)
     return {
@@ -67,7 +68,7 @@ def bench(
         "peak_rss_bytes": peak,
         "tokens": [transcript.tokens for transcript in transcripts[-len(paths) :]],
         "texts": [transcript.text for transcript in transcripts[-len(paths) :]],
-        "versions": versions(),
+        "versions": versions(*runtime),
     }
 
 
