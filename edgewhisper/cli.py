@@ -155,7 +155,7 @@ def export_cli(
     ] = None,
     neural_engine: Annotated[
         bool,
-        typer.Option("--neural-engine", help="coreml: the form that the engine is said to want"),
+        typer.Option("--neural-engine", help="coreml: the form that the engine wants"),
     ] = False,
     window: Annotated[
         float | None, typer.Option(help="coreml: seconds, one of the model's; default: the longest")

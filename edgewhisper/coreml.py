@@ -38,8 +38,8 @@ def chosen(manifest: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
     if manifest["layout"] == "encoder":
         yield f"on a Mac, `{COMPILE.format(package='coreml-encoder.mlpackage')}` compiles it; "
         yield "whisper.cpp looks for it as ggml-NAME-encoder.mlmodelc beside ggml-NAME.bin"
-    else:
-        yield f"word timestamps: {'yes' if told['word_timestamps'] else 'no'}"
+    elif told["word_timestamps"]:
+        yield "TextDecoder: gives the alignment heads' weights, so WhisperKit can time words"
     yield from told["said"]
 
 
@@ -69,8 +69,8 @@ def package_bytes(manifest: dict[str, Any], name: str) -> int:
 
 
 def read_packages(folder: Path) -> dict[str, dict[str, Any]]:
-    """What each package of an artifact is made of (export/mil_contents.py), read in a process of its
-    own under a limit of memory: the reader of the format is not ours."""
+    """What each package of an artifact is made of (export/mil_contents.py), read in a process under
+    a limit of memory: the reader of the format is not ours."""
     with LocalDevice() as device:
         words = [str(folder.resolve())]
         answer = run_runner(device, words, "benchmarks.stock", OURS, READING_S)

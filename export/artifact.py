@@ -131,7 +131,7 @@ def needed_files(layout: str, precision: str) -> list[str]:
 
 
 def graph_files(layout: str, precision: str) -> dict[str, str]:
-    """Name in the manifest's contract -> file of every graph of a layout, or folder of a package."""
+    """Name in the manifest's contract -> file of every graph of a layout; packages are folders."""
     packages = [file.split("/")[0] for file in FILES[layout] if ".mlpackage/" in file]
     if packages:
         return {name.removesuffix(".mlpackage"): name for name in packages}
