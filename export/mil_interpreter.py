@@ -8,6 +8,7 @@ written; how Core ML compiles it, where it runs it and how fast is for a Mac to 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections import Counter
@@ -21,15 +22,27 @@ import torch
 from torch import Tensor
 
 from export.mil_constants import FORMS
-from export.mil_operations import MOVES, OPERATIONS, Places, Slot
+from export.mil_operations import MOVES, OPERATIONS, Places, Slot, Unknown
 from export.mil_package import AGAIN, FLOATS, Array, Constant, Package, Spec, read_package
 from export.problem import Problem
 
 __all__ = ["Program", "Spec", "open_package"]
 
-NARROW = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16}
-HELD = {"float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
-"""Types in which states are kept and results are given."""
+GIVEN = {"float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
+"""Types in which outputs are given and states are kept. On the way floats are float32, all
+integers int32."""
+ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "float16": lambda x: x.half().float(),
+    "int8": lambda x: x.to(torch.int8).int(),
+    "uint8": lambda x: x & 0xFF,
+    "int16": lambda x: x.to(torch.int16).int(),
+    "uint16": lambda x: x & 0xFFFF,
+}
+MAIN = {"x", "y", "a", "b", "values", "query", "key", "value", "update", "input", "data"}
+"""Parameters whose float type is the result's; weights and masks may have another one."""
+WRONG = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
+"""What numbers and shapes that do not fit raise on their way through numpy and torch."""
+BEYOND = "run the package on a Mac, or write what is missing into export/mil_operations.py"
 Trace = Callable[[str, str, Tensor], None]
 """Called with type, name and value of every result."""
 Environment = dict[str, Any]
@@ -54,27 +67,24 @@ class Step:
 
 
 class Program:
-    """One saved package, or one function of it, ready to run."""
+    """One function of a saved package, ready to run."""
 
     def __init__(self, package: Package) -> None:
         self.path = package.path
-        self.inputs = package.inputs
-        self.outputs = package.outputs
-        self.states = package.states
         self.spec_version = package.spec_version
-        operations = [op for op in package.block.operations if op.type != "const"]
-        self.operations = Counter(op.type for op in operations)
+        self.inputs, self.outputs = package.inputs, package.outputs
+        self.states = package.states
+        kinds = (op.type for op in package.block.operations)
+        self.operations = Counter(kind for kind in kinds if kind != "const")
         _refuse_unknown(self.path, self.operations)
         compiler = _Compiler(package)
-        self._steps = compiler.steps
-        self._constants = compiler.tensors
-        self._results = list(package.block.outputs)
-        _free_spent(self._steps, self._results)
+        self._steps, self._constants = compiler.steps, compiler.tensors
+        _free_spent(self._steps, set(package.block.outputs))
         self._check()
 
     def new_state(self) -> dict[str, Tensor]:
         """All zeros, as a program finds its states the first time."""
-        return {spec.name: torch.zeros(spec.shape, dtype=HELD[spec.dtype]) for spec in self.states}
+        return {spec.name: torch.zeros(spec.shape, dtype=GIVEN[spec.dtype]) for spec in self.states}
 
     @torch.inference_mode()
     def predict(
@@ -88,10 +98,12 @@ class Program:
         Numbers are converted to the declared types as Core ML does, but no fractions to integers.
         """
         values = self._constants | self._fed(feed)
-        values |= {spec.name: Slot(self._kept(state), spec.name) for spec in self.states}
+        if self.states:
+            kept = self._kept(state)
+            values |= {name: Slot(kept, name) for name in kept}
         self._run(values, trace)
         return {
-            spec.name: values[spec.name].to(HELD[spec.dtype]).numpy().copy()
+            spec.name: values[spec.name].to(GIVEN[spec.dtype]).numpy().copy()
             for spec in self.outputs
         }
 
@@ -135,14 +147,9 @@ class Program:
         shapes = {spec.name: _blank(spec) for spec in self.inputs}
         states = {spec.name: _blank(spec) for spec in self.states}
         values = empty | shapes | {name: Slot(states, name) for name in states}
-        self._run(values, None, blank=True)
-        for spec in self.outputs:
-            found = values.get(spec.name)
-            if not isinstance(found, Tensor) or tuple(found.shape) != spec.shape:
-                shape = list(found.shape) if isinstance(found, Tensor) else "nothing"
-                raise Problem(f"{self.path}: output {spec} comes out as {shape}", hint=AGAIN)
+        self._run(values, blank=True)
 
-    def _run(self, values: Environment, trace: Trace | None, blank: bool = False) -> None:
+    def _run(self, values: Environment, trace: Trace | None = None, blank: bool = False) -> None:
         for step in self._steps:
             given = {
                 key: values[name] if isinstance(name, str) else [values[one] for one in name]
@@ -156,13 +163,14 @@ class Program:
                 results = [results] if isinstance(results, Tensor) else results
                 for spec, result in zip(step.outputs, results, strict=True):
                     values[spec.name] = _declared(spec, result, step.kind in MOVES)
-            except (RuntimeError, ValueError, IndexError, LookupError, TypeError) as error:
+            except WRONG as error:
                 raise _wrong(self.path, step.kind, step.name, error) from error
             if trace:
                 for spec in step.outputs:
                     trace(step.kind, spec.name, values[spec.name])
             for name in step.spent:
                 del values[name]
+            del given, results  # or they would stay until the next ones are there
 
 
 def open_package(path: Path, function: str | None = None) -> Program:
@@ -190,12 +198,20 @@ class _Compiler:
                 self._add(op, name, outputs)
             except Problem:
                 raise
-            except (ValueError, IndexError, LookupError, TypeError) as error:
+            except WRONG as error:
                 raise _wrong(package.path, op.type, name, error) from error
             for spec in outputs:
                 if spec.name in self._known:
                     raise _wrong(package.path, op.type, name, f"{spec.name} is there already")
                 self._known[spec.name] = spec
+        states = {spec.name for spec in package.states}
+        for name in package.block.outputs:
+            if name not in self._known or name in states:
+                raise _wrong(package.path, "output", name, "nothing computes it")
+            self._widen(name)
+        package.agrees(
+            "outputs", [self._known[name] for name in package.block.outputs], package.outputs
+        )
 
     def _add(self, op: Any, name: str, outputs: list[Spec]) -> None:
         if op.type == "const":
@@ -211,11 +227,11 @@ class _Compiler:
             self.steps.append(self._step(op, name, outputs))
 
     def _keep(self, outputs: list[Spec], values: Constant | tuple[Array, ...]) -> None:
-        found = values if isinstance(values, tuple) else (values,)
-        for spec, value in zip(outputs, found, strict=True):
-            shape = () if isinstance(value, str) else value.shape
-            if shape != spec.shape:
-                raise ValueError(f"holds {list(shape)}, declared {list(spec.shape)}")
+        parts = values if isinstance(values, tuple) else (values,)
+        for spec, value in zip(outputs, parts, strict=True):
+            if not isinstance(value, str) and (value.shape, value.dtype) != spec.held:
+                found = f"{value.dtype} {list(value.shape)}"
+                raise ValueError(f"holds {found}, declared {spec.dtype} {list(spec.shape)}")
             self._constants[spec.name] = value
 
     def _constant(self, op: Any, name: str, key: str) -> Constant:
@@ -229,7 +245,7 @@ class _Compiler:
 
     def _step(self, op: Any, name: str, outputs: list[Spec]) -> Step:
         run = OPERATIONS[op.type]
-        takes = typing.get_type_hints(run)
+        takes = _hints(run)
         _check_parameters(run, op.inputs)
         constants: dict[str, Any] = {}
         inputs: dict[str, str | list[str]] = {}
@@ -246,7 +262,20 @@ class _Compiler:
                 at_run = at_run or wanted == Places
             else:
                 constants[key] = _python(key, self._constant(op, name, key), wanted)
+        self._check_floats(op.type, inputs, outputs)
+        if op.type == "cast" and constants["dtype"].replace("fp", "float") != outputs[0].dtype:
+            raise ValueError(f"casts to {constants['dtype']}, declared {outputs[0].dtype}")
         return Step(op.type, name, run, constants, inputs, outputs, at_run)
+
+    def _check_floats(
+        self, kind: str, inputs: dict[str, str | list[str]], outputs: list[Spec]
+    ) -> None:
+        """Only `cast` makes one float type of another."""
+        names = [n for key in inputs.keys() & MAIN for n in _names(inputs[key])]
+        found = {self._known[n].dtype for n in names if n in self._known}
+        found |= {spec.dtype for spec in outputs}
+        if kind != "cast" and found >= set(FLOATS):
+            raise ValueError(f"mixes {' and '.join(FLOATS)}")
 
     def _named(self, name: str, key: str, binding: Any) -> str:
         """The name by which a value is found when the program runs."""
@@ -254,14 +283,18 @@ class _Compiler:
         if binding.WhichOneof("binding") == "value":
             found = f"{name}.{key}"
             self._constants[found] = self.package.constant(found, binding.value)
-        if found in self._constants and found not in self.tensors:
-            value = self._constants[found]
-            if isinstance(value, str):
-                raise ValueError(f"{key} is a string")
-            self.tensors[found] = _widened(value)
-        elif found not in self._constants and found not in self._known:
-            raise ValueError(f"{key} is {found}, which is nowhere computed before")
+        elif found not in self._known:
+            raise ValueError(f"{key} is {found}, which nothing before computes")
+        self._widen(found)
         return found
+
+    def _widen(self, name: str) -> None:
+        """Make a tensor of what is a constant, the first time that it is asked for."""
+        if name in self._constants and name not in self.tensors:
+            value = self._constants[name]
+            if isinstance(value, str):
+                raise ValueError(f"{name} is a string")
+            self.tensors[name] = _widened(value)
 
 
 def _refuse_unknown(path: Path, operations: Counter[str]) -> None:
@@ -270,7 +303,7 @@ def _refuse_unknown(path: Path, operations: Counter[str]) -> None:
         found = ", ".join(f"{kind} ({operations[kind]} times)" for kind in unknown)
         raise Problem(
             f"{path}: operations that are not known here: {found}",
-            hint="run the package on a Mac, or write them into export/mil_operations.py",
+            hint=BEYOND,
         )
 
 
@@ -278,10 +311,13 @@ def _check_parameters(function: Callable[..., Any], given: Mapping[str, Any]) ->
     takes = inspect.signature(function).parameters
     for name in given:
         if name not in takes:
-            raise ValueError(f"parameter {name} is not known here")
+            raise Unknown(f"parameter {name} is not known here")
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in given:
             raise ValueError(f"parameter {name} is missing")
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _is_tensor(wanted: Any) -> bool:
@@ -294,7 +330,7 @@ def _python(key: str, value: Constant, wanted: Any) -> Any:
         found = value if isinstance(value, str) else value.item()
         if found not in typing.get_args(wanted):
             known = ", ".join(map(str, typing.get_args(wanted)))
-            raise ValueError(f"{key} is {found!r}, known are {known}")
+            raise Unknown(f"{key} is {found!r}, known are {known}")
         return found
     if isinstance(value, str):
         return value
@@ -308,38 +344,39 @@ def _widened(array: Array) -> Tensor:
     return torch.from_numpy(np.array(array, kind))
 
 
+def _kept_as(dtype: str) -> torch.dtype:
+    if dtype == "bool":
+        return torch.bool
+    return torch.float32 if dtype in FLOATS else torch.int32
+
+
 def _blank(spec: Spec) -> Tensor:
-    kind = torch.float32 if spec.dtype in FLOATS else torch.int32
-    kind = torch.bool if spec.dtype == "bool" else kind
-    return torch.empty(spec.shape, dtype=kind, device="meta")
+    """A shape without numbers."""
+    return torch.empty(spec.shape, dtype=_kept_as(spec.dtype), device="meta")
 
 
 def _declared(spec: Spec, value: Tensor, moved: bool) -> Tensor:
-    """A result, rounded to the type that is declared for it, after its shape was compared."""
-    if tuple(value.shape) != spec.shape:
+    """A result, after its shape was compared, rounded to the type that is declared for it."""
+    if value.shape != spec.shape:
         raise ValueError(f"comes out as {list(value.shape)}, declared {list(spec.shape)}")
-    if value.dtype != _blank(spec).dtype:
+    if value.dtype != _kept_as(spec.dtype):
         raise ValueError(f"comes out as {value.dtype}, declared {spec.dtype}")
-    if spec.dtype == "float16" and not moved:
-        return value.half().float()
-    if spec.dtype in NARROW:
-        return value.to(NARROW[spec.dtype]).int()
-    return value % 2**16 if spec.dtype == "uint16" else value
+    return value if moved or spec.dtype not in ROUNDED else ROUNDED[spec.dtype](value)
 
 
 def _wrong(path: Path, kind: str, name: str, reason: Exception | str) -> Problem:
-    return Problem(f"{path}: operation {name} ({kind}): {reason}", hint=AGAIN)
+    hint = BEYOND if isinstance(reason, Unknown) else AGAIN
+    first = (str(reason).splitlines() or [type(reason).__name__])[0].rstrip(".")
+    return Problem(f"{path}: operation {name} ({kind}): {first}", hint=hint)
 
 
-def _free_spent(steps: list[Step], results: list[str]) -> None:
-    """Say after which step each value is needed no longer."""
-    needed = set(results)
+def _names(found: str | list[str]) -> list[str]:
+    return [found] if isinstance(found, str) else found
+
+
+def _free_spent(steps: list[Step], needed: set[str]) -> None:
+    """Say after which step each value is read no longer."""
     for step in reversed(steps):
-        read = [
-            n
-            for names in step.inputs.values()
-            for n in ([names] if isinstance(names, str) else names)
-        ]
-        for name in {*read, *(spec.name for spec in step.outputs)} - needed:
-            needed.add(name)
-            step.spent.append(name)
+        names = {name for found in step.inputs.values() for name in _names(found)}
+        step.spent.extend((names | {spec.name for spec in step.outputs}) - needed)
+        needed |= names

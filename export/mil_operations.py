@@ -9,15 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.mil_package import LARGEST
+
 Ints: TypeAlias = list[int]
 Places: TypeAlias = Ints | Tensor
 """Constant, or known only when the program runs."""
+
+
+class Unknown(ValueError):
+    """Something that Core ML may well do, but that is not written here."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,10 @@ def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = 
 
 
 def einsum(values: list[Tensor], equation: str) -> Tensor:
+    letters = dict.fromkeys(letter for letter in equation if letter.isalpha())
+    plain = equation.translate({ord(old): new for old, new in zip(letters, "abcde", strict=False)})
+    if plain.replace(" ", "") not in ("abcd,adce->abce", "abc,cbd->abd"):
+        raise Unknown(f"equation is {equation!r}, known are nchw,nwhu->nchu and chw,whu->chu")
     return torch.einsum(equation, values)
 
 
@@ -58,6 +69,8 @@ def conv(
     around = pad if pad_type == "custom" and pad is not None else [0] * (2 * axes)
     before, after = around[::2], around[1::2]
     if before != after:
+        wide = [n + b + a for n, b, a in zip(x.shape[2:], before, after, strict=True)]
+        _limit(x.shape[0] * x.shape[1] * prod(wide))
         x, before = F.pad(x, _inside_out(around)), [0] * axes
     one = [1] * axes
     return product(x, weight, bias, strides or one, before, dilations or one, groups)
@@ -66,6 +79,7 @@ def conv(
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
 ) -> Tensor:
+    _limit(query.shape[:-1].numel() * key.shape[-2])
     return F.scaled_dot_product_attention(query, key, value, attn_mask)
 
 
@@ -180,6 +194,8 @@ def transpose(x: Tensor, perm: Ints) -> Tensor:
 
 
 def reshape(x: Tensor, shape: Ints) -> Tensor:
+    if 0 in shape and len(shape) != x.dim():
+        raise Unknown(f"shape {shape} keeps sizes of a shape that is not as long")
     return x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(shape)])
 
 
@@ -221,10 +237,6 @@ def fill(shape: Ints, value: Tensor) -> Tensor:
     return value.expand(shape)
 
 
-def range_1d(start: int, end: int, step: int) -> Tensor:
-    return torch.arange(start, end, step, dtype=torch.int32)
-
-
 def one_hot(
     indices: Tensor,
     one_hot_vector_size: int,
@@ -232,6 +244,7 @@ def one_hot(
     on_value: Tensor | None = None,
     off_value: Tensor | None = None,
 ) -> Tensor:
+    _limit(one_hot_vector_size)
     places = torch.arange(one_hot_vector_size, device=indices.device)
     hot = (indices.unsqueeze(-1) == places).movedim(-1, axis)
     if on_value is None or off_value is None:
@@ -332,6 +345,12 @@ def _inside_out(pad: Ints) -> Ints:
     return [n for i in range(len(pad) - 2, -1, -2) for n in pad[i : i + 2]]
 
 
+def _limit(elements: int) -> None:
+    """Of what is made on the way, which nothing declares."""
+    if elements > LARGEST:
+        raise ValueError(f"makes {elements} numbers on the way, more than {LARGEST}")
+
+
 def _ints(places: Places) -> Ints:
     return places.reshape(-1).tolist() if isinstance(places, Tensor) else places
 
@@ -391,7 +410,6 @@ OPERATIONS: dict[str, Operation] = {
         split,
         tile,
         fill,
-        range_1d,
         one_hot,
         gather,
         pad,

@@ -28,6 +28,8 @@ AGAIN = "export it again, or copy the whole folder anew"
 STRANGER = "do not use this package: it was not written by EdgeWhisper"
 LARGEST = 2**28
 """Elements of one value; the largest of whisper-large, its token table, has a quarter of it."""
+LARGEST_FILE = 2**31 - 1
+"""Bytes of the model file, which holds no large constants; protobuf reads no more."""
 SENTINEL = 0xDEADBEEF
 HEADER = struct.Struct("<IIQQQ")
 """Of a blob: sentinel, kind, size in bytes, where its bytes begin, unused bits at their end."""
@@ -66,6 +68,12 @@ class Spec:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def held(self) -> tuple[tuple[int, ...], str]:
+        """Shape and numpy's type of a constant: what is narrower than a byte comes in bytes."""
+        packed = "int8" if self.dtype == "int4" else "uint8"
+        return self.shape, packed if self.dtype in PACKED else self.dtype
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {list(self.shape)}"
@@ -111,6 +119,15 @@ class Package:
             found = f"{len(held)} values ({kind})"
             raise Problem(f"{self.path}: constant {spec} holds {found}", hint=AGAIN)
         return np.array(held).astype(spec.dtype).reshape(spec.shape)
+
+    def agrees(self, what: str, found: Sequence[Spec], described: Sequence[Spec]) -> None:
+        """Raise Problem where the model's description, which callers see, is not its program's."""
+        if sorted(map(str, found)) != sorted(map(str, described)):
+            says, does = ("; ".join(map(str, specs)) or "none" for specs in (described, found))
+            raise Problem(
+                f"{self.model_file}: its description has {what} {says}; its program has {does}",
+                hint=AGAIN,
+            )
 
     def _blob(self, spec: Spec, name: str, offset: int) -> Array:
         file, held = self._weight_file(name)
@@ -176,13 +193,8 @@ def read_package(path: Path, function: str | None = None) -> Package:
         [_described(path, feature) for feature in description.output],
         file,
     )
-    described = [_described(path, feature) for feature in description.input]
-    if sorted(map(str, described)) != sorted(map(str, package.inputs)):
-        raise Problem(
-            f"{file}: its description has inputs {_listed(described)}, its program has"
-            f" {_listed(package.inputs)}",
-            hint=AGAIN,
-        )
+    package.agrees("inputs", package.inputs, [_described(path, x) for x in description.input])
+    package.agrees("states", package.states, [_described(path, x) for x in description.state])
     return package
 
 
@@ -236,15 +248,22 @@ def _model_file(path: Path) -> Path:
 
 def _check_member(package: Path, file: Path) -> None:
     """A plain file inside the package, through no link."""
-    steps = [package.joinpath(*file.relative_to(package).parts[: i + 1]) for i in range(9)]
-    if any(step.is_symlink() for step in steps):
-        raise Problem(f"{file}: a link, not a file of the package", hint=STRANGER)
-    if not file.is_file():
+    above = [file, *file.parents]
+    try:
+        if any(step.is_symlink() for step in above[: above.index(package)]):
+            raise Problem(f"{file}: a link, not a file of the package", hint=STRANGER)
+        there = file.is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
         raise Problem(f"{file}: missing from the package", hint=AGAIN)
 
 
 def _parse(file: Path) -> Any:
     model = schema().Model()
+    size = file.stat().st_size
+    if size > LARGEST_FILE:
+        raise Problem(f"{file}: {size} bytes, at most {LARGEST_FILE} are read", hint=STRANGER)
     try:
         model.ParseFromString(file.read_bytes())
     except Exception as error:  # protobuf's DecodeError, which is known only where it is installed
@@ -298,17 +317,14 @@ def _bounded(path: Path, name: str, shape: Sequence[int], dtype: str) -> Spec:
 
 
 def _described(path: Path, feature: Any) -> Spec:
-    array = feature.type.multiArrayType
+    found = feature.type.WhichOneof("Type")
+    state = found == "stateType"
+    array = feature.type.stateType.arrayType if state else feature.type.multiArrayType
     if array.dataType not in DECLARED:
-        found = feature.type.WhichOneof("Type")
         raise Problem(
             f"{path}: {feature.name} is described as {found} (type {array.dataType})", hint=AGAIN
         )
     return _bounded(path, feature.name, list(array.shape), DECLARED[array.dataType])
-
-
-def _listed(specs: Sequence[Spec]) -> str:
-    return "; ".join(map(str, specs)) or "none"
 
 
 def _stays_inside(name: str) -> bool:
