@@ -43,6 +43,8 @@ STEPS = 30
 """Of k-means; the figures of a palette stand still before."""
 Halves = NDArray[np.float16]
 INT8 = Scheme(8)
+LARGEST = 65504.0
+"""The last number of float16."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def form_of(precision: str, scheme: Scheme | None, table: bool, inputs: int) -> 
 
 def _form(precision: str, scheme: Scheme | None, table: bool) -> Form:
     bits = int(precision.strip("abcdefghijklmnopqrstuvwxyz"))
-    low = Form("palette", bits) if precision.startswith("pal") else Form("int4", 4)
+    low = Form("palette", bits) if precision.startswith("pal") else Form("int4", 4, Scheme(4))
     if precision.startswith("fp"):
         return Form("float", bits)
     if scheme is None:  # the table decides on tokens: 4 bits are too few for it
@@ -103,9 +105,9 @@ def needs_blocks(precision: str, schemes: Any) -> bool:
 def halved(weight: Floats, name: str) -> Halves:
     """float16, refused where it would not hold the numbers."""
     largest = float(np.abs(weight).max(initial=0))
-    if largest > np.finfo(np.float16).max:
+    if largest > LARGEST:
         raise Problem(
-            f"{name}: a weight of {largest:.3g} is beyond float16, which ends at 65504",
+            f"{name}: a weight of {largest:.3g} is beyond float16, which ends at {LARGEST:g}",
             hint="export with --precision fp32",
         )
     return weight.astype(np.float16)
@@ -152,7 +154,7 @@ def palettes(rows: Floats, bits: int, groups: int = 1) -> tuple[NDArray[np.uint8
         means = sums.gather(1, ends).diff() / count.clamp(min=1)
         centres = torch.where(count > 0, means.float(), centres)
     centres = _with_zero(centres, (values == 0).any(1)).half()
-    whole = torch.from_numpy(rows).view(groups, -1)
+    whole = torch.from_numpy(np.ascontiguousarray(rows)).view(groups, -1)
     indices = torch.searchsorted(_midpoints(centres.float()), whole, out_int32=True)
     return indices.view(rows.shape).to(torch.uint8).numpy(), centres.numpy()
 
