@@ -3,7 +3,7 @@ without a decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from benchmarks.bench import OURS
 from benchmarks.stock import Encoder
 from devices.device import run_runner
 from devices.local import LocalDevice
+from devices.runner.coreml import CACHES
 from devices.runner.decode import Logits, Rules, greedy
 
 if TYPE_CHECKING:
@@ -76,6 +77,24 @@ def read_packages(folder: Path) -> dict[str, dict[str, Any]]:
         answer = run_runner(device, words, "benchmarks.stock", OURS, READING_S)
     found: dict[str, dict[str, Any]] = answer["packages"]
     return found
+
+
+def packed_caches(
+    model: WhisperForConditionalGeneration, manifest: dict[str, Any]
+) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """What lays a checkpoint's caches out as those of a package, which may have zeros between."""
+    from export.to_coreml import cache_channels
+
+    channels = cache_channels(model, manifest["coreml"]["neural_engine"])
+
+    def packed(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        laid = {}
+        for name, places in zip(CACHES, channels, strict=True):
+            laid[name] = np.zeros((max(places) + 1, found[name].shape[1]), np.float32)
+            laid[name][places] = found[name]
+        return laid
+
+    return packed
 
 
 class OwnDecoder:

@@ -448,6 +448,21 @@ def _cache_widths(heads: Heads) -> tuple[int, int]:
     return heads.count * heads.qk_dim, heads.count * heads.v_dim
 
 
+def cache_channels(model: nn.Module, neural_engine: bool) -> list[list[int]]:
+    """Where in a decoder's key_cache and value_cache the model's own keys and values stand: channels
+    of all layers' heads, one behind the other."""
+    found: list[list[int]] = [[], []]
+    begins = [0, 0]
+    for layer in model.model.decoder.layers:
+        was = heads_of(layer.self_attn)
+        now = _heads(layer.self_attn, neural_engine, cached=True)
+        for kind, (dim, wide) in enumerate(((was.qk_dim, now.qk_dim), (was.v_dim, now.v_dim))):
+            begin = begins[kind]
+            found[kind] += [begin + h * wide + n for h in range(was.count) for n in range(dim)]
+            begins[kind] += was.count * wide
+    return found
+
+
 def _decode(g: Graph, model: nn.Module, plan: Plan, given: dict[str, Var]) -> list[Var]:
     decoder, d_model = model.model.decoder, model.config.d_model
     table, x = _look_up(g, decoder, given)
