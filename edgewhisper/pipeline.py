@@ -363,11 +363,9 @@ def torch_parts(
     model: WhisperForConditionalGeneration, processor: WhisperProcessor, manifest: dict[str, Any]
 ) -> Callable[[np.ndarray, list[int]], dict[str, np.ndarray]]:
     """The checkpoint's parts along tokens; logits before each of them and after the last."""
-    prompt, packed = manifest["decoding"]["prompt"], lambda found: {}
-    if manifest["target"] == "coreml":
-        from edgewhisper.coreml import packed_caches
+    from edgewhisper.coreml import packed_caches
 
-        packed = packed_caches(model, manifest)
+    prompt, packed = manifest["decoding"]["prompt"], packed_caches(model, manifest)
 
     def parts(pcm: np.ndarray, tokens: list[int]) -> dict[str, np.ndarray]:
         found = decoding.parts(model, processor, pcm, [*prompt, *tokens])
