@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -354,18 +355,34 @@ LAYOUTS: dict[str, Callable[..., Hearing]] = {
 }
 
 
+WHISPER = "transformers.models.whisper.processing_whisper"
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "transformers": (WHISPER,),
+    "sherpa": (WHISPER,),
+    "single": (),
+    "whisperkit": ("export.mil_interpreter",),
+    "encoder": (
+        "export.mil_interpreter",
+        "transformers.models.whisper.feature_extraction_whisper",
+    ),
+}
+"""What a layout's loop imports."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """What an artifact says of a JSON list of WAV files; transformers is imported before the limit
+    """What an artifact says of a JSON list of WAV files; what computes is imported before the limit
     of memory, which is for the artifact alone."""
     parser = argparse.ArgumentParser(prog="benchmarks.stock", description="Run other layouts.")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("clips", type=Path, nargs="?", help="without: only say what it is made of")
     parser.add_argument("--threads", type=int)
     given = parser.parse_args(argv)
-    from transformers import WhisperProcessor  # noqa: F401
-
-    limit_memory(SPARE_BYTES + 8 * folder_bytes(given.artifact))
     try:
+        layout = read_manifest(given.artifact).get("layout", "native")
+        for name in LIBRARIES[layout] if given.clips else ():
+            import_module(name)
+        limit_memory(SPARE_BYTES + 8 * folder_bytes(given.artifact))
         answer = answer_of(given.artifact, given.clips, given.threads)
     except (RunnerProblem, Problem) as letter:
         answer = {"error": str(letter), "hint": letter.hint}
