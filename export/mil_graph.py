@@ -266,7 +266,7 @@ def stored(
     forms.halved(weight, g.place)  # all others are float16 at work
     if form.kind == "palette":
         return _palette(g, rows, form.bits, turned)
-    if form.kind == "int8":
+    if form.name == "int8":
         codes, scale = forms.int8(rows, form.scheme)
         axis = np.int32(1 if transposed else 0)
         given = {"quantized_data": turned(codes), "zero_point": np.int8(0), "scale": scale}

@@ -52,7 +52,7 @@ class Form:
     """How one weight is stored."""
 
     kind: str
-    """float, int8, int4 or palette"""
+    """float, int or palette"""
     bits: int
     scheme: Scheme = INT8
     said: str = ""
@@ -60,31 +60,29 @@ class Form:
 
     @property
     def name(self) -> str:
-        return {"float": f"float{self.bits}", "palette": f"palette{self.bits}"}.get(
-            self.kind, self.kind
-        )
+        return f"{self.kind}{self.bits}"
 
 
 def form_of(precision: str, scheme: Scheme | None, table: bool, inputs: int) -> Form:
     """The form of a weight with so many inputs for each output; `table`: or the stem's kernels."""
     form = _form(precision, scheme, table)
     scheme = form.scheme
-    if form.kind == "int4" and _block(scheme, inputs) < SMALLEST_BLOCK:
+    if form.name == "int4" and _block(scheme, inputs) < SMALLEST_BLOCK:
         said = f"no block of {SMALLEST_BLOCK} weights or more divides {inputs} inputs"
-        return Form("int8", 8, replace(scheme, bits=8), said)
+        return Form("int", 8, replace(scheme, bits=8), said)
     return form
 
 
 def _form(precision: str, scheme: Scheme | None, table: bool) -> Form:
     bits = int(precision.strip("abcdefghijklmnopqrstuvwxyz"))
-    low = Form("palette", bits) if precision.startswith("pal") else Form("int4", 4, Scheme(4))
+    low = Form("palette", bits) if precision.startswith("pal") else Form("int", 4, Scheme(4))
     if precision.startswith("fp"):
         return Form("float", bits)
     if scheme is None:  # the table decides on tokens: 4 bits are too few for it
-        return Form("int8", 8) if precision == "int8" or (table and bits == 4) else low
+        return Form("int", 8) if precision == "int8" or (table and bits == 4) else low
     if scheme.bits == 4:
         return replace(low, scheme=scheme)
-    return Form("int8", 8, scheme) if scheme.bits == 8 else Form("float", 16)
+    return Form("int", 8, scheme) if scheme.bits == 8 else Form("float", 16)
 
 
 def _block(scheme: Scheme, inputs: int) -> int:
@@ -115,7 +113,7 @@ def halved(weight: Floats, name: str) -> Halves:
 
 def int8(rows: Floats, scheme: Scheme) -> tuple[NDArray[np.int8], Halves]:
     """rows (out, in) -> codes (out, in) and scales (out,)."""
-    scale = _upwards(quantise(torch.from_numpy(rows), scheme)[1].numpy())  # (out, 1)
+    scale = _halved_scale(quantise(torch.from_numpy(rows), scheme)[1].numpy())  # (out, 1)
     codes = np.rint(rows / scale.astype(np.float32)).clip(-127, 127)
     return codes.astype(np.int8), scale[:, 0].copy()
 
@@ -127,17 +125,19 @@ def int4(rows: Floats, scheme: Scheme) -> tuple[NDArray[np.int8], Halves]:
     """
     inputs = rows.shape[1]
     block = _block(scheme, inputs)
-    scale = _upwards(quantise(torch.from_numpy(rows), scheme)[1].numpy())  # (out, scheme's blocks)
+    scale = _halved_scale(quantise(torch.from_numpy(rows), scheme)[1].numpy())
     wide = scale.repeat(scheme.block, axis=1)[:, :inputs]
     codes = np.rint(rows / wide.astype(np.float32)).clip(-8, 7)
     return codes.astype(np.int8), wide[:, ::block].copy()
 
 
-def _upwards(scale: Floats) -> Halves:
-    """Scales as float16 of no smaller magnitude, so that no code grows too large."""
+def _halved_scale(scale: Floats) -> Halves:
+    """The nearest float16, or where these lie far apart, close to zero, the next larger one: codes
+    must not grow beyond what they are clipped to."""
     near = scale.astype(np.float16)
     outward = np.copysign(np.float16(np.inf), near)
-    return np.where(np.abs(near) < np.abs(scale), np.nextafter(near, outward), near)
+    short = np.abs(near) < np.abs(scale) * (1 - 2**-10)
+    return np.where(short, np.nextafter(near, outward), near)
 
 
 def palettes(rows: Floats, bits: int, groups: int = 1) -> tuple[NDArray[np.uint8], Halves]:
@@ -169,7 +169,7 @@ def _first_centres(values: Tensor, count: int) -> Tensor:
     The best many-level quantiser has levels as dense as the cube root of the values' density
     (Panter and Dite, 1951), which the gaps between quantiles tell.
     """
-    places = torch.linspace(0, values.shape[1] - 1, 1025).round().long()
+    places = torch.arange(1025) * (values.shape[1] - 1) // 1024
     quantiles = values[:, places]
     mass = quantiles.diff().pow(2 / 3)
     mass = mass / mass.sum(1, keepdim=True).clamp(min=1e-30)
