@@ -348,7 +348,7 @@ def _python(key: str, value: Constant, wanted: Any) -> Any:
 
 
 def _widened(array: Array) -> Tensor:
-    """As values are kept: float32, int32 or bool."""
+    """As values are kept: float32, int32 or bool. A copy: files and callers keep theirs."""
     kind = {"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int32)
     return torch.from_numpy(np.array(array, kind))
 

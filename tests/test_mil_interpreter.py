@@ -6,9 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import math
-import os
 import resource
 import shutil
 import subprocess
@@ -18,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import hostile_packages
 import numpy as np
 import pytest
 import torch
+from hostile_packages import MODEL, WEIGHTS
 
-from export import mil_package
 from export.mil_constants import FORMS
 from export.mil_interpreter import Program, open_package
 from export.mil_operations import OPERATIONS
@@ -36,20 +35,14 @@ with contextlib.redirect_stderr(io.StringIO()):  # it tells what it lacks outsid
 
 SIZES = {"x": (2, 3, 4, 6), "y": (2, 3, 4, 6), "ids": (5,), "at": (1,)}
 DTYPES = {"fp16": types.fp16, "fp32": types.fp32}
-MODEL, WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
 
 
-def write(path: Path, inputs: dict, build: Callable, target: str = "iOS17") -> Path:
+def write(path: Path, inputs: list, build: Callable, target: str = "iOS17") -> Path:
     """A package of a program as it is built: without coremltools' passes, which improve it."""
     opset = getattr(ct.target, target)
-    program = Builder.program(input_specs=list(inputs.values()), opset_version=opset)
-    named: dict = {}
-    exec(
-        f"def main({', '.join(inputs)}): return build({', '.join(inputs)})", {"build": build}, named
-    )
     with contextlib.redirect_stderr(io.StringIO()):
         model = ct.convert(
-            program(named["main"]),
+            Builder.program(input_specs=inputs, opset_version=opset)(build),
             convert_to="mlprogram",
             minimum_deployment_target=opset,
             compute_precision=ct.precision.FLOAT32,
@@ -412,14 +405,15 @@ CASES_18: dict[str, tuple[Callable, Callable]] = {
 def one_program(folder: Path, cases: dict, target: str, precision: str, numbers) -> Program:
     """All cases as outputs of one program."""
     floats = DTYPES[precision]
-    inputs = {n: tensor(SIZES[n], floats if n in "xy" else types.int32) for n in SIZES}
     numbers.dtype = types.nptype_from_builtin(floats)
 
-    def build(*given):
-        v = SimpleNamespace(**dict(zip(inputs, given, strict=True)))
+    def build(x, y, ids, at):
+        v = SimpleNamespace(x=x, y=y, ids=ids, at=at)
         results = {name: case[0](Builder, v, numbers) for name, case in cases.items()}
         return tuple(Builder.identity(x=x, name=f"{name}_") for name, x in results.items())
 
+    kinds = {name: floats if name in "xy" else types.int32 for name in SIZES}
+    inputs = [tensor(SIZES[name], kind) for name, kind in kinds.items()]
     return open_package(write(folder / f"{target}-{precision}.mlpackage", inputs, build, target))
 
 
@@ -459,6 +453,36 @@ def test_every_operation_that_is_known_is_tested_here():
     tested = {name.split("_of_")[0] for name in (*CASES, *CASES_18)}
     other = {"conv", "split", "identity", "read_state", "write_state"}
     assert OPERATIONS.keys() - tested - other <= {"scaled_dot_product_attention"}
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda x: Builder.reverse(x=x, axes=[0]), r"not known here: reverse \(1 times\)"),
+        (
+            lambda x: Builder.gather(x=x, indices=np.int32([[0], [1]]), axis=1, batch_dims=1),
+            r"\(gather\): batch_dims is 1, known are 0",
+        ),
+        (
+            lambda x: Builder.conv(x=x, weight=np.ones((1, 3, 3), np.float16), pad_type="same"),
+            r"\(conv\): pad_type is 'same', known are valid, custom",
+        ),
+        (
+            lambda x: Builder.concat(values=[x, x], axis=1, interleave=True),
+            r"\(concat\): interleave is True, known are False",
+        ),
+        (
+            lambda x: Builder.reshape(x=x, shape=[0, 8]),
+            r"\(reshape\): shape \[0, 8\] keeps sizes",
+        ),
+    ],
+    ids=["operation", "batches", "padding", "interleaved", "kept_sizes"],
+)
+def test_what_is_not_written_is_refused_by_name(build, message, tmp_path):
+    path = write(tmp_path / "unknown.mlpackage", [tensor((2, 3, 4))], build)
+    with pytest.raises(Problem, match=message) as caught:
+        open_package(path)
+    assert "run the package on a Mac" in caught.value.hint
 
 
 # -------------------------------------------------------------------------- compressed constants
@@ -612,17 +636,17 @@ IN_USE = {
 FORMS_16, FORMS_18 = (tuple(forms(np.random.default_rng(0))) for forms in (forms_16, forms_18))
 
 
+def products(forms: dict[str, Callable]) -> Callable:
+    return lambda x: tuple(Builder.mul(x=x, y=form(), name=name) for name, form in forms.items())
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, module_seed) -> dict[str, tuple]:
     """Products with every compressed constant, and with what coremltools makes of it."""
     folder, rng = tmp_path_factory.mktemp("constants"), np.random.default_rng(module_seed)
     found: dict[str, tuple] = {}
     for target, forms in (("iOS16", forms_16(rng)), ("iOS18", forms_18(rng))):
-
-        def build(x, forms=forms):
-            return tuple(Builder.mul(x=x, y=form(), name=name) for name, form in forms.items())
-
-        path = write(folder / f"{target}.mlpackage", {"x": tensor((24, 20))}, build, target)
+        path = write(folder / f"{target}.mlpackage", [tensor((24, 20))], products(forms), target)
         plain = folder / f"{target}-plain.mlpackage"
         with contextlib.redirect_stderr(io.StringIO()):
             model = ct.models.MLModel(str(path), skip_model_load=True)
@@ -650,12 +674,8 @@ def test_a_compressed_constant_is_what_coremltools_makes_of_it(form, weights):
 def remembers(tmp_path_factory) -> Program:
     """Writes a column into a cache at a place known when it runs; gives the whole cache, doubled,
     and the sum of another state that it adds to."""
-    inputs = {
-        "column": tensor((1, 4, 1)),
-        "at": tensor((1,), types.int32),
-        "cache": Builder.StateTensorSpec((1, 4, 8), dtype=types.fp16),
-        "total": Builder.StateTensorSpec((1, 4, 1), dtype=types.fp16),
-    }
+    inputs = [tensor((1, 4, 1)), tensor((1,), types.int32)]
+    inputs += [Builder.StateTensorSpec((1, 4, n), dtype=types.fp16) for n in (8, 1)]
 
     def build(column, at, cache, total):
         b, zero = Builder, np.int32([0, 0])
@@ -694,14 +714,14 @@ def test_what_was_given_and_what_came_out_are_the_callers(remembers, rng):
 
 @pytest.mark.parametrize(
     "state, message",
-    {
-        "none": (None, "keeps the states .*cache.*, given none"),
-        "one_missing": ({"cache": torch.zeros(1, 4, 8)}, "given {'cache'"),
-        "another_shape": ({"cache": torch.zeros(1, 4, 9), "total": torch.zeros(1, 4, 1)}, "4, 9"),
-    }.items(),
+    [
+        (None, "keeps the states .*cache.*, given none"),
+        ({"cache": torch.zeros(1, 4, 8)}, "given {'cache'"),
+        ({"cache": torch.zeros(1, 4, 9), "total": torch.zeros(1, 4, 1)}, "4, 9"),
+    ],
+    ids=["none", "one_missing", "another_shape"],
 )
 def test_states_that_a_program_does_not_keep(state, message, remembers):
-    state, message = message
     with pytest.raises(Problem, match=message) as caught:
         remembers.predict({"column": np.zeros((1, 4, 1)), "at": np.array([0])}, state)
     assert "new_state()" in caught.value.hint
@@ -739,7 +759,7 @@ def test_a_trace_names_every_result_and_nothing_stays_that_is_read_no_longer(tmp
             x = Builder.add(x=x, y=np.float16(1))
         return x
 
-    program = open_package(write(tmp_path / "chain.mlpackage", {"x": tensor((64,))}, build))
+    program = open_package(write(tmp_path / "chain.mlpackage", [tensor((64,))], build))
     alive, most = [], []
 
     def trace(kind: str, name: str, value: torch.Tensor) -> None:
@@ -752,15 +772,15 @@ def test_a_trace_names_every_result_and_nothing_stays_that_is_read_no_longer(tmp
     assert len(most) == 9 and max(most) == 2
 
 
+def product(factor: int) -> Callable:
+    return lambda x: Builder.mul(x=x, y=np.float16(factor), name="y")
+
+
 @pytest.fixture(scope="module")
 def two_functions(tmp_path_factory) -> Path:
     folder, functions = tmp_path_factory.mktemp("functions"), MultiFunctionDescriptor()
     for name, factor in (("twice", 2), ("thrice", 3)):
-
-        def build(x, factor=factor):
-            return Builder.mul(x=x, y=np.float16(factor), name="y")
-
-        single = write(folder / f"{name}.mlpackage", {"x": tensor((3,))}, build)
+        single = write(folder / f"{name}.mlpackage", [tensor((3,))], product(factor))
         functions.add_function(str(single), "main", name)
     functions.default_function_name = "twice"
     with contextlib.redirect_stderr(io.StringIO()):
@@ -809,7 +829,7 @@ def sound(tmp_path_factory, module_seed) -> Path:
         return Builder.tile(x=y, reps=[2, 1], name="y")
 
     folder = tmp_path_factory.mktemp("sound")
-    return write(folder / "sound.mlpackage", {"x": tensor((3, 6))}, build)
+    return write(folder / "sound.mlpackage", [tensor((3, 6))], build)
 
 
 @pytest.fixture
@@ -817,260 +837,12 @@ def package(sound, tmp_path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "spoiled.mlpackage"))
 
 
-def edited(change: Callable) -> Callable:
-    """Change the model: given its operations by type, and the model itself."""
-
-    def spoil(package: Path) -> None:
-        model = mil_package.schema().Model()
-        model.ParseFromString((package / MODEL).read_bytes())
-        (block,) = model.mlProgram.functions["main"].block_specializations.values()
-        change({operation.type: operation for operation in block.operations}, model, block)
-        (package / MODEL).write_bytes(model.SerializeToString())
-
-    return spoil
-
-
-def constant(block, part: str):
-    """The constant that holds a parameter, or a weight."""
-    (found,) = (o for o in block.operations if o.type == "const" and part in o.outputs[0].name)
-    return found
-
-
-def written(file: str, content: bytes) -> Callable:
-    return lambda package: (package / file).write_bytes(content)
-
-
-def cut(file: str, share: float) -> Callable:
-    def spoil(package: Path) -> None:
-        os.truncate(package / file, int((package / file).stat().st_size * share))
-
-    return spoil
-
-
-def manifest(name: object) -> Callable:
-    found = {"rootModelIdentifier": "a", "itemInfoEntries": {"a": {"path": name}}}
-    return written("Manifest.json", json.dumps(found).encode())
-
-
-def linked(file: str) -> Callable:
-    """The file or folder is a link to what it was, elsewhere."""
-
-    def spoil(package: Path) -> None:
-        aside = package.parent / "aside"
-        (package / file).rename(aside)
-        (package / file).symlink_to(aside)
-
-    return spoil
-
-
-def in_weights(offset: int, content: bytes) -> Callable:
-    def spoil(package: Path) -> None:
-        with (package / WEIGHTS).open("r+b") as file:
-            file.seek(offset)
-            file.write(content)
-
-    return spoil
-
-
-def named(name: str) -> Callable:
-    def change(kinds, model, block):
-        constant(block, "weight").attributes["val"].blobFileValue.fileName = name
-
-    return edited(change)
-
-
-def set_offset(kinds, model, block):
-    constant(block, "weight").attributes["val"].blobFileValue.offset = 2**63
-
-
-def larger_weight(kinds, model, block):
-    found = constant(block, "weight")
-    for kind in (found.attributes["val"].type, found.outputs[0].type):
-        kind.tensorType.dimensions[0].constant.size = 9
-
-
-def huge_constant(kinds, model, block):
-    constant(block, "weight").attributes["val"].type.tensorType.dimensions[0].constant.size = 2**50
-
-
-def huge_input(kinds, model, block):
-    kind = model.mlProgram.functions["main"].inputs[0].type.tensorType
-    kind.dimensions[0].constant.size = 2**40
-
-
-def huge_result(kinds, model, block):
-    kinds["tile"].outputs[0].type.tensorType.dimensions[0].constant.size = 2**40
-
-
-def many_tiles(kinds, model, block):
-    constant(block, "reps").attributes["val"].immediateValue.tensor.ints.values[0] = 2**31 - 1
-
-
-def wide_padding(kinds, model, block):
-    constant(block, "pad_0_pad").attributes["val"].immediateValue.tensor.ints.values[0] = 2**31 - 1
-
-
-def unknown_operation(kinds, model, block):
-    kinds["gelu"].type = "hypot"
-
-
-def unknown_parameter(kinds, model, block):
-    kinds["gelu"].inputs["sharpness"].CopyFrom(kinds["gelu"].inputs["x"])
-
-
-def missing_parameter(kinds, model, block):
-    del kinds["tile"].inputs["reps"]
-
-
-def unknown_mode(kinds, model, block):
-    constant(block, "pad_0_mode").attributes["val"].immediateValue.tensor.strings.values[0] = "wrap"
-
-
-def another_shape(kinds, model, block):
-    kinds["gelu"].outputs[0].type.tensorType.dimensions[1].constant.size = 11
-
-
-def another_dtype(kinds, model, block):
-    kinds["gelu"].outputs[0].type.tensorType.dataType = 11  # float32
-
-
-def an_integer(kinds, model, block):
-    kinds["gelu"].outputs[0].type.tensorType.dataType = 23  # int32
-
-
-def no_such_dtype(kinds, model, block):
-    kinds["gelu"].outputs[0].type.tensorType.dataType = 24  # int64
-
-
-def from_nowhere(kinds, model, block):
-    kinds["gelu"].inputs["x"].arguments[0].name = "nothing"
-
-
-def from_itself(kinds, model, block):
-    kinds["gelu"].inputs["x"].arguments[0].name = kinds["gelu"].outputs[0].name
-
-
-def twice_the_name(kinds, model, block):
-    kinds["gelu"].outputs[0].name = "x"
-
-
-def one_result_more(kinds, model, block):
-    kinds["gelu"].outputs.add().CopyFrom(kinds["gelu"].outputs[0])
-    kinds["gelu"].outputs[1].name = "more"
-
-
-def two_arguments(kinds, model, block):
-    kinds["gelu"].inputs["x"].arguments.add().CopyFrom(kinds["gelu"].inputs["x"].arguments[0])
-
-
-def too_few_numbers(kinds, model, block):
-    del constant(block, "reps").attributes["val"].immediateValue.tensor.ints.values[0]
-
-
-def no_shape(kinds, model, block):
-    kinds["gelu"].outputs[0].type.tensorType.dimensions[0].unknown.variadic = False
-
-
-def described_otherwise(kinds, model, block):
-    model.description.input[0].type.multiArrayType.shape[0] = 4
-
-
-def output_described_otherwise(kinds, model, block):
-    model.description.output[0].name = "z"
-
-
-def an_image(kinds, model, block):
-    model.description.input[0].type.imageType.width = 3
-
-
-def no_output(kinds, model, block):
-    block.outputs[0] = "nothing"
-
-
-def another_opset(kinds, model, block):
-    model.mlProgram.functions["main"].opset = "CoreML99"
-
-
-def a_neural_network(kinds, model, block):
-    model.neuralNetwork.Clear()
-    model.neuralNetwork.layers.add()
-
-
-def no_function(kinds, model, block):
-    del model.mlProgram.functions["main"]
-
-
-BLOB = 64
-"""Where the only weight's header begins."""
-HOSTILE: dict[str, tuple[Callable, str]] = {
-    "no_package": (shutil.rmtree, "not a Core ML package"),
-    "no_manifest": (lambda p: (p / "Manifest.json").unlink(), r"Manifest.json: missing"),
-    "manifest_not_json": (written("Manifest.json", b"\xff{"), "Manifest.json: damaged"),
-    "manifest_a_list": (written("Manifest.json", b"[]"), "Manifest.json: damaged"),
-    "manifest_deep": (written("Manifest.json", b"[" * 100_000), "Manifest.json: damaged"),
-    "manifest_names_a_number": (manifest(7), "Manifest.json: damaged"),
-    "manifest_names_nothing": (manifest("none"), "none: missing"),
-    "manifest_names_a_long_name": (manifest("n" * 5000), "missing from the package"),
-    "manifest_leaves": (manifest("../../model"), "'../../model', which is outside"),
-    "manifest_leaves_by_root": (manifest("/model"), "'/model', which is outside"),
-    "manifest_leaves_as_on_windows": (manifest("..\\model"), "which is outside"),
-    "manifest_a_link": (linked("Manifest.json"), "Manifest.json: a link"),
-    "model_a_link": (linked(MODEL), "model.mlmodel: a link"),
-    "data_a_link": (linked("Data"), "model.mlmodel: a link"),
-    "weights_a_link": (linked(WEIGHTS), "weight.bin: a link"),
-    "weights_in_a_linked_folder": (linked(str(Path(WEIGHTS).parent)), "weight.bin: a link"),
-    "no_model": (lambda p: (p / MODEL).unlink(), "model.mlmodel: missing"),
-    "no_weights": (lambda p: (p / WEIGHTS).unlink(), "weight.bin: missing"),
-    "model_cut": (cut(MODEL, 0.6), "model.mlmodel: damaged, not a Core ML model"),
-    "model_empty": (cut(MODEL, 0), "model.mlmodel: not an ML program"),
-    "model_is_text": (written(MODEL, b"once upon a time"), "model.mlmodel: damaged"),
-    "weights_cut": (cut(WEIGHTS, 0.9), "weight.bin: constant .* beyond the file's"),
-    "weights_empty": (cut(WEIGHTS, 0), "beyond the file's 0 bytes"),
-    "weights_of_another_time": (in_weights(BLOB, b"    "), "no constant begins there"),
-    "weights_of_another_type": (in_weights(BLOB + 4, b"\2"), "holds another type"),
-    "weights_smaller": (in_weights(BLOB + 8, b"\7"), "needs 96 bytes, found 7"),
-    "weights_elsewhere": (in_weights(BLOB + 16, b"\xff" * 8), "beyond the file's"),
-    "weight_beyond": (edited(set_offset), "weight.bin: constant .* is beyond the file's"),
-    "weight_larger": (edited(larger_weight), "needs 108 bytes, found 96"),
-    "weight_outside": (named("@model_path/../../../secret"), "which is outside"),
-    "weight_by_root": (named("/etc/passwd"), "'/etc/passwd', which is outside"),
-    "weight_missing": (named("@model_path/weights/other.bin"), "other.bin: missing"),
-    "weight_huge": (edited(huge_constant), "declares shape .*, more than 268435456"),
-    "input_huge": (edited(huge_input), "declares shape .*, more than 268435456"),
-    "result_huge": (edited(huge_result), "declares shape .*, more than 268435456"),
-    "many_tiles": (edited(many_tiles), r"comes out as \[6442450941, 10\], declared \[6, 10\]"),
-    "wide_padding": (edited(wide_padding), "operation .*pad"),
-    "unknown_operation": (edited(unknown_operation), r"not known here: hypot \(1 times\)"),
-    "unknown_parameter": (edited(unknown_parameter), r"\(gelu\): parameter sharpness is not known"),
-    "missing_parameter": (edited(missing_parameter), r"\(tile\): parameter reps is missing"),
-    "unknown_mode": (edited(unknown_mode), r"mode is 'wrap', known are constant, reflect"),
-    "another_shape": (edited(another_shape), r"as \[3, 10\], declared \[3, 11\]"),
-    "another_dtype": (edited(another_dtype), r"\(gelu\): mixes float16 and float32"),
-    "an_integer": (edited(an_integer), r"\(gelu\): comes out as torch.float32, declared int32"),
-    "no_such_dtype": (edited(no_such_dtype), "has type int64, which is not supported"),
-    "from_nowhere": (edited(from_nowhere), r"\(gelu\): x is nothing, which nothing before"),
-    "from_itself": (edited(from_itself), r"\(gelu\): x is gelu_0, which nothing before"),
-    "twice_the_name": (edited(twice_the_name), "x is there already"),
-    "one_result_more": (edited(one_result_more), r"\(gelu\): gives 1 results, declared 2"),
-    "two_arguments": (edited(two_arguments), r"\(gelu\): x has 2 values instead of one"),
-    "too_few_numbers": (edited(too_few_numbers), r"int32 \[2\] holds 1 values"),
-    "no_shape": (edited(no_shape), "has no fixed shape"),
-    "described_otherwise": (edited(described_otherwise), r"inputs x float16 \[4, 6\]; its program"),
-    "output_described_otherwise": (edited(output_described_otherwise), "outputs z float16"),
-    "an_image": (edited(an_image), "x is described as imageType"),
-    "no_output": (edited(no_output), "nothing computes it"),
-    "another_opset": (edited(another_opset), "has no operations"),
-    "a_neural_network": (edited(a_neural_network), r"not an ML program \(neuralNetwork\)"),
-    "no_function": (edited(no_function), "no function 'main', it has none"),
-}
-
-
 def test_the_package_that_is_spoiled_below_is_sound(package, rng):
     x = rng.standard_normal((3, 6)).astype(np.float16)
     assert open_package(package).predict({"x": x})["y"].shape == (6, 10)
 
 
-@pytest.mark.parametrize("spoil, message", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("spoil, message", hostile_packages.ALL.values(), ids=hostile_packages.ALL)
 def test_a_package_from_a_stranger(spoil, message, package):
     spoil(package)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
