@@ -343,11 +343,12 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
 
 
 def forget_short_windows(model: nn.Module, but_s: float | None = None) -> None:
-    """From now on the model hears every clip in its full window, or if that is kept and holds it in
-    the window of so many seconds."""
+    """From now on the model hears every clip in its full window, or if that holds it in its window
+    of so many seconds; one that it has not is for the export to refuse."""
     windows = windows_of(model.config)
-    kept = [n for n in windows if but_s is not None and round(but_s / POSITION_S) == n]
-    set_windows(model.config, sorted({*kept, windows[-1]}))
+    asked = windows[-1] if but_s is None else round(but_s / POSITION_S)
+    if asked in windows:
+        set_windows(model.config, sorted({asked, windows[-1]}))
 
 
 def check_windows(windows: Any, positions: int) -> None:
