@@ -449,7 +449,7 @@ def _cache_widths(heads: Heads) -> tuple[int, int]:
 
 
 def cache_channels(model: nn.Module, neural_engine: bool) -> list[list[int]]:
-    """Where in key_cache and value_cache the channels of the model's keys and values stand, layer by
+    """Channels of key_cache and of value_cache that hold the model's own keys and values, layer by
     layer and head by head."""
     found: list[list[int]] = [[], []]
     begins = [0, 0]

@@ -11,13 +11,14 @@ import shutil
 import struct
 import sys
 import warnings
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+from interop.check import irregular
 from small_whisper import random_whisper
 
 from benchmarks import bench as benching
@@ -404,17 +405,20 @@ def is_header(held: bytearray, at: int) -> bool:
     return struct.unpack_from("<I", held, at)[0] == SENTINEL
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def judged(model, processor, few, fp32):
-    """The gate of a folder under the bounds of a precision."""
+    """The gate of a folder under the bounds of a precision; torch is asked once."""
+    greedy = cache(lambda raw: decoding.greedy(model, processor, [np.frombuffer(raw, "<f4")])[0])
+    ask = pipeline.torch_parts(model, processor, read_artifact(fp32))
+    parts = cache(lambda raw, tokens: ask(np.frombuffer(raw, "<f4"), list(tokens)))
 
     def gate(folder: Path, bounds: Bounds) -> dict:
         return run_gate(
             folder,
-            lambda pcm: decoding.greedy(model, processor, [pcm])[0],
+            lambda pcm: greedy(pcm.tobytes()),
             read_manifest(few),
             bounds,
-            pipeline.torch_parts(model, processor, read_artifact(fp32)),
+            lambda pcm, tokens: parts(pcm.tobytes(), tuple(tokens)),
         )
 
     return gate
@@ -434,6 +438,17 @@ def judged(model, processor, few, fp32):
 def test_a_damaged_weight_fails_the_float32_gate(package, change, message, judged, copy):
     with np.errstate(invalid="ignore"), pytest.raises(GateFailure, match=message):
         judged(damage(copy, package, change), bounds_for("coreml", "fp32"))
+
+
+@pytest.mark.parametrize("neural_engine", [False, True], ids=["plain", "engine"])
+def test_irregular_layers_pass_the_same_gate(neural_engine, digits, few, tmp_path):
+    """Other heads and units in every layer, with the zeros of the engine's form between them."""
+    options = {"layout": "whisperkit", "target": "coreml", "neural_engine": neural_engine}
+    source = irregular(digits, tmp_path / "irregular")
+    place = pipeline.export(str(source), "fp32", few, tmp_path / "out", **options)
+    gate = read_artifact(place)["gate"]
+    assert gate["identical_tokens"] == 1
+    assert all(0 < gate["max_errors"][part] <= 1e-4 for part in PARTS)
 
 
 def test_the_bounds_are_the_precisions(judged, copy):
