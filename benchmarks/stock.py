@@ -31,6 +31,7 @@ from benchmarks.metadata import folder_bytes
 from devices.runner.__main__ import SPARE_BYTES
 from devices.runner.audio import read_wav
 from devices.runner.check import Hearing, said
+from devices.runner.contract import LAYOUTS as RUNNERS_OWN
 from devices.runner.contract import ONE_EXPORT, check_session
 from devices.runner.coreml import Opener, checked, installed, typed
 from devices.runner.decode import Filter, Logits, Rules, greedy
@@ -81,21 +82,24 @@ class Encoder:
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
         from transformers import WhisperFeatureExtractor
 
-        (name,) = manifest["contract"]
-        told = manifest["contract"][name]
-        self.package = checked(opener(threads), Path(folder) / f"{name}.mlpackage", told)
+        (name,) = graph_files(manifest["layout"], manifest["precision"])
+        self.path, told = Path(folder) / f"{name}.mlpackage", manifest["contract"][name]
         audio = manifest["audio"]
         self.window_samples: int = audio["window_samples"]
-        self.extractor = WhisperFeatureExtractor(
-            feature_size=told["inputs"][0]["shape"][1],
-            chunk_length=self.window_samples // audio["sampling_rate"],
-        )
+        with blamed(self.path):
+            self.package = checked(opener(threads), self.path, told)
+            self.extractor = WhisperFeatureExtractor(
+                feature_size=told["inputs"][0]["shape"][1],
+                chunk_length=self.window_samples // audio["sampling_rate"],
+            )
 
     def states(self, pcm: np.ndarray) -> np.ndarray:
         """(d_model, positions) of a window."""
-        mel = log_mel(self.extractor, pcm)
-        (states,) = self.package.predict(typed(self.package, mel)).values()
-        return states[0].T.astype(np.float32)
+        with blamed(self.path):
+            mel = log_mel(self.extractor, pcm)
+            (states,) = self.package.predict(typed(self.package, mel)).values()
+            found: np.ndarray = states[0].T.astype(np.float32)
+            return found
 
     def some_states(self, pcm: np.ndarray) -> list[float]:
         """A few of the first window's, evenly spread."""
@@ -329,7 +333,7 @@ def blamed(path: Path) -> Iterator[None]:
     a stranger wrote raise anything."""
     try:
         yield
-    except RunnerProblem:
+    except (RunnerProblem, Problem):
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:300]
@@ -346,7 +350,7 @@ def log_mel(extractor: Any, pcm: np.ndarray) -> np.ndarray:
 
 PACKAGED = ("whisperkit", "encoder")
 """Layouts of Core ML packages."""
-RECOGNIZED = ("native", "whisperkit")
+RECOGNIZED = tuple(RUNNERS_OWN.values())
 """Layouts that the runner's own loop decodes."""
 LAYOUTS: dict[str, Callable[..., Hearing]] = {
     "transformers": Transformers,

@@ -85,7 +85,7 @@ def packed_caches(
     """What lays a checkpoint's caches out as those of a package, which may have zeros between."""
     from export.to_coreml import cache_channels
 
-    channels = cache_channels(model, manifest.get("coreml", {}).get("neural_engine", False))
+    channels = cache_channels(model, bool((manifest.get("coreml") or {}).get("neural_engine")))
 
     def packed(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         laid = {}

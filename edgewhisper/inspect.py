@@ -91,7 +91,7 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
     if told.get("target") == "coreml":
         from edgewhisper.coreml import read_packages
 
-        packages = {"packages": read_packages(folder), "coreml": told["coreml"]}
+        packages = {"packages": read_packages(folder)}
     return packages | {
         "kind": "artifact",
         "source": str(folder),
@@ -109,7 +109,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """The manifest of an artifact of any layout, with what there is to show in it."""
     path = folder / artifact.MANIFEST
     told = contract.read_json(path)
-    if isinstance(told, dict) and told.get("layout", "native") in ("native", "whisperkit"):
+    if isinstance(told, dict) and told.get("layout", "native") in contract.LAYOUTS.values():
         told = contract.read_manifest(folder)
     else:
         told = artifact.read_manifest(folder)
@@ -224,6 +224,7 @@ def package_rows(found: dict[str, Any]) -> list[dict[str, str]]:
             {
                 "package": name,
                 "numbers": ", ".join(f"{n:,} {form}" for form, n in package["weights"].items()),
+                "specification": str(package["specification_version"]),
                 "bits each": f"{8 * found['bytes'][name] / max(1, count):.1f}",
                 "operations": str(sum(package["operations"].values())),
                 "mostly": ", ".join(f"{n} {kind}" for kind, n in operations[:4]),

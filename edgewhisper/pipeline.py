@@ -348,10 +348,10 @@ def gate(
     rest = (
         lambda pcm: decoding.greedy(model, processor, [pcm])[0],
         clips,
-        bounds_for(manifest["target"], manifest["precision"]),
+        bounds_for(manifest.get("target", "onnx"), manifest["precision"]),
         torch_parts(model, processor, manifest),
     )
-    if manifest["layout"] != "encoder":
+    if manifest.get("layout") != "encoder":
         return run_gate(folder, *rest)
     from edgewhisper.coreml import OwnDecoder
 

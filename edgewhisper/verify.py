@@ -18,7 +18,6 @@ from benchmarks.bench import OURS, write_clips
 from benchmarks.gate import gate_again, states_again
 from benchmarks.metadata import folder_bytes
 from benchmarks.speech import Clip, read_manifest
-from benchmarks.stock import RECOGNIZED
 from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
 from devices.runner import contract
@@ -89,7 +88,7 @@ def verify(
 
 def check_manifest(folder: Path, found: dict[str, Any]) -> str:
     told = contract.read_json(folder / artifact.MANIFEST)
-    if isinstance(told, dict) and told.get("layout", "native") in RECOGNIZED:
+    if isinstance(told, dict) and told.get("layout", "native") in contract.LAYOUTS.values():
         told = contract.read_manifest(folder)
     else:
         told = read_other(folder)
@@ -118,7 +117,7 @@ def check_files(folder: Path) -> str:
 
 def check_graphs(folder: Path, manifest: dict[str, Any]) -> str:
     """What the graphs ask for, read from their bytes, and the versions of their operators."""
-    if manifest["target"] == "coreml":
+    if manifest.get("target") == "coreml":
         return check_packages(folder)
     names = [name for name in manifest["files"] if name.endswith(".onnx")]
     branches = manifest.get("layout") in BRANCHES

@@ -30,7 +30,7 @@ from devices.runner import coreml, measure
 from devices.runner.beam import Branches
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer, Transcript
-from edgewhisper import decoding, inspect, pipeline, whisper
+from edgewhisper import decoding, inspect, pipeline, runs, whisper
 from edgewhisper.cli import main
 from edgewhisper.verify import verify
 from export.artifact import read_manifest as read_artifact
@@ -610,6 +610,8 @@ def test_export_walks_the_road_on_the_embedded_default(edgewhisper, few, tmp_pat
     gate = read_artifact(place)["gate"]
     assert gate["identical_tokens"] == 1
     assert 1e-4 < gate["max_errors"]["states"] < 0.05
+    assert runs.newest("artifact") == place.relative_to(tmp_path)
+    assert runs.newest("artifact", without="-coreml-") is None
     code, _, err = edgewhisper("bench", place)
     assert code == 1
     assert "is for Core ML, which is on Apple's systems only, and local runs Linux" in err

@@ -360,6 +360,7 @@ def check_facts(told: Told) -> None:
         "layers": check_layers,
         "provenance": Told.items,
         "gate": Told.items,
+        "coreml": Told.items,
         "versions": lambda t: [v.text() for v in t.items().values()],
     }
     for name, check in kinds.items():

@@ -9,6 +9,8 @@ ML log-mel is a package of its own.
 
 import json
 import time
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,6 @@ from .contract import check_files, read_manifest
 from .machine import peak_rss_bytes, versions
 from .problem import RunnerProblem
 from .recognizer import Recognizer, Transcript, pad
-from .sessions import encode, open_session, session_options
 
 MEL_NODES = "log_mel/"
 """The exporter names the log-mel nodes so."""
@@ -44,7 +45,11 @@ def bench(
     """
     paths = read_clips(clips)
     spoken = read_languages(clips, len(paths))
-    check_files(artifact, read_manifest(artifact))  # before the clock starts
+    manifest = read_manifest(artifact)
+    check_files(artifact, manifest)  # before the clock starts, and so are the imports
+    native = manifest["target"] == "onnx"
+    with suppress(ImportError):  # of which opening it tells more
+        import_module(".sessions" if native else "coremltools", __package__)
     started = time.perf_counter()
     recognizer = Recognizer(artifact, threads, hashed=False, compute_units=compute_units)
     load_s = time.perf_counter() - started
@@ -54,11 +59,9 @@ def bench(
     done = [timed(recognizer, *each) for _ in range(repeats) for each in work]
     transcripts = [transcript for _, _, transcript in done]
     peak = peak_rss_bytes()  # before the profiler takes memory of its own
-    share, runtime = None, ["coremltools"]
-    if recognizer.manifest["target"] == "onnx":
-        runtime = []
-        first = read_wav(paths[0])[: recognizer.window_samples]
-        share = mel_share(artifact, pad(first, recognizer.windows), threads)
+    first = read_wav(paths[0])[: recognizer.window_samples]
+    window = pad(first, recognizer.windows)
+    share = mel_share(artifact, window, threads) if native else None
     return {
         "load_s": [load_s],
         **stages(transcripts, share),
@@ -68,7 +71,7 @@ def bench(
         "peak_rss_bytes": peak,
         "tokens": [transcript.tokens for transcript in transcripts[-len(paths) :]],
         "texts": [transcript.text for transcript in transcripts[-len(paths) :]],
-        "versions": versions(*runtime),
+        "versions": versions() if native else versions("coremltools"),
     }
 
 
@@ -124,6 +127,8 @@ def stages(transcripts: list[Transcript], share: float | None) -> dict[str, list
 def mel_share(artifact: Path, window: Pcm, threads: int | None) -> float:
     """Return the share of the encoder graph's kernel time that the log-mel nodes take."""
     import tempfile  # here, for it would count in every peak of memory
+
+    from .sessions import encode, open_session, session_options
 
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(threads)
