@@ -32,7 +32,7 @@ from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer, Transcript
 from edgewhisper import decoding, inspect, pipeline, runs, whisper
 from edgewhisper.cli import main
-from edgewhisper.verify import verify
+from edgewhisper.verify import check_manifest, verify
 from export.artifact import read_manifest as read_artifact
 from export.artifact import write_manifest
 from export.mil_package import HEADER, SENTINEL
@@ -560,6 +560,29 @@ def test_damage_is_found_by_the_check_that_can_see_it(copy, few, rng):
     damage(copy, "TextDecoder", partial(np.roll, shift=1))
     check, letter = failed_at(copy, few)
     assert (check, "clips get other tokens than at the gate" in letter) == ("gate", True)
+
+
+@pytest.mark.parametrize("layout", ["whisperkit", "encoder"])
+def test_whatever_a_manifest_lacks_or_says_instead_gets_a_letter(layout, fp32, lone, tmp_path, rng):
+    """Fields of the first levels, taken out or replaced; what no reader needs may be."""
+    whole = (fp32 if layout == "whisperkit" else lone) / "manifest.json"
+    told, refused = json.loads(whole.read_text()), 0
+    places = [(key,) for key in told]
+    places += [(key, sub) for key in told if isinstance(told[key], dict) for sub in told[key]]
+    places = [places[n] for n in rng.permutation(len(places))[:25]]
+    for path in places:
+        for value in ("gone", None, [], {}, -1, "text", [[]]):
+            changed = json.loads(whole.read_text())
+            *way, last = path
+            parent = changed[way[0]] if way else changed
+            parent.pop(last) if value == "gone" else parent.update({last: value})
+            (tmp_path / "manifest.json").write_text(json.dumps(changed))
+            try:
+                check_manifest(tmp_path, {})
+            except (Problem, RunnerProblem) as letter:
+                assert letter.hint
+                refused += 1
+    assert refused > len(places)
 
 
 def test_inspect_tells_operations_sizes_and_bits(fp32, digits, processor, tmp_path, model):
