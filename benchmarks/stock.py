@@ -49,7 +49,7 @@ def open_artifact(folder: Path, threads: int | None = None) -> Hearing:
     """The artifact in a loop of ours, whatever its layout."""
     manifest = read_manifest(folder)
     layout = manifest.get("layout", "native")
-    if layout in RECOGNIZED:
+    if layout in RUNNERS_OWN.values():
         return recognizer(folder, threads, guards=False)
     return LAYOUTS[layout](folder, manifest, threads)
 
@@ -104,7 +104,8 @@ class Encoder:
     def some_states(self, pcm: np.ndarray) -> list[float]:
         """A few of the first window's, evenly spread."""
         states = self.states(pcm[: self.window_samples]).ravel()
-        return [float(x) for x in states[:: len(states) // SOME_STATES]]
+        places = np.linspace(0, len(states) - 1, SOME_STATES).round().astype(int)
+        return [float(x) for x in states[places]]
 
 
 SOME_STATES = 16
@@ -348,10 +349,6 @@ def log_mel(extractor: Any, pcm: np.ndarray) -> np.ndarray:
     return found.input_features.astype(np.float32)
 
 
-PACKAGED = ("whisperkit", "encoder")
-"""Layouts of Core ML packages."""
-RECOGNIZED = tuple(RUNNERS_OWN.values())
-"""Layouts that the runner's own loop decodes."""
 LAYOUTS: dict[str, Callable[..., Hearing]] = {
     "transformers": Transformers,
     "sherpa": Sherpa,
@@ -400,7 +397,8 @@ def answer_of(folder: Path, clips: Path | None, threads: int | None) -> dict[str
     if clips is None:
         from export.mil_contents import contents
 
-        return {"packages": {n: contents(folder / f"{n}.mlpackage") for n in manifest["contract"]}}
+        places = graph_files(manifest["layout"], manifest["precision"])
+        return {"packages": {name: contents(folder / place) for name, place in places.items()}}
     if manifest.get("layout") == "encoder":
         encoder = Encoder(folder, manifest, threads)
         states = [encoder.some_states(read_wav(path)) for path in read_clips(clips)]

@@ -164,14 +164,12 @@ def export_cli(
     """Turn a checkpoint into files a device can run; fails if their text differs."""
     options: dict[str, Any] = dict(
         deployment_target=deployment_target,
-        stateful=stateful,
+        stateful=stateful or None,
         word_timestamps=word_timestamps,
-        neural_engine=neural_engine,
+        neural_engine=neural_engine or None,
         window=window,
     )
-    options = {name: value for name, value in options.items() if value not in (None, False)}
-    if word_timestamps is False:
-        options["word_timestamps"] = False
+    options = {name: value for name, value in options.items() if value is not None}
     _one_of("--target", target, tuple(LAYOUTS))
     _refuse_options(target, options)
     if layout is not None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 READING_S = 600.0
-COMPILE = "xcrun coremlcompiler compile {package} ."
 
 
 def chosen(manifest: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
@@ -37,8 +36,10 @@ def chosen(manifest: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
         size = package_bytes(manifest, name) / 1e6
         yield f"{name:16} {size:8.2f} MB   weights in {listed(weights)}"
     if manifest["layout"] == "encoder":
-        yield f"on a Mac, `{COMPILE.format(package='coreml-encoder.mlpackage')}` compiles it; "
-        yield "whisper.cpp looks for it as ggml-NAME-encoder.mlmodelc beside ggml-NAME.bin"
+        yield (
+            "on a Mac, `xcrun coremlcompiler compile coreml-encoder.mlpackage .` compiles it; "
+            "whisper.cpp looks for it as ggml-NAME-encoder.mlmodelc beside ggml-NAME.bin"
+        )
     elif told["word_timestamps"]:
         yield "TextDecoder: gives the alignment heads' weights, so WhisperKit can time words"
     yield from told["said"]
@@ -47,7 +48,7 @@ def chosen(manifest: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
 def reason(manifest: dict[str, Any]) -> str:
     """Why no older deployment target will do."""
     if manifest["coreml"]["deployment_target"] != "iOS18":
-        return "the oldest that Core ML runs such programs on, macOS 13 likewise"
+        return "the oldest that will do, macOS 13 likewise"
     stateful = manifest["coreml"]["stateful"]
     needs = [*(["a cache in the package"] if stateful else []), *uses_blocks(manifest)]
     return f"the oldest that has {' and '.join(needs)}, macOS 15 likewise"

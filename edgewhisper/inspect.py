@@ -88,7 +88,7 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
     sizes = {name: entry["bytes"] for name, entry in told["files"].items()}
     sizes[artifact.MANIFEST] = (folder / artifact.MANIFEST).stat().st_size
     packages = {}
-    if told.get("target") == "coreml":
+    if told.get("layout") in artifact.PACKAGED:
         from edgewhisper.coreml import read_packages
 
         packages = {"packages": read_packages(folder)}
@@ -132,7 +132,7 @@ def graph_files(manifest: dict[str, Any]) -> list[str]:
 def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
     """Bytes of the graphs; those of the native layout apart, and the token table for itself."""
     sizes = {name: manifest["files"][name]["bytes"] for name in graph_files(manifest)}
-    if manifest.get("target") == "coreml":
+    if manifest.get("layout") in artifact.PACKAGED:
         names = artifact.graph_files(manifest["layout"], manifest["precision"])
         return {
             name: sum(size for file, size in sizes.items() if file.startswith(f"{place}/"))

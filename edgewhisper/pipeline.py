@@ -29,7 +29,7 @@ from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
 from edgewhisper.languages import fix_language, set_language
 from edgewhisper.recipe import Recipe, load_recipe
-from export.artifact import MANIFEST, write_manifest
+from export.artifact import MANIFEST, PACKAGED, write_manifest
 from export.cost import count_parameters, macs, macs_by_window
 from export.files import new_directory
 from export.problem import Problem
@@ -540,10 +540,10 @@ def open_artifact(
 ) -> Recognizer:
     """The runner over an artifact whose files are whole; Core ML packages run in the interpreter
     where there is no Core ML, which is said."""
-    from benchmarks.stock import PACKAGED, has_core_ml, recognizer
+    from benchmarks.stock import has_core_ml, recognizer
 
     opened = recognizer(Path(source), threads, compute_units=compute_units)
-    if opened.manifest["layout"] in PACKAGED and not has_core_ml():
+    if opened.manifest.get("layout") in PACKAGED and not has_core_ml():
         warnings.warn(
             f"{source} is run by EdgeWhisper's interpreter of Core ML packages, for Core ML itself "
             "is on Apple's systems only: what it says is checked so, how fast it is is not",

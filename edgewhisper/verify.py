@@ -117,7 +117,7 @@ def check_files(folder: Path) -> str:
 
 def check_graphs(folder: Path, manifest: dict[str, Any]) -> str:
     """What the graphs ask for, read from their bytes, and the versions of their operators."""
-    if manifest.get("target") == "coreml":
+    if manifest.get("layout") in artifact.PACKAGED:
         return check_packages(folder)
     names = [name for name in manifest["files"] if name.endswith(".onnx")]
     branches = manifest.get("layout") in BRANCHES

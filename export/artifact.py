@@ -42,6 +42,8 @@ FILES = {
     "encoder": tuple(f"coreml-encoder.mlpackage/{file}" for file in PACKAGE_FILES),
 }
 """What no artifact of a layout can do without; {} stands for the precision."""
+PACKAGED = ("whisperkit", "encoder")
+"""Layouts of Core ML packages."""
 SUFFIXES = {
     "transformers": {"fp16": "_fp16", "int8": "_quantized", "int4": "_q4"},
     "sherpa": {"fp16": ".fp16", "int8": ".int8", "int4": ".int4"},
@@ -132,8 +134,8 @@ def needed_files(layout: str, precision: str) -> list[str]:
 
 def graph_files(layout: str, precision: str) -> dict[str, str]:
     """Name in the manifest's contract -> file of every graph of a layout; packages are folders."""
-    packages = [file.split("/")[0] for file in FILES[layout] if ".mlpackage/" in file]
-    if packages:
+    if layout in PACKAGED:
+        packages = [file.split("/")[0] for file in FILES[layout] if ".mlpackage/" in file]
         return {name.removesuffix(".mlpackage"): name for name in packages}
     suffix = suffix_for(layout, precision)
     names = [name for name in needed_files(layout, precision) if name.endswith(".onnx")]
