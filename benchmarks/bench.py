@@ -23,7 +23,7 @@ from benchmarks.result import FORMAT, STAGES, summaries, validate
 from benchmarks.speech import SAMPLING_RATE, Clip
 from benchmarks.wer import score
 from devices.device import RUNNER, Device, run_runner
-from export.artifact import verify
+from export.artifact import read_manifest, verify
 from export.problem import Problem
 from export.prompt import language_code
 from export.versions import version
@@ -70,32 +70,36 @@ def bench_all(
     threads: int | None = None,
     normalizer: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    compute_units: str | None = None,
 ) -> list[dict[str, Any]]:
     """The results of several candidates on the same clips, in their order.
 
     Each of the `repeats` rounds starts one process a candidate, which warms up and then
     transcribes every clip once. `normalizer` is by default the one for the clips' language.
-    `progress` hears what runs.
-    Raises Problem: no clips, a damaged artifact, a rival elsewhere than on this machine; and the
-    device's or the runner's letters.
+    `progress` hears what runs. `compute_units` are Core ML's.
+    Raises Problem: no clips, a damaged artifact, a rival elsewhere than on this machine, a Core ML
+    artifact where there is no Core ML; and the device's or the runner's letters.
     """
     if not clips:
         raise Problem("there are no clips to bench on", hint="give a speech manifest")
     normalizer = normalizer or name_for(clips)
     normalizer_named(normalizer)  # an unknown one is said now, not after the measurement
     described = [identify(candidate) for candidate in candidates]
-    audio_s = send(candidates, device, clips)
     machine = device.describe()
+    for candidate in candidates:
+        check_target(candidate, machine, device.name)
+    audio_s = send(candidates, device, clips)
     threads = threads or device_cores(machine)
     answers: list[list[dict[str, Any]]] = [[] for _ in candidates]
     for turn in range(repeats):
         for index, candidate in enumerate(candidates):
             progress(f"{candidate.label}: round {turn + 1} of {repeats}")
-            answers[index].append(run_round(candidate, index, device, threads))
+            answers[index].append(run_round(candidate, index, device, threads, compute_units))
     after = device.describe().get("temperature_c", "unavailable")
     common = {
         "format": FORMAT,
         "clips_hash": clips_hash(clips),
+        **({"compute_units": compute_units} if compute_units else {}),
         "rounds": repeats,
         "threads": threads,
         "audio_s": audio_s,
@@ -134,6 +138,19 @@ def identify(candidate: Candidate) -> dict[str, Any]:
         "precision": "fp32",
         "macs": None,
     }
+
+
+def check_target(candidate: Candidate, machine: dict[str, Any], name: str) -> None:
+    """Raise Problem for packages of Core ML where that is not to be had."""
+    told = {} if candidate.rival else read_manifest(Path(candidate.source))
+    kernel = str(machine.get("kernel"))
+    if told.get("target") == "coreml" and not kernel.startswith("Darwin"):
+        raise Problem(
+            f"{candidate.source} is for Core ML, which is on Apple's systems only, and {name} runs "
+            f"{kernel}; the time that an interpreter takes is none of its own",
+            hint="bench it with the same command on a Mac, or export with `--target onnx` for "
+            f"{name}",
+        )
 
 
 def send(candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip]) -> float:
@@ -176,10 +193,17 @@ def device_cores(machine: dict[str, Any]) -> int:
     return cores if isinstance(cores, int) else 1
 
 
-def run_round(candidate: Candidate, index: int, device: Device, threads: int) -> dict[str, Any]:
+def run_round(
+    candidate: Candidate,
+    index: int,
+    device: Device,
+    threads: int,
+    compute_units: str | None = None,
+) -> dict[str, Any]:
     """One process of one candidate: every clip once."""
     options = ["clips/clips.json", "--repeats", "1", "--threads", str(threads)]
     if candidate.rival is None:
+        options += ["--compute-units", compute_units] if compute_units else []
         return run_runner(device, ["bench", f"artifacts/{index}", *options])
     source = str(Path(candidate.source).resolve())
     return run_runner(device, [source, *options], RIVALS[candidate.rival], OURS)

@@ -1,8 +1,10 @@
 """The gate: the finished artifact, in its own runtime, must say what its checkpoint says.
 
-fp32 has to give the same greedy tokens on every window of every clip, and logits within
-LOGITS_TOLERANCE. Other precisions may differ in words, but must not lose more than 0.5 points of
-word error rate against the clips' labels.
+fp32 has to give the same greedy tokens on every window of every clip, and logits that are close.
+Other precisions may differ in words, but must not lose more than 0.5 points of word error rate
+against the clips' labels. Of a Core ML package every part is held against the checkpoint: log-mel,
+encoder states, caches, logits. In fp16 it has to give the same tokens on 98 % of the clips; what
+weights of few bits lose is recorded and told.
 
 The manifest keeps what it takes to ask again without the checkpoint: which clips they were, the
 artifact's error rate on them, and a hash of its tokens of each.
@@ -10,36 +12,82 @@ artifact's error rate on them, and a hash of its tokens of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.metadata import clips_hash, digest
 from benchmarks.normalizers import name_for
 from benchmarks.speech import Clip
-from benchmarks.stock import open_artifact
+from benchmarks.stock import Encoder, open_artifact
 from benchmarks.wer import score
 from devices.runner.audio import split
 from devices.runner.check import Hearing
 from devices.runner.text import join
 from export.problem import Problem
 
-LOGITS_TOLERANCE = 1e-3
 MAX_WER_LOSS = 0.5
 """In points: hundredths of the word error rate."""
+PARTS = {
+    "mel": "log-mel features",
+    "states": "encoder states",
+    "key_cache": "keys in the decoder's cache",
+    "value_cache": "values in the decoder's cache",
+    "logits": "logits",
+}
+"""What an artifact may show of itself, in the order of computation."""
 
 Tokens = Callable[[np.ndarray], list[int]]
 """pcm (samples,) of one window -> the checkpoint's greedy tokens, without prompt and end."""
 
-Logits = Callable[[np.ndarray, list[int]], np.ndarray]
-"""pcm, tokens -> the checkpoint's raw logits before each token and after the last, (n+1, vocab)."""
+Parts = Callable[[np.ndarray, list[int]], dict[str, np.ndarray]]
+"""pcm, tokens -> the checkpoint's PARTS by name: its raw logits before each token and after the
+last, (n+1, vocab), and others."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How close an artifact has to come to its checkpoint."""
+
+    same: float = 0.0
+    """Least share of clips that get the same tokens."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Part -> its largest difference."""
+    scaled: bool = False
+    """Whether differences may grow with numbers beyond 1, as rounding does."""
+    wer_loss: float = MAX_WER_LOSS
+    strict: bool = True
+    """Whether a larger loss of words fails the gate, or is only told."""
+
+
+EXACT = Bounds(1.0, {"logits": 1e-3})
+COREML = {
+    "fp32": Bounds(1.0, dict.fromkeys(PARTS, 1e-4), scaled=True),
+    "fp16": Bounds(0.98),
+    "int8": Bounds(),
+}
+"""Bounds of Core ML packages by precision; others are Bounds(strict=False)."""
+
+
+def bounds_for(target: str, precision: str) -> Bounds:
+    if target == "coreml":
+        return COREML.get(precision, Bounds(strict=False))
+    return EXACT if precision == "fp32" else Bounds()
 
 
 class GateFailure(Problem):
     """The artifact does not say what its checkpoint says; the message shows the first clip."""
+
+
+class Error(NamedTuple):
+    """The largest difference between two arrays, infinite for NaN, and the largest number."""
+
+    size: float
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -53,52 +101,59 @@ class Heard:
     found: list[list[int]]
     wanted_text: str
     found_text: str
-    logits_error: float | None
+    errors: dict[str, Error]
+    """Of each part."""
 
 
 def run_gate(
     artifact_dir: Path,
     reference: Tokens,
     clips: Sequence[Clip],
-    *,
-    logits_reference: Logits | None = None,
-    max_wer_loss: float = MAX_WER_LOSS,
-    exact: bool,
+    bounds: Bounds,
+    parts: Parts | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """The gate's figures, for the manifest. Raises GateFailure.
 
-    `exact` asks for the same tokens and, where `logits_reference` is given, for close logits;
-    otherwise the loss of word error rate is bounded.
+    `parts` are the checkpoint's; those that the artifact shows of itself are compared.
     """
+    return judge(open_artifact(artifact_dir, threads), reference, clips, bounds, parts)
+
+
+def judge(
+    recognizer: Hearing,
+    reference: Tokens,
+    clips: Sequence[Clip],
+    bounds: Bounds,
+    parts: Parts | None = None,
+) -> dict[str, Any]:
+    """The same of an artifact that is open."""
     if not clips:
         raise Problem("the gate got no clips to compare on", hint="give a speech manifest")
-    recognizer = open_artifact(artifact_dir, threads)
-    heard = [listen(recognizer, clip, reference, logits_reference) for clip in clips]
+    heard = [listen(recognizer, clip, reference, parts) for clip in clips]
     figures = measure(heard, name_for(clips, otherwise="none"))
-    figures |= {"exact": exact, "max_wer_loss_points": max_wer_loss}
-    figures |= {"clips_hash": clips_hash(clips), **tokens_record([clip.found for clip in heard])}
-    if exact:
-        check_tokens(heard)
-        check_logits(heard)
-    else:
-        check_loss(figures, heard, max_wer_loss)
-    return figures
+    check_tokens(heard, bounds.same)
+    check_parts(heard, bounds)
+    check_loss(figures, heard, bounds)
+    figures |= {"exact": bounds.same == 1, "max_wer_loss_points": bounds.wer_loss}
+    if not bounds.strict:  # what was told is no reason to fail the artifact later
+        figures["max_wer_loss_points"] = max(bounds.wer_loss, figures["wer_loss_points"])
+    record = tokens_record([clip.found for clip in heard])
+    return figures | {"clips_hash": clips_hash(clips), **record}
 
 
-def listen(
-    recognizer: Hearing, clip: Clip, reference: Tokens, logits_reference: Logits | None
-) -> Heard:
-    """Both versions of one clip, over the same windows. Logits that a layout changes by design are
-    not compared."""
+def listen(recognizer: Hearing, clip: Clip, reference: Tokens, parts: Parts | None) -> Heard:
+    """Both versions of one clip, over the same windows. Parts that a layout does not show, or
+    changes by design, are not compared."""
     pcm = clip.pcm()
     windows = [pcm[piece] for piece in split(pcm, recognizer.window_samples)]
     wanted = [reference(window) for window in windows]
     found = [recognizer.window(window) for window in windows]
-    errors = None
-    if logits_reference is not None and hasattr(recognizer, "logits"):
-        pairs = zip(windows, wanted, strict=True)
-        errors = max(logits_error(recognizer, logits_reference, *pair) for pair in pairs)
+    errors: dict[str, Error] = {}
+    if parts is not None and hasattr(recognizer, "parts"):
+        for pcm, tokens in zip(windows, wanted, strict=True):
+            for name, error in differences(recognizer.parts(pcm, tokens), parts(pcm, tokens)):
+                errors[name] = max(error, errors.get(name, error))
     return Heard(
         name=clip.audio.name,
         label=clip.text,
@@ -106,20 +161,31 @@ def listen(
         found=found,
         wanted_text=join([recognizer.text(tokens) for tokens in wanted]),
         found_text=join([recognizer.text(tokens) for tokens in found]),
-        logits_error=errors,
+        errors=errors,
     )
 
 
-def logits_error(recognizer: Any, reference: Logits, pcm: np.ndarray, tokens: list[int]) -> float:
-    """The largest difference of logits along the checkpoint's own tokens; infinite for NaN."""
-    difference = np.abs(recognizer.logits(pcm, tokens) - reference(pcm, tokens)).max()
-    return float(difference) if np.isfinite(difference) else float("inf")
+def differences(
+    found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, Error]]:
+    """Of each part. Caches of a package may have channels behind those of the checkpoint, which
+    must be zero."""
+    for name in found.keys() & wanted.keys():
+        whole = wanted[name]
+        if name.endswith("_cache"):
+            whole = np.pad(whole, [(0, len(found[name]) - len(whole)), (0, 0)])
+        size = float(np.abs(found[name] - whole).max())
+        yield name, Error(size if np.isfinite(size) else float("inf"), float(np.abs(whole).max()))
 
 
 def measure(heard: Sequence[Heard], normalizer: str = "whisper-basic") -> dict[str, Any]:
     """Shares, error rates (fractions) and the loss between them (points)."""
     labels = [clip.label for clip in heard]
-    errors = [clip.logits_error for clip in heard if clip.logits_error is not None]
+    errors = {
+        name: max(clip.errors[name] for clip in heard).size
+        for name in PARTS
+        if name in heard[0].errors
+    }
     before = score(labels, [clip.wanted_text for clip in heard], normalizer)
     after = score(labels, [clip.found_text for clip in heard], normalizer)
     return {
@@ -130,46 +196,57 @@ def measure(heard: Sequence[Heard], normalizer: str = "whisper-basic") -> dict[s
         "checkpoint_wer": before.wer,
         "artifact_wer": after.wer,
         "wer_loss_points": 100 * (after.wer - before.wer),
-        "max_logits_error": max(errors) if errors else None,
+        "max_logits_error": errors.get("logits"),
         "normalizer": before.normalizer,
+        **({"max_errors": errors} if errors.keys() - {"logits"} else {}),
     }
 
 
-def check_tokens(heard: Sequence[Heard]) -> None:
-    """Every token of every clip must agree."""
+def check_tokens(heard: Sequence[Heard], least: float) -> None:
+    """All tokens must agree on a share of the clips."""
     wrong = [clip for clip in heard if clip.wanted != clip.found]
-    if wrong:
+    if len(heard) - len(wrong) < least * len(heard):
+        allowed = f", {least:.0%} must get the same" if least < 1 else ""
         raise GateFailure(
             f"{len(wrong)} of {len(heard)} clips get other tokens from the artifact than from "
-            f"the checkpoint. {show(wrong[0])}",
+            f"the checkpoint{allowed}. {show(wrong[0])}",
             hint="the artifact computes something else than the model: export it again; if that "
             "does not help, report this clip",
         )
 
 
-def check_logits(heard: Sequence[Heard]) -> None:
-    """Every logit must be close."""
-    for clip in heard:
-        if clip.logits_error is not None and clip.logits_error > LOGITS_TOLERANCE:
-            raise GateFailure(
-                f"the artifact's logits differ by {clip.logits_error:.2g} from the checkpoint's, "
-                f"allowed is {LOGITS_TOLERANCE:g}. {show(clip)}",
-                hint="the artifact computes something else than the model: report this clip",
-            )
+def check_parts(heard: Sequence[Heard], bounds: Bounds) -> None:
+    """Every number of every part must be close, and a number."""
+    for name in PARTS:
+        for clip in heard:
+            size, scale = clip.errors.get(name, Error(0.0, 0.0))
+            most = bounds.errors.get(name, float("inf")) * max(1, scale if bounds.scaled else 1)
+            if size > most or size == float("inf"):
+                raise GateFailure(
+                    f"the artifact's {PARTS[name]} differ by {size:.2g} from the checkpoint's, "
+                    f"allowed is {most:g}. {show(clip)}",
+                    hint="the artifact computes something else than the model: report this clip",
+                )
 
 
-def check_loss(figures: dict[str, Any], heard: Sequence[Heard], max_wer_loss: float) -> None:
-    """The word error rate may rise by `max_wer_loss` points."""
+def check_loss(figures: dict[str, Any], heard: Sequence[Heard], bounds: Bounds) -> None:
+    """The word error rate may rise by so many points."""
     loss = figures["wer_loss_points"]
-    if loss > max_wer_loss:
-        first = next(clip for clip in heard if clip.wanted_text != clip.found_text)
+    if loss <= bounds.wer_loss:
+        return
+    first = next(clip for clip in heard if clip.wanted_text != clip.found_text)
+    letter = (
+        f"the artifact's word error rate is {100 * figures['artifact_wer']:.2f} %, the "
+        f"checkpoint's {100 * figures['checkpoint_wer']:.2f} %: a loss of {loss:.2f} points, "
+        f"allowed are {bounds.wer_loss:g}. {show(first)}"
+    )
+    if bounds.strict:
         raise GateFailure(
-            f"the artifact's word error rate is {100 * figures['artifact_wer']:.2f} %, the "
-            f"checkpoint's {100 * figures['checkpoint_wer']:.2f} %: a loss of {loss:.2f} points, "
-            f"allowed are {max_wer_loss:g}. {show(first)}",
+            letter,
             hint="export in fp32 to see whether quantisation is the cause, or train the "
             "checkpoint further",
         )
+    warnings.warn(letter, stacklevel=2)
 
 
 def show(clip: Heard) -> str:
@@ -225,6 +302,31 @@ def gate_again(
     )
 
 
+def with_states(figures: dict[str, Any], encoder: Encoder, clips: Sequence[Clip]) -> dict[str, Any]:
+    """A gate's figures and what it takes to ask an encoder without a decoder again: some numbers of
+    its states of every clip."""
+    return figures | {"clip_states": [encoder.some_states(clip.pcm()) for clip in clips]}
+
+
+def states_again(
+    gate: dict[str, Any], clips: Sequence[Clip], states: Sequence[Sequence[float]]
+) -> str:
+    """As gate_again, of an encoder without a decoder."""
+    check_record(gate, clips)
+    then, now = np.array(gate.get("clip_states", ())), np.array(states)
+    apart = np.abs(now - then).max() if then.shape == now.shape and then.size else np.inf
+    if not apart <= SAME_STATES:
+        raise GateFailure(
+            f"the encoder's states of {len(clips)} clips differ by {apart:.2g} from those at the "
+            f"gate, {SAME_STATES:g} is taken for rounding",
+            hint="the artifact or its runtime has changed: export it again, or give --checkpoint "
+            "to compare with the model itself",
+        )
+    return f"the encoder's states of all {len(clips)} clips are those of the gate"
+
+
+SAME_STATES = 0.02
+"""Float16 rounds the same states otherwise on another processor."""
 RECORDED = {
     "clips_hash": str,
     "tokens_hash": str,

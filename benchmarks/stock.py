@@ -1,7 +1,9 @@
-"""Finished files of the layouts for other runtimes, in plain onnxruntime, fed as those feed them.
+"""Finished files of the layouts for other runtimes, fed as those feed them: ONNX graphs in plain
+onnxruntime, Core ML packages on a Mac in Core ML and elsewhere in the interpreter of export/.
 
 Each class is what the gate asks of an artifact: `window_samples`, `window(pcm)` gives the greedy
-tokens, `text(tokens)` their text, and `logits(pcm, tokens)` where logits leave the files unchanged.
+tokens, `text(tokens)` their text, and `parts(pcm, tokens)` what can be seen of the parts, with
+logits where they leave the files unchanged.
 
 As a program (`python -m benchmarks.stock ARTIFACT CLIPS`) it does what the runner's `check` does
 for the native layout: the last line of stdout is JSON, tokens and texts or a letter, and the
@@ -13,10 +15,13 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +29,17 @@ import numpy as np
 
 from benchmarks.metadata import folder_bytes
 from devices.runner.__main__ import SPARE_BYTES
+from devices.runner.audio import read_wav
 from devices.runner.check import Hearing, said
+from devices.runner.contract import LAYOUTS as RUNNERS_OWN
 from devices.runner.contract import ONE_EXPORT, check_session
+from devices.runner.coreml import Opener, checked, installed, typed
 from devices.runner.decode import Filter, Logits, Rules, greedy
-from devices.runner.machine import limit_memory
+from devices.runner.machine import limit_memory, versions
+from devices.runner.measure import read_clips
 from devices.runner.problem import RunnerProblem
-from devices.runner.recognizer import Recognizer, open_session, session_options
+from devices.runner.recognizer import Recognizer
+from devices.runner.sessions import open_session, session_options
 from devices.runner.text import read_tokens, to_text
 from export.artifact import AGAIN, graph_files, read_manifest
 from export.problem import Problem
@@ -39,9 +49,84 @@ def open_artifact(folder: Path, threads: int | None = None) -> Hearing:
     """The artifact in a loop of ours, whatever its layout."""
     manifest = read_manifest(folder)
     layout = manifest.get("layout", "native")
-    if layout == "native":
-        return Recognizer(folder, threads, guards=False)
+    if layout in RUNNERS_OWN.values():
+        return recognizer(folder, threads, guards=False)
     return LAYOUTS[layout](folder, manifest, threads)
+
+
+def recognizer(
+    folder: Path, threads: int | None, guards: bool = True, compute_units: str | None = None
+) -> Recognizer:
+    """The runner's recognizer, with packages in the interpreter where Core ML is not to be had."""
+    return Recognizer(
+        folder,
+        threads,
+        guards,
+        compute_units=compute_units,
+        open_package=None if has_core_ml() else opener(threads),
+    )
+
+
+def has_core_ml() -> bool:
+    return platform.system() == "Darwin"
+
+
+def opener(threads: int | None) -> Opener:
+    """What opens packages on this system."""
+    return installed("all") if has_core_ml() else partial(Interpreted, threads=threads)
+
+
+class Encoder:
+    """whisper.cpp's Core ML encoder, which takes log-mel features and gives states."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
+        from transformers import WhisperFeatureExtractor
+
+        (name,) = graph_files(manifest["layout"], manifest["precision"])
+        self.path, told = Path(folder) / f"{name}.mlpackage", manifest["contract"][name]
+        audio = manifest["audio"]
+        self.window_samples: int = audio["window_samples"]
+        with blamed(self.path):
+            self.package = checked(opener(threads), self.path, told)
+            self.extractor = WhisperFeatureExtractor(
+                feature_size=told["inputs"][0]["shape"][1],
+                chunk_length=self.window_samples // audio["sampling_rate"],
+            )
+
+    def states(self, pcm: np.ndarray) -> np.ndarray:
+        """(d_model, positions) of a window."""
+        with blamed(self.path):
+            mel = log_mel(self.extractor, pcm)
+            (states,) = self.package.predict(typed(self.package, mel)).values()
+            found: np.ndarray = states[0].T.astype(np.float32)
+            return found
+
+    def some_states(self, pcm: np.ndarray) -> list[float]:
+        """A few of the first window's, evenly spread."""
+        states = self.states(pcm[: self.window_samples]).ravel()
+        places = np.linspace(0, len(states) - 1, SOME_STATES).round().astype(int)
+        return [float(x) for x in states[places]]
+
+
+SOME_STATES = 16
+
+
+class Interpreted:
+    """A package in the interpreter of what was saved."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import torch
+
+        from export.mil_interpreter import open_package
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        program = open_package(path)
+        self.inputs, self.outputs, self.states = program.inputs, program.outputs, program.states
+        self.predict, self.new_state = program.predict, program.new_state
+
+    def copy_state(self, source: dict[str, Any], target: dict[str, Any]) -> None:
+        target.update({name: value.clone() for name, value in source.items()})
 
 
 class _Files:
@@ -105,6 +190,9 @@ class Transformers(_Files):
         fed = [self.rules.prompt, *((token,) for token in tokens)]
         with blamed(self.paths[3]):
             return np.stack([step(ids) for ids in fed])
+
+    def parts(self, pcm: np.ndarray, tokens: Sequence[int]) -> dict[str, np.ndarray]:
+        return {"logits": self.logits(pcm, tokens)}
 
     def text(self, tokens: list[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -246,7 +334,7 @@ def blamed(path: Path) -> Iterator[None]:
     a stranger wrote raise anything."""
     try:
         yield
-    except RunnerProblem:
+    except (RunnerProblem, Problem):
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:300]
@@ -268,23 +356,54 @@ LAYOUTS: dict[str, Callable[..., Hearing]] = {
 }
 
 
+WHISPER = "transformers.models.whisper.processing_whisper"
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "transformers": (WHISPER,),
+    "sherpa": (WHISPER,),
+    "single": (),
+    "whisperkit": ("export.mil_interpreter",),
+    "encoder": (
+        "export.mil_interpreter",
+        "transformers.models.whisper.feature_extraction_whisper",
+    ),
+}
+"""What a layout's loop imports."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """What an artifact says of a JSON list of WAV files; transformers is imported before the limit
+    """What an artifact says of a JSON list of WAV files; what computes is imported before the limit
     of memory, which is for the artifact alone."""
     parser = argparse.ArgumentParser(prog="benchmarks.stock", description="Run other layouts.")
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("clips", type=Path)
+    parser.add_argument("clips", type=Path, nargs="?", help="without: only say what it is made of")
     parser.add_argument("--threads", type=int)
     given = parser.parse_args(argv)
-    from transformers import WhisperProcessor  # noqa: F401
-
-    limit_memory(SPARE_BYTES + 8 * folder_bytes(given.artifact))
     try:
-        answer = said(open_artifact(given.artifact, given.threads), given.clips)
+        layout = read_manifest(given.artifact).get("layout", "native")
+        for name in LIBRARIES[layout] if given.clips else ():
+            import_module(name)
+        limit_memory(SPARE_BYTES + 8 * folder_bytes(given.artifact))
+        answer = answer_of(given.artifact, given.clips, given.threads)
     except (RunnerProblem, Problem) as letter:
         answer = {"error": str(letter), "hint": letter.hint}
     print(json.dumps(answer, ensure_ascii=False))
     return int("error" in answer)
+
+
+def answer_of(folder: Path, clips: Path | None, threads: int | None) -> dict[str, Any]:
+    """What the packages of a Core ML artifact are made of, or what any artifact says of clips."""
+    manifest = read_manifest(folder)
+    if clips is None:
+        from export.mil_contents import contents
+
+        places = graph_files(manifest["layout"], manifest["precision"])
+        return {"packages": {name: contents(folder / place) for name, place in places.items()}}
+    if manifest.get("layout") == "encoder":
+        encoder = Encoder(folder, manifest, threads)
+        states = [encoder.some_states(read_wav(path)) for path in read_clips(clips)]
+        return {"states": states, "versions": versions()}
+    return said(open_artifact(folder, threads), clips)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,19 @@ Normalizer = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: all usable cores")]
+Units = Annotated[
+    str | None,
+    typer.Option(help="of Core ML, on a Mac: all, cpu, cpu-ane or cpu-gpu; default: all"),
+]
+
+LAYOUTS = {
+    "onnx": ("native", "transformers", "sherpa", "single"),
+    "coreml": ("whisperkit", "encoder"),
+}
+PRECISIONS = {
+    "onnx": ("fp32", "fp16", "int8", "int4"),
+    "coreml": ("fp16", "fp32", "int8", "int4", "pal4", "pal6", "pal8"),
+}
 
 
 @app.command("compress")
@@ -106,26 +119,65 @@ def export_cli(
     checkpoint: Annotated[
         str | None, typer.Argument(help="directory or hub id; default: the newest checkpoint")
     ] = None,
-    target: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    target: Annotated[str, typer.Option(help="onnx or coreml")] = "onnx",
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16, int8 or int4; default: int8, or --device's")
+        str | None,
+        typer.Option(
+            help="fp32, fp16, int8, int4; of coreml pal4, pal6, pal8 too; default: int8, of coreml "
+            "fp16, or --device's"
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="that it is for: see `edgewhisper devices`")
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="native, transformers, sherpa or single: which runtime it is for")
-    ] = "native",
+        str | None,
+        typer.Option(
+            help="which runtime it is for: native, transformers, sherpa, single; of coreml "
+            "whisperkit, encoder (whisper.cpp's); default: native, whisperkit"
+        ),
+    ] = None,
     speech: Annotated[Path | None, typer.Option(help=f"clips for the gate: {SPEECH}")] = None,
     out: Out = None,
+    deployment_target: Annotated[
+        str | None,
+        typer.Option(help="coreml: iOS16, iOS17 or iOS18; default: the oldest that will do"),
+    ] = None,
+    stateful: Annotated[
+        bool, typer.Option("--stateful", help="coreml: the decoder keeps its caches (iOS18)")
+    ] = False,
+    word_timestamps: Annotated[
+        bool | None,
+        typer.Option(
+            "--word-timestamps/--no-word-timestamps",
+            help="coreml: output of the alignment heads; default: where the model has some",
+        ),
+    ] = None,
+    neural_engine: Annotated[
+        bool,
+        typer.Option("--neural-engine", help="coreml: the form that the engine wants"),
+    ] = False,
+    window: Annotated[
+        float | None, typer.Option(help="coreml: seconds, one of the model's; default: the longest")
+    ] = None,
 ) -> None:
     """Turn a checkpoint into files a device can run; fails if their text differs."""
-    _one_of("--target", target, ("onnx",))
-    _one_of("--layout", layout, ("native", "transformers", "sherpa", "single"))
-    precision = _precision(precision, device)
+    options: dict[str, Any] = dict(
+        deployment_target=deployment_target,
+        stateful=stateful or None,
+        word_timestamps=word_timestamps,
+        neural_engine=neural_engine or None,
+        window=window,
+    )
+    options = {name: value for name, value in options.items() if value is not None}
+    _one_of("--target", target, tuple(LAYOUTS))
+    _refuse_options(target, options)
+    if layout is not None:
+        _of_target("--layout", layout, target, LAYOUTS)
+    precision = _precision(precision, device, target)
     from edgewhisper import pipeline
 
-    place = pipeline.export(checkpoint, precision, speech, out, say, layout)
+    place = pipeline.export(checkpoint, precision, speech, out, say, layout, target, **options)
     say(f"wrote {place}")
 
 
@@ -142,15 +194,15 @@ def bench_cli(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="rounds, interleaved")] = 5,
     threads: Threads = None,
+    compute_units: Units = None,
     normalizer: Normalizer = None,
     json_file: Json = None,
 ) -> None:
     """Measure latency, memory and error rate of artifacts on a device."""
     from edgewhisper import pipeline
 
-    results, place = pipeline.bench(
-        artifacts or [], device, speech, baseline, repeats, threads, _say_for(json_file), normalizer
-    )
+    rest = (repeats, threads, _say_for(json_file), normalizer, compute_units)
+    results, place = pipeline.bench(artifacts or [], device, speech, baseline, *rest)
     _show_results(results, json_file)
     _say_for(json_file)(f"wrote {place}")
 
@@ -160,12 +212,13 @@ def eval_cli(
     source: Source,
     speech: Annotated[Path, typer.Option(help=f"clips with texts: {SPEECH}")],
     normalizer: Normalizer = None,
+    compute_units: Units = None,
     json_file: Json = None,
 ) -> None:
     """Word and character error rates of a checkpoint or an artifact."""
     from edgewhisper import pipeline
 
-    found = pipeline.evaluate(source, speech, normalizer)
+    found = pipeline.evaluate(source, speech, normalizer, compute_units)
     low, high = found.wer_interval
     _emit(found.as_dict(), json_file)
     if json_file != "-":
@@ -198,6 +251,7 @@ def transcribe_cli(
         bool, typer.Option("--previous", help="prompt each window with what was said before it")
     ] = False,
     threads: Threads = None,
+    compute_units: Units = None,
     json_file: Json = None,
 ) -> None:
     """Text of sound files by a checkpoint or an artifact, which says every segment at once."""
@@ -229,6 +283,7 @@ def transcribe_cli(
         fallback=fallback,
         seed=seed,
         previous=previous,
+        compute_units=compute_units,
     )
     pcms = map(read_audio, audio)  # one after the other: they may be hours long
     rows = []
@@ -262,6 +317,8 @@ def inspect_cli(
         say(f"{found['kind']}, {found['precision']}, {found['parameters']:,} parameters")
         for rows in (inspect.layer_rows, inspect.size_rows, inspect.cost_rows):
             _table(rows(found))
+        if "packages" in found:
+            _table(inspect.package_rows(found))
         if "time" in found:
             _table(inspect.time_rows(found["time"]))
             _table(inspect.floor_rows(found["time"]))
@@ -420,16 +477,49 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         raise Problem(f"{option} {value} is not there", hint=f"use {' or '.join(known)}")
 
 
-def _precision(asked: str | None, device: str | None) -> str:
-    """What was asked for, else what pays on the device, which is said with the reason."""
+def _of_target(option: str, value: str, target: str, known: dict[str, tuple[str, ...]]) -> None:
+    """What one target has and another has not is told apart from what none has."""
+    others = [other for other, values in known.items() if value in values and other != target]
+    if others and value not in known[target]:
+        from export.problem import Problem
+
+        raise Problem(
+            f"{option} {value} is for --target {others[0]}, and --target is {target}",
+            hint=f"use {' or '.join(known[target])}, or --target {others[0]}",
+        )
+    _one_of(option, value, known[target])
+
+
+def _refuse_options(target: str, given: dict[str, Any]) -> None:
+    if given and target != "coreml":
+        from export.problem import Problem
+
+        names = [f"--{name.replace('_', '-')}" for name in given]
+        raise Problem(
+            f"{' and '.join(names)}: for Core ML, and --target is {target}",
+            hint="add --target coreml, or leave that out",
+        )
+
+
+def _precision(asked: str | None, device: str | None, target: str) -> str | None:
+    """What was asked for, else what pays on the device, which is said with the reason; None leaves
+    it to the target."""
     from devices.device import load_profile
 
     profile = None if device is None else load_profile(device)
+    if profile is not None and target == "coreml" and not profile.model.startswith("Apple"):
+        from export.problem import Problem
+
+        raise Problem(
+            f"--target coreml for {profile.name} ({profile.model}): Core ML is on Apple's systems",
+            hint=f"use --target onnx for {profile.name}, or --device m1",
+        )
     if asked is not None:
-        _one_of("--precision", asked, ("fp32", "fp16", "int8", "int4"))
+        _of_target("--precision", asked, target, PRECISIONS)
     elif profile is not None:
         say(f"{profile.precision} for {profile.name}: {profile.reason}")
-    return asked or (profile.precision if profile else "int8")
+        return profile.precision
+    return asked
 
 
 def _note(message: Warning | str, *_: Any, **__: Any) -> None:

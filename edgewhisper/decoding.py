@@ -94,17 +94,37 @@ def _batches(
             yield indices, log_mel(extractor, [pcms[i] for i in indices], window)
 
 
-@torch.no_grad()
 def logits(
     model: nn.Module, processor: WhisperProcessor, pcm: np.ndarray, ids: Sequence[int]
 ) -> np.ndarray:
     """Logits after each of the decoder's input ids on one window, (ids, vocab) float32."""
+    return parts(model, processor, pcm, ids)["logits"]
+
+
+@torch.no_grad()
+def parts(
+    model: nn.Module, processor: WhisperProcessor, pcm: np.ndarray, ids: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """The same logits and what comes before them: log-mel features (n_mels, frames), the encoder's
+    states (d_model, positions), all layers' keys and values of the ids, (channels, ids)."""
     device = next(model.parameters()).device
     (_, features), *_ = _batches(model, processor, [pcm], size=1)
-    features = features.to(device)
     inputs = torch.tensor([list(ids)], device=device)
-    output = model(input_features=features, decoder_input_ids=inputs, use_cache=False)
-    return output.logits[0].float().cpu().numpy()
+    output = model(input_features=features.to(device), decoder_input_ids=inputs, use_cache=True)
+    caches = output.past_key_values.self_attention_cache.layers
+    found = {
+        "mel": features[0],
+        "states": output.encoder_last_hidden_state[0].T,
+        "key_cache": torch.cat([_channels(layer.keys) for layer in caches]),
+        "value_cache": torch.cat([_channels(layer.values) for layer in caches]),
+        "logits": output.logits[0],
+    }
+    return {name: part.float().cpu().numpy() for name, part in found.items()}
+
+
+def _channels(cache: Tensor) -> Tensor:
+    """One layer's (1, heads, ids, width) -> (heads * width, ids)."""
+    return cache[0].transpose(1, 2).flatten(0, 1)
 
 
 def transcribe(

@@ -87,7 +87,12 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
     told = read_facts(folder)
     sizes = {name: entry["bytes"] for name, entry in told["files"].items()}
     sizes[artifact.MANIFEST] = (folder / artifact.MANIFEST).stat().st_size
-    return {
+    packages = {}
+    if told.get("layout") in artifact.PACKAGED:
+        from edgewhisper.coreml import read_packages
+
+        packages = {"packages": read_packages(folder)}
+    return packages | {
         "kind": "artifact",
         "source": str(folder),
         "layout": told.get("layout", "native"),
@@ -104,7 +109,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """The manifest of an artifact of any layout, with what there is to show in it."""
     path = folder / artifact.MANIFEST
     told = contract.read_json(path)
-    if isinstance(told, dict) and told.get("layout", "native") == "native":
+    if isinstance(told, dict) and told.get("layout", "native") in contract.LAYOUTS.values():
         told = contract.read_manifest(folder)
     else:
         told = artifact.read_manifest(folder)
@@ -120,12 +125,19 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def graph_files(manifest: dict[str, Any]) -> list[str]:
     """Names of the files that hold graphs and their weights."""
-    return [name for name in manifest["files"] if ".onnx" in name or name.endswith(".weights")]
+    ends = (".weights", ".bin", ".mlmodel", "mlpackage/Manifest.json")
+    return [name for name in manifest["files"] if ".onnx" in name or name.endswith(ends)]
 
 
 def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
     """Bytes of the graphs; those of the native layout apart, and the token table for itself."""
     sizes = {name: manifest["files"][name]["bytes"] for name in graph_files(manifest)}
+    if manifest.get("layout") in artifact.PACKAGED:
+        names = artifact.graph_files(manifest["layout"], manifest["precision"])
+        return {
+            name: sum(size for file, size in sizes.items() if file.startswith(f"{place}/"))
+            for name, place in names.items()
+        }
     if "decoder.onnx" not in sizes or "encoder.onnx" not in sizes:
         return {"graphs": sum(sizes.values())}
     parts = read_graph(folder / "decoder.onnx", manifest["files"].keys())
@@ -200,6 +212,25 @@ def size_rows(found: dict[str, Any]) -> list[dict[str, str]]:
         {"part": name, "MB": f"{size / 1e6:.3f}", "share": f"{size / total:.1%}"}
         for name, size in shown
     ]
+
+
+def package_rows(found: dict[str, Any]) -> list[dict[str, str]]:
+    """Of each Core ML package how its numbers are stored, and its most frequent operations."""
+    rows = []
+    for name, package in found["packages"].items():
+        count = sum(package["weights"].values())
+        operations = list(package["operations"].items())
+        rows.append(
+            {
+                "package": name,
+                "numbers": ", ".join(f"{n:,} {form}" for form, n in package["weights"].items()),
+                "specification": str(package["specification_version"]),
+                "bits each": f"{8 * found['bytes'][name] / max(1, count):.1f}",
+                "operations": str(sum(package["operations"].values())),
+                "mostly": ", ".join(f"{n} {kind}" for kind, n in operations[:4]),
+            }
+        )
+    return rows
 
 
 def cost_rows(found: dict[str, Any]) -> list[dict[str, str]]:
@@ -370,4 +401,4 @@ def cache_bytes(spec: dict[str, Any], filled: int) -> int:
     shape = list(spec["shape"])
     if len(shape) == 4:
         shape[2] = filled
-    return math.prod(shape) * contract.DTYPES[spec["dtype"]][1]
+    return math.prod(shape) * contract.DTYPES[spec["dtype"]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
@@ -28,7 +29,7 @@ from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
 from edgewhisper.languages import fix_language, set_language
 from edgewhisper.recipe import Recipe, load_recipe
-from export.artifact import MANIFEST, write_manifest
+from export.artifact import MANIFEST, PACKAGED, write_manifest
 from export.cost import count_parameters, macs, macs_by_window
 from export.files import new_directory
 from export.problem import Problem
@@ -46,8 +47,10 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = ASSETS / "whisper-digits"
 SPEECH = ASSETS / "speech"
-ONE_WINDOW = ("transformers", "sherpa")
+ONE_WINDOW = ("transformers", "sherpa", "whisperkit", "encoder")
 """Layouts of runtimes that give every clip the same window."""
+DEFAULTS = {"onnx": ("int8", "native"), "coreml": ("fp16", "whisperkit")}
+"""Target -> precision and layout where none is named."""
 DEV_SHARE = 10
 """Every tenth clip is held out for choosing thresholds where no dev manifest is given."""
 
@@ -278,43 +281,57 @@ def _clips_record(clips: Sequence[Clip]) -> dict[str, Any]:
 
 def export(
     checkpoint: str | None = None,
-    precision: str = "int8",
+    precision: str | None = None,
     speech: Path | None = None,
     out: Path | None = None,
     say: Say = print,
-    layout: str = "native",
+    layout: str | None = None,
+    target: str = "onnx",
+    **options: Any,
 ) -> Path:
     """Write an artifact from a checkpoint and let it prove itself on text; return its directory.
 
     What was pruned is removed first, physically and exactly. Nothing is left behind when the gate
-    fails. Layouts whose runtimes know one window are made, and judged, with the full one.
+    fails. Layouts whose runtimes know one window are made, and judged, with the full one, or with
+    the `window` of so many seconds; `options` are those of export_coreml.
     """
+    from edgewhisper.coreml import chosen
+    from export.to_coreml import export_coreml
     from export.to_onnx import export_onnx
 
     source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
     clips = read_manifest(speech or SPEECH / "test.jsonl")
-    model, processor = load_for(layout, source, clips)
-    kind = precision if layout == "native" else f"{layout}-{precision}"
+    usual_precision, usual_layout = DEFAULTS[target]
+    precision, layout = precision or usual_precision, layout or usual_layout
+    model, processor = load_for(layout, source, clips, options.get("window"))
+    names = {"native": "", "whisperkit": "coreml-", "encoder": "coreml-encoder-"}
+    kind = names.get(layout, f"{layout}-") + precision
     place = out or runs.new_path("artifact", f"-{kind}")
     with new_directory(place) as folder:
         say(f"{source} -> {place} ({kind})")
-        provenance = whisper.compression_record(source)
-        manifest = export_onnx(model, processor, folder, precision, provenance, layout)
+        rest = (model, processor, folder, precision, whisper.compression_record(source), layout)
+        if target == "coreml":
+            manifest = export_coreml(*rest, **options)
+            for line in chosen(manifest, options):
+                say(line)
+        else:
+            manifest = export_onnx(*rest)
         manifest["gate"] = gate(folder, manifest, model, processor, clips)
         write_manifest(folder, manifest)
     return place
 
 
 def load_for(
-    layout: str, source: str, clips: Sequence[Clip]
+    layout: str, source: str, clips: Sequence[Clip], window_s: float | None = None
 ) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
-    """A checkpoint as it is exported in a layout for clips of a language."""
+    """A checkpoint as it is exported in a layout for clips of a language; where the layout has one
+    window only, with that of so many seconds."""
     model, processor = whisper.load(source), whisper.load_processor(source)
     if not is_quantised(model):  # removal would move weights to other blocks: it came first
         model, _ = slimmed(model)
     fix_language(model.generation_config, clips)
     if layout in ONE_WINDOW:
-        whisper.forget_short_windows(model)
+        whisper.forget_short_windows(model, window_s)
     return model, processor
 
 
@@ -326,27 +343,35 @@ def gate(
     clips: Sequence[Clip],
 ) -> dict[str, Any]:
     """The gate's figures of an artifact against its checkpoint, see benchmarks/gate.py."""
-    from benchmarks.gate import run_gate
+    from benchmarks.gate import bounds_for, judge, run_gate, with_states
 
-    return run_gate(
-        folder,
+    rest = (
         lambda pcm: decoding.greedy(model, processor, [pcm])[0],
         clips,
-        logits_reference=torch_logits(model, processor, manifest["decoding"]["prompt"]),
-        exact=manifest["precision"] == "fp32",
+        bounds_for(manifest.get("target", "onnx"), manifest["precision"]),
+        torch_parts(model, processor, manifest),
     )
+    if manifest.get("layout") != "encoder":
+        return run_gate(folder, *rest)
+    from edgewhisper.coreml import OwnDecoder
+
+    hearing = OwnDecoder(folder, manifest, model, processor)
+    return with_states(judge(hearing, *rest), hearing.encoder, clips)
 
 
-def torch_logits(
-    model: WhisperForConditionalGeneration, processor: WhisperProcessor, prompt: Sequence[int]
-) -> Callable[[np.ndarray, list[int]], np.ndarray]:
-    """The checkpoint's logits before each token and after the last, (tokens + 1, vocab)."""
+def torch_parts(
+    model: WhisperForConditionalGeneration, processor: WhisperProcessor, manifest: dict[str, Any]
+) -> Callable[[np.ndarray, list[int]], dict[str, np.ndarray]]:
+    """The checkpoint's parts along tokens; logits before each of them and after the last."""
+    from edgewhisper.coreml import packed_caches
 
-    def logits(pcm: np.ndarray, tokens: list[int]) -> np.ndarray:
-        found = decoding.logits(model, processor, pcm, [*prompt, *tokens])
-        return found[len(prompt) - 1 :]
+    prompt, packed = manifest["decoding"]["prompt"], packed_caches(model, manifest)
 
-    return logits
+    def parts(pcm: np.ndarray, tokens: list[int]) -> dict[str, np.ndarray]:
+        found = decoding.parts(model, processor, pcm, [*prompt, *tokens])
+        return found | {"logits": found["logits"][len(prompt) - 1 :]} | packed(found)
+
+    return parts
 
 
 # ------------------------------------------------------------------------------------ bench
@@ -361,15 +386,20 @@ def bench(
     threads: int | None = None,
     say: Say = print,
     normalizer: str | None = None,
+    compute_units: str | None = None,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Measure artifacts, and a dense checkpoint in transformers beside them; results and file."""
     from benchmarks.bench import Candidate
+    from benchmarks.stock import has_core_ml
 
-    chosen = list(artifacts) or [runs.newest("artifact") or export(say=say)]
+    apple = device == "local" and has_core_ml()
+    newest = runs.newest("artifact", without="" if apple else "-coreml-")
+    chosen = list(artifacts) or [newest or export(say=say)]
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
     if baseline is not None:
         candidates.insert(0, Candidate(Path(baseline), rival="transformers"))
-    return bench_candidates(candidates, device, speech, repeats, threads, say, normalizer)
+    rest = (repeats, threads, say, normalizer, compute_units)
+    return bench_candidates(candidates, device, speech, *rest)
 
 
 def bench_candidates(
@@ -380,6 +410,7 @@ def bench_candidates(
     threads: int | None,
     say: Say,
     normalizer: str | None = None,
+    compute_units: str | None = None,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Measure on a device and keep the results in ./edgewhisper-runs."""
     from benchmarks.bench import bench_all
@@ -388,7 +419,8 @@ def bench_candidates(
 
     with open_device(device) as machine:
         clips = read_manifest(speech or SPEECH / "test.jsonl")
-        results = bench_all(candidates, machine, clips, repeats, threads, normalizer, say)
+        rest = (repeats, threads, normalizer, say, compute_units)
+        results = bench_all(candidates, machine, clips, *rest)
     place = runs.new_path("result", ".jsonl")
     write(results, place)
     return results, place
@@ -424,7 +456,10 @@ def demo(say: Say = print) -> tuple[list[dict[str, Any]], Path]:
 
 
 def transcriber(
-    source: str, threads: int | None = None, languages: Sequence[str] | None = None
+    source: str,
+    threads: int | None = None,
+    languages: Sequence[str] | None = None,
+    compute_units: str | None = None,
 ) -> Callable[[Sequence[np.ndarray]], list[str]]:
     """Text of 16 kHz clips by a checkpoint or by an artifact, whichever `source` is.
 
@@ -432,7 +467,7 @@ def transcriber(
     can be told of it.
     """
     if is_artifact(source):
-        recognizer = open_artifact(source, threads)
+        recognizer = open_artifact(source, threads, compute_units)
 
         def hear(pcms: Sequence[np.ndarray]) -> list[str]:
             spoken = [None] * len(pcms) if languages is None else map(language_code, languages)
@@ -442,6 +477,7 @@ def transcriber(
             ]
 
         return hear
+    refuse_compute_units(source, compute_units)
     model, processor = whisper.load(source), whisper.load_processor(source)
     return lambda pcms: decoding.transcribe(model, processor, pcms, languages)
 
@@ -451,6 +487,7 @@ def transcribe(
     pcms: Iterable[np.ndarray],
     threads: int | None = None,
     said: Callable[[int, Segment], None] = lambda number, segment: None,
+    compute_units: str | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """What is said in 16 kHz recordings, one after the other: text, and by an artifact language and
@@ -459,6 +496,7 @@ def transcribe(
     `options` are the runner's (devices/runner/listen.py); a checkpoint takes the language only.
     """
     if not is_artifact(source):
+        refuse_compute_units(source, compute_units)
         language = only_language_of(source, options)
         model, processor = whisper.load(source), whisper.load_processor(source)
         if language is not None and not has_token(model.generation_config, language):
@@ -471,7 +509,7 @@ def transcribe(
         return
     from devices.runner.recognizer import Transcript
 
-    recognizer = open_artifact(source, threads)
+    recognizer = open_artifact(source, threads, compute_units)
     for number, pcm in enumerate(pcms):
         transcript = Transcript()
         for segment in recognizer.stream(pcm, transcript, **options):
@@ -497,19 +535,43 @@ def is_artifact(source: str) -> bool:
     return (Path(source) / MANIFEST).exists()
 
 
-def open_artifact(source: str, threads: int | None = None) -> Recognizer:
-    """The runner over an artifact whose files are whole."""
-    from devices.runner.recognizer import Recognizer
+def open_artifact(
+    source: str, threads: int | None = None, compute_units: str | None = None
+) -> Recognizer:
+    """The runner over an artifact whose files are whole; Core ML packages run in the interpreter
+    where there is no Core ML, which is said."""
+    from benchmarks.stock import has_core_ml, recognizer
 
-    return Recognizer(source, threads)
+    opened = recognizer(Path(source), threads, compute_units=compute_units)
+    if opened.manifest.get("layout") in PACKAGED and not has_core_ml():
+        warnings.warn(
+            f"{source} is run by EdgeWhisper's interpreter of Core ML packages, for Core ML itself "
+            "is on Apple's systems only: what it says is checked so, how fast it is is not",
+            stacklevel=2,
+        )
+    return opened
 
 
-def evaluate(source: str, speech: Path, normalizer: str | None = None) -> Score:
+def refuse_compute_units(source: str, compute_units: str | None) -> None:
+    if compute_units is not None:
+        raise Problem(
+            f"{source} is a checkpoint, and compute units {compute_units!r} are Core ML's",
+            hint="export it with `--target coreml`, and name the artifact",
+        )
+
+
+def evaluate(
+    source: str,
+    speech: Path,
+    normalizer: str | None = None,
+    compute_units: str | None = None,
+) -> Score:
     """Error rates of a checkpoint or an artifact on a manifest's clips; the normalizer is by
     default the one for their language."""
     clips = read_manifest(speech)
     normalizer = normalizer or name_for(clips)
     normalizer_named(normalizer)  # an unknown one is said now, not after the transcription
-    hear = transcriber(source, languages=[clip.lang for clip in clips])
+    languages = [clip.lang for clip in clips]
+    hear = transcriber(source, languages=languages, compute_units=compute_units)
     texts = hear([clip.pcm() for clip in clips])
     return score([clip.text for clip in clips], texts, normalizer)

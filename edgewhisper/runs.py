@@ -21,9 +21,10 @@ def new_path(noun: str, suffix: str) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def newest(noun: str) -> Path | None:
-    """The latest output of that noun, or None."""
-    return max(RUNS.glob(f"{noun}-*"), key=lambda path: path.name, default=None)
+def newest(noun: str, without: str = "") -> Path | None:
+    """The latest output of that noun, whose name does not have this in it, or None."""
+    paths = [path for path in RUNS.glob(f"{noun}-*") if not without or without not in path.name]
+    return max(paths, key=lambda path: path.name, default=None)
 
 
 def main_process() -> bool:

@@ -65,6 +65,8 @@ from export.quantise import BITS, BLOCKS, SCALES
 from export.shrink import ATTENTIONS, FORMAT, windows_of
 
 START = "<|startoftranscript|>"
+POSITION_S = 0.02
+"""Of the encoder."""
 
 
 class GatherLinear(nn.Linear):
@@ -340,11 +342,13 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
             _check_layer(layer, f"{side}.layers.{index}", attentions, side, config)
 
 
-def forget_short_windows(model: nn.Module) -> None:
-    """From now on the model hears every clip in its full window."""
-    shapes = getattr(model.config, "edgewhisper", None)
-    if shapes:
-        model.config.edgewhisper = {k: v for k, v in shapes.items() if k != "windows"}
+def forget_short_windows(model: nn.Module, but_s: float | None = None) -> None:
+    """From now on the model hears every clip in its full window, or if that holds it in its window
+    of so many seconds; one that it has not is for the export to refuse."""
+    windows = windows_of(model.config)
+    asked = windows[-1] if but_s is None else round(but_s / POSITION_S)
+    if asked in windows:
+        set_windows(model.config, sorted({asked, windows[-1]}))
 
 
 def check_windows(windows: Any, positions: int) -> None:

@@ -15,6 +15,13 @@ from export.problem import Problem
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+PACKAGES = ("MelSpectrogram", "AudioEncoder", "TextDecoder")
+PACKAGE_FILES = (
+    "Manifest.json",
+    "Data/com.apple.CoreML/model.mlmodel",
+    "Data/com.apple.CoreML/weights/weight.bin",
+)
+"""A Core ML package is a directory."""
 FILES = {
     "native": ("encoder.onnx", "decoder.onnx", "tokens.json"),
     "transformers": (
@@ -28,8 +35,15 @@ FILES = {
     ),
     "sherpa": ("whisper-encoder{}.onnx", "whisper-decoder{}.onnx", "whisper-tokens.txt"),
     "single": ("whisper.onnx", "tokens.json"),
+    "whisperkit": (
+        *(f"{name}.mlpackage/{file}" for name in PACKAGES for file in PACKAGE_FILES),
+        "tokens.json",
+    ),
+    "encoder": tuple(f"coreml-encoder.mlpackage/{file}" for file in PACKAGE_FILES),
 }
 """What no artifact of a layout can do without; {} stands for the precision."""
+PACKAGED = ("whisperkit", "encoder")
+"""Layouts of Core ML packages."""
 SUFFIXES = {
     "transformers": {"fp16": "_fp16", "int8": "_quantized", "int4": "_q4"},
     "sherpa": {"fp16": ".fp16", "int8": ".int8", "int4": ".int4"},
@@ -103,6 +117,9 @@ def verify(directory: Path) -> dict[str, Any]:
             )
         if found["sha256"] != expected["sha256"]:
             raise Problem(f"{path}: damaged, its SHA-256 is not the manifest's", hint=AGAIN)
+    for path in directory.glob("*.mlpackage/**/*"):  # whatever stands in one may be read
+        if path.relative_to(directory).as_posix() not in manifest["files"] and not path.is_dir():
+            raise Problem(f"{path}: {MANIFEST} does not list it", hint=AGAIN)
     return manifest
 
 
@@ -116,7 +133,10 @@ def needed_files(layout: str, precision: str) -> list[str]:
 
 
 def graph_files(layout: str, precision: str) -> dict[str, str]:
-    """Name in the manifest's contract -> file of every graph of a layout."""
+    """Name in the manifest's contract -> file of every graph of a layout; packages are folders."""
+    if layout in PACKAGED:
+        packages = [file.split("/")[0] for file in FILES[layout] if ".mlpackage/" in file]
+        return {name.removesuffix(".mlpackage"): name for name in packages}
     suffix = suffix_for(layout, precision)
     names = [name for name in needed_files(layout, precision) if name.endswith(".onnx")]
     plain = (name.rsplit("/")[-1].removesuffix(f"{suffix}.onnx") for name in names)

@@ -42,22 +42,30 @@ def macs_by_window(model: nn.Module, context: int = 32) -> dict[str, dict[str, i
     return {str(n): macs(model, context, n) for n in windows_of(model.config)}
 
 
-def macs(model: nn.Module, context: int = 32, positions: int | None = None) -> dict[str, int]:
+def macs(
+    model: nn.Module, context: int = 32, positions: int | None = None, cached: bool = True
+) -> dict[str, int]:
     """Multiply-accumulates of one window and one token, see the module's docstring.
 
-    The window has so many encoder positions; None: it is the full one.
+    The window has so many encoder positions; None: it is the full one. Where the keys and values of
+    the encoder are not `cached`, every token pays for them, as in our Core ML packages.
     """
     encoder, decoder = model.model.encoder, model.model.decoder
     positions = positions or model.config.max_source_positions
+    attend = _cached_cross if cached else _cross
     return {
         "encoder": _stem(encoder, positions)
         + sum(_encoder_layer(layer, positions) for layer in encoder.layers),
         "cross": sum(
             positions * _weights(layer.encoder_attn, ("k_proj", "v_proj"))
             for layer in decoder.layers
+            if cached
         ),
         "decoder_per_token": _token_table(decoder.embed_tokens)
-        + sum(_decoder_layer(layer, context, positions) for layer in decoder.layers),
+        + sum(
+            _decoder_layer(layer, context) + attend(layer.encoder_attn, positions)
+            for layer in decoder.layers
+        ),
     }
 
 
@@ -81,10 +89,24 @@ def _encoder_layer(layer: nn.Module, positions: int) -> int:
     return positions * (linear + positions * _pair(layer.self_attn))
 
 
-def _decoder_layer(layer: nn.Module, context: int, positions: int) -> int:
+def _decoder_layer(layer: nn.Module, context: int) -> int:
+    """Without cross-attention's scores and mixes."""
     linear = _weights(layer.self_attn, LINEARS) + _weights(layer, ("fc1", "fc2"))
     linear += _weights(layer.encoder_attn, ("q_proj", "out_proj"))
-    return linear + context * _pair(layer.self_attn) + positions * _pair(layer.encoder_attn)
+    return linear + context * _pair(layer.self_attn)
+
+
+def _cached_cross(attention: nn.Module, positions: int) -> int:
+    """Over keys and values that are there."""
+    return positions * _pair(attention)
+
+
+def _cross(attention: nn.Module, positions: int) -> int:
+    """Over the encoder's states: see mil_graph.cross_attention."""
+    both = [getattr(attention, name) for name in ("k_proj", "v_proj")]
+    read = sum(getattr(linear, "down", linear).weight.shape[1] for linear in both)
+    weights = _weights(attention, ("k_proj", "v_proj"))
+    return attention.num_heads * (weights + positions * read)
 
 
 def _pair(attention: nn.Module) -> int:

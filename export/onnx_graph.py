@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export import quantise as quantisers
+from export.beside import Spec
 from export.quantise import Scheme
+from export.weights import Floats, Heads, Linear
 
 FUSED = "com.microsoft"
 OPSETS = {"": 18, FUSED: 1}
@@ -43,47 +45,6 @@ CHANNELS = "PER_CHANNEL"
 PIECE_BYTES = 2**21
 """What is wide on its way (frames of sound, hidden units) is computed for so much of it at a time.
 Measured on whisper-tiny, hidden units in pieces: a peak 16 MB lower, 2 to 4 % less time."""
-
-Floats = NDArray[np.float32]
-Dim = int | str
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = W x[inputs] + bias, of an x with so many `features`; `inputs` None: all of them."""
-
-    weight: Floats
-    """(out, in)"""
-    bias: Floats | None = None
-    inputs: NDArray[np.int64] | None = None
-    features: int = 0
-    """Needed with `inputs` only."""
-    scheme: Scheme | None = None
-    """How a graph that quantises stores the weight; None: as it stores all matrices."""
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Shape of one attention. The scale is the dense model's, whatever became of its heads."""
-
-    count: int
-    qk_dim: int
-    v_dim: int
-    scale: float
-
-    @property
-    def cache_dim(self) -> int:
-        """Width of a head in a cache: of keys and values alike, and a multiple of 8."""
-        return -(-max(self.qk_dim, self.v_dim) // 8) * 8
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Name, shape and dtype of a graph input or output; an axis named by a string is symbolic."""
-
-    name: str
-    shape: tuple[Dim, ...]
-    dtype: str = "float32"
 
 
 class Graph:

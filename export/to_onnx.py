@@ -40,9 +40,7 @@ begins with `log_mel/`: onnxruntime computes a whole graph whatever outputs are 
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -52,24 +50,29 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
-from torch import Tensor, nn
+from torch import nn
 
 from export import onnx_graph as ops
 from export.artifact import write_manifest
-from export.cost import count_parameters, macs, macs_by_window
+from export.beside import (
+    Contract,
+    Spec,
+    check,
+    described,
+    manifest_of,
+    save_beside,
+    write_tokens,
+)
 from export.layouts import LAYOUTS
-from export.onnx_graph import PRECISIONS, Graph, Heads, Linear, Spec
+from export.onnx_graph import PRECISIONS, Graph
 from export.problem import Problem
-from export.prompt import is_multilingual, language_ids, prompt_ids
 from export.quantise import schemes
-from export.shrink import attention_shape, layer_shapes, windows_of
-from export.versions import versions
+from export.shrink import windows_of
+from export.weights import Floats, array, chain, chains, heads_of, outputs_of
 
 KINDS = ("key", "value")
 GraphParts = tuple[Graph, list[Spec], list[Spec]]
 """A graph, what goes in and what comes out."""
-Contract = dict[str, dict[str, list[dict[str, Any]]]]
-"""Name of a graph -> "inputs" and "outputs" -> name, shape and dtype of each."""
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
 LARGE = 2**20
@@ -103,34 +106,13 @@ def export_onnx(
         raise Problem(
             f"there is no layout {layout!r} for ONNX", hint=f"choose one of: {', '.join(LAYOUTS)}"
         )
-    extractor = processor.feature_extractor
-    check_model(model)
-    check_window(model, extractor)
-    decoding = decoding_rules(model)
-    token_bytes(processor.tokenizer, model.config.vocab_size)  # refused before a file is written
+    check(model, processor)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     contract = import_module(LAYOUTS[layout]).write(model, processor, precision, out)
-    manifest = {
-        "target": "onnx",
-        "layout": layout,
-        "precision": precision,
-        "parameters": count_parameters(model)["total"],
-        "macs": macs(model),
-        "macs_by_window": macs_by_window(model),
-        "contract": contract,
-        "layers": layer_shapes(model),
-        "audio": {
-            "sampling_rate": extractor.sampling_rate,
-            "window_samples": extractor.n_samples,
-            "windows_samples": [2 * n * extractor.hop_length for n in windows_of(model.config)],
-            "hop_samples": extractor.hop_length,
-        },
-        "decoding": decoding,
-        "provenance": provenance or {},
-        "gate": None,
-        "versions": versions(),
-    }
+    told = {"target": "onnx", "layout": layout, "precision": precision}
+    windows = windows_of(model.config)
+    manifest = manifest_of(told, model, processor, windows, contract, provenance)
     write_manifest(out, manifest)
     return manifest
 
@@ -172,29 +154,7 @@ def write_graph(
         apart = {"location": weights.name, "size_threshold": LARGE}
         onnx.save(model, path, save_as_external_data=True, **apart)
         weights.chmod(path.stat().st_mode)  # onnx keeps it from others
-    return {"inputs": _described(inputs), "outputs": _described(outputs)}
-
-
-def write_tokens(tokenizer: Any, vocab_size: int, out: Path) -> None:
-    """The bytes of every token, for those who have no tokenizer library."""
-    tokens = {"bytes": token_bytes(tokenizer, vocab_size)}
-    (out / "tokens.json").write_text(json.dumps(tokens) + "\n", encoding="utf-8")
-
-
-def save_beside(model: nn.Module, processor: Any, out: Path) -> None:
-    """Hugging Face's files, for tools that want them."""
-    parts = (model.config, model.generation_config, processor.tokenizer)
-    for part in (*parts, processor.feature_extractor):
-        part.save_pretrained(out)
-    write_compactly(out / "tokenizer.json")
-
-
-def write_compactly(path: Path) -> None:
-    """A JSON file without indentation: of a small model's artifact it is a large part."""
-    if path.is_file():
-        told = json.loads(path.read_text(encoding="utf-8"))
-        text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
-        path.write_text(text + "\n", encoding="utf-8")
+    return described(inputs, outputs)
 
 
 # ---------------------------------------------------------------------------------------- graphs
@@ -215,11 +175,11 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
         x = _norm(g, x, encoder.layer_norm)
     outputs = []
     for i, layer in enumerate(model.model.decoder.layers):
-        attention, heads = layer.encoder_attn, _heads(layer.encoder_attn)
+        attention, heads = layer.encoder_attn, heads_of(layer.encoder_attn)
         dims = heads.qk_dim, heads.v_dim
         specs = _cross(model, i, g.quantises, heads.count)
         with g.scope(f"cross.{i}"):
-            both = ops.apart(g, x, _chains(g, attention, "kv"))
+            both = ops.apart(g, x, chains(g.schemes, attention, "kv"))
             made = [ops.encoder_cache(g, y, heads, dim) for y, dim in zip(both, dims, strict=True)]
         for value, spec in zip(sum(zip(*made, strict=True), ()), specs, strict=True):
             g.name(value, spec.name)
@@ -243,7 +203,7 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
     length = g.op("Cast", "past_length", to=TensorProto.INT64)
     end = g.op("Add", length, g.op("Shape", "input_ids", start=1, end=2))
     with g.scope("look_up"):
-        positions = ops.float_table(g, _array(decoder.embed_positions.weight))
+        positions = ops.float_table(g, array(decoder.embed_positions.weight))
         x = g.op("Add", table.look_up("input_ids"), g.op("Slice", positions, length, end))
     filled = g.op("Sub", g.op("Shape", "cross.0.key", start=2, end=3), g.constant([ops.SPARE]))
     places = Places(
@@ -262,9 +222,9 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
 
 def _token_table(g: Graph, table: nn.Module) -> ops.TokenTable | ops.FactorisedTable:
     if hasattr(table, "rows"):
-        rows, basis = _array(table.rows.weight), _array(table.up.weight.T)
+        rows, basis = array(table.rows.weight), array(table.up.weight.T)
         return ops.FactorisedTable(g, rows, basis, g.schemes.get(table.rows))
-    return ops.TokenTable(g, _array(table.weight), g.schemes.get(table))
+    return ops.TokenTable(g, array(table.weight), g.schemes.get(table))
 
 
 @dataclass(frozen=True)
@@ -282,13 +242,13 @@ def _decoder_contract(model: nn.Module, int8: bool) -> tuple[list[Spec], list[Sp
     for i, layer in enumerate(model.model.decoder.layers):
         inputs += _cache(model, f"past.{i}", f"heads_dec_{i}", layer.self_attn)
         inputs += _cross(model, i, int8, f"heads_enc_{i}")
-        outputs += _cache(model, f"present.{i}", _heads(layer.self_attn).count, layer.self_attn)
-        outputs += _cross(model, i, int8, _heads(layer.encoder_attn).count, "heard")[:2]
+        outputs += _cache(model, f"present.{i}", heads_of(layer.self_attn).count, layer.self_attn)
+        outputs += _cross(model, i, int8, heads_of(layer.encoder_attn).count, "heard")[:2]
     return inputs, outputs
 
 
 def _cache(model: nn.Module, name: str, heads: int | str, attention: nn.Module) -> list[Spec]:
-    shape = (1, heads, model.config.max_target_positions, _heads(attention).cache_dim)
+    shape = (1, heads, model.config.max_target_positions, heads_of(attention).cache_dim)
     return [Spec(f"{name}.{kind}", shape) for kind in KINDS]
 
 
@@ -296,7 +256,7 @@ def _cross(
     model: nn.Module, layer: int, int8: bool, heads: int | str, name: str = "cross"
 ) -> list[Spec]:
     """Keys and values of the encoder for one decoder layer, and their scales in an int8 graph."""
-    attention = _heads(model.model.decoder.layers[layer].encoder_attn)
+    attention = heads_of(model.model.decoder.layers[layer].encoder_attn)
     positions, width = _positions(model), attention.cache_dim
     room = positions + ops.SPARE if isinstance(positions, int) else "room"
     shape = (1, heads, room, width)
@@ -309,18 +269,18 @@ def _stem(g: Graph, mel: str, encoder: nn.Module, positions: int | str) -> str:
     """Two convolutions and the positions: (1, n_mels, frames) -> (1, frames / 2, d_model)."""
     x = mel
     for conv, stride in ((encoder.conv1, 1), (encoder.conv2, 2)):
-        kernel = ops.widened(g, _array(conv.weight), g.schemes.get(conv))
-        bias = g.constant(_array(conv.bias))
+        kernel = ops.widened(g, array(conv.weight), g.schemes.get(conv))
+        bias = g.constant(array(conv.bias))
         x = ops.gelu(g, g.op("Conv", x, kernel, bias, pads=[1, 1], strides=[stride]))
     if isinstance(positions, str):
         length = g.op("Shape", x, start=2, end=3)
     else:  # a constant: the runtime computes the positions once, as it loads the graph
         length = g.constant([positions])
-    here = _encoder_positions(g, _array(encoder.embed_positions.weight), length)
+    here = _encoder_positions(g, array(encoder.embed_positions.weight), length)
     return g.op("Add", g.op("Transpose", x, perm=[0, 2, 1]), here)
 
 
-def _encoder_positions(g: Graph, table: ops.Floats, length: str) -> str:
+def _encoder_positions(g: Graph, table: Floats, length: str) -> str:
     """The first `length` rows of the table, computed where they are Whisper's sinusoids."""
     rates = sinusoid_rates(table.shape[1])
     angles = np.arange(len(table), dtype=np.float32)[:, None] * rates
@@ -331,7 +291,7 @@ def _encoder_positions(g: Graph, table: ops.Floats, length: str) -> str:
     return g.op("Slice", ops.float_table(g, table), g.constant([0]), length)
 
 
-def sinusoid_rates(width: int) -> ops.Floats:
+def sinusoid_rates(width: int) -> Floats:
     """Angle per position of every sine, (width / 2,): from 1 down to 1/10000, as Whisper rounds it.
 
     Bits matter: an angle is up to 1500 times as far off as its rate.
@@ -345,11 +305,11 @@ def _encoder_layer(g: Graph, x: str, layer: nn.Module, windows: Sequence[int]) -
     """One layer over one of the windows; hidden units are computed for a part of it at a time."""
     attention = layer.self_attn
     y = _norm(g, x, layer.self_attn_layer_norm)
-    q, k, v = ops.apart(g, y, _chains(g, attention, "qkv"))
+    q, k, v = ops.apart(g, y, chains(g.schemes, attention, "qkv"))
     attend = ops.shared_attention if getattr(attention, "shared", False) else ops.self_attention
-    y = attend(g, q, k, v, _heads(attention))
+    y = attend(g, q, k, v, heads_of(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
-    pieces = ops.pieces_of(_outputs(layer.fc1), windows)
+    pieces = ops.pieces_of(outputs_of(layer.fc1), windows)
     return ops.in_pieces(g, x, pieces, lambda piece: _feed_forward(g, piece, layer))
 
 
@@ -357,8 +317,8 @@ def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Plac
     attention = layer.self_attn
     y = _norm(g, x, layer.self_attn_layer_norm)
     past, present = ([f"{time}.{number}.{kind}" for kind in KINDS] for time in ("past", "present"))
-    qkv = ops.parallel(g, y, _chains(g, attention, "qkv"))
-    y = ops.cached_attention(g, qkv, past, present, places.own, _heads(attention))
+    qkv = ops.parallel(g, y, chains(g.schemes, attention, "qkv"))
+    y = ops.cached_attention(g, qkv, past, present, places.own, heads_of(attention))
     x = g.op("Add", x, _attention_output(g, y, attention))
 
     with g.scope("encoder_attn"):
@@ -369,57 +329,30 @@ def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Plac
 def _cross_attention(g: Graph, x: str, layer: nn.Module, number: int, places: Places) -> str:
     attention = layer.encoder_attn
     y = _norm(g, x, layer.encoder_attn_layer_norm)
-    q = ops.linear(g, y, _chain(g, attention.q_proj, layer.embed_dim), gather=True)
+    q = ops.linear(g, y, chain(g.schemes, attention.q_proj, layer.embed_dim), gather=True)
     kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.quantises else KINDS
     cross = [f"cross.{number}.{kind}" for kind in kinds]
     heard = [f"heard.{number}.{kind}" for kind in KINDS]
-    y = ops.cross_attention(g, q, cross, heard, places.cross, _heads(attention), places.unseen)
+    y = ops.cross_attention(g, q, cross, heard, places.cross, heads_of(attention), places.unseen)
     return g.op("Add", x, _attention_output(g, y, attention))
 
 
 def _feed_forward(g: Graph, x: str, layer: nn.Module, gather: bool = False) -> str:
     with g.scope("feed_forward"):
         y = _norm(g, x, layer.final_layer_norm)
-        y = ops.gelu(g, ops.linear(g, y, _chain(g, layer.fc1, layer.embed_dim), gather))
-        return g.op("Add", x, ops.linear(g, y, _chain(g, layer.fc2, _outputs(layer.fc1)), gather))
+        y = ops.gelu(g, ops.linear(g, y, chain(g.schemes, layer.fc1, layer.embed_dim), gather))
+        return g.op(
+            "Add", x, ops.linear(g, y, chain(g.schemes, layer.fc2, outputs_of(layer.fc1)), gather)
+        )
 
 
 def _norm(g: Graph, x: str, norm: nn.Module) -> str:
-    return ops.layer_norm(g, x, _array(norm.weight), _array(norm.bias), norm.eps)
-
-
-def _chains(g: Graph, attention: nn.Module, names: str) -> list[list[Linear]]:
-    """Projections of one input: `names` is "qkv" or "kv"."""
-    d_model = _outputs(attention.out_proj)
-    return [_chain(g, getattr(attention, f"{name}_proj"), d_model) for name in names]
-
-
-def _chain(g: Graph, module: nn.Module, features: int) -> list[Linear]:
-    """A linear module as the products it consists of: one, or two where it is low-rank."""
-    if hasattr(module, "down"):
-        return [*_chain(g, module.down, features), *_chain(g, module.up, len(module.down.weight))]
-    bias = None if module.bias is None else _array(module.bias)
-    inputs = getattr(module, "inputs", None)
-    kept = None if inputs is None else inputs.cpu().numpy()
-    return [Linear(_array(module.weight), bias, kept, features, g.schemes.get(module))]
+    return ops.layer_norm(g, x, array(norm.weight), array(norm.bias), norm.eps)
 
 
 def _attention_output(g: Graph, x: str, attention: nn.Module) -> str:
-    heads = _heads(attention)
-    return ops.linear(g, x, _chain(g, attention.out_proj, heads.count * heads.v_dim))
-
-
-def _heads(attention: nn.Module) -> Heads:
-    shape = attention_shape(attention)
-    return Heads(shape["heads"], shape["qk_dim"], shape["v_dim"], attention.scaling)
-
-
-def _outputs(linear: nn.Module) -> int:
-    return len(getattr(linear, "up", linear).weight)
-
-
-def _array(tensor: Tensor) -> ops.Floats:
-    return tensor.detach().float().cpu().numpy()
+    heads = heads_of(attention)
+    return ops.linear(g, x, chain(g.schemes, attention.out_proj, heads.count * heads.v_dim))
 
 
 def _check(graph: onnx.ModelProto, path: Path) -> None:
@@ -430,115 +363,3 @@ def _check(graph: onnx.ModelProto, path: Path) -> None:
             hint="export with --precision int8",
         )
     onnx.checker.check_model(graph)
-
-
-# ------------------------------------------------------------------------------- what stands beside
-
-
-def check_model(model: nn.Module) -> None:
-    """The graphs have the exact GELU and one table for tokens in and out, as every Whisper has."""
-    if model.config.activation_function != "gelu":
-        raise Problem(
-            f"the model's activation is {model.config.activation_function!r}; "
-            "the ONNX graphs have Whisper's 'gelu'",
-            hint="start from a Whisper checkpoint with activation_function gelu",
-        )
-    if not _tied(model.proj_out, model.model.decoder.embed_tokens):
-        raise Problem(
-            "the model's output table (proj_out) differs from its token table; "
-            "the ONNX graphs share one",
-            hint="train with tie_word_embeddings = true, as Whisper is",
-        )
-
-
-def _tied(output: nn.Module, table: nn.Module) -> bool:
-    if hasattr(table, "rows"):
-        return getattr(output, "table", None) is table
-    return output.weight is table.weight or output.weight.equal(table.weight)
-
-
-def check_window(model: nn.Module, extractor: Any) -> None:
-    """Two mel frames make one encoder position: the extractor's window must be the model's."""
-    wanted = 2 * model.config.max_source_positions * extractor.hop_length
-    if extractor.n_samples != wanted:
-        raise Problem(
-            f"the feature extractor's window has {extractor.n_samples} samples, "
-            f"the model's {wanted}",
-            hint="set chunk_length in preprocessor_config.json to the model's window in seconds",
-        )
-    if extractor.feature_size != model.config.num_mel_bins:
-        raise Problem(
-            f"the feature extractor makes {extractor.feature_size} mel bins, "
-            f"the model reads {model.config.num_mel_bins}",
-            hint="take preprocessor_config.json from the model that was compressed",
-        )
-
-
-def decoding_rules(model: nn.Module) -> dict[str, Any]:
-    """Prompt, end and suppressed tokens, as transformers' generate() would have them, greedy.
-
-    The prompt is for one language (see prompt.py); `languages` and `tasks` have the ids that may
-    stand in it instead, code -> id. It forbids timestamps, so ids from `timestamp_begin` on are
-    never chosen. Whoever wants them leaves out the prompt's last token, timestamp_begin - 1, and
-    says a first one of at most `max_initial_timestamp_index` steps. Behind the prompt's first
-    token, the probability of `no_speech` is that of no speech. Text from before may stand in front
-    of the prompt, behind `previous`.
-    """
-    generation = model.generation_config
-    multilingual = is_multilingual(generation)
-    prompt = prompt_ids(generation)
-    end = generation.eos_token_id
-    silent = getattr(generation, "no_timestamps_token_id", None)
-    return {
-        "prompt": prompt,
-        "eos": end if isinstance(end, int) else end[0],
-        "suppress_tokens": list(generation.suppress_tokens or []),
-        "begin_suppress_tokens": list(generation.begin_suppress_tokens or []),
-        "timestamp_begin": None if silent is None else silent + 1,
-        "max_initial_timestamp_index": getattr(generation, "max_initial_timestamp_index", None),
-        "no_speech": None if silent is None else silent - 1,
-        "previous": getattr(generation, "prev_sot_token_id", None),
-        "languages": language_ids(generation) if multilingual else {},
-        "tasks": dict(getattr(generation, "task_to_id", None) or {}) if multilingual else {},
-        "max_new_tokens": model.config.max_target_positions - len(prompt),
-    }
-
-
-def token_bytes(tokenizer: Any, vocab_size: int) -> list[str | None]:
-    """The bytes of every token in base64; null for special tokens, timestamps and unused ids.
-
-    Byte-level BPE writes bytes as printable characters; this turns them back.
-    Raises Problem where a token holds a character that stands for no byte.
-    """
-    unicode_to_byte = {char: byte for byte, char in _byte_alphabet()}
-    added = set(tokenizer.added_tokens_decoder)
-    ordinary = {i: token for token, i in tokenizer.get_vocab().items() if i not in added}
-    return [
-        _encoded(ordinary[i], i, unicode_to_byte) if i in ordinary else None
-        for i in range(vocab_size)
-    ]
-
-
-def _encoded(token: str, number: int, unicode_to_byte: dict[str, int]) -> str:
-    try:
-        return base64.b64encode(bytes(unicode_to_byte[char] for char in token)).decode()
-    except KeyError as error:
-        raise Problem(
-            f"token {number} ({token!r}): {error.args[0]!r} stands for no byte",
-            hint="the tokenizer must be Whisper's byte-level BPE",
-        ) from error
-
-
-def _byte_alphabet() -> Iterator[tuple[int, str]]:
-    """GPT-2's: printable Latin-1 bytes are themselves, the others are counted up from U+0100."""
-    unprintable = 0
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or byte >= 0xAE:
-            yield byte, chr(byte)
-        else:
-            yield byte, chr(0x100 + unprintable)
-            unprintable += 1
-
-
-def _described(specs: list[Spec]) -> list[dict[str, Any]]:
-    return [{"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype} for spec in specs]

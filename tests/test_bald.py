@@ -43,7 +43,8 @@ from edgewhisper.training import Training
 from export import onnx_graph as ops
 from export.cost import count_parameters, macs
 from export.problem import Problem
-from export.to_onnx import export_onnx, layer_shapes
+from export.shrink import layer_shapes
+from export.to_onnx import export_onnx
 
 NONE = Training(steps=0)
 BRIEF = Training(steps=2, batch_size=2, learning_rate=1e-3)

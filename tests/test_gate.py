@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from benchmarks.gate import GateFailure, gate_again, run_gate, tokens_record
+from benchmarks.gate import EXACT, Bounds, GateFailure, gate_again, run_gate, tokens_record
 from benchmarks.metadata import clips_hash
 from benchmarks.speech import read_manifest
 from edgewhisper import decoding, whisper
@@ -66,7 +66,7 @@ def torch_logits(model, processor, fp32):
         features = decoding.log_mel(processor.feature_extractor, [pcm])
         ids = torch.tensor([[*prompt, *tokens]])
         found = model(input_features=features, decoder_input_ids=ids, use_cache=False).logits[0]
-        return found[len(prompt) - 1 :].numpy()
+        return {"logits": found[len(prompt) - 1 :].numpy()}
 
     return logits
 
@@ -84,7 +84,7 @@ def damaged(artifact: Path, out: Path, change) -> Path:
 
 
 def test_fp32_passes_exactly(fp32, reference, few, torch_logits):
-    figures = run_gate(fp32, reference, few, logits_reference=torch_logits, exact=True, threads=1)
+    figures = run_gate(fp32, reference, few, EXACT, torch_logits, threads=1)
     assert figures["clips"] == len(few)
     assert figures["identical_tokens"] == figures["identical_texts"] == 1
     assert 0 < figures["max_logits_error"] < 1e-3
@@ -93,7 +93,7 @@ def test_fp32_passes_exactly(fp32, reference, few, torch_logits):
 
 
 def test_int8_passes_on_words(int8, reference, few):
-    figures = run_gate(int8, reference, few, exact=False, threads=1)
+    figures = run_gate(int8, reference, few, Bounds(), threads=1)
     assert figures["wer_loss_points"] <= 0.5
     assert figures["identical_texts"] >= figures["identical_tokens"] > 0.5
     assert figures["max_logits_error"] is None
@@ -110,7 +110,7 @@ def test_changed_tokens_fail_an_exact_gate_and_the_first_clip_is_shown(
 ):
     broken = damaged(fp32, tmp_path / "broken", lambda w: np.roll(w, 1, axis=-1))
     with pytest.raises(GateFailure, match=rf"\d+ of {len(few)} clips get other tokens") as failure:
-        run_gate(broken, reference, few, exact=True, threads=1)
+        run_gate(broken, reference, few, EXACT, threads=1)
     name, wanted, found = shown(failure)
     assert name == few[0].audio.name
     assert wanted != found
@@ -122,7 +122,7 @@ def test_changed_words_fail_a_quantised_gate_and_the_first_clip_is_shown(
 ):
     broken = damaged(int8, tmp_path / "broken", lambda w: np.roll(w, 1, axis=-1))
     with pytest.raises(GateFailure, match=r"a loss of .* points, allowed are 0\.5") as failure:
-        run_gate(broken, reference, few, exact=False, threads=1)
+        run_gate(broken, reference, few, Bounds(), threads=1)
     name, wanted, found = shown(failure)
     assert name in [clip.audio.name for clip in few]
     assert wanted != found
@@ -134,16 +134,16 @@ def test_logits_that_are_off_a_little_fail_an_exact_gate(
 ):
     """The token table grows by 0.2 %: every token stays, the numbers are wrong."""
     broken = damaged(fp32, tmp_path / "broken", lambda w: w * np.float32(1.002))
-    options = {"logits_reference": torch_logits, "exact": True, "threads": 1}
+    options = {"bounds": EXACT, "parts": torch_logits, "threads": 1}
     with pytest.raises(GateFailure, match=r"logits differ by .* from the checkpoint's"):
         run_gate(broken, reference, few[:2], **options)
 
 
 def test_logits_that_are_no_numbers_fail_an_exact_gate(fp32, reference, few):
     def nothing(pcm, tokens):
-        return np.full((len(tokens) + 1, 1), np.nan)
+        return {"logits": np.full((len(tokens) + 1, 1), np.nan)}
 
-    options = {"logits_reference": nothing, "exact": True, "threads": 1}
+    options = {"bounds": EXACT, "parts": nothing, "threads": 1}
     with pytest.raises(GateFailure, match="logits differ by inf"):
         run_gate(fp32, reference, few[:1], **options)
 
@@ -151,7 +151,7 @@ def test_logits_that_are_no_numbers_fail_an_exact_gate(fp32, reference, few):
 def test_long_clips_are_compared_window_by_window(fp32, reference, clips):
     others = read_manifest(clips.parent / "other.jsonl")
     long = next(clip for clip in others if clip.audio.stem == "long")
-    figures = run_gate(fp32, reference, [long], exact=True, threads=1)
+    figures = run_gate(fp32, reference, [long], EXACT, threads=1)
     assert figures["windows"] > 1
 
 
@@ -173,7 +173,7 @@ def said(few, rng):
 
 
 def test_a_gate_keeps_what_asking_again_takes(fp32, reference, few):
-    figures = run_gate(fp32, reference, few[:2], exact=True, threads=1)
+    figures = run_gate(fp32, reference, few[:2], EXACT, threads=1)
     tokens = [[reference(clip.pcm())] for clip in few[:2]]
     texts = [clip.text for clip in few[:2]]
     assert "the tokens of all 2 clips" in gate_again(figures, few[:2], tokens, texts)
@@ -214,4 +214,4 @@ def test_other_clips_and_gates_without_a_record_are_refused(few, said):
 
 def test_a_gate_without_clips_is_refused(fp32, reference):
     with pytest.raises(Problem, match="the gate got no clips"):
-        run_gate(fp32, reference, [], exact=True)
+        run_gate(fp32, reference, [], EXACT)

@@ -375,7 +375,7 @@ TEXTS = [
     pytest.param(b" " * (8 * 2**20 + 1), "8388609 bytes, at most 8388608", id="large"),
     pytest.param(b"", "cannot be read", id="empty"),
     pytest.param(b"\0" * 1000, "cannot be read", id="zeros"),
-    pytest.param(b'{"format": 2, "target": "coreml"}', "for 'coreml'", id="other-target"),
+    pytest.param(b'{"format": 2, "target": "tflite"}', "for 'tflite'", id="other-target"),
     pytest.param(b'{"format": true, "target": "onnx"}', "format True", id="format-true"),
     pytest.param(b'{"format": 2, "target": "onnx"}', "files is missing", id="nothing-else"),
 ]

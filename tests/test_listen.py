@@ -32,7 +32,8 @@ from devices.runner.fallback import (
 )
 from devices.runner.listen import Listener, Options, code
 from devices.runner.problem import RunnerProblem
-from devices.runner.recognizer import MOST_IDS, Recognizer, Transcript
+from devices.runner.recognizer import Recognizer, Transcript
+from devices.runner.sessions import MOST_IDS
 from devices.runner.timestamps import STEP_SAMPLES, log_sum_exp, parts
 from edgewhisper import decoding, whisper
 
@@ -509,7 +510,7 @@ def test_beams_find_what_transformers_finds(tiny_whisper, monkeypatch, rng, beam
 
     The texts may differ where two candidates had the same score but for rounding.
     """
-    from export.to_onnx import decoding_rules
+    from export.beside import decoding_rules
 
     model = tiny_whisper
     mel = torch.from_numpy(rng.standard_normal((1, 80, 600)).astype(np.float32))
@@ -562,7 +563,7 @@ def test_branches_go_on_from_their_parents(plain, pcms, rng):
     count, texts = 4, [list(plain.rules.prompt)] * 4
     decoder = plain.decoder_over(pcms[0], Transcript())
     decoder(plain.rules.prompt)
-    branches, parents = Branches(decoder, plain.pasts(count)), [0] * count
+    branches, parents = Branches(decoder, count), [0] * count
     for _ in range(8):
         tokens = rng.integers(0, 370, count).tolist()
         found = branches(parents, tokens)

@@ -34,7 +34,8 @@ from export.quantise import (
     quantise,
     schemes,
 )
-from export.to_onnx import export_onnx, layer_shapes
+from export.shrink import layer_shapes
+from export.to_onnx import export_onnx
 
 BRIEF = Training(steps=3, batch_size=2, learning_rate=1e-3)
 KINDS = [Scheme(bits, per, block) for bits in (4, 8, 16) for per in SCALES for block in BLOCKS[:2]]

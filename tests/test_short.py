@@ -16,7 +16,7 @@ import torch
 from dead_structure import kill
 from test_to_onnx import irregular
 
-from benchmarks.gate import run_gate
+from benchmarks.gate import EXACT, run_gate
 from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import score
 from devices.runner.audio import shortest
@@ -286,10 +286,8 @@ def test_the_gate_compares_through_the_same_windows(short_whisper, processor, fe
         tmp_path,
         lambda pcm: decoding.greedy(short_whisper, processor, [pcm])[0],
         few,
-        logits_reference=pipeline.torch_logits(
-            short_whisper, processor, manifest["decoding"]["prompt"]
-        ),
-        exact=True,
+        EXACT,
+        pipeline.torch_parts(short_whisper, processor, manifest["decoding"]["prompt"]),
         threads=1,
     )
     assert figures["identical_tokens"] == 1
@@ -308,12 +306,12 @@ def artifact(short_whisper, processor, tmp_path) -> Path:
 @pytest.fixture
 def lengths(monkeypatch) -> list[int]:
     """Samples of every window that the runner's encoder was given."""
-    from devices.runner import recognizer
+    from devices.runner import sessions
 
     seen: list[int] = []
-    encode = recognizer.encode
+    encode = sessions.encode
     monkeypatch.setattr(
-        recognizer,
+        sessions,
         "encode",
         lambda session, window: seen.append(window.shape[1]) or encode(session, window),
     )

@@ -22,17 +22,11 @@ from edgewhisper import decoding, whisper
 from export import onnx_graph as ops
 from export import to_onnx
 from export.artifact import verify
+from export.beside import decoding_rules, token_bytes
 from export.problem import Problem
 from export.prompt import prompt_ids
-from export.shrink import shrink
-from export.to_onnx import (
-    decoding_rules,
-    encoder_graph,
-    export_onnx,
-    layer_shapes,
-    sinusoid_rates,
-    token_bytes,
-)
+from export.shrink import layer_shapes, shrink
+from export.to_onnx import encoder_graph, export_onnx, sinusoid_rates
 
 TOLERANCE = 1e-3
 

@@ -22,7 +22,8 @@ import numpy as np
 from devices.runner.audio import SAMPLING_RATE, Pcm
 from devices.runner.machine import versions
 from devices.runner.profile import noise
-from devices.runner.recognizer import Recognizer, Transcript, views
+from devices.runner.recognizer import Recognizer, Transcript
+from devices.runner.sessions import Decoder, views
 
 END, ENCODER, PROMPT, TOKEN = range(4)
 """Numbers of the marks: the stage that begins there."""
@@ -53,6 +54,7 @@ def window(recognizer: Recognizer, pcm: Pcm, tokens: int) -> dict[str, Any]:
     mark(ENCODER)
     decoder = recognizer.decoder_over(pcm, Transcript())
     mark(END)
+    assert isinstance(decoder, Decoder)
     cross = {name: array.copy() for name, array in views(decoder.cross).items()}
     prompt = recognizer.rules.prompt
     logits: list[np.ndarray] = []

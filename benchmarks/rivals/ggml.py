@@ -134,7 +134,7 @@ def words(checkpoint: Path, vocabulary: int) -> bytes:
     """The bytes of the ordinary tokens, which come first; the program names the others itself."""
     from transformers import WhisperTokenizer
 
-    from export.to_onnx import token_bytes
+    from export.beside import token_bytes
 
     table = token_bytes(WhisperTokenizer.from_pretrained(checkpoint), vocabulary)
     count = next((i for i, word in enumerate(table) if word is None), len(table))
@@ -198,7 +198,7 @@ def rules(checkpoint: Path) -> dict[str, Any]:
     """Prompt, end and suppressed tokens as an artifact's manifest has them, and the window."""
     from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor
 
-    from export.to_onnx import decoding_rules
+    from export.beside import decoding_rules
 
     parts: Any = SimpleNamespace(
         config=WhisperConfig.from_pretrained(checkpoint),

@@ -27,7 +27,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 class Ours(Engine):
     """The runner's recognizer; its transcripts carry the times."""
 
-    imports = ("devices.runner.recognizer",)
+    imports = ("devices.runner.recognizer", "devices.runner.sessions")
     packages = ("numpy", "onnxruntime")
 
     def __init__(self, model: Path, threads: int, tokens: int | None) -> None:

@@ -1,4 +1,5 @@
-"""What runs on the device: numpy and onnxruntime only, no torch, no tokenizer library.
+"""What runs on the device: numpy and onnxruntime only, no torch, no tokenizer library. Core ML
+artifacts take coremltools on a Mac in the place of onnxruntime.
 
 The folder is copied to the device as `runner/` and started there:
 

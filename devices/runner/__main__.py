@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--probes", type=Path, help="folder of graphs to run beside it")
     for command in (transcribe, bench, check, profile):
         command.add_argument("--threads", type=positive, help="default: all usable cores")
+    for command in (transcribe, bench, check):
+        command.add_argument("--compute-units", help="of Core ML: all, cpu, cpu-ane or cpu-gpu")
     commands.add_parser("describe", help="this machine and its state")
     return top
 
@@ -89,7 +91,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.command == "check":
         from .check import check
 
-        return check(arguments.artifact, arguments.clips, arguments.threads)
+        return check(
+            arguments.artifact, arguments.clips, arguments.threads, arguments.compute_units
+        )
     if arguments.command == "profile":
         from .profile import profile
 
@@ -97,7 +101,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.command == "bench":
         from .measure import bench
 
-        return bench(arguments.artifact, arguments.clips, arguments.repeats, arguments.threads)
+        return bench(
+            arguments.artifact,
+            arguments.clips,
+            arguments.repeats,
+            arguments.threads,
+            arguments.compute_units,
+        )
     return {"transcripts": list(transcripts(arguments))}
 
 
@@ -105,7 +115,9 @@ def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what is said in each file; `--stream` prints every segment as soon as it is decoded."""
     from .recognizer import Recognizer, Transcript
 
-    recognizer = Recognizer(arguments.artifact, arguments.threads)
+    recognizer = Recognizer(
+        arguments.artifact, arguments.threads, compute_units=arguments.compute_units
+    )
     names = ("language", "task", "timestamps", "beams", "fallback", "seed", "previous")
     options = {name: getattr(arguments, name) for name in names}
     for path in arguments.wav:
@@ -119,7 +131,7 @@ def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def size_of(artifact: Path) -> int:
     """Return the bytes of the files in a folder."""
-    return sum(entry.stat().st_size for entry in artifact.glob("*") if entry.is_file())
+    return sum(entry.stat().st_size for entry in artifact.rglob("*") if entry.is_file())
 
 
 def out_of_memory(arguments: argparse.Namespace) -> RunnerProblem:

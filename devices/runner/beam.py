@@ -18,7 +18,7 @@ from .fallback import Attempt
 from .timestamps import log_sum_exp
 
 if TYPE_CHECKING:
-    from .recognizer import Decoder, Past
+    from .recognizer import Decoder
 
 Advance = Callable[[Sequence[int], Sequence[int]], Logits]
 """parents, tokens -> logits (beams, vocab): each new beam goes on from its parent by its token."""
@@ -99,10 +99,9 @@ def attempt_of(beam: Beam, rules: Rules) -> Attempt:
 class Branches:
     """One decoder a beam over the same window. `decoder` has been fed the prompt."""
 
-    def __init__(self, decoder: Decoder, pasts: Sequence[Past]) -> None:
-        self.branches = [decoder.branch(past) for past in pasts]
-        self.pasts = list(pasts)
-        copy_past(decoder.past, self.pasts[0], decoder.fed)
+    def __init__(self, decoder: Decoder, count: int) -> None:
+        self.branches = list(decoder.branches(count))
+        self.branches[0].follow(decoder)
 
     def __call__(self, parents: Sequence[int], tokens: Sequence[int]) -> Logits:
         """Go on from the parents by a token each; return the logits (beams, vocab)."""
@@ -112,22 +111,14 @@ class Branches:
     def fork(self, parents: Sequence[int]) -> None:
         """Let branch i go on from parents[i].
 
-        The first child of a branch takes it over; others get its past copied into a branch from
-        which nobody goes on.
+        The first child of a branch takes it over; others follow it in a branch from which nobody
+        goes on.
         """
         free = [i for i in range(len(parents)) if i not in parents]
         order: list[int] = []
         for parent in parents:
             child = free.pop() if parent in order else parent
             if child != parent:
-                copy_past(self.pasts[parent], self.pasts[child], self.branches[parent].fed)
-                self.branches[child].fed = self.branches[parent].fed
+                self.branches[child].follow(self.branches[parent])
             order.append(child)
         self.branches = [self.branches[i] for i in order]
-        self.pasts = [self.pasts[i] for i in order]
-
-
-def copy_past(source: Past, target: Past, length: int) -> None:
-    """Copy the keys and values of the first tokens."""
-    for name, array in source.items():
-        target[name][:, :, :length] = array[:, :, :length]

@@ -20,13 +20,16 @@ class Hearing(Protocol):
     def text(self, tokens: list[int]) -> str: ...
 
 
-def check(artifact: Path, clips: Path, threads: int | None = None) -> dict[str, Any]:
+def check(
+    artifact: Path, clips: Path, threads: int | None = None, compute_units: str | None = None
+) -> dict[str, Any]:
     """Return the greedy tokens of every clip, a list for each of its windows, and the texts.
 
     Manifest, hashes, graphs and contract are checked before (contract.py). No rule is applied that
     transformers' generate() does not have: the tokens are those that the gate compared.
     """
-    return said(Recognizer(artifact, threads, guards=False), clips)
+    recognizer = Recognizer(artifact, threads, guards=False, compute_units=compute_units)
+    return said(recognizer, clips)
 
 
 def said(recognizer: Hearing, clips: Path) -> dict[str, Any]:

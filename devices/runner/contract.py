@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from .audio import SAMPLING_RATE
 from .graph_file import AGAIN, UNTRUSTED, read_graph
@@ -23,6 +23,8 @@ FORMAT = 2
 """The version of manifest.json that this runner reads."""
 MANIFEST = "manifest.json"
 NEEDED = ("encoder.onnx", "decoder.onnx", "tokens.json")
+LAYOUTS = {"onnx": "native", "coreml": "whisperkit"}
+"""Target -> the layout of it that this runner reads."""
 
 MOST_JSON_BYTES = 8 * 2**20
 MOST_SAMPLES = 60 * SAMPLING_RATE
@@ -32,15 +34,15 @@ MOST_WINDOWS = 64
 MOST = 2**53
 """Whole numbers up to here are the same in every reader of JSON."""
 DTYPES = {
-    "float32": ("tensor(float)", 4),
-    "float16": ("tensor(float16)", 2),
-    "int8": ("tensor(int8)", 1),
-    "uint8": ("tensor(uint8)", 1),
-    "int32": ("tensor(int32)", 4),
-    "int64": ("tensor(int64)", 8),
-    "bool": ("tensor(bool)", 1),
+    "float32": 4,
+    "float16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "int32": 4,
+    "int64": 8,
+    "bool": 1,
 }
-"""Name -> onnxruntime's name and bytes."""
+"""Name -> bytes."""
 ONE_EXPORT = "its files are not of one export: copy the whole artifact again, or export it again"
 
 
@@ -101,29 +103,47 @@ def plain_file(path: Path) -> None:
 def check_version(path: Path, manifest: Any) -> None:
     told = manifest if isinstance(manifest, dict) else {}
     found, target = told.get("format"), told.get("target")
-    if type(found) is not int or (found, target) != (FORMAT, "onnx"):
+    if type(found) is not int or found != FORMAT or target not in tuple(LAYOUTS):
         raise RunnerProblem(
             f"{path}: artifact format {short(found)} for {short(target)}; this runner reads "
-            f"{FORMAT} for 'onnx'",
+            f"{FORMAT} for {' and '.join(map(repr, LAYOUTS))}",
             "take runner and artifact from the same release",
         )
-    if (layout := told.get("layout", "native")) != "native":
+    wanted = LAYOUTS[target]
+    if (layout := told.get("layout", "native")) != wanted:
         raise RunnerProblem(
-            f"{path}: the layout is {short(layout)}; this runner reads 'native'",
-            "export the checkpoint with `--layout native`, or use the runtime of that layout",
+            f"{path}: the layout is {short(layout)}; this runner reads {wanted!r}",
+            f"export the checkpoint with `--layout {wanted}`, or use the runtime of that layout",
         )
 
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Raise a letter for the first field that is missing or is not what it should be."""
     told = Told(path, manifest)
+    sizes = check_packaged(told) if manifest["target"] == "coreml" else check_graphs(told)
+    check_audio(told.at("audio"))
+    check_decoding(told.at("decoding"), *sizes)
+    check_facts(told)
+
+
+def check_graphs(told: "Told") -> tuple[int, int]:
+    """Files and contract of ONNX graphs; return how many tokens there are, and how many the decoder
+    can be fed."""
     check_file_list(told)
     contract = told.at("contract")
     specs = {name: check_graph(contract.at(name)) for name in ("encoder", "decoder")}
     check_caches(contract, specs)
-    check_audio(told.at("audio"))
-    check_decoding(told.at("decoding"), *vocabulary_and_room(path, specs["decoder"]))
-    check_facts(told)
+    return vocabulary_and_room(told.path, specs["decoder"])
+
+
+def check_packaged(told: "Told") -> tuple[int, int]:
+    """The same of Core ML packages."""
+    from . import whisperkit
+
+    check_file_list(told, whisperkit.NEEDED)
+    contract = told.at("contract")
+    specs = {name: check_graph(contract.at(name)) for name in whisperkit.PACKAGES}
+    return whisperkit.check_packages(told, specs)
 
 
 class Told:
@@ -211,8 +231,9 @@ def stays_inside(name: str) -> bool:
 
 
 def check_graph(told: Told) -> dict[str, list[Told]]:
-    """Return inputs and outputs of one graph's contract."""
-    found = {side: told.at(side).each() for side in ("inputs", "outputs")}
+    """Return inputs and outputs of one graph's contract, and its states where it keeps some."""
+    sides = ("inputs", "outputs", *(["states"] if told.get("states") else []))
+    found = {side: told.at(side).each() for side in sides}
     for specs in found.values():
         names = [check_spec(spec) for spec in specs]
         if len(set(names)) < len(names):
@@ -227,7 +248,7 @@ def check_spec(told: Told) -> str:
         raise dtype.wrong(f"one of {', '.join(DTYPES)}")
     shape = told.at("shape")
     axes = [a.text() if isinstance(a.value, str) else a.count(1, 2**31) for a in shape.each(8)]
-    size = DTYPES[dtype.value][1] * math.prod(a for a in axes if isinstance(a, int))
+    size = DTYPES[dtype.value] * math.prod(a for a in axes if isinstance(a, int))
     if size > MOST_TENSOR_BYTES:
         raise RunnerProblem(
             f"{told.path}: {shape.where} {axes} takes {size} bytes, at most {MOST_TENSOR_BYTES} "
@@ -339,6 +360,7 @@ def check_facts(told: Told) -> None:
         "layers": check_layers,
         "provenance": Told.items,
         "gate": Told.items,
+        "coreml": Told.items,
         "versions": lambda t: [v.text() for v in t.items().values()],
     }
     for name, check in kinds.items():
@@ -379,6 +401,11 @@ def check_files(folder: Path, manifest: dict[str, Any], hashed: bool = True) -> 
     Without `hashed` sizes are compared and contents are not.
     """
     listed = manifest["files"]
+    if manifest["target"] == "coreml":
+        from .whisperkit import check_package_files
+
+        check_package_files(folder, listed, hashed)
+        return
     for name in NEEDED:
         check_file(folder / name, listed[name], hashed)
     for name in ("encoder.onnx", "decoder.onnx"):
@@ -401,32 +428,51 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Tensor(NamedTuple):
+    """An input or an output as a graph itself declares it."""
+
+    name: str
+    shape: list[Any]
+    dtype: str
+
+
 def check_session(path: Path, session: Any, told: dict[str, Any]) -> None:
     """Raise a letter where a graph's inputs and outputs are not those of the manifest."""
-    sides = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
-    for side, found in sides.items():
-        wanted = {spec["name"]: spec for spec in told[side]}
-        names = [tensor.name for tensor in found]
-        if names != list(wanted):
-            odd = sorted(set(names) ^ set(wanted))[:4] or "the order"
-            raise RunnerProblem(
-                f"{path}: its {len(names)} {side} are not the {len(wanted)} of {MANIFEST}; they "
-                f"differ in {odd}",
-                ONE_EXPORT,
-            )
-        for tensor in found:
-            check_tensor(path, side, tensor, wanted[tensor.name])
+    for side, nodes in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+        found = [Tensor(node.name, node.shape, dtype_of(node.type)) for node in nodes]
+        check_tensors(path, side, found, told[side])
 
 
-def check_tensor(path: Path, side: str, tensor: Any, wanted: dict[str, Any]) -> None:
-    onnx_type, width = DTYPES[wanted["dtype"]]
+def dtype_of(onnx_type: str) -> str:
+    """Return the name of what onnxruntime calls tensor(float16); others as they are."""
+    bare = onnx_type.removeprefix("tensor(").removesuffix(")")
+    return "float32" if bare == "float" else bare
+
+
+def check_tensors(path: Path, side: str, found: list[Tensor], told: list[dict[str, Any]]) -> None:
+    """Raise a letter where these are not the tensors that the manifest says."""
+    wanted = {spec["name"]: spec for spec in told}
+    names = [tensor.name for tensor in found]
+    if names != list(wanted):
+        odd = sorted(set(names) ^ set(wanted))[:4] or "the order"
+        raise RunnerProblem(
+            f"{path}: its {len(names)} {side} are not the {len(wanted)} of {MANIFEST}; they "
+            f"differ in {odd}",
+            ONE_EXPORT,
+        )
+    for tensor in found:
+        check_tensor(path, side, tensor, wanted[tensor.name])
+
+
+def check_tensor(path: Path, side: str, tensor: Tensor, wanted: dict[str, Any]) -> None:
     axes = list(zip(wanted["shape"], tensor.shape, strict=False))
     sizes = all(a == b for a, b in axes if isinstance(a, int))
     rank = len(wanted["shape"]) == len(tensor.shape)
-    fits = width * math.prod(a for a in tensor.shape if isinstance(a, int)) <= MOST_TENSOR_BYTES
-    if not (sizes and rank and fits and tensor.type == onnx_type):
+    bytes_each, known = DTYPES[wanted["dtype"]], [a for a in tensor.shape if isinstance(a, int)]
+    fits = bytes_each * math.prod(known) <= MOST_TENSOR_BYTES
+    if not (sizes and rank and fits and tensor.dtype == wanted["dtype"]):
         raise RunnerProblem(
-            f"{path}: {tensor.name!r} of its {side} is {tensor.type} {tensor.shape}; {MANIFEST} "
+            f"{path}: {tensor.name!r} of its {side} is {tensor.dtype} {tensor.shape}; {MANIFEST} "
             f"says {described(wanted)}",
             ONE_EXPORT,
         )

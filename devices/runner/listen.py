@@ -186,7 +186,7 @@ class Listener:
         from .beam import Branches, beam_search
 
         first = decoder(self.prompted.prompt).copy()
-        branches = Branches(decoder, self.recognizer.pasts(self.options.beams))
+        branches = Branches(decoder, self.options.beams)
         found = beam_search(first, branches, self.prompted, self.options.beams)
         return replace(found, looped=without_loop(found.tokens) != found.tokens)
 

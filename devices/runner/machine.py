@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 UNAVAILABLE = "unavailable"
@@ -138,12 +139,12 @@ def limit_memory(more_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, allowed))
 
 
-def versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
     """Return the versions of what computes here, without importing it."""
     from importlib import metadata
 
     found = {"python": platform.python_version()}
-    for name in ("numpy", "onnxruntime"):
+    for name in ("numpy", "onnxruntime", *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -152,7 +153,11 @@ def versions() -> dict[str, str]:
 
 
 def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int | str:
-    """Return the high-water mark of this process's resident memory (VmHWM)."""
+    """Return the high-water mark of this process's resident memory: VmHWM, on a Mac ru_maxrss."""
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
     peak = number(field(read(status), "VmHWM"), 1024)
     return int(peak) if not isinstance(peak, str) else peak
 

@@ -1,13 +1,16 @@
 """Time one artifact on clips, in this process, and keep every sample.
 
-Log-mel is part of the encoder graph, so its time cannot be taken from outside. The graph runs
+Log-mel is part of the ONNX encoder graph, so its time cannot be taken from outside. The graph runs
 whole and is timed whole; afterwards a second session with onnxruntime's profiler says which share
 of the kernel time belongs to the log-mel nodes, and each sample is divided in that proportion. It
-is that of the first clip's window, also where other clips take a window of another length.
+is that of the first clip's window, also where other clips take a window of another length. In Core
+ML log-mel is a package of its own.
 """
 
 import json
 import time
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from .audio import Pcm, read_wav
 from .contract import check_files, read_manifest
 from .machine import peak_rss_bytes, versions
 from .problem import RunnerProblem
-from .recognizer import Recognizer, Transcript, encode, open_session, pad, session_options
+from .recognizer import Recognizer, Transcript, pad
 
 MEL_NODES = "log_mel/"
 """The exporter names the log-mel nodes so."""
@@ -25,7 +28,13 @@ WARM_UP_CLIPS = 3
 PROFILED_RUNS = 9
 
 
-def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = None) -> dict:
+def bench(
+    artifact: Path,
+    clips: Path,
+    repeats: int = 1,
+    threads: int | None = None,
+    compute_units: str | None = None,
+) -> dict:
     """Transcribe all clips `repeats` times and return texts, tokens and times, in seconds.
 
     Each is prompted for its language, as languages.json beside the list says it, where the model
@@ -36,9 +45,13 @@ def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = N
     """
     paths = read_clips(clips)
     spoken = read_languages(clips, len(paths))
-    check_files(artifact, read_manifest(artifact))  # before the clock starts
+    manifest = read_manifest(artifact)
+    check_files(artifact, manifest)  # before the clock starts, and so are the imports
+    native = manifest["target"] == "onnx"
+    with suppress(ImportError):  # of which opening it tells more
+        import_module(".sessions" if native else "coremltools", __package__)
     started = time.perf_counter()
-    recognizer = Recognizer(artifact, threads, hashed=False)
+    recognizer = Recognizer(artifact, threads, hashed=False, compute_units=compute_units)
     load_s = time.perf_counter() - started
     work = [(path, recognizer.known(code)) for path, code in zip(paths, spoken, strict=True)]
     for path, language in work[:WARM_UP_CLIPS]:
@@ -47,7 +60,8 @@ def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = N
     transcripts = [transcript for _, _, transcript in done]
     peak = peak_rss_bytes()  # before the profiler takes memory of its own
     first = read_wav(paths[0])[: recognizer.window_samples]
-    share = mel_share(artifact, pad(first, recognizer.windows), threads)
+    window = pad(first, recognizer.windows)
+    share = mel_share(artifact, window, threads) if native else None
     return {
         "load_s": [load_s],
         **stages(transcripts, share),
@@ -57,7 +71,7 @@ def bench(artifact: Path, clips: Path, repeats: int = 1, threads: int | None = N
         "peak_rss_bytes": peak,
         "tokens": [transcript.tokens for transcript in transcripts[-len(paths) :]],
         "texts": [transcript.text for transcript in transcripts[-len(paths) :]],
-        "versions": versions(),
+        "versions": versions() if native else versions("coremltools"),
     }
 
 
@@ -96,12 +110,15 @@ def timed(
     return time.perf_counter() - wall, time.process_time() - cpu, transcript
 
 
-def stages(transcripts: list[Transcript], share: float) -> dict[str, list[float]]:
-    """Return the samples of each stage; the encoder graph is divided by log-mel's share."""
+def stages(transcripts: list[Transcript], share: float | None) -> dict[str, list[float]]:
+    """Return the samples of each stage; the encoder graph is divided by log-mel's share, or as it
+    was timed."""
     graph = [seconds for transcript in transcripts for seconds in transcript.graph_s]
+    mel = [seconds for transcript in transcripts for seconds in transcript.mel_s]
+    mel = mel if share is None else [share * seconds for seconds in graph]
     return {
-        "mel_s": [share * seconds for seconds in graph],
-        "encoder_s": [(1 - share) * seconds for seconds in graph],
+        "mel_s": mel,
+        "encoder_s": [whole - part for whole, part in zip(graph, mel, strict=True)],
         "prompt_s": [s for transcript in transcripts for s in transcript.prompt_s],
         "per_token_s": [s for transcript in transcripts for s in transcript.per_token_s],
     }
@@ -110,6 +127,8 @@ def stages(transcripts: list[Transcript], share: float) -> dict[str, list[float]
 def mel_share(artifact: Path, window: Pcm, threads: int | None) -> float:
     """Return the share of the encoder graph's kernel time that the log-mel nodes take."""
     import tempfile  # here, for it would count in every peak of memory
+
+    from .sessions import encode, open_session, session_options
 
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(threads)

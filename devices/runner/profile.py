@@ -21,7 +21,8 @@ from .audio import SAMPLING_RATE, Pcm
 from .contract import check_files, read_manifest
 from .machine import usable_cores, versions
 from .problem import RunnerProblem
-from .recognizer import Recognizer, Transcript, open_session, pad, session_options
+from .recognizer import Recognizer, Transcript, pad
+from .sessions import Sessions, open_session, session_options
 
 PARTS = {
     "log_mel": "log-mel",
@@ -50,11 +51,17 @@ def profile(
     """
     check_files(artifact, read_manifest(artifact))
     recognizer = Recognizer(artifact, threads, guards=False, hashed=False)
+    sessions = recognizer.engine
+    if not isinstance(sessions, Sessions):
+        raise RunnerProblem(
+            f"{artifact}: onnxruntime times the parts of ONNX graphs, and this is no ONNX artifact",
+            "time the whole of it with `edgewhisper bench`",
+        )
     count = min(recognizer.window_samples, max(1, round(seconds * SAMPLING_RATE)))
     pcm = noise(count)
     window(recognizer, pcm)  # warms up
     times = [window(recognizer, pcm) for _ in range(RUNS)]
-    encoder, decoder = profiled(recognizer, pcm, threads)
+    encoder, decoder = profiled(recognizer, sessions, pcm, threads)
     return {
         "samples": pad(pcm, recognizer.windows).shape[1],
         "context": CONTEXT,
@@ -86,7 +93,9 @@ def window(recognizer: Recognizer, pcm: Pcm) -> Transcript:
     return times
 
 
-def profiled(recognizer: Recognizer, pcm: Pcm, threads: int | None) -> list[list[dict]]:
+def profiled(
+    recognizer: Recognizer, sessions: Sessions, pcm: Pcm, threads: int | None
+) -> list[list[dict]]:
     """Return the events of encoder and decoder over RUNS windows."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("encoder", "decoder"):
@@ -94,10 +103,10 @@ def profiled(recognizer: Recognizer, pcm: Pcm, threads: int | None) -> list[list
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / name)
             session = open_session(recognizer.folder / f"{name}.onnx", options)
-            setattr(recognizer, name, session)
+            setattr(sessions, name, session)
         for _ in range(RUNS):
             window(recognizer, pcm)
-        files = [s.end_profiling() for s in (recognizer.encoder, recognizer.decoder)]
+        files = [s.end_profiling() for s in (sessions.encoder, sessions.decoder)]
         return [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
 
 

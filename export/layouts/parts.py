@@ -19,18 +19,15 @@ from export.onnx_graph import FUSED, Graph, Heads, Spec
 from export.quantise import schemes
 from export.shrink import windows_of
 from export.to_onnx import (
-    _array,
     _attention_output,
-    _chain,
-    _chains,
     _encoder_layer,
     _feed_forward,
-    _heads,
     _norm,
     _positions,
     _stem,
     _token_table,
 )
+from export.weights import array, chain, chains, heads_of
 
 Own = Callable[[int, list[str], Heads], str]
 """Number of a decoder layer, its q, k and v (b, s, heads * dim) -> values mixed by self-attention,
@@ -55,7 +52,7 @@ def encode(g: Graph, model: nn.Module, mel: str) -> str:
 
 def heard_parts(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
     """The encoder's states to one decoder layer's keys and values, (b, T, heads * dim) each."""
-    return ops.apart(g, x, _chains(g, model.model.decoder.layers[number].encoder_attn, "kv"))
+    return ops.apart(g, x, chains(g.schemes, model.model.decoder.layers[number].encoder_attn, "kv"))
 
 
 def heard_caches(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
@@ -71,17 +68,19 @@ def decode(
     """ids (b, s) int64 behind `start` (1,) others -> logits (b, s, vocab), or of the last only."""
     decoder = model.model.decoder
     table = _token_table(g, decoder.embed_tokens)
-    positions = ops.float_table(g, _array(decoder.embed_positions.weight))
+    positions = ops.float_table(g, array(decoder.embed_positions.weight))
     end = g.op("Add", start, g.op("Shape", ids, start=1, end=2))
     x = g.op("Add", table.look_up(ids), g.op("Slice", positions, start, end))
     for number, layer in enumerate(decoder.layers):
         y = _norm(g, x, layer.self_attn_layer_norm)
-        qkv = ops.parallel(g, y, _chains(g, layer.self_attn, "qkv"))
-        y = own(number, qkv, _heads(layer.self_attn))
+        qkv = ops.parallel(g, y, chains(g.schemes, layer.self_attn, "qkv"))
+        y = own(number, qkv, heads_of(layer.self_attn))
         x = g.op("Add", x, _attention_output(g, y, layer.self_attn))
         y = _norm(g, x, layer.encoder_attn_layer_norm)
-        q = ops.linear(g, y, _chain(g, layer.encoder_attn.q_proj, layer.embed_dim), gather=True)
-        y = heard(number, q, _heads(layer.encoder_attn))
+        q = ops.linear(
+            g, y, chain(g.schemes, layer.encoder_attn.q_proj, layer.embed_dim), gather=True
+        )
+        y = heard(number, q, heads_of(layer.encoder_attn))
         x = g.op("Add", x, _attention_output(g, y, layer.encoder_attn))
         x = _feed_forward(g, x, layer, gather=True)
     if last:
@@ -96,11 +95,11 @@ def positions_of(model: nn.Module) -> int | str:
 
 def own_heads(model: nn.Module, number: int) -> Heads:
     """Of the self-attention of a decoder layer."""
-    return _heads(model.model.decoder.layers[number].self_attn)
+    return heads_of(model.model.decoder.layers[number].self_attn)
 
 
 def cross_heads(model: nn.Module, number: int) -> Heads:
-    return _heads(model.model.decoder.layers[number].encoder_attn)
+    return heads_of(model.model.decoder.layers[number].encoder_attn)
 
 
 def widths(heads: Heads) -> tuple[int, int]:

@@ -36,10 +36,11 @@ import onnx
 from torch import nn
 
 from export.artifact import suffix_for
+from export.beside import Contract, decoding_rules, token_bytes
 from export.layouts import parts
 from export.onnx_graph import Graph, Heads, Spec, split_heads
 from export.problem import Problem
-from export.to_onnx import KINDS, Contract, GraphParts, decoding_rules, token_bytes, write_graph
+from export.to_onnx import KINDS, GraphParts, write_graph
 
 NAME = "whisper"
 SELF = ("in_n_layer_self_k_cache", "in_n_layer_self_v_cache")

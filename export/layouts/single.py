@@ -25,10 +25,11 @@ import numpy as np
 from torch import nn
 
 from export import onnx_graph as ops
+from export.beside import Contract, decoding_rules, write_tokens
 from export.layouts import parts
 from export.onnx_graph import Graph, Heads, Spec
 from export.shrink import windows_of
-from export.to_onnx import KINDS, Contract, GraphParts, decoding_rules, write_graph, write_tokens
+from export.to_onnx import KINDS, GraphParts, write_graph
 
 NAME = "whisper"
 

@@ -36,9 +36,10 @@ from onnx import external_data_helper
 from torch import nn
 
 from export.artifact import suffix_for
+from export.beside import Contract, save_beside, write_compactly
 from export.layouts import parts
 from export.onnx_graph import Graph, Heads, Spec
-from export.to_onnx import KINDS, Contract, GraphParts, save_beside, write_compactly, write_graph
+from export.to_onnx import KINDS, GraphParts, write_graph
 
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 """What transformers.js calls a precision."""

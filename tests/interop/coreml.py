@@ -1,0 +1,92 @@
+"""Core ML packages of three checkpoints against torch, over all clips that come with EdgeWhisper:
+
+    python -m tests.interop.coreml WORK
+
+The checkpoints are those of check.py. Packages run in our interpreter under the bounds of export's
+gate, which some precisions only report on. Half an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gate import Bounds, GateFailure, bounds_for, judge
+from benchmarks.metadata import folder_bytes
+from benchmarks.speech import Clip, read_manifest
+from benchmarks.stock import recognizer
+from edgewhisper import decoding, pipeline
+from export.artifact import PACKAGES
+from export.to_coreml import export_coreml
+
+from .check import made_sources
+
+SETS = ("test", "dev", "train", "other")
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "pal4")
+
+
+def rows(source: Path, work: Path, precisions: Sequence[str], clips: list[Clip]) -> int:
+    """Print a line for each precision; how many do not pass their gate."""
+    model, processor = pipeline.load_for("whisperkit", str(source), clips)
+    reference, failed = remembered(lambda pcm: decoding.greedy(model, processor, [pcm])[0]), 0
+    for precision in precisions:
+        place = work / f"{source.name}-coreml-{precision}"
+        manifest = export_coreml(model, processor, place, precision)
+        parts = pipeline.torch_parts(model, processor, manifest)
+        hearing, letter = recognizer(place, None, guards=False), ""
+        try:
+            figures = judge(hearing, reference, clips, bounds_for("coreml", precision), parts)
+        except GateFailure as failure:
+            letter, failed = f"  FAILED: {failure}", failed + 1
+            figures = judge(hearing, reference, clips, Bounds(strict=False), parts)
+        print(row(source.name, precision, figures, place) + letter, flush=True)
+    return failed
+
+
+def remembered(greedy: Callable[[np.ndarray], list[int]]) -> Callable[[np.ndarray], list[int]]:
+    """The checkpoint's tokens, asked for once a window."""
+    known: dict[bytes, list[int]] = {}
+
+    def tokens(pcm: np.ndarray) -> list[int]:
+        key = pcm.tobytes()
+        if key not in known:
+            known[key] = greedy(pcm)
+        return known[key]
+
+    return tokens
+
+
+def row(name: str, precision: str, figures: dict[str, Any], place: Path) -> str:
+    same = round(figures["identical_tokens"] * figures["clips"])
+    size = sum(folder_bytes(place / f"{package}.mlpackage") for package in PACKAGES[1:]) / 1e6
+    errors = "  ".join(f"{part} {error:.1e}" for part, error in figures["max_errors"].items())
+    return (
+        f"{name:15}{precision:6}{same} of {figures['clips']} clips the same   "
+        f"WER {100 * figures['artifact_wer']:.2f} % "
+        f"(checkpoint {100 * figures['checkpoint_wer']:.2f} %)   "
+        f"encoder and decoder {size:.2f} MB   off by: {errors}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path, help="folder for checkpoints and artifacts; must be new")
+    parser.add_argument("--precision", nargs="*", default=PRECISIONS)
+    parser.add_argument("--source", nargs="*", type=Path, help="checkpoints instead of the three")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True)
+    clips = [clip for name in SETS for clip in read_manifest(pipeline.SPEECH / f"{name}.jsonl")]
+    warnings.simplefilter("ignore")  # a loss that is only told stands in its row
+    sources = given.source or made_sources(given.work)
+    failed = sum(rows(source, given.work, given.precision, clips) for source in sources)
+    sys.exit(f"{failed} packages do not pass" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
