@@ -165,7 +165,7 @@ def export_coreml(
     told = {"target": "coreml", "layout": layout, "precision": precision}
     manifest = manifest_of(told, model, processor, [plan.positions], contract, provenance)
     manifest["decoding"]["max_new_tokens"] -= model.config.max_target_positions - plan.room
-    counted = macs(model, positions=plan.positions, cached=False)
+    counted = macs(model, plan.room, plan.positions, cached=False)  # all of a cache is multiplied
     manifest |= {"macs": counted, "macs_by_window": {str(plan.positions): counted}}
     manifest["coreml"] = {
         "deployment_target": plan.target,

@@ -15,7 +15,6 @@ from torch import nn
 from benchmarks.speech import read_manifest
 from edgewhisper import alignment, decoding, whisper
 from export.artifact import verify
-from export.cost import macs
 from export.mil_graph import TARGETS, toolbox
 from export.mil_interpreter import open_package
 from export.problem import Problem
@@ -385,10 +384,11 @@ def test_programs_multiply_as_often_as_the_manifest_says(
 ):
     model = make(make_whisper, rng)
     manifest = export_coreml(model, processor, tmp_path)
-    counted = macs(model, context=64, cached=False)  # all of the cache is multiplied
-    assert manifest["macs"]["cross"] == counted["cross"] == 0
-    assert multiplied(tmp_path / "AudioEncoder.mlpackage") == counted["encoder"]
-    assert multiplied(tmp_path / "TextDecoder.mlpackage") == counted["decoder_per_token"]
+    assert manifest["macs"] == {
+        "encoder": multiplied(tmp_path / "AudioEncoder.mlpackage"),
+        "cross": 0,
+        "decoder_per_token": multiplied(tmp_path / "TextDecoder.mlpackage"),
+    }
 
 
 def multiplied(package):
