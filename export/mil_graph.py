@@ -224,14 +224,14 @@ def save(made: Any, target: str, path: Path, description: str) -> None:
 
 
 def _name_by_path(manifest: Path) -> None:
-    """coremltools draws the identifiers of a package's items at random."""
+    """coremltools draws the identifiers of a package's items at random, and writes the file again,
+    with sorted keys, wherever it opens the package: then it must find it so."""
     told = json.loads(manifest.read_text(encoding="utf-8"))
     items = told["itemInfoEntries"]
     names = {old: str(uuid.uuid5(uuid.NAMESPACE_URL, items[old]["path"])).upper() for old in items}
-    order = sorted(items, key=lambda old: items[old]["path"])
-    told["itemInfoEntries"] = {names[old]: items[old] for old in order}
+    told["itemInfoEntries"] = {names[old]: item for old, item in items.items()}
     told["rootModelIdentifier"] = names[told["rootModelIdentifier"]]
-    manifest.write_text(json.dumps(told, indent=4) + "\n", encoding="utf-8")
+    manifest.write_text(json.dumps(told, indent=4, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------- weights

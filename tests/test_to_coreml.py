@@ -9,11 +9,13 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from test_to_onnx import irregular, whole, window
+from dead_structure import kill
+from test_to_onnx import irregular, low_rank, whole, window
 from torch import nn
 
 from benchmarks.speech import read_manifest
 from edgewhisper import alignment, decoding, whisper
+from edgewhisper.compress.shrink import slimmed
 from export.artifact import verify
 from export.mil_graph import TARGETS, toolbox
 from export.mil_interpreter import open_package
@@ -149,7 +151,7 @@ def test_states_and_logits_are_torchs(make, engine, make_whisper, processor, rng
     assert np.abs(packages.logits(tokens, found) - logits).max() < 1e-4
 
 
-@MODELS
+@pytest.mark.parametrize("make", [irregular, factorised])
 def test_both_forms_agree_in_float16_and_stay_near_torch(
     make, make_whisper, processor, rng, make_packages
 ):
@@ -187,12 +189,11 @@ def test_features_are_those_of_the_feature_extractor(
         assert np.abs(halved.features(pcm) - rounded.numpy()).max() < 2e-3, kind
 
 
-@pytest.mark.parametrize("make", [whole, irregular])
 @ENGINE
 def test_a_cache_that_the_package_keeps_gives_the_same_logits(
-    engine, make, make_whisper, processor, rng, make_packages
+    engine, make_whisper, processor, rng, make_packages
 ):
-    model, tokens = make(make_whisper, rng), text(rng)
+    model, tokens = irregular(make_whisper, rng), text(rng)
     states = torchs(model, processor, window(processor, rng), tokens)[1]
     states = states[:, :, None].astype(np.float16)
     own = make_packages(model, "fp16", "own", neural_engine=engine)
@@ -203,20 +204,28 @@ def test_a_cache_that_the_package_keeps_gives_the_same_logits(
         assert np.array_equal(kept.states[name].numpy(), cache)
 
 
+def pruned(make_whisper, rng):
+    """Some heads are gone, and those that are left have other numbers."""
+    model = kill(make_whisper(heads=4), "whole_heads", rng)
+    heads = [[n, h] for n in range(2) for h in range(4)]
+    model.generation_config.alignment_heads = [heads[i] for i in rng.permutation(8)[:5]]
+    return slimmed(model)[0]
+
+
 @ENGINE
-@pytest.mark.parametrize("make", [whole, irregular])
 def test_word_timestamps_are_the_mean_of_the_alignment_heads(
-    engine, make, make_whisper, processor, rng, make_packages
+    engine, make_whisper, processor, rng, make_packages
 ):
-    model, tokens = make(make_whisper, rng), text(rng)
-    heads = [[n, h] for n, count in enumerate(alignment.head_counts(model)) for h in range(count)]
-    chosen = [heads[i] for i in rng.permutation(len(heads))[: int(rng.integers(1, len(heads) + 1))]]
+    model, tokens = pruned(make_whisper, rng), text(rng)
+    chosen = model.generation_config.alignment_heads
+    assert all(head < alignment.head_counts(model)[n] for n, head in chosen)
     model.generation_config.alignment_heads = [*chosen, [7, 0], [0, 90]]
     packages = make_packages(model, neural_engine=engine)
     said = packages.manifest["coreml"]
     assert said["word_timestamps"]
-    assert any(
-        f"2 of {len(chosen) + 2} alignment heads are not in the model" in s for s in said["said"]
+    assert said["said"][-1] == (
+        "TextDecoder: fewer alignment heads: generation_config.json names "
+        f"{len(chosen) + 2}, of which the model has {len(chosen)}"
     )
     states = torchs(model, processor, window(processor, rng), tokens)[1]
     with alignment.eager(model), torch.no_grad():
@@ -258,9 +267,11 @@ def test_a_short_window_and_a_short_cache(tiny_whisper, processor, rng, make_pac
 def test_whisper_cpps_encoder(precision, engine, make_whisper, processor, rng, tmp_path):
     """float32 rows of states go out whatever the precision: whisper.cpp copies them as they are."""
     model = irregular(make_whisper, rng)
+    model.generation_config.alignment_heads = [[0, 0]]
     options = {"layout": "encoder", "neural_engine": engine}
     manifest = export_coreml(model, processor, tmp_path / "out", precision, **options)
     assert verify(tmp_path / "out") == manifest
+    assert manifest["coreml"]["said"] == [] and not manifest["coreml"]["word_timestamps"]
     assert {name.split("/")[0] for name in manifest["files"]} == {"coreml-encoder.mlpackage"}
     assert manifest["contract"] == {
         "coreml-encoder": {
@@ -366,8 +377,11 @@ def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, 
     assert {name for name in manifest["files"] if "/" not in name} == beside
     told = manifest["coreml"]
     assert told["deployment_target"] == "iOS16" and not told["word_timestamps"]
-    assert any("sampleLength, 224 by default, must be at most 64" in said for said in told["said"])
-    assert any("no word timestamps" in said and "names none" in said for said in told["said"])
+    assert told["said"] == [
+        "TextDecoder: its caches hold 64 tokens, so WhisperKit's DecodingOptions.sampleLength, 224 "
+        "by default, must be at most 64",
+        "TextDecoder: no word timestamps: generation_config.json names none",
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "pal4"])
@@ -496,6 +510,25 @@ def test_bits_of_the_checkpoint_are_followed(engine, make_whisper, processor, rn
     assert np.abs(packages.logits(tokens, found) - logits).max() < 0.03
 
 
+def test_bits_of_layers_that_are_split_and_of_those_that_read_some_inputs(
+    make_whisper, processor, rng, make_packages
+):
+    """Blocks of a checkpoint's grid lie along the inputs that a layer reads, the last one short."""
+    model = make_whisper(d_model=64, ffn=96)
+    for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+        low_rank(layer, "fc2", 24)
+        layer.fc1 = whisper.GatherLinear(40, 96)
+        layer.fc1.inputs.copy_(torch.randperm(64)[:40].sort().values)
+    model = in_bits(model, 4, 4, 8, 32)
+    tokens = text(rng)
+    features, states, logits = torchs(model, processor, window(processor, rng), tokens)
+    packages = make_packages(model, "int8")
+    assert packages.manifest["coreml"]["weights"]["AudioEncoder"].keys() == {"int4", "float16"}
+    found = packages.encode(features)
+    assert np.abs(found[:, :, 0] - states).max() < 0.03
+    assert np.abs(packages.logits(tokens, found) - logits).max() < 0.03
+
+
 def test_blocks_that_do_not_divide_are_said(make_whisper, processor, tmp_path):
     model = make_whisper(d_model=32, ffn=52)  # 4 divides 52, 8 does not
     told = export_coreml(model, processor, tmp_path, "int4")["coreml"]
@@ -574,8 +607,9 @@ def test_alignment_heads_that_are_all_gone_are_said(tiny_whisper, processor, tmp
     tiny_whisper.generation_config.alignment_heads = [[4, 0]]
     told = export_coreml(tiny_whisper, processor, tmp_path / "out")["coreml"]
     assert not told["word_timestamps"]
-    assert any("names 1 that the model has not" in said for said in told["said"])
-    with pytest.raises(Problem, match="names 1 that the model has not"):
+    found = "generation_config.json names 1, of which the model has none"
+    assert f"TextDecoder: no word timestamps: {found}" in told["said"]
+    with pytest.raises(Problem, match=f"word timestamps come from alignment heads; {found}"):
         export_coreml(tiny_whisper, processor, tmp_path / "asked", word_timestamps=True)
 
 
