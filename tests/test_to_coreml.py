@@ -325,43 +325,72 @@ def whisperkits(dtype, d_model, positions, width, room, vocab, n_mels):
 def described(features):
     """Of a package's own description: Core ML's names of types, by their numbers."""
     kinds = {65552: "float16", 65568: "float32", 131104: "int32"}
-    return [
-        (f.name, tuple(f.type.multiArrayType.shape), kinds[f.type.multiArrayType.dataType])
-        for f in features
-    ]
+    held = [(f.name, f.type.stateType.arrayType, f.type.multiArrayType) for f in features]
+    arrays = [(name, state if state.shape else array) for name, state, array in held]
+    return [(name, tuple(array.shape), kinds[array.dataType]) for name, array in arrays]
+
+
+def reloaded(package, target):
+    """A package's inputs, outputs and states, after coremltools has read all of it, as it is and as
+    a program again."""
+    from coremltools.converters.mil.frontend.milproto import load
+
+    model = toolbox().models.MLModel(str(package), skip_model_load=True)
+    spec = model.get_spec()
+    assert spec.specificationVersion == TARGETS[target]
+    load.load(spec, spec.specificationVersion, model.weights_dir)
+    told = spec.description
+    return [described(side) for side in (told.input, told.output, told.state)]
 
 
 @pytest.mark.parametrize(
-    ("precision", "target"),
-    [("fp32", "iOS16"), ("fp16", "iOS17"), ("int8", "iOS18"), ("pal6", "iOS17"), ("pal4", "iOS18")],
+    ("precision", "target", "engine"),
+    [
+        ("fp32", "iOS16", False),
+        ("fp16", "iOS17", False),
+        ("fp16", "iOS16", True),
+        ("int8", "iOS16", True),
+        ("int8", "iOS18", False),
+        ("int4", "iOS18", True),
+        ("pal6", "iOS17", False),
+        ("pal4", "iOS18", False),
+    ],
 )
 def test_the_contract_is_whisperkits_and_coremltools_reads_the_packages(
-    precision, target, tiny_whisper, processor, tmp_path
+    precision, target, engine, tiny_whisper, processor, tmp_path
 ):
-    from coremltools.converters.mil.frontend.milproto import load
-
     tiny_whisper.generation_config.alignment_heads = [[0, 1], [1, 0]]
-    manifest = export_coreml(
-        tiny_whisper, processor, tmp_path / "out", precision, deployment_target=target
-    )
-    assert verify(tmp_path / "out") == manifest
+    options = {"deployment_target": target, "neural_engine": engine}
+    manifest = export_coreml(tiny_whisper, processor, tmp_path / "out", precision, **options)
+    told = manifest["coreml"]
+    assert (told["deployment_target"], told["neural_engine"]) == (target, engine)
+    assert told["specification_version"] == TARGETS[target]
     dtype = "float32" if precision == "fp32" else "float16"
-    wanted = whisperkits(dtype, 32, 300, 2 * 32, 64, 783, 80)
-    for name, sides in wanted.items():
-        told = manifest["contract"][name]
-        assert told == {
+    width = 2 * (64 if engine else 32)  # of two layers
+    wanted = whisperkits(dtype, 32, 300, width, 64, 783, 80)
+    assert manifest["contract"].keys() == wanted.keys()
+    for name, (inputs, outputs) in wanted.items():
+        assert manifest["contract"][name] == {
             side: [{"name": n, "shape": list(s), "dtype": d} for n, s, d in specs]
-            for side, specs in zip(("inputs", "outputs"), sides, strict=True)
+            for side, specs in (("inputs", inputs), ("outputs", outputs))
         }
-        package = str(tmp_path / f"out/{name}.mlpackage")
-        model = toolbox().models.MLModel(package, skip_model_load=True)
-        spec = model.get_spec()
-        found = described(spec.description.input), described(spec.description.output)
-        assert found == tuple(map(list, sides))
-        asked = manifest["coreml"]
-        assert spec.specificationVersion == TARGETS[target] == asked["specification_version"]
-        assert asked["deployment_target"] == target
-        load.load(spec, spec.specificationVersion, model.weights_dir)
+        package = tmp_path / f"out/{name}.mlpackage"
+        assert reloaded(package, target) == [inputs, outputs, []]
+    assert verify(tmp_path / "out") == manifest, "reading has changed a file"
+
+
+@ENGINE
+def test_the_contract_of_a_package_that_keeps_its_cache(engine, tiny_whisper, processor, tmp_path):
+    options = {"stateful": True, "neural_engine": engine}
+    manifest = export_coreml(tiny_whisper, processor, tmp_path / "out", **options)
+    width = 2 * (64 if engine else 32)
+    inputs, (logits, *_) = whisperkits("float16", 32, 300, width, 64, 783, 80)["TextDecoder"]
+    caches = [spec for spec in inputs if spec[0] in ("key_cache", "value_cache")]
+    inputs = [spec for spec in inputs if spec not in caches]
+    told = manifest["contract"]["TextDecoder"]
+    assert [(s["name"], tuple(s["shape"]), s["dtype"]) for s in told["states"]] == caches
+    found = reloaded(tmp_path / "out/TextDecoder.mlpackage", "iOS18")
+    assert found == [inputs, [logits], caches]
 
 
 def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, tmp_path):
