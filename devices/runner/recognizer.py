@@ -21,7 +21,7 @@ from .audio import Pcm, is_silent, read_wav, shortest
 from .contract import check_files, check_session, read_manifest, running
 from .decode import Logits, Rules, greedy
 from .listen import Listener, Options, Segment, plain
-from .machine import give_back_memory, usable_cores
+from .machine import give_back_memory, return_large_blocks, usable_cores
 from .problem import RunnerProblem
 from .text import read_tokens, to_text
 
@@ -84,6 +84,7 @@ class Recognizer:
         self.window_samples: int = audio["window_samples"]
         self.windows: list[int] = audio.get("windows_samples", [self.window_samples])
         self.table = read_tokens(folder / "tokens.json")
+        return_large_blocks()
         self.decoder = open_session(folder / "decoder.onnx", session_options(threads, arena=False))
         give_back_memory(folder)
         self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
@@ -270,6 +271,7 @@ def session_options(threads: int | None, arena: bool = True) -> ort.SessionOptio
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = arena
+    options.enable_mem_reuse = not arena
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     options.log_severity_level = 4  # errors become letters
