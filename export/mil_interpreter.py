@@ -161,6 +161,8 @@ class Program:
                 else:
                     results = step.run(**given, **step.constants)
                 results = [results] if isinstance(results, Tensor) else results
+                if len(results) != len(step.outputs):
+                    raise ValueError(f"gives {len(results)} results, declared {len(step.outputs)}")
                 for spec, result in zip(step.outputs, results, strict=True):
                     values[spec.name] = _declared(spec, result, step.kind in MOVES)
             except WRONG as error:
@@ -236,7 +238,7 @@ class _Compiler:
 
     def _constant(self, op: Any, name: str, key: str) -> Constant:
         """What a parameter holds that has to be known now."""
-        (binding,) = op.inputs[key].arguments
+        binding = _only(key, op.inputs[key])
         if binding.WhichOneof("binding") == "value":
             return self.package.constant(f"{name}.{key}", binding.value)
         if binding.name not in self._constants:
@@ -255,7 +257,7 @@ class _Compiler:
             if wanted == list[Tensor]:
                 inputs[key] = [self._named(name, key, one) for one in argument.arguments]
                 continue
-            (binding,) = argument.arguments
+            binding = _only(key, argument)
             constant = binding.WhichOneof("binding") == "value" or binding.name in self._constants
             if _is_tensor(wanted) or (wanted == Places and not constant):
                 inputs[key] = self._named(name, key, binding)
@@ -307,6 +309,13 @@ def _refuse_unknown(path: Path, operations: Counter[str]) -> None:
         )
 
 
+def _only(key: str, argument: Any) -> Any:
+    """Where the one value of a parameter comes from."""
+    if len(argument.arguments) != 1:
+        raise ValueError(f"{key} has {len(argument.arguments)} values instead of one")
+    return argument.arguments[0]
+
+
 def _check_parameters(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     takes = inspect.signature(function).parameters
     for name in given:
@@ -339,7 +348,7 @@ def _python(key: str, value: Constant, wanted: Any) -> Any:
 
 
 def _widened(array: Array) -> Tensor:
-    """As values are kept: float32, int32 or bool."""
+    """As values are kept: float32, int32 or bool. A copy: files and callers keep theirs."""
     kind = {"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int32)
     return torch.from_numpy(np.array(array, kind))
 

@@ -65,7 +65,7 @@ def conv(
     groups: int = 1,
 ) -> Tensor:
     axes = x.dim() - 2
-    product = {1: F.conv1d, 2: F.conv2d}[axes]
+    product = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[axes]
     around = pad if pad_type == "custom" and pad is not None else [0] * (2 * axes)
     before, after = around[::2], around[1::2]
     if before != after:

@@ -6,23 +6,22 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import itertools
-import json
 import math
-import os
+import resource
 import shutil
+import subprocess
 import sys
-import tracemalloc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import hostile_packages
 import numpy as np
 import pytest
 import torch
+from hostile_packages import MODEL, WEIGHTS
 
-from export import mil_package
 from export.mil_constants import FORMS
 from export.mil_interpreter import Program, open_package
 from export.mil_operations import OPERATIONS
@@ -36,20 +35,14 @@ with contextlib.redirect_stderr(io.StringIO()):  # it tells what it lacks outsid
 
 SIZES = {"x": (2, 3, 4, 6), "y": (2, 3, 4, 6), "ids": (5,), "at": (1,)}
 DTYPES = {"fp16": types.fp16, "fp32": types.fp32}
-MODEL, WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
 
 
-def write(path: Path, inputs: dict, build: Callable, target: str = "iOS17") -> Path:
+def write(path: Path, inputs: list, build: Callable, target: str = "iOS17") -> Path:
     """A package of a program as it is built: without coremltools' passes, which improve it."""
     opset = getattr(ct.target, target)
-    program = Builder.program(input_specs=list(inputs.values()), opset_version=opset)
-    named: dict = {}
-    exec(
-        f"def main({', '.join(inputs)}): return build({', '.join(inputs)})", {"build": build}, named
-    )
     with contextlib.redirect_stderr(io.StringIO()):
         model = ct.convert(
-            program(named["main"]),
+            Builder.program(input_specs=inputs, opset_version=opset)(build),
             convert_to="mlprogram",
             minimum_deployment_target=opset,
             compute_precision=ct.precision.FLOAT32,
@@ -412,14 +405,15 @@ CASES_18: dict[str, tuple[Callable, Callable]] = {
 def one_program(folder: Path, cases: dict, target: str, precision: str, numbers) -> Program:
     """All cases as outputs of one program."""
     floats = DTYPES[precision]
-    inputs = {n: tensor(SIZES[n], floats if n in "xy" else types.int32) for n in SIZES}
     numbers.dtype = types.nptype_from_builtin(floats)
 
-    def build(*given):
-        v = SimpleNamespace(**dict(zip(inputs, given, strict=True)))
+    def build(x, y, ids, at):
+        v = SimpleNamespace(x=x, y=y, ids=ids, at=at)
         results = {name: case[0](Builder, v, numbers) for name, case in cases.items()}
         return tuple(Builder.identity(x=x, name=f"{name}_") for name, x in results.items())
 
+    kinds = {name: floats if name in "xy" else types.int32 for name in SIZES}
+    inputs = [tensor(SIZES[name], kind) for name, kind in kinds.items()]
     return open_package(write(folder / f"{target}-{precision}.mlpackage", inputs, build, target))
 
 
@@ -459,6 +453,36 @@ def test_every_operation_that_is_known_is_tested_here():
     tested = {name.split("_of_")[0] for name in (*CASES, *CASES_18)}
     other = {"conv", "split", "identity", "read_state", "write_state"}
     assert OPERATIONS.keys() - tested - other <= {"scaled_dot_product_attention"}
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda x: Builder.reverse(x=x, axes=[0]), r"not known here: reverse \(1 times\)"),
+        (
+            lambda x: Builder.gather(x=x, indices=np.int32([[0], [1]]), axis=1, batch_dims=1),
+            r"\(gather\): batch_dims is 1, known are 0",
+        ),
+        (
+            lambda x: Builder.conv(x=x, weight=np.ones((1, 3, 3), np.float16), pad_type="same"),
+            r"\(conv\): pad_type is 'same', known are valid, custom",
+        ),
+        (
+            lambda x: Builder.concat(values=[x, x], axis=1, interleave=True),
+            r"\(concat\): interleave is True, known are False",
+        ),
+        (
+            lambda x: Builder.reshape(x=x, shape=[0, 8]),
+            r"\(reshape\): shape \[0, 8\] keeps sizes",
+        ),
+    ],
+    ids=["operation", "batches", "padding", "interleaved", "kept_sizes"],
+)
+def test_what_is_not_written_is_refused_by_name(build, message, tmp_path):
+    path = write(tmp_path / "unknown.mlpackage", [tensor((2, 3, 4))], build)
+    with pytest.raises(Problem, match=message) as caught:
+        open_package(path)
+    assert "run the package on a Mac" in caught.value.hint
 
 
 # -------------------------------------------------------------------------- compressed constants
@@ -612,17 +636,17 @@ IN_USE = {
 FORMS_16, FORMS_18 = (tuple(forms(np.random.default_rng(0))) for forms in (forms_16, forms_18))
 
 
+def products(forms: dict[str, Callable]) -> Callable:
+    return lambda x: tuple(Builder.mul(x=x, y=form(), name=name) for name, form in forms.items())
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, module_seed) -> dict[str, tuple]:
     """Products with every compressed constant, and with what coremltools makes of it."""
     folder, rng = tmp_path_factory.mktemp("constants"), np.random.default_rng(module_seed)
     found: dict[str, tuple] = {}
     for target, forms in (("iOS16", forms_16(rng)), ("iOS18", forms_18(rng))):
-
-        def build(x, forms=forms):
-            return tuple(Builder.mul(x=x, y=form(), name=name) for name, form in forms.items())
-
-        path = write(folder / f"{target}.mlpackage", {"x": tensor((24, 20))}, build, target)
+        path = write(folder / f"{target}.mlpackage", [tensor((24, 20))], products(forms), target)
         plain = folder / f"{target}-plain.mlpackage"
         with contextlib.redirect_stderr(io.StringIO()):
             model = ct.models.MLModel(str(path), skip_model_load=True)
@@ -641,3 +665,201 @@ def test_a_compressed_constant_is_what_coremltools_makes_of_it(form, weights):
     ours, theirs = weights[form]
     assert np.abs(theirs).max() > 0
     assert np.array_equal(ours, theirs)
+
+
+# ---------------------------------------------------------------------- states, functions, feeds
+
+
+@pytest.fixture(scope="module")
+def remembers(tmp_path_factory) -> Program:
+    """Writes a column into a cache at a place known when it runs; gives the whole cache, doubled,
+    and the sum of another state that it adds to."""
+    inputs = [tensor((1, 4, 1)), tensor((1,), types.int32)]
+    inputs += [Builder.StateTensorSpec((1, 4, n), dtype=types.fp16) for n in (8, 1)]
+
+    def build(column, at, cache, total):
+        b, zero = Builder, np.int32([0, 0])
+        end = b.concat(values=[np.int32([1, 4]), b.add(x=at, y=np.int32(1))], axis=0)
+        begin = b.concat(values=[zero, at], axis=0)
+        new = b.slice_update(x=b.read_state(input=cache), update=column, begin=begin, end=end)
+        again = b.coreml_update_state(state=cache, value=new)
+        summed = b.add(x=b.read_state(input=total), y=column)
+        summed = b.coreml_update_state(state=total, value=summed)
+        return b.mul(x=again, y=np.float16(2), name="doubled"), b.identity(x=summed, name="summed")
+
+    folder = tmp_path_factory.mktemp("states")
+    return open_package(write(folder / "states.mlpackage", inputs, build, "iOS18"))
+
+
+def test_states_last_from_step_to_step(remembers, rng):
+    state = remembers.new_state()
+    cache, total = np.zeros((1, 4, 8), np.float16), np.zeros((1, 4, 1), np.float16)
+    for at in rng.integers(0, 8, 12):
+        column = rng.standard_normal((1, 4, 1)).astype(np.float16)
+        found = remembers.predict({"column": column, "at": np.array([at])}, state)
+        cache[:, :, at : at + 1], total = column, total + column
+        assert np.array_equal(found["doubled"], cache * 2)
+        assert np.array_equal(found["summed"], total)
+        assert np.array_equal(state["cache"].numpy(), cache)
+    assert not remembers.new_state()["cache"].any(), "a new text begins with nothing"
+
+
+def test_what_was_given_and_what_came_out_are_the_callers(remembers, rng):
+    state, column = remembers.new_state(), rng.standard_normal((1, 4, 1)).astype(np.float16)
+    feed = {"column": column.copy(), "at": np.array([3])}
+    found = remembers.predict(feed, state)
+    feed["column"][:] = found["summed"][:] = 7
+    assert np.array_equal(state["total"].numpy(), column)
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (None, "keeps the states .*cache.*, given none"),
+        ({"cache": torch.zeros(1, 4, 8)}, "given {'cache'"),
+        ({"cache": torch.zeros(1, 4, 9), "total": torch.zeros(1, 4, 1)}, "4, 9"),
+    ],
+    ids=["none", "one_missing", "another_shape"],
+)
+def test_states_that_a_program_does_not_keep(state, message, remembers):
+    with pytest.raises(Problem, match=message) as caught:
+        remembers.predict({"column": np.zeros((1, 4, 1)), "at": np.array([0])}, state)
+    assert "new_state()" in caught.value.hint
+
+
+def test_a_place_outside_the_cache_is_said(remembers):
+    with pytest.raises(Problem, match=r"slice_update\): updates shape \[1, 4, 0\]"):
+        remembers.predict(
+            {"column": np.zeros((1, 4, 1)), "at": np.array([8])}, remembers.new_state()
+        )
+
+
+@pytest.mark.parametrize(
+    "change, message, hint",
+    [
+        ({"column": None}, "given at", "it takes at, column"),
+        ({"more": np.zeros(1)}, "given at, column, more", "it takes at, column"),
+        ({"column": np.zeros((4, 1))}, r"column is given as \[4, 1\]", r"float16 [1, 4, 1]"),
+        ({"at": np.array([0.5])}, "at is given as float64", "int32 [1]"),
+        ({"column": np.full((1, 4, 1), "a")}, "column is given as <U1", "float16 [1, 4, 1]"),
+    ],
+    ids=["missing", "unknown", "shape", "a_fraction_for_an_integer", "text"],
+)
+def test_a_feed_that_does_not_fit(change, message, hint, remembers):
+    feed = {"column": np.zeros((1, 4, 1)), "at": np.array([0])} | change
+    feed = {name: value for name, value in feed.items() if value is not None}
+    with pytest.raises(Problem, match=message) as caught:
+        remembers.predict(feed, remembers.new_state())
+    assert hint in caught.value.hint
+
+
+def test_a_trace_names_every_result_and_nothing_stays_that_is_read_no_longer(tmp_path):
+    def build(x):
+        for _ in range(9):
+            x = Builder.add(x=x, y=np.float16(1))
+        return x
+
+    program = open_package(write(tmp_path / "chain.mlpackage", [tensor((64,))], build))
+    alive, most = [], []
+
+    def trace(kind: str, name: str, value: torch.Tensor) -> None:
+        assert kind == "add"
+        alive.append(weakref.ref(value))
+        most.append(sum(one() is not None for one in alive))
+
+    found = program.predict({"x": np.zeros(64)}, trace=trace)
+    assert next(iter(found.values())).tolist() == [9] * 64
+    assert len(most) == 9 and max(most) == 2
+
+
+def product(factor: int) -> Callable:
+    return lambda x: Builder.mul(x=x, y=np.float16(factor), name="y")
+
+
+@pytest.fixture(scope="module")
+def two_functions(tmp_path_factory) -> Path:
+    folder, functions = tmp_path_factory.mktemp("functions"), MultiFunctionDescriptor()
+    for name, factor in (("twice", 2), ("thrice", 3)):
+        single = write(folder / f"{name}.mlpackage", [tensor((3,))], product(factor))
+        functions.add_function(str(single), "main", name)
+    functions.default_function_name = "twice"
+    with contextlib.redirect_stderr(io.StringIO()):
+        save_multifunction(functions, str(folder / "both.mlpackage"))
+    return folder / "both.mlpackage"
+
+
+@pytest.mark.parametrize("function, factor", [(None, 2), ("twice", 2), ("thrice", 3)])
+def test_one_of_several_functions_is_run(function, factor, two_functions):
+    found = open_package(two_functions, function).predict({"x": np.arange(3)})
+    assert found["y"].tolist() == [0, factor, 2 * factor]
+
+
+def test_a_function_that_is_not_there(two_functions):
+    with pytest.raises(Problem, match=r"no function 'main', it has thrice, twice"):
+        open_package(two_functions, "main")
+
+
+def test_where_coremltools_is_missing_it_is_said(two_functions, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in [name for name in sys.modules if name.startswith("export._coreml_schema")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(Problem, match="needs coremltools, which is not installed") as caught:
+        open_package(two_functions)
+    assert "pip install" in caught.value.hint
+
+
+def test_reading_a_package_imports_no_coremltools(two_functions):
+    code = "import sys; from export.mil_package import read_package; from pathlib import Path\n"
+    code += f"read_package(Path({str(two_functions)!r})); print('coremltools' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+# ----------------------------------------------------------------------- packages from a stranger
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory, module_seed) -> Path:
+    """A package to be spoiled: it holds weights, modes, small constants."""
+    weight = np.random.default_rng(module_seed).standard_normal((8, 6)).astype(np.float16)
+
+    def build(x):
+        y = Builder.linear(x=x, weight=weight)
+        y = Builder.gelu(x=Builder.pad(x=y, pad=[1, 1], mode="reflect"))
+        return Builder.tile(x=y, reps=[2, 1], name="y")
+
+    folder = tmp_path_factory.mktemp("sound")
+    return write(folder / "sound.mlpackage", [tensor((3, 6))], build)
+
+
+@pytest.fixture
+def package(sound, tmp_path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "spoiled.mlpackage"))
+
+
+def test_the_package_that_is_spoiled_below_is_sound(package, rng):
+    x = rng.standard_normal((3, 6)).astype(np.float16)
+    assert open_package(package).predict({"x": x})["y"].shape == (6, 10)
+
+
+@pytest.mark.parametrize("spoil, message", hostile_packages.ALL.values(), ids=hostile_packages.ALL)
+def test_a_package_from_a_stranger(spoil, message, package):
+    spoil(package)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(Problem, match=message) as caught:
+        open_package(package)
+    assert str(caught.value).startswith(str(package)), "it names the file"
+    assert caught.value.hint
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 256 * 1024
+
+
+@pytest.mark.parametrize("file", [MODEL, WEIGHTS])
+def test_a_package_with_damaged_bytes_runs_or_is_refused(file, package, rng):
+    whole = np.frombuffer((package / file).read_bytes(), np.uint8)
+    for _ in range(40):
+        damaged = whole.copy()
+        damaged[rng.integers(len(whole), size=rng.integers(1, 4))] = rng.integers(256)
+        (package / file).write_bytes(damaged.tobytes())
+        with contextlib.suppress(Problem):
+            program = open_package(package)
+            program.predict({spec.name: np.zeros(spec.shape) for spec in program.inputs})
