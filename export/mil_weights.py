@@ -14,7 +14,8 @@ palette has 2**bits numbers, found by k-means, for the whole weight; in 4 and 6 
 for every 16 output channels. Zeros stay zeros in every form.
 
 Where the checkpoint names bits for a layer, the table or the stem, compressed precisions follow it:
-32 and 16 bits become float16, 8 int8, and 4 int4, or a palette where palettes are asked for.
+32 and 16 bits become float16, 8 int8, and 4 int4, or a palette where palettes are asked for. If it
+names bits, but none for the stem, the stem is float16.
 Nothing that a program computes with is wider than its floats: biases, norms and positions are
 float16 in all precisions but fp32.
 """

@@ -25,6 +25,9 @@ Layout `encoder`, one package as whisper.cpp loads it beside its own decoder:
 
     coreml-encoder  logmel_data (1, n_mels, frames) -> output (1, positions, d_model), float32
 
+The encoder may be pruned; the decoder that whisper.cpp reads from its own file is the dense one, of
+the same d_model.
+
 Floats are float16 going in and out, in precision fp32 float32. The mel front end computes in
 float32 throughout. Programs have fixed shapes: one window, the model's longest unless another one
 of its windows is asked for.
@@ -35,7 +38,7 @@ layers 1x1 convolutions, attention goes head by head, inner dimensions are fille
 multiples of 64, and the token table stands in chunks of less than 16384 rows. It computes the same
 function. Known is that the engine wants channels first, and that it takes no tensor with a larger
 dimension than 16384; that the whole form is faster, on which chip and by how much, we have not
-measured: there was no Mac. Packing and zeros make it larger where layers are irregular.
+measured: there was no Mac. Where layers are irregular, the zeros make it larger.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ from export.cost import macs
 from export.mil_graph import TARGETS, Graph, Var
 from export.mil_weights import PRECISIONS, needs_blocks
 from export.problem import Problem
-from export.quantise import schemes
+from export.quantise import Scheme, schemes
 from export.shrink import windows_of
 from export.versions import version
 from export.weights import (
@@ -69,10 +72,8 @@ from export.weights import (
     scaled,
 )
 
-LAYOUTS = ("whisperkit", "encoder")
 SAMPLE_LENGTH = 224
 """Tokens that WhisperKit's DecodingOptions ask for unless told otherwise; caches must hold them."""
-POSITION_S = 0.02
 KINDS = ("key", "value")
 Table = ops.TokenTable | ops.FactorisedTable
 
@@ -89,7 +90,7 @@ class Plan:
     """Positions in the decoder's caches."""
     stateful: bool
     neural_engine: bool
-    alignment: tuple[tuple[int, ...], ...]
+    alignment: list[list[int]]
     """Of every decoder layer the alignment heads; empty where no word timestamps are wanted."""
 
     @property
@@ -97,7 +98,7 @@ class Plan:
         return "float32" if self.precision == "fp32" else "float16"
 
     def graph(self, model: nn.Module) -> Graph:
-        return Graph(self.precision, self.target, schemes(model), self.neural_engine)
+        return Graph(self.precision, self.target, _schemes(model), self.neural_engine)
 
 
 @dataclass(frozen=True)
@@ -134,26 +135,25 @@ def export_coreml(
     in seconds, None the longest; `max_tokens` are positions of the decoder, None all that it has.
     The caller gates the artifact and writes the manifest again.
 
-    Raises Problem where something is asked for that cannot be done: see _plan and export.beside.
+    Raises Problem, before a file is written, where something is asked for that cannot be done; and
+    where a weight is beyond float16.
     """
     check(model, processor)
     wanted = {"stateful": stateful, "word_timestamps": word_timestamps, "max_tokens": max_tokens}
     _check_request(precision, layout, wanted | {"window": window})
-    said: list[str] = []
     plan = Plan(
         precision,
         _target(model, precision, deployment_target, stateful),
         _positions(model, processor.feature_extractor, window),
-        _room(model, max_tokens, said),
+        _room(model, max_tokens),
         stateful,
         neural_engine,
-        _alignment(model, word_timestamps, said) if layout == "whisperkit" else (),
+        _alignment(model, word_timestamps),
     )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    programs = LAYOUT_PROGRAMS[layout]
-    contract, stored = {}, {}
-    for name, make in programs.items():
+    contract, stored, said = {}, {}, list[str]()
+    for name, make in LAYOUTS[layout].items():
         made = make(model, processor.feature_extractor, plan)
         ops.save(made.program, plan.target, out / f"{name}.mlpackage", f"Whisper: {name}")
         contract[name] = described(made.inputs, made.outputs, made.states)
@@ -165,13 +165,13 @@ def export_coreml(
     told = {"target": "coreml", "layout": layout, "precision": precision}
     manifest = manifest_of(told, model, processor, [plan.positions], contract, provenance)
     manifest["decoding"]["max_new_tokens"] -= model.config.max_target_positions - plan.room
-    counted = macs(model, positions=plan.positions, cached=False)
+    counted = macs(model, plan.room, plan.positions, cached=False)  # all of a cache is multiplied
     manifest |= {"macs": counted, "macs_by_window": {str(plan.positions): counted}}
     manifest["coreml"] = {
         "deployment_target": plan.target,
         "specification_version": TARGETS[plan.target],
         "stateful": stateful,
-        "word_timestamps": bool(plan.alignment),
+        "word_timestamps": bool(plan.alignment) and layout == "whisperkit",
         "neural_engine": neural_engine,
         "weights": stored,
         "said": said,
@@ -230,20 +230,20 @@ def _target(model: nn.Module, precision: str, asked: str | None, stateful: bool)
 def _positions(model: nn.Module, extractor: Any, window: float | None) -> int:
     """Encoder positions of the window that is asked for, in seconds."""
     known = windows_of(model.config)
-    seconds = {n: 2 * n * extractor.hop_length / extractor.sampling_rate for n in known}
     if window is None:
         return known[-1]
-    for positions, length_s in seconds.items():
-        if abs(length_s - window) < POSITION_S / 2:
-            return positions
-    raise Problem(
-        f"the model has no window of {window:g} s; it was made for "
-        f"{' and '.join(f'{length_s:g}' for length_s in seconds.values())} s",
-        hint="choose one of these; the method `short` teaches a model others",
-    )
+    position_s = 2 * extractor.hop_length / extractor.sampling_rate
+    positions = round(window / position_s)
+    if positions not in known:
+        raise Problem(
+            f"the model has no window of {window:g} s; it was made for "
+            f"{' and '.join(f'{n * position_s:g}' for n in known)} s",
+            hint="choose one of these; the method `short` teaches a model others",
+        )
+    return positions
 
 
-def _room(model: nn.Module, asked: int | None, said: list[str]) -> int:
+def _room(model: nn.Module, asked: int | None) -> int:
     limit = model.config.max_target_positions
     room = limit if asked is None else asked
     if not 1 <= room <= limit:
@@ -251,42 +251,51 @@ def _room(model: nn.Module, asked: int | None, said: list[str]) -> int:
             f"a cache of {room} tokens was asked for; the model has {limit} positions",
             hint=f"choose from 1 to {limit}",
         )
-    if room < SAMPLE_LENGTH:
-        said.append(
-            f"TextDecoder: its caches hold {room} tokens, so WhisperKit's "
-            f"DecodingOptions.sampleLength, {SAMPLE_LENGTH} by default, must be at most {room}"
-        )
     return room
 
 
-def _alignment(
-    model: nn.Module, asked: bool | None, said: list[str]
-) -> tuple[tuple[int, ...], ...]:
-    """Of every decoder layer the heads that the generation config names and the model has."""
-    named = [
-        tuple(pair) for pair in getattr(model.generation_config, "alignment_heads", None) or []
-    ]
-    counts = [heads_of(layer.encoder_attn).count for layer in model.model.decoder.layers]
-    there = sorted({(n, h) for n, h in named if n < len(counts) and h < counts[n]})
-    if asked is False:
-        return ()
-    if there:
-        if len(there) < len(set(named)):
-            gone = len(set(named)) - len(there)
-            all_heads = len(set(named))
-            said.append(f"TextDecoder: {gone} of {all_heads} alignment heads are not in the model")
-        return tuple(tuple(h for n, h in there if n == i) for i in range(len(counts)))
-    found = f"names {len(named)} that the model has not" if named else "names none"
-    if asked:
+def _alignment(model: nn.Module, asked: bool | None) -> list[list[int]]:
+    """Of every decoder layer the alignment heads; empty where none are there, or wanted."""
+    heads = _heads_there(model)
+    if asked and not any(heads):
         raise Problem(
-            f"word timestamps come from alignment heads; generation_config.json {found}",
+            f"word timestamps come from alignment heads; {_heads_told(model)}",
             hint="set alignment_heads there, or export without --word-timestamps",
         )
-    said.append(
-        "TextDecoder: no word timestamps, which come from alignment heads; generation_config.json "
-        f"{found}"
+    return heads if any(heads) and asked is not False else []
+
+
+def _heads_named(model: nn.Module) -> list[tuple[int, int]]:
+    named = getattr(model.generation_config, "alignment_heads", None) or []
+    return sorted({(layer, head) for layer, head in named})
+
+
+def _heads_there(model: nn.Module) -> list[list[int]]:
+    """Of every decoder layer the alignment heads that are named and that it has."""
+    counts = [heads_of(layer.encoder_attn).count for layer in model.model.decoder.layers]
+    named = _heads_named(model)
+    return [[h for n, h in named if n == i and h < count] for i, count in enumerate(counts)]
+
+
+def _heads_told(model: nn.Module) -> str:
+    named, there = len(_heads_named(model)), sum(map(len, _heads_there(model)))
+    return f"generation_config.json names {named or 'none'}" + (
+        f", of which the model has {there or 'none'}" if named else ""
     )
-    return ()
+
+
+def _decoder_limits(model: nn.Module, plan: Plan) -> list[str]:
+    """What whoever runs the decoder must know."""
+    said = []
+    if plan.room < SAMPLE_LENGTH:
+        said.append(
+            f"its caches hold {plan.room} tokens, so WhisperKit's DecodingOptions.sampleLength, "
+            f"{SAMPLE_LENGTH} by default, must be at most {plan.room}"
+        )
+    if sum(map(len, _heads_there(model))) < len(_heads_named(model)) or not _heads_named(model):
+        kind = "fewer alignment heads" if plan.alignment else "no word timestamps"
+        said.append(f"{kind}: {_heads_told(model)}")
+    return said
 
 
 # ---------------------------------------------------------------------------------------- programs
@@ -340,6 +349,7 @@ def lone_encoder_program(model: nn.Module, extractor: Any, plan: Plan) -> Made:
 def decoder_program(model: nn.Module, extractor: Any, plan: Plan) -> Made:
     """A token and the caches to its logits and what is to be written into the caches."""
     g = plan.graph(model)
+    g.said += _decoder_limits(model, plan)
     inputs, outputs, states = _decoder_contract(model, plan)
 
     def work(given: dict[str, Var]) -> list[Var]:
@@ -348,7 +358,7 @@ def decoder_program(model: nn.Module, extractor: Any, plan: Plan) -> Made:
     return _made(g, inputs, outputs, work, states)
 
 
-LAYOUT_PROGRAMS = {
+LAYOUTS = {
     "whisperkit": {
         "MelSpectrogram": mel_program,
         "AudioEncoder": encoder_program,
@@ -366,6 +376,14 @@ def _made(
     states: Sequence[Spec] = (),
 ) -> Made:
     return Made(g, ops.program(g, inputs, outputs, work, states), inputs, outputs, list(states))
+
+
+def _schemes(model: nn.Module) -> dict[nn.Module, Scheme]:
+    """What the checkpoint asks for; where it names any bits but none for the stem, the stem was
+    trained in floats."""
+    found, encoder = schemes(model), model.model.encoder
+    stem = dict.fromkeys((encoder.conv1, encoder.conv2), Scheme(16)) if found else {}
+    return stem | found
 
 
 def _features(model: nn.Module, plan: Plan) -> Spec:
@@ -468,7 +486,7 @@ def _decode(g: Graph, model: nn.Module, plan: Plan, given: dict[str, Var]) -> li
     table, x = _look_up(g, decoder, given)
     caches = [given[f"{kind}_cache"] for kind in KINDS]
     before = [g.op("read_state", input=x) for x in caches] if plan.stateful else caches
-    past = _by_layers(g, before, decoder, plan)
+    past = _by_layers(g, before, decoder)
     kept, heard = [], []
     for i, layer in enumerate(decoder.layers):
         with g.scope(f"layers_{i}"):
@@ -508,9 +526,7 @@ def _token_table(g: Graph, table: nn.Module) -> Table:
     return ops.TokenTable(g, array(table.weight), g.schemes.get(table))
 
 
-def _by_layers(
-    g: Graph, caches: Sequence[Var], decoder: nn.Module, plan: Plan
-) -> list[tuple[Var, Var]]:
+def _by_layers(g: Graph, caches: Sequence[Var], decoder: nn.Module) -> list[tuple[Var, Var]]:
     """Keys and values of all layers -> those of each; what a cache has left over goes."""
     heads = [_heads(layer.self_attn, g.channels_first, cached=True) for layer in decoder.layers]
     widths = zip(*map(_cache_widths, heads), strict=True)

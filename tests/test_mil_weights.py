@@ -178,6 +178,7 @@ def test_a_weight_of_one_number_is_that_number(value):
         ("int4", "iOS18"),
         *[("pal4", name) for name in TARGETS],
         ("pal6", "iOS16"),
+        ("pal8", "iOS18"),
     ],
 )
 def test_a_program_reads_what_was_stored(precision, target, shape, transposed, rng, tmp_path):
@@ -205,7 +206,7 @@ def test_a_program_reads_what_was_stored(precision, target, shape, transposed, r
         codes, scale = forms.int4(rows, Scheme(4))
         want = codes * scale.astype(np.float32).repeat(rows.shape[1] // scale.shape[1], axis=1)
     else:
-        groups = len(rows) // 16 if target == "iOS18" else 1
+        groups = len(rows) // 16 if target == "iOS18" and precision != "pal8" else 1
         indices, numbers = forms.palettes(rows, form.bits, groups)
         want = np.take_along_axis(numbers, indices.reshape(groups, -1).astype(int), axis=1)
     want = want.astype(np.float16).reshape(shape)

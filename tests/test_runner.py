@@ -614,6 +614,31 @@ def test_mapped_pages_are_given_back_and_read_again(tmp_path, rng):
     assert (mapped == held).all()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and asks glibc")
+@pytest.mark.parametrize("returned", [False, True])
+def test_large_blocks_go_back_when_they_are_freed(returned):
+    """A block that lies under a smaller one stays where glibc has learnt to keep such blocks."""
+    program = f"""
+import ctypes, re
+from devices.runner.machine import return_large_blocks
+libc = ctypes.CDLL(None)
+if not hasattr(libc, "mallopt"): raise SystemExit("no glibc")
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+if {returned}: return_large_blocks()
+libc.free(libc.malloc(24 << 20))
+before, block = resident(), libc.malloc(16 << 20)
+above = libc.malloc(100_000)
+ctypes.memset(block, 1, 16 << 20)
+libc.free(block)
+print(resident() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if "no glibc" in run.stderr:
+        pytest.skip("mallopt is glibc's")
+    assert (int(run.stdout) < 2 << 10) == returned, run
+
+
 def resident(path):
     """Kilobytes of a mapped file that are in memory, 0 where the system does not say."""
     try:

@@ -9,13 +9,14 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from test_to_onnx import irregular, whole, window
+from dead_structure import kill
+from test_to_onnx import irregular, low_rank, whole, window
 from torch import nn
 
 from benchmarks.speech import read_manifest
 from edgewhisper import alignment, decoding, whisper
+from edgewhisper.compress.shrink import slimmed
 from export.artifact import verify
-from export.cost import macs
 from export.mil_graph import TARGETS, toolbox
 from export.mil_interpreter import open_package
 from export.problem import Problem
@@ -150,7 +151,7 @@ def test_states_and_logits_are_torchs(make, engine, make_whisper, processor, rng
     assert np.abs(packages.logits(tokens, found) - logits).max() < 1e-4
 
 
-@MODELS
+@pytest.mark.parametrize("make", [irregular, factorised])
 def test_both_forms_agree_in_float16_and_stay_near_torch(
     make, make_whisper, processor, rng, make_packages
 ):
@@ -188,12 +189,11 @@ def test_features_are_those_of_the_feature_extractor(
         assert np.abs(halved.features(pcm) - rounded.numpy()).max() < 2e-3, kind
 
 
-@pytest.mark.parametrize("make", [whole, irregular])
 @ENGINE
 def test_a_cache_that_the_package_keeps_gives_the_same_logits(
-    engine, make, make_whisper, processor, rng, make_packages
+    engine, make_whisper, processor, rng, make_packages
 ):
-    model, tokens = make(make_whisper, rng), text(rng)
+    model, tokens = irregular(make_whisper, rng), text(rng)
     states = torchs(model, processor, window(processor, rng), tokens)[1]
     states = states[:, :, None].astype(np.float16)
     own = make_packages(model, "fp16", "own", neural_engine=engine)
@@ -204,20 +204,28 @@ def test_a_cache_that_the_package_keeps_gives_the_same_logits(
         assert np.array_equal(kept.states[name].numpy(), cache)
 
 
+def pruned(make_whisper, rng):
+    """Some heads are gone, and those that are left have other numbers."""
+    model = kill(make_whisper(heads=4), "whole_heads", rng)
+    heads = [[n, h] for n in range(2) for h in range(4)]
+    model.generation_config.alignment_heads = [heads[i] for i in rng.permutation(8)[:5]]
+    return slimmed(model)[0]
+
+
 @ENGINE
-@pytest.mark.parametrize("make", [whole, irregular])
 def test_word_timestamps_are_the_mean_of_the_alignment_heads(
-    engine, make, make_whisper, processor, rng, make_packages
+    engine, make_whisper, processor, rng, make_packages
 ):
-    model, tokens = make(make_whisper, rng), text(rng)
-    heads = [[n, h] for n, count in enumerate(alignment.head_counts(model)) for h in range(count)]
-    chosen = [heads[i] for i in rng.permutation(len(heads))[: int(rng.integers(1, len(heads) + 1))]]
+    model, tokens = pruned(make_whisper, rng), text(rng)
+    chosen = model.generation_config.alignment_heads
+    assert all(head < alignment.head_counts(model)[n] for n, head in chosen)
     model.generation_config.alignment_heads = [*chosen, [7, 0], [0, 90]]
     packages = make_packages(model, neural_engine=engine)
     said = packages.manifest["coreml"]
     assert said["word_timestamps"]
-    assert any(
-        f"2 of {len(chosen) + 2} alignment heads are not in the model" in s for s in said["said"]
+    assert said["said"][-1] == (
+        "TextDecoder: fewer alignment heads: generation_config.json names "
+        f"{len(chosen) + 2}, of which the model has {len(chosen)}"
     )
     states = torchs(model, processor, window(processor, rng), tokens)[1]
     with alignment.eager(model), torch.no_grad():
@@ -259,9 +267,11 @@ def test_a_short_window_and_a_short_cache(tiny_whisper, processor, rng, make_pac
 def test_whisper_cpps_encoder(precision, engine, make_whisper, processor, rng, tmp_path):
     """float32 rows of states go out whatever the precision: whisper.cpp copies them as they are."""
     model = irregular(make_whisper, rng)
+    model.generation_config.alignment_heads = [[0, 0]]
     options = {"layout": "encoder", "neural_engine": engine}
     manifest = export_coreml(model, processor, tmp_path / "out", precision, **options)
     assert verify(tmp_path / "out") == manifest
+    assert manifest["coreml"]["said"] == [] and not manifest["coreml"]["word_timestamps"]
     assert {name.split("/")[0] for name in manifest["files"]} == {"coreml-encoder.mlpackage"}
     assert manifest["contract"] == {
         "coreml-encoder": {
@@ -315,43 +325,72 @@ def whisperkits(dtype, d_model, positions, width, room, vocab, n_mels):
 def described(features):
     """Of a package's own description: Core ML's names of types, by their numbers."""
     kinds = {65552: "float16", 65568: "float32", 131104: "int32"}
-    return [
-        (f.name, tuple(f.type.multiArrayType.shape), kinds[f.type.multiArrayType.dataType])
-        for f in features
-    ]
+    held = [(f.name, f.type.stateType.arrayType, f.type.multiArrayType) for f in features]
+    arrays = [(name, state if state.shape else array) for name, state, array in held]
+    return [(name, tuple(array.shape), kinds[array.dataType]) for name, array in arrays]
+
+
+def reloaded(package, target):
+    """A package's inputs, outputs and states, after coremltools has read all of it, as it is and as
+    a program again."""
+    from coremltools.converters.mil.frontend.milproto import load
+
+    model = toolbox().models.MLModel(str(package), skip_model_load=True)
+    spec = model.get_spec()
+    assert spec.specificationVersion == TARGETS[target]
+    load.load(spec, spec.specificationVersion, model.weights_dir)
+    told = spec.description
+    return [described(side) for side in (told.input, told.output, told.state)]
 
 
 @pytest.mark.parametrize(
-    ("precision", "target"),
-    [("fp32", "iOS16"), ("fp16", "iOS17"), ("int8", "iOS18"), ("pal6", "iOS17"), ("pal4", "iOS18")],
+    ("precision", "target", "engine"),
+    [
+        ("fp32", "iOS16", False),
+        ("fp16", "iOS17", False),
+        ("fp16", "iOS16", True),
+        ("int8", "iOS16", True),
+        ("int8", "iOS18", False),
+        ("int4", "iOS18", True),
+        ("pal6", "iOS17", False),
+        ("pal4", "iOS18", False),
+    ],
 )
 def test_the_contract_is_whisperkits_and_coremltools_reads_the_packages(
-    precision, target, tiny_whisper, processor, tmp_path
+    precision, target, engine, tiny_whisper, processor, tmp_path
 ):
-    from coremltools.converters.mil.frontend.milproto import load
-
     tiny_whisper.generation_config.alignment_heads = [[0, 1], [1, 0]]
-    manifest = export_coreml(
-        tiny_whisper, processor, tmp_path / "out", precision, deployment_target=target
-    )
-    assert verify(tmp_path / "out") == manifest
+    options = {"deployment_target": target, "neural_engine": engine}
+    manifest = export_coreml(tiny_whisper, processor, tmp_path / "out", precision, **options)
+    told = manifest["coreml"]
+    assert (told["deployment_target"], told["neural_engine"]) == (target, engine)
+    assert told["specification_version"] == TARGETS[target]
     dtype = "float32" if precision == "fp32" else "float16"
-    wanted = whisperkits(dtype, 32, 300, 2 * 32, 64, 783, 80)
-    for name, sides in wanted.items():
-        told = manifest["contract"][name]
-        assert told == {
+    width = 2 * (64 if engine else 32)  # of two layers
+    wanted = whisperkits(dtype, 32, 300, width, 64, 783, 80)
+    assert manifest["contract"].keys() == wanted.keys()
+    for name, (inputs, outputs) in wanted.items():
+        assert manifest["contract"][name] == {
             side: [{"name": n, "shape": list(s), "dtype": d} for n, s, d in specs]
-            for side, specs in zip(("inputs", "outputs"), sides, strict=True)
+            for side, specs in (("inputs", inputs), ("outputs", outputs))
         }
-        package = str(tmp_path / f"out/{name}.mlpackage")
-        model = toolbox().models.MLModel(package, skip_model_load=True)
-        spec = model.get_spec()
-        found = described(spec.description.input), described(spec.description.output)
-        assert found == tuple(map(list, sides))
-        asked = manifest["coreml"]
-        assert spec.specificationVersion == TARGETS[target] == asked["specification_version"]
-        assert asked["deployment_target"] == target
-        load.load(spec, spec.specificationVersion, model.weights_dir)
+        package = tmp_path / f"out/{name}.mlpackage"
+        assert reloaded(package, target) == [inputs, outputs, []]
+    assert verify(tmp_path / "out") == manifest, "reading has changed a file"
+
+
+@ENGINE
+def test_the_contract_of_a_package_that_keeps_its_cache(engine, tiny_whisper, processor, tmp_path):
+    options = {"stateful": True, "neural_engine": engine}
+    manifest = export_coreml(tiny_whisper, processor, tmp_path / "out", **options)
+    width = 2 * (64 if engine else 32)
+    inputs, (logits, *_) = whisperkits("float16", 32, 300, width, 64, 783, 80)["TextDecoder"]
+    caches = [spec for spec in inputs if spec[0] in ("key_cache", "value_cache")]
+    inputs = [spec for spec in inputs if spec not in caches]
+    told = manifest["contract"]["TextDecoder"]
+    assert [(s["name"], tuple(s["shape"]), s["dtype"]) for s in told["states"]] == caches
+    found = reloaded(tmp_path / "out/TextDecoder.mlpackage", "iOS18")
+    assert found == [inputs, [logits], caches]
 
 
 def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, tmp_path):
@@ -367,8 +406,11 @@ def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, 
     assert {name for name in manifest["files"] if "/" not in name} == beside
     told = manifest["coreml"]
     assert told["deployment_target"] == "iOS16" and not told["word_timestamps"]
-    assert any("sampleLength, 224 by default, must be at most 64" in said for said in told["said"])
-    assert any("no word timestamps" in said and "names none" in said for said in told["said"])
+    assert told["said"] == [
+        "TextDecoder: its caches hold 64 tokens, so WhisperKit's DecodingOptions.sampleLength, 224 "
+        "by default, must be at most 64",
+        "TextDecoder: no word timestamps: generation_config.json names none",
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "pal4"])
@@ -385,10 +427,11 @@ def test_programs_multiply_as_often_as_the_manifest_says(
 ):
     model = make(make_whisper, rng)
     manifest = export_coreml(model, processor, tmp_path)
-    counted = macs(model, context=64, cached=False)  # all of the cache is multiplied
-    assert manifest["macs"]["cross"] == counted["cross"] == 0
-    assert multiplied(tmp_path / "AudioEncoder.mlpackage") == counted["encoder"]
-    assert multiplied(tmp_path / "TextDecoder.mlpackage") == counted["decoder_per_token"]
+    assert manifest["macs"] == {
+        "encoder": multiplied(tmp_path / "AudioEncoder.mlpackage"),
+        "cross": 0,
+        "decoder_per_token": multiplied(tmp_path / "TextDecoder.mlpackage"),
+    }
 
 
 def multiplied(package):
@@ -496,6 +539,25 @@ def test_bits_of_the_checkpoint_are_followed(engine, make_whisper, processor, rn
     assert np.abs(packages.logits(tokens, found) - logits).max() < 0.03
 
 
+def test_bits_of_layers_that_are_split_and_of_those_that_read_some_inputs(
+    make_whisper, processor, rng, make_packages
+):
+    """Blocks of a checkpoint's grid lie along the inputs that a layer reads, the last one short."""
+    model = make_whisper(d_model=64, ffn=96)
+    for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+        low_rank(layer, "fc2", 24)
+        layer.fc1 = whisper.GatherLinear(40, 96)
+        layer.fc1.inputs.copy_(torch.randperm(64)[:40].sort().values)
+    model = in_bits(model, 4, 4, 8, 32)
+    tokens = text(rng)
+    features, states, logits = torchs(model, processor, window(processor, rng), tokens)
+    packages = make_packages(model, "int8")
+    assert packages.manifest["coreml"]["weights"]["AudioEncoder"].keys() == {"int4", "float16"}
+    found = packages.encode(features)
+    assert np.abs(found[:, :, 0] - states).max() < 0.03
+    assert np.abs(packages.logits(tokens, found) - logits).max() < 0.03
+
+
 def test_blocks_that_do_not_divide_are_said(make_whisper, processor, tmp_path):
     model = make_whisper(d_model=32, ffn=52)  # 4 divides 52, 8 does not
     told = export_coreml(model, processor, tmp_path, "int4")["coreml"]
@@ -574,8 +636,9 @@ def test_alignment_heads_that_are_all_gone_are_said(tiny_whisper, processor, tmp
     tiny_whisper.generation_config.alignment_heads = [[4, 0]]
     told = export_coreml(tiny_whisper, processor, tmp_path / "out")["coreml"]
     assert not told["word_timestamps"]
-    assert any("names 1 that the model has not" in said for said in told["said"])
-    with pytest.raises(Problem, match="names 1 that the model has not"):
+    found = "generation_config.json names 1, of which the model has none"
+    assert f"TextDecoder: no word timestamps: {found}" in told["said"]
+    with pytest.raises(Problem, match=f"word timestamps come from alignment heads; {found}"):
         export_coreml(tiny_whisper, processor, tmp_path / "asked", word_timestamps=True)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 UNAVAILABLE = "unavailable"
 MADV_PAGEOUT = 21
+M_MMAP_THRESHOLD = -3
+LARGE_BLOCK_BYTES = 2**20
 
 ISA_FEATURES = (
     *("neon", "asimd", "fphp", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
@@ -158,6 +160,16 @@ def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int | str:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
     peak = number(field(read(status), "VmHWM"), 1024)
     return int(peak) if not isinstance(peak, str) else peak
+
+
+def return_large_blocks() -> None:
+    """Have glibc return every large block as it is freed, where it would learn to keep them.
+
+    Its own bound of what counts as large grows with the blocks that it sees freed, to 32 MiB: from
+    then on they leave holes in its heap. Elsewhere nothing is done.
+    """
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def give_back_memory(folder: Path, maps: Path = Path("/proc/self/maps")) -> None:

@@ -19,7 +19,7 @@ import onnxruntime as ort
 from .audio import Pcm
 from .contract import check_session, running
 from .decode import Logits
-from .machine import give_back_memory, usable_cores
+from .machine import give_back_memory, return_large_blocks, usable_cores
 from .problem import RunnerProblem
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Sessions:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
         self.folder = folder
+        return_large_blocks()
         self.decoder = open_session(folder / "decoder.onnx", session_options(threads, arena=False))
         give_back_memory(folder)
         self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
@@ -175,6 +176,7 @@ def session_options(threads: int | None, arena: bool = True) -> ort.SessionOptio
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = arena
+    options.enable_mem_reuse = not arena
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     options.log_severity_level = 4  # errors become letters
