@@ -629,7 +629,7 @@ def test_export_walks_the_road_on_the_embedded_default(edgewhisper, few, tmp_pat
     assert place.name.endswith("-coreml-fp16")
     assert "deployment target iOS16, specification 7: the oldest that" in out
     assert "AudioEncoder         1.87 MB   weights in float16 866,304" in out
-    assert "no word timestamps, which come from alignment heads" in out
+    assert "no word timestamps" in out
     gate = read_artifact(place)["gate"]
     assert gate["identical_tokens"] == 1
     assert 1e-4 < gate["max_errors"]["states"] < 0.05
