@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.result import FORMAT, STAGES, summaries, validate
 from benchmarks.speech import SAMPLING_RATE, Clip
 from benchmarks.wer import score
-from devices.device import RUNNER, Device, run_runner
+from devices.device import RUNNER, Device, clean, run_runner
 from export.artifact import verify
 from export.problem import Problem
 from export.prompt import language_code
@@ -91,7 +91,7 @@ def bench_all(
     for turn in range(repeats):
         for index, candidate in enumerate(candidates):
             progress(f"{candidate.label}: round {turn + 1} of {repeats}")
-            answers[index].append(run_round(candidate, index, device, threads))
+            answers[index].append(run_round(candidate, index, device, threads, len(clips)))
     after = device.describe().get("temperature_c", "unavailable")
     common = {
         "format": FORMAT,
@@ -176,13 +176,50 @@ def device_cores(machine: dict[str, Any]) -> int:
     return cores if isinstance(cores, int) else 1
 
 
-def run_round(candidate: Candidate, index: int, device: Device, threads: int) -> dict[str, Any]:
+def run_round(
+    candidate: Candidate, index: int, device: Device, threads: int, clips: int
+) -> dict[str, Any]:
     """One process of one candidate: every clip once."""
     options = ["clips/clips.json", "--repeats", "1", "--threads", str(threads)]
     if candidate.rival is None:
-        return run_runner(device, ["bench", f"artifacts/{index}", *options])
-    source = str(Path(candidate.source).resolve())
-    return run_runner(device, [source, *options], RIVALS[candidate.rival], OURS)
+        answer = run_runner(device, ["bench", f"artifacts/{index}", *options])
+    else:
+        source = str(Path(candidate.source).resolve())
+        answer = run_runner(device, [source, *options], RIVALS[candidate.rival], OURS)
+    return checked(answer, device, clips)
+
+
+def checked(answer: dict[str, Any], device: Device, clips: int) -> dict[str, Any]:
+    """A round's answer, if it is one: it comes from another machine, and is data."""
+    times = {stage: answer.get(stage) for stage in STAGES}
+    wrong = [stage for stage, found in times.items() if not are_seconds(found)]
+    texts, peak, share = (answer.get(name) for name in ("texts", "peak_rss_bytes", "mel_share"))
+    if not (isinstance(texts, list) and len(texts) == clips and all_are(texts, str)):
+        wrong.append("texts")
+    if not (isinstance(peak, int) or peak == "unavailable"):
+        wrong.append("peak_rss_bytes")
+    if not (share is None or (isinstance(share, float) and 0 <= share <= 1)):
+        wrong.append("mel_share")
+    versions = answer.get("versions")
+    if not (isinstance(versions, dict) and all_are(versions.values(), str)):
+        wrong.append("versions")
+    if wrong:
+        raise Problem(
+            f"{device.name}: the runner's answer has no usable {', '.join(wrong)}",
+            hint="bench again; if it stays so, something else answers there than the runner",
+        )
+    return answer | {"versions": clean(versions)}
+
+
+def are_seconds(found: Any) -> bool:
+    """Whether it is a list of times."""
+    return isinstance(found, list) and all(
+        isinstance(time, int | float) and 0 <= time < np.inf for time in found
+    )
+
+
+def all_are(found: Iterable[Any], kind: type) -> bool:
+    return all(isinstance(value, kind) for value in found)
 
 
 def merge(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -361,6 +361,7 @@ def bench(
     threads: int | None = None,
     say: Say = print,
     normalizer: str | None = None,
+    host: str | None = None,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Measure artifacts, and a dense checkpoint in transformers beside them; results and file."""
     from benchmarks.bench import Candidate
@@ -369,7 +370,7 @@ def bench(
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
     if baseline is not None:
         candidates.insert(0, Candidate(Path(baseline), rival="transformers"))
-    return bench_candidates(candidates, device, speech, repeats, threads, say, normalizer)
+    return bench_candidates(candidates, device, speech, repeats, threads, say, normalizer, host)
 
 
 def bench_candidates(
@@ -380,13 +381,14 @@ def bench_candidates(
     threads: int | None,
     say: Say,
     normalizer: str | None = None,
+    host: str | None = None,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Measure on a device and keep the results in ./edgewhisper-runs."""
     from benchmarks.bench import bench_all
     from benchmarks.result import write
     from devices.device import open_device
 
-    with open_device(device) as machine:
+    with open_device(device, host, say) as machine:
         clips = read_manifest(speech or SPEECH / "test.jsonl")
         results = bench_all(candidates, machine, clips, repeats, threads, normalizer, say)
     place = runs.new_path("result", ".jsonl")

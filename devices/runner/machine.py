@@ -45,7 +45,22 @@ def describe(root: str | Path = "/") -> dict:
         "os": os_name(read(base / "etc/os-release")),
         "kernel": f"{platform.system()} {platform.release()}",
         "runtime": versions(),
+        "emulated": emulated(base, platform.machine()),
     }
+
+
+def emulated(base: Path, machine: str) -> bool:
+    """Say whether the CPU is made of software: on QEMU's own board, or where the kernel's is of
+    another kind. A kernel before 6.1 does not say its own."""
+    if "dummy-virt" in read(base / "proc/device-tree/compatible"):
+        return True
+    kernel = read(base / "proc/sys/kernel/arch")
+    return kernel != UNAVAILABLE and kind_of_cpu(kernel) != kind_of_cpu(machine)
+
+
+def kind_of_cpu(machine: str) -> str:
+    """Return the family of a machine's name: one that is 64 bits wide runs 32-bit programs too."""
+    return re.sub(r"^(i.86|amd64)$", "x86_64", re.sub(r"^arm.*", "aarch64", machine))
 
 
 def read(path: Path) -> str:
