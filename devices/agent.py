@@ -235,11 +235,11 @@ def link(source: str, target: str) -> None:
 
 def pull(place: Place, request: dict[str, Any]) -> dict[str, Any]:
     """Send a file, or all files of a folder."""
-    top = os.path.join(place.work, request["from"])
+    top = os.path.join(place.work, request["name"])
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names]
     paths = [top] if os.path.isfile(top) else [path for path in paths if os.path.isfile(path)]
     if not os.path.exists(top):
-        raise Trouble(f"there is no file {request['from']}")
+        raise Trouble(f"there is no file {request['name']}")
     sizes = [os.path.getsize(path) for path in paths]
     names = [os.path.relpath(path, top) for path in paths]
     answer({"files": list(zip(names, sizes, strict=True)), "folder": os.path.isdir(top)})
@@ -274,7 +274,10 @@ def run(place: Place, request: dict[str, Any]) -> dict[str, Any]:
         stdout, stderr, ended = watch(child, request["timeout_s"], request["most"])
     finally:
         stop(child)
-    said = {"stdout": stdout.decode("utf-8", "replace"), "stderr": stderr.decode("utf-8", "replace")}
+    said = {
+        "stdout": stdout.decode("utf-8", "replace"),
+        "stderr": stderr.decode("utf-8", "replace"),
+    }
     return {"exit_code": child.returncode, "ended": ended, **said}
 
 
@@ -324,7 +327,7 @@ def keep(place: Place, request: dict[str, Any]) -> dict[str, Any]:
     """Give an unpacked runtime its name, now that it is known to work, and drop its wheels."""
     target = os.path.join(place.runtimes, request["name"])
     if not os.path.isdir(target):
-        os.replace(os.path.join(place.work, request["from"]), target)
+        os.replace(os.path.join(place.work, request["folder"]), target)
     for digest in request["drop"]:
         remove(place.stored(digest))
     return {}
@@ -352,7 +355,8 @@ REQUESTS = {f.__name__: f for f in (hello, push, pull, run, keep, clean)}
 
 def read(count: int) -> bytes:
     """Return some bytes, `count` at most."""
-    block = sys.stdin.buffer.read1(count)
+    pipe: Any = sys.stdin.buffer
+    block: bytes = pipe.read1(count)
     if not block:
         raise Gone
     return block

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shlex
 import subprocess
@@ -34,7 +35,7 @@ OPTIONS: dict[str, str | int] = {
     "ConnectTimeout": 15,
     "ServerAliveInterval": 10,
     "ServerAliveCountMax": 3,
-    "LogLevel": "ERROR",
+    "LogLevel": "INFO",  # below that, ssh does not say that the other end is silent
     # what a user's file may ask for at a terminal, and what a device has no need of
     "RequestTTY": "no",
     "RemoteCommand": "none",
@@ -57,7 +58,10 @@ STALL_S = 60
 """Without a byte taken."""
 CLOSE_S = 10
 CHUNK = 1 << 16
-NO_COMMAND = 127
+CUTS = re.compile("not responding|closed by|reset by|Broken pipe|timed out|unreachable")
+"""What ssh says when it loses the other end."""
+NO_COMMAND, CUT = 127, 255
+"""Exit codes of ssh."""
 
 UNKNOWN_KEY = (
     "its host key is not known here",
@@ -88,7 +92,10 @@ LETTERS = {
         "name the right one in ~/.ssh/config: IdentityFile, and IdentitiesOnly yes",
     ),
     "timed out": ("it does not answer", "check that it is switched on and in this network"),
-    "No route to host": ("it cannot be reached", "check that it is switched on and in this network"),
+    "No route to host": (
+        "it cannot be reached",
+        "check that it is switched on and in this network",
+    ),
     "Network is unreachable": ("it cannot be reached", "check this machine's network"),
     "SyntaxError": (
         "its python3 is too old",
@@ -255,13 +262,15 @@ def command(host: str) -> list[str]:
 
 
 def cut(code: int, words: str) -> tuple[str, str]:
-    """The letter for a connection that was lost while at work."""
-    if code == 255:
-        said = last_line(words)
-        found = f"the connection was cut ({said})" if said else "the connection was cut"
+    """The letter for a connection that has ended while it was needed; ssh's exit code is the same
+    for one that was cut, which it says, and for a command that was killed there."""
+    line = next((clean(line) for line in words.splitlines() if CUTS.search(line)), "")
+    if code < 0 or line:
+        found = f"the connection was cut ({line or f'ssh was ended by signal {-code}'})"
         return found, "check the network and its power, and start again: whole files are kept"
-    found = f"python3 there ended with exit code {code} ({last_line(words) or 'it said nothing'})"
-    return found, "somebody has killed it, or its memory ran out: close other programs there"
+    said = last_line(words) or "it said nothing"
+    how = "was killed" if code == CUT else f"ended with exit code {code} ({said})"
+    return f"python3 there {how}", "mostly memory has run out: close other programs there"
 
 
 def last_line(words: str) -> str:

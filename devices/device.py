@@ -127,6 +127,15 @@ def open_device(
 
     `host` is what ssh calls it, for those that are reached so; `say` hears what takes long.
     """
+    profile = choose(name, host)
+    module, _, class_name = KINDS[profile.kind].partition(":")
+    kind = getattr(importlib.import_module(module), class_name)
+    device: Device = kind() if host is None else kind(host, name, say)
+    return device
+
+
+def choose(name: str, host: str | None) -> Profile:
+    """Return the profile of a device that can be opened so, or raise the letter why it cannot."""
     profile = load_profile(name)
     if not reachable(profile):
         raise DeviceProblem(
@@ -135,19 +144,17 @@ def open_device(
             "bench here with `--device local`, or copy artifact and devices/runner there and start "
             "`python3 -m runner bench ARTIFACT CLIPS.json`",
         )
-    if (profile.kind == "ssh") != (host is not None):
+    if profile.kind == "ssh" and host is None:
         raise DeviceProblem(
-            f"device {name!r} ({profile.model}) is reached by ssh, and no host is named"
-            if host is None
-            else f"device {name!r} is reached by no host, and --host {clean(host)} names one",
-            "add --host and what `ssh` calls it, for example --host pi@raspberrypi.local"
-            if host is None
-            else "leave --host out, or name a device such as rpi with --device",
+            f"device {name!r} ({profile.model}) is reached by ssh, and no host is named",
+            "add --host and what `ssh` calls it, for example --host pi@raspberrypi.local",
         )
-    module, _, class_name = KINDS[profile.kind].partition(":")
-    kind = getattr(importlib.import_module(module), class_name)
-    device: Device = kind() if host is None else kind(host, name, say)
-    return device
+    if profile.kind != "ssh" and host is not None:
+        raise DeviceProblem(
+            f"device {name!r} is not reached by ssh, and --host {clean(host)} is given",
+            "leave --host out, or add --device rpi, rpi4, rpi5 or rpi-zero2w",
+        )
+    return profile
 
 
 def reachable(profile: Profile) -> bool:

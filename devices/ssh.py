@@ -76,7 +76,9 @@ class SshDevice(Device):
                 "bench fewer clips or repeats, or allow more time",
             )
         if found.get("ended") != "itself":
-            raise self.problem(f"{argv[0]} said more than {MOST_STDOUT / 1e6:.0f} MB")
+            raise self.problem(
+                f"{argv[0]} said more than {MOST_STDOUT / 1e6:.0f} MB", "bench fewer clips at once"
+            )
         return done
 
     def push(self, local: Path, remote: str) -> None:
@@ -91,7 +93,9 @@ class SshDevice(Device):
         sizes = {digest: size for _, digest, size in hashed}
         self.far.send_line({"do": "push", "files": hashed})
         missing = field(self.answer(ANSWER_S), "missing", list)
-        if not set(missing) <= sizes.keys() or len(set(missing)) != len(missing):
+        if not all(isinstance(asked, str) for asked in missing) or sorted(missing) != sorted(
+            sizes.keys() & set(missing)
+        ):
             raise self.problem("asked for files that it was not offered")
         total = sum(sizes[digest] for digest in missing)
         if total > TELL_BYTES:
@@ -104,10 +108,12 @@ class SshDevice(Device):
 
     def pull(self, remote: str, local: Path) -> None:
         """Copy a file or a folder from the device, 1 GiB at most."""
-        self.far.send_line({"do": "pull", "from": self.inside(remote)})
+        self.far.send_line({"do": "pull", "name": self.inside(remote)})
         found = self.answer(ANSWER_S)
-        files = [(str(name), int(size)) for name, size in field(found, "files", list)]
-        if sum(max(0, size) for _, size in files) > MOST_PULLED or any(s < 0 for _, s in files):
+        files = field(found, "files", list)
+        if not all(is_file_entry(entry) for entry in files):
+            raise self.problem(f"its list of files of {clean(remote)} is none", "start again")
+        if sum(size for _, size in files) > MOST_PULLED:
             raise self.problem(f"{remote} is larger than {MOST_PULLED / 2**30:.0f} GiB")
         for name, size in files:
             target = Path(local) / self.inside(name) if found.get("folder") else Path(local)
@@ -119,7 +125,9 @@ class SshDevice(Device):
     def describe(self) -> dict[str, Any]:
         """Return what the runner reads about the machine there."""
         self.push(RUNNER, "runner")
-        return clean(run_runner(self, ["describe"], timeout_s=ANSWER_S))
+        found: dict[str, Any] = clean(run_runner(self, ["describe"], timeout_s=ANSWER_S))
+        field(found, "emulated", bool)
+        return found
 
     def clean(self) -> tuple[str, int]:
         """Remove all that was ever copied; return the folder and its bytes."""
@@ -196,7 +204,7 @@ class SshDevice(Device):
                 f"numpy and onnxruntime were copied and do not work there: {why}",
                 "install them there by hand, and start again",
             )
-        self.ask("keep", **{"from": "unpacked", "name": target.name, "drop": hashes})
+        self.ask("keep", folder="unpacked", name=target.name, drop=hashes)
 
     # ------------------------------------------------------------------------- the protocol
 
@@ -238,6 +246,14 @@ def field(found: dict[str, Any], name: str, kind: type) -> Any:
     if not isinstance(found.get(name), kind):
         raise DeviceProblem(f"the device's answer has no {name}", "start again")
     return found[name]
+
+
+def is_file_entry(entry: Any) -> bool:
+    """Whether it is a name and a size."""
+    match entry:
+        case [str(), int(size)]:
+            return size >= 0
+    return False
 
 
 def files_of(local: Path, remote: str) -> dict[str, Path]:

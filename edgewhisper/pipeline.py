@@ -365,7 +365,9 @@ def bench(
 ) -> tuple[list[dict[str, Any]], Path]:
     """Measure artifacts, and a dense checkpoint in transformers beside them; results and file."""
     from benchmarks.bench import Candidate
+    from devices.device import choose
 
+    choose(device, host)  # what is wrong with them is said before anything is exported
     chosen = list(artifacts) or [runs.newest("artifact") or export(say=say)]
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
     if baseline is not None:
