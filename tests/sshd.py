@@ -4,11 +4,13 @@ folder, and what stands on its PATH is the test's to choose."""
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -88,11 +90,13 @@ class Server:
         site = self.folder / "site"
         site.mkdir(exist_ok=True)
         (site / "sitecustomize.py").write_text(code)
+        before += f"\nexport PYTHONPATH={site}${{PYTHONPATH:+:$PYTHONPATH}}"
+        self.script(before, [sys.executable, *options.split()])
+
+    def script(self, before: str, interpreter: Sequence[str]) -> None:
+        """Make python3 a script that becomes an interpreter."""
         path = self.bin / "python3"
-        path.write_text(
-            f"#!/bin/sh\n{before}\nexport PYTHONPATH={site}${{PYTHONPATH:+:$PYTHONPATH}}\n"
-            f'exec {sys.executable} {options} "$@"\n'
-        )
+        path.write_text(f'#!/bin/sh\n{before}\nexec {shlex.join(interpreter)} "$@"\n')
         path.chmod(0o755)
 
     @property

@@ -50,10 +50,13 @@ def describe(root: str | Path = "/") -> dict:
 
 
 def emulated(base: Path, machine: str) -> bool:
-    """Say whether the CPU is made of software: on QEMU's own board, or where the kernel's is of
-    another kind. A kernel before 6.1 does not say its own."""
-    if "dummy-virt" in read(base / "proc/device-tree/compatible"):
-        return True
+    """Say whether the CPU is made of software: on QEMU's own board, or under another kernel."""
+    return "dummy-virt" in read(base / "proc/device-tree/compatible") or translated(base, machine)
+
+
+def translated(base: Path, machine: str) -> bool:
+    """Say whether the kernel's CPU is of another kind than this program's, as under qemu-aarch64;
+    one before 6.1 does not say its own."""
     kernel = read(base / "proc/sys/kernel/arch")
     return kernel != UNAVAILABLE and kind_of_cpu(kernel) != kind_of_cpu(machine)
 
@@ -166,9 +169,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int | str:
-    """Return the high-water mark of this process's resident memory (VmHWM)."""
-    peak = number(field(read(status), "VmHWM"), 1024)
+def peak_rss_bytes(base: Path = Path("/")) -> int | str:
+    """Return the high-water mark of this process's resident memory (VmHWM), unless an emulator has
+    its own in it."""
+    if translated(base, platform.machine()):
+        return UNAVAILABLE
+    peak = number(field(read(base / "proc/self/status"), "VmHWM"), 1024)
     return int(peak) if not isinstance(peak, str) else peak
 
 
