@@ -83,7 +83,7 @@ LETTERS = {
         "nothing listens there for SSH",
         "switch SSH on there (sudo raspi-config, Interface Options), and check the port",
     ),
-    "Permission denied": (
+    "Permission denied (": (
         "it does not let you in",
         "`ssh {host}` has to work without a password: `ssh-copy-id {host}` installs your key",
     ),
@@ -186,9 +186,11 @@ class Connection:
 
     def line(self, deadline: float | None, patience_s: float | None) -> bytes:
         """Return the next line."""
-        while (end := self.heard.find(b"\n")) < 0:
-            if len(self.heard) > (MOST_LINE if self.open else MOST_NOISE):
-                raise self.failure(f"its answer is longer than {len(self.heard)} bytes")
+        searched = 0
+        while (end := self.heard.find(b"\n", searched)) < 0:
+            searched = len(self.heard)
+            if searched > (MOST_LINE if self.open else MOST_NOISE):
+                raise self.failure(f"its answer is longer than {searched} bytes")
             self.hear(deadline, patience_s)
         line = bytes(self.heard[: end + 1])
         del self.heard[: end + 1]

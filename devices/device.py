@@ -158,7 +158,7 @@ def choose(name: str, host: str | None) -> Profile:
 
 
 def reachable(profile: Profile) -> bool:
-    """Say whether this release can bench on it: of what is reached by ssh, Linux."""
+    """Say whether this release can bench on it; of what ssh reaches, not yet a Mac."""
     return profile.kind in KINDS and profile.name != "m1"
 
 

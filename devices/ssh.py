@@ -89,22 +89,25 @@ class SshDevice(Device):
     def place(self, files: dict[str, Path]) -> list[str]:
         """Copy files to their names in the work folder; return their hashes."""
         hashed = [(name, *hashed_file(path)) for name, path in files.items()]
-        sources = dict(zip((digest for _, digest, _ in hashed), files.values(), strict=True))
-        sizes = {digest: size for _, digest, size in hashed}
+        offered = {
+            digest: (path, size)
+            for (_, digest, size), path in zip(hashed, files.values(), strict=True)
+        }
         self.far.send_line({"do": "push", "files": hashed})
         missing = field(self.answer(ANSWER_S), "missing", list)
-        if not all(isinstance(asked, str) for asked in missing) or sorted(missing) != sorted(
-            sizes.keys() & set(missing)
-        ):
-            raise self.problem("asked for files that it was not offered")
-        total = sum(sizes[digest] for digest in missing)
+        if not all(isinstance(digest, str) and digest in offered for digest in missing):
+            raise self.far.failure("it asked for files that it was not offered")
+        total = sum(offered[digest][1] for digest in missing)
         if total > TELL_BYTES:
             self.say(f"copying {total / 1e6:.1f} MB to {self.host}")
-        for digest in missing:
-            self.far.send_file(sources[digest], sizes[digest])
+        try:
+            for digest in missing:
+                self.far.send_file(*offered[digest])
+        except OSError as error:
+            raise self.far.failure(f"{error.filename} cannot be read: {error.strerror}") from None
         self.sent_bytes += total
         self.answer(ANSWER_S + total / SLOWEST_BYTES_PER_S)
-        return list(sizes)
+        return list(offered)
 
     def pull(self, remote: str, local: Path) -> None:
         """Copy a file or a folder from the device, 1 GiB at most."""
@@ -112,14 +115,17 @@ class SshDevice(Device):
         found = self.answer(ANSWER_S)
         files = field(found, "files", list)
         if not all(is_file_entry(entry) for entry in files):
-            raise self.problem(f"its list of files of {clean(remote)} is none", "start again")
+            raise self.far.failure(f"its list of files of {clean(remote)} is none")
         if sum(size for _, size in files) > MOST_PULLED:
-            raise self.problem(f"{remote} is larger than {MOST_PULLED / 2**30:.0f} GiB")
-        for name, size in files:
-            target = Path(local) / self.inside(name) if found.get("folder") else Path(local)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as file:
-                self.far.receive(file, size)
+            raise self.far.failure(f"{remote} is larger than {MOST_PULLED / 2**30:.0f} GiB")
+        try:
+            for name, size in files:
+                target = Path(local) / self.inside(name) if found.get("folder") else Path(local)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as file:
+                    self.far.receive(file, size)
+        except OSError as error:
+            raise self.far.failure(f"{local} cannot be written: {error.strerror}") from None
         self.answer(ANSWER_S)
 
     def describe(self) -> dict[str, Any]:
@@ -154,8 +160,12 @@ class SshDevice(Device):
 
     def target(self) -> Target:
         """What wheels have to fit; a letter where there are none."""
-        python = tuple(int(part) for part in field(self.facts, "python", list)[:2])
-        system, machine = (clean(field(self.facts, key, str)) for key in ("system", "machine"))
+        match self.facts:
+            case {"python": [int(major), int(minor), *_], "machine": str(machine)}:
+                python, machine = (major, minor), clean(machine)
+            case _:
+                raise self.problem("it does not say what its python3 is", "start again")
+        system = clean(field(self.facts, "system", str))
         if python < LEAST_PYTHON:
             raise self.problem(
                 f"python3 there is {python[0]}.{python[1]}, and the runner needs "
@@ -178,7 +188,7 @@ class SshDevice(Device):
                 f"{clean(field(self.facts, 'libc', str)) or 'another C library'}",
                 "use Raspberry Pi OS, Debian or Ubuntu there",
             )
-        return Target((python[0], python[1]), machine, int(libc[1]))
+        return Target(python, machine, int(libc[1]))
 
     def imports(self, env: Env = None) -> str | None:
         """Import numpy and onnxruntime there; return why that fails, or None."""

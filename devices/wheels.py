@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
 
 from devices.device import DeviceProblem
 
@@ -67,24 +69,27 @@ def pins() -> list[str]:
     return [f"{name}=={metadata.version(name)}" for name in NAMES]
 
 
-def in_range(versions: dict[str, str | None]) -> bool:
-    """Whether what is installed on a device is what this release takes."""
-    found = {name: versions.get(name) or "" for name in NAMES}
-    return all(found[n] and ranges()[n].specifier.contains(found[n]) for n in NAMES)
+def in_range(versions: dict[str, Any]) -> bool:
+    """Whether what a device says is installed there is what this release takes."""
+    try:
+        found = {name: Version(versions[name]) for name in NAMES}
+    except (KeyError, TypeError, InvalidVersion):
+        return False
+    return all(ranges()[name].specifier.contains(found[name]) for name in NAMES)
 
 
 def download(target: Target, folder: Path) -> list[Path]:
     """Fetch the wheels into a folder: of the versions that run here, else the newest in range."""
-    said = pip(target, folder, pins())
-    if said:
-        said = pip(target, folder, [str(requirement) for requirement in ranges().values()])
-    if said:
-        raise DeviceProblem(
-            f"no wheels of {' and '.join(NAMES)} for Python {target.python[0]}.{target.python[1]} "
-            f"on {target.machine} with glibc 2.{target.glibc}: {said}",
-            "check that pip can reach its index, or install both on the device",
-        )
-    return sorted(folder.glob("*.whl"))
+    asked = {"pinned": pins(), "newest": [str(one) for one in ranges().values()]}
+    for name, requirements in asked.items():
+        said = pip(target, folder / name, requirements)
+        if not said:
+            return sorted((folder / name).glob("*.whl"))
+    raise DeviceProblem(
+        f"no wheels of {' and '.join(NAMES)} for Python {target.python[0]}.{target.python[1]} "
+        f"on {target.machine} with glibc 2.{target.glibc}: {said}",
+        "check that pip can reach its index, or install both on the device",
+    )
 
 
 def pip(target: Target, folder: Path, requirements: Sequence[str]) -> str:

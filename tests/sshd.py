@@ -81,7 +81,8 @@ class Server:
 
     def reset(self) -> None:
         """An empty home, and a python3 like this one."""
-        shutil.rmtree(self.home)
+        while self.home.exists():  # a connection that was cut may still be clearing up in it
+            shutil.rmtree(self.home, ignore_errors=True)
         self.home.mkdir()
         self.python()
 
