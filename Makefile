@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 RIVALS := build/rivals
 INTEROP := build/interop
 
-.PHONY: demo test check interop aarch64 rivals-env clean
+.PHONY: demo test test-devices check interop aarch64 rivals-env clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    compress, export and measure the embedded model; ends in a table"
 	@echo "make test    run the tests"
+	@echo "make test-devices   run those that need an emulated device"
 	@echo "make interop run artifacts of other layouts in optimum, transformers.js and sherpa-onnx"
 	@echo "make aarch64 count instructions on emulated ARM cores, hold them against those kept"
 	@echo "make check   format, lint, types, direction of imports"
@@ -23,6 +24,8 @@ demo: $(READY)
 test: $(READY)
 	@sh tests/system-packages.sh 'espeak-ng --version' espeak-ng
 	@sh tests/system-packages.sh 'flite -lv' flite
+	@# where systemd runs, the package would start a server that listens to the whole network
+	@test -d /run/systemd/system || sh tests/system-packages.sh 'test -x /usr/sbin/sshd' openssh-server
 	$(BIN)/python -m pytest -n 2
 
 check: $(READY)
@@ -59,6 +62,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(READY)
+
+# minutes of emulation; builds its machine in build/aarch64 on the first run, as `make aarch64`
+test-devices: $(READY)
+	@sh tests/system-packages.sh 'qemu-aarch64 --version' qemu-user
+	@sh tests/system-packages.sh 'gcc --version' gcc
+	@test -d /run/systemd/system || sh tests/system-packages.sh 'test -x /usr/sbin/sshd' openssh-server
+	$(BIN)/python -m pytest -m devices
 
 # tens of minutes of emulation; builds its machine in build/aarch64 on the first run
 aarch64: $(READY)

@@ -7,8 +7,9 @@ round by round, so that a machine that grows warm or busy slows all of them alik
 from __future__ import annotations
 
 import json
+import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.result import FORMAT, STAGES, summaries, validate
 from benchmarks.speech import SAMPLING_RATE, Clip
 from benchmarks.wer import score
-from devices.device import RUNNER, Device, run_runner
+from devices.device import RUNNER, Device, clean, run_runner
 from export.artifact import read_manifest, verify
 from export.problem import Problem
 from export.prompt import language_code
@@ -94,7 +95,8 @@ def bench_all(
     for turn in range(repeats):
         for index, candidate in enumerate(candidates):
             progress(f"{candidate.label}: round {turn + 1} of {repeats}")
-            answers[index].append(run_round(candidate, index, device, threads, compute_units))
+            rest = (threads, len(clips), compute_units)
+            answers[index].append(run_round(candidate, index, device, *rest))
     after = device.describe().get("temperature_c", "unavailable")
     common = {
         "format": FORMAT,
@@ -173,18 +175,26 @@ def send(candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip])
 def write_clips(clips: Sequence[Clip], folder: Path) -> float:
     """Write clips as 16 kHz float WAV files, their list, clips.json, and the code of what is
     spoken in each, languages.json, which prompts the model; return their seconds."""
-    import soundfile
-
     names = [f"{index:05}.wav" for index in range(len(clips))]
     samples = 0
     for clip, name in zip(clips, names, strict=True):
         pcm = clip.pcm()
         samples += len(pcm)
-        soundfile.write(folder / name, pcm, SAMPLING_RATE, subtype="FLOAT")
+        (folder / name).write_bytes(float_wav(pcm))
     (folder / "clips.json").write_text(json.dumps(names), encoding="utf-8")
     languages = [language_code(clip.lang) for clip in clips]
     (folder / "languages.json").write_text(json.dumps(languages), encoding="utf-8")
     return samples / SAMPLING_RATE
+
+
+def float_wav(pcm: np.ndarray) -> bytes:
+    """Samples as a WAV file of 32-bit floats, always of the same bytes: libsndfile's hold the time
+    at which they were written, and would be copied to a device anew for every bench."""
+    data = pcm.astype("<f4").tobytes()
+    wave = struct.pack("<HHIIHHH", 3, 1, SAMPLING_RATE, 4 * SAMPLING_RATE, 4, 32, 0)
+    chunks = {b"fmt ": wave, b"fact": struct.pack("<I", len(pcm)), b"data": data}
+    body = b"".join(name + struct.pack("<I", len(chunk)) + chunk for name, chunk in chunks.items())
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WAVE" + body
 
 
 def device_cores(machine: dict[str, Any]) -> int:
@@ -198,15 +208,51 @@ def run_round(
     index: int,
     device: Device,
     threads: int,
+    clips: int,
     compute_units: str | None = None,
 ) -> dict[str, Any]:
     """One process of one candidate: every clip once."""
     options = ["clips/clips.json", "--repeats", "1", "--threads", str(threads)]
     if candidate.rival is None:
         options += ["--compute-units", compute_units] if compute_units else []
-        return run_runner(device, ["bench", f"artifacts/{index}", *options])
-    source = str(Path(candidate.source).resolve())
-    return run_runner(device, [source, *options], RIVALS[candidate.rival], OURS)
+        answer = run_runner(device, ["bench", f"artifacts/{index}", *options])
+    else:
+        source = str(Path(candidate.source).resolve())
+        answer = run_runner(device, [source, *options], RIVALS[candidate.rival], OURS)
+    return checked(answer, device, clips)
+
+
+def checked(answer: dict[str, Any], device: Device, clips: int) -> dict[str, Any]:
+    """A round's answer, if it is one: it comes from another machine, and is data."""
+    times = {stage: answer.get(stage) for stage in STAGES}
+    wrong = [stage for stage, found in times.items() if not are_seconds(found)]
+    texts, peak, share = (answer.get(name) for name in ("texts", "peak_rss_bytes", "mel_share"))
+    if not (isinstance(texts, list) and len(texts) == clips and all_are(texts, str)):
+        wrong.append("texts")
+    if not (isinstance(peak, int) or peak == "unavailable"):
+        wrong.append("peak_rss_bytes")
+    if not (share is None or (isinstance(share, float) and 0 <= share <= 1)):
+        wrong.append("mel_share")
+    versions = answer.get("versions")
+    if not (isinstance(versions, dict) and all_are(versions.values(), str)):
+        wrong.append("versions")
+    if wrong:
+        raise Problem(
+            f"{device.name}: the runner's answer has no usable {', '.join(wrong)}",
+            hint="bench again; if it stays so, something else answers there than the runner",
+        )
+    return answer | {"versions": clean(versions)}
+
+
+def are_seconds(found: Any) -> bool:
+    """Whether it is a list of times."""
+    return isinstance(found, list) and all(
+        isinstance(time, int | float) and 0 <= time < np.inf for time in found
+    )
+
+
+def all_are(found: Iterable[Any], kind: type) -> bool:
+    return all(isinstance(value, kind) for value in found)
 
 
 def merge(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import importlib
 import json
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,8 +16,12 @@ from typing import Any, Self
 PROFILES = Path(__file__).parent / "profiles"
 RUNNER = Path(__file__).parent / "runner"
 
-KINDS = {"local": "devices.local:LocalDevice"}
+KINDS = {"local": "devices.local:LocalDevice", "ssh": "devices.ssh:SshDevice"}
 """The kinds of device this release can reach, and their classes."""
+
+MOST_TEXT = 2000
+MOST_PARTS = 200
+"""Of what a device says about itself."""
 
 FAMILIES = {"rpi": "rpi4", "mobile": "pixel"}
 """Names for a family of devices, and the profile they stand for."""
@@ -116,19 +120,46 @@ def load_profile(name: str) -> Profile:
     return Profile(name=stem, **fields)
 
 
-def open_device(name: str = "local") -> Device:
-    """Return a device that is ready for work; use it in a `with` block."""
+def open_device(
+    name: str = "local", host: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> Device:
+    """Return a device that is ready for work; use it in a `with` block.
+
+    `host` is what ssh calls it, for those that are reached so; `say` hears what takes long.
+    """
+    profile = choose(name, host)
+    module, _, class_name = KINDS[profile.kind].partition(":")
+    kind = getattr(importlib.import_module(module), class_name)
+    device: Device = kind() if host is None else kind(host, name, say)
+    return device
+
+
+def choose(name: str, host: str | None) -> Profile:
+    """Return the profile of a device that can be opened so, or raise the letter why it cannot."""
     profile = load_profile(name)
-    if profile.kind not in KINDS:
+    if not reachable(profile):
         raise DeviceProblem(
-            f"device {name!r} ({profile.model}) is reached by {profile.kind}; this release benches "
-            f"{', '.join(KINDS)} only",
+            f"device {name!r} ({profile.model}) is not in this release, which benches "
+            f"{', '.join(p.name for p in map(load_profile, profile_names()) if reachable(p))}",
             "bench here with `--device local`, or copy artifact and devices/runner there and start "
             "`python3 -m runner bench ARTIFACT CLIPS.json`",
         )
-    module, _, class_name = KINDS[profile.kind].partition(":")
-    device: Device = getattr(importlib.import_module(module), class_name)()
-    return device
+    if profile.kind == "ssh" and host is None:
+        raise DeviceProblem(
+            f"device {name!r} ({profile.model}) is reached by ssh, and no host is named",
+            "add --host and what `ssh` calls it, for example --host pi@raspberrypi.local",
+        )
+    if profile.kind != "ssh" and host is not None:
+        raise DeviceProblem(
+            f"device {name!r} is not reached by ssh, and --host {clean(host)} is given",
+            "leave --host out, or add --device rpi, rpi4, rpi5 or rpi-zero2w",
+        )
+    return profile
+
+
+def reachable(profile: Profile) -> bool:
+    """Say whether this release can bench on it; of what ssh reaches, not yet a Mac."""
+    return profile.kind in KINDS and profile.name != "m1"
 
 
 def run_runner(
@@ -147,9 +178,10 @@ def run_runner(
     done = device.run([python or device.python, "-m", module, *arguments], env, timeout_s)
     answer = last_json(done.stdout)
     if answer is not None and "error" in answer:
-        raise DeviceProblem(f"{device.name}: {answer['error']}", answer.get("hint", ""))
+        letter = (clean(str(answer[part])) for part in ("error", "hint") if part in answer)
+        raise DeviceProblem(f"{device.name}: {next(letter)}", next(letter, ""))
     if done.exit_code or answer is None:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        said = clean((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
         raise DeviceProblem(
             f"{device.name}: {module} ended with exit code {done.exit_code} ({said})",
             "a negative code is a signal, -9 mostly means that memory ran out; otherwise check "
@@ -162,6 +194,18 @@ def last_json(stdout: str) -> dict[str, Any] | None:
     """Return the JSON object on the last line, or None."""
     try:
         found = json.loads(stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
+    except (IndexError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def clean(found: Any) -> Any:
+    """Return what a device has said, without what steers a terminal and of bounded length."""
+    if isinstance(found, str):
+        text = found if len(found) <= MOST_TEXT else f"{found[:MOST_TEXT]} ..."
+        return "".join(letter if letter.isprintable() else " " for letter in text)
+    if isinstance(found, list):
+        return [clean(value) for value in found[:MOST_PARTS]]
+    if isinstance(found, dict):
+        return {clean(key): clean(found[key]) for key in list(found)[:MOST_PARTS]}
+    return found

@@ -57,7 +57,7 @@ class LocalDevice(Device):
     def describe(self) -> dict[str, Any]:
         """Return what the runner reads about this machine."""
         self.push(RUNNER, "runner")
-        return {**run_runner(self, ["describe"], timeout_s=60), "emulated": False}
+        return run_runner(self, ["describe"], timeout_s=60)
 
     def inside(self, remote: str) -> Path:
         """Return the path of a remote name, which may not lead out of the work folder."""

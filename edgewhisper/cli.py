@@ -42,6 +42,10 @@ Normalizer = Annotated[
         "default: the one for the clips' language"
     ),
 ]
+Host = Annotated[
+    str | None,
+    typer.Option(metavar="USER@HOST", help="where the device is: whatever `ssh` calls it"),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: all usable cores")]
 Units = Annotated[
     str | None,
@@ -188,6 +192,7 @@ def bench_cli(
         typer.Argument(help="default: the newest artifact", metavar="ARTIFACT..."),
     ] = None,
     device: Annotated[str, typer.Option(help="see `edgewhisper devices`")] = "local",
+    host: Host = None,
     speech: Annotated[Path | None, typer.Option(help=f"clips to transcribe: {SPEECH}")] = None,
     baseline: Annotated[
         str | None, typer.Option(help="directory of a dense checkpoint, run in transformers")
@@ -201,7 +206,7 @@ def bench_cli(
     """Measure latency, memory and error rate of artifacts on a device."""
     from edgewhisper import pipeline
 
-    rest = (repeats, threads, _say_for(json_file), normalizer, compute_units)
+    rest = (repeats, threads, _say_for(json_file), normalizer, compute_units, host)
     results, place = pipeline.bench(artifacts or [], device, speech, baseline, *rest)
     _show_results(results, json_file)
     _say_for(json_file)(f"wrote {place}")
@@ -397,14 +402,31 @@ def recipes_cli() -> None:
             say(f"{'':10} searched: {', '.join(searchable(name))}")
 
 
-@app.command("devices")
-def devices_cli() -> None:
+devices_app = typer.Typer()
+app.add_typer(devices_app, name="devices")
+
+
+@devices_app.callback(invoke_without_command=True)
+def devices_cli(context: typer.Context) -> None:
     """The devices that are known, and how each is reached."""
-    from devices.device import KINDS, load_profile, profile_names
+    if context.invoked_subcommand is not None:
+        return
+    from devices.device import load_profile, profile_names, reachable
 
     for profile in map(load_profile, profile_names()):
-        state = "ready" if profile.kind in KINDS else "not in this release"
+        how = {"local": "ready", "ssh": "--host USER@HOST"}.get(profile.kind, "")
+        state = how if reachable(profile) else "not in this release"
         say(f"{profile.name:12} {profile.kind:6} {state:20} {profile.model}")
+
+
+@devices_app.command("clean")
+def clean_cli(host: Annotated[str, typer.Option(metavar="USER@HOST", help="of bench")]) -> None:
+    """Remove what bench has copied to a device: artifacts, clips, numpy and onnxruntime."""
+    from devices.ssh import SshDevice
+
+    with SshDevice(host) as device:
+        folder, freed = device.clean()
+    say(f"removed {folder} from {host}: {freed / 1e6:.1f} MB")
 
 
 def say(text: str) -> None:

@@ -387,18 +387,21 @@ def bench(
     say: Say = print,
     normalizer: str | None = None,
     compute_units: str | None = None,
+    host: str | None = None,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Measure artifacts, and a dense checkpoint in transformers beside them; results and file."""
     from benchmarks.bench import Candidate
     from benchmarks.stock import has_core_ml
+    from devices.device import choose
 
+    choose(device, host)  # what is wrong with them is said before anything is exported
     apple = device == "local" and has_core_ml()
     newest = runs.newest("artifact", without="" if apple else "-coreml-")
     chosen = list(artifacts) or [newest or export(say=say)]
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
     if baseline is not None:
         candidates.insert(0, Candidate(Path(baseline), rival="transformers"))
-    rest = (repeats, threads, say, normalizer, compute_units)
+    rest = (repeats, threads, say, normalizer, compute_units, host)
     return bench_candidates(candidates, device, speech, *rest)
 
 
@@ -411,13 +414,14 @@ def bench_candidates(
     say: Say,
     normalizer: str | None = None,
     compute_units: str | None = None,
+    host: str | None = None,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Measure on a device and keep the results in ./edgewhisper-runs."""
     from benchmarks.bench import bench_all
     from benchmarks.result import write
     from devices.device import open_device
 
-    with open_device(device) as machine:
+    with open_device(device, host, say) as machine:
         clips = read_manifest(speech or SPEECH / "test.jsonl")
         rest = (repeats, threads, normalizer, say, compute_units)
         results = bench_all(candidates, machine, clips, *rest)

@@ -16,9 +16,11 @@ from export.problem import Problem
 def language_code(given: str) -> str:
     """Whisper's code for hi, hi_in, hi-IN, Hindi or <|hi|>; what it does not know stays, in lower
     case."""
+    word = given.strip().lower().removeprefix("<|").removesuffix("|>")
+    if len(word) == 2:  # no name is so short, and to import the names takes a second
+        return word
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-    word = given.strip().lower().removeprefix("<|").removesuffix("|>")
     return TO_LANGUAGE_CODE.get(word, word.replace("_", "-").split("-")[0])
 
 

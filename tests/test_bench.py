@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,27 @@ def test_a_device_that_cannot_tell_its_memory_says_so(artifact, few):
     assert bench(artifact, fake, few, repeats=1)["peak_rss_bytes"] == "unavailable"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "value"),
+    [
+        ("encoder_s", None),
+        ("end_to_end_s", [0.1, float("nan")]),
+        ("load_s", [-1.0]),
+        ("per_token_s", ["fast"]),
+        ("texts", ["one"]),
+        ("texts", ["one", 2, "three"]),
+        ("peak_rss_bytes", 1e6),
+        ("mel_share", 7.0),
+        ("versions", {"onnxruntime": ["1.31"]}),
+    ],
+)
+def test_an_answer_that_is_none_gets_a_letter(artifact, few, wrong, value):
+    answer = json.loads(reply([""] * 3).stdout) | {wrong: value}
+    fake = FakeDevice(replies=[Finished(0, json.dumps(answer), "")])
+    with pytest.raises(Problem, match=f"fake: the runner's answer has no usable {wrong}$"):
+        bench(artifact, fake, few, repeats=1)
+
+
 def test_invented_words_count_where_nothing_is_said():
     assert word_errors("", "one two", "whisper-basic") == (2, 0)
     assert word_errors("one", "two", "whisper-basic") == (1, 1)
@@ -109,6 +131,19 @@ def test_clips_arrive_sample_by_sample(few, tmp_path):
     assert seconds == sum(len(clip.pcm()) for clip in few) / 16_000
     for clip, name in zip(few, names, strict=True):
         assert np.array_equal(read_wav(tmp_path / name), clip.pcm())
+        found, rate = soundfile.read(tmp_path / name, dtype="float32")  # any other reader, too
+        assert rate == 16_000 and np.array_equal(found, clip.pcm())
+
+
+def test_clips_written_again_are_the_same_bytes(few, tmp_path, monkeypatch):
+    """Or a device would get them again for every bench."""
+    now = time.time()
+    for day in range(2):
+        monkeypatch.setattr(time, "time", lambda day=day: now + 86_400 * day)
+        (tmp_path / str(day)).mkdir()
+        write_clips(few, tmp_path / str(day))
+    first, second = (sorted((tmp_path / str(day)).iterdir()) for day in range(2))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_a_damaged_artifact_is_not_measured(artifact, few, tmp_path):

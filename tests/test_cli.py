@@ -593,5 +593,5 @@ def test_export_for_an_unknown_device_names_the_known_ones(edgewhisper, asked):
 
 
 def test_a_device_that_this_release_cannot_reach(edgewhisper, tmp_path, digits):
-    text = letter(edgewhisper("bench", "--device", "rpi"))
+    text = letter(edgewhisper("bench", "--device", "mobile"))
     assert "local" in text

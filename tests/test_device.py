@@ -22,6 +22,7 @@ from devices.device import (
 )
 from devices.fake import FakeDevice
 from devices.local import LocalDevice
+from devices.runner.machine import emulated
 
 
 @pytest.fixture
@@ -64,16 +65,32 @@ def test_an_unknown_device_gets_the_list_of_known_ones(name):
     assert "rpi, mobile, local, m1" in letter.value.hint
 
 
-@pytest.mark.parametrize("name", ["rpi", "rpi5", "mobile", "m1"])
+@pytest.mark.parametrize("name", ["mobile", "m1"])
 def test_devices_of_later_releases_get_a_letter(name):
-    with pytest.raises(DeviceProblem, match="this release benches local only") as letter:
+    benches = "this release, which benches local, rpi-zero2w, rpi4, rpi5$"
+    with pytest.raises(DeviceProblem, match=benches) as letter:
         open_device(name)
     assert load_profile(name).model in str(letter.value)
     assert "--device local" in letter.value.hint
 
 
+@pytest.mark.parametrize("name", ["rpi", "rpi4", "rpi5", "rpi-zero2w"])
+def test_a_device_that_is_reached_by_ssh_needs_a_host(name):
+    with pytest.raises(DeviceProblem, match="reached by ssh, and no host is named") as letter:
+        open_device(name)
+    assert load_profile(name).model in str(letter.value)
+    assert "--host pi@" in letter.value.hint
+
+
+def test_this_machine_takes_no_host():
+    with pytest.raises(
+        DeviceProblem, match=r"'local' is not reached by ssh, and --host pi is given"
+    ):
+        open_device("local", "pi")
+
+
 def test_every_kind_in_the_dict_opens():
-    assert list(KINDS) == ["local"]
+    assert list(KINDS) == ["local", "ssh"]  # ssh: test_ssh.py
     with open_device("local") as device:
         assert device.name == "local"
 
@@ -149,6 +166,26 @@ def test_this_machine_describes_itself(local):
     assert not [name for name in found if found[name] in ("", None)]
 
 
+def test_a_machine_of_software_is_told_apart(tmp_path):
+    kernel, board = tmp_path / "proc/sys/kernel/arch", tmp_path / "proc/device-tree/compatible"
+    for path in (kernel, board):
+        path.parent.mkdir(parents=True)
+    assert not emulated(tmp_path, "aarch64")  # nothing is known, as of a kernel before 6.1
+    for arch, machine, wanted in (
+        ("x86_64", "x86_64", False),
+        ("aarch64", "armv7l", False),  # a program of 32 bits
+        ("x86_64", "i686", False),
+        ("x86_64", "aarch64", True),  # qemu-aarch64
+    ):
+        kernel.write_text(f"{arch}\n")
+        assert emulated(tmp_path, machine) == wanted
+    kernel.write_text("aarch64\n")
+    board.write_bytes(b"linux,dummy-virt\0")  # qemu-system-aarch64 -M virt
+    assert emulated(tmp_path, "aarch64")
+    board.write_bytes(b"raspberrypi,4-model-b\0brcm,bcm2711\0")
+    assert not emulated(tmp_path, "aarch64")
+
+
 # -------------------------------------------------------------------------------- the fake device
 
 
@@ -189,8 +226,10 @@ def test_the_runners_letter_arrives_with_its_hint():
         (Finished(0, "", ""), "exit code 0"),
         (Finished(0, "not json", ""), "exit code 0"),
         (Finished(0, "[1]", ""), "exit code 0"),
+        (Finished(0, "[" * 100_000, ""), "exit code 0"),
+        (Finished(1, "", "\x1b[2Jno"), r"exit code 1 \( \[2Jno\)"),
     ],
-    ids=["killed", "no-numpy", "nothing", "chatter", "list"],
+    ids=["killed", "no-numpy", "nothing", "chatter", "list", "deep", "escapes"],
 )
 def test_a_run_without_an_answer_says_how_it_ended(reply, message):
     with pytest.raises(DeviceProblem, match=message) as letter:

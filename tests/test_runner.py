@@ -596,7 +596,7 @@ def test_sources_that_lack_read_unavailable_and_never_zero(tmp_path):
     found = describe(tmp_path)
     silent = ("model", "cpu", "isa", "governor", "frequency_hz", "temperature_c", "memory_bytes")
     assert {name: found[name] for name in silent} == dict.fromkeys(silent, "unavailable")
-    assert peak_rss_bytes(tmp_path / "status") == "unavailable"
+    assert peak_rss_bytes(tmp_path) == "unavailable"
 
 
 def test_mapped_pages_are_given_back_and_read_again(tmp_path, rng):
@@ -649,5 +649,14 @@ def resident(path):
 
 
 def test_the_high_water_mark_is_in_bytes(tmp_path):
-    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t   61234 kB\n")
-    assert peak_rss_bytes(tmp_path / "status") == 61234 * 1024
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/status").write_text("Name:\tpython\nVmHWM:\t   61234 kB\n")
+    assert peak_rss_bytes(tmp_path) == 61234 * 1024
+
+
+def test_an_emulators_own_memory_is_not_told_as_a_programs(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/status").write_text("VmHWM:\t   61234 kB\n")
+    (tmp_path / "proc/sys/kernel").mkdir(parents=True)
+    (tmp_path / "proc/sys/kernel/arch").write_text("another\n")
+    assert peak_rss_bytes(tmp_path) == "unavailable"

@@ -46,7 +46,25 @@ def describe(root: str | Path = "/") -> dict:
         "os": os_name(read(base / "etc/os-release")),
         "kernel": f"{platform.system()} {platform.release()}",
         "runtime": versions(),
+        "emulated": emulated(base, platform.machine()),
     }
+
+
+def emulated(base: Path, machine: str) -> bool:
+    """Say whether the CPU is made of software: on QEMU's own board, or under another kernel."""
+    return "dummy-virt" in read(base / "proc/device-tree/compatible") or translated(base, machine)
+
+
+def translated(base: Path, machine: str) -> bool:
+    """Say whether the kernel's CPU is of another kind than this program's, as under qemu-aarch64;
+    one before 6.1 does not say its own."""
+    kernel = read(base / "proc/sys/kernel/arch")
+    return kernel != UNAVAILABLE and kind_of_cpu(kernel) != kind_of_cpu(machine)
+
+
+def kind_of_cpu(machine: str) -> str:
+    """Return the family of a machine's name: one that is 64 bits wide runs 32-bit programs too."""
+    return re.sub(r"^(i.86|amd64)$", "x86_64", re.sub(r"^arm.*", "aarch64", machine))
 
 
 def read(path: Path) -> str:
@@ -152,13 +170,16 @@ def versions(*more: str) -> dict[str, str]:
     return found
 
 
-def peak_rss_bytes(status: Path = Path("/proc/self/status")) -> int | str:
-    """Return the high-water mark of this process's resident memory: VmHWM, on a Mac ru_maxrss."""
+def peak_rss_bytes(base: Path = Path("/")) -> int | str:
+    """Return the high-water mark of this process's resident memory (VmHWM, on a Mac ru_maxrss),
+    unless an emulator has its own in it."""
     if sys.platform == "darwin":
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
-    peak = number(field(read(status), "VmHWM"), 1024)
+    if translated(base, platform.machine()):
+        return UNAVAILABLE
+    peak = number(field(read(base / "proc/self/status"), "VmHWM"), 1024)
     return int(peak) if not isinstance(peak, str) else peak
 
 

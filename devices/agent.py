@@ -1,0 +1,416 @@
+"""The far end of an SSH connection: python3 there is given this text, and then requests.
+
+Every request is a line of JSON on standard input and is answered by one line of JSON behind MARK on
+standard output; what a login shell says beside that does no harm. Files follow their request as
+bare bytes, in the order and of the sizes that were agreed. When standard input ends, by whatever
+cause, so do the command that runs and the work folder.
+
+    ~/.cache/edgewhisper/   mode 700, of this user
+        store/SHA256        every file once; work folders have links to them
+        runtime/NAME/       unpacked wheels of numpy and onnxruntime
+        work/ID/            a connection's folder; ID.lock is held as long as that lasts
+
+Standard library only, and no syntax newer than Python 3.7: an older one can then say what it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import suppress
+from typing import Any
+
+MARK = "@@edgewhisper@@ "
+CHUNK = 1 << 20
+MOST_STDERR = 1 << 16
+KEPT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
+"""The environment that a command inherits: thread settings would change the result."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAKE_ROOM = "make room there; `edgewhisper devices clean` removes what was copied before"
+
+
+class Trouble(Exception):
+    """A letter: what was found; `hint` says what to do next."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class Gone(Exception):
+    """The other end has closed the connection."""
+
+
+class Place:
+    """The private folder here, and this connection's part of it."""
+
+    def __init__(self, root: str) -> None:
+        self.root = private(root)
+        self.store, self.runtimes, self.works = (
+            private(os.path.join(root, name)) for name in ("store", "runtime", "work")
+        )
+        for name in os.listdir(self.works):
+            self.sweep(name)
+        self.id, self.lock = self.claim()
+        self.work = private(os.path.join(self.works, self.id))
+
+    def sweep(self, lock: str) -> None:
+        """Remove a work folder that nobody holds: its connection ended with the power."""
+        path = os.path.join(self.works, lock)
+        held = hold(path) if lock.endswith(".lock") else None
+        if held is not None:
+            self.drop(lock[: -len(".lock")], held)
+
+    def claim(self) -> tuple[str, int]:
+        """Return a new name and its lock."""
+        for _ in range(100):
+            name = uuid.uuid4().hex[:12]
+            held = hold(os.path.join(self.works, name + ".lock"))
+            if held is not None:
+                return name, held
+        raise Trouble(f"no file can be locked in {self.works}", "use a local disk for the home")
+
+    def drop(self, name: str, held: int) -> None:
+        """Remove a work folder, then its lock."""
+        remove(os.path.join(self.works, name))
+        remove(os.path.join(self.works, name + ".lock"))
+        os.close(held)
+
+    def close(self) -> None:
+        """Remove this connection's part, and the folders where nothing is left in them."""
+        self.drop(self.id, self.lock)
+        with suppress(OSError):
+            for folder in (self.works, self.store, self.runtimes, self.root):
+                os.rmdir(folder)
+
+    def stored(self, digest: str) -> str:
+        return os.path.join(self.store, digest)
+
+    def has(self, digest: str, size: int) -> bool:
+        """Say whether a file is here; one that a power cut has shortened is not."""
+        try:
+            return os.stat(self.stored(digest)).st_size == size
+        except OSError:
+            return False
+
+
+def private(path: str) -> str:
+    """Make a folder that only this user can enter; refuse one that is not his own."""
+    with suppress(FileExistsError):
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise Trouble(f"{path} is no folder", "remove it there")
+    if found.st_uid != os.getuid():
+        raise Trouble(
+            f"{path} belongs to user {found.st_uid}, and this is user {os.getuid()}",
+            "remove it there, or log in as its owner",
+        )
+    os.chmod(path, 0o700)
+    return path
+
+
+def hold(path: str) -> int | None:
+    """Open and lock a file; None where another process holds it, or removed it just now."""
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    with suppress(OSError):
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(held).st_nlink:
+            return held
+    os.close(held)
+    return None
+
+
+def remove(path: str) -> None:
+    """Remove a file or a folder, if it is there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        os.unlink(path)
+
+
+# ---------------------------------------------------------------------------------- the requests
+
+
+def hello(place: Place, request: dict[str, Any]) -> dict[str, Any]:
+    """Say what this interpreter is, for the choice of wheels."""
+    return {
+        "python": list(sys.version_info[:3]),
+        "implementation": platform.python_implementation(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "bits": 64 if sys.maxsize > 2**32 else 32,
+        "libc": libc(),
+        "versions": {name: version(name) for name in ("numpy", "onnxruntime")},
+        "runtimes": sorted(os.listdir(place.runtimes)),
+    }
+
+
+def libc() -> str:
+    """Return the C library with its version, such as "glibc 2.36", or nothing."""
+    with suppress(ValueError, OSError, AttributeError):
+        return os.confstr("CS_GNU_LIBC_VERSION") or ""
+    return ""
+
+
+def version(name: str) -> str | None:
+    """Return an installed distribution's version without importing it; None without one."""
+    try:
+        from importlib import metadata
+
+        return metadata.version(name)
+    except ImportError:  # not installed, or a Python without importlib.metadata
+        return None
+
+
+def push(place: Place, request: dict[str, Any]) -> dict[str, Any]:
+    """Take the files that are not in the store yet, then link all of them into the work folder."""
+    files = request["files"]
+    missing = {digest: size for _, digest, size in files if not place.has(digest, size)}
+    space, wanted = os.statvfs(place.root), sum(missing.values())
+    free = space.f_bavail * space.f_frsize
+    if free < wanted:
+        said = f"{-(-wanted // 10**6)} MB are to be copied, and {free // 10**6} MB are free there"
+        raise Trouble(said, MAKE_ROOM)
+    answer({"missing": list(missing)})
+    trouble: Trouble | None = None
+    for digest, size in missing.items():
+        trouble = receive(place, digest, size, trouble)
+    if trouble is not None:
+        raise trouble
+    for name, digest, _ in files:
+        link(place.stored(digest), os.path.join(place.work, name))
+    return {}
+
+
+def receive(place: Place, digest: str, left: int, trouble: Trouble | None) -> Trouble | None:
+    """Read one file into the store; where there has been trouble, only off the line.
+
+    Returns the trouble. A file gets its name when it is whole and on the disk.
+    """
+    partial, found = os.path.join(place.work, ".partial"), hashlib.sha256()
+    try:
+        with open(partial, "wb") as file:
+            while left:
+                block = read(min(left, CHUNK))
+                left -= len(block)
+                if trouble is None:
+                    found.update(block)
+                    file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        if trouble is None and found.hexdigest() != digest:
+            trouble = Trouble("a file arrived other than it was sent", "start again")
+        if trouble is None:
+            os.chmod(partial, 0o400)
+            os.replace(partial, place.stored(digest))
+    except OSError as error:
+        trouble = trouble or unwritten(error)
+        while left:
+            left -= len(read(min(left, CHUNK)))
+    remove(partial)
+    return trouble
+
+
+def link(source: str, target: str) -> None:
+    os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+    remove(target)
+    try:
+        os.link(source, target)
+    except OSError:  # some file systems have no links
+        shutil.copyfile(source, target)
+
+
+def pull(place: Place, request: dict[str, Any]) -> dict[str, Any]:
+    """Send a file, or all files of a folder."""
+    top = os.path.join(place.work, request["name"])
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names]
+    paths = [top] if os.path.isfile(top) else [path for path in paths if os.path.isfile(path)]
+    if not os.path.exists(top):
+        raise Trouble(f"there is no file {request['name']}")
+    sizes = [os.path.getsize(path) for path in paths]
+    names = [os.path.relpath(path, top) for path in paths]
+    answer({"files": list(zip(names, sizes, strict=True)), "folder": os.path.isdir(top)})
+    for path, left in zip(paths, sizes, strict=True):
+        with open(path, "rb") as file:
+            while left:
+                block = file.read(min(left, CHUNK)) or bytes(min(left, CHUNK))
+                sys.stdout.buffer.write(block)
+                left -= len(block)
+    return {}
+
+
+def run(place: Place, request: dict[str, Any]) -> dict[str, Any]:
+    """Run a command in the work folder until it ends, its time is over or the connection ends."""
+    own = request["env"]
+    env = {name: os.environ[name] for name in KEPT if name in os.environ}
+    env.update({"ORT_DISABLE_TELEMETRY": "1"}, **own)
+    if request["runtime"]:
+        paths = (os.path.join(place.runtimes, request["runtime"]), own.get("PYTHONPATH"))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    pipe = subprocess.PIPE
+    ends: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
+    try:
+        child = subprocess.Popen(
+            request["argv"], cwd=place.work, env=env, start_new_session=True, **ends
+        )
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise Trouble(f"{request['argv'][0]} cannot be started: {said}") from None
+    try:
+        sacrifice(child.pid)
+        stdout, stderr, ended = watch(child, request["timeout_s"], request["most"])
+    finally:
+        stop(child)
+    said = {
+        "stdout": stdout.decode("utf-8", "replace"),
+        "stderr": stderr.decode("utf-8", "replace"),
+    }
+    return {"exit_code": child.returncode, "ended": ended, **said}
+
+
+def sacrifice(pid: int) -> None:
+    """Have the command killed, not this process, where memory runs out."""
+    with suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
+        file.write("500")
+
+
+def watch(child: subprocess.Popen, timeout_s: float | None, most: int) -> tuple[bytes, bytes, str]:
+    """Collect what a command says; return that and how it ended: itself, timeout or too much."""
+    assert child.stdout is not None and child.stderr is not None
+    out, err = child.stdout.fileno(), child.stderr.fileno()
+    said, pipes = {out: bytearray(), err: bytearray()}, [out, err]
+    ends = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+    ended = "itself"
+    while ended == "itself" and (pipes or child.poll() is None):
+        # a command that has closed both pipes is asked now and then whether it has ended
+        left = min(ends - time.monotonic(), 3600 if pipes else 0.05)
+        ready = select.select([0, *pipes], [], [], max(0, left))[0]
+        if 0 in ready:
+            raise Gone
+        for pipe in ready:
+            block = os.read(pipe, CHUNK)
+            said[pipe] += block
+            if not block:
+                pipes.remove(pipe)
+        del said[err][:-MOST_STDERR]
+        if len(said[out]) > most:
+            ended = "too much"
+        elif time.monotonic() >= ends:
+            ended = "timeout"
+    return bytes(said[out][:most]), bytes(said[err]), ended
+
+
+def stop(child: subprocess.Popen) -> None:
+    """End a command and all that it has started."""
+    with suppress(OSError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    for pipe in (child.stdout, child.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
+def keep(place: Place, request: dict[str, Any]) -> dict[str, Any]:
+    """Give an unpacked runtime its name, now that it is known to work, and drop its wheels."""
+    target = os.path.join(place.runtimes, request["name"])
+    if not os.path.isdir(target):
+        os.replace(os.path.join(place.work, request["folder"]), target)
+    for digest in request["drop"]:
+        remove(place.stored(digest))
+    return {}
+
+
+def clean(place: Place, request: dict[str, Any]) -> dict[str, Any]:
+    """Remove all that was copied, unless another connection is at work."""
+    others = sum(name.endswith(".lock") for name in os.listdir(place.works)) - 1
+    if others:
+        raise Trouble(f"{place.root} is in use by {others} more", "wait until they have ended")
+    kept = (place.store, place.runtimes)
+    walks = [walk for folder in kept for walk in os.walk(folder)]
+    freed = sum(os.path.getsize(os.path.join(at, name)) for at, _, names in walks for name in names)
+    for folder in kept:
+        for name in os.listdir(folder):
+            remove(os.path.join(folder, name))
+    return {"folder": place.root, "bytes": freed}
+
+
+REQUESTS = {f.__name__: f for f in (hello, push, pull, run, keep, clean)}
+
+
+# -------------------------------------------------------------------------------- the connection
+
+
+def read(count: int) -> bytes:
+    """Return some bytes, `count` at most."""
+    pipe: Any = sys.stdin.buffer
+    block: bytes = pipe.read1(count)
+    if not block:
+        raise Gone
+    return block
+
+
+def answer(value: dict[str, Any]) -> None:
+    sys.stdout.buffer.write((MARK + json.dumps(value) + "\n").encode())
+    sys.stdout.buffer.flush()
+
+
+def letter(error: Trouble | OSError) -> dict[str, str]:
+    trouble = unwritten(error) if isinstance(error, OSError) else error
+    return {"error": str(trouble), "hint": trouble.hint}
+
+
+def unwritten(error: OSError) -> Trouble:
+    """The letter for a file that cannot be written."""
+    if error.errno in FULL:
+        return Trouble(f"the disk there is full ({error.strerror})", MAKE_ROOM)
+    return Trouble(f"{error.filename or 'a file'} cannot be written there: {error.strerror}")
+
+
+def serve(place: Place) -> None:
+    """Answer requests until there are no more."""
+    while True:
+        line = sys.stdin.buffer.readline()
+        if not line.endswith(b"\n"):
+            return
+        request = json.loads(line.decode())
+        try:
+            answer(REQUESTS[request["do"]](place, request))
+        except BrokenPipeError:
+            raise
+        except (Trouble, OSError) as error:
+            answer(letter(error))
+
+
+def main() -> None:
+    """Serve one connection; what it needed is removed when it ends."""
+    os.umask(0o077)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))
+    try:
+        place = Place(os.path.join(os.path.expanduser("~"), ".cache", "edgewhisper"))
+    except (Trouble, OSError) as error:
+        answer(letter(error))
+        return
+    try:
+        serve(place)
+    except (Gone, BrokenPipeError):
+        pass
+    finally:
+        place.close()
+
+
+if __name__ == "__main__":
+    main()
