@@ -499,7 +499,7 @@ def test_an_encoder_is_judged_by_what_the_checkpoint_writes_of_its_states(lone, 
     gate = read_artifact(lone)["gate"]
     assert gate["identical_tokens"] == 1
     assert 0 < gate["max_errors"]["states"] < 1e-4
-    report = verify(lone, few)
+    report = verify(lone, few, threads=1)
     assert report.letter is None, report.letter
     assert report.rows[-1]["found"] == "the encoder's states of all 4 clips are those of the gate"
     with pytest.raises(RunnerProblem, match="the layout is 'encoder'; this runner reads"):
@@ -522,7 +522,7 @@ def test_a_damaged_encoder_fails_its_gate(lone, few, model, processor, tmp_path)
 
 
 def test_a_package_is_verified(fp32, few, digits):
-    report = verify(fp32, few)
+    report = verify(fp32, few, threads=1)
     assert report.letter is None, report.letter
     found = {row["check"]: row["found"] for row in report.rows}
     assert "specification 7" in found["graphs"]
@@ -531,7 +531,7 @@ def test_a_package_is_verified(fp32, few, digits):
 
 
 def failed_at(folder: Path, few: Path) -> tuple[str, str]:
-    report = verify(folder, few)
+    report = verify(folder, few, threads=1)
     assert report.letter is not None
     return next((r["check"], r["found"]) for r in report.rows if r["result"] == "failed")
 

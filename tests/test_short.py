@@ -287,7 +287,7 @@ def test_the_gate_compares_through_the_same_windows(short_whisper, processor, fe
         lambda pcm: decoding.greedy(short_whisper, processor, [pcm])[0],
         few,
         EXACT,
-        pipeline.torch_parts(short_whisper, processor, manifest["decoding"]["prompt"]),
+        pipeline.torch_parts(short_whisper, processor, manifest),
         threads=1,
     )
     assert figures["identical_tokens"] == 1
