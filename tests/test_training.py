@@ -98,12 +98,17 @@ def test_one_seed_gives_one_result_and_another_seed_another(model, processor, fe
     assert not same_bits(results[0], results[2])
 
 
-def test_passes_of_one_batch_add_up_to_the_batch(model, processor, few, tmp_path):
+def test_passes_of_one_batch_add_up_to_the_batch(model, processor, few, tmp_path, monkeypatch):
+    # Adam makes a whole step of what rounding leaves of a gradient that is near to none
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, weight_decay: torch.optim.SGD(p, lr=0))
+    options = replace(SHORT, learning_rate=0.1)
     one, three = twin(model), twin(model)
-    train(one, processor, few, SHORT, run_dir=tmp_path / "one")
-    train(three, processor, few, replace(SHORT, accumulate=3), run_dir=tmp_path / "three")
+    train(one, processor, few, options, run_dir=tmp_path / "one")
+    train(three, processor, few, replace(options, accumulate=3), run_dir=tmp_path / "three")
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(three)[name], tensor, rtol=1e-5, atol=1e-5)
+    moved = [(weights(one)[name] - before).abs().max() for name, before in weights(model).items()]
+    assert max(moved) > 1e-2
 
 
 @pytest.fixture
