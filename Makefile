@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 RIVALS := build/rivals
 INTEROP := build/interop
 
-.PHONY: demo test test-devices check interop aarch64 rivals-env clean
+.PHONY: demo test test-devices sshd check interop aarch64 rivals-env clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,11 +21,9 @@ help:
 demo: $(READY)
 	$(BIN)/edgewhisper demo
 
-test: $(READY)
+test: $(READY) sshd
 	@sh tests/system-packages.sh 'espeak-ng --version' espeak-ng
 	@sh tests/system-packages.sh 'flite -lv' flite
-	@# where systemd runs, the package would start a server that listens to the whole network
-	@test -d /run/systemd/system || sh tests/system-packages.sh 'test -x /usr/sbin/sshd' openssh-server
 	$(BIN)/python -m pytest -n 2
 
 check: $(READY)
@@ -63,11 +61,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(READY)
 
+# where systemd runs, the package would start a server that listens to the whole network
+sshd:
+	@test -d /run/systemd/system || sh tests/system-packages.sh 'test -x /usr/sbin/sshd' openssh-server
+
 # minutes of emulation; builds its machine in build/aarch64 on the first run, as `make aarch64`
-test-devices: $(READY)
+test-devices: $(READY) sshd
 	@sh tests/system-packages.sh 'qemu-aarch64 --version' qemu-user
 	@sh tests/system-packages.sh 'gcc --version' gcc
-	@test -d /run/systemd/system || sh tests/system-packages.sh 'test -x /usr/sbin/sshd' openssh-server
 	$(BIN)/python -m pytest -m devices
 
 # tens of minutes of emulation; builds its machine in build/aarch64 on the first run

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from devices.agent import MARK
-from devices.device import DeviceProblem, clean
+from devices.device import DeviceProblem, clean, last_line
 
 CONFIG = "EDGEWHISPER_SSH_CONFIG"
 """In the environment: another configuration file, as `ssh -F` takes one."""
@@ -273,8 +273,3 @@ def cut(code: int, words: str) -> tuple[str, str]:
     said = last_line(words) or "it said nothing"
     how = "was killed" if code == CUT else f"ended with exit code {code} ({said})"
     return f"python3 there {how}", "mostly memory has run out: close other programs there"
-
-
-def last_line(words: str) -> str:
-    lines = [clean(line).strip() for line in words.splitlines()]
-    return next((line for line in reversed(lines) if line), "")

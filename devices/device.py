@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 PROFILES = Path(__file__).parent / "profiles"
 RUNNER = Path(__file__).parent / "runner"
@@ -46,6 +46,18 @@ class Finished:
 
 Env = Mapping[str, str] | None
 """What a command finds in its environment beside the usual."""
+
+
+class Place(NamedTuple):
+    """A device to bench on, and how it is reached."""
+
+    device: str = "local"
+    """The name of a profile, or of a family."""
+    address: str | None = None
+    """What ssh calls it; the serial number that adb gives it."""
+
+    def __str__(self) -> str:
+        return self.device if self.address is None else f"{self.device} {self.address}"
 
 
 class Device(ABC):
@@ -121,20 +133,46 @@ def load_profile(name: str) -> Profile:
 
 
 def open_device(
-    name: str = "local", host: str | None = None, say: Callable[[str], None] = lambda _: None
+    name: str = "local", address: str | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Device:
     """Return a device that is ready for work; use it in a `with` block.
 
-    `host` is what ssh calls it, for those that are reached so; `say` hears what takes long.
+    `address` is a Place's; `say` hears what takes long.
     """
-    profile = choose(name, host)
+    profile = choose(name, address)
     module, _, class_name = KINDS[profile.kind].partition(":")
     kind = getattr(importlib.import_module(module), class_name)
-    device: Device = kind() if host is None else kind(host, name, say)
+    device: Device = kind() if profile.kind == "local" else kind(address, name, say)
     return device
 
 
-def choose(name: str, host: str | None) -> Profile:
+def places(names: Sequence[str], hosts: Sequence[str]) -> list[Place]:
+    """Pair devices with their addresses: each host goes to the next device that ssh reaches.
+
+    Raises DeviceProblem where they do not come out even, or one device is named twice.
+    """
+    left = list(hosts)
+    found = [
+        Place(name, left.pop(0) if load_profile(name).kind == "ssh" and left else None)
+        for name in names
+    ]
+    if left:
+        raise DeviceProblem(
+            f"--host {clean(left[0])} is given, and no device is left that is reached by ssh: "
+            f"{', '.join(names)}",
+            "leave --host out, or add --device rpi, rpi4, rpi5 or rpi-zero2w",
+        )
+    for place in found:
+        choose(*place)
+        if found.count(place) > 1:
+            raise DeviceProblem(
+                f"{place} is named twice, and two runs at once disturb each other",
+                "name each device once",
+            )
+    return found
+
+
+def choose(name: str, address: str | None) -> Profile:
     """Return the profile of a device that can be opened so, or raise the letter why it cannot."""
     profile = load_profile(name)
     if not reachable(profile):
@@ -144,15 +182,10 @@ def choose(name: str, host: str | None) -> Profile:
             "bench here with `--device local`, or copy artifact and devices/runner there and start "
             "`python3 -m runner bench ARTIFACT CLIPS.json`",
         )
-    if profile.kind == "ssh" and host is None:
+    if profile.kind == "ssh" and address is None:
         raise DeviceProblem(
             f"device {name!r} ({profile.model}) is reached by ssh, and no host is named",
             "add --host and what `ssh` calls it, for example --host pi@raspberrypi.local",
-        )
-    if profile.kind != "ssh" and host is not None:
-        raise DeviceProblem(
-            f"device {name!r} is not reached by ssh, and --host {clean(host)} is given",
-            "leave --host out, or add --device rpi, rpi4, rpi5 or rpi-zero2w",
         )
     return profile
 
@@ -181,7 +214,7 @@ def run_runner(
         letter = (clean(str(answer[part])) for part in ("error", "hint") if part in answer)
         raise DeviceProblem(f"{device.name}: {next(letter)}", next(letter, ""))
     if done.exit_code or answer is None:
-        said = clean((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+        said = last_line(done.stderr) or "it said nothing"
         raise DeviceProblem(
             f"{device.name}: {module} ended with exit code {done.exit_code} ({said})",
             "a negative code is a signal, -9 mostly means that memory ran out; otherwise check "
@@ -197,6 +230,12 @@ def last_json(stdout: str) -> dict[str, Any] | None:
     except (IndexError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def last_line(words: str) -> str:
+    """Return the last of what a program said that is not blank; nothing where it said nothing."""
+    lines = (clean(line).strip() for line in reversed(words.splitlines()))
+    return next(filter(None, lines), "")
 
 
 def clean(found: Any) -> Any:

@@ -13,7 +13,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from devices.connection import Connection
-from devices.device import RUNNER, Device, DeviceProblem, Env, Finished, clean, run_runner
+from devices.device import (
+    RUNNER,
+    Device,
+    DeviceProblem,
+    Env,
+    Finished,
+    clean,
+    last_line,
+    run_runner,
+)
 from devices.wheels import LEAST_PYTHON, Target, download, in_range
 
 ANSWER_S = 60
@@ -193,8 +202,8 @@ class SshDevice(Device):
     def imports(self, env: Env = None) -> str | None:
         """Import numpy and onnxruntime there; return why that fails, or None."""
         done = self.start([self.python, "-c", "import numpy, onnxruntime"], env, None)
-        words = done.stderr.strip().splitlines() or [f"exit code {done.exit_code}"]
-        return clean(words[-1]) if done.exit_code else None
+        why = last_line(done.stderr) or f"exit code {done.exit_code}"
+        return why if done.exit_code else None
 
     def install(self, target: Target) -> None:
         """Fetch wheels here, unpack them there and try them before they get their name."""
@@ -206,8 +215,8 @@ class SshDevice(Device):
             unzip = [self.python, "-m", "zipfile", "-e", f"wheels/{wheel.name}", "unpacked"]
             done = self.start(unzip, None, None)
             if done.exit_code:
-                words = done.stderr.strip().splitlines() or ["it said nothing"]
-                raise self.problem(f"{wheel.name} cannot be unpacked: {clean(words[-1])}", FREE)
+                said = last_line(done.stderr) or "it said nothing"
+                raise self.problem(f"{wheel.name} cannot be unpacked: {said}", FREE)
         # the first import compiles what it needs, for all later ones
         if (why := self.imports({"PYTHONPATH": "unpacked"})) is not None:
             raise self.problem(

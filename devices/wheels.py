@@ -15,7 +15,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from devices.device import DeviceProblem
+from devices.device import DeviceProblem, last_line
 
 NAMES = ("numpy", "onnxruntime")
 LEAST_PYTHON = (3, 11)
@@ -99,5 +99,5 @@ def pip(target: Target, folder: Path, requirements: Sequence[str]) -> str:
     done = subprocess.run(
         [*argv, *requirements], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
-    words = done.stderr.strip().splitlines() or [f"pip ended with exit code {done.returncode}"]
-    return words[-1] if done.returncode else ""
+    said = last_line(done.stderr) or f"pip ended with exit code {done.returncode}"
+    return said if done.returncode else ""

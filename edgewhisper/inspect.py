@@ -133,11 +133,10 @@ def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
     """Bytes of the graphs; those of the native layout apart, and the token table for itself."""
     sizes = {name: manifest["files"][name]["bytes"] for name in graph_files(manifest)}
     if manifest.get("layout") in artifact.PACKAGED:
+        from edgewhisper.coreml import package_bytes
+
         names = artifact.graph_files(manifest["layout"], manifest["precision"])
-        return {
-            name: sum(size for file, size in sizes.items() if file.startswith(f"{place}/"))
-            for name, place in names.items()
-        }
+        return {name: package_bytes(manifest, name) for name in names}
     if "decoder.onnx" not in sizes or "encoder.onnx" not in sizes:
         return {"graphs": sum(sizes.values())}
     parts = read_graph(folder / "decoder.onnx", manifest["files"].keys())

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from export.cost import count_parameters, macs, macs_by_window
+from export.cost import count_parameters
 from export.problem import Problem
 from export.prompt import is_multilingual, language_ids, prompt_ids
 from export.shrink import layer_shapes
@@ -36,19 +36,20 @@ def manifest_of(
     told: dict[str, Any],
     model: nn.Module,
     processor: Any,
-    windows: Sequence[int],
+    costs: dict[str, dict[str, int]],
     contract: Contract,
     provenance: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The manifest of graphs for windows of so many encoder positions, gate still null; it begins
-    with what is `told`: target, layout, precision, and what the target has of its own."""
+    """The manifest of graphs, gate still null; it begins with what is `told`: target, layout,
+    precision. `costs` are those of each window, by its encoder positions, the longest one last, as
+    cost.macs_by_window has them."""
     extractor = processor.feature_extractor
-    samples = [2 * n * extractor.hop_length for n in windows]
+    samples = [2 * int(positions) * extractor.hop_length for positions in costs]
     return {
         **told,
         "parameters": count_parameters(model)["total"],
-        "macs": macs(model),
-        "macs_by_window": macs_by_window(model),
+        "macs": list(costs.values())[-1],
+        "macs_by_window": costs,
         "contract": contract,
         "layers": layer_shapes(model),
         "audio": {

@@ -163,10 +163,10 @@ def export_coreml(
         write_tokens(processor.tokenizer, model.config.vocab_size, out)
         save_beside(model, processor, out)
     told = {"target": "coreml", "layout": layout, "precision": precision}
-    manifest = manifest_of(told, model, processor, [plan.positions], contract, provenance)
-    manifest["decoding"]["max_new_tokens"] -= model.config.max_target_positions - plan.room
     counted = macs(model, plan.room, plan.positions, cached=False)  # all of a cache is multiplied
-    manifest |= {"macs": counted, "macs_by_window": {str(plan.positions): counted}}
+    costs = {str(plan.positions): counted}
+    manifest = manifest_of(told, model, processor, costs, contract, provenance)
+    manifest["decoding"]["max_new_tokens"] -= model.config.max_target_positions - plan.room
     manifest["coreml"] = {
         "deployment_target": plan.target,
         "specification_version": TARGETS[plan.target],

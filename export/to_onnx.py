@@ -63,6 +63,7 @@ from export.beside import (
     save_beside,
     write_tokens,
 )
+from export.cost import macs_by_window
 from export.layouts import LAYOUTS
 from export.onnx_graph import PRECISIONS, Graph
 from export.problem import Problem
@@ -111,8 +112,8 @@ def export_onnx(
     out.mkdir(parents=True, exist_ok=True)
     contract = import_module(LAYOUTS[layout]).write(model, processor, precision, out)
     told = {"target": "onnx", "layout": layout, "precision": precision}
-    windows = windows_of(model.config)
-    manifest = manifest_of(told, model, processor, windows, contract, provenance)
+    costs = macs_by_window(model)
+    manifest = manifest_of(told, model, processor, costs, contract, provenance)
     write_manifest(out, manifest)
     return manifest
 

@@ -20,6 +20,7 @@ import pytest
 import soundfile
 from interop.check import irregular
 from small_whisper import random_whisper
+from some_clips import manifest_of_some
 
 from benchmarks import bench as benching
 from benchmarks import stock
@@ -53,11 +54,7 @@ def model(digits):
 @pytest.fixture(scope="module")
 def few(clips, tmp_path_factory) -> Path:
     """A manifest of four shipped clips."""
-    rows = [json.loads(line) for line in clips.read_text().splitlines()[::10]]
-    lines = [json.dumps(row | {"audio": str(clips.parent / row["audio"])}) for row in rows]
-    path = tmp_path_factory.mktemp("few") / "few.jsonl"
-    path.write_text("\n".join(lines))
-    return path
+    return manifest_of_some(clips, slice(None, None, 10), tmp_path_factory.mktemp("few"))
 
 
 @pytest.fixture(scope="module")
@@ -705,10 +702,11 @@ def test_a_device_with_core_ml_benches_a_package(fp32, few):
     reply = SimpleNamespace(exit_code=0, stdout=json.dumps(told), stderr="")
     device = FakeDevice(machine={"kernel": "Darwin 24.0", "emulated": False}, replies=[reply])
     candidate = benching.Candidate(fp32)
-    (result,) = benching.bench_all([candidate], device, clips, 1, compute_units="cpu-ane")
+    how = benching.Measuring(1, compute_units="cpu-ane")
+    (result,) = benching.bench_all([candidate], device, clips, how)
     assert result["compute_units"] == "cpu-ane"
     (ran,) = [call for call in device.calls if call[0] == "run"]
     assert ran[-2:] == ("--compute-units", "cpu-ane")
     device = FakeDevice(machine={"kernel": "Linux 6", "emulated": False})
     with pytest.raises(Problem, match="is for Core ML, which is on Apple's systems only"):
-        benching.bench_all([candidate], device, clips, 1)
+        benching.bench_all([candidate], device, clips, benching.Measuring(1))

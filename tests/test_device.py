@@ -17,6 +17,7 @@ from devices.device import (
     Finished,
     load_profile,
     open_device,
+    places,
     profile_names,
     run_runner,
 )
@@ -83,10 +84,20 @@ def test_a_device_that_is_reached_by_ssh_needs_a_host(name):
 
 
 def test_this_machine_takes_no_host():
-    with pytest.raises(
-        DeviceProblem, match=r"'local' is not reached by ssh, and --host pi is given"
-    ):
-        open_device("local", "pi")
+    with pytest.raises(DeviceProblem, match="--host pi is given, and no device is left that"):
+        places(["local"], ["pi"])
+
+
+def test_hosts_go_to_the_devices_that_ssh_reaches_in_their_order():
+    found = places(["rpi4", "local", "rpi5"], ["a", "b"])
+    assert found == [("rpi4", "a"), ("local", None), ("rpi5", "b")]
+    assert [str(place) for place in found] == ["rpi4 a", "local", "rpi5 b"]
+    with pytest.raises(DeviceProblem, match=r"'rpi5' .* no host is named"):
+        places(["rpi4", "rpi5"], ["a"])
+    with pytest.raises(DeviceProblem, match="--host c is given, and no device is left"):
+        places(["rpi4", "rpi5"], ["a", "b", "c"])
+    with pytest.raises(DeviceProblem, match="rpi4 a is named twice"):
+        places(["rpi4", "rpi4"], ["a", "a"])
 
 
 def test_every_kind_in_the_dict_opens():
@@ -227,7 +238,7 @@ def test_the_runners_letter_arrives_with_its_hint():
         (Finished(0, "not json", ""), "exit code 0"),
         (Finished(0, "[1]", ""), "exit code 0"),
         (Finished(0, "[" * 100_000, ""), "exit code 0"),
-        (Finished(1, "", "\x1b[2Jno"), r"exit code 1 \( \[2Jno\)"),
+        (Finished(1, "", "\x1b[2Jno"), r"exit code 1 \(\[2Jno\)"),
     ],
     ids=["killed", "no-numpy", "nothing", "chatter", "list", "deep", "escapes"],
 )

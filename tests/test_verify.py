@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from small_whisper import random_whisper
+from some_clips import manifest_of_some
 
 from benchmarks.speech import read_manifest
 from edgewhisper import inspect, pipeline, whisper
@@ -21,11 +22,7 @@ from export.problem import Problem
 @pytest.fixture(scope="module")
 def few(clips, tmp_path_factory) -> Path:
     """A manifest of three shipped clips."""
-    rows = [json.loads(line) for line in clips.read_text().splitlines()[:3]]
-    lines = [json.dumps(row | {"audio": str(clips.parent / row["audio"])}) for row in rows]
-    path = tmp_path_factory.mktemp("few") / "few.jsonl"
-    path.write_text("\n".join(lines))
-    return path
+    return manifest_of_some(clips, slice(3), tmp_path_factory.mktemp("few"))
 
 
 @pytest.fixture(scope="module")
