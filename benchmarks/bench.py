@@ -10,7 +10,7 @@ import json
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,67 +52,102 @@ class Candidate:
         return own if self.rival is None or self.name else f"{own} ({self.rival})"
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """How to measure."""
+
+    repeats: int = 5
+    """Rounds: each starts one process a candidate, which warms up and then transcribes every clip
+    once."""
+    threads: int | None = None
+    """By default all cores that the device lets a process use."""
+    normalizer: str | None = None
+    """By default the one for the clips' language."""
+    compute_units: str | None = None
+    """Of Core ML."""
+
+
 def bench(
-    artifact: Path,
-    device: Device,
-    clips: Sequence[Clip],
-    repeats: int = 5,
-    threads: int | None = None,
+    artifact: Path, device: Device, clips: Sequence[Clip], how: Measuring = Measuring()
 ) -> dict[str, Any]:
     """The result of one artifact; see bench_all."""
-    return bench_all([Candidate(artifact)], device, clips, repeats, threads)[0]
+    return bench_all([Candidate(artifact)], device, clips, how)[0]
 
 
 def bench_all(
     candidates: Sequence[Candidate],
     device: Device,
     clips: Sequence[Clip],
-    repeats: int = 5,
-    threads: int | None = None,
-    normalizer: str | None = None,
+    how: Measuring = Measuring(),
     progress: Callable[[str], None] = lambda _: None,
-    compute_units: str | None = None,
 ) -> list[dict[str, Any]]:
     """The results of several candidates on the same clips, in their order.
 
-    Each of the `repeats` rounds starts one process a candidate, which warms up and then
-    transcribes every clip once. `normalizer` is by default the one for the clips' language.
-    `progress` hears what runs. `compute_units` are Core ML's.
+    `progress` hears what runs.
     Raises Problem: no clips, a damaged artifact, a rival elsewhere than on this machine, a Core ML
     artifact where there is no Core ML; and the device's or the runner's letters.
     """
+    return measure(prepare(candidates, device, clips, how), progress)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A device that has all it needs."""
+
+    candidates: Sequence[Candidate]
+    device: Device
+    clips: Sequence[Clip]
+    how: Measuring
+    """With threads and normalizer that are known."""
+    known: Sequence[dict[str, Any]]
+    """The fields of each candidate's result that are known before anything runs."""
+
+
+def prepare(
+    candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip], how: Measuring
+) -> Prepared:
+    """Check all that can be checked, and copy what the device lacks; raises as bench_all does."""
     if not clips:
         raise Problem("there are no clips to bench on", hint="give a speech manifest")
-    normalizer = normalizer or name_for(clips)
+    normalizer = how.normalizer or name_for(clips)
     normalizer_named(normalizer)  # an unknown one is said now, not after the measurement
     described = [identify(candidate) for candidate in candidates]
     machine = device.describe()
     for candidate in candidates:
         check_target(candidate, machine, device.name)
-    audio_s = send(candidates, device, clips)
-    threads = threads or device_cores(machine)
-    answers: list[list[dict[str, Any]]] = [[] for _ in candidates]
-    for turn in range(repeats):
-        for index, candidate in enumerate(candidates):
-            progress(f"{candidate.label}: round {turn + 1} of {repeats}")
-            rest = (threads, len(clips), compute_units)
-            answers[index].append(run_round(candidate, index, device, *rest))
-    after = device.describe().get("temperature_c", "unavailable")
     common = {
         "format": FORMAT,
         "clips_hash": clips_hash(clips),
-        **({"compute_units": compute_units} if compute_units else {}),
-        "rounds": repeats,
-        "threads": threads,
-        "audio_s": audio_s,
-        "device": {**machine, "name": device.name, "temperature_after_c": after},
+        **({"compute_units": how.compute_units} if how.compute_units else {}),
+        "audio_s": send(candidates, device, clips),
+        "device": {**machine, "name": device.name},
         "emulated": machine["emulated"],
+    }
+    how = replace(how, threads=how.threads or device_cores(machine), normalizer=normalizer)
+    known = [common | found for found in described]
+    return Prepared(candidates, device, clips, how, known)
+
+
+def measure(ready: Prepared, progress: Callable[[str], None] = lambda _: None) -> list[dict]:
+    """The results of a device's candidates, which take turns."""
+    how, device = ready.how, ready.device
+    answers: list[list[dict[str, Any]]] = [[] for _ in ready.candidates]
+    for turn in range(how.repeats):
+        for index, candidate in enumerate(ready.candidates):
+            progress(f"{candidate.label}: round {turn + 1} of {how.repeats}")
+            answers[index].append(run_round(ready, index))
+    after = device.describe().get("temperature_c", "unavailable")
+    measured = {
+        "rounds": how.repeats,
+        "threads": how.threads,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return [
-        validate(common | known | merge(rounds) | accuracy(clips, rounds[-1]["texts"], normalizer))
-        for known, rounds in zip(described, answers, strict=True)
-    ]
+    found = []
+    for known, rounds in zip(ready.known, answers, strict=True):
+        machine = {"device": {**known["device"], "temperature_after_c": after}}
+        words = accuracy(ready.clips, rounds[-1]["texts"], str(how.normalizer))
+        found.append(validate(known | measured | machine | merge(rounds) | words))
+    return found
 
 
 def identify(candidate: Candidate) -> dict[str, Any]:
@@ -203,23 +238,17 @@ def device_cores(machine: dict[str, Any]) -> int:
     return cores if isinstance(cores, int) else 1
 
 
-def run_round(
-    candidate: Candidate,
-    index: int,
-    device: Device,
-    threads: int,
-    clips: int,
-    compute_units: str | None = None,
-) -> dict[str, Any]:
+def run_round(ready: Prepared, index: int) -> dict[str, Any]:
     """One process of one candidate: every clip once."""
-    options = ["clips/clips.json", "--repeats", "1", "--threads", str(threads)]
+    candidate, device, how = ready.candidates[index], ready.device, ready.how
+    options = ["clips/clips.json", "--repeats", "1", "--threads", str(how.threads)]
     if candidate.rival is None:
-        options += ["--compute-units", compute_units] if compute_units else []
+        options += ["--compute-units", how.compute_units] if how.compute_units else []
         answer = run_runner(device, ["bench", f"artifacts/{index}", *options])
     else:
         source = str(Path(candidate.source).resolve())
         answer = run_runner(device, [source, *options], RIVALS[candidate.rival], OURS)
-    return checked(answer, device, clips)
+    return checked(answer, device, len(ready.clips))
 
 
 def checked(answer: dict[str, Any], device: Device, clips: int) -> dict[str, Any]:

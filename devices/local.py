@@ -23,20 +23,27 @@ class LocalDevice(Device):
 
     def __init__(self) -> None:
         self.work = Path(tempfile.mkdtemp(prefix="edgewhisper-"))  # mode 0700
+        self.running: subprocess.Popen[str] | None = None
 
     def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
         """Run a command in the work folder."""
         try:
-            done = subprocess.run(
+            self.running = subprocess.Popen(
                 list(argv),
                 cwd=self.work,
                 env={**inherited(), **(env or {})},
                 stdin=subprocess.DEVNULL,
-                capture_output=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                timeout=timeout_s,
             )
+            with self.running as process:
+                try:
+                    said = process.communicate(timeout=timeout_s)
+                except BaseException:
+                    process.kill()
+                    raise
         except subprocess.TimeoutExpired:
             raise DeviceProblem(
                 f"local: {argv[0]} did not end within {timeout_s:g} s",
@@ -44,7 +51,7 @@ class LocalDevice(Device):
             ) from None
         except OSError as error:
             raise DeviceProblem(f"local: {argv[0]} cannot be started: {error.strerror}") from None
-        return Finished(done.returncode, done.stdout, done.stderr)
+        return Finished(process.returncode, *said)
 
     def push(self, local: Path, remote: str) -> None:
         """Copy a file or a folder into the work folder."""
@@ -67,6 +74,9 @@ class LocalDevice(Device):
         return path
 
     def close(self) -> None:
+        """End what runs, which another thread may be waiting for, and remove the work folder."""
+        if self.running is not None:
+            self.running.kill()
         shutil.rmtree(self.work, ignore_errors=True)
 
 

@@ -43,8 +43,11 @@ Normalizer = Annotated[
     ),
 ]
 Host = Annotated[
-    str | None,
-    typer.Option(metavar="USER@HOST", help="where the device is: whatever `ssh` calls it"),
+    list[str] | None,
+    typer.Option(
+        metavar="USER@HOST",
+        help="where a device is: whatever `ssh` calls it; of several, in the order of --device",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: all usable cores")]
 Units = Annotated[
@@ -191,7 +194,10 @@ def bench_cli(
         list[Path] | None,
         typer.Argument(help="default: the newest artifact", metavar="ARTIFACT..."),
     ] = None,
-    device: Annotated[str, typer.Option(help="see `edgewhisper devices`")] = "local",
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="see `edgewhisper devices`; several work at once; default: local"),
+    ] = None,
     host: Host = None,
     speech: Annotated[Path | None, typer.Option(help=f"clips to transcribe: {SPEECH}")] = None,
     baseline: Annotated[
@@ -203,13 +209,19 @@ def bench_cli(
     normalizer: Normalizer = None,
     json_file: Json = None,
 ) -> None:
-    """Measure latency, memory and error rate of artifacts on a device."""
+    """Measure latency, memory and error rate of artifacts on devices."""
+    from benchmarks.bench import Measuring
     from edgewhisper import pipeline
 
-    rest = (repeats, threads, _say_for(json_file), normalizer, compute_units, host)
-    results, place = pipeline.bench(artifacts or [], device, speech, baseline, *rest)
-    _show_results(results, json_file)
-    _say_for(json_file)(f"wrote {place}")
+    how = Measuring(repeats, threads, normalizer, compute_units)
+    rest = (speech, baseline, how, _say_for(json_file))
+    found = pipeline.bench(artifacts or [], device or ["local"], host or [], *rest)
+    _show_results(found.results, json_file)
+    _say_for(json_file)(f"wrote {found.path}")
+    for letter in found.failed[:-1]:
+        _print_letter(letter)
+    if found.failed:
+        raise found.failed[-1]
 
 
 @app.command("eval")
@@ -386,9 +398,9 @@ def demo_cli() -> None:
     """The whole road on the embedded model: compress, export, bench, a table before and after."""
     from edgewhisper import pipeline
 
-    results, place = pipeline.demo(say)
-    _show_results(results, None)
-    say(f"wrote {place}; a page about it: edgewhisper report {place}")
+    found = pipeline.demo(say)
+    _show_results(found.results, None)
+    say(f"wrote {found.path}; a page about it: edgewhisper report {found.path}")
 
 
 @app.command("recipes")
@@ -582,7 +594,11 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "hint"):
             raise
-        typer.echo(f"error: {error}", err=True)
-        if error.hint:
-            typer.echo(f"try:   {error.hint}", err=True)
+        _print_letter(error)
         sys.exit(1)
+
+
+def _print_letter(letter: Any) -> None:
+    typer.echo(f"error: {letter}", err=True)
+    if letter.hint:
+        typer.echo(f"try:   {letter.hint}", err=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -40,7 +40,8 @@ from export.versions import versions
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-    from benchmarks.bench import Candidate
+    from benchmarks.bench import Candidate, Measuring
+    from devices.device import Place
     from devices.runner.listen import Segment
     from devices.runner.recognizer import Recognizer
 
@@ -377,57 +378,63 @@ def torch_parts(
 # ------------------------------------------------------------------------------------ bench
 
 
+class Benched(NamedTuple):
+    """What a bench gave."""
+
+    results: list[dict[str, Any]]
+    path: Path
+    """Of the file that holds them."""
+    failed: Sequence[Exception]
+    """The letters of devices that gave none."""
+
+
 def bench(
     artifacts: Sequence[Path],
-    device: str = "local",
+    devices: Sequence[str] = ("local",),
+    hosts: Sequence[str] = (),
     speech: Path | None = None,
     baseline: str | None = None,
-    repeats: int = 5,
-    threads: int | None = None,
+    how: Measuring | None = None,
     say: Say = print,
-    normalizer: str | None = None,
-    compute_units: str | None = None,
-    host: str | None = None,
-) -> tuple[list[dict[str, Any]], Path]:
-    """Measure artifacts, and a dense checkpoint in transformers beside them; results and file."""
+) -> Benched:
+    """Measure artifacts, and a dense checkpoint in transformers beside them, on devices; each of
+    `hosts` goes to the next device that is reached by ssh."""
     from benchmarks.bench import Candidate
     from benchmarks.stock import has_core_ml
-    from devices.device import choose
+    from devices.device import places
 
-    choose(device, host)  # what is wrong with them is said before anything is exported
-    apple = device == "local" and has_core_ml()
+    where = places(devices, hosts)  # what is wrong is said before anything is exported
+    apple = list(devices) == ["local"] and has_core_ml()
     newest = runs.newest("artifact", without="" if apple else "-coreml-")
     chosen = list(artifacts) or [newest or export(say=say)]
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
     if baseline is not None:
         candidates.insert(0, Candidate(Path(baseline), rival="transformers"))
-    rest = (repeats, threads, say, normalizer, compute_units, host)
-    return bench_candidates(candidates, device, speech, *rest)
+    return bench_candidates(candidates, where, speech, how, say)
 
 
 def bench_candidates(
     candidates: Sequence[Candidate],
-    device: str,
+    places: Sequence[Place],
     speech: Path | None,
-    repeats: int,
-    threads: int | None,
+    how: Measuring | None,
     say: Say,
-    normalizer: str | None = None,
-    compute_units: str | None = None,
-    host: str | None = None,
-) -> tuple[list[dict[str, Any]], Path]:
-    """Measure on a device and keep the results in ./edgewhisper-runs."""
-    from benchmarks.bench import bench_all
-    from benchmarks.result import write
-    from devices.device import open_device
+) -> Benched:
+    """Measure on devices and keep the results in ./edgewhisper-runs.
 
-    with open_device(device, host, say) as machine:
-        clips = read_manifest(speech or SPEECH / "test.jsonl")
-        rest = (repeats, threads, normalizer, say, compute_units)
-        results = bench_all(candidates, machine, clips, *rest)
-    place = runs.new_path("result", ".jsonl")
-    write(results, place)
-    return results, place
+    Raises the letter of the first device that failed where none gave a result.
+    """
+    from benchmarks.bench import Measuring
+    from benchmarks.result import write
+    from benchmarks.side_by_side import bench_places
+
+    clips = read_manifest(speech or SPEECH / "test.jsonl")
+    results, failed = bench_places(candidates, places, clips, how or Measuring(), say)
+    if not results:
+        raise failed[0]
+    path = runs.new_path("result", ".jsonl")
+    write(results, path)
+    return Benched(results, path, failed)
 
 
 def report(results: Sequence[Path], out: Path) -> None:
@@ -442,9 +449,10 @@ def report(results: Sequence[Path], out: Path) -> None:
     write_report([result for path in files for result in read(path)], out)
 
 
-def demo(say: Say = print) -> tuple[list[dict[str, Any]], Path]:
+def demo(say: Say = print) -> Benched:
     """The whole road on the embedded model: before in transformers, before and after in INT8."""
-    from benchmarks.bench import Candidate
+    from benchmarks.bench import Candidate, Measuring
+    from devices.device import Place
 
     slim = compress(say=say)
     before, after = export(str(DEFAULT_MODEL), say=say), export(str(slim), say=say)
@@ -453,7 +461,7 @@ def demo(say: Say = print) -> tuple[list[dict[str, Any]], Path]:
         Candidate(before, name="before: ONNX int8"),
         Candidate(after, name="after: ONNX int8"),
     ]
-    return bench_candidates(candidates, "local", None, repeats=3, threads=None, say=say)
+    return bench_candidates(candidates, [Place()], None, Measuring(repeats=3), say)
 
 
 # -------------------------------------------------------------------- transcribe and evaluate

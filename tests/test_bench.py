@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from benchmarks.bench import Candidate, bench, bench_all, word_errors, write_clips
+from benchmarks.bench import Candidate, Measuring, bench, bench_all, word_errors, write_clips
 from benchmarks.metadata import artifact_hash, clips_hash, file_hash, folder_hash
 from benchmarks.result import STAGES, validate
 from benchmarks.speech import read_manifest
@@ -62,7 +62,7 @@ def test_rounds_are_interleaved_and_samples_kept(artifact, few, tmp_path):
         ],
         machine={"cores": 4, "emulated": False},
     )
-    first, second = bench_all([Candidate(artifact), Candidate(other)], fake, few, repeats=2)
+    first, second = bench_all([Candidate(artifact), Candidate(other)], fake, few, Measuring(2))
     pushed = [call[1] for call in fake.calls if call[0] == "push"]
     assert pushed == ["runner", "artifacts/0", "artifacts/1", "clips"]
     runs = [call for call in fake.calls if call[0] == "run"]
@@ -79,7 +79,7 @@ def test_rounds_are_interleaved_and_samples_kept(artifact, few, tmp_path):
 
 def test_a_result_says_what_was_measured(artifact, few):
     fake = FakeDevice(replies=[reply(["", "", ""])])
-    found = bench(artifact, fake, few, repeats=1, threads=3)
+    found = bench(artifact, fake, few, Measuring(1, 3))
     manifest = read_artifact(artifact)
     assert found == validate(found)
     assert found["name"] == "digits-int8"
@@ -96,7 +96,7 @@ def test_a_result_says_what_was_measured(artifact, few):
 
 def test_a_device_that_cannot_tell_its_memory_says_so(artifact, few):
     fake = FakeDevice(replies=[reply([""] * 3, peak_rss_bytes="unavailable")])
-    assert bench(artifact, fake, few, repeats=1)["peak_rss_bytes"] == "unavailable"
+    assert bench(artifact, fake, few, Measuring(1))["peak_rss_bytes"] == "unavailable"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_an_answer_that_is_none_gets_a_letter(artifact, few, wrong, value):
     answer = json.loads(reply([""] * 3).stdout) | {wrong: value}
     fake = FakeDevice(replies=[Finished(0, json.dumps(answer), "")])
     with pytest.raises(Problem, match=f"fake: the runner's answer has no usable {wrong}$"):
-        bench(artifact, fake, few, repeats=1)
+        bench(artifact, fake, few, Measuring(1))
 
 
 def test_invented_words_count_where_nothing_is_said():
@@ -176,7 +176,7 @@ def test_impossible_requests_get_letters(artifact, digits, few, tmp_path):
 def test_artifact_and_rival_say_the_same_here(artifact, digits, few):
     candidates = [Candidate(digits, rival="transformers"), Candidate(artifact, name="int8")]
     with open_device("local") as device:
-        rival, ours = bench_all(candidates, device, few, repeats=1, threads=1)
+        rival, ours = bench_all(candidates, device, few, Measuring(1, 1))
     assert rival["name"] == "whisper-digits (transformers)"
     assert rival["parameters"] == ours["parameters"]
     assert rival["mel_share"] is None

@@ -11,7 +11,7 @@ import sshd
 
 from benchmarks.aarch64 import __main__ as command
 from benchmarks.aarch64 import machine
-from benchmarks.bench import bench, write_clips
+from benchmarks.bench import Measuring, bench, write_clips
 from benchmarks.result import brief_rows
 from benchmarks.speech import Clip, read_manifest
 from devices import connection
@@ -64,7 +64,7 @@ def configured(server, monkeypatch) -> None:
 
 def test_the_pi_is_told_as_one_and_no_time_of_it(artifact, few):
     with open_device("rpi4", "pi") as device:
-        result = bench(artifact, device, few, repeats=1, threads=1)
+        result = bench(artifact, device, few, Measuring(1, 1))
     assert result["device"]["model"] == MODEL
     assert result["device"]["architecture"] == "aarch64"
     assert result["device"]["isa"] == ["asimd"]

@@ -368,7 +368,7 @@ def test_thresholds_are_chosen_by_the_dev_clips_language(monkeypatch, tmp_path, 
 
 
 def test_a_bench_by_an_unknown_normalizer_measures_nothing():
-    from benchmarks.bench import bench_all
+    from benchmarks.bench import Measuring, bench_all
 
     with pytest.raises(Problem, match="no normalizer 'vowels'"):
-        bench_all([], None, clips_in(("en", "one")), normalizer="vowels")
+        bench_all([], None, clips_in(("en", "one")), Measuring(normalizer="vowels"))

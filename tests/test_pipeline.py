@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ctrl_c import count_calls, press_ctrl_c
 
+from benchmarks.bench import Measuring
 from benchmarks.speech import read_manifest
 from edgewhisper import pipeline, runs, whisper
 from edgewhisper.compress.work import Work
@@ -70,7 +71,8 @@ def test_the_whole_road(empty, few, quick, digits):
     assert manifest["gate"]["identical_tokens"] == 1.0
     assert manifest["gate"]["max_logits_error"] < 1e-3
 
-    results, place = pipeline.bench([artifact], speech=few, baseline=str(digits), repeats=1)
+    once = Measuring(repeats=1)
+    results, place, _ = pipeline.bench([artifact], speech=few, baseline=str(digits), how=once)
     assert [result["rival"] for result in results] == ["transformers", None]
     assert results[1]["parameters"] == record["after"]["parameters"]["total"]
     assert results[0]["clips_hash"] == results[1]["clips_hash"]

@@ -758,7 +758,7 @@ def test_a_bench_there_says_what_it_says_here_and_the_second_one_copies_nothing(
     results = []
     for name, host in (("rpi", "pi"), ("local", None)):
         with open_device(name, host) as device:
-            results.append(bench.bench(exported, device, few, repeats=1, threads=1))
+            results.append(bench.bench(exported, device, few, bench.Measuring(1, 1)))
             assert name == "local" or device.sent_bytes > 1_000_000
     there, here = results
     for field in ("texts", "versions", "clips_hash", "artifact_hash", "emulated"):

@@ -1,0 +1,54 @@
+"""Several devices at once: all of them get what they need, and then all of them measure.
+
+A device that fails does not stop the others, and copying to one is over before another is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+from benchmarks.bench import Candidate, Measuring, Prepared, measure, prepare
+from benchmarks.speech import Clip
+from devices.device import DeviceProblem, Place, open_device
+from export.problem import Problem
+
+Say = Callable[[str], None]
+Letter = Problem | DeviceProblem
+
+
+def bench_places(
+    candidates: Sequence[Candidate],
+    places: Sequence[Place],
+    clips: Sequence[Clip],
+    how: Measuring,
+    say: Say,
+) -> tuple[list[dict[str, Any]], list[Letter]]:
+    """The results of each device, in the order of `places`; and the letters of those that failed.
+
+    Ctrl-C closes the devices, which ends what runs there.
+    """
+
+    def equip(place: Place) -> tuple[Prepared, Say]:
+        tell = say if len(places) == 1 else lambda text: say(f"{place}: {text}")
+        device = opened.enter_context(open_device(*place, tell))
+        return prepare(candidates, device, clips, how), tell
+
+    # the devices are closed before the threads are waited for, which end by that
+    with ThreadPoolExecutor(max_workers=len(places)) as pool, ExitStack() as opened:
+        ready, failed = gather([pool.submit(equip, place) for place in places])
+        found, more = gather([pool.submit(measure, *each) for each in ready])
+    return [result for results in found for result in results], failed + more
+
+
+def gather(futures: Iterable[Future[Any]]) -> tuple[list[Any], list[Letter]]:
+    """What they return, and the letters that they raise; any other error is raised."""
+    found, letters = [], []
+    for future in futures:
+        try:
+            found.append(future.result())
+        except (Problem, DeviceProblem) as letter:
+            letters.append(letter)
+    return found, letters
