@@ -23,23 +23,41 @@ MUST_MATCH = {
 
 
 def compare(results: Sequence[dict[str, Any]], across_versions: bool = False) -> dict[str, Any]:
-    """Every further result against the first.
+    """Every further result against the first on its device; those against the first of all.
 
-    {"base": name, "others": [{"name", "measures": [...]}], "rows": a table's rows}; the measures
-    are compare_pair's. Raises Problem for fewer than two results, and as compare_pair does.
+    {"base": name, "others": [{"name", "device", "base_device", "measures": [...]}], "rows": a
+    table's rows}; the measures are compare_pair's. Raises Problem for fewer than two results, and
+    as compare_pair does.
     """
     if len(results) < 2:
         raise Problem(
             f"{len(results)} result was given; two are needed",
             hint="name a file with several lines, or several files",
         )
-    base, *others = results
-    found = [
-        {"name": other["name"], "measures": compare_pair(base, other, across_versions)}
-        for other in others
+    found, bases = [], {device_of(results[0]): results[0]}
+    for other in results[1:]:
+        device = device_of(other)
+        base = bases.get(device, results[0])
+        other_place = device not in bases  # whose python and runtime need not be the same
+        found.append(
+            {
+                "name": other["name"],
+                "device": device,
+                "base_device": device_of(base),
+                "measures": compare_pair(base, other, across_versions or other_place),
+            }
+        )
+        bases.setdefault(device, other)
+    rows = [
+        table_row(entry, measure, len(bases) > 1)
+        for entry in found
+        for measure in entry["measures"]
     ]
-    rows = [table_row(entry["name"], measure) for entry in found for measure in entry["measures"]]
-    return {"base": base["name"], "others": found, "rows": rows}
+    return {"base": results[0]["name"], "others": found, "rows": rows}
+
+
+def device_of(result: dict[str, Any]) -> str:
+    return str(result["device"].get("name", "unavailable"))
 
 
 def compare_pair(
@@ -163,11 +181,14 @@ def size_row(name: str, base: dict[str, Any], other: dict[str, Any]) -> dict[str
     }
 
 
-def table_row(name: str, measure: dict[str, Any]) -> dict[str, str]:
-    """A measure as texts for a table, in milliseconds, per cent and megabytes."""
+def table_row(entry: dict[str, Any], measure: dict[str, Any], places: bool) -> dict[str, str]:
+    """A measure as texts for a table, in milliseconds, per cent and megabytes; with `places`, it
+    says which device is set against which."""
     kind = measure["measure"]
+    pair = dict.fromkeys([entry["device"], entry["base_device"]])
     return {
-        "model": name,
+        "model": entry["name"],
+        **({"device": " : ".join(pair)} if places else {}),
         "measure": TITLES.get(kind, kind),
         "base": number(kind, measure["base"]),
         "this": number(kind, measure["other"]),

@@ -1,14 +1,14 @@
-"""Results as one self-contained HTML page: a plot, the table, where the time goes, what ran."""
+"""Results as one self-contained HTML page: plots, the table, where the time goes, what ran."""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import CAPTIONS, plots
 from benchmarks.result import COLUMNS, milliseconds, table_rows
 from export.files import new_file
 from export.problem import Problem
@@ -21,12 +21,14 @@ th:first-child, td:first-child { text-align: left }
 img { max-width: 100% } code { overflow-wrap: anywhere }
 """
 
-LARGEST_MARK = 2500
-"""Area of the largest artifact's disc in the plot, in square points."""
 
+def write_report(
+    results: Sequence[dict[str, Any]], out: Path, plots_dir: Path | None = None
+) -> None:
+    """Write the page, and its plots as files NAME.png into a folder as well.
 
-def write_report(results: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write the page. Raises Problem for no results or results of different clip sets."""
+    Raises Problem for no results or results of different clip sets.
+    """
     if not results:
         raise Problem("there are no results to report", hint="run `edgewhisper bench` first")
     for field, what in (("clips_hash", "clip sets"), ("normalizer", "normalizers")):
@@ -35,18 +37,27 @@ def write_report(results: Sequence[dict[str, Any]], out: Path) -> None:
                 f"the {len(results)} results were measured on different {what}",
                 hint="write one report for each of them",
             )
+    drawn = plots(results)
     with new_file(out) as temporary:
-        temporary.write_text(page(results), encoding="utf-8")
+        temporary.write_text(page(results, drawn), encoding="utf-8")
+    if plots_dir is not None:
+        write_plots(drawn, plots_dir)
 
 
-def page(results: Sequence[dict[str, Any]]) -> str:
+def write_plots(drawn: dict[str, bytes], folder: Path) -> None:
+    """One file a plot."""
+    for name, png in drawn.items():
+        with new_file(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(png)
+
+
+def page(results: Sequence[dict[str, Any]], drawn: dict[str, bytes]) -> str:
     """The HTML text; it refers to nothing outside itself."""
     first = results[0]
     facts = (
         f"{first['utterances']} clips, {first['words']} words, {first['audio_s']:.0f} s of speech; "
-        f"normalizer {first['normalizer']}; median of {first['rounds']} rounds on "
-        f"{first['threads']} threads. A time marked ~ was unstable: its rounds differ by more "
-        "than a tenth."
+        f"normalizer {first['normalizer']}. Times are medians; one marked ~ was unstable: its "
+        "rounds differ by more than a tenth."
     )
     return "\n".join(
         [
@@ -54,7 +65,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
             '<html lang="en"><meta charset="utf-8"><title>EdgeWhisper results</title>',
             f"<style>{STYLE}</style>",
             f"<h1>EdgeWhisper results</h1><p>{html.escape(facts)}</p>",
-            *plot_section(results),
+            *pictures(drawn),
             table(table_rows(results)),
             "<h2>Where the time goes</h2>",
             "<p>Milliseconds, median and 95 % interval. Log-mel runs inside the encoder graph: its "
@@ -67,50 +78,20 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def plot_section(results: Sequence[dict[str, Any]]) -> list[str]:
-    """The plot as an image element; emulated results have no latency to plot."""
-    timed = [r for r in results if not r["emulated"] and "end_to_end_s" in r["medians"]]
-    if not timed:
-        return []
-    picture = base64.b64encode(plot(timed)).decode()
-    caption = "Word error rate against end-to-end time; the area of a disc is the size on disk."
-    return [f'<img alt="{caption}" src="data:image/png;base64,{picture}"><p>{caption}</p>']
-
-
-def plot(results: Sequence[dict[str, Any]]) -> bytes:
-    """WER against latency with both intervals, artifact size as area, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    largest = max(result["artifact_bytes"] for result in results)
-    for result in results:
-        x, y = 1000 * result["medians"]["end_to_end_s"], 100 * result["wer"]
-        area = LARGEST_MARK * result["artifact_bytes"] / largest
-        label = f"{result['name']}, {result['artifact_bytes'] / 1e6:.1f} MB"
-        dots = axes.scatter(x, y, s=area, alpha=0.5)
-        low, high = (1000 * bound for bound in result["intervals"]["end_to_end_s"])
-        bottom, top = (100 * bound for bound in result["wer_interval"])
-        color = dots.get_facecolor()
-        axes.hlines(y, low, high, color=color, label=label)
-        axes.vlines(x, bottom, top, color=color)
-    axes.set_xlabel("end-to-end time per clip, ms")
-    axes.set_ylabel("word error rate, %")
-    figure.legend(loc="outside upper center")
-    axes.set_xlim(left=0, right=1.25 * axes.get_xlim()[1])
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+def pictures(drawn: dict[str, bytes]) -> list[str]:
+    """The plots as image elements."""
+    return [
+        f'<img alt="{CAPTIONS[name]}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f"<p>{CAPTIONS[name]}</p>"
+        for name, png in drawn.items()
+    ]
 
 
 def stage_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Median and interval of each stage."""
     return [
-        {"model": r["name"]} | {title: with_interval(r, s) for title, s in COLUMNS.items()}
+        {"model": r["name"], "device": r["device"]["name"]}
+        | {title: with_interval(r, s) for title, s in COLUMNS.items()}
         for r in results
     ]
 
@@ -129,8 +110,11 @@ def provenance_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return [
         {
             "model": result["name"],
+            "device": result["device"]["name"],
             "artifact": result["artifact_hash"][:12],
             "clips": result["clips_hash"][:12],
+            "rounds": str(result["rounds"]),
+            "threads": str(result["threads"]),
             "cpu": str(result["device"].get("cpu", "unavailable")),
             "governor": str(result["device"].get("governor", "unavailable")),
             "temperature C": str(result["device"].get("temperature_c", "unavailable")),

@@ -182,8 +182,11 @@ BRIEF = (
 
 
 def brief_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """table_rows with the columns of BRIEF."""
-    return [{title: row[title] for title in BRIEF} for row in table_rows(results)]
+    """table_rows with the columns of BRIEF, and the device where there are several."""
+    rows = table_rows(results)
+    several = len({row["device"] for row in rows}) > 1
+    titles = [BRIEF[0], *(["device"] if several else []), *BRIEF[1:]]
+    return [{title: row[title] for title in titles} for row in rows]
 
 
 COLUMNS = {

@@ -49,6 +49,10 @@ Host = Annotated[
         help="where a device is: whatever `ssh` calls it; of several, in the order of --device",
     ),
 ]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(metavar="LIMIT", help="exit with 1 where a result breaks it; may be repeated"),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: all usable cores")]
 Units = Annotated[
     str | None,
@@ -207,12 +211,19 @@ def bench_cli(
     threads: Threads = None,
     compute_units: Units = None,
     normalizer: Normalizer = None,
+    fail_if: FailIf = None,
     json_file: Json = None,
 ) -> None:
-    """Measure latency, memory and error rate of artifacts on devices."""
+    """Measure latency, memory and error rate of artifacts on devices.
+
+    A limit of --fail-if is a measure and how much of it is too much: total>400ms, wer>5%,
+    peak>125MB.
+    """
+    from benchmarks import limits
     from benchmarks.bench import Measuring
     from edgewhisper import pipeline
 
+    kept = [limits.parse(text) for text in fail_if or []]
     how = Measuring(repeats, threads, normalizer, compute_units)
     rest = (speech, baseline, how, _say_for(json_file))
     found = pipeline.bench(artifacts or [], device or ["local"], host or [], *rest)
@@ -222,6 +233,7 @@ def bench_cli(
         _print_letter(letter)
     if found.failed:
         raise found.failed[-1]
+    limits.refuse(limits.broken(found.results, kept))
 
 
 @app.command("eval")
@@ -367,16 +379,24 @@ def verify_cli(
 @app.command("compare")
 def compare_cli(
     results: Annotated[list[Path], typer.Argument(help="files that `edgewhisper bench` wrote")],
+    fail_if: FailIf = None,
     json_file: Json = None,
 ) -> None:
-    """Say which differences between results are real; the first one is the base."""
+    """Say which differences between results are real; the first one on each device is the base.
+
+    A limit of --fail-if is a factor, which a difference that may be noise does not break:
+    total>1.1x.
+    """
+    from benchmarks import limits
     from benchmarks.compare import compare
     from benchmarks.result import read
 
+    kept = [limits.parse(text, relative=True) for text in fail_if or []]
     found = compare([result for path in results for result in read(path)])
     _emit(found, json_file)
     if json_file != "-":
         _table(found["rows"])
+    limits.refuse(limits.broken_pairs(found, kept))
 
 
 @app.command("report")
@@ -385,11 +405,14 @@ def report_cli(
         list[Path] | None, typer.Argument(help="default: the newest result", metavar="RESULTS...")
     ] = None,
     out: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+    plots: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="write the plots as PNG files, too")
+    ] = None,
 ) -> None:
     """Write one self-contained page: error rate against latency, stages, machine."""
     from edgewhisper import pipeline
 
-    pipeline.report(results or [], out)
+    pipeline.report(results or [], out, plots)
     say(f"wrote {out}")
 
 

@@ -437,8 +437,9 @@ def bench_candidates(
     return Benched(results, path, failed)
 
 
-def report(results: Sequence[Path], out: Path) -> None:
-    """One page about the results of some files; without any, of the newest."""
+def report(results: Sequence[Path], out: Path, plots_dir: Path | None = None) -> None:
+    """One page about the results of some files; without any, of the newest. Its plots are written
+    into a folder as well, if one is named."""
     from benchmarks.report import write_report
     from benchmarks.result import read
 
@@ -446,7 +447,7 @@ def report(results: Sequence[Path], out: Path) -> None:
     files = list(results) or ([newest] if newest else [])
     if not files:
         raise Problem("there are no results yet", hint="run `edgewhisper bench` first")
-    write_report([result for path in files for result in read(path)], out)
+    write_report([result for path in files for result in read(path)], out, plots_dir)
 
 
 def demo(say: Say = print) -> Benched:

@@ -129,3 +129,26 @@ def test_all_are_compared_with_the_first_in_a_table():
 def test_one_result_is_not_enough():
     with pytest.raises(Problem, match="1 result was given; two are needed"):
         compare([make_result()])
+
+
+def test_each_device_has_a_base_of_its_own():
+    def on(device, name, peak):
+        return make_result(name=name, device={"name": device}, peak_rss_bytes=peak)
+
+    results = [on("a", "dense", 10), on("a", "slim", 5), on("b", "dense", 40), on("b", "slim", 10)]
+    found = compare(results)
+    peaks = [
+        next(row["ratio"] for row in other["measures"] if row["measure"] == "peak_rss_bytes")
+        for other in found["others"]
+    ]
+    assert peaks == [0.5, 4.0, 0.25]
+    said = [row["device"] for row in found["rows"] if row["measure"] == "peak MB"]
+    assert said == ["a", "b : a", "b"]
+
+
+def test_versions_may_differ_between_devices_and_not_on_one():
+    old, new = {"onnxruntime": "1.30"}, {"onnxruntime": "1.31"}
+    here, there = make_result(versions=old), make_result(versions=new, device={"name": "there"})
+    assert compare([here, there])["others"][0]["base_device"] == "local"
+    with pytest.raises(Problem, match=r"onnxruntime 1\.30 and 1\.31"):
+        compare([here, make_result(versions=new)])

@@ -8,7 +8,8 @@ import re
 import pytest
 from made_results import make_result
 
-from benchmarks.report import plot, write_report
+from benchmarks.plots import mean_parts, plots
+from benchmarks.report import write_report
 from export.problem import Problem
 
 
@@ -20,22 +21,48 @@ def test_the_page_stands_alone_and_shows_every_result(tmp_path):
     assert "&lt;slim&gt; &amp; fast" in text
     assert "<slim>" not in text
     assert text.count("<table>") == text.count("</table>") == 3
-    image = base64.b64decode(re.search(r'src="data:image/png;base64,([^"]+)"', text)[1])
-    assert image.startswith(b"\x89PNG")
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert [base64.b64decode(image)[:4] for image in images] == [b"\x89PNG"] * 3
     for fact in ("10 clips", "30 words", "50 (50 to 50)", "whisper-basic", "a" * 12):
         assert fact in text
 
 
-def test_the_plot_changes_with_the_results():
-    one = plot([make_result()])
-    assert one == plot([make_result()])
-    assert one != plot([make_result(wer=0.2)])
+def test_a_plot_changes_with_what_it_shows():
+    one, two = plots([make_result()]), plots([make_result(wer=0.2)])
+    assert one == plots([make_result()])
+    assert one["latency"] != two["latency"] and one["memory"] != two["memory"]
+    assert one["stages"] == two["stages"]
 
 
-def test_an_emulated_result_has_no_plot_and_no_milliseconds(tmp_path):
+def test_the_plots_are_files_as_well_where_a_folder_is_named(tmp_path):
+    sampled = {"samples": [{"at_s": at, "temperature_c": 40.0 + at} for at in range(9)]}
+    results = [make_result(), make_result(telemetry=sampled, name="$\\frac warm_")]
+    write_report(results, tmp_path / "r.html", tmp_path / "plots")
+    found = {path.stem: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    assert found == plots(results)
+    assert found.keys() == {"latency", "memory", "stages", "temperature"}
+
+
+def test_a_temperature_that_nobody_could_read_is_not_drawn():
+    blind = {"samples": [{"at_s": 0, "temperature_c": "unavailable"}, {"at_s": 1}]}
+    assert "temperature" not in plots([make_result(telemetry=blind)])
+
+
+def test_the_parts_of_a_clip_add_up_to_its_time():
+    """Ten clips in three rounds: two windows each, four tokens a clip."""
+    whole, windows, tokens = [0.1] * 30, [0.01] * 60, [0.005] * 120
+    named = {"mel_s": windows, "encoder_s": windows, "prompt_s": [0.01] * 30}
+    parts = mean_parts(make_result(end_to_end_s=whole, per_token_s=tokens, **named))
+    assert parts == pytest.approx(
+        {"log-mel": 0.02, "encoder": 0.02, "prompt": 0.01, "tokens": 0.02, "rest": 0.03}
+    )
+
+
+def test_an_emulated_result_has_no_milliseconds_and_no_plot_of_them(tmp_path):
     write_report([make_result(emulated=True)], tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
-    assert "<img" not in text
+    assert plots([make_result(emulated=True)]).keys() == {"memory"}
+    assert plots([make_result(emulated=True, peak_rss_bytes="unavailable")]) == {}
     assert "50 (" not in text
     assert "<td>yes</td>" in text
 
