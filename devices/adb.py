@@ -116,8 +116,9 @@ class AgentOnPhone(Link):
 
     def why(self, code: int, words: str) -> tuple[str, str]:
         said = last_line(words)
-        if code < 0 or GONE.search(said) or (self.open and not said and code in (1, 255)):
-            how = said or ("it is gone" if code > 0 else f"adb was ended by signal {-code}")
+        # adb ends without a word, and as if all were well, when it loses a phone
+        if code < 0 or GONE.match(said) or (self.open and not said and code in (0, 1)):
+            how = said or (f"adb was ended by signal {-code}" if code < 0 else "adb has lost it")
             return f"the connection was cut ({how})", AGAIN
         said = said or last_line(self.noise.decode("utf-8", "replace")) or "it said nothing"
         found = f"the interpreter there ended with exit code {code} ({said})"
@@ -257,7 +258,7 @@ def refuse(what: str, code: int, said: str) -> NoReturn:
             "make room there, 300 MB; `edgewhisper devices clean` removes what was copied before",
         )
     last = last_line(said) or "it said nothing"
-    if GONE.search(last):
+    if GONE.match(last):
         raise DeviceProblem(f"{what}: the connection was cut ({last})", AGAIN)
     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     raise DeviceProblem(

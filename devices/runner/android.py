@@ -68,9 +68,11 @@ def tool(base: Path, name: str, *words: str) -> str:
     import subprocess  # large, and on the phones only
 
     argv = [str(base / "system/bin" / name), *words]
-    ends = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    none = subprocess.DEVNULL
     try:
-        done = subprocess.run(argv, stdout=subprocess.PIPE, timeout=TOOL_S, **ends)
+        done = subprocess.run(
+            argv, stdin=none, stdout=subprocess.PIPE, stderr=none, timeout=TOOL_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return UNAVAILABLE
     said = done.stdout[:MOST_SAID].decode("utf-8", "replace")
