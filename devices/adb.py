@@ -54,9 +54,7 @@ STATES = {
 }
 """What adb says of a phone that it cannot work with -> what that means, and what to do."""
 OTHER_STATE = "start Android on it: a bootloader or a recovery has no shell for this"
-GONE = re.compile(
-    r"device .*not found|device offline|no devices|closed|unauthorized|no such device"
-)
+GONE = re.compile(r"(?:error|adb): .*(?:not found|offline|no devices|closed|unauthorized)")
 """What adb says when it has lost a phone."""
 
 
@@ -90,15 +88,16 @@ class AdbDevice(RemoteDevice):
         self.runtime = ""
         if new:
             self.sent_bytes += size_of(folder)
-            self.compile()
+            self.try_out()
 
     def prepare(self) -> None:
         """Nothing is missing: the bundle has all of it."""
 
-    def compile(self) -> None:
-        """Import what every run does, so that it is compiled and kept."""
+    def try_out(self) -> None:
+        """Import what every run does; that compiles it, and what is compiled is kept."""
         done = self.start([self.python, "-c", "import numpy, onnxruntime"], None, None)
         if done.exit_code:
+            self.close()
             raise self.problem(
                 "numpy and onnxruntime were copied and do not work there: "
                 f"{last_line(done.stderr) or f'exit code {done.exit_code}'}",

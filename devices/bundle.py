@@ -114,8 +114,7 @@ def parts(cpu: Cpu, release: str, work: Path) -> tuple[list[Path], int]:
     if found is None:
         raise DeviceProblem(
             f"the sources of this machine's apt have no python3 for {cpu.debian}",
-            "bench from Debian; Ubuntu has packages for ARM on another mirror, which has to stand "
-            f"in the sources, with arch={cpu.debian}",
+            debian.NETWORK,
         )
     python = int(found[1])
     if (3, python) < LEAST_PYTHON:

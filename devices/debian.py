@@ -14,7 +14,10 @@ from pathlib import Path
 
 from devices.device import DeviceProblem, last_line
 
-NETWORK = "it needs the packages of this machine's Debian or Ubuntu; try again with a network"
+NETWORK = (
+    "it needs a network and packages of this machine's release for the phone's CPU; Ubuntu has "
+    "ARM's on another mirror, which has to stand in the sources"
+)
 
 
 def release() -> str:

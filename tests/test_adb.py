@@ -234,6 +234,18 @@ def test_the_bundle_is_copied_where_it_is_not_there_yet_and_named_when_it_is_who
     assert "copying 0 MB to 8A1X0123" in told[0]
 
 
+def test_an_interpreter_that_cannot_import_its_own_parts_gets_a_letter(player):
+    player.says("line", "machine=aarch64\nruntimes=\n")
+    done = DONE | {"exit_code": 1, "stderr": "x\nImportError: \x1b dlopen failed\n"}
+    player.says("agent", HELLO + (MARK + json.dumps(done) + "\n").encode(), waits=True)
+    found = letter(AdbDevice)
+    assert str(found) == (
+        "8A1X0123: numpy and onnxruntime were copied and do not work there: "
+        "ImportError:   dlopen failed"
+    )
+    assert "devices clean" in found.hint
+
+
 DONE = {"exit_code": 0, "ended": "itself", "stdout": "", "stderr": ""}
 
 
