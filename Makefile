@@ -69,6 +69,8 @@ sshd:
 test-devices: $(READY) sshd
 	@sh tests/system-packages.sh 'qemu-aarch64 --version' qemu-user
 	@sh tests/system-packages.sh 'gcc --version' gcc
+	@sh tests/system-packages.sh 'adb --version' adb
+	@$(BIN)/python tests/adbd.py || echo "note: without adbd no phone is played on loopback"
 	$(BIN)/python -m pytest -m devices
 
 # tens of minutes of emulation; builds its machine in build/aarch64 on the first run

@@ -1,11 +1,11 @@
-"""The far end of an SSH connection: python3 there is given this text, and then requests.
+"""The far end of a link: python3 there is given this text, and then requests.
 
 Every request is a line of JSON on standard input and is answered by one line of JSON behind MARK on
 standard output; what a login shell says beside that does no harm. Files follow their request as
 bare bytes, in the order and of the sizes that were agreed. When standard input ends, by whatever
 cause, so do the command that runs and the work folder.
 
-    ~/.cache/edgewhisper/   mode 700, of this user
+    ~/.cache/edgewhisper/   mode 700, of this user; EDGEWHISPER_HOME names another place
         store/SHA256        every file once; work folders have links to them
         runtime/NAME/       unpacked wheels of numpy and onnxruntime
         work/ID/            a connection's folder; ID.lock is held as long as that lasts
@@ -400,7 +400,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     try:
-        place = Place(os.path.join(os.path.expanduser("~"), ".cache", "edgewhisper"))
+        usual = os.path.join(os.path.expanduser("~"), ".cache", "edgewhisper")
+        place = Place(os.environ.get("EDGEWHISPER_HOME", usual))
     except (Trouble, OSError) as error:
         answer(letter(error))
         return

@@ -16,7 +16,11 @@ from typing import Any, NamedTuple, Self
 PROFILES = Path(__file__).parent / "profiles"
 RUNNER = Path(__file__).parent / "runner"
 
-KINDS = {"local": "devices.local:LocalDevice", "ssh": "devices.ssh:SshDevice"}
+KINDS = {
+    "local": "devices.local:LocalDevice",
+    "ssh": "devices.ssh:SshDevice",
+    "adb": "devices.adb:AdbDevice",
+}
 """The kinds of device this release can reach, and their classes."""
 
 MOST_TEXT = 2000
@@ -146,22 +150,33 @@ def open_device(
     return device
 
 
-def places(names: Sequence[str], hosts: Sequence[str]) -> list[Place]:
-    """Pair devices with their addresses: each host goes to the next device that ssh reaches.
+ADDRESSES = {
+    "ssh": ("--host", "add --device rpi, rpi4, rpi5 or rpi-zero2w"),
+    "adb": ("--serial", "add --device mobile"),
+}
+"""The option that addresses a kind of device, and what is missing where too many are given."""
+
+
+def places(
+    names: Sequence[str], hosts: Sequence[str] = (), serials: Sequence[str] = ()
+) -> list[Place]:
+    """Pair devices with their addresses: each host goes to the next device that ssh reaches, each
+    serial number to the next one that adb does.
 
     Raises DeviceProblem where they do not come out even, or one device is named twice.
     """
-    left = list(hosts)
-    found = [
-        Place(name, left.pop(0) if load_profile(name).kind == "ssh" and left else None)
-        for name in names
-    ]
-    if left:
-        raise DeviceProblem(
-            f"--host {clean(left[0])} is given, and no device is left that is reached by ssh: "
-            f"{', '.join(names)}",
-            "leave --host out, or add --device rpi, rpi4, rpi5 or rpi-zero2w",
-        )
+    left = {"ssh": list(hosts), "adb": list(serials)}
+    found = []
+    for name in names:
+        mine = left.get(load_profile(name).kind)
+        found.append(Place(name, mine.pop(0) if mine else None))
+    for kind, (option, more) in ADDRESSES.items():
+        if left[kind]:
+            raise DeviceProblem(
+                f"{option} {clean(left[kind][0])} is given, and no device is left that is reached "
+                f"by {kind}: {', '.join(names)}",
+                f"leave {option} out, or {more}",
+            )
     for place in found:
         choose(*place)
         if found.count(place) > 1:

@@ -1,44 +1,26 @@
 """A machine over SSH: Linux and python3 are all that it needs.
 
-Files go there once, by their hash; numpy and onnxruntime go with them where they are missing.
+numpy and onnxruntime go there with the files where they are missing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 from devices.connection import Connection
-from devices.device import (
-    RUNNER,
-    Device,
-    DeviceProblem,
-    Env,
-    Finished,
-    clean,
-    last_line,
-    run_runner,
-)
+from devices.device import DeviceProblem, Env, clean, last_line
+from devices.remote import RemoteDevice, field
 from devices.wheels import LEAST_PYTHON, Target, download, in_range
 
-ANSWER_S = 60
-"""That the agent may take for an answer, beside the time of a command or of copying."""
-SLOWEST_BYTES_PER_S = 50_000
-MOST_STDOUT = 1 << 24
-"""Of a command there."""
-MOST_PULLED = 1 << 30
-TELL_BYTES = 1_000_000
-"""Copies of more than this are announced."""
 FREE = "see that there are 300 MB free there; `edgewhisper devices clean` removes what was copied"
 HOST = re.compile(r"[^\s\x00-\x20\x7f'\"`$\\;&|<>(){}*?!#~]{1,255}")
 """Nothing that a shell reads, should the user's own ssh configuration pass it to one."""
 
 
-class SshDevice(Device):
+class SshDevice(RemoteDevice):
     """A machine with Linux and python3 that the system's ssh can reach."""
 
     python = "python3"
@@ -46,112 +28,7 @@ class SshDevice(Device):
     def __init__(
         self, host: str, name: str = "ssh", say: Callable[[str], None] = lambda _: None
     ) -> None:
-        self.host, self.name, self.say = checked(host), name, say
-        self.runtime: str | None = None
-        """The unpacked wheels that commands use; None until that is known, empty for its own."""
-        self.sent_bytes = 0
-        """Of files, since the connection was made."""
-        self.far = Connection(self.host)
-        try:
-            self.facts = self.ask("hello")
-        except BaseException:
-            self.close()
-            raise
-
-    def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
-        """Run a command in the work folder there."""
-        self.prepare()
-        return self.start(argv, {"PYTHONDONTWRITEBYTECODE": "1", **(env or {})}, timeout_s)
-
-    def start(self, argv: Sequence[str], env: Env, timeout_s: float | None) -> Finished:
-        """Run a command with what is there."""
-        found = self.ask(
-            "run",
-            patience_s=None if timeout_s is None else timeout_s + ANSWER_S,
-            argv=list(argv),
-            env=dict(env or {}),
-            runtime=self.runtime or "",
-            timeout_s=timeout_s,
-            most=MOST_STDOUT,
-        )
-        done = Finished(
-            field(found, "exit_code", int),
-            field(found, "stdout", str)[:MOST_STDOUT],
-            field(found, "stderr", str),
-        )
-        if found.get("ended") == "timeout":
-            raise self.problem(
-                f"{argv[0]} did not end within {timeout_s:g} s",
-                "bench fewer clips or repeats, or allow more time",
-            )
-        if found.get("ended") != "itself":
-            raise self.problem(
-                f"{argv[0]} said more than {MOST_STDOUT / 1e6:.0f} MB", "bench fewer clips at once"
-            )
-        return done
-
-    def push(self, local: Path, remote: str) -> None:
-        """Copy a file or a folder; what is there already, under any name, is not sent again."""
-        self.prepare()
-        self.place(files_of(Path(local), self.inside(remote)))
-
-    def place(self, files: dict[str, Path]) -> list[str]:
-        """Copy files to their names in the work folder; return their hashes."""
-        hashed = [(name, *hashed_file(path)) for name, path in files.items()]
-        offered = {
-            digest: (path, size)
-            for (_, digest, size), path in zip(hashed, files.values(), strict=True)
-        }
-        self.far.send_line({"do": "push", "files": hashed})
-        missing = field(self.answer(ANSWER_S), "missing", list)
-        if not all(isinstance(digest, str) and digest in offered for digest in missing):
-            raise self.far.failure("it asked for files that it was not offered")
-        total = sum(offered[digest][1] for digest in missing)
-        if total > TELL_BYTES:
-            self.say(f"copying {total / 1e6:.1f} MB to {self.host}")
-        try:
-            for digest in missing:
-                self.far.send_file(*offered[digest])
-        except OSError as error:
-            raise self.far.failure(f"{error.filename} cannot be read: {error.strerror}") from None
-        self.sent_bytes += total
-        self.answer(ANSWER_S + total / SLOWEST_BYTES_PER_S)
-        return list(offered)
-
-    def pull(self, remote: str, local: Path) -> None:
-        """Copy a file or a folder from the device, 1 GiB at most."""
-        self.far.send_line({"do": "pull", "name": self.inside(remote)})
-        found = self.answer(ANSWER_S)
-        files = field(found, "files", list)
-        if not all(is_file_entry(entry) for entry in files):
-            raise self.far.failure(f"its list of files of {clean(remote)} is none")
-        if sum(size for _, size in files) > MOST_PULLED:
-            raise self.far.failure(f"{remote} is larger than {MOST_PULLED / 2**30:.0f} GiB")
-        try:
-            for name, size in files:
-                target = Path(local) / self.inside(name) if found.get("folder") else Path(local)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("wb") as file:
-                    self.far.receive(file, size)
-        except OSError as error:
-            raise self.far.failure(f"{local} cannot be written: {error.strerror}") from None
-        self.answer(ANSWER_S)
-
-    def describe(self) -> dict[str, Any]:
-        """Return what the runner reads about the machine there."""
-        self.push(RUNNER, "runner")
-        found: dict[str, Any] = clean(run_runner(self, ["describe"], timeout_s=ANSWER_S))
-        field(found, "emulated", bool)
-        return found
-
-    def clean(self) -> tuple[str, int]:
-        """Remove all that was ever copied; return the folder and its bytes."""
-        found = self.ask("clean")
-        return clean(field(found, "folder", str)), field(found, "bytes", int)
-
-    def close(self) -> None:
-        """End the connection; the agent removes the work folder."""
-        self.far.close()
+        super().__init__(Connection(checked(host)), name, say)
 
     # --------------------------------------------------------------------------- the runtime
 
@@ -207,7 +84,7 @@ class SshDevice(Device):
 
     def install(self, target: Target) -> None:
         """Fetch wheels here, unpack them there and try them before they get their name."""
-        self.say(f"{self.host} lacks numpy and onnxruntime: fetching them for {target.machine}")
+        self.say(f"{self.address} lacks numpy and onnxruntime: fetching them for {target.machine}")
         with tempfile.TemporaryDirectory() as folder:
             wheels = download(target, Path(folder))
             hashes = self.place({f"wheels/{wheel.name}": wheel for wheel in wheels})
@@ -225,30 +102,6 @@ class SshDevice(Device):
             )
         self.ask("keep", folder="unpacked", name=target.name, drop=hashes)
 
-    # ------------------------------------------------------------------------- the protocol
-
-    def ask(self, do: str, patience_s: float | None = ANSWER_S, **request: Any) -> dict[str, Any]:
-        """Send a request and return its answer."""
-        self.far.send_line({"do": do, **request})
-        return self.answer(patience_s)
-
-    def answer(self, patience_s: float | None) -> dict[str, Any]:
-        """Return the agent's next answer, or raise its letter."""
-        found = self.far.answer(patience_s)
-        if "error" in found:
-            raise self.problem(clean(str(found["error"])), clean(str(found.get("hint", ""))))
-        return found
-
-    def inside(self, remote: str) -> str:
-        """Return a name that does not lead out of the work folder, in either direction."""
-        path = PurePosixPath(remote)
-        if path.is_absolute() or ".." in path.parts or "\0" in remote:
-            raise self.problem(f"{clean(remote)} lies outside the work folder")
-        return str(path)
-
-    def problem(self, message: str, hint: str = "") -> DeviceProblem:
-        return DeviceProblem(f"{self.host}: {message}", hint)
-
 
 def checked(host: str) -> str:
     """Return the host, if it is a name that ssh cannot take for anything else."""
@@ -258,39 +111,3 @@ def checked(host: str) -> str:
             "name it as you would to ssh: pi@raspberrypi.local, or an alias of your ~/.ssh/config",
         )
     return host
-
-
-def field(found: dict[str, Any], name: str, kind: type) -> Any:
-    """Return a field of an answer, which the other end may have made up."""
-    if not isinstance(found.get(name), kind):
-        raise DeviceProblem(f"the device's answer has no {name}", "start again")
-    return found[name]
-
-
-def is_file_entry(entry: Any) -> bool:
-    """Whether it is a name and a size."""
-    match entry:
-        case [str(), int(size)]:
-            return size >= 0
-    return False
-
-
-def files_of(local: Path, remote: str) -> dict[str, Path]:
-    """Return the files to copy: name there -> file here."""
-    if not local.is_dir():
-        return {remote: local}
-    paths = [path for path in sorted(local.rglob("*")) if path.is_file()]
-    return {
-        str(PurePosixPath(remote, path.relative_to(local).as_posix())): path
-        for path in paths
-        if "__pycache__" not in path.parts
-    }
-
-
-def hashed_file(path: Path) -> tuple[str, int]:
-    """Return a file's hash and size."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
-    except OSError as error:
-        raise DeviceProblem(f"{path} cannot be copied: {error.strerror}") from None

@@ -53,6 +53,10 @@ FailIf = Annotated[
     list[str] | None,
     typer.Option(metavar="LIMIT", help="exit with 1 where a result breaks it; may be repeated"),
 ]
+Serial = Annotated[
+    list[str] | None,
+    typer.Option(help="which phone, by `adb devices`; default: the one that is attached"),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="default: all usable cores")]
 Units = Annotated[
     str | None,
@@ -203,6 +207,7 @@ def bench_cli(
         typer.Option(help="see `edgewhisper devices`; several work at once; default: local"),
     ] = None,
     host: Host = None,
+    serial: Serial = None,
     speech: Annotated[Path | None, typer.Option(help=f"clips to transcribe: {SPEECH}")] = None,
     baseline: Annotated[
         str | None, typer.Option(help="directory of a dense checkpoint, run in transformers")
@@ -226,7 +231,7 @@ def bench_cli(
     kept = [limits.parse(text) for text in fail_if or []]
     how = Measuring(repeats, threads, normalizer, compute_units)
     rest = (speech, baseline, how, _say_for(json_file))
-    found = pipeline.bench(artifacts or [], device or ["local"], host or [], *rest)
+    found = pipeline.bench(artifacts or [], device or ["local"], host or [], *rest, serial or [])
     _show_results(found.results, json_file)
     _say_for(json_file)(f"wrote {found.path}")
     for letter in found.failed[:-1]:
@@ -437,6 +442,9 @@ def recipes_cli() -> None:
             say(f"{'':10} searched: {', '.join(searchable(name))}")
 
 
+HOWS = {"local": "ready", "ssh": "--host USER@HOST", "adb": "adb, --serial S"}
+"""How a kind of device is reached."""
+
 devices_app = typer.Typer()
 app.add_typer(devices_app, name="devices")
 
@@ -449,19 +457,29 @@ def devices_cli(context: typer.Context) -> None:
     from devices.device import load_profile, profile_names, reachable
 
     for profile in map(load_profile, profile_names()):
-        how = {"local": "ready", "ssh": "--host USER@HOST"}.get(profile.kind, "")
+        how = HOWS.get(profile.kind, "")
         state = how if reachable(profile) else "not in this release"
         say(f"{profile.name:12} {profile.kind:6} {state:20} {profile.model}")
 
 
 @devices_app.command("clean")
-def clean_cli(host: Annotated[str, typer.Option(metavar="USER@HOST", help="of bench")]) -> None:
+def clean_cli(
+    host: Annotated[str | None, typer.Option(metavar="USER@HOST", help="of bench")] = None,
+    serial: Annotated[str | None, typer.Option(help="of bench")] = None,
+) -> None:
     """Remove what bench has copied to a device: artifacts, clips, numpy and onnxruntime."""
-    from devices.ssh import SshDevice
+    if (host is None) == (serial is None):
+        raise typer.BadParameter("name one device, by --host or by --serial")
+    if serial is not None:
+        from devices.adb import remove_all
 
-    with SshDevice(host) as device:
-        folder, freed = device.clean()
-    say(f"removed {folder} from {host}: {freed / 1e6:.1f} MB")
+        folder, freed = remove_all(serial)
+    else:
+        from devices.ssh import SshDevice
+
+        with SshDevice(str(host)) as device:
+            folder, freed = device.clean()
+    say(f"removed {folder} from {host or serial}: {freed / 1e6:.1f} MB")
 
 
 def say(text: str) -> None:

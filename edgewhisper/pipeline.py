@@ -396,14 +396,15 @@ def bench(
     baseline: str | None = None,
     how: Measuring | None = None,
     say: Say = print,
+    serials: Sequence[str] = (),
 ) -> Benched:
     """Measure artifacts, and a dense checkpoint in transformers beside them, on devices; each of
-    `hosts` goes to the next device that is reached by ssh."""
+    `hosts` goes to the next device that is reached by ssh, each of `serials` to the next by adb."""
     from benchmarks.bench import Candidate
     from benchmarks.stock import has_core_ml
     from devices.device import places
 
-    where = places(devices, hosts)  # what is wrong is said before anything is exported
+    where = places(devices, hosts, serials)  # what is wrong is said before anything is exported
     apple = list(devices) == ["local"] and has_core_ml()
     newest = runs.newest("artifact", without="" if apple else "-coreml-")
     chosen = list(artifacts) or [newest or export(say=say)]

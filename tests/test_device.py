@@ -66,9 +66,9 @@ def test_an_unknown_device_gets_the_list_of_known_ones(name):
     assert "rpi, mobile, local, m1" in letter.value.hint
 
 
-@pytest.mark.parametrize("name", ["mobile", "m1"])
+@pytest.mark.parametrize("name", ["m1"])
 def test_devices_of_later_releases_get_a_letter(name):
-    benches = "this release, which benches local, rpi-zero2w, rpi4, rpi5$"
+    benches = "this release, which benches local, pixel, rpi-zero2w, rpi4, rpi5$"
     with pytest.raises(DeviceProblem, match=benches) as letter:
         open_device(name)
     assert load_profile(name).model in str(letter.value)
@@ -100,8 +100,16 @@ def test_hosts_go_to_the_devices_that_ssh_reaches_in_their_order():
         places(["rpi4", "rpi4"], ["a", "a"])
 
 
+def test_serial_numbers_go_to_the_phones_and_one_phone_needs_none():
+    assert places(["mobile", "rpi4", "pixel"], ["a"], ["s"]) == [
+        *(("mobile", "s"), ("rpi4", "a"), ("pixel", None)),
+    ]
+    with pytest.raises(DeviceProblem, match="--serial s is given, and no device is left that is"):
+        places(["rpi4"], ["a"], ["s"])
+
+
 def test_every_kind_in_the_dict_opens():
-    assert list(KINDS) == ["local", "ssh"]  # ssh: test_ssh.py
+    assert list(KINDS) == ["local", "ssh", "adb"]  # test_ssh.py, test_adb.py
     with open_device("local") as device:
         assert device.name == "local"
 

@@ -151,7 +151,7 @@ def alive(pid: str | int) -> bool:
 
 @real
 def test_a_command_that_says_too_much_is_stopped(pi, monkeypatch):
-    monkeypatch.setattr("devices.ssh.MOST_STDOUT", 100_000)
+    monkeypatch.setattr("devices.remote.MOST_STDOUT", 100_000)
     found = letter(lambda: pi.run(python("while True: print('x' * 1000)")))
     assert "said more than 0 MB" in str(found)
     loud = pi.run(python("import sys\nfor _ in range(300): sys.stderr.write('x' * 999 + '\\n')"))
@@ -367,7 +367,7 @@ HELLO: dict = {}
 )
 def test_an_answer_is_data_of_bounded_size(player, monkeypatch, said, words):
     player(said, waits=True)
-    monkeypatch.setattr("devices.ssh.ANSWER_S", 1)
+    monkeypatch.setattr("devices.remote.ANSWER_S", 1)
 
     def ask() -> None:
         with connect() as device:
@@ -430,7 +430,9 @@ def test_a_file_that_vanishes_while_it_is_copied_gets_a_letter(player, tmp_path,
     digest = hashlib.sha256(b"x").hexdigest()
     player(answers(HELLO, {"missing": [digest]}), waits=True)
     with connect() as device:
-        monkeypatch.setattr("devices.ssh.hashed_file", lambda path: (path.unlink(), (digest, 1))[1])
+        monkeypatch.setattr(
+            "devices.remote.hashed_file", lambda path: (path.unlink(), (digest, 1))[1]
+        )
         found = letter(lambda: device.push(tmp_path / "x", "x"))
     assert "x cannot be read: No such file" in str(found)
 
@@ -472,7 +474,7 @@ def test_a_push_that_is_cut_leaves_nothing_half(server, tmp_path, rng, monkeypat
             send(data)
             sent.append(len(data))
             if sum(sent) > 1_000_000:
-                device.far.ssh.kill()
+                device.far.process.kill()
 
         monkeypatch.setattr(device.far, "send", cut)
         found = letter(lambda: device.push(tmp_path, "artifact"))
@@ -489,7 +491,7 @@ def test_a_push_that_is_cut_leaves_nothing_half(server, tmp_path, rng, monkeypat
 @real
 def test_a_run_that_is_cut_ends_there_too(server):
     pi = connect()
-    threading.Thread(target=after_its_start, args=(server, pi.far.ssh.kill)).start()
+    threading.Thread(target=after_its_start, args=(server, pi.far.process.kill)).start()
     found = letter(lambda: pi.run(python(NOTES_ITS_PID)))
     assert str(found) == "pi: the connection was cut (ssh was ended by signal 9)"
     wait_until(lambda: server.working() == [])

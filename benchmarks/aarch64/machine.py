@@ -22,12 +22,13 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from devices import debian
 from export.files import new_directory
 from export.problem import Problem
 
@@ -147,7 +148,7 @@ def fetch(place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     fetched = place / "fetched"
     shutil.rmtree(fetched, ignore_errors=True)
-    config = lay_out_apt(fetched, "".join(source_files()))
+    config = lay_out_apt(fetched, "".join(debian.source_files()))
     hint = "it needs Debian's packages and the Python package index; try again with a network"
     env = {"APT_CONFIG": str(config)}
     in_fetched = ["sh", "-c", 'cd "$0" && exec "$@"', str(fetched)]
@@ -177,7 +178,7 @@ def pip(folder: Path) -> list[str]:
 
 
 def lay_out_apt(folder: Path, sources: str) -> Path:
-    """apt's configuration with a state of its own, for arm64 and with sources of packages."""
+    """apt's configuration for arm64, with sources of packages."""
     entries = debian_sources(sources)
     if not entries:
         raise Problem(
@@ -185,45 +186,15 @@ def lay_out_apt(folder: Path, sources: str) -> Path:
             "machine's apt does not know",
             "run it on Debian 12, in a container for instance",
         )
-    for name in ("lists/partial", "archives/partial", "sources"):
-        (folder / "apt" / name).mkdir(parents=True)
-    for number, entry in enumerate(entries):
-        kind = "sources" if "Suites:" in entry else "list"
-        (folder / f"apt/sources/{number}.{kind}").write_text(entry + "\n", encoding="utf-8")
-    told = {
-        "APT::Architecture": "arm64",
-        "APT::Architectures": "arm64",
-        "APT::Sandbox::User": "root",
-        "Acquire::Languages": "none",
-        "Debug::NoLocking": "1",
-        "Dir::State": folder / "apt",
-        "Dir::State::status": "/dev/null",
-        "Dir::Cache": folder / "apt",
-        "Dir::Etc::sourcelist": "/dev/null",
-        "Dir::Etc::sourceparts": folder / "apt/sources",
-    }
-    config = folder / "apt/apt.conf"
-    lines = [f'{name} "{value}";\n' for name, value in told.items()]
-    config.write_text("".join(lines), encoding="utf-8")
-    return config
-
-
-def source_files() -> Iterator[str]:
-    """Where this machine's apt fetches from."""
-    base = Path("/etc/apt")
-    for path in [base / "sources.list", *sorted((base / "sources.list.d").glob("*"))]:
-        if path.is_file():
-            yield path.read_text(encoding="utf-8") + "\n\n"
+    return debian.lay_out_apt(folder, "arm64", entries)
 
 
 def debian_sources(text: str) -> list[str]:
     """The entries for Debian 12, in either of apt's forms, each for binaries and sources."""
     found = []
-    for stanza in re.split(r"\n\s*\n", text):
-        if re.search(rf"^Suites:.*\b(?<!-){SUITE}\b", stanza, flags=re.M):
-            found.append(re.sub(r"^Types:.*$", "Types: deb deb-src", stanza.strip(), flags=re.M))
-    for line in re.findall(rf"^deb (.*\s{SUITE}(?:\s|-).*)$", text, flags=re.M):
-        found.append(f"deb {line}\ndeb-src {line}")
+    for entry in debian.entries_of(SUITE, text):
+        both = re.sub(r"^Types:.*$", "Types: deb deb-src", entry, flags=re.M)
+        found.append(both if "Suites:" in entry else f"{entry}\ndeb-src{entry[len('deb') :]}")
     return found
 
 

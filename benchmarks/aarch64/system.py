@@ -25,8 +25,8 @@ from benchmarks.aarch64.machine import (
     checked,
     lay_out_apt,
     pip,
-    source_files,
 )
+from devices import debian
 from export.files import new_directory
 from export.problem import Problem
 
@@ -108,7 +108,7 @@ def build(place: Path) -> None:
 
 def fetch(folder: Path) -> None:
     """Packages with all that they depend on, the kernel, and wheels."""
-    env = {"APT_CONFIG": str(lay_out_apt(folder, "".join(source_files())))}
+    env = {"APT_CONFIG": str(lay_out_apt(folder, "".join(debian.source_files())))}
     checked(["apt-get", "update", "-qq"], NETWORK, env)
     archives = folder / "archives"
     (archives / "partial").mkdir(parents=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import android
 from .machine import describe, limit_memory
 from .problem import RunnerProblem
 
@@ -84,6 +85,8 @@ def positive(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return a command's answer; numpy and onnxruntime are imported where they are used."""
+    if android.here():
+        android.take_fast_cores(getattr(arguments, "threads", None))
     if arguments.command == "describe":
         return describe()
     sound = sum(path.stat().st_size for path in getattr(arguments, "wav", []) if path.is_file())

@@ -26,6 +26,8 @@ ISA_FEATURES = (
 
 def describe(root: str | Path = "/") -> dict:
     """Return model, CPU, cores, features, clock, temperature, memory and versions as JSON."""
+    from . import android
+
     base = Path(root)
     cpuinfo = read(base / "proc/cpuinfo")
     clock = base / "sys/devices/system/cpu/cpu0/cpufreq"
@@ -47,6 +49,7 @@ def describe(root: str | Path = "/") -> dict:
         "kernel": f"{platform.system()} {platform.release()}",
         "runtime": versions(),
         "emulated": emulated(base, platform.machine()),
+        **(android.describe(base) if android.here(base) else {}),
     }
 
 
