@@ -66,6 +66,8 @@ class Device(ABC):
     name: str
     python: str
     """The interpreter there that has numpy and onnxruntime."""
+    libraries: tuple[str, ...] = ()
+    """What else it should have, where that is to be had; told before the first command."""
 
     @abstractmethod
     def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
@@ -160,7 +162,7 @@ def places(names: Sequence[str], hosts: Sequence[str]) -> list[Place]:
         raise DeviceProblem(
             f"--host {clean(left[0])} is given, and no device is left that is reached by ssh: "
             f"{', '.join(names)}",
-            "leave --host out, or add --device rpi, rpi4, rpi5 or rpi-zero2w",
+            "leave --host out, or add --device rpi, rpi4, rpi5, rpi-zero2w or m1",
         )
     for place in found:
         choose(*place)
@@ -191,8 +193,8 @@ def choose(name: str, address: str | None) -> Profile:
 
 
 def reachable(profile: Profile) -> bool:
-    """Say whether this release can bench on it; of what ssh reaches, not yet a Mac."""
-    return profile.kind in KINDS and profile.name != "m1"
+    """Say whether this release can bench on it."""
+    return profile.kind in KINDS
 
 
 def run_runner(
