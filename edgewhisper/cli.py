@@ -205,7 +205,10 @@ def bench_cli(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="rounds, interleaved")] = 5,
     threads: Threads = None,
-    compute_units: Units = None,
+    compute_units: Annotated[
+        list[str] | None,
+        typer.Option(help="of Core ML: all, cpu, cpu-ane, cpu-gpu; several, or each; default: all"),
+    ] = None,
     normalizer: Normalizer = None,
     json_file: Json = None,
 ) -> None:
@@ -213,7 +216,7 @@ def bench_cli(
     from benchmarks.bench import Measuring
     from edgewhisper import pipeline
 
-    how = Measuring(repeats, threads, normalizer, compute_units)
+    how = Measuring(repeats, threads, normalizer, tuple(compute_units or ()))
     rest = (speech, baseline, how, _say_for(json_file))
     found = pipeline.bench(artifacts or [], device or ["local"], host or [], *rest)
     _show_results(found.results, json_file)

@@ -11,7 +11,7 @@ import re
 import struct
 from functools import cache
 
-from .machine import UNAVAILABLE, number
+from .machine import UNAVAILABLE
 
 ISA = {
     "hw.optional.arm.AdvSIMD": "asimd",
@@ -24,7 +24,7 @@ ISA = {
 
 NAMES = (
     *("hw.model", "machdep.cpu.brand_string", "hw.memsize"),
-    *("hw.perflevel0.physicalcpu", "hw.perflevel1.physicalcpu"),
+    *("hw.perflevel0.physicalcpu", "hw.perflevel1.physicalcpu", "sysctl.proc_translated"),
     *ISA,
 )
 POWERMETRICS = ("sudo", "-n", "powermetrics", "--samplers", "cpu_power", "-n", "1", "-i")
@@ -38,11 +38,12 @@ def describe() -> dict:
         "model": found.get("hw.model", UNAVAILABLE),
         "cpu": found.get("machdep.cpu.brand_string", UNAVAILABLE),
         "isa": [name for key, name in ISA.items() if found.get(key) == "1"] or UNAVAILABLE,
-        "performance_cores": number(found.get("hw.perflevel0.physicalcpu", ""), 1),
-        "efficiency_cores": number(found.get("hw.perflevel1.physicalcpu", ""), 1),
-        "memory_bytes": number(found.get("hw.memsize", ""), 1),
+        "performance_cores": count(found.get("hw.perflevel0.physicalcpu", "")),
+        "efficiency_cores": count(found.get("hw.perflevel1.physicalcpu", "")),
+        "memory_bytes": count(found.get("hw.memsize", "")),
         "os": system(said("sw_vers")),
         "power_source": source(said("pmset", "-g", "batt")),
+        "emulated": found.get("sysctl.proc_translated") == "1",  # by Rosetta
         **readings(),
     }
 
@@ -77,6 +78,11 @@ def sysctl(names: tuple[str, ...]) -> dict[str, str]:
     """Return those values of the kernel that there are; it goes on behind a name it lacks."""
     pairs = (line.partition(": ") for line in said("sysctl", *names).splitlines())
     return {name: value.strip() for name, _, value in pairs if value.strip()}
+
+
+def count(text: str) -> int | str:
+    """Return a number, where it is one."""
+    return int(text) if text.isdecimal() else UNAVAILABLE
 
 
 def system(text: str) -> str:
@@ -134,8 +140,8 @@ USAGE = (
     *("logical_writes", "lifetime_max_phys_footprint", "instructions", "cycles"),
     *("billed_energy", "serviced_energy", "interval_max_phys_footprint", "runnable_time"),
 )
-"""struct rusage_info_v4 of <sys/resource.h>: uint8_t ri_uuid[16], then a uint64_t for each of these,
-whose names there begin with ri_."""
+"""struct rusage_info_v4 of <sys/resource.h>: uint8_t ri_uuid[16], then a uint64_t for each of
+these, whose names there begin with ri_."""
 USAGE_BYTES = UUID_BYTES + 8 * len(USAGE)
 
 
