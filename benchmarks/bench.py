@@ -222,7 +222,7 @@ def check_target(candidate: Candidate, machine: dict[str, Any], name: str) -> No
         raise Problem(
             f"{candidate.source} is for Core ML, which is on Apple's systems only, and {name} runs "
             f"{kernel}; the time that an interpreter takes is none of its own",
-            hint="bench it with the same command on a Mac, or export with `--target onnx` for "
+            hint="add --device m1 and --host with a Mac, or export with `--target onnx` for "
             f"{name}",
         )
 
@@ -289,7 +289,7 @@ def first_load(
         return {}
     progress(f"{candidate.label}: compiling, and loading for the first time")
     answer = run_runner(device, ["compile", f"artifacts/{index}", *of_units(candidate)])
-    found = {name: answer.get(name) for name in ("compile_s", "cold_load_s")}
+    found: dict[str, Any] = {name: answer.get(name) for name in ("compile_s", "cold_load_s")}
     if wrong := [name for name, times in found.items() if not are_seconds(times)]:
         raise unusable(device, wrong)
     found = {name: times for name, times in found.items() if times}

@@ -36,7 +36,7 @@ MACS_PYTHONS = tuple(
 """Where Homebrew, python.org and uv put one: over ssh a Mac's PATH has neither. /usr/bin/python3 is
 never started, for it is too old, or a stub that opens a window which offers to install it."""
 NO_NEWER = 14
-"""The first minor version that coremltools 9 has no wheel for; it is taken where no other is."""
+"""The first minor version that coremltools 9.0 has no wheel for; taken where no other is there."""
 NO_MACS_PYTHON = "edgewhisper: this Mac has none of the pythons"
 
 

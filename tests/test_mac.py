@@ -354,6 +354,26 @@ def test_units_that_no_artifact_asks_for_get_a_letter(coreml, exported, few):
 
 
 @real
+def test_edgewhisper_devices_lists_it_and_clean_cleans_it(server, monkeypatch, capsys, tmp_path):
+    from edgewhisper.cli import main
+
+    def said(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["edgewhisper", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code
+        return capsys.readouterr().out
+
+    assert "m1           ssh    --host USER@HOST     Apple M1\n" in said("devices")
+    (tmp_path / "a").write_bytes(b"x" * 2_000_000)
+    with SshDevice("pi") as device:
+        device.runtime = ""
+        device.push(tmp_path / "a", "a")
+    assert said("devices", "clean", "--host", "pi").endswith("from pi: 2.0 MB\n")
+    assert not server.private.exists()
+
+
+@real
 def test_edgewhisper_bench_walks_the_road(server, exported, clips, tmp_path, monkeypatch, capsys):
     from edgewhisper.cli import main
 
