@@ -20,14 +20,12 @@ from packaging.version import InvalidVersion, Version
 from devices.device import DeviceProblem, last_line
 
 NAMES = ("numpy", "onnxruntime")
+MAY = ("coremltools",)
+"""What is sent on request only, with all that it needs."""
 LEAST_PYTHON = (3, 11)
 """What devices/runner is written for."""
 OLDEST_GLIBC = 17
 """Minor version of the oldest one that wheels are built for."""
-
-
-MAY = ("coremltools",)
-"""What is sent on request only, with all that it needs."""
 
 
 @dataclass(frozen=True)

@@ -234,11 +234,17 @@ def test_power_is_read_where_powermetrics_is_allowed_and_asked_for_once_where_no
     )
 
 
+MINI = (
+    "Now drawing from 'AC Power'\n"
+    "2026-11-21 19:00:00 +0000 CPU Power notify\n\tCPU_Speed_Limit \t= 70\n"
+)
+
+
 def test_a_mini_has_no_battery_and_an_intel_processor_speed_limits(tools):
-    macs.tool(tools, "pmset", "printf \"Now drawing from 'AC Power'\\nCPU_Speed_Limit \\t= 70\\n\"")
+    macs.tool(tools, "pmset", macs.prints(MINI))
     found = mac.describe()
     assert (found["power_source"], found["battery_share"]) == ("AC Power", "unavailable")
-    assert found["throttled"].endswith("CPU_Speed_Limit = 70")
+    assert found["throttled"].endswith("; CPU Power notify; CPU_Speed_Limit = 70")
 
 
 # --------------------------------------------------------------------------------------- memory

@@ -96,9 +96,13 @@ SW_VERS = ("ProductName", "ProductVersion", "BuildVersion")
 
 
 def warnings(text: str) -> str:
-    """Return `pmset -g therm` on one line: warnings, and on Intel's processors speed limits."""
-    lines = (re.sub(r"\s+", " ", line.removeprefix("Note: ")) for line in text.splitlines())
+    """Return `pmset -g therm` on one line: warnings, and on Intel's processors speed limits. When
+    it was asked is left out, so that what is the same reads the same."""
+    lines = (re.sub(r"\s+", " ", AT.sub("", line)) for line in text.splitlines())
     return "; ".join(line.strip() for line in lines if line.strip()) or UNAVAILABLE
+
+
+AT = re.compile(r"^Note: |^\d{4}-\d\d-\d\d [\d:]+ [+-]\d{4} ")
 
 
 def share(text: str) -> float | str:
@@ -121,7 +125,7 @@ def has_powermetrics() -> bool:
 
 def watts(text: str) -> float | str:
     """Return the power of all parts of the processor."""
-    found = re.search(r"^Combined Power[^:\n]*:\s*(\d+) mW", text, re.MULTILINE)
+    found = re.search(r"^Combined Power[^:\n]*:\s*(\d+)\s*mW", text, re.MULTILINE)
     return int(found[1]) / 1000 if found else UNAVAILABLE
 
 
