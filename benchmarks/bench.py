@@ -24,6 +24,7 @@ from benchmarks.result import FORMAT, STAGES, summaries, validate
 from benchmarks.speech import SAMPLING_RATE, Clip
 from benchmarks.wer import score
 from devices.device import RUNNER, Device, clean, run_runner
+from devices.runner.coreml import UNITS
 from export.artifact import read_manifest, verify
 from export.problem import Problem
 from export.prompt import language_code
@@ -31,6 +32,9 @@ from export.versions import version
 
 RIVALS = {"transformers": "benchmarks.rivals.transformers"}
 """Other ways to do the same work: name -> module that speaks the runner's protocol."""
+
+PEAKS = ("peak_rss_bytes", "peak_footprint_bytes")
+"""Of a round; the second one is a Mac's."""
 
 PROJECT = Path(__file__).resolve().parent.parent
 OURS = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
@@ -45,11 +49,18 @@ class Candidate:
     rival: str | None = None
     name: str = ""
     """How tables call it; the folder's name where it is empty."""
+    compute_units: str | None = None
+    """Of Core ML, where they are chosen."""
 
     @property
     def label(self) -> str:
         own = self.name or Path(self.source).resolve().name
-        return own if self.rival is None or self.name else f"{own} ({self.rival})"
+        behind = self.compute_units or (None if self.name else self.rival)
+        return own if behind is None else f"{own} ({behind})"
+
+    @property
+    def is_coreml(self) -> bool:
+        return self.rival is None and read_manifest(Path(self.source)).get("target") == "coreml"
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,11 @@ class Measuring:
     """By default all cores that the device lets a process use."""
     normalizer: str | None = None
     """By default the one for the clips' language."""
-    compute_units: str | None = None
-    """Of Core ML."""
+    compute_units: tuple[str, ...] = ()
+    """Of Core ML: a result for each; EACH is all of them."""
+
+
+EACH = ("each",)
 
 
 def bench(
@@ -107,18 +121,20 @@ def prepare(
     candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip], how: Measuring
 ) -> Prepared:
     """Check all that can be checked, and copy what the device lacks; raises as bench_all does."""
+    candidates = by_units(candidates, how.compute_units)
     if not clips:
         raise Problem("there are no clips to bench on", hint="give a speech manifest")
     normalizer = how.normalizer or name_for(clips)
     normalizer_named(normalizer)  # an unknown one is said now, not after the measurement
     described = [identify(candidate) for candidate in candidates]
+    if any(candidate.is_coreml for candidate in candidates):
+        device.libraries = ("coremltools",)
     machine = device.describe()
     for candidate in candidates:
         check_target(candidate, machine, device.name)
     common = {
         "format": FORMAT,
         "clips_hash": clips_hash(clips),
-        **({"compute_units": how.compute_units} if how.compute_units else {}),
         "audio_s": send(candidates, device, clips),
         "device": {**machine, "name": device.name},
         "emulated": machine["emulated"],
@@ -131,6 +147,7 @@ def prepare(
 def measure(ready: Prepared, progress: Callable[[str], None] = lambda _: None) -> list[dict]:
     """The results of a device's candidates, which take turns."""
     how, device = ready.how, ready.device
+    firsts = [first_load(ready, index, progress) for index in range(len(ready.candidates))]
     answers: list[list[dict[str, Any]]] = [[] for _ in ready.candidates]
     for turn in range(how.repeats):
         for index, candidate in enumerate(ready.candidates):
@@ -143,10 +160,30 @@ def measure(ready: Prepared, progress: Callable[[str], None] = lambda _: None) -
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     found = []
-    for known, rounds in zip(ready.known, answers, strict=True):
+    for known, first, rounds in zip(ready.known, firsts, answers, strict=True):
         machine = {"device": {**known["device"], "temperature_after_c": after}}
         words = accuracy(ready.clips, rounds[-1]["texts"], str(how.normalizer))
-        found.append(validate(known | measured | machine | merge(rounds) | words))
+        found.append(validate(known | measured | machine | first | merge(rounds) | words))
+    return found
+
+
+def by_units(candidates: Sequence[Candidate], units: tuple[str, ...]) -> list[Candidate]:
+    """The candidates, each Core ML artifact once for all units that are named."""
+    units = tuple(UNITS) if units == EACH else tuple(dict.fromkeys(units))
+    if unknown := next((name for name in units if name not in UNITS), None):
+        raise Problem(
+            f"compute units {unknown!r} are not known",
+            hint=f"name one or more of {', '.join(UNITS)}, or each",
+        )
+    if units and not any(candidate.is_coreml for candidate in candidates):
+        raise Problem(
+            f"compute units {units[0]!r} are asked for, and there is no Core ML artifact to bench",
+            hint="leave them out, or name one that was exported with `--target coreml`",
+        )
+    found: list[Candidate] = []
+    for candidate in candidates:
+        own = units if candidate.is_coreml else ()
+        found += [replace(candidate, compute_units=name) for name in own] or [candidate]
     return found
 
 
@@ -162,6 +199,7 @@ def identify(candidate: Candidate) -> dict[str, Any]:
             "precision": manifest["precision"],
             "parameters": manifest["parameters"],
             "macs": manifest["macs"],
+            **({"compute_units": candidate.compute_units} if candidate.compute_units else {}),
         }
     if candidate.rival not in RIVALS:
         raise Problem(
@@ -179,13 +217,12 @@ def identify(candidate: Candidate) -> dict[str, Any]:
 
 def check_target(candidate: Candidate, machine: dict[str, Any], name: str) -> None:
     """Raise Problem for packages of Core ML where that is not to be had."""
-    told = {} if candidate.rival else read_manifest(Path(candidate.source))
     kernel = str(machine.get("kernel"))
-    if told.get("target") == "coreml" and not kernel.startswith("Darwin"):
+    if candidate.is_coreml and not kernel.startswith("Darwin"):
         raise Problem(
             f"{candidate.source} is for Core ML, which is on Apple's systems only, and {name} runs "
             f"{kernel}; the time that an interpreter takes is none of its own",
-            hint="bench it with the same command on a Mac, or export with `--target onnx` for "
+            hint="add --device m1 and --host with a Mac, or export with `--target onnx` for "
             f"{name}",
         )
 
@@ -238,12 +275,35 @@ def device_cores(machine: dict[str, Any]) -> int:
     return cores if isinstance(cores, int) else 1
 
 
+def of_units(candidate: Candidate) -> list[str]:
+    return ["--compute-units", candidate.compute_units] if candidate.compute_units else []
+
+
+def first_load(
+    ready: Prepared, index: int, progress: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """What a Core ML artifact costs before its first word, and only then: the fields `compile_s`
+    and `cold_load_s`. What is compiled there is what the rounds load."""
+    candidate, device = ready.candidates[index], ready.device
+    if not candidate.is_coreml:
+        return {}
+    progress(f"{candidate.label}: compiling, and loading for the first time")
+    answer = run_runner(device, ["compile", f"artifacts/{index}", *of_units(candidate)])
+    found: dict[str, Any] = {name: answer.get(name) for name in ("compile_s", "cold_load_s")}
+    if wrong := [name for name, times in found.items() if not are_seconds(times)]:
+        raise unusable(device, wrong)
+    found = {name: times for name, times in found.items() if times}
+    told = ", ".join(f"{name} {sum(times):.2f}" for name, times in found.items())
+    progress(f"{candidate.label}: {told}")
+    return found
+
+
 def run_round(ready: Prepared, index: int) -> dict[str, Any]:
     """One process of one candidate: every clip once."""
     candidate, device, how = ready.candidates[index], ready.device, ready.how
     options = ["clips/clips.json", "--repeats", "1", "--threads", str(how.threads)]
     if candidate.rival is None:
-        options += ["--compute-units", how.compute_units] if how.compute_units else []
+        options += of_units(candidate)
         answer = run_runner(device, ["bench", f"artifacts/{index}", *options])
     else:
         source = str(Path(candidate.source).resolve())
@@ -255,22 +315,28 @@ def checked(answer: dict[str, Any], device: Device, clips: int) -> dict[str, Any
     """A round's answer, if it is one: it comes from another machine, and is data."""
     times = {stage: answer.get(stage) for stage in STAGES}
     wrong = [stage for stage, found in times.items() if not are_seconds(found)]
-    texts, peak, share = (answer.get(name) for name in ("texts", "peak_rss_bytes", "mel_share"))
+    texts, share = answer.get("texts"), answer.get("mel_share")
     if not (isinstance(texts, list) and len(texts) == clips and all_are(texts, str)):
         wrong.append("texts")
-    if not (isinstance(peak, int) or peak == "unavailable"):
-        wrong.append("peak_rss_bytes")
+    peaks = {name: answer.get(name) for name in PEAKS if name in answer or name == PEAKS[0]}
+    wrong += [
+        n for n, peak in peaks.items() if not (isinstance(peak, int) or peak == "unavailable")
+    ]
     if not (share is None or (isinstance(share, float) and 0 <= share <= 1)):
         wrong.append("mel_share")
     versions = answer.get("versions")
     if not (isinstance(versions, dict) and all_are(versions.values(), str)):
         wrong.append("versions")
     if wrong:
-        raise Problem(
-            f"{device.name}: the runner's answer has no usable {', '.join(wrong)}",
-            hint="bench again; if it stays so, something else answers there than the runner",
-        )
+        raise unusable(device, wrong)
     return answer | {"versions": clean(versions)}
+
+
+def unusable(device: Device, wrong: Sequence[str]) -> Problem:
+    return Problem(
+        f"{device.name}: the runner's answer has no usable {', '.join(wrong)}",
+        hint="bench again; if it stays so, something else answers there than the runner",
+    )
 
 
 def are_seconds(found: Any) -> bool:
@@ -287,19 +353,24 @@ def all_are(found: Iterable[Any], kind: type) -> bool:
 def merge(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The samples of all rounds, one behind the other, and what they say together."""
     samples = {stage: [time for answer in rounds for time in answer[stage]] for stage in STAGES}
-    peaks = [answer["peak_rss_bytes"] for answer in rounds]
+    peaks = {name: highest(rounds, name) for name in PEAKS if name in rounds[0]}
     shares = [answer["mel_share"] for answer in rounds if answer["mel_share"] is not None]
-    known = [peak for peak in peaks if isinstance(peak, int)]
     extra = {"parameters": rounds[-1]["parameters"]} if "parameters" in rounds[-1] else {}
     return {
         **samples,
         **summaries(samples, len(rounds)),
         **extra,
         "mel_share": float(np.median(shares)) if shares else None,
-        "peak_rss_bytes": max(known) if known else peaks[0],
+        **peaks,
         "texts": rounds[-1]["texts"],
         "versions": {"edgewhisper": version("edgewhisper"), **rounds[-1]["versions"]},
     }
+
+
+def highest(rounds: Sequence[dict[str, Any]], name: str) -> int | str:
+    """The highest of the rounds' peaks, where any round could tell its own."""
+    found = [answer.get(name, "unavailable") for answer in rounds]
+    return max((peak for peak in found if isinstance(peak, int)), default=found[0])
 
 
 def accuracy(clips: Sequence[Clip], texts: Sequence[str], normalizer: str) -> dict[str, Any]:

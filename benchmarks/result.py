@@ -12,6 +12,10 @@ cores for the same, which other programs on the machine disturb less; `mel_s`, `
 inside the encoder graph, its time is the graph's times `mel_share`, the share of kernel time that
 a separate profiled run gave its nodes; for a rival with a front end of its own `mel_share` is null.
 
+Of Core ML a result may have `compute_units`; `compile_s`, what it took to compile the packages, and
+`cold_load_s`, to load them for the first time, before any round: `load_s` is that of packages that
+are compiled and were loaded before. On a Mac `peak_footprint_bytes` stands beside resident memory.
+
 A result of `python -m benchmarks.rivals` may have `forced_tokens`: every engine was made to decode
 exactly so many tokens, and texts and error rates mean nothing.
 
@@ -52,6 +56,10 @@ ACCURACY: dict[str, type | tuple[type, ...]] = {
 LATER: dict[str, type | tuple[type, ...]] = {
     "wer_per_utterance_mean": (int, float),
     "forced_tokens": (int, type(None)),
+    "compute_units": str,
+    "compile_s": list,
+    "cold_load_s": list,
+    "peak_footprint_bytes": (int, str),
 }
 """Fields that lines written before them, or by others, lack; readers take them with `get`."""
 

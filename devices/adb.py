@@ -110,7 +110,15 @@ class AgentOnPhone(Link):
     """Runs agent.py in the interpreter that was copied to a phone."""
 
     def __init__(self, serial: str, python: str) -> None:
-        there = ["env", f"EDGEWHISPER_HOME={ROOT}", "HOME=/data/local/tmp", python, *READS_AGENT]
+        there = [
+            "env",
+            f"EDGEWHISPER_HOME={ROOT}",
+            "HOME=/data/local/tmp",
+            python,
+            "-c",
+            READS_AGENT,
+            python,
+        ]
         super().__init__(serial, ["adb", "-s", serial, "shell", "-T", shlex.join(there)], INSTALL)
 
     def why(self, code: int, words: str) -> tuple[str, str]:

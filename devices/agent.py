@@ -11,6 +11,7 @@ cause, so do the command that runs and the work folder.
         work/ID/            a connection's folder; ID.lock is held as long as that lasts
 
 Standard library only, and no syntax newer than Python 3.7: an older one can then say what it is.
+Linux and macOS; what only one of them has is tried and may be missing.
 """
 
 from __future__ import annotations
@@ -153,7 +154,9 @@ def hello(place: Place, request: dict[str, Any]) -> dict[str, Any]:
         "machine": platform.machine(),
         "bits": 64 if sys.maxsize > 2**32 else 32,
         "libc": libc(),
-        "versions": {name: version(name) for name in ("numpy", "onnxruntime")},
+        "macos": platform.mac_ver()[0],
+        "command": sys.argv[1],
+        "versions": {name: version(name) for name in ("numpy", "onnxruntime", "coremltools")},
         "runtimes": sorted(os.listdir(place.runtimes)),
     }
 
@@ -184,6 +187,9 @@ def push(place: Place, request: dict[str, Any]) -> dict[str, Any]:
     if free < wanted:
         said = f"{-(-wanted // 10**6)} MB are to be copied, and {free // 10**6} MB are free there"
         raise Trouble(said, MAKE_ROOM)
+    alike = twins(place, [name for name, _, _ in files])
+    if alike:
+        raise Trouble(f"the disk there takes {alike[0]} and {alike[1]} for the same name")
     answer({"missing": list(missing)})
     trouble: Trouble | None = None
     for digest, size in missing.items():
@@ -193,6 +199,16 @@ def push(place: Place, request: dict[str, Any]) -> dict[str, Any]:
     for name, digest, _ in files:
         link(place.stored(digest), os.path.join(place.work, name))
     return {}
+
+
+def twins(place: Place, names: list[str]) -> list[str]:
+    """Return two names that are one here: on most Macs' disks capitals make no difference."""
+    folder, own = os.path.split(place.root)
+    if not os.path.exists(os.path.join(folder, own.swapcase())):
+        return []
+    seen: dict[str, str] = {}
+    pairs = ([seen.setdefault(name.lower(), name), name] for name in names)
+    return next((pair for pair in pairs if pair[0] != pair[1]), [])
 
 
 def receive(place: Place, digest: str, left: int, trouble: Trouble | None) -> Trouble | None:
@@ -271,6 +287,7 @@ def run(place: Place, request: dict[str, Any]) -> dict[str, Any]:
         raise Trouble(f"{request['argv'][0]} cannot be started: {said}") from None
     try:
         sacrifice(child.pid)
+        keep_awake(child.pid)
         stdout, stderr, ended = watch(child, request["timeout_s"], request["most"])
     finally:
         stop(child)
@@ -285,6 +302,15 @@ def sacrifice(pid: int) -> None:
     """Have the command killed, not this process, where memory runs out."""
     with suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
         file.write("500")
+
+
+def keep_awake(pid: int) -> None:
+    """Keep a Mac, to which nobody at work over ssh is there, from sleeping as long as this runs."""
+    if sys.platform == "darwin":
+        null = subprocess.DEVNULL
+        with suppress(OSError):
+            words = ["caffeinate", "-i", "-w", str(pid)]
+            subprocess.Popen(words, stdin=null, stdout=null, stderr=null)
 
 
 def watch(child: subprocess.Popen, timeout_s: float | None, most: int) -> tuple[bytes, bytes, str]:

@@ -1,5 +1,6 @@
 """The ssh process that leads to the agent, and what its words mean.
 
+The remote command is always the same: a line for /bin/sh that finds a python3 there.
 The user's own configuration, keys, jump hosts and known hosts apply.
 """
 
@@ -11,10 +12,37 @@ import shlex
 
 from devices.device import clean, last_line
 from devices.link import READS_AGENT, Link
+from devices.wheels import LEAST_PYTHON
 
 CONFIG = "EDGEWHISPER_SSH_CONFIG"
 """In the environment: another configuration file, as `ssh -F` takes one."""
-REMOTE = ("python3", *READS_AGENT)
+MACS_PYTHONS = tuple(
+    f"{folder}/python{version}"
+    for folder in ("/opt/homebrew/bin", "/usr/local/bin", "$HOME/.local/bin")
+    for version in ("3.13", "3.12", "3.11", "3")
+)
+"""Where Homebrew, python.org and uv put one: over ssh a Mac's PATH has neither. /usr/bin/python3 is
+never started, for it is too old, or a stub that opens a window which offers to install it."""
+NO_NEWER = 14
+"""The first minor version that coremltools 9.0 has no wheel for; taken where no other is there."""
+NO_MACS_PYTHON = "edgewhisper: this Mac has none of the pythons"
+
+
+def remote() -> str:
+    """What the login shell gets. On a Mac the first python3 that is new enough is taken."""
+    least = LEAST_PYTHON[1]
+    fits = f"import sys;sys.exit(not (3,{least})<=sys.version_info[:2]<(3,$end))"
+    places = " ".join(f'"{path}"' for path in ("$(command -v python3)", *MACS_PYTHONS))
+    script = (
+        'if [ "$(uname 2>/dev/null)" = Darwin ]; then '
+        f"for end in {NO_NEWER} 99; do for p in {places}; do "
+        '[ "$p" != /usr/bin/python3 ] && [ -x "$p" ] && '
+        f'"$p" -c "{fits}" </dev/null >/dev/null 2>&1 && exec "$p" -c "{READS_AGENT}" "$p"; '
+        f'done; done; echo "{NO_MACS_PYTHON}" >&2; exit {NO_COMMAND}; fi; '
+        f'exec python3 -c "{READS_AGENT}" python3'
+    )
+    return shlex.join(["/bin/sh", "-c", script])
+
 
 OPTIONS: dict[str, str | int] = {
     "BatchMode": "yes",
@@ -45,6 +73,10 @@ UNKNOWN_KEY = (
 )
 NO_PYTHON = ("there is no python3", "install it: sudo apt-get install python3")
 LETTERS = {
+    NO_MACS_PYTHON: (
+        f"there is no Python {LEAST_PYTHON[0]}.{LEAST_PYTHON[1]} or newer beside Apple's own",
+        "install one there: brew install python@3.13, or the one of python.org",
+    ),
     "IDENTIFICATION HAS CHANGED": (
         "its host key is not the one that is known here",
         "find out whether it was set up anew; `ssh-keygen -R` with its name forgets the old key",
@@ -57,7 +89,8 @@ LETTERS = {
     ),
     "Connection refused": (
         "nothing listens there for SSH",
-        "switch SSH on there (sudo raspi-config, Interface Options), and check the port",
+        "switch SSH on there (on a Pi sudo raspi-config, Interface Options; on a Mac System "
+        "Settings, General, Sharing, Remote Login), and check the port",
     ),
     "Permission denied (": (
         "it does not let you in",
@@ -106,7 +139,7 @@ def command(host: str) -> list[str]:
     config = os.environ.get(CONFIG)
     options = [word for name, value in OPTIONS.items() for word in ("-o", f"{name}={value}")]
     own = ["-F", config] if config else []
-    return ["ssh", *own, *options, "--", host, shlex.join(REMOTE)]
+    return ["ssh", *own, *options, "--", host, remote()]
 
 
 def cut(code: int, words: str) -> tuple[str, str]:

@@ -70,6 +70,8 @@ class Device(ABC):
     name: str
     python: str
     """The interpreter there that has numpy and onnxruntime."""
+    libraries: tuple[str, ...] = ()
+    """What else it should have, where that is to be had; told before the first command."""
 
     @abstractmethod
     def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
@@ -151,7 +153,7 @@ def open_device(
 
 
 ADDRESSES = {
-    "ssh": ("--host", "add --device rpi, rpi4, rpi5 or rpi-zero2w"),
+    "ssh": ("--host", "add --device rpi, rpi4, rpi5, rpi-zero2w or m1"),
     "adb": ("--serial", "add --device mobile"),
 }
 """The option that addresses a kind of device, and what is missing where too many are given."""
@@ -190,24 +192,12 @@ def places(
 def choose(name: str, address: str | None) -> Profile:
     """Return the profile of a device that can be opened so, or raise the letter why it cannot."""
     profile = load_profile(name)
-    if not reachable(profile):
-        raise DeviceProblem(
-            f"device {name!r} ({profile.model}) is not in this release, which benches "
-            f"{', '.join(p.name for p in map(load_profile, profile_names()) if reachable(p))}",
-            "bench here with `--device local`, or copy artifact and devices/runner there and start "
-            "`python3 -m runner bench ARTIFACT CLIPS.json`",
-        )
     if profile.kind == "ssh" and address is None:
         raise DeviceProblem(
             f"device {name!r} ({profile.model}) is reached by ssh, and no host is named",
             "add --host and what `ssh` calls it, for example --host pi@raspberrypi.local",
         )
     return profile
-
-
-def reachable(profile: Profile) -> bool:
-    """Say whether this release can bench on it; of what ssh reaches, not yet a Mac."""
-    return profile.kind in KINDS and profile.name != "m1"
 
 
 def run_runner(

@@ -21,8 +21,8 @@ from devices.agent import MARK
 from devices.device import DeviceProblem, clean
 
 AGENT = Path(__file__).parent / "agent.py"
-READS_AGENT = ("-c", "import sys;exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))")
-"""What python3 there is given."""
+READS_AGENT = "import sys;exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"
+"""What python3 there is given, and behind it the name by which it was started."""
 
 MOST_LINE = 1 << 27
 """Of an answer: a command's output, with each character escaped."""

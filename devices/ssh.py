@@ -1,4 +1,4 @@
-"""A machine over SSH: Linux and python3 are all that it needs.
+"""A machine over SSH: Linux or macOS and a python3 are all that it needs.
 
 numpy and onnxruntime go there with the files where they are missing.
 """
@@ -13,31 +13,32 @@ from pathlib import Path
 from devices.connection import Connection
 from devices.device import DeviceProblem, Env, clean, last_line
 from devices.remote import RemoteDevice, field
-from devices.wheels import LEAST_PYTHON, Target, download, in_range
+from devices.wheels import LEAST_PYTHON, NAMES, Target, download, in_range, listed
 
 FREE = "see that there are 300 MB free there; `edgewhisper devices clean` removes what was copied"
+LEAST_MACOS = 14
+"""Of onnxruntime's wheels."""
 HOST = re.compile(r"[^\s\x00-\x20\x7f'\"`$\\;&|<>(){}*?!#~]{1,255}")
 """Nothing that a shell reads, should the user's own ssh configuration pass it to one."""
 
 
 class SshDevice(RemoteDevice):
-    """A machine with Linux and python3 that the system's ssh can reach."""
-
-    python = "python3"
+    """A machine with Linux or macOS and python3 that the system's ssh can reach."""
 
     def __init__(
         self, host: str, name: str = "ssh", say: Callable[[str], None] = lambda _: None
     ) -> None:
         super().__init__(Connection(checked(host)), name, say)
+        self.python = clean(str(self.facts.get("command", "python3")))
 
     # --------------------------------------------------------------------------- the runtime
 
     def prepare(self) -> None:
-        """See, once, that numpy and onnxruntime can be imported there; push them where not."""
+        """See, once, that what is needed can be imported there; push it where not."""
         if self.runtime is not None:
             return
         target = self.target()
-        if in_range(field(self.facts, "versions", dict)) and self.imports() is None:
+        if in_range(field(self.facts, "versions", dict), self.more) and self.imports() is None:
             self.runtime = ""
             return
         if target.name not in field(self.facts, "runtimes", list):
@@ -58,8 +59,15 @@ class SshDevice(RemoteDevice):
                 f"{LEAST_PYTHON[0]}.{LEAST_PYTHON[1]} or newer",
                 "install a newer system: Raspberry Pi OS 12 and later have it",
             )
-        if system != "Linux":
-            raise self.problem(f"{system} is not in this release", "bench a machine with Linux")
+        if system not in ("Linux", "Darwin"):
+            raise self.problem(
+                f"{system} is not in this release", "bench a machine with Linux or macOS"
+            )
+        release = self.macos(machine) if system == "Darwin" else self.glibc(machine)
+        return Target(python, machine, release, system, self.more)
+
+    def glibc(self, machine: str) -> int:
+        """Return the minor version of the C library; a letter where there are no wheels for it."""
         if self.facts.get("bits") != 64 or machine.startswith(("armv6", "armv7")):
             raise self.problem(
                 f"python3 there is a 32-bit program (on {machine}), and onnxruntime has no wheel "
@@ -74,17 +82,42 @@ class SshDevice(RemoteDevice):
                 f"{clean(field(self.facts, 'libc', str)) or 'another C library'}",
                 "use Raspberry Pi OS, Debian or Ubuntu there",
             )
-        return Target(python, machine, int(libc[1]))
+        return int(libc[1])
+
+    def macos(self, machine: str) -> int:
+        """Return the major version of macOS, likewise."""
+        if machine != "arm64" or self.facts.get("implementation") != "CPython":
+            raise self.problem(
+                f"onnxruntime's wheels for macOS are for CPython on arm64, and there is "
+                f"{clean(str(self.facts.get('implementation')))} on {machine}",
+                "bench a Mac with Apple's processor; a python3 for Intel's on such a one is in "
+                "the way: brew install python@3.13",
+            )
+        found = re.match(r"(\d{1,3})(\.|$)", field(self.facts, "macos", str))
+        if found is None or int(found[1]) < LEAST_MACOS:
+            raise self.problem(
+                f"it runs macOS {clean(self.facts['macos']) or 'of no version'}, and onnxruntime's "
+                f"wheels need {LEAST_MACOS} or newer",
+                "update macOS there",
+            )
+        return int(found[1])
+
+    @property
+    def more(self) -> tuple[str, ...]:
+        """What is needed beside numpy and onnxruntime; coremltools runs nothing but on a Mac."""
+        return self.libraries if self.facts.get("system") == "Darwin" else ()
 
     def imports(self, env: Env = None) -> str | None:
-        """Import numpy and onnxruntime there; return why that fails, or None."""
-        done = self.start([self.python, "-c", "import numpy, onnxruntime"], env, None)
+        """Import what is needed there; return why that fails, or None."""
+        code = f"import {', '.join((*NAMES, *self.more))}"
+        done = self.start([self.python, "-c", code], env, None)
         why = last_line(done.stderr) or f"exit code {done.exit_code}"
         return why if done.exit_code else None
 
     def install(self, target: Target) -> None:
         """Fetch wheels here, unpack them there and try them before they get their name."""
-        self.say(f"{self.address} lacks numpy and onnxruntime: fetching them for {target.machine}")
+        what = listed((*NAMES, *self.more))
+        self.say(f"{self.address} lacks {what}: fetching them for {target.machine}")
         with tempfile.TemporaryDirectory() as folder:
             wheels = download(target, Path(folder))
             hashes = self.place({f"wheels/{wheel.name}": wheel for wheel in wheels})
@@ -97,7 +130,7 @@ class SshDevice(RemoteDevice):
         # the first import compiles what it needs, for all later ones
         if (why := self.imports({"PYTHONPATH": "unpacked"})) is not None:
             raise self.problem(
-                f"numpy and onnxruntime were copied and do not work there: {why}",
+                f"{what} were copied and do not work there: {why}",
                 "install them there by hand, and start again",
             )
         self.ask("keep", folder="unpacked", name=target.name, drop=hashes)

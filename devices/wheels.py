@@ -1,4 +1,5 @@
-"""The wheels of numpy and onnxruntime for another machine, by pip and its own configuration."""
+"""The wheels of numpy and onnxruntime for another machine, by pip and its own configuration; for a
+Mac those of coremltools too, where they are asked for."""
 
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.tags import mac_platforms
 from packaging.version import InvalidVersion, Version
 
 from devices.device import DeviceProblem, last_line
 
 NAMES = ("numpy", "onnxruntime")
+MAY = ("coremltools",)
+"""What is sent on request only, with all that it needs."""
 LEAST_PYTHON = (3, 11)
 """What devices/runner is written for."""
 OLDEST_GLIBC = 17
@@ -30,27 +34,40 @@ class Target:
 
     python: tuple[int, int]
     machine: str
-    """As platform.machine() spells it: aarch64, x86_64."""
-    glibc: int
-    """Minor version: 36 for 2.36."""
+    """As platform.machine() spells it: aarch64, x86_64, arm64."""
+    release: int
+    """Of glibc the minor version, 36 for 2.36; of macOS the major one."""
+    system: str = "Linux"
+    more: tuple[str, ...] = ()
+    """Of MAY."""
 
     @property
     def options(self) -> list[str]:
         """What tells pip about it."""
         abi = f"cp{self.python[0]}{self.python[1]}"
-        tags = [f"manylinux_2_{minor}_" for minor in range(self.glibc, OLDEST_GLIBC - 1, -1)]
-        platforms = [f"{tag}{self.machine}" for tag in (*tags, "manylinux2014_")]
         return [
             *("--implementation", "cp", "--python-version", ".".join(map(str, self.python))),
             *(word for name in (abi, "abi3", "none") for word in ("--abi", name)),
-            *(word for name in platforms for word in ("--platform", name)),
+            *(word for name in self.platforms() for word in ("--platform", name)),
         ]
+
+    def platforms(self) -> list[str]:
+        """Return the platforms whose wheels it takes, the newest first."""
+        if self.system == "Darwin":
+            return list(mac_platforms((self.release, 0), self.machine))
+        tags = [f"manylinux_2_{minor}_" for minor in range(self.release, OLDEST_GLIBC - 1, -1)]
+        return [f"{tag}{self.machine}" for tag in (*tags, "manylinux2014_")]
 
     @property
     def name(self) -> str:
         """A name for what is installed there: other pins make another one."""
-        asked = f"{self} {pins()}"
+        asked = f"{self} {pins(self.more)}"
         return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        libc = "macOS " if self.system == "Darwin" else "glibc 2."
+        version = ".".join(map(str, self.python))
+        return f"Python {version} on {self.machine} with {libc}{self.release}"
 
 
 @cache
@@ -60,42 +77,69 @@ def ranges() -> dict[str, Requirement]:
         asked = [Requirement(text) for text in metadata.requires("edgewhisper") or []]
     except metadata.PackageNotFoundError:  # run from its folder, without being installed
         asked = []
-    found = {requirement.name: requirement for requirement in asked if not requirement.marker}
-    return {name: found.get(name, Requirement(name)) for name in NAMES}
+    found = {each.name: each for each in asked if "extra" not in str(each.marker)}
+    return {name: found.get(name, Requirement(name)) for name in (*NAMES, *MAY)}
 
 
-def pins() -> list[str]:
+def pins(more: Sequence[str] = ()) -> list[str]:
     """The versions that run here: with them, texts and times can be compared."""
-    return [f"{name}=={metadata.version(name)}" for name in NAMES]
+    return [pin(name) for name in (*NAMES, *more)]
 
 
-def in_range(versions: dict[str, Any]) -> bool:
+def pin(name: str) -> str:
+    """The version that runs here; coremltools may not be here, and then any in range."""
+    try:
+        return f"{name}=={metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return in_words(name)
+
+
+def in_words(name: str) -> str:
+    """A range, for pip, without the marker, which asks what this machine is and not the device."""
+    return f"{name}{ranges()[name].specifier}"
+
+
+def in_range(versions: dict[str, Any], more: Sequence[str] = ()) -> bool:
     """Whether what a device says is installed there is what this release takes."""
     try:
-        found = {name: Version(versions[name]) for name in NAMES}
+        found = {name: Version(versions[name]) for name in (*NAMES, *more)}
     except (KeyError, TypeError, InvalidVersion):
         return False
-    return all(ranges()[name].specifier.contains(found[name]) for name in NAMES)
+    return all(ranges()[name].specifier.contains(found[name]) for name in found)
 
 
 def download(target: Target, folder: Path) -> list[Path]:
     """Fetch the wheels into a folder: of the versions that run here, else the newest in range."""
-    asked = {"pinned": pins(), "newest": [str(one) for one in ranges().values()]}
+    names = (*NAMES, *target.more)
+    asked = {"pinned": pins(target.more), "newest": [in_words(name) for name in names]}
     for name, requirements in asked.items():
         said = pip(target, folder / name, requirements)
         if not said:
             return sorted((folder / name).glob("*.whl"))
-    raise DeviceProblem(
-        f"no wheels of {' and '.join(NAMES)} for Python {target.python[0]}.{target.python[1]} "
-        f"on {target.machine} with glibc 2.{target.glibc}: {said}",
-        "check that pip can reach its index, or install both on the device",
-    )
+    raise DeviceProblem(f"no wheels of {listed(names)} for {target}: {said}", hint(target))
+
+
+def hint(target: Target) -> str:
+    """What helps where there are no wheels."""
+    if target.system == "Darwin":
+        return (
+            "check that pip can reach its index; onnxruntime's wheels need macOS 14, coremltools' "
+            "Python 3.13 or older: `brew install python@3.13` there"
+        )
+    return "check that pip can reach its index, or install both on the device"
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}"
 
 
 def pip(target: Target, folder: Path, requirements: Sequence[str]) -> str:
     """Download wheels; return its last words where that failed, nothing otherwise."""
     argv = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    argv += ["--only-binary=:all:", "--no-deps", "--dest", str(folder), *target.options]
+    argv += ["--only-binary=:all:", "--dest", str(folder), *target.options]
+    argv += [] if target.more else ["--no-deps"]  # onnxruntime runs without what it names
     done = subprocess.run(
         [*argv, *requirements], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

@@ -214,7 +214,10 @@ def bench_cli(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="rounds, interleaved")] = 5,
     threads: Threads = None,
-    compute_units: Units = None,
+    compute_units: Annotated[
+        list[str] | None,
+        typer.Option(help="of Core ML: all, cpu, cpu-ane, cpu-gpu; several, or each; default: all"),
+    ] = None,
     normalizer: Normalizer = None,
     fail_if: FailIf = None,
     json_file: Json = None,
@@ -229,7 +232,7 @@ def bench_cli(
     from edgewhisper import pipeline
 
     kept = [limits.parse(text) for text in fail_if or []]
-    how = Measuring(repeats, threads, normalizer, compute_units)
+    how = Measuring(repeats, threads, normalizer, tuple(compute_units or ()))
     rest = (speech, baseline, how, _say_for(json_file))
     found = pipeline.bench(artifacts or [], device or ["local"], host or [], *rest, serial or [])
     _show_results(found.results, json_file)
@@ -454,12 +457,10 @@ def devices_cli(context: typer.Context) -> None:
     """The devices that are known, and how each is reached."""
     if context.invoked_subcommand is not None:
         return
-    from devices.device import load_profile, profile_names, reachable
+    from devices.device import load_profile, profile_names
 
     for profile in map(load_profile, profile_names()):
-        how = HOWS.get(profile.kind, "")
-        state = how if reachable(profile) else "not in this release"
-        say(f"{profile.name:12} {profile.kind:6} {state:20} {profile.model}")
+        say(f"{profile.name:12} {profile.kind:6} {HOWS[profile.kind]:20} {profile.model}")
 
 
 @devices_app.command("clean")

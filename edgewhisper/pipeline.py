@@ -402,10 +402,13 @@ def bench(
     `hosts` goes to the next device that is reached by ssh, each of `serials` to the next by adb."""
     from benchmarks.bench import Candidate
     from benchmarks.stock import has_core_ml
-    from devices.device import places
+    from devices.device import load_profile, places
 
     where = places(devices, hosts, serials)  # what is wrong is said before anything is exported
-    apple = list(devices) == ["local"] and has_core_ml()
+    apple = all(
+        has_core_ml() if name == "local" else load_profile(name).model.startswith("Apple")
+        for name in devices
+    )
     newest = runs.newest("artifact", without="" if apple else "-coreml-")
     chosen = list(artifacts) or [newest or export(say=say)]
     candidates = [Candidate(Path(artifact)) for artifact in chosen]

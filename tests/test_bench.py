@@ -109,6 +109,7 @@ def test_a_device_that_cannot_tell_its_memory_says_so(artifact, few):
         ("texts", ["one"]),
         ("texts", ["one", 2, "three"]),
         ("peak_rss_bytes", 1e6),
+        ("peak_footprint_bytes", "1 GB"),
         ("mel_share", 7.0),
         ("versions", {"onnxruntime": ["1.31"]}),
     ],

@@ -700,13 +700,26 @@ def test_a_device_with_core_ml_benches_a_package(fp32, few):
     told = {stage: [0.1] for stage in benching.STAGES} | {"peak_rss_bytes": 1, "mel_share": None}
     told |= {"tokens": [], "texts": [clip.text for clip in clips], "versions": {}}
     reply = SimpleNamespace(exit_code=0, stdout=json.dumps(told), stderr="")
-    device = FakeDevice(machine={"kernel": "Darwin 24.0", "emulated": False}, replies=[reply])
+    first = SimpleNamespace(exit_code=0, stdout='{"compile_s": [2], "cold_load_s": [1]}', stderr="")
+    again = SimpleNamespace(exit_code=0, stdout='{"compile_s": [], "cold_load_s": [1]}', stderr="")
+    replies = [first, again, reply, reply]
+    device = FakeDevice(machine={"kernel": "Darwin 24.0", "emulated": False}, replies=replies)
     candidate = benching.Candidate(fp32)
-    how = benching.Measuring(1, compute_units="cpu-ane")
-    (result,) = benching.bench_all([candidate], device, clips, how)
-    assert result["compute_units"] == "cpu-ane"
-    (ran,) = [call for call in device.calls if call[0] == "run"]
-    assert ran[-2:] == ("--compute-units", "cpu-ane")
+    how = benching.Measuring(1, compute_units=("cpu-ane", "cpu"))
+    results = benching.bench_all([candidate], device, clips, how)
+    assert device.libraries == ("coremltools",)
+    assert [result["name"] for result in results] == ["fp32 (cpu-ane)", "fp32 (cpu)"]
+    assert [result["compute_units"] for result in results] == ["cpu-ane", "cpu"]
+    assert [result.get("compile_s") for result in results] == [[2], None]
+    assert [result["cold_load_s"] for result in results] == [[1], [1]]
+    ran = [call for call in device.calls if call[0] == "run"]
+    assert [call[-2:] for call in ran] == [
+        ("--compute-units", name) for name in how.compute_units * 2
+    ]
+    assert [call[4:6] for call in ran[::2]] == [
+        ("compile", "artifacts/0"),
+        ("bench", "artifacts/0"),
+    ]
     device = FakeDevice(machine={"kernel": "Linux 6", "emulated": False})
     with pytest.raises(Problem, match="is for Core ML, which is on Apple's systems only"):
         benching.bench_all([candidate], device, clips, benching.Measuring(1))

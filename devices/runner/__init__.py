@@ -5,6 +5,7 @@ The folder is copied to the device as `runner/` and started there:
 
     python -m runner transcribe ARTIFACT WAV...
     python -m runner bench ARTIFACT CLIPS.json --repeats 1 --threads 2
+    python -m runner compile ARTIFACT --compute-units cpu-ane
     python -m runner check ARTIFACT CLIPS.json
     python -m runner profile ARTIFACT --seconds 5
     python -m runner describe

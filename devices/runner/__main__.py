@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("artifact", type=Path)
     bench.add_argument("clips", type=Path)
     bench.add_argument("--repeats", type=positive, default=1)
+    load = commands.add_parser("compile", help="a Core ML artifact, and load it; seconds of both")
+    load.add_argument("artifact", type=Path)
     check = commands.add_parser("check", help="tokens of WAV files, after all that can be checked")
     check.add_argument("artifact", type=Path)
     check.add_argument("clips", type=Path)
@@ -58,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--probes", type=Path, help="folder of graphs to run beside it")
     for command in (transcribe, bench, check, profile):
         command.add_argument("--threads", type=positive, help="default: all usable cores")
-    for command in (transcribe, bench, check):
+    for command in (transcribe, bench, check, load):
         command.add_argument("--compute-units", help="of Core ML: all, cpu, cpu-ane or cpu-gpu")
     commands.add_parser("describe", help="this machine and its state")
     return top
@@ -97,6 +99,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return check(
             arguments.artifact, arguments.clips, arguments.threads, arguments.compute_units
         )
+    if arguments.command == "compile":
+        from .measure import compile_first
+
+        return compile_first(arguments.artifact, arguments.compute_units)
     if arguments.command == "profile":
         from .profile import profile
 

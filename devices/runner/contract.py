@@ -480,7 +480,7 @@ def check_tensor(path: Path, side: str, tensor: Tensor, wanted: dict[str, Any]) 
 
 @contextmanager
 def running(path: Path) -> Iterator[None]:
-    """Turn what onnxruntime says while a graph runs into a letter that names its file."""
+    """Turn what the engine says while a graph runs into a letter that names its file."""
     try:
         yield
     except RunnerProblem:
@@ -488,6 +488,7 @@ def running(path: Path) -> Iterator[None]:
     except Exception as error:  # onnxruntime has a class of its own for each status code
         if (
             not isinstance(error, MemoryError | RuntimeError)
+            and type(error) is not Exception  # as coremltools raises them
             and "onnx" not in type(error).__module__
         ):
             raise

@@ -207,18 +207,36 @@ def installed(compute_units: str) -> Opener:
     return lambda path: Installed(path, compute_units)
 
 
+def library(path: Path) -> Any:
+    """Return coremltools, which is to run this."""
+    try:
+        import coremltools
+    except ImportError as error:
+        raise RunnerProblem(
+            f"{path}: coremltools, which runs it, is not installed ({error})",
+            "pip install coremltools",
+        ) from None
+    return coremltools
+
+
+def compile_packages(folder: Path) -> bool:
+    """Compile packages for this machine, each to a folder beside it; say whether any had not been
+    compiled before."""
+    paths = [folder / f"{name}.mlpackage" for name in PACKAGES]
+    left = [path for path in paths if not path.with_suffix(".mlmodelc").is_dir()]
+    for path in left:
+        with running(path):
+            compiled = str(path.with_suffix(".mlmodelc"))
+            library(path).models.utils.compile_model(str(path), compiled)
+    return bool(left)
+
+
 class Installed:
     """A package in Core ML. What was compiled stands beside it as .mlmodelc, if it does, and then
     need not be compiled again."""
 
     def __init__(self, path: Path, compute_units: str) -> None:
-        try:
-            import coremltools
-        except ImportError as error:
-            raise RunnerProblem(
-                f"{path}: coremltools, which runs it, is not installed ({error})",
-                "pip install coremltools",
-            ) from None
+        coremltools = library(path)
         units = coremltools.ComputeUnit[UNITS[compute_units]]
         compiled = path.with_suffix(".mlmodelc")
         models = coremltools.models

@@ -31,7 +31,7 @@ def describe(root: str | Path = "/") -> dict:
     base = Path(root)
     cpuinfo = read(base / "proc/cpuinfo")
     clock = base / "sys/devices/system/cpu/cpu0/cpufreq"
-    return {
+    found = {
         "model": model(base),
         "cpu": cpu_name(cpuinfo),
         "architecture": platform.machine(),
@@ -51,6 +51,11 @@ def describe(root: str | Path = "/") -> dict:
         "emulated": emulated(base, platform.machine()),
         **(android.describe(base) if android.here(base) else {}),
     }
+    if sys.platform == "darwin":
+        from .mac import describe as of_a_mac
+
+        found |= of_a_mac()
+    return found
 
 
 def emulated(base: Path, machine: str) -> bool:
@@ -148,7 +153,10 @@ def throttled() -> str:
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Let this process take so many bytes and no more, where the system can be told so."""
+    """Let this process take so many bytes and no more, where the system can be told so. On a Mac
+    nothing is done: what it counts is not known from here, and Core ML maps a lot."""
+    if sys.platform == "darwin":
+        return
     try:
         import resource
     except ImportError:  # Windows

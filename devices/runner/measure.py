@@ -8,6 +8,7 @@ ML log-mel is a package of its own.
 """
 
 import json
+import sys
 import time
 from contextlib import suppress
 from importlib import import_module
@@ -58,7 +59,7 @@ def bench(
         recognizer.transcribe(path, language=language)
     done = [timed(recognizer, *each) for _ in range(repeats) for each in work]
     transcripts = [transcript for _, _, transcript in done]
-    peak = peak_rss_bytes()  # before the profiler takes memory of its own
+    peak, footprint = peak_rss_bytes(), peak_footprint()  # before the profiler takes its own
     first = read_wav(paths[0])[: recognizer.window_samples]
     window = pad(first, recognizer.windows)
     share = mel_share(artifact, window, threads) if native else None
@@ -69,9 +70,45 @@ def bench(
         "cpu_s": [cpu for _, cpu, _ in done],
         "mel_share": share,
         "peak_rss_bytes": peak,
+        **footprint,
         "tokens": [transcript.tokens for transcript in transcripts[-len(paths) :]],
         "texts": [transcript.text for transcript in transcripts[-len(paths) :]],
         "versions": versions() if native else versions("coremltools"),
+    }
+
+
+def peak_footprint() -> dict[str, int | str]:
+    """Return what a Mac tells beside resident memory."""
+    if sys.platform != "darwin":
+        return {}
+    from .mac import peak_footprint_bytes
+
+    return {"peak_footprint_bytes": peak_footprint_bytes()}
+
+
+def compile_first(artifact: Path, compute_units: str | None = None) -> dict[str, list[float]]:
+    """Compile a Core ML artifact for this machine and load it for the first time: in a process of
+    its own, for both take memory that no later load does. `compile_s` is empty where all packages
+    had been compiled before.
+
+    The system may keep what a first load makes of a package for the Neural Engine, and then an
+    artifact that it has met before is no new one to it.
+    """
+    from .coreml import UNITS, Packages, compile_packages, installed, library
+
+    manifest = read_manifest(artifact)
+    check_files(artifact, manifest)
+    if manifest["target"] != "coreml":
+        raise RunnerProblem(f"{artifact}: it is no Core ML artifact", "bench it as it is")
+    opener = installed(compute_units or next(iter(UNITS)))
+    library(artifact)  # takes seconds, and not those that are asked for
+    started = time.perf_counter()
+    was_needed = compile_packages(artifact)
+    compiled = time.perf_counter()
+    Packages(artifact, manifest, opener)
+    return {
+        "compile_s": [compiled - started] if was_needed else [],
+        "cold_load_s": [time.perf_counter() - compiled],
     }
 
 
