@@ -155,7 +155,7 @@ def measure(ready: Prepared, progress: Callable[[str], None] = lambda _: None) -
         machine = {"device": {**known["device"], "temperature_after_c": after}}
         words = accuracy(ready.clips, rounds[-1]["texts"], str(ready.how.normalizer))
         result = known | machine | joined(ready, rounds, last, known["audio_s"]) | words
-        found.append(validate(result | judged(result, ready.how, rounds)))
+        found.append(validate(result | judged(result, ready.how, rounds, last)))
     return found
 
 
@@ -195,15 +195,23 @@ def joined(
 
 
 def judged(
-    result: dict[str, Any], how: Measuring, rounds: Sequence[dict[str, Any]]
+    result: dict[str, Any],
+    how: Measuring,
+    rounds: Sequence[dict[str, Any]],
+    lasting: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Whether the run was disturbed; a sustained run may well have grown slow."""
-    samples = [s for answer in rounds for s in answer.get("telemetry", {}).get("samples", [])]
+    samples = [sample for answer in rounds for sample in samples_of(answer)]
     debug = [sign for answer in rounds for sign in answer.get("debug", [])]
     return {
         "unstable_because": watched.unstable_because(result, samples, debug),
-        "notes": watched.notes(result, how.interval),
+        "notes": watched.notes(result, samples_of(lasting or {}), how.interval),
     }
+
+
+def samples_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = answer.get("telemetry", {}).get("samples", [])
+    return found
 
 
 def check_options(candidates: Sequence[Candidate], how: Measuring) -> None:

@@ -382,8 +382,11 @@ def swapping(samples: Sequence[dict[str, Any]]) -> str | None:
     return f"{most / 1e6:.1f} MB of the program lay in swap" if most else None
 
 
-def notes(result: dict[str, Any], share: float | None) -> list[str]:
-    """What is worth knowing and makes no result unstable."""
+def notes(
+    result: dict[str, Any], lasting: Sequence[dict[str, Any]], share: float | None
+) -> list[str]:
+    """What is worth knowing and makes no result unstable; `lasting` are the samples of the
+    sustained run, which is there to show what warmth does."""
     found = []
     governor = result.get("governor", UNAVAILABLE)
     if governor not in ("performance", UNAVAILABLE):
@@ -393,5 +396,11 @@ def notes(result: dict[str, Any], share: float | None) -> list[str]:
         found.append(
             f"the 95 % interval of the median is {reached:.1%} of it after {result['rounds']} "
             f"rounds; {share:.1%} was asked for"
+        )
+    if "sustained" in result and not result["emulated"]:
+        minutes, ratio = (result["sustained"][name] for name in ("minutes", "ratio"))
+        heard = [s for s in (heat(lasting), throttling(lasting)) if s is not None]
+        found.append(
+            "; ".join([f"{ratio:.2f} times the time at the end of {minutes:.2g} minutes", *heard])
         )
     return found

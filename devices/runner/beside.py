@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-PATIENCE_S = 10
+PATIENCE_S = 15
 """For the answer of a process that was asked for it."""
 PR_SET_PDEATHSIG = 1
 HELD: set[int] = set()
