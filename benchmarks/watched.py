@@ -38,6 +38,8 @@ BUSY_CORES = 0.25
 """What others may take of a core before a run counts as disturbed."""
 WARMER_C, SLOWER = 3.0, 0.95
 LEAST_BATTERY = 0.2
+DEAR_CORES = 0.01
+"""What the sampler may take."""
 EDGE_S = 60.0
 """The beginning and the end of a sustained run."""
 FIRMWARE = ("under-voltage", "frequency capped", "throttled", "soft temperature limit")
@@ -391,6 +393,9 @@ def notes(
     governor = result.get("governor", UNAVAILABLE)
     if governor not in ("performance", UNAVAILABLE):
         found.append(f"the clock's governor was {governor}")
+    cost = result.get("telemetry", {}).get("sampler_cores", UNAVAILABLE)
+    if cost != UNAVAILABLE and cost > DEAR_CORES:
+        found.append(f"watching took {cost:.1%} of a core")
     reached = relative_interval(result["end_to_end_s"])
     if share is not None and reached > share:
         found.append(

@@ -626,7 +626,10 @@ def test_a_governor_and_a_sustained_run_are_notes():
         "the clock's governor was ondemand",
         "1.34 times the time at the end of 10 minutes; the firmware reported throttled (0x4)",
     ]
-    assert watched.notes(result | {"governor": "performance"}, [], 0.01) == []
+    quiet = result | {"governor": "performance", "telemetry": {"sampler_cores": 0.004}}
+    assert watched.notes(quiet, [], 0.01) == []
+    dear = quiet | {"telemetry": {"sampler_cores": 0.023}}
+    assert watched.notes(dear, [], None) == ["watching took 2.3% of a core"]
 
 
 # ----------------------------------------------------------------------- rounds for an interval
