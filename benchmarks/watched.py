@@ -36,7 +36,10 @@ READINGS = {
 
 BUSY_CORES = 0.25
 """What others may take of a core before a run counts as disturbed."""
+SPARE_LOAD = 0.5
+"""That the load average may be above the cores: a run that uses all of them has one of so many."""
 WARMER_C, SLOWER = 3.0, 0.95
+"""That a machine has to grow warmer, and the share to which its clock has to fall."""
 LEAST_BATTERY = 0.2
 DEAR_CORES = 0.01
 """What the sampler may take."""
@@ -356,7 +359,7 @@ def throttling(samples: Sequence[dict[str, Any]]) -> str | None:
 
 def crowding(samples: Sequence[dict[str, Any]], cores: int | None) -> str | None:
     load = max(values(samples, "load_average"), default=0)
-    if cores is None or load <= cores:
+    if cores is None or load <= cores + SPARE_LOAD:
         return None
     return f"the load average was {load:.1f} on {cores} cores"
 

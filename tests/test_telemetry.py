@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import bench, watched
 from benchmarks.bench import Candidate, Measuring, bench_all, write_clips
@@ -303,7 +305,7 @@ def test_a_governor_that_cannot_be_set_gets_a_letter(pi, tmp_path, monkeypatch):
         tuning.governed("turbo", pi),
     ):
         pass
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(tuning, "writable", lambda path: False)  # root may write anything
     with pytest.raises(RunnerProblem, match=r"may not write .*; it is ondemand$") as letter:  # noqa: SIM117
         with tuning.governed("performance", pi):
             pass
@@ -479,6 +481,20 @@ def test_what_is_no_data_is_named(field, value):
     assert watched.checked({field: value}) == ({}, [field])
 
 
+NAMES = st.sampled_from([*watched.PHASES, *watched.READINGS, *sample(), *seen([]), "at_s"])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=9),
+)
+
+
+@given(st.dictionaries(st.sampled_from(list(watched.READERS)), ANYTHING, min_size=1))
+def test_no_answer_is_an_error_of_ours(answer):
+    found, wrong = watched.checked(answer)
+    assert sorted([*found, *wrong]) == sorted(answer)
+    json.dumps(found, allow_nan=False)
+
+
 def test_an_answer_that_is_none_gets_a_letter(exported, clips):
     few = read_manifest(clips)[:3]
     fake = FakeDevice(replies=[reply([1.0] * 3, telemetry={"samples": "all"})])
@@ -598,6 +614,7 @@ def test_each_disturbance_is_said_with_its_number():
     assert watched.throttling(words[:1]) is None
     load = [sample(load_average=5.25, others_cores=0.75, swapped_bytes=2.5e6)]
     assert watched.crowding(load, 4) == "the load average was 5.2 on 4 cores"
+    assert watched.crowding([sample(load_average=4.4)], 4) is None
     assert watched.crowding(load, None) is watched.crowding(load, 6) is None
     assert watched.background(load) == "other programs took 0.75 of a core"
     assert watched.swapping(load) == "2.5 MB of the program lay in swap"
@@ -700,6 +717,25 @@ def test_a_rival_is_not_pinned_in_silence(digits, three):
         Problem, match=r"--minutes and --pin: for artifacts, and .* another program"
     ):
         bench_all([Candidate(digits, rival="transformers")], FakeDevice(), three, how)
+
+
+def test_the_options_reach_the_bench(monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from edgewhisper import pipeline
+    from edgewhisper.cli import app
+
+    heard: list = []
+
+    def listen(*given):
+        heard.extend(given)
+        raise Problem("heard")
+
+    monkeypatch.setattr(pipeline, "bench", listen)
+    words = ["--minutes", "10", "--interval", "2%", "--governor", "performance", "--pin", "big"]
+    CliRunner().invoke(app, ["bench", str(tmp_path), *words])
+    wanted = Measuring(minutes=10, interval=0.02, governor="performance", pin="big")
+    assert wanted in heard
 
 
 def test_a_share_is_read_as_people_write_it():

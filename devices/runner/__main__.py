@@ -6,13 +6,14 @@ sizes of artifact and sound: a graph that asks for more gets a letter, not the m
 
 import argparse
 import json
+import platform
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .machine import UNAVAILABLE, describe, limit_memory
+from .machine import UNAVAILABLE, describe, emulated, limit_memory
 from .problem import RunnerProblem
 
 SPARE_BYTES = 2**30
@@ -135,7 +136,8 @@ def watched_bench(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def cold_load_s(arguments: argparse.Namespace) -> float | str:
-    """Open the artifact in a process of its own, from the disk; a letter is for the one after."""
+    """Open the artifact in a process of its own, from the disk; a letter is for the one after. An
+    emulator's time is none."""
     from .beside import Beside, possible
 
     def work(asked: int) -> bytes:
@@ -143,7 +145,8 @@ def cold_load_s(arguments: argparse.Namespace) -> float | str:
 
         return json.dumps(cold_load_s(arguments.artifact, arguments.threads)).encode()
 
-    said = Beside(work).finish(COLD_S) if possible() else b""
+    real = possible() and not emulated(Path("/"), platform.machine())
+    said = Beside(work).finish(COLD_S) if real else b""
     return json.loads(said) if said else UNAVAILABLE
 
 

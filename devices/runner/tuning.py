@@ -111,12 +111,21 @@ def check(name: str, before: dict[Path, str]) -> None:
             raise RunnerProblem(
                 f"--governor {name}: {path.parent.parent.name} has {known}", "choose one of these"
             )
-        if not os.access(path, os.W_OK):
+        if not writable(path):
             raise RunnerProblem(
                 f"--governor {name}: user {os.getuid()} may not write {path}; it is {before[path]}",
                 f"once, there: echo {name} | sudo tee /{CORES}/cpu*/cpufreq/scaling_governor; then "
                 "leave --governor out",
             )
+
+
+def writable(path: Path) -> bool:
+    """Say whether a file can be written, by opening it."""
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+    except OSError:
+        return False
+    return True
 
 
 def put_back(asked: int, before: dict[Path, str]) -> bytes:
