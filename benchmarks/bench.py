@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import watched
 from benchmarks.metadata import artifact_hash, clips_hash, folder_bytes, folder_hash
 from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
@@ -39,6 +40,10 @@ PEAKS = ("peak_rss_bytes", "peak_footprint_bytes")
 PROJECT = Path(__file__).resolve().parent.parent
 OURS = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
 """Environment of a program of this project that is not the runner."""
+
+MOST_ROUNDS = 50
+"""That an interval may take."""
+MOST_MINUTES = 60
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,15 @@ class Measuring:
     """By default the one for the clips' language."""
     compute_units: tuple[str, ...] = ()
     """Of Core ML: a result for each; EACH is all of them."""
+    minutes: float | None = None
+    """After the rounds, clips are transcribed on and on for so long."""
+    interval: float | None = None
+    """Rounds go on, up to MOST_ROUNDS, until the 95 % interval of end_to_end_s's median is at most
+    this share of it."""
+    governor: str | None = None
+    """Of the device's clock, while a process runs."""
+    pin: str | None = None
+    """Cores to run on: big, all, or numbers such as 0,1."""
 
 
 EACH = ("each",)
@@ -112,7 +126,7 @@ class Prepared:
     device: Device
     clips: Sequence[Clip]
     how: Measuring
-    """With threads and normalizer that are known."""
+    """With threads (unless cores are chosen there) and normalizer that are known."""
     known: Sequence[dict[str, Any]]
     """The fields of each candidate's result that are known before anything runs."""
 
@@ -126,6 +140,7 @@ def prepare(
         raise Problem("there are no clips to bench on", hint="give a speech manifest")
     normalizer = how.normalizer or name_for(clips)
     normalizer_named(normalizer)  # an unknown one is said now, not after the measurement
+    check_options(candidates, how)
     described = [identify(candidate) for candidate in candidates]
     if any(candidate.is_coreml for candidate in candidates):
         device.libraries = ("coremltools",)
@@ -139,31 +154,25 @@ def prepare(
         "device": {**machine, "name": device.name},
         "emulated": machine["emulated"],
     }
-    how = replace(how, threads=how.threads or device_cores(machine), normalizer=normalizer)
+    # on cores of its own choice, a runner takes as many threads as there are
+    threads = how.threads or (None if how.pin else device_cores(machine))
+    how = replace(how, threads=threads, normalizer=normalizer)
     known = [common | found for found in described]
     return Prepared(candidates, device, clips, how, known)
 
 
 def measure(ready: Prepared, progress: Callable[[str], None] = lambda _: None) -> list[dict]:
     """The results of a device's candidates, which take turns."""
-    how, device = ready.how, ready.device
     firsts = [first_load(ready, index, progress) for index in range(len(ready.candidates))]
-    answers: list[list[dict[str, Any]]] = [[] for _ in ready.candidates]
-    for turn in range(how.repeats):
-        for index, candidate in enumerate(ready.candidates):
-            progress(f"{candidate.label}: round {turn + 1} of {how.repeats}")
-            answers[index].append(run_round(ready, index))
-    after = device.describe().get("temperature_c", "unavailable")
-    measured = {
-        "rounds": how.repeats,
-        "threads": how.threads,
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    answers = take_turns(ready, progress)
+    lasting = [sustain(ready, index, progress) for index in range(len(answers))]
+    after = ready.device.describe().get("temperature_c", "unavailable")
     found = []
-    for known, first, rounds in zip(ready.known, firsts, answers, strict=True):
+    for known, first, rounds, last in zip(ready.known, firsts, answers, lasting, strict=True):
         machine = {"device": {**known["device"], "temperature_after_c": after}}
-        words = accuracy(ready.clips, rounds[-1]["texts"], str(how.normalizer))
-        found.append(validate(known | measured | machine | first | merge(rounds) | words))
+        words = accuracy(ready.clips, rounds[-1]["texts"], str(ready.how.normalizer))
+        result = known | machine | joined(ready, rounds, last, known["audio_s"]) | first | words
+        found.append(validate(result | judged(result, ready.how, rounds, last)))
     return found
 
 
@@ -185,6 +194,82 @@ def by_units(candidates: Sequence[Candidate], units: tuple[str, ...]) -> list[Ca
         own = units if candidate.is_coreml else ()
         found += [replace(candidate, compute_units=name) for name in own] or [candidate]
     return found
+
+
+def take_turns(ready: Prepared, progress: Callable[[str], None]) -> list[list[dict[str, Any]]]:
+    """Every candidate's rounds."""
+    how = ready.how
+    answers: list[list[dict[str, Any]]] = [[] for _ in ready.candidates]
+    turn = 0
+    while turn < how.repeats or (turn < MOST_ROUNDS and not all(map(enough(how), answers))):
+        for index, candidate in enumerate(ready.candidates):
+            most = f"up to {MOST_ROUNDS}" if how.interval else how.repeats
+            progress(f"{candidate.label}: round {turn + 1} of {most}")
+            answers[index].append(run_round(ready, index))
+        turn += 1
+    return answers
+
+
+def enough(how: Measuring) -> Callable[[list[dict[str, Any]]], bool]:
+    """Whether some rounds tell the median as precisely as was asked for."""
+    share = how.interval
+    if share is None:
+        return lambda rounds: True
+    return lambda rounds: watched.narrow([t for one in rounds for t in one["end_to_end_s"]], share)
+
+
+def joined(
+    ready: Prepared, rounds: list[dict[str, Any]], lasting: dict[str, Any] | None, audio_s: float
+) -> dict[str, Any]:
+    """What a candidate's processes say together."""
+    return {
+        "rounds": len(rounds),
+        "threads": ready.how.threads,
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **merge(rounds),
+        **watched.fields(rounds, lasting, audio_s, len(ready.clips)),
+    }
+
+
+def judged(
+    result: dict[str, Any],
+    how: Measuring,
+    rounds: Sequence[dict[str, Any]],
+    lasting: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Whether the run was disturbed; a sustained run may well have grown slow."""
+    samples = [sample for answer in rounds for sample in samples_of(answer)]
+    debug = [sign for answer in rounds for sign in answer.get("debug", [])]
+    return {
+        "unstable_because": watched.unstable_because(result, samples, debug),
+        "notes": watched.notes(result, samples_of(lasting or {}), how.interval),
+    }
+
+
+def samples_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = answer.get("telemetry", {}).get("samples", [])
+    return found
+
+
+def check_options(candidates: Sequence[Candidate], how: Measuring) -> None:
+    """Raise Problem for what cannot be measured so."""
+    if how.minutes is not None and not 0 < how.minutes <= MOST_MINUTES:
+        raise Problem(
+            f"--minutes {how.minutes:g} is not between 0 and {MOST_MINUTES}",
+            hint="ten minutes are enough to warm a board through",
+        )
+    if how.interval is not None and not 0 < how.interval < 1:
+        raise Problem(
+            f"--interval {how.interval:g} is no share of the median", hint="write 2% or 0.02"
+        )
+    given = {"--minutes": how.minutes, "--governor": how.governor, "--pin": how.pin}
+    asked = [name for name, value in given.items() if value is not None]
+    rivals = [candidate.label for candidate in candidates if candidate.rival is not None]
+    if asked and rivals:
+        raise Problem(
+            f"{' and '.join(asked)}: for artifacts, and {rivals[0]} is run by another program",
+            hint="bench it in a call of its own, or leave that out",
+        )
 
 
 def identify(candidate: Candidate) -> dict[str, Any]:
@@ -300,15 +385,42 @@ def first_load(
 
 def run_round(ready: Prepared, index: int) -> dict[str, Any]:
     """One process of one candidate: every clip once."""
-    candidate, device, how = ready.candidates[index], ready.device, ready.how
-    options = ["clips/clips.json", "--repeats", "1", "--threads", str(how.threads)]
+    candidate, device = ready.candidates[index], ready.device
+    options = ["clips/clips.json", "--repeats", "1", *threads_of(ready.how)]
     if candidate.rival is None:
-        options += of_units(candidate)
-        answer = run_runner(device, ["bench", f"artifacts/{index}", *options])
+        artifact = f"artifacts/{index}"
+        options += [*of_units(candidate), *runner_options(ready.how)]
+        answer = run_runner(device, ["bench", artifact, *options])
     else:
         source = str(Path(candidate.source).resolve())
         answer = run_runner(device, [source, *options], RIVALS[candidate.rival], OURS)
     return checked(answer, device, len(ready.clips))
+
+
+def threads_of(how: Measuring) -> list[str]:
+    return ["--threads", str(how.threads)] if how.threads else []
+
+
+def runner_options(how: Measuring) -> list[str]:
+    """Those that only the runner knows."""
+    given = {"--governor": how.governor, "--pin": how.pin}
+    return [word for name, value in given.items() if value is not None for word in (name, value)]
+
+
+def sustain(ready: Prepared, index: int, progress: Callable[[str], None]) -> dict[str, Any] | None:
+    """One more process of a candidate, for the minutes that are asked for."""
+    how, label = ready.how, ready.candidates[index].label
+    if how.minutes is None:
+        return None
+    progress(f"{label}: {how.minutes:g} minutes on end")
+    options = ["clips/clips.json", "--minutes", f"{how.minutes:g}", *threads_of(how)]
+    options += [*of_units(ready.candidates[index]), *runner_options(how)]
+    answer = run_runner(ready.device, ["bench", f"artifacts/{index}", *options])
+    found, wrong = watched.checked(answer)
+    wrong += [] if "sustained" in found or wrong else ["sustained"]
+    if wrong:
+        raise unusable(ready.device, wrong)
+    return found
 
 
 def checked(answer: dict[str, Any], device: Device, clips: int) -> dict[str, Any]:
@@ -327,9 +439,10 @@ def checked(answer: dict[str, Any], device: Device, clips: int) -> dict[str, Any
     versions = answer.get("versions")
     if not (isinstance(versions, dict) and all_are(versions.values(), str)):
         wrong.append("versions")
-    if wrong:
-        raise unusable(device, wrong)
-    return answer | {"versions": clean(versions)}
+    beside, more = watched.checked(answer)
+    if wrong + more:
+        raise unusable(device, wrong + more)
+    return answer | beside | {"versions": clean(versions)}
 
 
 def unusable(device: Device, wrong: Sequence[str]) -> Problem:

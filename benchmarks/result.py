@@ -19,6 +19,21 @@ are compiled and were loaded before. On a Mac `peak_footprint_bytes` stands besi
 A result of `python -m benchmarks.rivals` may have `forced_tokens`: every engine was made to decode
 exactly so many tokens, and texts and error rates mean nothing.
 
+What was seen beside the rounds; each is missing where nobody looked, and what a machine cannot tell
+reads "unavailable":
+
+    telemetry: {"interval_s": 1.0, "samples": [{"at_s": 0.02, "temperature_c": 48.3, ...}, ...],
+                "energy_j": 7.1, "energy_j_per_audio_s": 0.3, "sampler_cores": 0.004}
+    sustained: {"minutes": 10.0, "end_to_end_s": [...], "at_s": [...],
+                "first_minute_s": 0.41, "last_minute_s": 0.55, "ratio": 1.34}
+    memory_bytes_by_phase: {"imports": ..., "load": ..., "first": ..., "run": ...}
+
+`at_s` counts from the beginning of the first round; the keys of a sample are those of
+devices/runner/telemetry.py; energy is that of the clips that were timed. A sustained `ratio` above
+1 says that it grew slower. `cold_load_s` has one a round, with the artifact's files not in memory.
+`governor` and `pinned` are the clock's and the cores that were used, `unstable_because` sentences
+why the times are in doubt, `notes` others.
+
 Error rates are fractions; `wer_per_utterance_mean` is missing in older lines. `clip_errors` and
 `clip_words` are the word counts of each clip, from which two results can be compared pairwise. What
 is not known is null, never zero.
@@ -58,8 +73,15 @@ LATER: dict[str, type | tuple[type, ...]] = {
     "forced_tokens": (int, type(None)),
     "compute_units": str,
     "compile_s": list,
-    "cold_load_s": list,
     "peak_footprint_bytes": (int, str),
+    "telemetry": dict,
+    "sustained": dict,
+    "cold_load_s": (list, str),
+    "memory_bytes_by_phase": dict,
+    "governor": str,
+    "pinned": list,
+    "unstable_because": list,
+    "notes": list,
 }
 """Fields that lines written before them, or by others, lack; readers take them with `get`."""
 
@@ -158,7 +180,8 @@ def parse(line: str, where: str) -> dict[str, Any]:
 def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Rows for a table: column title -> text, the same titles in every row.
 
-    Emulated results print no milliseconds; `~` marks a time whose rounds disagree.
+    Emulated results print no milliseconds; `~` marks a time whose rounds disagree, and all times
+    of a run that was disturbed.
     """
     return [
         {
@@ -223,8 +246,18 @@ def milliseconds(result: dict[str, Any], stage: str) -> str:
     """A stage's median for a table."""
     if result["emulated"] or stage not in result["medians"]:
         return "-"
-    mark = "~" if result["unstable"][stage] else ""
+    mark = "~" if result["unstable"][stage] or result.get("unstable_because") else ""
     return mark + in_milliseconds(result["medians"][stage])
+
+
+def remarks(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What is to be said below a table: why times are marked, and notes."""
+    return [
+        f"{mark} {result['name']} on {result['device']['name']}: {'; '.join(result[field])}"
+        for mark, field in (("~", "unstable_because"), ("note:", "notes"))
+        for result in results
+        if result.get(field)
+    ]
 
 
 def in_milliseconds(seconds: float) -> str:

@@ -218,6 +218,22 @@ def bench_cli(
         list[str] | None,
         typer.Option(help="of Core ML: all, cpu, cpu-ane, cpu-gpu; several, or each; default: all"),
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="then transcribe on and on for so long, 60 at most")
+    ] = None,
+    interval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="more rounds, 50 at most, until the median is known to it: 2%",
+        ),
+    ] = None,
+    governor: Annotated[
+        str | None, typer.Option(help="of the clock meanwhile, such as performance")
+    ] = None,
+    pin: Annotated[
+        str | None, typer.Option(metavar="CORES", help="to run on: big, all, or 0,1")
+    ] = None,
     normalizer: Normalizer = None,
     fail_if: FailIf = None,
     json_file: Json = None,
@@ -232,7 +248,9 @@ def bench_cli(
     from edgewhisper import pipeline
 
     kept = [limits.parse(text) for text in fail_if or []]
-    how = Measuring(repeats, threads, normalizer, tuple(compute_units or ()))
+    units = tuple(compute_units or ())
+    share = None if interval is None else _share("--interval", interval)
+    how = Measuring(repeats, threads, normalizer, units, minutes, share, governor, pin)
     rest = (speech, baseline, how, _say_for(json_file))
     found = pipeline.bench(artifacts or [], device or ["local"], host or [], *rest, serial or [])
     _show_results(found.results, json_file)
@@ -508,11 +526,13 @@ def _emit(value: Any, json_file: str | None) -> None:
 
 
 def _show_results(results: list[dict[str, Any]], json_file: str | None) -> None:
-    from benchmarks.result import brief_rows
+    from benchmarks.result import brief_rows, remarks
 
     _emit(results, json_file)
     if json_file != "-":
         _table(brief_rows(results))
+        for line in remarks(results):
+            say(line)
 
 
 def _show_trials(rows: list[dict[str, str]]) -> None:
@@ -551,6 +571,16 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         from export.problem import Problem
 
         raise Problem(f"{option} {value} is not there", hint=f"use {' or '.join(known)}")
+
+
+def _share(option: str, text: str) -> float:
+    """A share as people write one: 2% or 0.02."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        from export.problem import Problem
+
+        raise Problem(f"{option} {text} is no share", hint="write 2% or 0.02") from None
 
 
 def _of_target(option: str, value: str, target: str, known: dict[str, tuple[str, ...]]) -> None:

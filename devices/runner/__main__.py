@@ -6,6 +6,7 @@ sizes of artifact and sound: a graph that asks for more gets a letter, not the m
 
 import argparse
 import json
+import platform
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from . import android
-from .machine import describe, limit_memory
+from .machine import UNAVAILABLE, describe, emulated, limit_memory
 from .problem import RunnerProblem
 
 SPARE_BYTES = 2**30
+COLD_S = 600
+"""For opening an artifact from a slow disk."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("artifact", type=Path)
     bench.add_argument("clips", type=Path)
     bench.add_argument("--repeats", type=positive, default=1)
+    bench.add_argument("--minutes", type=float, help="transcribe clips on and on for so long")
+    bench.add_argument("--pin", help="cores to run on: big, all, or numbers such as 0,1")
+    bench.add_argument("--governor", help="of the clock, meanwhile, such as performance")
     load = commands.add_parser("compile", help="a Core ML artifact, and load it; seconds of both")
     load.add_argument("artifact", type=Path)
     check = commands.add_parser("check", help="tokens of WAV files, after all that can be checked")
@@ -108,16 +114,49 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
         return profile(arguments.artifact, arguments.seconds, arguments.threads, arguments.probes)
     if arguments.command == "bench":
+        return watched_bench(arguments)
+    return {"transcripts": list(transcripts(arguments))}
+
+
+def watched_bench(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, with a sampler beside; the processes beside this one are forked before it imports
+    what is large."""
+    from .telemetry import Sampler
+    from .tuning import governed, pin
+
+    with governed(arguments.governor) as governor:
+        around: dict[str, Any] = {"governor": governor}
+        if arguments.pin is not None:
+            around["pinned"] = pin(arguments.pin)
+        if arguments.minutes is None:
+            around["cold_load_s"] = cold_load_s(arguments)
+        sampler = Sampler()
         from .measure import bench
 
-        return bench(
+        answer = bench(
             arguments.artifact,
             arguments.clips,
             arguments.repeats,
             arguments.threads,
             arguments.compute_units,
+            arguments.minutes,
         )
-    return {"transcripts": list(transcripts(arguments))}
+        return {**answer, **around, "telemetry": sampler.finish()}
+
+
+def cold_load_s(arguments: argparse.Namespace) -> float | str:
+    """Open the artifact in a process of its own, from the disk; a letter is for the one after. An
+    emulator's time is none."""
+    from .beside import Beside, possible
+
+    def work(asked: int) -> bytes:
+        from .measure import cold_load_s
+
+        return json.dumps(cold_load_s(arguments.artifact, arguments.threads)).encode()
+
+    real = possible() and not emulated(Path("/"), platform.machine())
+    said = Beside(work).finish(COLD_S) if real else b""
+    return json.loads(said) if said else UNAVAILABLE
 
 
 def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -138,6 +138,12 @@ def load_average(text: str) -> float | str:
 
 def throttled() -> str:
     """Return the Raspberry Pi firmware's throttling bits, such as 0x0."""
+    found = re.search(r"throttled=(0x[0-9a-fA-F]+)", vcgencmd("get_throttled"))
+    return found[1] if found else UNAVAILABLE
+
+
+def vcgencmd(question: str) -> str:
+    """Return what a Raspberry Pi's firmware answers, or "unavailable"."""
     import shutil
     import subprocess
 
@@ -145,11 +151,17 @@ def throttled() -> str:
     if not tool:
         return UNAVAILABLE
     try:
-        done = subprocess.run([tool, "get_throttled"], capture_output=True, text=True, timeout=5)
+        done = subprocess.run(
+            [tool, question],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=5,
+            text=True,
+            errors="replace",
+        )
     except (OSError, subprocess.TimeoutExpired):
         return UNAVAILABLE
-    found = re.search(r"throttled=(0x[0-9a-fA-F]+)", done.stdout)
-    return found[1] if found else UNAVAILABLE
+    return done.stdout or UNAVAILABLE
 
 
 def limit_memory(more_bytes: int) -> None:
@@ -192,6 +204,23 @@ def peak_rss_bytes(base: Path = Path("/")) -> int | str:
         return UNAVAILABLE
     peak = number(field(read(base / "proc/self/status"), "VmHWM"), 1024)
     return int(peak) if not isinstance(peak, str) else peak
+
+
+def peak_of_phase(base: Path = Path("/")) -> int | str:
+    """Return the peak of resident memory since the last call, and begin a new phase; "unavailable"
+    where the kernel does not let a process forget its high-water mark."""
+    peak = peak_rss_bytes(base)
+    try:
+        marks = os.open(base / "proc/self/clear_refs", os.O_WRONLY)
+    except OSError:
+        return UNAVAILABLE
+    try:
+        os.write(marks, b"5")
+    except OSError:
+        return UNAVAILABLE
+    finally:
+        os.close(marks)
+    return peak
 
 
 def return_large_blocks() -> None:

@@ -7,18 +7,23 @@ is that of the first clip's window, also where other clips take a window of anot
 ML log-mel is a package of its own.
 """
 
+import ctypes
 import json
+import mmap
+import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 
 from .audio import Pcm, read_wav
 from .contract import check_files, read_manifest
-from .machine import peak_rss_bytes, versions
+from .machine import UNAVAILABLE, peak_of_phase, peak_rss_bytes, usable_cores, versions
 from .problem import RunnerProblem
 from .recognizer import Recognizer, Transcript, pad
 
@@ -27,6 +32,10 @@ MEL_NODES = "log_mel/"
 
 WARM_UP_CLIPS = 3
 PROFILED_RUNS = 9
+MOST_SUSTAINED = 500_000
+"""Clips of a sustained run: more would not come through what a device may say."""
+MOST_CACHED = 0.05
+"""Share of a file that may be in memory where it counts as forgotten."""
 
 
 def bench(
@@ -35,6 +44,7 @@ def bench(
     repeats: int = 1,
     threads: int | None = None,
     compute_units: str | None = None,
+    minutes: float | None = None,
 ) -> dict:
     """Transcribe all clips `repeats` times and return texts, tokens and times, in seconds.
 
@@ -42,7 +52,8 @@ def bench(
     can be told of that; otherwise for the one that the artifact is made for.
     `load_s` is both sessions, manifest and tokens, without Python's imports; `end_to_end_s` goes
     from the WAV file to the text, and `cpu_s` is the time of all cores for the same work; lists are
-    in the order of measurement.
+    in the order of measurement. `timed_s` is where the monotonic clock stood before and after.
+    With `minutes`, clips are instead transcribed on and on for so long: see `sustain`.
     """
     paths = read_clips(clips)
     spoken = read_languages(clips, len(paths))
@@ -51,15 +62,24 @@ def bench(
     native = manifest["target"] == "onnx"
     with suppress(ImportError):  # of which opening it tells more
         import_module(".sessions" if native else "coremltools", __package__)
+    memory = {"imports": peak_of_phase()}
     started = time.perf_counter()
     recognizer = Recognizer(artifact, threads, hashed=False, compute_units=compute_units)
     load_s = time.perf_counter() - started
+    memory["load"] = peak_of_phase()
     work = [(path, recognizer.known(code)) for path, code in zip(paths, spoken, strict=True)]
-    for path, language in work[:WARM_UP_CLIPS]:
+    for number, (path, language) in enumerate(work[:WARM_UP_CLIPS]):
         recognizer.transcribe(path, language=language)
+        if number == 0:
+            memory["first"] = peak_of_phase()
+    if minutes is not None:
+        return {"sustained": sustain(recognizer, work, minutes)}
+    began_s = time.monotonic()
     done = [timed(recognizer, *each) for _ in range(repeats) for each in work]
+    timed_s = [began_s, time.monotonic()]
     transcripts = [transcript for _, _, transcript in done]
-    peak, footprint = peak_rss_bytes(), peak_footprint()  # before the profiler takes its own
+    last, footprint = peak_rss_bytes(), peak_footprint()  # before the profiler takes its own
+    memory["run"] = peak_of_phase()
     first = read_wav(paths[0])[: recognizer.window_samples]
     window = pad(first, recognizer.windows)
     share = mel_share(artifact, window, threads) if native else None
@@ -68,9 +88,13 @@ def bench(
         **stages(transcripts, share),
         "end_to_end_s": [wall for wall, _, _ in done],
         "cpu_s": [cpu for _, cpu, _ in done],
+        "timed_s": timed_s,
         "mel_share": share,
-        "peak_rss_bytes": peak,
+        "peak_rss_bytes": max([p for p in memory.values() if p != UNAVAILABLE], default=last),
         **footprint,
+        "memory_bytes_by_phase": memory,
+        "threads": threads or usable_cores(),
+        "debug": debug_signs(),
         "tokens": [transcript.tokens for transcript in transcripts[-len(paths) :]],
         "texts": [transcript.text for transcript in transcripts[-len(paths) :]],
         "versions": versions() if native else versions("coremltools"),
@@ -110,6 +134,85 @@ def compile_first(artifact: Path, compute_units: str | None = None) -> dict[str,
         "compile_s": [compiled - started] if was_needed else [],
         "cold_load_s": [time.perf_counter() - compiled],
     }
+
+
+def sustain(
+    recognizer: Recognizer, work: list[tuple[Path, str | None]], minutes: float
+) -> dict[str, list[float]]:
+    """Transcribe clips, one after the other and again from the first, for so many minutes.
+
+    Returns each one's seconds, and where the monotonic clock stood when it began.
+    """
+    ends_s = time.monotonic() + 60 * minutes
+    found: dict[str, list[float]] = {"end_to_end_s": [], "at_s": []}
+    for each in cycle(work):
+        at_s = time.monotonic()
+        if at_s >= ends_s or len(found["at_s"]) >= MOST_SUSTAINED:
+            return found
+        wall, _, _ = timed(recognizer, *each)
+        found["end_to_end_s"].append(round(wall, 6))
+        found["at_s"].append(round(at_s, 3))
+    return found
+
+
+def cold_load_s(artifact: Path, threads: int | None) -> float | str:
+    """Return the seconds to open an artifact none of whose files is in memory; for a process of its
+    own. "unavailable" where the system keeps them, as one without disk does."""
+    manifest = read_manifest(artifact)
+    if manifest["target"] != "onnx":
+        return UNAVAILABLE
+    check_files(artifact, manifest)
+    import_module(".sessions", __package__)
+    if not all(dropped(path) for path in artifact.rglob("*") if path.is_file()):
+        return UNAVAILABLE
+    started = time.perf_counter()
+    Recognizer(artifact, threads, hashed=False)
+    return time.perf_counter() - started
+
+
+def dropped(path: Path) -> bool:
+    """Have the system forget a file that it has in memory; say whether it did."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)  # what is not on the disk yet stays in memory
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        return cached_share(file) <= MOST_CACHED
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+
+
+def cached_share(file: int) -> float:
+    """Return the share of an open file's pages that are in memory."""
+    size = os.fstat(file).st_size
+    if not size:
+        return 0.0
+    pages = -(-size // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages)()
+    with mmap.mmap(file, size, access=mmap.ACCESS_COPY) as mapped:
+        start = ctypes.c_char.from_buffer(mapped)
+        libc = ctypes.CDLL(None, use_errno=True)
+        address, length = ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size)
+        failed = libc.mincore(address, length, found)
+        del start
+    if failed:
+        raise OSError(ctypes.get_errno(), "mincore")
+    return sum(page & 1 for page in found) / pages
+
+
+def debug_signs() -> list[str]:
+    """Return what makes this interpreter or onnxruntime slower than those that are used."""
+    runtime = sys.modules.get("onnxruntime")
+    told: Callable[[], str] = getattr(runtime, "get_build_info", lambda: "")
+    signs = {
+        "python is a debug build": hasattr(sys, "gettotalrefcount"),
+        "python runs with -X dev": sys.flags.dev_mode,
+        "onnxruntime is a debug build": "build type=Debug" in told(),
+    }
+    return [sign for sign, found in signs.items() if found]
 
 
 def read_clips(path: Path) -> list[Path]:
