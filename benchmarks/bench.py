@@ -427,6 +427,8 @@ def checked(answer: dict[str, Any], device: Device, clips: int) -> dict[str, Any
     """A round's answer, if it is one: it comes from another machine, and is data."""
     times = {stage: answer.get(stage) for stage in STAGES}
     wrong = [stage for stage, found in times.items() if not are_seconds(found)]
+    if "end_to_end_s" not in wrong and len(answer["end_to_end_s"]) != clips:
+        wrong.append("end_to_end_s")
     texts, share = answer.get("texts"), answer.get("mel_share")
     if not (isinstance(texts, list) and len(texts) == clips and all_are(texts, str)):
         wrong.append("texts")

@@ -16,9 +16,13 @@ from benchmarks.timing import UNSTABLE_SPREAD, by_round, median_interval
 from devices.device import clean
 
 UNAVAILABLE = "unavailable"
+MOST = 1e12
+"""Of any number; seconds, for one."""
 MOST_SAMPLES = 20_000
 """Of one process's telemetry; 60 minutes have 3600."""
 MOST_CLIPS = 500_000
+LEAST_S = 1e-9
+"""That a clip may take."""
 MOST_CORES = 4096
 MOST_WORDS = 200
 PHASES = ("imports", "load", "first", "run")
@@ -47,6 +51,8 @@ EDGE_S = 60.0
 """The beginning and the end of a sustained run."""
 FIRMWARE = ("under-voltage", "frequency capped", "throttled", "soft temperature limit")
 """Bits 0 to 3 of a Raspberry Pi's get_throttled; 16 to 19 say that it has been so since boot."""
+SLOWED = ("moderate", "severe", "critical", "emergency", "shutdown")
+"""What Android calls a phone that it holds back for its heat."""
 
 # -------------------------------------------------------------------------------------- is it data?
 
@@ -64,16 +70,14 @@ def checked(answer: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return found, wrong
 
 
-def is_number(value: Any, low: float = 0, high: float = math.inf) -> float:
+def is_number(value: Any, low: float = 0, high: float = MOST) -> float:
     """The number itself, if it is one between these."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError
-    if not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError
     return value
 
 
-def is_known(value: Any, low: float = 0, high: float = math.inf) -> float | str:
+def is_known(value: Any, low: float = 0, high: float = MOST) -> float | str:
     """Likewise, or "unavailable"."""
     return UNAVAILABLE if value == UNAVAILABLE else is_number(value, low, high)
 
@@ -137,14 +141,11 @@ def is_sample(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_sustained(value: dict[str, Any]) -> dict[str, list[float]]:
-    found = {
-        name: [is_number(one) for one in is_list(value[name], MOST_CLIPS)]
-        for name in ("end_to_end_s", "at_s")
-    }
-    times = found["at_s"]
-    if not times or len(times) != len(found["end_to_end_s"]) or times != sorted(times):
+    times = [is_number(one) for one in is_list(value["at_s"], MOST_CLIPS)]
+    work = [is_number(one, LEAST_S) for one in is_list(value["end_to_end_s"], MOST_CLIPS)]
+    if not times or len(times) != len(work) or times != sorted(times):
         raise ValueError
-    return found
+    return {"end_to_end_s": work, "at_s": times}
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
@@ -212,6 +213,7 @@ def telemetry(watched: Sequence[dict[str, Any]], audio_s: float, clips: int) -> 
     drawn = [energy_j(one, *span[:2]) for one, span in zip(seen, spans, strict=True)]
     known = [joules for joules in drawn if joules is not None]
     energy = sum(known) if known and len(known) == len(drawn) else None
+    heard = sum(audio for _, _, audio in spans)
     costs = [one["cpu_s"] for one in seen if one["cpu_s"] != UNAVAILABLE]
     lasted = sum(one["ended_s"] for one in seen)
     told = len(costs) == len(seen) and lasted > 0
@@ -223,9 +225,7 @@ def telemetry(watched: Sequence[dict[str, Any]], audio_s: float, clips: int) -> 
             for sample in one["samples"]
         ],
         "energy_j": UNAVAILABLE if energy is None else energy,
-        "energy_j_per_audio_s": UNAVAILABLE
-        if energy is None
-        else energy / sum(audio for _, _, audio in spans),
+        "energy_j_per_audio_s": energy / heard if energy is not None and heard else UNAVAILABLE,
         "sampler_cores": sum(costs) / lasted if told else UNAVAILABLE,
     }
 
@@ -265,7 +265,7 @@ def sustained(
     minutes, the halves), with each clip's time as a multiple of its median in the rounds: the same
     clips need not be in both."""
     times, at = np.array(found["end_to_end_s"]), np.array(found["at_s"])
-    usual = np.median(np.reshape(rounds_s, (-1, clips)), axis=0)  # (clips,)
+    usual = np.median(np.reshape(rounds_s, (-1, clips)), axis=0).clip(LEAST_S)  # (clips,)
     relative = times / usual[np.arange(len(times)) % clips]
     edge = min(EDGE_S, (at[-1] - at[0]) / 2)
     first, last = at <= at[0] + edge, at >= at[-1] - edge
@@ -344,6 +344,8 @@ def throttling(samples: Sequence[dict[str, Any]]) -> str | None:
     bits = [int(text, 16) for text in told if re.fullmatch(r"0x[0-9a-fA-F]{1,8}", text)]
     if len(bits) < len(told):
         words = list(dict.fromkeys(told))
+        if slowed := [word for word in words if word in SLOWED]:
+            return f"the system said of throttling: {', '.join(slowed)}"
         if len(words) < 2:
             return None
         return f"what the system says of throttling changed: {' -> '.join(words[:4])}"

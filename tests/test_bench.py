@@ -104,6 +104,7 @@ def test_a_device_that_cannot_tell_its_memory_says_so(artifact, few):
     [
         ("encoder_s", None),
         ("end_to_end_s", [0.1, float("nan")]),
+        ("end_to_end_s", [0.1, 0.1]),
         ("load_s", [-1.0]),
         ("per_token_s", ["fast"]),
         ("texts", ["one"]),

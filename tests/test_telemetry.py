@@ -474,7 +474,8 @@ def seen(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> di
         ("telemetry", seen([]) | {"samples": ["sample"]}),
         ("sustained", {"end_to_end_s": [], "at_s": []}),
         ("sustained", {"end_to_end_s": [1.0], "at_s": [1.0, 2.0]}),
-        ("sustained", {"end_to_end_s": [1.0, -1.0], "at_s": [1.0, 2.0]}),
+        ("sustained", {"end_to_end_s": [1.0, 0.0], "at_s": [1.0, 2.0]}),
+        ("sustained", {"end_to_end_s": [1.0], "at_s": [1e300]}),
     ],
 )
 def test_what_is_no_data_is_named(field, value):
@@ -607,11 +608,13 @@ def test_each_disturbance_is_said_with_its_number():
     assert watched.throttling(bits) == ("the firmware reported under-voltage, throttled (0x70005)")
     since = [sample(0.0, throttled="0x0"), sample(1.0, throttled="0x20000")]
     assert watched.throttling(since) == "the firmware reported frequency capped (0x20000)"
-    words = [sample(0.0, throttled="none"), sample(1.0, throttled="moderate")]
+    words = [sample(0.0, throttled="No warning"), sample(1.0, throttled="Level 2")]
     assert watched.throttling(words) == (
-        "what the system says of throttling changed: none -> moderate"
+        "what the system says of throttling changed: No warning -> Level 2"
     )
     assert watched.throttling(words[:1]) is None
+    hot = [sample(0.0, throttled="severe")] * 2
+    assert watched.throttling(hot) == "the system said of throttling: severe"
     load = [sample(load_average=5.25, others_cores=0.75, swapped_bytes=2.5e6)]
     assert watched.crowding(load, 4) == "the load average was 5.2 on 4 cores"
     assert watched.crowding([sample(load_average=4.4)], 4) is None
