@@ -155,8 +155,8 @@ class Link(ABC):
     # ------------------------------------------------------------------------------- its end
 
     def failure(self, found: str = "") -> DeviceProblem:
-        """End the connection; return the letter that says why, by the process's
-        own words if by no others."""
+        """End the connection; return the letter that says why: what was found, or the process's
+        own words."""
         self.end(0 if found else CLOSE_S)
         self.listener.join(CLOSE_S)
         if found:

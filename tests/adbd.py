@@ -10,6 +10,7 @@ Running it takes root, for the root of its own.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -27,7 +28,6 @@ SUITE = "trixie"
 PACKAGES = ("adbd", "dash", "coreutils")
 ADBD = "usr/lib/android-sdk/platform-tools/adbd"
 LIBRARIES = f"/usr/lib/{os.uname().machine}-linux-gnu/android"
-HOME = "data/local/tmp/edgewhisper"
 LAUNCH = """
 mount -t tmpfs -o size={room} none {root}/data/local/tmp
 mount -t proc none {root}/proc
@@ -98,9 +98,9 @@ class Phone:
     def start(self, room: str = "2g") -> None:
         """Switch it on, with nothing on it, and connect."""
         launch = LAUNCH.format(
-            root=self.root,
+            root=shlex.quote(str(self.root)),
             room=room,
-            sys=self.sys,
+            sys=shlex.quote(str(self.sys)),
             port=self.port,
             libraries=LIBRARIES,
             adbd=ADBD,
@@ -154,4 +154,7 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    fetch()
+    try:
+        fetch()
+    except debian.DeviceProblem as problem:
+        sys.exit(f"error: {problem}\ntry:   {problem.hint}")

@@ -127,6 +127,12 @@ def test_a_run_keeps_to_the_fastest_cores_that_it_may_use(phone, affinity, threa
     assert affinity == [kept]
 
 
+def test_of_the_clocks_that_of_the_fastest_core_in_use_is_told(phone, affinity):
+    found = machine.describe(phone)
+    assert (found["frequency_max_hz"], found["frequency_hz"]) == (2.367e9, 1.1835e9)
+    assert found["cores"] == 8
+
+
 def test_where_nothing_is_told_of_the_cores_all_are_kept(tmp_path, affinity):
     android.take_fast_cores(2, tmp_path)
     assert affinity == []

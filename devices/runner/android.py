@@ -32,7 +32,7 @@ def describe(base: Path = Path("/")) -> dict:
         "model": joined(props, "ro.product.manufacturer", "ro.product.model"),
         "cpu": joined(props, "ro.soc.manufacturer", "ro.soc.model"),
     }
-    seen = readings(base, battery)
+    seen, highest, kept = readings(base, battery), maxima(base), sorted(os.sched_getaffinity(0))
     return {
         **{key: value for key, value in named.items() if value != UNAVAILABLE},
         "abi": props.get("ro.product.cpu.abi", UNAVAILABLE),
@@ -43,8 +43,10 @@ def describe(base: Path = Path("/")) -> dict:
         "battery_temperature_c": seen["battery_temperature_c"],
         "plugged": plugged(battery),
         "screen": screen_state(screen),
-        "core_frequencies_max_hz": [hz for _, hz in sorted(maxima(base).items())] or UNAVAILABLE,
-        "pinned_to": sorted(os.sched_getaffinity(0)),
+        "frequency_hz": fastest(clocks(base, "scaling_cur_freq"), kept),
+        "frequency_max_hz": fastest(highest, kept),
+        "core_frequencies_max_hz": [hz for _, hz in sorted(highest.items())] or UNAVAILABLE,
+        "pinned_to": kept,
     }
 
 
@@ -178,6 +180,11 @@ def clocks(base: Path, name: str) -> dict[int, float]:
 def maxima(base: Path) -> dict[int, float]:
     """Return the highest frequency of every core, in Hz."""
     return clocks(base, "cpuinfo_max_freq")
+
+
+def fastest(hertz: dict[int, float], cores: list[int]) -> float | str:
+    """Return the highest of some cores' frequencies."""
+    return max((hertz[core] for core in cores if core in hertz), default=UNAVAILABLE)
 
 
 def frequencies(base: Path) -> list[float] | str:
