@@ -43,7 +43,7 @@ PACKAGES = (f"python{PYTHON}-minimal", f"libpython{PYTHON}-stdlib", "libstdc++6"
 TOOLBOX = "busybox-static"
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "ext4")
 DISK_BYTES = 600 << 20
-BOOT_S = 120
+BOOT_S = 300
 NETWORK = "it needs Debian's packages and the Python package index; try again with a network"
 
 FIRST = """#!/bin/busybox sh
