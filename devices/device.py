@@ -16,7 +16,11 @@ from typing import Any, NamedTuple, Self
 PROFILES = Path(__file__).parent / "profiles"
 RUNNER = Path(__file__).parent / "runner"
 
-KINDS = {"local": "devices.local:LocalDevice", "ssh": "devices.ssh:SshDevice"}
+KINDS = {
+    "local": "devices.local:LocalDevice",
+    "ssh": "devices.ssh:SshDevice",
+    "browser": "devices.browser.device:BrowserDevice",
+}
 """The kinds of device this release can reach, and their classes."""
 
 MOST_TEXT = 2000
@@ -54,7 +58,7 @@ class Place(NamedTuple):
     device: str = "local"
     """The name of a profile, or of a family."""
     address: str | None = None
-    """What ssh calls it; the serial number that adb gives it."""
+    """What ssh calls it; the serial number that adb gives it; where its page is served."""
 
     def __str__(self) -> str:
         return self.device if self.address is None else f"{self.device} {self.address}"
@@ -100,7 +104,7 @@ class Profile:
 
     name: str
     kind: str
-    """How it is reached: local, ssh or adb."""
+    """How it is reached: local, ssh, adb or browser."""
     model: str
     cpu: str
     cores: int
@@ -169,6 +173,17 @@ def places(names: Sequence[str], hosts: Sequence[str]) -> list[Place]:
                 f"{place} is named twice, and two runs at once disturb each other",
                 "name each device once",
             )
+    return found
+
+
+def in_browser(names: Sequence[str]) -> list[str]:
+    """Return the devices with each phone replaced by its browser; raise where there is none."""
+    found = ["browser" if load_profile(name).kind == "adb" else name for name in names]
+    if "browser" not in found:
+        raise DeviceProblem(
+            f"--browser is given, and no phone is among the devices ({', '.join(names)})",
+            "add --device mobile",
+        )
     return found
 
 

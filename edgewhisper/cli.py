@@ -208,6 +208,16 @@ def bench_cli(
     compute_units: Units = None,
     normalizer: Normalizer = None,
     json_file: Json = None,
+    browser: Annotated[
+        bool, typer.Option("--browser", help="of a phone: in its browser, by a page served here")
+    ] = False,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS[:PORT]",
+            help="where that page is served; default: as the local network sees this machine",
+        ),
+    ] = None,
 ) -> None:
     """Measure latency, memory and error rate of artifacts on devices."""
     from benchmarks.bench import Measuring
@@ -215,7 +225,9 @@ def bench_cli(
 
     how = Measuring(repeats, threads, normalizer, compute_units)
     rest = (speech, baseline, how, _say_for(json_file))
-    found = pipeline.bench(artifacts or [], device or ["local"], host or [], *rest)
+    found = pipeline.bench(
+        artifacts or [], device or ["local"], host or [], *rest, browser=browser, listen=listen
+    )
     _show_results(found.results, json_file)
     _say_for(json_file)(f"wrote {found.path}")
     for letter in found.failed[:-1]:

@@ -396,14 +396,19 @@ def bench(
     baseline: str | None = None,
     how: Measuring | None = None,
     say: Say = print,
+    browser: bool = False,
+    listen: str | None = None,
 ) -> Benched:
     """Measure artifacts, and a dense checkpoint in transformers beside them, on devices; each of
-    `hosts` goes to the next device that is reached by ssh."""
+    `hosts` goes to the next device that is reached by ssh. With `browser`, a phone's browser is
+    measured, to which a page is served at `listen`."""
     from benchmarks.bench import Candidate
     from benchmarks.stock import has_core_ml
-    from devices.device import places
+    from devices.device import in_browser, places
 
-    where = places(devices, hosts)  # what is wrong is said before anything is exported
+    # what is wrong is said before anything is exported
+    where = places(in_browser(devices) if browser else devices, hosts)
+    where = [p._replace(address=listen) if p.device == "browser" else p for p in where]
     apple = list(devices) == ["local"] and has_core_ml()
     newest = runs.newest("artifact", without="" if apple else "-coreml-")
     chosen = list(artifacts) or [newest or export(say=say)]
