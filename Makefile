@@ -69,6 +69,8 @@ sshd:
 test-devices: $(READY) sshd
 	@sh tests/system-packages.sh 'qemu-aarch64 --version' qemu-user
 	@sh tests/system-packages.sh 'gcc --version' gcc
+	@sh tests/system-packages.sh 'chromium --version' chromium
+	@sh tests/system-packages.sh 'npm --version' npm
 	$(BIN)/python -m pytest -m devices
 
 # tens of minutes of emulation; builds its machine in build/aarch64 on the first run

@@ -40,7 +40,8 @@ def python(code: str) -> list[str]:
 
 
 def test_every_profile_is_complete():
-    assert set(profile_names()) == {"local", "m1", "pixel", "rpi-zero2w", "rpi4", "rpi5"}
+    names = {"browser", "local", "m1", "pixel", "rpi-zero2w", "rpi4", "rpi5"}
+    assert set(profile_names()) == names
     for profile in map(load_profile, profile_names()):
         assert profile.kind in {"local", "ssh", "adb"}
         assert profile.precision in {"fp32", "fp16", "int8"}
@@ -68,7 +69,7 @@ def test_an_unknown_device_gets_the_list_of_known_ones(name):
 
 @pytest.mark.parametrize("name", ["mobile", "m1"])
 def test_devices_of_later_releases_get_a_letter(name):
-    benches = "this release, which benches local, rpi-zero2w, rpi4, rpi5$"
+    benches = "this release, which benches browser, local, rpi-zero2w, rpi4, rpi5$"
     with pytest.raises(DeviceProblem, match=benches) as letter:
         open_device(name)
     assert load_profile(name).model in str(letter.value)
@@ -101,7 +102,7 @@ def test_hosts_go_to_the_devices_that_ssh_reaches_in_their_order():
 
 
 def test_every_kind_in_the_dict_opens():
-    assert list(KINDS) == ["local", "ssh"]  # ssh: test_ssh.py
+    assert list(KINDS) == ["local", "ssh", "browser"]  # test_ssh.py, test_browser.py
     with open_device("local") as device:
         assert device.name == "local"
 

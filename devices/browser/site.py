@@ -242,7 +242,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(411, b"")
         if int(length) > MOST_BODY_BYTES:
             return self.reply(413, b"")
-        status, answer = 400, {}
+        status: int = 400
+        answer: Any = {}
         with suppress(ValueError, RecursionError):
             said = json.loads(self.rfile.read(int(length)))
             if isinstance(said, dict):
