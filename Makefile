@@ -71,6 +71,8 @@ test-devices: $(READY) sshd
 	@sh tests/system-packages.sh 'gcc --version' gcc
 	@sh tests/system-packages.sh 'adb --version' adb
 	@$(BIN)/python tests/adbd.py || echo "note: without adbd no phone is played on loopback"
+	@sh tests/system-packages.sh 'chromium --version' chromium
+	@sh tests/system-packages.sh 'npm --version' npm
 	$(BIN)/python -m pytest -m devices
 
 # tens of minutes of emulation; builds its machine in build/aarch64 on the first run

@@ -20,6 +20,7 @@ KINDS = {
     "local": "devices.local:LocalDevice",
     "ssh": "devices.ssh:SshDevice",
     "adb": "devices.adb:AdbDevice",
+    "browser": "devices.browser.device:BrowserDevice",
 }
 """The kinds of device this release can reach, and their classes."""
 
@@ -58,7 +59,7 @@ class Place(NamedTuple):
     device: str = "local"
     """The name of a profile, or of a family."""
     address: str | None = None
-    """What ssh calls it; the serial number that adb gives it."""
+    """What ssh calls it; the serial number that adb gives it; where its page is served."""
 
     def __str__(self) -> str:
         return self.device if self.address is None else f"{self.device} {self.address}"
@@ -106,7 +107,7 @@ class Profile:
 
     name: str
     kind: str
-    """How it is reached: local, ssh or adb."""
+    """How it is reached: local, ssh, adb or browser."""
     model: str
     cpu: str
     cores: int
@@ -155,19 +156,23 @@ def open_device(
 ADDRESSES = {
     "ssh": ("--host", "add --device rpi, rpi4, rpi5, rpi-zero2w or m1"),
     "adb": ("--serial", "add --device mobile"),
+    "browser": ("--listen", "add --device mobile --browser"),
 }
 """The option that addresses a kind of device, and what is missing where too many are given."""
 
 
 def places(
-    names: Sequence[str], hosts: Sequence[str] = (), serials: Sequence[str] = ()
+    names: Sequence[str],
+    hosts: Sequence[str] = (),
+    serials: Sequence[str] = (),
+    pages: Sequence[str] = (),
 ) -> list[Place]:
     """Pair devices with their addresses: each host goes to the next device that ssh reaches, each
-    serial number to the next one that adb does.
+    serial number to the next one that adb does, each page's address to the next browser.
 
     Raises DeviceProblem where they do not come out even, or one device is named twice.
     """
-    left = {"ssh": list(hosts), "adb": list(serials)}
+    left = {"ssh": list(hosts), "adb": list(serials), "browser": list(pages)}
     found = []
     for name in names:
         mine = left.get(load_profile(name).kind)
@@ -186,6 +191,17 @@ def places(
                 f"{place} is named twice, and two runs at once disturb each other",
                 "name each device once",
             )
+    return found
+
+
+def in_browser(names: Sequence[str]) -> list[str]:
+    """Return the devices with each phone replaced by its browser; raise where there is none."""
+    found = ["browser" if load_profile(name).kind == "adb" else name for name in names]
+    if "browser" not in found:
+        raise DeviceProblem(
+            f"--browser is given, and no phone is among the devices ({', '.join(names)})",
+            "add --device mobile",
+        )
     return found
 
 

@@ -237,6 +237,16 @@ def bench_cli(
     normalizer: Normalizer = None,
     fail_if: FailIf = None,
     json_file: Json = None,
+    browser: Annotated[
+        bool, typer.Option("--browser", help="of a phone: in its browser, by a page served here")
+    ] = False,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS[:PORT]",
+            help="where that page is served; default: as the local network sees this machine",
+        ),
+    ] = None,
 ) -> None:
     """Measure latency, memory and error rate of artifacts on devices.
 
@@ -245,14 +255,18 @@ def bench_cli(
     """
     from benchmarks import limits
     from benchmarks.bench import Measuring
+    from devices.device import in_browser, places
     from edgewhisper import pipeline
 
     kept = [limits.parse(text) for text in fail_if or []]
     units = tuple(compute_units or ())
     share = None if interval is None else _share("--interval", interval)
     how = Measuring(repeats, threads, normalizer, units, minutes, share, governor, pin)
+    names = device or ["local"]
+    names = in_browser(names) if browser else names
+    where = places(names, host or [], serial or [], [listen] if listen else [])
     rest = (speech, baseline, how, _say_for(json_file))
-    found = pipeline.bench(artifacts or [], device or ["local"], host or [], *rest, serial or [])
+    found = pipeline.bench(artifacts or [], where, *rest)
     _show_results(found.results, json_file)
     _say_for(json_file)(f"wrote {found.path}")
     for letter in found.failed[:-1]:
@@ -463,7 +477,12 @@ def recipes_cli() -> None:
             say(f"{'':10} searched: {', '.join(searchable(name))}")
 
 
-HOWS = {"local": "ready", "ssh": "--host USER@HOST", "adb": "adb, --serial S"}
+HOWS = {
+    "local": "ready",
+    "ssh": "--host USER@HOST",
+    "adb": "adb, --serial S",
+    "browser": "--browser",
+}
 """How a kind of device is reached."""
 
 devices_app = typer.Typer()

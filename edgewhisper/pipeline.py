@@ -390,24 +390,22 @@ class Benched(NamedTuple):
 
 def bench(
     artifacts: Sequence[Path],
-    devices: Sequence[str] = ("local",),
-    hosts: Sequence[str] = (),
+    places: Sequence[Place] | None = None,
     speech: Path | None = None,
     baseline: str | None = None,
     how: Measuring | None = None,
     say: Say = print,
-    serials: Sequence[str] = (),
 ) -> Benched:
-    """Measure artifacts, and a dense checkpoint in transformers beside them, on devices; each of
-    `hosts` goes to the next device that is reached by ssh, each of `serials` to the next by adb."""
+    """Measure artifacts, and a dense checkpoint in transformers beside them, on devices: by default
+    on this machine."""
     from benchmarks.bench import Candidate
     from benchmarks.stock import has_core_ml
-    from devices.device import load_profile, places
+    from devices.device import Place, load_profile
 
-    where = places(devices, hosts, serials)  # what is wrong is said before anything is exported
+    where = [Place()] if places is None else places
     apple = all(
         has_core_ml() if name == "local" else load_profile(name).model.startswith("Apple")
-        for name in devices
+        for name, _ in where
     )
     newest = runs.newest("artifact", without="" if apple else "-coreml-")
     chosen = list(artifacts) or [newest or export(say=say)]

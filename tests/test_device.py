@@ -40,7 +40,8 @@ def python(code: str) -> list[str]:
 
 
 def test_every_profile_is_complete():
-    assert set(profile_names()) == {"local", "m1", "pixel", "rpi-zero2w", "rpi4", "rpi5"}
+    names = {"browser", "local", "m1", "pixel", "rpi-zero2w", "rpi4", "rpi5"}
+    assert set(profile_names()) == names
     for profile in map(load_profile, profile_names()):
         assert profile.kind in {"local", "ssh", "adb"}
         assert profile.precision in {"fp32", "fp16", "int8"}
@@ -104,7 +105,8 @@ def test_serial_numbers_go_to_the_phones_and_one_phone_needs_none():
 
 
 def test_every_kind_in_the_dict_opens():
-    assert list(KINDS) == ["local", "ssh", "adb"]  # test_ssh.py, test_adb.py
+    # test_ssh.py, test_adb.py, test_browser.py
+    assert list(KINDS) == ["local", "ssh", "adb", "browser"]
     with open_device("local") as device:
         assert device.name == "local"
 
