@@ -438,9 +438,9 @@ def devices_cli(context: typer.Context) -> None:
     from devices.device import load_profile, profile_names, reachable
 
     for profile in map(load_profile, profile_names()):
-        how = {"local": "ready", "ssh": "--host USER@HOST"}.get(profile.kind, "")
-        state = how if reachable(profile) else "not in this release"
-        say(f"{profile.name:12} {profile.kind:6} {state:20} {profile.model}")
+        how = {"local": "ready", "ssh": "--host USER@HOST", "browser": "--browser"}
+        state = how.get(profile.kind, "") if reachable(profile) else "not in this release"
+        say(f"{profile.name:12} {profile.kind:7} {state:20} {profile.model}")
 
 
 @devices_app.command("clean")
