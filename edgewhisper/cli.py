@@ -497,7 +497,7 @@ def devices_cli(context: typer.Context) -> None:
     from devices.device import load_profile, profile_names
 
     for profile in map(load_profile, profile_names()):
-        say(f"{profile.name:12} {profile.kind:6} {HOWS[profile.kind]:20} {profile.model}")
+        say(f"{profile.name:12} {profile.kind:7} {HOWS[profile.kind]:20} {profile.model}")
 
 
 @devices_app.command("clean")

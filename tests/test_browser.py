@@ -495,12 +495,11 @@ def test_the_folder_it_serves_from_is_private(monkeypatch):
 
 def test_a_page_runs_nothing_but_bench(monkeypatch):
     with browser(monkeypatch) as device:
-        for words in (
-            ["describe"],
-            ["bench", "a", "c", "--threads", "1", "--compute-units", "cpu"],
-        ):
-            with pytest.raises(DeviceProblem, match="a page cannot run"):
-                run_runner(device, words)
+        with pytest.raises(DeviceProblem, match="a page cannot run"):
+            run_runner(device, ["describe"])
+        for option in ("--compute-units", "--pin", "--governor"):
+            with pytest.raises(DeviceProblem, match=f"{option} all: a page cannot do that"):
+                run_runner(device, ["bench", "a", "c", "--threads", "1", option, "all"])
 
 
 def test_a_rival_does_not_run_in_a_page(monkeypatch, digits, clips):
@@ -605,6 +604,7 @@ def artifacts(tmp_path_factory, digits, exported, processor) -> dict[str, Path]:
 def both(root: Path, artifact: Path, clips: Path, *threads: int) -> list[tuple[dict, dict]]:
     """Answers of a page in Chromium and of the runner here, for each number of threads."""
     found = []
+    root.mkdir(exist_ok=True)
     write_clips(read_manifest(clips)[:CLIPS], root)
     with BrowserDevice(HERE) as page, LocalDevice() as local:
         local.describe()  # which pushes the runner
@@ -638,13 +638,17 @@ class TestInChromium:
         ((page, local),) = both(tmp_path, artifacts[precision], clips, 1)
         assert page["tokens"] == local["tokens"]
 
-    def test_weights_beside_the_graphs_are_found(self, tmp_path, make_whisper, processor, clips):
-        """And what a random model says has no end: every window is full of tokens, or a loop."""
-        from export.to_onnx import export_onnx
+    def test_weights_beside_the_graphs_are_found(
+        self, tmp_path, digits, processor, clips, monkeypatch
+    ):
+        from edgewhisper.whisper import load
+        from export import to_onnx
 
-        export_onnx(make_whisper(d_model=256, ffn=1280), processor, tmp_path / "wide", "fp32")
-        assert (tmp_path / "wide/encoder.weights").is_file()
-        ((page, local),) = both(tmp_path / "work", tmp_path / "wide", clips, 1)
+        monkeypatch.setattr(to_onnx, "LARGE", 10_000)
+        to_onnx.export_onnx(load(digits), processor, tmp_path / "artifact", "fp32")
+        for name in ("encoder", "decoder"):
+            assert (tmp_path / f"artifact/{name}.weights").stat().st_size > 10_000
+        ((page, local),) = both(tmp_path / "work", tmp_path / "artifact", clips, 1)
         assert page["tokens"] == local["tokens"]
 
     def test_another_name_for_this_machine_opens_nothing(self, tmp_path, monkeypatch, served):

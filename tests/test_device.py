@@ -43,10 +43,11 @@ def test_every_profile_is_complete():
     names = {"browser", "local", "m1", "pixel", "rpi-zero2w", "rpi4", "rpi5"}
     assert set(profile_names()) == names
     for profile in map(load_profile, profile_names()):
-        assert profile.kind in {"local", "ssh", "adb"}
+        assert profile.kind in {"local", "ssh", "adb", "browser"}
         assert profile.precision in {"fp32", "fp16", "int8"}
         assert profile.reason and not profile.reason.endswith(".")
-        assert profile.kind == "local" or (profile.cores > 0 and profile.memory_bytes)
+        asked = profile.kind in {"local", "browser"}
+        assert asked or (profile.cores > 0 and profile.memory_bytes)
 
 
 def test_a_family_name_stands_for_a_profile():
@@ -64,7 +65,7 @@ def test_dot_products_are_told_apart():
 def test_an_unknown_device_gets_the_list_of_known_ones(name):
     with pytest.raises(DeviceProblem, match="is not known") as letter:
         open_device(name)
-    assert "rpi, mobile, local, m1" in letter.value.hint
+    assert "rpi, mobile, browser, local, m1" in letter.value.hint
 
 
 def test_every_profile_can_be_reached():
