@@ -592,6 +592,11 @@ def test_export_for_an_unknown_device_names_the_known_ones(edgewhisper, asked):
     assert asked == []
 
 
+def test_bench_on_an_unknown_device_names_the_known_ones(edgewhisper):
+    text = letter(edgewhisper("bench", "--device", "toaster"))
+    assert "local" in text
+
+
 def test_a_phone_without_the_program_that_reaches_it(edgewhisper, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     text = letter(edgewhisper("bench", "--device", "mobile"))
