@@ -30,6 +30,7 @@ def plots(results: Results) -> dict[str, bytes]:
     timed = [r for r in results if not r["emulated"] and "end_to_end_s" in r["medians"]]
     weighed = [r for r in results if isinstance(r["peak_rss_bytes"], int)]
     warm = [r for r in results if temperatures(r)]
+    lasting = [r for r in results if r.get("sustained") and not r["emulated"]]
     found = {}
     if timed:
         found["latency"] = figure(lambda axes: latency(axes, timed))
@@ -39,6 +40,8 @@ def plots(results: Results) -> dict[str, bytes]:
         found["stages"] = figure(lambda axes: stages(axes, timed), rows=len(timed))
     if warm:
         found["temperature"] = figure(lambda axes: temperature(axes, warm))
+    if lasting:
+        found["sustained"] = figure(lambda axes: sustained(axes, lasting))
     return found
 
 
@@ -47,7 +50,8 @@ CAPTIONS = {
     "of a mark is the size on disk.",
     "memory": "Word error rate against peak memory.",
     "stages": "Where the time of a clip goes, on average.",
-    "temperature": "Temperature while the rounds ran.",
+    "temperature": "Temperature while it ran.",
+    "sustained": "Time of each clip while it ran on and on.",
 }
 
 
@@ -142,6 +146,18 @@ def temperature(axes: Axes, results: Results) -> None:
         axes.plot(times, degrees, label=label(results, result))
     axes.set_xlabel("time, s")
     axes.set_ylabel("temperature, °C")
+    axes.grid(alpha=0.3)
+
+
+def sustained(axes: Axes, results: Results) -> None:
+    """The clips of the sustained runs, in the order in which they were transcribed."""
+    for result in results:
+        told = result["sustained"]
+        times = [1000 * seconds for seconds in told["end_to_end_s"]]
+        axes.plot(told["at_s"], times, ".", markersize=2, label=label(results, result))
+    axes.set_xlabel("time, s")
+    axes.set_ylabel("time of a clip, ms")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
 
 

@@ -6,10 +6,18 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.plots import CAPTIONS, plots
-from benchmarks.result import COLUMNS, milliseconds, table_rows
+from benchmarks.result import (
+    COLUMNS,
+    in_milliseconds,
+    megabytes,
+    milliseconds,
+    remarks,
+    table_rows,
+)
 from export.files import new_file
 from export.problem import Problem
 
@@ -56,8 +64,8 @@ def page(results: Sequence[dict[str, Any]], drawn: dict[str, bytes]) -> str:
     first = results[0]
     facts = (
         f"{first['utterances']} clips, {first['words']} words, {first['audio_s']:.0f} s of speech; "
-        f"normalizer {first['normalizer']}. Times are medians; one marked ~ was unstable: its "
-        "rounds differ by more than a tenth."
+        f"normalizer {first['normalizer']}. Times are medians; one marked ~ is in doubt, since its "
+        "rounds differ by more than a tenth or the run was disturbed."
     )
     return "\n".join(
         [
@@ -67,10 +75,12 @@ def page(results: Sequence[dict[str, Any]], drawn: dict[str, bytes]) -> str:
             f"<h1>EdgeWhisper results</h1><p>{html.escape(facts)}</p>",
             *pictures(drawn),
             table(table_rows(results)),
+            *(f"<p>{html.escape(remark)}</p>" for remark in remarks(results)),
             "<h2>Where the time goes</h2>",
             "<p>Milliseconds, median and 95 % interval. Log-mel runs inside the encoder graph: its "
             "time is the share of the graph that a profiled run gave it.</p>",
             table(stage_rows(results)),
+            *beside_section(results),
             "<h2>What was measured</h2>",
             table(provenance_rows(results)),
             "</html>",
@@ -105,6 +115,38 @@ def with_interval(result: dict[str, Any], stage: str) -> str:
     return f"{text} ({low:.3g} to {high:.3g})"
 
 
+def beside_section(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What was seen beside the rounds, as far as any result has it."""
+    told = [beside(result) for result in results]
+    titles = list(dict.fromkeys(title for row in told for title in row))
+    if not titles:
+        return []
+    rows = [
+        {"model": result["name"], "device": result["device"]["name"]}
+        | {title: row.get(title, "-") for title in titles}
+        for result, row in zip(results, told, strict=True)
+    ]
+    return ["<h2>Beside the rounds</h2>", table(rows)]
+
+
+def beside(result: dict[str, Any]) -> dict[str, str]:
+    """Title -> what a result says; a machine that could not tell reads "unavailable"."""
+    found = {}
+    for title, field in (("cold load ms", "cold_load_s"), ("compile ms", "compile_s")):
+        if (times := result.get(field)) and not result["emulated"]:
+            found[title] = times if isinstance(times, str) else in_milliseconds(median(times))
+    for phase, count in result.get("memory_bytes_by_phase", {}).items():
+        found[f"peak of {phase} MB"] = megabytes(count)
+    if "peak_footprint_bytes" in result:
+        found["peak footprint MB"] = megabytes(result["peak_footprint_bytes"])
+    energy = result.get("telemetry", {}).get("energy_j_per_audio_s")
+    if energy is not None and not result["emulated"]:
+        found["J a second of speech"] = energy if isinstance(energy, str) else f"{energy:.3g}"
+    if "pinned" in result:
+        found["cores"] = ", ".join(map(str, result["pinned"]))
+    return found
+
+
 def provenance_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Hashes, machine and versions of each result."""
     return [
@@ -116,7 +158,9 @@ def provenance_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "rounds": str(result["rounds"]),
             "threads": str(result["threads"]),
             "cpu": str(result["device"].get("cpu", "unavailable")),
-            "governor": str(result["device"].get("governor", "unavailable")),
+            "governor": str(
+                result.get("governor", result["device"].get("governor", "unavailable"))
+            ),
             "temperature C": str(result["device"].get("temperature_c", "unavailable")),
             "load average": str(result["device"].get("load_average", "unavailable")),
             "emulated": "yes" if result["emulated"] else "no",

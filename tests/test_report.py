@@ -9,7 +9,7 @@ import pytest
 from made_results import make_result
 
 from benchmarks.plots import mean_parts, plots
-from benchmarks.report import write_report
+from benchmarks.report import page, write_report
 from export.problem import Problem
 
 
@@ -36,11 +36,13 @@ def test_a_plot_changes_with_what_it_shows():
 
 def test_the_plots_are_files_as_well_where_a_folder_is_named(tmp_path):
     sampled = {"samples": [{"at_s": at, "temperature_c": 40.0 + at} for at in range(9)]}
+    on_and_on = {"minutes": 0.1, "at_s": [1.0, 2.0], "end_to_end_s": [0.05, 0.06], "ratio": 1.2}
     results = [make_result(), make_result(telemetry=sampled, name="$\\frac warm_")]
+    results += [make_result(sustained=on_and_on)]
     write_report(results, tmp_path / "r.html", tmp_path / "plots")
     found = {path.stem: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
     assert found == plots(results)
-    assert found.keys() == {"latency", "memory", "stages", "temperature"}
+    assert found.keys() == {"latency", "memory", "stages", "temperature", "sustained"}
 
 
 def test_a_temperature_that_nobody_could_read_is_not_drawn():
@@ -74,3 +76,24 @@ def test_a_mixture_is_refused_and_nothing_is_written(tmp_path, field):
     with pytest.raises(Problem, match="there are no results"):
         write_report([], tmp_path / "r.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_seen_beside_the_rounds_is_told(tmp_path):
+    watched = {
+        "cold_load_s": [0.3, 0.5, 0.4],
+        "memory_bytes_by_phase": {"imports": 50_000_000, "load": "unavailable"},
+        "telemetry": {"samples": [], "energy_j_per_audio_s": 0.1234},
+        "pinned": [2, 3],
+        "unstable_because": ["the load average was 9.0 on 2 cores"],
+    }
+    write_report([make_result(), make_result(**watched)], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    for fact in ("<td>400</td>", "<td>50</td>", "<td>unavailable</td>", "0.123", "2, 3"):
+        assert fact in text
+    assert "<p>~ made on local: the load average was 9.0 on 2 cores</p>" in text
+    assert "Beside the rounds" not in page([make_result()], {})
+
+
+def test_times_of_an_emulated_device_are_not_told_beside_the_rounds_either():
+    told = {"cold_load_s": [0.3], "telemetry": {"samples": [], "energy_j_per_audio_s": 1.0}}
+    assert "Beside the rounds" not in page([make_result(emulated=True, **told)], {})
