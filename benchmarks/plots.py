@@ -108,7 +108,8 @@ def finish(axes: Axes, x_title: str) -> None:
     axes.set_xlabel(x_title)
     axes.set_ylabel("word error rate, %")
     axes.set_xlim(left=0, right=1.25 * axes.get_xlim()[1])
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0.0, low), max(1.0, high))
     axes.grid(alpha=0.3)
 
 

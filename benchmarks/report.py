@@ -29,6 +29,9 @@ th:first-child, td:first-child { text-align: left }
 img { max-width: 100% } code { overflow-wrap: anywhere }
 """
 
+PHASES = {"first": "first clip"}
+"""What a phase is called where its name alone does not say it."""
+
 
 def write_report(
     results: Sequence[dict[str, Any]], out: Path, plots_dir: Path | None = None
@@ -136,7 +139,7 @@ def beside(result: dict[str, Any]) -> dict[str, str]:
         if (times := result.get(field)) and not result["emulated"]:
             found[title] = times if isinstance(times, str) else in_milliseconds(median(times))
     for phase, count in result.get("memory_bytes_by_phase", {}).items():
-        found[f"peak of {phase} MB"] = megabytes(count)
+        found[f"peak MB, {PHASES.get(phase, phase)}"] = megabytes(count)
     if "peak_footprint_bytes" in result:
         found["peak footprint MB"] = megabytes(result["peak_footprint_bytes"])
     energy = result.get("telemetry", {}).get("energy_j_per_audio_s")
