@@ -125,9 +125,10 @@ def calibrate(
     precision: str | None = None,
     threads: int | None = None,
     say: Callable[[str], None] = lambda _: None,
+    rounds: int = ROUNDS,
 ) -> Table:
     """Measure a device and fit its table; by default in the precision that pays there, on all
-    cores.
+    cores. A round is one process that runs every probe.
 
     Raises the letters of the device, and Problem: an emulated device, a precision that ONNX graphs
     do not have, an answer that is none.
@@ -151,18 +152,18 @@ def calibrate(
         wanted = probes_in(precision)
         say(f"{place}: {len(wanted)} probes in {precision} on {counted(threads, 'thread')}")
         send(device, wanted)
-        rounds = []
-        for number in range(ROUNDS):
-            say(f"round {number + 1} of {ROUNDS}")
-            rounds.append(ask(device, wanted, threads))
-    times = {name: [t for answer in rounds for t in answer["probes"][name]] for name in wanted}
+        answers = []
+        for number in range(rounds):
+            say(f"round {number + 1} of {rounds}")
+            answers.append(ask(device, wanted, threads))
+    times = {name: [t for answer in answers for t in answer["probes"][name]] for name in wanted}
     return Table(
         profile.name,
         precision,
         threads,
         fit({wanted[name][0]: median(found) for name, found in times.items()}, precision),
         clean(machine),
-        rounds[-1]["versions"],
+        answers[-1]["versions"],
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -258,7 +259,8 @@ def fit_kind(rows: np.ndarray, seconds: np.ndarray, empty: np.ndarray) -> Cost:
     sizes[sizes == 0] = 1  # a kind without products
     found = nnls(shares / sizes, 1 - empty / seconds)[0] / sizes
     residuals = empty / seconds + shares @ found - 1
-    return Cost(*map(float, found), [round(float(share), 4) for share in residuals])
+    overhead, a_mac, a_byte = map(float, found)
+    return Cost(overhead, a_mac, a_byte, [round(float(share), 4) for share in residuals])
 
 
 # --------------------------------------------------------------------------------------- predict

@@ -18,7 +18,7 @@ from torch import nn
 from export import onnx_graph as ops
 from export.beside import Spec
 from export.operators import EMPTY, Operator, of_a_token, work
-from export.to_onnx import stem
+from export.to_onnx import _stem as stem
 from export.weights import Heads, Linear
 
 MOST_COPIES = 16
@@ -71,7 +71,9 @@ def copies(operator: Operator, precision: str) -> int:
 
 def write(folder: Path, name: str, operator: Operator, precision: str) -> None:
     """One probe, the file `name`.onnx."""
-    g, inputs, outputs = ops.Graph(precision), [], []
+    g = ops.Graph(precision)
+    inputs: list[Spec] = []
+    outputs: list[Spec] = []
     rng = np.random.default_rng(0)
     for number in range(copies(operator, precision)):
         probe = Probe(g, rng, number, inputs, outputs)
@@ -143,9 +145,9 @@ def _product(p: Probe, inputs: int, outputs: int) -> None:
 
 def _attention(p: Probe, rows: int, heads: int, qk: int, v: int) -> None:
     sizes = {"q": qk, "k": qk, "v": v}
-    qkv = [p.given(f"{name}.{{}}", 1, rows, heads * dim) for name, dim in sizes.items()]
+    q, k, v_ = [p.given(f"{name}.{{}}", 1, rows, heads * dim) for name, dim in sizes.items()]
     shape = Heads(heads, qk, v, qk**-0.5)
-    p.made(ops.self_attention(p.g, *qkv, shape), 1, rows, heads * v)
+    p.made(ops.self_attention(p.g, q, k, v_, shape), 1, rows, heads * v)
 
 
 def _norm(p: Probe, rows: int, width: int) -> None:

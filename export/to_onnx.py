@@ -168,7 +168,7 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
     windows = windows_of(model.config)
     mel = ops.log_mel(g, "pcm", extractor, [2 * n for n in windows])
     with g.scope("stem"):
-        x = stem(g, mel, encoder, _positions(model))
+        x = _stem(g, mel, encoder, _positions(model))
     for i, layer in enumerate(encoder.layers):
         with g.scope(f"layers.{i}"):
             x = _encoder_layer(g, x, layer, windows)
@@ -266,7 +266,7 @@ def _cross(
     return specs + scales if int8 else specs
 
 
-def stem(g: Graph, mel: str, encoder: nn.Module, positions: int | str) -> str:
+def _stem(g: Graph, mel: str, encoder: nn.Module, positions: int | str) -> str:
     """Two convolutions and the positions: (1, n_mels, frames) -> (1, frames / 2, d_model)."""
     x = mel
     for conv, stride in ((encoder.conv1, 1), (encoder.conv2, 2)):

@@ -14,6 +14,7 @@ from made_table import make_table
 
 from benchmarks import latency
 from benchmarks.latency import STAGES, Correction, Cost
+from benchmarks.study import latency_check
 from devices.device import Finished, Place
 from devices.fake import FakeDevice
 from devices.runner.probe import probe_all
@@ -374,6 +375,26 @@ def test_calibrate_takes_results_and_measures_nothing(benched, exported, cache, 
         pipeline.calibrate("rpi5", precision="fp32", results=[path])
 
 
+def test_errors_are_shares_of_what_was_measured(benched, exported):
+    table, sums, result = benched
+    shapes = latency.artifacts_in([exported.parent])
+    (found,) = latency_check.errors_of(table, [result], shapes)
+    assert found["measured", "token"] == pytest.approx(3 * sums["token"])
+    assert found["sum", "encoder"] == pytest.approx(1 / 1.5 - 1)
+    assert found["corrected", "encoder"] == pytest.approx(0)
+    first = latency_check.rows_of(["made"], [[found], [found]])[0]
+    assert first["sum off by %"] == "-33 (-33 to -33)"
+
+
+def test_the_models_that_are_checked_can_be_made(digits):
+    for shapes in latency_check.SLIM.values():
+        config = load(digits).config
+        config.edgewhisper = {"format": 1, **copy.deepcopy(shapes)}
+        stages = latency.uncorrected(make_table(UNIT), shapes_of(load(digits)))
+        slim = shapes_of(WhisperForConditionalGeneration(config))
+        assert latency.uncorrected(make_table(UNIT), slim)["token"] < stages["token"]
+
+
 # -------------------------------------------------------------------------------------- the table
 
 
@@ -438,9 +459,7 @@ def test_a_damaged_table_is_refused(path, value, cache):
     told = {"format": 1, **asdict(make_table())}
     file = latency.write(make_table())
     file.write_text(damaged(told, *path, value=value))
-    with pytest.raises(
-        Problem, match=r"rpi5-int8-4\.json is no latency table of format 1"
-    ) as letter:
+    with pytest.raises(Problem, match=r"rpi5-int8-4\.json is no latency table of") as letter:
         latency.find_table("rpi5")
     assert "devices calibrate" in letter.value.hint
 
