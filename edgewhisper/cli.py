@@ -101,6 +101,12 @@ def compress_cli(
     target_macs: Annotated[
         str | None, typer.Option(metavar="N|SHARE", help="likewise, of one window and 32 tokens")
     ] = None,
+    target_latency: Annotated[
+        str | None, typer.Option(metavar="TIME", help="likewise, 400ms or 0.4s on --device")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="that was measured by `edgewhisper devices calibrate`")
+    ] = None,
     max_wer_loss: Annotated[
         float | None,
         typer.Option(metavar="POINTS", help="search for the smallest that loses no more dev WER"),
@@ -115,7 +121,8 @@ def compress_cli(
     checkpoint with all trials in pareto.json; others worth having are in front/.
     """
     rest = (model, recipe, speech, dev, out, seed, revision, say, language)
-    if target_params is None and target_macs is None and max_wer_loss is None:
+    asks = (target_params, target_macs, max_wer_loss, target_latency)
+    if asks == (None,) * 4 and device is None:
         _refuse_trials(trials)
         from edgewhisper import pipeline
 
@@ -123,8 +130,8 @@ def compress_cli(
         return
     from edgewhisper import targets
 
-    asked = targets.parse(target_params, target_macs, max_wer_loss)
-    place, rows = targets.compress_to(asked, trials or targets.TRIALS, *rest)
+    asked, table = targets.parse(*asks), targets.table_of(target_latency, device)
+    place, rows = targets.compress_to(asked, trials or targets.TRIALS, *rest, table)
     _show_trials(rows)
     say(f"wrote {place}")
 
@@ -520,6 +527,31 @@ def clean_cli(
     say(f"removed {folder} from {host or serial}: {freed / 1e6:.1f} MB")
 
 
+@devices_app.command("calibrate")
+def calibrate_cli(
+    device: Annotated[str, typer.Option(help="see `edgewhisper devices`")] = "local",
+    host: Annotated[str | None, typer.Option(metavar="USER@HOST", help="of bench")] = None,
+    threads: Threads = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, int8 or int4; default: the device's")
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="measure nothing: correct its table by what bench wrote there"),
+    ] = None,
+) -> None:
+    """Time single operators on a device: the table that `compress --target-latency` takes.
+
+    Results of bench in ./edgewhisper-runs correct it, where they are of the same device, precision
+    and number of threads.
+    """
+    from edgewhisper import pipeline
+
+    rows, told = pipeline.calibrate(device, host, precision, threads, results, say)
+    _table(rows)
+    say(told)
+
+
 def say(text: str) -> None:
     """One line for the user, from the first process only."""
     from edgewhisper.runs import main_process
@@ -567,7 +599,8 @@ def _refuse_trials(trials: int | None) -> None:
 
         raise Problem(
             f"--trials {trials}: there is nothing to search without a target",
-            hint="add --target-params, --target-macs or --max-wer-loss, or leave --trials out",
+            hint="add --target-params, --target-macs, --target-latency or --max-wer-loss, or leave "
+            "--trials out",
         )
 
 

@@ -14,17 +14,18 @@ The log-mel front end is not counted in the encoder's floor.
 from __future__ import annotations
 
 import math
-import tempfile
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.latency import probe
 from benchmarks.timing import summarise
 from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
 from devices.runner import contract
 from devices.runner.graph_file import Constant, Parts, read_graph
 from export import artifact
+from export.operators import Operator
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -296,32 +297,15 @@ def time_artifact(
             hint="export the checkpoint first: edgewhisper export",
         )
     told = read_facts(folder)
+    words = ["profile", str(folder.resolve()), "--seconds", str(seconds)]
+    words += ["--threads", str(threads)] if threads else []
+    product = Operator("linear", (*PROBE, PROBE[-1]))
     with LocalDevice() as device:
         device.push(RUNNER, "runner")
-        with tempfile.TemporaryDirectory() as probes:
-            write_probes(Path(probes))
-            device.push(Path(probes), "probes")
-        words = ["profile", str(folder.resolve()), "--seconds", str(seconds), "--probes", "probes"]
-        words += ["--threads", str(threads)] if threads else []
         answer = run_runner(device, words, timeout_s=timeout_s)
-    return with_floors(folder, told, answer)
-
-
-def write_probes(folder: Path) -> None:
-    """Graphs of one large product each, in float32 and in int8 as our own graphs have it."""
-    import numpy as np
-    import onnx
-
-    from export import onnx_graph as ops
-
-    rows, width = PROBE
-    weight = np.random.default_rng(0).standard_normal((width, width)).astype(np.float32)
-    for precision in ("fp32", "int8"):
-        g = ops.Graph(precision)
-        g.name(ops.linear(g, "x", [ops.Linear(weight)]), "y")
-        shape = (1, rows, width)
-        model = g.model(precision, [ops.Spec("x", shape)], [ops.Spec("y", shape)])
-        onnx.save(model, folder / f"{precision}.onnx")
+        times = probe(device, {kind: (product, kind) for kind in ("fp32", "int8")}, threads)
+    fastest = {kind: min(found) for kind, found in times.items()}
+    return with_floors(folder, told, answer | {"probes": fastest})
 
 
 def with_floors(folder: Path, told: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:

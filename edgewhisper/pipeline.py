@@ -452,6 +452,41 @@ def report(results: Sequence[Path], out: Path, plots_dir: Path | None = None) ->
     write_report([result for path in files for result in read(path)], out, plots_dir)
 
 
+def calibrate(
+    device: str = "local",
+    host: str | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+    results: Sequence[Path] | None = None,
+    say: Say = print,
+) -> tuple[list[dict[str, str]], str]:
+    """Measure a device's latency table, correct it by results of bench and keep it; with `results`,
+    correct by these the table that is there. Returns its rows, and a sentence about it.
+
+    Artifacts are looked for in ./edgewhisper-runs, here, and beside the results.
+    """
+    from benchmarks import latency
+    from benchmarks.result import read
+    from devices.device import Place
+
+    files = results or sorted(runs.RUNS.glob("result-*.jsonl"))
+    lines = [result for path in files for result in read(path)]  # damage is said before minutes go
+    folders = {runs.RUNS, Path(), *(Path(path).parent for path in files)}
+    if results:
+        table = latency.find_table(device, precision, threads)
+    else:
+        table = latency.calibrate(Place(device, host), precision, threads, say)
+    corrected = latency.correct(table, lines, latency.artifacts_in(folders))
+    if results and corrected is table:
+        raise Problem(
+            f"none of {len(lines)} results is of {table}, and of an artifact that lies beside it, "
+            "in ./edgewhisper-runs or here",
+            hint="bench an artifact of one window there, with the same --threads",
+        )
+    place = latency.write(corrected)
+    return latency.rows_of(corrected), f"{latency.told(corrected)}; wrote {place}"
+
+
 def demo(say: Say = print) -> Benched:
     """The whole road on the embedded model: before in transformers, before and after in INT8."""
     from benchmarks.bench import Candidate, Measuring

@@ -3,7 +3,8 @@
 The recipe says itself what may be searched (its [[search]] tables). Every trial runs the whole
 recipe with other values there, training included, and is measured; steps before the first searched
 one are the same in all trials and run once. No trial is the best of all: those of which no other is
-smaller and no less accurate are the front, and the targets choose one of them.
+smaller and no less accurate are the front, and the targets choose one of them. What a trial would
+take on a device is predicted from a table of operators that was measured there.
 
 Trials are kept in ./edgewhisper-runs until the search has succeeded, so that the same command,
 typed again after an interruption or with another target of the same kind, makes none of them twice.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.latency import Table, find_table, predict
+from benchmarks.result import in_milliseconds
 from edgewhisper import pipeline, runs, whisper
 from edgewhisper.pipeline import Job, Say
 from edgewhisper.recipe import Recipe, available, searchable, value_at, with_values
@@ -45,7 +49,14 @@ STARTUP = 5
 HOPELESS = 1.5
 """How many times the limit a size must be at both ends of the search for it to be given up."""
 UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}
-NAMES = {"parameters": "parameters", "macs": "MACs", "wer": "dev WER"}
+TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s)\s*")
+SIZES = ("parameters", "macs", "latency")
+NAMES = {
+    "parameters": "parameters",
+    "macs": "MACs",
+    "latency": "ms of predicted latency",
+    "wer": "dev WER",
+}
 
 
 # --------------------------------------------------------------------------------- what is asked
@@ -67,16 +78,21 @@ class Targets:
     parameters: Amount | None = None
     macs: Amount | None = None
     """Multiply-accumulates of one full window and 32 tokens."""
+    latency_s: float | None = None
+    """Seconds of the same on a device."""
     wer_loss: float | None = None
     """Points of dev WER that may be lost: 1.0 is one word in a hundred."""
 
     def axes(self) -> list[str]:
         """What trials are compared by: the sizes that have a target, and dev WER."""
-        sizes = [name for name in ("parameters", "macs") if getattr(self, name) is not None]
+        asked = zip(SIZES, (self.parameters, self.macs, self.latency_s), strict=True)
+        sizes = [name for name, wanted in asked if wanted is not None]
         return [*(sizes or ["parameters"]), "wer"]
 
 
-def parse(params: str | None, macs: str | None, max_wer_loss: float | None) -> Targets:
+def parse(
+    params: str | None, macs: str | None, max_wer_loss: float | None, latency: str | None = None
+) -> Targets:
     """What the command line says. Raises Problem."""
     if max_wer_loss is not None and not 0 <= max_wer_loss <= 100:
         raise Problem(
@@ -86,6 +102,7 @@ def parse(params: str | None, macs: str | None, max_wer_loss: float | None) -> T
     return Targets(
         None if params is None else parse_amount("--target-params", params),
         None if macs is None else parse_amount("--target-macs", macs),
+        None if latency is None else parse_time("--target-latency", latency),
         max_wer_loss,
     )
 
@@ -108,6 +125,33 @@ def parse_amount(option: str, text: str) -> Amount:
     return Amount(number, share)
 
 
+def parse_time(option: str, text: str) -> float:
+    """Seconds of "400ms" or "0.4s"."""
+    found = TIME.fullmatch(text)
+    seconds = float(found[1]) * (1e-3 if found[2] == "ms" else 1) if found else 0.0
+    if not 0 < seconds < math.inf:
+        raise Problem(f"{option} {text} is no time", hint="write 400ms or 0.4s")
+    return seconds
+
+
+def table_of(latency: str | None, device: str | None) -> Table | None:
+    """The latency table of a device for which a time is asked. Raises Problem: one of both is not
+    named, there is no table."""
+    if latency is None and device is None:
+        return None
+    if device is None:
+        raise Problem(
+            f"--target-latency {latency}: on no device",
+            hint="add --device: `edgewhisper devices` lists those that are known",
+        )
+    if latency is None:
+        raise Problem(
+            f"--device {device}: nothing is asked of it",
+            hint="add --target-latency 400ms, or leave it out: `export` and `bench` take a device",
+        )
+    return find_table(device)
+
+
 def limits_of(targets: Targets, before: Mapping[str, Any]) -> dict[str, float]:
     """Axis -> the most it may be, infinite where nothing was asked.
 
@@ -115,15 +159,16 @@ def limits_of(targets: Targets, before: Mapping[str, Any]) -> dict[str, float]:
     """
     dense = position(before)
     limits = dict.fromkeys(targets.axes(), math.inf)
-    for axis in ("parameters", "macs"):
+    for axis in limits.keys() & {"parameters", "macs"}:
         amount = getattr(targets, axis)
-        if amount is None:
-            continue
-        limits[axis] = amount.of(int(dense[axis]))
-        if limits[axis] >= dense[axis]:
+        limits[axis] = math.inf if amount is None else amount.of(int(dense[axis]))
+    if targets.latency_s is not None:
+        limits["latency"] = targets.latency_s
+    for axis in SIZES:
+        if dense.get(axis, math.inf) <= limits.get(axis, math.inf) < math.inf:
             raise Problem(
-                f"a target of {limits[axis]:,} {NAMES[axis]} is met at once: the model has "
-                f"{dense[axis]:,} before anything is done",
+                f"a target of {worded(axis, limits[axis])} is met at once: the model has "
+                f"{amount_of(axis, dense[axis])} before anything is done",
                 hint="ask for less, or leave that target out",
             )
     if targets.wer_loss is not None:
@@ -136,6 +181,7 @@ def position(measured: Mapping[str, Any]) -> dict[str, float]:
     return {
         "parameters": measured["parameters"]["total"],
         "macs": window_macs(measured["macs"]),
+        **({"latency": measured["latency_s"]} if "latency_s" in measured else {}),
         "wer": measured["dev"]["wer"],
     }
 
@@ -214,11 +260,18 @@ def refuse_hopeless(recipe: Recipe, finished: Sequence[Tried], limits: Mapping[s
 
 
 def listed(values: Mapping[str, float]) -> str:
-    told = [
-        f"{100 * value:.2f} % {NAMES[axis]}" if axis == "wer" else f"{value:,.0f} {NAMES[axis]}"
-        for axis, value in values.items()
-    ]
-    return " and ".join(told)
+    return " and ".join(worded(axis, value) for axis, value in values.items())
+
+
+def worded(axis: str, value: float) -> str:
+    return f"{amount_of(axis, value)} {NAMES[axis]}"
+
+
+def amount_of(axis: str, value: float) -> str:
+    """In the unit that NAMES has."""
+    if axis == "latency":
+        return in_milliseconds(value)
+    return f"{100 * value:.2f} %" if axis == "wer" else f"{value:,.0f}"
 
 
 def said(point: Point) -> str:
@@ -253,9 +306,11 @@ def compress_to(
     revision: str | None = None,
     say: Say = print,
     language: str | None = None,
+    table: Table | None = None,
 ) -> tuple[Path, list[dict[str, str]]]:
     """Search within the recipe; return the directory of the chosen checkpoint and all trials as
-    rows of a table. The other arguments are those of pipeline.compress.
+    rows of a table. `table` says what a trial takes on the device for which a time is asked; the
+    other arguments are those of pipeline.compress.
 
     Raises Problem as that does, and: a recipe that says nothing of what may be searched, a target
     that is met before anything is done, one that no trial met. Trials that failed because of their
@@ -266,34 +321,40 @@ def compress_to(
     axes = targets.axes()
     purpose = f"search {axes}"
     job = pipeline.prepare(found, model, speech, dev, out, seed, revision, purpose, language)
+    job = replace(job, before=job.before | latency_of(job.dense, table))
     say(f"{job.source}: {pipeline.describe(job.before)}")
     limits = limits_of(targets, job.before)
     begun = begin(job, say)
     tried = minimise(
-        partial(run_trial, job, begun, limits, trials, Clock(), say),
+        partial(run_trial, job, begun, table, limits, trials, Clock(), say),
         {knob.field: knob.dimension for knob in job.recipe.knobs},
         trials=trials,
         first=first_points(job.recipe),
         limits=list(limits.values()),
         startup=STARTUP,
         run_dir=job.work.run_dir,
-        name=search_name(job, axes),
+        name=search_name(job, axes, table),
         seed=seed,
         accelerator=start_accelerator(Training()),
     )
     chosen = choose(tried, limits)
     if chosen is None:
         raise out_of_reach(tried, limits)
-    find_again(job, begun, axes, tried, say)
+    find_again(job, begun, table, tried, say)
     place = out or runs.new_path("checkpoint", f"-{job.recipe.name}")
     rows = told_of(tried, chosen)
     if runs.main_process():
-        write(place, job, targets, limits, tried, rows)
+        write(place, job, targets, limits, tried, rows, table)
         shutil.rmtree(job.work.run_dir, ignore_errors=True)
-    return place, table(rows)
+    return place, printed(rows)
 
 
-def search_name(job: Job, axes: Sequence[str]) -> str:
+def latency_of(model: WhisperForConditionalGeneration, table: Table | None) -> dict[str, float]:
+    """What is measured of a model where there is a table: the seconds that it predicts."""
+    return {} if table is None else {"latency_s": predict(table, model)}
+
+
+def search_name(job: Job, axes: Sequence[str], table: Table | None = None) -> str:
     """A name that two searches share only if their trials measure the same thing."""
     work = job.work
     clips = [[(c.audio.name, c.text, c.lang) for c in clips] for clips in (work.train, work.dev)]
@@ -303,6 +364,7 @@ def search_name(job: Job, axes: Sequence[str]) -> str:
         clips,
         language_for(job.dense.generation_config),
         work.seed,
+        *([] if table is None else [asdict(table)]),
     ]
     return f"targets-{digest(job.dense.state_dict(), told)[:16]}"
 
@@ -344,6 +406,7 @@ def begin(job: Job, say: Say) -> Start:
 def run_trial(
     job: Job,
     begun: Start,
+    table: Table | None,
     limits: Mapping[str, float],
     trials: int,
     clock: Clock,
@@ -358,7 +421,7 @@ def run_trial(
     refuse_hopeless(job.recipe, finished, limits)
     say(f"trial {len(finished) + 1} of {trials}: {said(point)}")
     try:
-        slim, measured, record = make(job, begun, point, say)
+        slim, measured, record = make(job, begun, table, point, say)
     except Problem as error:
         if is_not_about_values(error) or not any(map(works, finished)):
             raise
@@ -371,7 +434,7 @@ def run_trial(
 
 
 def make(
-    job: Job, begun: Start, point: Point, say: Say
+    job: Job, begun: Start, table: Table | None, point: Point, say: Say
 ) -> tuple[WhisperForConditionalGeneration, dict[str, Any], dict[str, Any]]:
     """The model, what it measures, and its compression.json."""
     work = replace(job.work, run_dir=trial_dir(job, point), record=dict(begun.record))
@@ -380,6 +443,7 @@ def make(
     model, after = pipeline.finish(
         pipeline.run_steps(model, recipe, work, say, first=begun.steps), work
     )
+    after |= latency_of(model, table)
     return model, after, pipeline.record_of(job, work, after, point)
 
 
@@ -443,14 +507,14 @@ def keep(
 
 
 def find_again(
-    job: Job, begun: Start, axes: Sequence[str], tried: Sequence[Tried], say: Say
+    job: Job, begun: Start, table: Table | None, tried: Sequence[Tried], say: Say
 ) -> None:
     """Make the checkpoints of the front that are not here, because another machine made them."""
     missing = [trial for trial in front(tried) if not kept_dir(job, trial.point).exists()]
     together()
     for trial in missing:
         say(f"once more, for its checkpoint: {said(trial.point)}")
-        slim, _, record = make(job, begun, trial.point, say)
+        slim, _, record = make(job, begun, table, trial.point, say)
         if runs.main_process():
             whisper.save(slim, job.work.processor, kept_dir(job, trial.point), record)
     together()
@@ -493,6 +557,7 @@ def told_measured(trial: Tried) -> dict[str, Any]:
     return {
         "parameters": measured["parameters"]["total"],
         "macs": window_macs(measured["macs"]),
+        **{name: measured[name] for name in ("latency_s",) if name in measured},
         "dev_wer": measured["dev"]["wer"],
         "dev_wer_interval": list(measured["dev"]["wer_interval"]),
     }
@@ -505,6 +570,7 @@ def write(
     limits: Mapping[str, float],
     tried: Sequence[Tried],
     rows: Sequence[dict[str, Any]],
+    table: Table | None,
 ) -> None:
     """The chosen checkpoint, with the rest of the front in folders of their own."""
     before = Tried({}, (), {"measured": job.before})
@@ -515,6 +581,7 @@ def write(
         "asked": asdict(targets),
         "limits": {axis: limit for axis, limit in limits.items() if limit < math.inf},
         "macs_are": "of one full window and 32 tokens",
+        **({} if table is None else {"latency_is": f"of the same, predicted for {table}"}),
         "before": told_measured(before),
         "trials": list(rows),
     }
@@ -526,14 +593,15 @@ def write(
         (folder / PARETO).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """What is printed, smallest first."""
+def printed(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The table, smallest first."""
+    times = any("latency_s" in row for row in rows)
     ordered = sorted(rows, key=lambda row: (row.get("parameters", math.inf), row["trial"]))
     return [
         {
             "trial": str(row["trial"]),
             **{name: shown(value) for name, value in row["values"].items()},
-            **told_sizes(row),
+            **told_sizes(row, times),
             "front": "yes" if row["front"] else "",
             "checkpoint": "chosen" if row["chosen"] else row["checkpoint"] or "",
         }
@@ -541,13 +609,15 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def told_sizes(row: Mapping[str, Any]) -> dict[str, str]:
+def told_sizes(row: Mapping[str, Any], times: bool) -> dict[str, str]:
     if "refused" in row:
-        return {"parameters": "-", "MMAC": "-", "dev WER %": "-", "95 %": "-"}
+        titles = ("parameters", "MMAC", *(["predicted ms"] if times else []), "dev WER %", "95 %")
+        return dict.fromkeys(titles, "-")
     low, high = row["dev_wer_interval"]
     return {
         "parameters": f"{row['parameters']:,}",
         "MMAC": f"{row['macs'] / 1e6:,.1f}",
+        **({"predicted ms": in_milliseconds(row["latency_s"])} if times else {}),
         "dev WER %": f"{100 * row['dev_wer']:.2f}",
         "95 %": f"{100 * low:.1f} to {100 * high:.1f}",
     }

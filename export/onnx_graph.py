@@ -478,7 +478,7 @@ def cached_attention(
     """
     room = heads.cache_dim
     dims = heads.qk_dim, heads.qk_dim, heads.qk_dim if bias else heads.v_dim
-    q, k, v = (_padded(g, x, heads.count, room, dim) for x, dim in zip(qkv, dims, strict=True))
+    q, k, v = (padded(g, x, heads.count, room, dim) for x, dim in zip(qkv, dims, strict=True))
     inputs = [q, k, v, *cache[:2], *ends, "", "", "", bias, "", *cache[2:]]
     while not inputs[-1]:
         inputs.pop()
@@ -522,7 +522,7 @@ def encoder_cache(g: Graph, x: str, heads: Heads, dim: int) -> list[str]:
     (1, heads, T + SPARE, cache_dim); where the graph quantises, int8 and (heads * cache_dim,)
     scales.
     """
-    x = _padded(g, x, heads.count, heads.cache_dim, dim)
+    x = padded(g, x, heads.count, heads.cache_dim, dim)
     scales = []
     if g.quantises:
         loudest = g.op("ReduceMax", g.op("Abs", x), g.constant([0, 1]), keepdims=0)
@@ -544,7 +544,7 @@ def unseen(g: Graph, ids: str, filled: str) -> str:
     return g.op("Concat", seen, hidden, axis=3)
 
 
-def _padded(g: Graph, x: str, heads: int, room: int, dim: int) -> str:
+def padded(g: Graph, x: str, heads: int, room: int, dim: int) -> str:
     """(1, n, heads * dim) -> (1, n, heads * room), zeros behind every head's own."""
     if dim == room:
         return x

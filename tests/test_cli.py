@@ -374,8 +374,12 @@ def test_a_checkpoint_that_is_quantised_already(refused, processor, digits, tmp_
     assert not (tmp_path / "edgewhisper-runs").exists()
 
 
-def test_targets_that_cannot_be(edgewhisper, tmp_path):
+def test_targets_that_cannot_be(edgewhisper, tmp_path, monkeypatch):
     assert "neither a count nor a share" in letter(edgewhisper("compress", "--target-params", "x"))
+    assert "on no device" in letter(edgewhisper("compress", "--target-latency", "400ms"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = letter(edgewhisper("compress", "--target-latency", "0.4s", "--device", "local"))
+    assert "try:   measure it: edgewhisper devices calibrate --device local" in text
     text = letter(edgewhisper("compress", "--max-wer-loss", "-1"))
     assert "--max-wer-loss -1 is not between 0 and 100 points" in text
     assert "nothing to search without a target" in letter(edgewhisper("compress", "--trials", 3))

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 from ctrl_c import count_calls, press_ctrl_c
+from made_table import make_table
 
+from benchmarks import latency
+from benchmarks.latency import Cost
 from benchmarks.wer import Score
 from edgewhisper import pipeline, runs, search, targets
 from edgewhisper.compress.work import Work
@@ -76,6 +79,34 @@ def test_what_is_no_amount_is_a_letter(text):
 def test_a_loss_that_cannot_be_is_a_letter(points):
     with pytest.raises(Problem, match="is not between 0 and 100 points"):
         targets.parse(None, None, points)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("400ms", 0.4), ("0.4s", 0.4), (" 1.5 s ", 1.5)])
+def test_a_time_has_its_unit(text, seconds):
+    asked = targets.parse(None, None, None, text)
+    assert asked.latency_s == pytest.approx(seconds)
+    assert asked.axes() == ["latency", "wer"]
+
+
+@pytest.mark.parametrize("text", ["", "400", "0ms", "-1s", "nan s", "1e3ms", "60%", "4 min"])
+def test_what_is_no_time_is_a_letter(text):
+    with pytest.raises(Problem, match=r"--target-latency .* is no time") as problem:
+        targets.parse(None, None, None, text)
+    assert problem.value.hint == "write 400ms or 0.4s"
+
+
+def test_a_time_and_a_device_belong_together(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert targets.table_of(None, None) is None
+    with pytest.raises(Problem, match="--target-latency 400ms: on no device"):
+        targets.table_of("400ms", None)
+    with pytest.raises(Problem, match="--device rpi5: nothing is asked of it"):
+        targets.table_of(None, "rpi5")
+    with pytest.raises(Problem, match="there is no latency table of rpi5") as problem:
+        targets.table_of("400ms", "rpi5")
+    assert "edgewhisper devices calibrate --device rpi5" in problem.value.hint
+    latency.write(make_table())
+    assert targets.table_of("400ms", "rpi5") == make_table()
 
 
 # ------------------------------------------------------------------------------ front and choice
@@ -233,6 +264,56 @@ def test_macs_are_an_axis_of_their_own(run):
     assert set(told["limits"]) == {"parameters", "macs"}
 
 
+LOGITS = make_table({"logits": Cost(0.0, s_per_mac=1e-6)})
+"""A device on which only the token table takes time: a microsecond a product."""
+
+
+def time_of_rank(rank: int) -> float:
+    """Of 32 tokens, in seconds: 783 of them, width 128."""
+    return 32 * 1e-6 * rank * (783 + 128)
+
+
+def test_a_time_gets_the_most_accurate_that_takes_no_longer(run):
+    asked = time_of_rank(40) + 1e-6
+    place, rows = run(Targets(latency_s=asked), table=LOGITS)
+    told = pareto(place)
+    for trial in told["trials"]:
+        assert trial["latency_s"] == pytest.approx(time_of_rank(trial["values"]["step.1.rank"]))
+    (chosen,) = [trial for trial in told["trials"] if trial["chosen"]]
+    kept = [trial for trial in told["trials"] if trial["latency_s"] <= asked]
+    assert chosen["dev_wer"] == min(trial["dev_wer"] for trial in kept)
+    assert 32 <= chosen["values"]["step.1.rank"] <= 40
+    assert told["before"]["latency_s"] == pytest.approx(32 * 1e-6 * 783 * 128)
+    assert told["limits"] == {"latency": asked}
+    assert told["latency_is"] == "of the same, predicted for rpi5, int8, 4 threads"
+    shown = [float(row["predicted ms"].replace(",", "")) for row in rows]
+    assert shown == pytest.approx(
+        [1e3 * time_of_rank(int(row["step.1.rank"])) for row in rows], 0.01
+    )
+
+
+def test_a_loss_and_a_time_keep_both(run):
+    place, _ = run(Targets(latency_s=time_of_rank(90), wer_loss=0.5), table=LOGITS)
+    told = pareto(place)
+    (chosen,) = [trial for trial in told["trials"] if trial["chosen"]]
+    kept = [
+        trial
+        for trial in told["trials"]
+        if trial["latency_s"] <= time_of_rank(90)
+        and trial["dev_wer"] <= told["before"]["dev_wer"] + 0.005
+    ]
+    assert chosen["latency_s"] == min(trial["latency_s"] for trial in kept)
+
+
+def test_times_out_of_reach_or_met_at_once_are_letters(run):
+    with pytest.raises(Problem, match=r"a target of 5000 ms of predicted latency is met at once"):
+        run(Targets(latency_s=5.0), table=LOGITS)
+    with pytest.raises(
+        Problem, match=r"at most 60 ms of predicted latency; the nearest has 117 ms"
+    ):
+        run(Targets(latency_s=0.06), table=LOGITS)
+
+
 def test_the_recipe_as_written_is_tried_first_and_then_both_ends(run):
     place, _ = run(Targets(wer_loss=50), trials=4)
     ranks = [trial["values"]["step.1.rank"] for trial in pareto(place)["trials"]]
@@ -321,10 +402,10 @@ def test_a_first_trial_that_cannot_be_stops_the_search(run):
 
 
 def test_a_full_disk_is_no_fault_of_the_values(run, monkeypatch):
-    def full(job, begun, point, say, inner=targets.make):
+    def full(job, begun, table, point, say, inner=targets.make):
         if point["step.1.rank"] == 96:
             raise Problem("it cannot be written") from OSError("no space")
-        return inner(job, begun, point, say)
+        return inner(job, begun, table, point, say)
 
     with monkeypatch.context() as patch:
         patch.setattr(targets, "make", full)
@@ -391,15 +472,16 @@ def test_a_search_stopped_inside_the_training_of_a_trial_goes_on_in_it(
 
 
 def test_searches_of_another_seed_or_recipe_or_size_share_nothing(empty, few, digits, wer_by_size):
-    def name(recipe=RANK, axes=("parameters", "wer"), seed=0):
+    def name(recipe=RANK, axes=("parameters", "wer"), seed=0, table=None):
         job = pipeline.prepare(
             parse_recipe("mine", recipe), str(digits), few, few, None, seed, None, "search"
         )
-        return targets.search_name(job, axes)
+        return targets.search_name(job, axes, table)
 
     other = RANK.replace("calibration = 2", "calibration = 1")
     names = [name(), name(other), name(axes=("macs", "wer")), name(seed=1)]
-    assert len(set(names)) == 4
+    names += [name(table=make_table()), name(table=LOGITS)]
+    assert len(set(names)) == 6
     assert name() == names[0]
 
 

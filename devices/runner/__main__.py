@@ -63,8 +63,9 @@ def parser() -> argparse.ArgumentParser:
     profile = commands.add_parser("profile", help="where the time of both graphs goes")
     profile.add_argument("artifact", type=Path)
     profile.add_argument("--seconds", type=float, default=5.0, help="of sound in the window")
-    profile.add_argument("--probes", type=Path, help="folder of graphs to run beside it")
-    for command in (transcribe, bench, check, profile):
+    probe = commands.add_parser("probe", help="times of graphs of fixed shapes")
+    probe.add_argument("artifact", metavar="folder", type=Path)
+    for command in (transcribe, bench, check, profile, probe):
         command.add_argument("--threads", type=positive, help="default: all usable cores")
     for command in (transcribe, bench, check, load):
         command.add_argument("--compute-units", help="of Core ML: all, cpu, cpu-ane or cpu-gpu")
@@ -112,7 +113,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.command == "profile":
         from .profile import profile
 
-        return profile(arguments.artifact, arguments.seconds, arguments.threads, arguments.probes)
+        return profile(arguments.artifact, arguments.seconds, arguments.threads)
+    if arguments.command == "probe":
+        from .probe import probe_all
+
+        return probe_all(arguments.artifact, arguments.threads)
     if arguments.command == "bench":
         return watched_bench(arguments)
     return {"transcripts": list(transcripts(arguments))}

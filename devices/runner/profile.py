@@ -2,8 +2,8 @@
 
 Whole runs are timed without the profiler; then the same runs with it say which share of the kernel
 time each part takes. The exporter names the nodes after the parts of the model they belong to
-(stem/, layers.3/feed_forward/, ...). Beside it stand the rate at which blocks of the size of the
-decoder are copied, and the times of graphs that are given as probes.
+(stem/, layers.3/feed_forward/, ...). Beside it stands the rate at which blocks of the size of the
+decoder are copied.
 """
 
 import json
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from .audio import SAMPLING_RATE, Pcm
 from .contract import check_files, read_manifest
@@ -41,10 +40,8 @@ RUNS = 7
 COPIES = 20
 
 
-def profile(
-    artifact: Path, seconds: float, threads: int | None = None, probes: Path | None = None
-) -> dict[str, Any]:
-    """Return seconds a window and a token, the shares of their parts, and the machine's rates.
+def profile(artifact: Path, seconds: float, threads: int | None = None) -> dict[str, Any]:
+    """Return seconds a window and a token, the shares of their parts, and the machine's rate.
 
     The sound is noise of so many seconds, at most a window; tokens are forced, so that every run
     does the same work whatever the model hears.
@@ -73,7 +70,6 @@ def profile(
         "bytes_per_s": copy_rate(
             (artifact / "decoder.onnx").stat().st_size, threads or usable_cores()
         ),
-        "probes": {path.stem: probe(path, threads) for path in graphs(probes)},
         "versions": versions(),
     }
 
@@ -160,17 +156,3 @@ def best(work: Callable[[], object]) -> float:
         work()
         found.append(time.perf_counter() - started)
     return min(found)
-
-
-def graphs(folder: Path | None) -> list[Path]:
-    return [] if folder is None else sorted(folder.glob("*.onnx"))
-
-
-def probe(path: Path, threads: int | None) -> float:
-    """Return the shortest time of a graph with one input of fixed shape."""
-    session: ort.InferenceSession = open_session(path, session_options(threads))
-    (given,) = session.get_inputs()
-    if not all(isinstance(axis, int) for axis in given.shape):
-        raise RunnerProblem(f"{path}: a probe needs an input of fixed shape", "name its axes")
-    x = noise(int(np.prod(given.shape))).reshape(given.shape)
-    return best(lambda: session.run(None, {given.name: x}))
