@@ -531,6 +531,7 @@ def clean_cli(
 def calibrate_cli(
     device: Annotated[str, typer.Option(help="see `edgewhisper devices`")] = "local",
     host: Annotated[str | None, typer.Option(metavar="USER@HOST", help="of bench")] = None,
+    serial: Annotated[str | None, typer.Option(help="of bench")] = None,
     threads: Threads = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, fp16, int8 or int4; default: the device's")
@@ -545,9 +546,13 @@ def calibrate_cli(
     Results of bench in ./edgewhisper-runs correct it, where they are of the same device, precision
     and number of threads.
     """
+    from devices.device import Place, places
     from edgewhisper import pipeline
 
-    rows, told = pipeline.calibrate(device, host, precision, threads, results, say)
+    place = Place(device)
+    if not results:
+        (place,) = places([device], [host] if host else [], [serial] if serial else [])
+    rows, told = pipeline.calibrate(place, precision, threads, results, say)
     _table(rows)
     say(told)
 

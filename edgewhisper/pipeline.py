@@ -453,8 +453,7 @@ def report(results: Sequence[Path], out: Path, plots_dir: Path | None = None) ->
 
 
 def calibrate(
-    device: str = "local",
-    host: str | None = None,
+    place: Place,
     precision: str | None = None,
     threads: int | None = None,
     results: Sequence[Path] | None = None,
@@ -467,15 +466,14 @@ def calibrate(
     """
     from benchmarks import latency
     from benchmarks.result import read
-    from devices.device import Place
 
     files = results or sorted(runs.RUNS.glob("result-*.jsonl"))
     lines = [result for path in files for result in read(path)]  # damage is said before minutes go
     folders = {runs.RUNS, Path(), *(Path(path).parent for path in files)}
     if results:
-        table = latency.find_table(device, precision, threads)
+        table = latency.find_table(place.device, precision, threads)
     else:
-        table = latency.calibrate(Place(device, host), precision, threads, say)
+        table = latency.calibrate(place, precision, threads, say)
     corrected = latency.correct(table, lines, latency.artifacts_in(folders))
     if results and corrected is table:
         raise Problem(
@@ -483,8 +481,8 @@ def calibrate(
             "in ./edgewhisper-runs or here",
             hint="bench an artifact of one window there, with the same --threads",
         )
-    place = latency.write(corrected)
-    return latency.rows_of(corrected), f"{latency.told(corrected)}; wrote {place}"
+    path = latency.write(corrected)
+    return latency.rows_of(corrected), f"{latency.told(corrected)}; wrote {path}"
 
 
 def demo(say: Say = print) -> Benched:

@@ -366,13 +366,13 @@ def test_calibrate_takes_results_and_measures_nothing(benched, exported, cache, 
     latency.write(table)
     path = exported.parent / "made.jsonl"
     path.write_text(json.dumps(result) + "\n")
-    rows, told = pipeline.calibrate("rpi5", precision="fp32", results=[path])
+    rows, told = pipeline.calibrate(Place("rpi5"), precision="fp32", results=[path])
     assert "corrected by 1 result (encoder times 1.50, token times 3.00)" in told
     assert latency.find_table("rpi5", "fp32").corrections["token"].results == 1
     assert len(rows) == len(KINDS) + 2
     path.write_text(json.dumps(result | {"threads": 1}) + "\n")
     with pytest.raises(Problem, match="none of 1 results is of rpi5, fp32, 4 threads"):
-        pipeline.calibrate("rpi5", precision="fp32", results=[path])
+        pipeline.calibrate(Place("rpi5"), precision="fp32", results=[path])
 
 
 def test_errors_are_shares_of_what_was_measured(benched, exported):
