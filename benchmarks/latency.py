@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
+"""Of a table's file; another one where kinds of operators, or what is called their work, change."""
 ROUNDS = 3
 STAGES = ("encoder", "token")
 """What is predicted: one full window with its front end, and one token."""

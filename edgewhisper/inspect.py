@@ -18,14 +18,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.latency import probe
 from benchmarks.timing import summarise
 from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
 from devices.runner import contract
 from devices.runner.graph_file import Constant, Parts, read_graph
 from export import artifact
-from export.operators import Operator
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -296,6 +294,9 @@ def time_artifact(
             f"{folder}: there are no graphs to time, it is not an artifact",
             hint="export the checkpoint first: edgewhisper export",
         )
+    from benchmarks.latency import probe  # with torch, which the shapes of an artifact do not need
+    from export.operators import Operator
+
     told = read_facts(folder)
     words = ["profile", str(folder.resolve()), "--seconds", str(seconds)]
     words += ["--threads", str(threads)] if threads else []

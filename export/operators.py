@@ -2,7 +2,8 @@
 
 An operator is a kind and its sizes. Where the graphs repeat one (low-rank layers are two products,
 hidden units are computed in pieces, heads are padded to a width that caches have) it is counted as
-often. Its work is multiply-accumulates, as in cost.py, and bytes that are read and written:
+often. Its work is multiply-accumulates, as in cost.py, and bytes that are read and written; of one
+token those of weights and of cached keys and values are left out, for each is read for one product:
 
     log_mel      frames, mel bands             the front end
     stem         frames, mel bands, width      both convolutions, GELU, positions
@@ -40,8 +41,6 @@ CONTEXT = 32
 """Tokens that a step sees, as in cost.macs()."""
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1.0, "int4": 0.625}
 """Of one weight of a product at work; in 4 bits with a scale for every 32."""
-CODE_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1.0, "int4": 1.0}
-"""Of one number of the token table and of the window's keys and values."""
 
 
 class Operator(NamedTuple):
@@ -56,48 +55,48 @@ class Work(NamedTuple):
 
 def work(operator: Operator, precision: str) -> Work:
     """What an operator computes and moves in a graph of that precision."""
-    return KINDS[operator.kind](WEIGHT_BYTES[precision], CODE_BYTES[precision], *operator.sizes)
+    return KINDS[operator.kind](WEIGHT_BYTES[precision], *operator.sizes)
 
 
-def _log_mel(weight: float, code: float, frames: int, bands: int) -> Work:
+def _log_mel(weight: float, frames: int, bands: int) -> Work:
     taps, bins = 400, 101  # a quarter of the plain DFT: see onnx_graph.log_mel
     return Work(frames * bins * (taps + 2 * bands), 4 * frames * (2 * taps + bands))
 
 
-def _stem(weight: float, code: float, frames: int, bands: int, width: int) -> Work:
+def _stem(weight: float, frames: int, bands: int, width: int) -> Work:
     macs = 3 * width * (frames * bands + frames // 2 * width)
     return Work(macs, 4 * (3 * width * (bands + width) + frames * (bands + 3 * width)))
 
 
-def _linear(weight: float, code: float, rows: int, inputs: int, outputs: int) -> Work:
+def _linear(weight: float, rows: int, inputs: int, outputs: int) -> Work:
     return Work(rows * inputs * outputs, weight * inputs * outputs + 4 * rows * (inputs + outputs))
 
 
-def _product(weight: float, code: float, inputs: int, outputs: int) -> Work:
+def _product(weight: float, inputs: int, outputs: int) -> Work:
     return Work(inputs * outputs, 4 * (inputs + outputs))
 
 
-def _attention(weight: float, code: float, rows: int, heads: int, qk: int, v: int) -> Work:
+def _attention(weight: float, rows: int, heads: int, qk: int, v: int) -> Work:
     return Work(rows**2 * heads * (qk + v), 4 * heads * rows * (rows + 2 * qk + 2 * v))
 
 
-def _rows(weight: float, code: float, rows: int, *widths: int) -> Work:
+def _rows(weight: float, rows: int, *widths: int) -> Work:
     return Work(0, 8 * rows * prod(widths))
 
 
-def _begin(weight: float, code: float, positions: int, width: int) -> Work:
+def _begin(weight: float, positions: int, width: int) -> Work:
     return Work(0, 4 * (positions + SPARE) + 12 * width)
 
 
-def _past(weight: float, code: float, tokens: int, heads: int, width: int) -> Work:
+def _past(weight: float, tokens: int, heads: int, width: int) -> Work:
     return Work(2 * tokens * heads * width, 4 * heads * (tokens + 4 * width))
 
 
-def _cross(weight: float, code: float, positions: int, heads: int, width: int) -> Work:
+def _cross(weight: float, positions: int, heads: int, width: int) -> Work:
     return Work(2 * positions * heads * width, 4 * heads * positions)
 
 
-def _logits(weight: float, code: float, tokens: int, width: int) -> Work:
+def _logits(weight: float, tokens: int, width: int) -> Work:
     return Work(tokens * width, 4 * tokens)
 
 
@@ -116,7 +115,7 @@ KINDS: dict[str, Callable[..., Work]] = {
     "cross": _cross,
     "logits": _logits,
 }
-"""Kind -> its work, given the bytes of a weight, those of a code, and the sizes."""
+"""Kind -> its work, given the bytes of a weight, and the sizes."""
 
 
 def of_a_token(operator: Operator) -> bool:
