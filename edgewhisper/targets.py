@@ -318,6 +318,8 @@ def compress_to(
     """
     found = pipeline.recipe_for(model, recipe, speech)
     refuse_unsearchable(found)
+    if targets.latency_s is not None and table is None:
+        raise Problem("a time is asked, and there is no latency table", hint="see find_table()")
     axes = targets.axes()
     purpose = f"search {axes}"
     job = pipeline.prepare(found, model, speech, dev, out, seed, revision, purpose, language)

@@ -305,7 +305,9 @@ def test_a_loss_and_a_time_keep_both(run):
     assert chosen["latency_s"] == min(trial["latency_s"] for trial in kept)
 
 
-def test_times_out_of_reach_or_met_at_once_are_letters(run):
+def test_times_out_of_reach_or_met_at_once_or_without_a_table_are_letters(run):
+    with pytest.raises(Problem, match="there is no latency table"):
+        run(Targets(latency_s=5.0))
     with pytest.raises(Problem, match=r"a target of 5000 ms of predicted latency is met at once"):
         run(Targets(latency_s=5.0), table=LOGITS)
     with pytest.raises(
