@@ -215,6 +215,16 @@ def bench_cli(
     ] = None,
     host: Host = None,
     serial: Serial = None,
+    browser: Annotated[
+        bool, typer.Option("--browser", help="of a phone: in its browser, by a page served here")
+    ] = False,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS[:PORT]",
+            help="where that page is served; default: as the local network sees this machine",
+        ),
+    ] = None,
     speech: Annotated[Path | None, typer.Option(help=f"clips to transcribe: {SPEECH}")] = None,
     baseline: Annotated[
         str | None, typer.Option(help="directory of a dense checkpoint, run in transformers")
@@ -244,16 +254,6 @@ def bench_cli(
     normalizer: Normalizer = None,
     fail_if: FailIf = None,
     json_file: Json = None,
-    browser: Annotated[
-        bool, typer.Option("--browser", help="of a phone: in its browser, by a page served here")
-    ] = False,
-    listen: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS[:PORT]",
-            help="where that page is served; default: as the local network sees this machine",
-        ),
-    ] = None,
 ) -> None:
     """Measure latency, memory and error rate of artifacts on devices.
 
