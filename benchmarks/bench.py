@@ -44,8 +44,8 @@ from export.versions import version
 PEAKS = ("peak_rss_bytes", "peak_footprint_bytes")
 """Of a round; the second one is a Mac's."""
 
-OFFLINE = {"HF_HUB_OFFLINE": "1"}
-"""Environment of a rival."""
+OURS = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
+"""Environment of a program of this project that is not the runner."""
 
 MOST_ROUNDS = 50
 """That an interval may take."""
@@ -439,15 +439,11 @@ def run_round(ready: Prepared, index: int) -> dict[str, Any]:
         answer = run_runner(device, ["bench", artifact, *options])
     else:
         kind = RIVALS[candidate.rival]
-        code, model = (CODE, artifact) if kind.foreign else here(candidate.source)
-        env = {"PYTHONPATH": code, **OFFLINE}
+        model, env = artifact, OURS | {"PYTHONPATH": CODE}
+        if not kind.foreign:  # it is on this machine
+            model, env = str(Path(candidate.source).resolve()), OURS
         answer = run_runner(device, [model, *options], kind.program, env)
     return checked(answer, device, len(ready.clips))
-
-
-def here(checkpoint: Path) -> tuple[str, str]:
-    """Code and model of a rival in the toolchain's environment, from where they are."""
-    return str(PROJECT), str(Path(checkpoint).resolve())
 
 
 def threads_of(how: Measuring) -> list[str]:
