@@ -22,6 +22,16 @@ from benchmarks.metadata import artifact_hash, clips_hash, folder_bytes, folder_
 from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.result import FORMAT, STAGES, summaries, validate
+from benchmarks.rivals.engines import (
+    CODE,
+    RIVALS,
+    count_parameters,
+    interpreter,
+    refuse_missing,
+    send_program,
+)
+from benchmarks.rivals.prepare import PROJECT, Order
+from benchmarks.rivals.transformers import refuse_slim
 from benchmarks.speech import SAMPLING_RATE, Clip
 from benchmarks.wer import score
 from devices.device import RUNNER, Device, clean, run_runner
@@ -31,13 +41,9 @@ from export.problem import Problem
 from export.prompt import language_code
 from export.versions import version
 
-RIVALS = {"transformers": "benchmarks.rivals.transformers"}
-"""Other ways to do the same work: name -> module that speaks the runner's protocol."""
-
 PEAKS = ("peak_rss_bytes", "peak_footprint_bytes")
 """Of a round; the second one is a Mac's."""
 
-PROJECT = Path(__file__).resolve().parent.parent
 OURS = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
 """Environment of a program of this project that is not the runner."""
 
@@ -56,6 +62,8 @@ class Candidate:
 
     source: Path
     rival: str | None = None
+    form: Path | None = None
+    """The source as the rival reads it, where that is another folder: see in_own_form."""
     name: str = ""
     """How tables call it; the folder's name where it is empty."""
     compute_units: str | None = None
@@ -116,8 +124,8 @@ def bench_all(
     """The results of several candidates on the same clips, in their order.
 
     `progress` hears what runs.
-    Raises Problem: no clips, a damaged artifact, a rival elsewhere than on this machine, a Core ML
-    artifact where there is no Core ML; and the device's or the runner's letters.
+    Raises Problem: no clips, a damaged artifact, a rival where it cannot run, a Core ML artifact
+    where there is no Core ML; and the device's or the runner's letters.
     """
     return measure(prepare(candidates, device, clips, how), progress)
 
@@ -128,6 +136,8 @@ class Prepared:
 
     candidates: Sequence[Candidate]
     device: Device
+    places: Sequence[Device]
+    """The device, for each candidate with what its program needs."""
     clips: Sequence[Clip]
     how: Measuring
     """With threads (unless cores are chosen there) and normalizer that are known."""
@@ -151,6 +161,7 @@ def prepare(
     machine = device.describe()
     for candidate in candidates:
         check_target(candidate, machine, device.name)
+    places = [place_for(candidate, device) for candidate in candidates]
     common = {
         "format": FORMAT,
         "clips_hash": clips_hash(clips),
@@ -162,7 +173,7 @@ def prepare(
     threads = how.threads or (None if how.pin else device_cores(machine))
     how = replace(how, threads=threads, normalizer=normalizer)
     known = [common | found for found in described]
-    return Prepared(candidates, device, clips, how, known)
+    return Prepared(candidates, device, places, clips, how, known)
 
 
 def measure(ready: Prepared, progress: Callable[[str], None] = lambda _: None) -> list[dict]:
@@ -305,18 +316,55 @@ def identify(candidate: Candidate) -> dict[str, Any]:
             "macs": manifest["macs"],
             **({"compute_units": candidate.compute_units} if candidate.compute_units else {}),
         }
+    check_rival(candidate)
+    form = candidate.form or source
+    return common | {
+        "artifact_hash": folder_hash(form),
+        "artifact_bytes": folder_bytes(form),
+        "precision": RIVALS[candidate.rival].precision,
+        "parameters": count_parameters(source),
+        "macs": None,
+    }
+
+
+def check_rival(candidate: Candidate) -> None:
+    """Raise Problem for a rival or a checkpoint that is not known."""
     if candidate.rival not in RIVALS:
         raise Problem(
             f"there is no rival {candidate.rival!r}", hint=f"choose one of {', '.join(RIVALS)}"
         )
-    if not source.is_dir():
-        raise Problem(f"{source}: no such directory", hint="name a local checkpoint directory")
-    return common | {
-        "artifact_hash": folder_hash(source),
-        "artifact_bytes": folder_bytes(source),
-        "precision": "fp32",
-        "macs": None,
-    }
+    if not Path(candidate.source).is_dir():
+        raise Problem(
+            f"{candidate.source}: no such directory", hint="name a local checkpoint directory"
+        )
+
+
+def in_own_form(candidate: Candidate, folder: Path, say: Callable[[str], None]) -> Candidate:
+    """A rival with its checkpoint as it reads it, written into a folder."""
+    check_rival(candidate)
+    refuse_slim(candidate.source)
+    kind = RIVALS[str(candidate.rival)]
+    if kind.foreign:
+        say(f"{candidate.label}: writing its model")
+    order = Order(Path(candidate.source).resolve(), folder, interpreter())
+    return replace(candidate, form=kind.prepare(order))
+
+
+def place_for(candidate: Candidate, device: Device) -> Device:
+    """The device with what a candidate's program needs; raises where that is not to be had."""
+    if candidate.rival is None:
+        return device
+    kind, local = RIVALS[candidate.rival], device.name == "local"
+    if not kind.foreign and not local:
+        raise Problem(
+            f"the rival {candidate.rival} runs on this machine only, not on {device.name}",
+            hint="bench the rival with `--device local`",
+        )
+    if not kind.foreign:
+        return device
+    if local:
+        refuse_missing([candidate.rival], interpreter(), "leave it out")
+    return device.having(kind.packages, interpreter().absolute())
 
 
 def check_target(candidate: Candidate, machine: dict[str, Any], name: str) -> None:
@@ -332,16 +380,14 @@ def check_target(candidate: Candidate, machine: dict[str, Any], name: str) -> No
 
 
 def send(candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip]) -> float:
-    """Push runner, artifacts and clips; return the clips' seconds of sound."""
+    """Push runner, artifacts, rivals and clips; return the clips' seconds of sound."""
     device.push(RUNNER, "runner")
     for index, candidate in enumerate(candidates):
         if candidate.rival is None:
             device.push(Path(candidate.source), f"artifacts/{index}")
-        elif device.name != "local":
-            raise Problem(
-                f"the rival {candidate.rival} runs on this machine only, not on {device.name}",
-                hint="bench the rival with `--device local`",
-            )
+        elif RIVALS[candidate.rival].foreign:
+            send_program(RIVALS[candidate.rival], device)
+            device.push(candidate.form or Path(candidate.source), f"artifacts/{index}")
     with tempfile.TemporaryDirectory() as folder:
         audio_s = write_clips(clips, Path(folder))
         device.push(Path(folder), "clips")
@@ -405,15 +451,18 @@ def first_load(
 
 def run_round(ready: Prepared, index: int) -> dict[str, Any]:
     """One process of one candidate: every clip once."""
-    candidate, device = ready.candidates[index], ready.device
+    candidate, device = ready.candidates[index], ready.places[index]
     options = ["clips/clips.json", "--repeats", "1", *threads_of(ready.how)]
+    artifact = f"artifacts/{index}"
     if candidate.rival is None:
-        artifact = f"artifacts/{index}"
         options += [*of_units(candidate), *runner_options(ready.how)]
         answer = run_runner(device, ["bench", artifact, *options], timeout_s=ROUND_S)
     else:
-        source = str(Path(candidate.source).resolve())
-        answer = run_runner(device, [source, *options], RIVALS[candidate.rival], OURS)
+        kind = RIVALS[candidate.rival]
+        model, env = artifact, OURS | {"PYTHONPATH": CODE}
+        if not kind.foreign:  # it is on this machine
+            model, env = str(Path(candidate.source).resolve()), OURS
+        answer = run_runner(device, [model, *options], kind.program, env)
     return checked(answer, device, len(ready.clips))
 
 

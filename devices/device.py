@@ -49,6 +49,15 @@ class Finished:
     stderr: str
 
 
+class Packages(NamedTuple):
+    """What a program other than the runner is written for."""
+
+    requirements: tuple[str, ...]
+    """As pip writes them, of exact versions; what they need in turn comes with them."""
+    modules: tuple[str, ...]
+    """What can be imported then."""
+
+
 Env = Mapping[str, str] | None
 """What a command finds in its environment beside the usual."""
 
@@ -79,6 +88,14 @@ class Device(ABC):
     @abstractmethod
     def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
         """Run a command in the work folder; `argv` reaches it word by word, through no shell."""
+
+    def having(self, packages: Packages, python: Path) -> Self:
+        """This device and its work folder, for commands that need packages; raises where they are
+        not to be had. `python` has them on this machine."""
+        raise DeviceProblem(
+            f"{self.name}: {packages.requirements[0]} cannot be brought there",
+            "other engines run on this machine and over SSH: leave --rival out",
+        )
 
     @abstractmethod
     def push(self, local: Path, remote: str) -> None:

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from copy import copy as twin
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from devices.device import RUNNER, Device, DeviceProblem, Env, Finished, run_runner
+from devices.device import RUNNER, Device, DeviceProblem, Env, Finished, Packages, run_runner
 
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
 """The environment a run inherits; the rest, thread settings above all, would change the result."""
@@ -23,12 +24,13 @@ class LocalDevice(Device):
 
     def __init__(self) -> None:
         self.work = Path(tempfile.mkdtemp(prefix="edgewhisper-"))  # mode 0700
-        self.running: subprocess.Popen[str] | None = None
+        self.running: list[subprocess.Popen[str]] = []
+        """One at most."""
 
     def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
         """Run a command in the work folder."""
         try:
-            self.running = subprocess.Popen(
+            process = subprocess.Popen(
                 list(argv),
                 cwd=self.work,
                 env={**inherited(), **(env or {})},
@@ -38,12 +40,15 @@ class LocalDevice(Device):
                 text=True,
                 errors="replace",
             )
-            with self.running as process:
+            self.running.append(process)
+            with process:
                 try:
                     said = process.communicate(timeout=timeout_s)
                 except BaseException:
                     process.kill()
                     raise
+                finally:
+                    self.running.remove(process)
         except subprocess.TimeoutExpired:
             raise DeviceProblem(
                 f"local: {argv[0]} did not end within {timeout_s:g} s",
@@ -52,6 +57,12 @@ class LocalDevice(Device):
         except OSError as error:
             raise DeviceProblem(f"local: {argv[0]} cannot be started: {error.strerror}") from None
         return Finished(process.returncode, *said)
+
+    def having(self, packages: Packages, python: Path) -> Self:
+        """Let commands run with the interpreter that has the packages."""
+        found = twin(self)  # `running` is one list, for close()
+        found.python = str(python)
+        return found
 
     def push(self, local: Path, remote: str) -> None:
         """Copy a file or a folder into the work folder."""
@@ -75,8 +86,8 @@ class LocalDevice(Device):
 
     def close(self) -> None:
         """End what runs, which another thread may be waiting for, and remove the work folder."""
-        if self.running is not None:
-            self.running.kill()
+        for process in self.running:
+            process.kill()
         shutil.rmtree(self.work, ignore_errors=True)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
+from typing import Self
 
 from devices.connection import Connection
-from devices.device import DeviceProblem, Env, clean, last_line
+from devices.device import DeviceProblem, Env, Packages, clean, last_line
 from devices.remote import RemoteDevice, field
 from devices.wheels import LEAST_PYTHON, NAMES, Target, download, in_range, listed
 
@@ -25,6 +27,9 @@ HOST = re.compile(r"[^\s\x00-\x20\x7f'\"`$\\;&|<>(){}*?!#~]{1,255}")
 class SshDevice(RemoteDevice):
     """A machine with Linux or macOS and python3 that the system's ssh can reach."""
 
+    packages: Packages | None = None
+    """What commands need in the place of the runner's."""
+
     def __init__(
         self, host: str, name: str = "ssh", say: Callable[[str], None] = lambda _: None
     ) -> None:
@@ -37,13 +42,26 @@ class SshDevice(RemoteDevice):
         """See, once, that what is needed can be imported there; push it where not."""
         if self.runtime is not None:
             return
-        target = self.target()
-        if in_range(field(self.facts, "versions", dict), self.more) and self.imports() is None:
+        target, known = self.target(), field(self.facts, "runtimes", list)
+        if self.packages is None and self.has_runtime():
             self.runtime = ""
             return
-        if target.name not in field(self.facts, "runtimes", list):
+        if target.name not in known:
             self.install(target)
+            known.append(target.name)
         self.runtime = target.name
+
+    def having(self, packages: Packages, python: Path) -> Self:
+        """Push the packages' wheels where they have not been pushed before."""
+        found = copy(self)
+        found.packages, found.runtime = packages, None
+        found.prepare()
+        return found
+
+    def has_runtime(self) -> bool:
+        """Whether what the runner needs is installed there."""
+        versions = field(self.facts, "versions", dict)
+        return in_range(versions, self.more) and self.imports() is None
 
     def target(self) -> Target:
         """What wheels have to fit; a letter where there are none."""
@@ -64,7 +82,8 @@ class SshDevice(RemoteDevice):
                 f"{system} is not in this release", "bench a machine with Linux or macOS"
             )
         release = self.macos(machine) if system == "Darwin" else self.glibc(machine)
-        return Target(python, machine, release, system, self.more)
+        only = self.packages.requirements if self.packages else ()
+        return Target(python, machine, release, system, self.more, only)
 
     def glibc(self, machine: str) -> int:
         """Return the minor version of the C library; a letter where there are no wheels for it."""
@@ -105,18 +124,20 @@ class SshDevice(RemoteDevice):
     @property
     def more(self) -> tuple[str, ...]:
         """What is needed beside numpy and onnxruntime; coremltools runs nothing but on a Mac."""
-        return self.libraries if self.facts.get("system") == "Darwin" else ()
+        wanted = self.packages is None and self.facts.get("system") == "Darwin"
+        return self.libraries if wanted else ()
 
     def imports(self, env: Env = None) -> str | None:
         """Import what is needed there; return why that fails, or None."""
-        code = f"import {', '.join((*NAMES, *self.more))}"
+        modules = self.packages.modules if self.packages else (*NAMES, *self.more)
+        code = f"import {', '.join(modules)}"
         done = self.start([self.python, "-c", code], env, None)
         why = last_line(done.stderr) or f"exit code {done.exit_code}"
         return why if done.exit_code else None
 
     def install(self, target: Target) -> None:
         """Fetch wheels here, unpack them there and try them before they get their name."""
-        what = listed((*NAMES, *self.more))
+        what = listed(target.names)
         self.say(f"{self.address} lacks {what}: fetching them for {target.machine}")
         with tempfile.TemporaryDirectory() as folder:
             wheels = download(target, Path(folder))

@@ -40,6 +40,18 @@ class Target:
     system: str = "Linux"
     more: tuple[str, ...] = ()
     """Of MAY."""
+    only: tuple[str, ...] = ()
+    """Requirements in the place of NAMES, with all that they need: of another program."""
+
+    @property
+    def names(self) -> list[str]:
+        """What it is to have."""
+        return [Requirement(text).name for text in self.only] or [*NAMES, *self.more]
+
+    @property
+    def requirements(self) -> list[str]:
+        """In which versions."""
+        return list(self.only) or pins(self.more)
 
     @property
     def options(self) -> list[str]:
@@ -61,7 +73,7 @@ class Target:
     @property
     def name(self) -> str:
         """A name for what is installed there: other pins make another one."""
-        asked = f"{self} {pins(self.more)}"
+        asked = f"{self} {self.requirements}"
         return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
@@ -110,17 +122,20 @@ def in_range(versions: dict[str, Any], more: Sequence[str] = ()) -> bool:
 
 def download(target: Target, folder: Path) -> list[Path]:
     """Fetch the wheels into a folder: of the versions that run here, else the newest in range."""
-    names = (*NAMES, *target.more)
-    asked = {"pinned": pins(target.more), "newest": [in_words(name) for name in names]}
+    asked = {"pinned": target.requirements}
+    if not target.only:
+        asked["newest"] = [in_words(name) for name in target.names]
     for name, requirements in asked.items():
         said = pip(target, folder / name, requirements)
         if not said:
             return sorted((folder / name).glob("*.whl"))
-    raise DeviceProblem(f"no wheels of {listed(names)} for {target}: {said}", hint(target))
+    raise DeviceProblem(f"no wheels of {listed(target.names)} for {target}: {said}", hint(target))
 
 
 def hint(target: Target) -> str:
     """What helps where there are no wheels."""
+    if target.only:
+        return f"check that pip can reach its index, or do without {target.names[0]} there"
     if target.system == "Darwin":
         return (
             "check that pip can reach its index; onnxruntime's wheels need macOS 14, coremltools' "
@@ -139,7 +154,9 @@ def pip(target: Target, folder: Path, requirements: Sequence[str]) -> str:
     """Download wheels; return its last words where that failed, nothing otherwise."""
     argv = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     argv += ["--only-binary=:all:", "--dest", str(folder), *target.options]
-    argv += [] if target.more else ["--no-deps"]  # onnxruntime runs without what it names
+    argv += (
+        [] if target.more or target.only else ["--no-deps"]
+    )  # onnxruntime runs without what it names
     done = subprocess.run(
         [*argv, *requirements], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

@@ -227,7 +227,17 @@ def bench_cli(
     ] = None,
     speech: Annotated[Path | None, typer.Option(help=f"clips to transcribe: {SPEECH}")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="directory of a dense checkpoint, run in transformers")
+        str | None,
+        typer.Option(
+            help="directory of a dense checkpoint, run in transformers unless --rival is given"
+        ),
+    ] = None,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="run it in faster-whisper, whisper.cpp or sherpa-onnx; several may be given; "
+            "default of --baseline then: the embedded model, if the artifacts are made of it"
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="rounds, interleaved")] = 5,
     threads: Threads = None,
@@ -273,7 +283,7 @@ def bench_cli(
     names = in_browser(names) if browser else names
     where = places(names, host or [], serial or [], [listen] if listen else [])
     rest = (speech, baseline, how, _say_for(json_file))
-    found = pipeline.bench(artifacts or [], where, *rest)
+    found = pipeline.bench(artifacts or [], where, *rest, rival or ())
     _show_results(found.results, json_file)
     _say_for(json_file)(f"wrote {found.path}")
     for letter in found.failed[:-1]:

@@ -5,7 +5,9 @@ Every function takes plain values, writes whole directories or nothing, and rais
 
 from __future__ import annotations
 
+import json
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +32,7 @@ from edgewhisper.compress.work import Work
 from edgewhisper.languages import fix_language, set_language
 from edgewhisper.recipe import Recipe, load_recipe
 from export.artifact import MANIFEST, PACKAGED, write_manifest
+from export.artifact import read_manifest as read_artifact
 from export.cost import count_parameters, macs, macs_by_window
 from export.files import new_directory
 from export.problem import Problem
@@ -395,10 +398,11 @@ def bench(
     baseline: str | None = None,
     how: Measuring | None = None,
     say: Say = print,
+    rivals: Sequence[str] = (),
 ) -> Benched:
-    """Measure artifacts, and a dense checkpoint in transformers beside them, on devices: by default
-    on this machine."""
-    from benchmarks.bench import Candidate
+    """Measure artifacts on devices, by default on this machine, and beside them a dense checkpoint
+    in rivals: `baseline`, in transformers where none is named."""
+    from benchmarks.bench import Candidate, in_own_form
     from benchmarks.stock import has_core_ml
     from devices.device import Place, load_profile
 
@@ -410,9 +414,38 @@ def bench(
     newest = runs.newest("artifact", without="" if apple else "-coreml-")
     chosen = list(artifacts) or [newest or export(say=say)]
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
-    if baseline is not None:
-        candidates.insert(0, Candidate(Path(baseline), rival="transformers"))
-    return bench_candidates(candidates, where, speech, how, say)
+    if baseline is None and not rivals:
+        return bench_candidates(candidates, where, speech, how, say)
+    dense = Path(baseline or embedded_of(chosen))
+    with tempfile.TemporaryDirectory() as folder:
+        names = dict.fromkeys(rivals or ("transformers",))
+        beside = [in_own_form(Candidate(dense, name), Path(folder), say) for name in names]
+        return bench_candidates([*beside, *candidates], where, speech, how, say)
+
+
+def embedded_of(artifacts: Sequence[Path]) -> Path:
+    """The embedded model, if the artifacts are made of it; else the letter that asks which one."""
+    for artifact in artifacts:
+        if not is_of_embedded(Path(artifact)):
+            raise Problem(
+                f"--rival: nothing in {artifact} says that it is made of the embedded model, and "
+                "the rivals need the dense checkpoint that it is made of",
+                hint="add --baseline and that checkpoint's directory",
+            )
+    return DEFAULT_MODEL
+
+
+def is_of_embedded(artifact: Path) -> bool:
+    """By the hashes of the first checkpoint in its record; without any record by its config."""
+    record = read_artifact(artifact).get("provenance") or {}
+    if not record:
+        config = artifact / "config.json"
+        return config.is_file() and json.loads(config.read_text("utf-8")) == json.loads(
+            (DEFAULT_MODEL / "config.json").read_text("utf-8")
+        )
+    while earlier := record["base"].get("compression"):
+        record = earlier
+    return bool(record["base"].get("files") == _hashes(DEFAULT_MODEL))
 
 
 def bench_candidates(

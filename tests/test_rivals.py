@@ -17,18 +17,16 @@ from benchmarks.compare import compare_pair
 from benchmarks.result import table_rows
 from benchmarks.rivals import __main__ as command
 from benchmarks.rivals import ggml, prepare
+from benchmarks.rivals.engines import ENGINES, count_parameters, interpreter, refuse_missing
 from benchmarks.rivals.prepare import Order
 from benchmarks.rivals.protocol import Engine, bench, forced, main
 from benchmarks.rivals.race import (
-    ENGINES,
     Case,
     Work,
     by_turns,
-    count_parameters,
     race,
     ratio_rows,
     ratios,
-    refuse_missing,
     rows,
 )
 from benchmarks.sizes import Size
@@ -37,7 +35,7 @@ from devices.device import open_device, run_runner
 from devices.runner.decode import Rules, greedy
 from export.problem import Problem
 
-PYTHON = command.ENVIRONMENT / "bin/python"
+PYTHON = interpreter()
 with_rivals = pytest.mark.skipif(
     not PYTHON.is_file(), reason="the rivals' environment is not there: make rivals-env"
 )
@@ -328,13 +326,13 @@ def test_an_engine_that_is_not_installed_is_a_letter(few, tmp_path, capsys):
     assert "make rivals-env" in letter["hint"]
 
 
-def test_an_environment_that_is_not_there_is_a_letter(tmp_path):
+def test_an_environment_that_is_not_there_is_a_letter(digits, tmp_path):
     with pytest.raises(Problem, match=r"faster-whisper, whisper\.cpp: the rivals' environment"):
-        refuse_missing(["ours", "faster-whisper", "whisper.cpp"], tmp_path / "python")
+        refuse_missing(["ours", "faster-whisper", "whisper.cpp"], tmp_path / "python", "x")
     with pytest.raises(Problem) as letter:
-        refuse_missing(["whisper.cpp"], tmp_path / "python")
+        race(Work("digits", digits, ()), ["whisper.cpp"], [1], 1, tmp_path, tmp_path / "python")
     assert letter.value.hint.endswith("--engines ours ours-fp32 transformers")
-    refuse_missing(["ours", "transformers"], tmp_path / "python")
+    refuse_missing(["ours", "transformers"], tmp_path / "python", "x")
 
 
 def test_an_unknown_engine_is_a_letter_that_names_the_known_ones(digits, tmp_path, capsys):

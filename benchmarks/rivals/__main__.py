@@ -27,12 +27,12 @@ from benchmarks.normalizers import name_for
 from benchmarks.program import exit_code, parser_of
 from benchmarks.result import write
 from benchmarks.rivals import models
-from benchmarks.rivals.race import ENGINES, PROJECT, USUAL, Work, race, ratio_rows, ratios, rows
+from benchmarks.rivals.engines import ENGINES, interpreter
+from benchmarks.rivals.race import USUAL, Work, race, ratio_rows, ratios, rows
 from benchmarks.sizes import SIZES
 from benchmarks.speech import SAMPLING_RATE, Clip, read_manifest
 from export.problem import Problem
 
-ENVIRONMENT = PROJECT / "build/rivals"
 LOUDNESS = 0.1
 
 
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=count, default=5)
     add("--repeats", type=count, help="times that a round's process does its work")
     add("--models", type=Path, help="where the engines' models are kept for the next call")
-    add("--python", type=Path, default=ENVIRONMENT / "bin/python", help="of the rivals")
+    add("--python", type=Path, default=interpreter(), help="of the rivals")
     add("--out", type=Path, help="results as JSON lines")
     return found
 

@@ -31,11 +31,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.rivals.whisper_cpp import MODEL, RULES
 from export.files import new_directory
 from export.problem import Problem
 
 MAGIC = 0x67676D6C
-MODEL, RULES = "ggml-model.bin", "decoding.json"
 
 QUANTISER = 2000
 """A file with quantised tensors says the version of their format, 2, in thousands of its kind."""

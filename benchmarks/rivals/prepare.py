@@ -79,6 +79,7 @@ def load(checkpoint: Path) -> tuple[Any, Any]:
     """A dense checkpoint's model and processor, by transformers itself."""
     import transformers
 
+    transformers.logging.disable_progress_bar()
     model = transformers.WhisperForConditionalGeneration.from_pretrained(checkpoint).eval()
     model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint)
     return model, transformers.WhisperProcessor.from_pretrained(checkpoint)
@@ -154,6 +155,12 @@ def ctranslate2(order: Order) -> Path:
     """CTranslate2's int8, by its own converter; see to_ctranslate2.py."""
     place = order.place("ctranslate2-int8")
     if not place.exists():
+        if not order.python.is_file():
+            raise Problem(
+                "faster-whisper: CTranslate2's converter writes its model, and it is in the "
+                f"rivals' environment, which is unavailable: there is no {order.python}",
+                hint="make it with `make rivals-env`, or leave faster-whisper out",
+            )
         module, checkpoint = "benchmarks.rivals.to_ctranslate2", str(order.checkpoint)
         with new_directory(place) as folder:
             folder.rmdir()  # the converter wants to make it

@@ -7,21 +7,19 @@ that grows warm or busy slows all alike.
 from __future__ import annotations
 
 import json
-import struct
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.bench import PROJECT, accuracy, merge, write_clips
+from benchmarks.bench import accuracy, merge, write_clips
 from benchmarks.metadata import clips_hash, folder_bytes, folder_hash
 from benchmarks.result import FORMAT, in_milliseconds, megabytes, milliseconds, validate, wer
-from benchmarks.rivals import prepare
-from benchmarks.rivals.prepare import Order, Prepare
+from benchmarks.rivals.engines import ENGINES, count_parameters, refuse_missing, refuse_unknown
+from benchmarks.rivals.prepare import PROJECT, Order
 from benchmarks.rivals.transformers import refuse_slim
 from benchmarks.speech import Clip
 from benchmarks.timing import ratio
@@ -30,30 +28,6 @@ from export.problem import Problem
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Kind:
-    """How an engine comes to its model, and what it runs in."""
-
-    module: str
-    """Its program: a module of this package."""
-    precision: str
-    prepare: Prepare
-    foreign: bool = True
-    """Whether it lives in the rivals' environment; else in the toolchain's."""
-    rival: bool = True
-
-
-ENGINES = {
-    "ours": Kind("ours", "int8", prepare.artifact("int8"), foreign=False, rival=False),
-    "ours-fp32": Kind("ours", "fp32", prepare.artifact("fp32"), foreign=False, rival=False),
-    "faster-whisper": Kind("faster_whisper", "int8", prepare.ctranslate2),
-    "whisper.cpp": Kind("whisper_cpp", "q8_0", prepare.ggml("q8_0")),
-    "whisper.cpp-f16": Kind("whisper_cpp", "f16", prepare.ggml("f16")),
-    "sherpa-onnx": Kind("sherpa_onnx", "int8", prepare.sherpa("int8")),
-    "transformers": Kind("transformers", "fp32", prepare.as_it_is, foreign=False),
-}
-"""What can be asked for."""
 
 USUAL = ("ours", "faster-whisper", "whisper.cpp", "sherpa-onnx", "transformers")
 
@@ -102,8 +76,10 @@ def race(
     of tokens than was forced; and the engines' own letters.
     """
     refuse_unknown(engines)
+    own = [name for name, kind in ENGINES.items() if not kind.foreign]
+    instead = f"leave them out: --engines {' '.join(own)}"
     refuse_slim(work.checkpoint)
-    refuse_missing(engines, python)
+    refuse_missing(engines, python, instead)
     order = Order(work.checkpoint, models, python, work.windows_s, work.tokens)
     places = {}
     for engine in engines:
@@ -163,7 +139,7 @@ def run_case(case: Case, work: Work, place: Path, device: Device, python: Path) 
     answer = run_runner(
         device,
         arguments,
-        f"benchmarks.rivals.{kind.module}",
+        kind.program,
         {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"},
         python=str(python) if kind.foreign else sys.executable,
     )
@@ -193,42 +169,12 @@ def identify(case: Case, work: Work, place: Path) -> dict[str, Any]:
     }
 
 
-def count_parameters(checkpoint: Path) -> int:
-    """All weights of a checkpoint, from the header of its safetensors file."""
-    with (checkpoint / "model.safetensors").open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        tensors = json.loads(file.read(size))
-    return sum(prod(tensor["shape"]) for name, tensor in tensors.items() if name[:2] != "__")
-
-
 def send_clips(clips: Sequence[Clip], device: Device) -> float:
     """Write the clips where the engines find them; return their seconds of sound."""
     with tempfile.TemporaryDirectory() as folder:
         audio_s = write_clips(clips, Path(folder))
         device.push(Path(folder), "clips")
     return audio_s
-
-
-# ---------------------------------------------------------------------------------- what is there
-
-
-def refuse_unknown(engines: Sequence[str]) -> None:
-    for engine in engines:
-        if engine not in ENGINES:
-            raise Problem(
-                f"there is no engine {engine!r}", hint=f"choose among {', '.join(ENGINES)}"
-            )
-
-
-def refuse_missing(engines: Sequence[str], python: Path) -> None:
-    """Raise the letter for engines whose environment is not there."""
-    foreign = [engine for engine in engines if ENGINES[engine].foreign]
-    if foreign and not python.is_file():
-        raise Problem(
-            f"{', '.join(foreign)}: the rivals' environment is unavailable, there is no {python}",
-            hint="make it with `make rivals-env`, or leave them out: --engines "
-            + " ".join(engine for engine in ENGINES if not ENGINES[engine].foreign),
-        )
 
 
 # ----------------------------------------------------------------------------------------- tables

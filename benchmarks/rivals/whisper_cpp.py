@@ -32,10 +32,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rivals.ggml import MODEL, RULES
 from benchmarks.rivals.protocol import Engine, forced, main, noted, only_window
 from devices.runner.decode import Rules, greedy
 from devices.runner.problem import RunnerProblem
+
+MODEL, RULES = "ggml-model.bin", "decoding.json"
+"""In the folder that ggml.py writes."""
 
 Quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 FLOATS = ctypes.POINTER(ctypes.c_float)

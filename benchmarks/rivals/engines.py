@@ -1,0 +1,114 @@
+"""The engines that can be asked for: their programs, and what these need."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from benchmarks.rivals import prepare
+from benchmarks.rivals.prepare import PROJECT, Prepare
+from devices.device import RUNNER, Device, Packages
+from export.problem import Problem
+
+PYTHON = "EDGEWHISPER_RIVALS_PYTHON"
+"""Environment variable: another interpreter than that of `make rivals-env`."""
+REQUIREMENTS = Path(__file__).parent / "requirements.txt"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an engine comes to its model, and what it runs in."""
+
+    module: str
+    """Its program: a module of this package."""
+    precision: str
+    prepare: Prepare
+    needs: tuple[str, ...] = ()
+    """Of requirements.txt. Empty: it lives in the toolchain's environment, not in the rivals'."""
+    imports: tuple[str, ...] = ()
+    rival: bool = True
+
+    @property
+    def foreign(self) -> bool:
+        return bool(self.needs)
+
+    @property
+    def program(self) -> str:
+        return f"benchmarks.rivals.{self.module}"
+
+    @property
+    def packages(self) -> Packages:
+        """What it needs, in the versions of requirements.txt."""
+        lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+        pins = {line.partition("==")[0]: line for line in lines if line[:1] != "#"}
+        return Packages(tuple(pins[name] for name in (*self.needs, "numpy")), self.imports)
+
+
+FASTER = ("faster-whisper", "ctranslate2", "tokenizers", "onnxruntime"), ("faster_whisper",)
+CPP = ("pywhispercpp",), ("_pywhispercpp",)
+SHERPA = ("sherpa-onnx",), ("sherpa_onnx",)
+
+ENGINES = {
+    "ours": Kind("ours", "int8", prepare.artifact("int8"), rival=False),
+    "ours-fp32": Kind("ours", "fp32", prepare.artifact("fp32"), rival=False),
+    "faster-whisper": Kind("faster_whisper", "int8", prepare.ctranslate2, *FASTER),
+    "whisper.cpp": Kind("whisper_cpp", "q8_0", prepare.ggml("q8_0"), *CPP),
+    "whisper.cpp-f16": Kind("whisper_cpp", "f16", prepare.ggml("f16"), *CPP),
+    "sherpa-onnx": Kind("sherpa_onnx", "int8", prepare.sherpa("int8"), *SHERPA),
+    "transformers": Kind("transformers", "fp32", prepare.as_it_is),
+}
+"""What can be asked for."""
+
+RIVALS = {name: kind for name, kind in ENGINES.items() if kind.rival}
+
+CODE = "engines"
+"""The folder on a device for the programs of the rivals' own environment."""
+SHARED = ("__init__.py", "rivals/__init__.py", "rivals/protocol.py")
+
+
+def send_program(kind: Kind, device: Device) -> None:
+    """Copy an engine's program, and the few files that it is made of, into CODE."""
+    for name in (*SHARED, f"rivals/{kind.module}.py"):
+        device.push(PROJECT / "benchmarks" / name, f"{CODE}/benchmarks/{name}")
+    device.push(RUNNER.parent / "__init__.py", f"{CODE}/devices/__init__.py")
+    device.push(RUNNER, f"{CODE}/devices/runner")
+
+
+def interpreter() -> Path:
+    """The rivals' Python on this machine, whether it is there or not."""
+    return Path(os.environ.get(PYTHON) or PROJECT / "build/rivals/bin/python")
+
+
+def refuse_unknown(engines: Sequence[str]) -> None:
+    for engine in engines:
+        if engine not in ENGINES:
+            raise Problem(
+                f"there is no engine {engine!r}", hint=f"choose among {', '.join(ENGINES)}"
+            )
+
+
+def refuse_missing(engines: Sequence[str], python: Path, instead: str) -> None:
+    """Raise the letter for engines whose environment is not there."""
+    foreign = [engine for engine in engines if ENGINES[engine].foreign]
+    if foreign and not python.is_file():
+        raise Problem(
+            f"{', '.join(foreign)}: the rivals' environment is unavailable, there is no {python}",
+            hint=f"make it with `make rivals-env`, or {instead}",
+        )
+
+
+def count_parameters(checkpoint: Path) -> int | None:
+    """All weights of a checkpoint, from the header of its safetensors file; None where it has
+    several."""
+    place = checkpoint / "model.safetensors"
+    if not place.is_file():
+        return None
+    with place.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        tensors = json.loads(file.read(size))
+    return sum(prod(tensor["shape"]) for name, tensor in tensors.items() if name[:2] != "__")
