@@ -462,7 +462,7 @@ def run_round(ready: Prepared, index: int) -> dict[str, Any]:
         model, env = artifact, OURS | {"PYTHONPATH": CODE}
         if not kind.foreign:  # it is on this machine
             model, env = str(Path(candidate.source).resolve()), OURS
-        answer = run_runner(device, [model, *options], kind.program, env)
+        answer = run_runner(device, [model, *options], kind.program, env, ROUND_S)
     return checked(answer, device, len(ready.clips))
 
 
