@@ -16,6 +16,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -25,7 +27,9 @@ from devices import debian
 
 PLACE = Path(__file__).resolve().parent.parent / "build/adbd"
 SUITE = "trixie"
-PACKAGES = ("adbd", "dash", "coreutils")
+PACKAGES = ("adbd", "dash", "coreutils", "qemu-user")
+EMULATOR = "usr/bin/qemu-aarch64"
+"""Linked statically there, so that it runs in the phone's root."""
 ADBD = "usr/lib/android-sdk/platform-tools/adbd"
 LIBRARIES = f"/usr/lib/{os.uname().machine}-linux-gnu/android"
 LAUNCH = """
@@ -44,15 +48,15 @@ def missing() -> str:
     if os.getuid() != 0:
         return "adbd needs a root of its own, which takes root"
     tools = [name for name in ("adb", "gcc", "unshare") if shutil.which(name) is None]
-    if tools or not (PLACE / ADBD).is_file():
+    if tools or not (PLACE / EMULATOR).is_file():
         return f"{tools[0] if tools else 'adbd'} is not there: make test-devices"
     done = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"])
     return "nothing can be mounted here" if done.returncode else ""
 
 
 def fetch() -> None:
-    """Unpack adbd and its libraries."""
-    if (PLACE / ADBD).is_file():
+    """Unpack adbd and its libraries, and an emulator."""
+    if (PLACE / EMULATOR).is_file():
         return
     PLACE.parent.mkdir(exist_ok=True)
     work = PLACE.with_name("adbd-new")
@@ -66,6 +70,9 @@ def fetch() -> None:
     config = debian.lay_out_apt(work, architecture, newer)
     debian.update(config)
     debian.unpack(debian.fetch(PACKAGES, config), work / "root")
+    for path in (work / "root/usr/bin").glob("qemu-*"):
+        if path.name != Path(EMULATOR).name:
+            path.unlink()
     shutil.rmtree(PLACE, ignore_errors=True)
     (work / "root").rename(PLACE)
     shutil.rmtree(work)
@@ -145,6 +152,32 @@ class Phone:
     def says(self, line: str) -> str:
         """What a line prints in the phone's shell."""
         return self.adb("-s", self.serial, "shell", "-T", line)
+
+
+MAGIC = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
+MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
+"""The head of an AArch64 program, and which of its bits count."""
+
+
+REGISTER = """
+mount -t binfmt_misc none /mnt
+printf %s "$0" > /mnt/register
+echo registered
+exec cat
+"""
+
+
+@contextmanager
+def arm_programs() -> Iterator[bool]:
+    """Have the kernel start AArch64 programs in the emulator meanwhile; whether it would. What is
+    registered lasts as long as the mount, which is the process's own."""
+    line = f":edgewhisper-test:M::{MAGIC}:{MASK}:{PLACE / EMULATOR}:F"
+    pipe = subprocess.PIPE
+    argv = ["unshare", "-m", "sh", "-ec", REGISTER, line]
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        yield holder.stdout.readline() == b"registered\n"
+        holder.stdin.close()
 
 
 def free_port() -> int:

@@ -330,6 +330,20 @@ def switched_on(tmp_path_factory) -> Iterator[adbd.Phone]:
 
 
 @pytest.fixture
+def arm_phone(switched_on, tmp_path_factory) -> Iterator[adbd.Phone]:
+    """Another one, whose programs are AArch64's; only its kernel and its adbd are not."""
+    tools, cores = pixel.tools("arm64-v8a"), pixel.cores(SLOW, FAST)
+    with adbd.arm_programs() as possible:
+        if not possible:
+            pytest.skip("this kernel takes no programs of other machines (binfmt_misc)")
+        found = adbd.Phone(tmp_path_factory.mktemp("arm"), tools, cores)
+        found.env = switched_on.env  # one server of adb has both
+        found.start()
+        yield found
+        found.stop()
+
+
+@pytest.fixture
 def phone(switched_on) -> adbd.Phone:
     """Attached, whatever a test has done to the cable before."""
     switched_on.plug_in()
@@ -393,10 +407,29 @@ def test_the_same_clips_give_the_same_tokens_there_and_here(
     assert all(any(clip) for clip in here)
 
 
-def tokens(name: str, folder: Path) -> list[list[list[int]]]:
+@real
+def test_a_phone_with_arm_s_programs_says_the_same_tokens(
+    arm_phone, digits, processor, few, tmp_path
+):
+    from benchmarks.bench import write_clips
+    from edgewhisper.whisper import load
+    from export.to_onnx import export_onnx
+
+    export_onnx(load(digits), processor, tmp_path / "artifact", "int8")
+    (tmp_path / "clips").mkdir()
+    write_clips(few[:2], tmp_path / "clips")
+    with open_device("mobile", arm_phone.serial) as device:
+        told = device.describe()
+        assert (told["architecture"], told["emulated"]) == ("aarch64", True)
+    there = tokens("mobile", tmp_path, arm_phone.serial)
+    assert there == tokens("local", tmp_path)
+    assert all(any(clip) for clip in there)
+
+
+def tokens(name: str, folder: Path, serial: str | None = None) -> list[list[list[int]]]:
     from devices.device import RUNNER
 
-    with open_device(name) as device:
+    with open_device(name, serial) as device:
         device.push(RUNNER, "runner")
         device.push(folder, "given")
         argv = ["check", "given/artifact", "given/clips/clips.json", "--threads", "1"]
