@@ -50,6 +50,10 @@ OURS = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
 MOST_ROUNDS = 50
 """That an interval may take."""
 MOST_MINUTES = 60
+ROUND_S = 4 * 3600.0
+"""After which a process counts as hung, there to measure hours of speech on a slow device."""
+MOST_S = 1e9
+"""Of a time that is believed."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,8 @@ class Measuring:
     minutes: float | None = None
     """After the rounds, clips are transcribed on and on for so long."""
     interval: float | None = None
-    """Rounds go on, up to MOST_ROUNDS, until the 95 % interval of end_to_end_s's median is at most
-    this share of it."""
+    """Rounds go on, up to MOST_ROUNDS, until the 95 % interval of the median of their end_to_end_s
+    is at most this share of it."""
     governor: str | None = None
     """Of the device's clock, while a process runs."""
     pin: str | None = None
@@ -150,7 +154,7 @@ def prepare(
         raise Problem("there are no clips to bench on", hint="give a speech manifest")
     normalizer = how.normalizer or name_for(clips)
     normalizer_named(normalizer)  # an unknown one is said now, not after the measurement
-    check_options(candidates, how)
+    check_options(candidates, device, how)
     described = [identify(candidate) for candidate in candidates]
     if any(candidate.is_coreml for candidate in candidates):
         device.libraries = ("coremltools",)
@@ -226,7 +230,9 @@ def enough(how: Measuring) -> Callable[[list[dict[str, Any]]], bool]:
     share = how.interval
     if share is None:
         return lambda rounds: True
-    return lambda rounds: watched.narrow([t for one in rounds for t in one["end_to_end_s"]], share)
+    return lambda rounds: watched.narrow(
+        [time for one in rounds for time in one["end_to_end_s"]], len(rounds), share
+    )
 
 
 def joined(
@@ -262,8 +268,21 @@ def samples_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def check_options(candidates: Sequence[Candidate], how: Measuring) -> None:
-    """Raise Problem for what cannot be measured so."""
+def check_options(candidates: Sequence[Candidate], device: Device, how: Measuring) -> None:
+    """Raise Problem for what cannot be measured so, before anybody has to wait."""
+    for name in device.lacks:
+        if getattr(how, name):
+            option = f"--{name.replace('_', '-')}"
+            raise Problem(
+                f"{option} is given, and a {device.name} cannot do that",
+                hint=f"leave {option} out",
+            )
+    for candidate in candidates:
+        if "compute_units" in device.lacks and candidate.is_coreml:
+            raise Problem(
+                f"{candidate.source} is for Core ML, which a {device.name} does not run",
+                hint="export it with `--target onnx`",
+            )
     if how.minutes is not None and not 0 < how.minutes <= MOST_MINUTES:
         raise Problem(
             f"--minutes {how.minutes:g} is not between 0 and {MOST_MINUTES}",
@@ -419,7 +438,8 @@ def first_load(
     if not candidate.is_coreml:
         return {}
     progress(f"{candidate.label}: compiling, and loading for the first time")
-    answer = run_runner(device, ["compile", f"artifacts/{index}", *of_units(candidate)])
+    words = ["compile", f"artifacts/{index}", *of_units(candidate)]
+    answer = run_runner(device, words, timeout_s=ROUND_S)
     found: dict[str, Any] = {name: answer.get(name) for name in ("compile_s", "cold_load_s")}
     if wrong := [name for name, times in found.items() if not are_seconds(times)]:
         raise unusable(device, wrong)
@@ -436,13 +456,13 @@ def run_round(ready: Prepared, index: int) -> dict[str, Any]:
     artifact = f"artifacts/{index}"
     if candidate.rival is None:
         options += [*of_units(candidate), *runner_options(ready.how)]
-        answer = run_runner(device, ["bench", artifact, *options])
+        answer = run_runner(device, ["bench", artifact, *options], timeout_s=ROUND_S)
     else:
         kind = RIVALS[candidate.rival]
         model, env = artifact, OURS | {"PYTHONPATH": CODE}
         if not kind.foreign:  # it is on this machine
             model, env = str(Path(candidate.source).resolve()), OURS
-        answer = run_runner(device, [model, *options], kind.program, env)
+        answer = run_runner(device, [model, *options], kind.program, env, ROUND_S)
     return checked(answer, device, len(ready.clips))
 
 
@@ -464,7 +484,8 @@ def sustain(ready: Prepared, index: int, progress: Callable[[str], None]) -> dic
     progress(f"{label}: {how.minutes:g} minutes on end")
     options = ["clips/clips.json", "--minutes", f"{how.minutes:g}", *threads_of(how)]
     options += [*of_units(ready.candidates[index]), *runner_options(how)]
-    answer = run_runner(ready.device, ["bench", f"artifacts/{index}", *options])
+    words = ["bench", f"artifacts/{index}", *options]
+    answer = run_runner(ready.device, words, timeout_s=ROUND_S + 60 * how.minutes)
     found, wrong = watched.checked(answer)
     wrong += [] if "sustained" in found or wrong else ["sustained"]
     if wrong:
@@ -506,7 +527,7 @@ def unusable(device: Device, wrong: Sequence[str]) -> Problem:
 def are_seconds(found: Any) -> bool:
     """Whether it is a list of times."""
     return isinstance(found, list) and all(
-        isinstance(time, int | float) and 0 <= time < np.inf for time in found
+        isinstance(time, int | float) and 0 <= time < MOST_S for time in found
     )
 
 

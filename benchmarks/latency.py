@@ -135,11 +135,10 @@ def calibrate(
     do not have, an answer that is none.
     """
     profile = load_profile(place.device)
-    precision = precision or profile.precision
-    if precision not in WEIGHT_BYTES:
+    precision = known_precision(precision or profile.precision)
+    if profile.kind == "browser":
         raise Problem(
-            f"there is no precision {precision!r} for ONNX",
-            hint=f"choose one of: {', '.join(WEIGHT_BYTES)}",
+            "a page runs artifacts, and no single operators", hint="calibrate the phone over adb"
         )
     with open_device(*place, say=say) as device:
         machine = device.describe()
@@ -167,6 +166,16 @@ def calibrate(
         answers[-1]["versions"],
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def known_precision(name: str) -> str:
+    """The name itself, if ONNX graphs have such a precision; else Problem is raised."""
+    if name not in WEIGHT_BYTES:
+        raise Problem(
+            f"there is no precision {name!r} for ONNX",
+            hint=f"choose one of: {', '.join(WEIGHT_BYTES)}",
+        )
+    return name
 
 
 def probes_in(precision: str) -> dict[str, tuple[Operator, str]]:
@@ -341,6 +350,7 @@ def is_of(result: Mapping[str, Any], table: Table) -> bool:
     return (
         result["rival"] is None
         and not result["emulated"]
+        and not result.get("unstable_because")
         and all(is_number(time) and time > 0 for time in times)
         and (result["precision"], result["threads"]) == (table.precision, table.threads)
         and FAMILIES.get(name, name) == table.device
@@ -387,7 +397,7 @@ def find_table(device: str, precision: str | None = None, threads: int | None = 
     """The table of a device, by default in the precision that pays there, and the newest of all
     numbers of threads. Raises Problem where there is none, or it is damaged."""
     profile = load_profile(device)
-    precision = precision or profile.precision
+    precision = known_precision(precision or profile.precision)
     wanted = path_of(profile.name, precision, threads or "*")
     tables = [read(path) for path in wanted.parent.glob(wanted.name)]
     if not tables:

@@ -5,6 +5,7 @@ A device that fails does not stop the others, and copying to one is over before 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,15 +32,28 @@ def bench_places(
     Ctrl-C closes the devices, which ends what runs there.
     """
 
+    names, lock, over = [place.device for place in places], threading.Lock(), threading.Event()
+
     def equip(place: Place) -> tuple[Prepared, Say]:
         tell = say if len(places) == 1 else lambda text: say(f"{place}: {text}")
-        device = opened.enter_context(open_device(*place, tell))
+        device = open_device(*place, tell)
+        with lock:
+            opened.push(device)
+            if over.is_set():  # Ctrl-C came while it was being opened
+                opened.close()
+                raise DeviceProblem(f"{place}: it was opened too late")
+        if names.count(place.device) > 1:
+            device.name = str(place)
         return prepare(candidates, device, clips, how), tell
 
     # the devices are closed before the threads are waited for, which end by that
     with ThreadPoolExecutor(max_workers=len(places)) as pool, ExitStack() as opened:
-        ready, failed = gather([pool.submit(equip, place) for place in places])
-        found, more = gather([pool.submit(measure, *each) for each in ready])
+        try:
+            ready, failed = gather([pool.submit(equip, place) for place in places])
+            found, more = gather([pool.submit(measure, *each) for each in ready])
+        finally:
+            with lock:
+                over.set()
     return [result for results in found for result in results], failed + more
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.timing import UNSTABLE_SPREAD, by_round, median_interval
+from benchmarks.timing import ENOUGH_ROUNDS, UNSTABLE_SPREAD, by_round, median_interval
 from devices.device import clean
 
 UNAVAILABLE = "unavailable"
@@ -44,6 +44,8 @@ SPARE_LOAD = 0.5
 """That the load average may be above the cores: a run that uses all of them has one of so many."""
 WARMER_C, SLOWER = 3.0, 0.95
 """That a machine has to grow warmer, and the share to which its clock has to fall."""
+LEAST_SAMPLES = 12
+"""For a beginning and an end of three samples each."""
 LEAST_BATTERY = 0.2
 DEAR_CORES = 0.01
 """What the sampler may take."""
@@ -163,14 +165,16 @@ READERS: dict[str, Callable[[Any], Any]] = {
 # ---------------------------------------------------------------------------- what it says together
 
 
-def narrow(samples: Sequence[float], share: float) -> bool:
-    """Whether the 95 % interval of the samples' median is at most this share of it."""
-    return relative_interval(samples) <= share
+def narrow(times: Sequence[float], rounds: int, share: float) -> bool:
+    """Whether the 95 % interval of the rounds' median is at most this share of it."""
+    return rounds >= ENOUGH_ROUNDS and relative_interval(times, rounds) <= share
 
 
-def relative_interval(samples: Sequence[float]) -> float:
-    low, high = median_interval(np.asarray(samples, float))
-    middle = float(np.median(samples))
+def relative_interval(times: Sequence[float], rounds: int) -> float:
+    """Of the medians of rounds, each over the same clips: how much clips differ is no noise."""
+    middles = np.median(by_round(np.asarray(times, float), rounds), axis=1)
+    low, high = median_interval(middles)
+    middle = float(np.median(middles))
     return (high - low) / middle if middle > 0 else math.inf
 
 
@@ -289,7 +293,8 @@ def unstable_because(
     where there are none: an emulator's are not told anyway."""
     if result["emulated"]:
         return []
-    cores = result["device"].get("cores")
+    # a phone's load is that of all its cores, and of those that the run keeps to
+    cores = None if "pinned_to" in result["device"] else result["device"].get("cores")
     found = [
         disagreement(result["end_to_end_s"], result["rounds"]),
         heat(samples),
@@ -325,15 +330,14 @@ def heat(samples: Sequence[dict[str, Any]]) -> str | None:
         and sample["frequency_hz"] != UNAVAILABLE
         and (clocks := [clock for clock in sample["frequency_hz"] if clock != UNAVAILABLE])
     ]
-    if len(known) < 4:
+    if len(known) < LEAST_SAMPLES:
         return None
-    warm, hertz = np.array(known).T
-    late = slice(-(len(known) // 4), None)
-    warmest, slow, fast = np.median(warm[late]), np.median(hertz[late]), hertz.max()
-    if warmest < warm[0] + WARMER_C or slow >= SLOWER * fast:
+    quarter = len(known) // 4  # of which one moment, such as a core alone at its turbo, is little
+    (cold, fast), (warm, slow) = np.median([known[:quarter], known[-quarter:]], axis=1)
+    if warm < cold + WARMER_C or slow >= SLOWER * fast:
         return None
     return (
-        f"the temperature rose from {warm[0]:.0f} to {warmest:.0f} °C and the clock fell from "
+        f"the temperature rose from {cold:.0f} to {warm:.0f} °C and the clock fell from "
         f"{fast / 1e6:.0f} to {slow / 1e6:.0f} MHz"
     )
 
@@ -401,7 +405,7 @@ def notes(
     cost = result.get("telemetry", {}).get("sampler_cores", UNAVAILABLE)
     if cost != UNAVAILABLE and cost > DEAR_CORES:
         found.append(f"watching took {cost:.1%} of a core")
-    reached = relative_interval(result["end_to_end_s"])
+    reached = relative_interval(result["end_to_end_s"], result["rounds"])
     if share is not None and reached > share:
         found.append(
             f"the 95 % interval of the median is {reached:.1%} of it after {result['rounds']} "

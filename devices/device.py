@@ -80,6 +80,8 @@ class Device(ABC):
     name: str
     python: str
     """The interpreter there that has numpy and onnxruntime."""
+    lacks: tuple[str, ...] = ()
+    """Options of the runner's that have no meaning there."""
     libraries: tuple[str, ...] = ()
     """What else it should have, where that is to be had; told before the first command."""
 
@@ -201,13 +203,18 @@ def places(
                 f"by {kind}: {', '.join(names)}",
                 f"leave {option} out, or {more}",
             )
-    for place in found:
-        choose(*place)
-        if found.count(place) > 1:
+    ways = [(choose(*place).kind, place.address) for place in found]
+    for place, way in zip(found, ways, strict=True):
+        if ways.count(way) > 1:
             raise DeviceProblem(
                 f"{place} is named twice, and two runs at once disturb each other",
                 "name each device once",
             )
+    if ("adb", None) in ways and [kind for kind, _ in ways].count("adb") > 1:
+        raise DeviceProblem(
+            "of several phones one has no serial number, and may be any of them",
+            "give each of them its --serial; `adb devices` lists them",
+        )
     return found
 
 

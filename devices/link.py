@@ -83,6 +83,8 @@ class Link(ABC):
 
     def send(self, data: bytes) -> None:
         """Send all of it. Where nobody listens any more, the answer that is missing tells it."""
+        if self.stdin.closed:
+            raise self.failure("the connection was closed")
         view, pipe = memoryview(data), self.stdin.fileno()
         while view:
             if not select.select([], [pipe], [], STALL_S)[1]:

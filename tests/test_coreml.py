@@ -699,6 +699,7 @@ def test_a_device_with_core_ml_benches_a_package(fp32, few):
     clips = read_manifest(few)
     told = {stage: [0.1] for stage in benching.STAGES} | {"peak_rss_bytes": 1, "mel_share": None}
     told |= {"tokens": [], "texts": [clip.text for clip in clips], "versions": {}}
+    told["end_to_end_s"] = [0.1] * len(clips)
     reply = SimpleNamespace(exit_code=0, stdout=json.dumps(told), stderr="")
     first = SimpleNamespace(exit_code=0, stdout='{"compile_s": [2], "cold_load_s": [1]}', stderr="")
     again = SimpleNamespace(exit_code=0, stdout='{"compile_s": [], "cold_load_s": [1]}', stderr="")

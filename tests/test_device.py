@@ -95,12 +95,16 @@ def test_hosts_go_to_the_devices_that_ssh_reaches_in_their_order():
         places(["rpi4", "rpi5"], ["a", "b", "c"])
     with pytest.raises(DeviceProblem, match="rpi4 a is named twice"):
         places(["rpi4", "rpi4"], ["a", "a"])
+    with pytest.raises(DeviceProblem, match="is named twice"):
+        places(["rpi", "rpi4"], ["a", "a"])
 
 
 def test_serial_numbers_go_to_the_phones_and_one_phone_needs_none():
-    assert places(["mobile", "rpi4", "pixel"], ["a"], ["s"]) == [
-        *(("mobile", "s"), ("rpi4", "a"), ("pixel", None)),
-    ]
+    found = places(["mobile", "rpi4", "pixel"], ["a"], ["s", "t"])
+    assert found == [("mobile", "s"), ("rpi4", "a"), ("pixel", "t")]
+    assert places(["mobile"]) == [("mobile", None)]
+    with pytest.raises(DeviceProblem, match="of several phones one has no serial number"):
+        places(["mobile", "pixel"], [], ["s"])
     with pytest.raises(DeviceProblem, match="--serial s is given, and no device is left that is"):
         places(["rpi4"], ["a"], ["s"])
 

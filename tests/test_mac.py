@@ -203,7 +203,7 @@ def tools(tmp_path, monkeypatch) -> Path:
 
 READINGS = {
     *("temperature_c", "frequency_hz", "throttled", "battery_share", "battery_temperature_c"),
-    *("power_w", "load_average"),
+    *("power_w", "load_average", "charging"),
 }
 
 
@@ -370,7 +370,7 @@ def test_edgewhisper_devices_lists_it_and_clean_cleans_it(server, monkeypatch, c
         assert not end.value.code
         return capsys.readouterr().out
 
-    assert "m1           ssh    --host USER@HOST     Apple M1\n" in said("devices")
+    assert "m1           ssh     --host USER@HOST     Apple M1\n" in said("devices")
     (tmp_path / "a").write_bytes(b"x" * 2_000_000)
     with SshDevice("pi") as device:
         device.runtime = ""

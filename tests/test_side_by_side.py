@@ -64,7 +64,7 @@ def test_all_devices_are_equipped_before_any_measures_and_then_all_at_once(
     monkeypatch.setattr(FakeDevice, "run", run)
     heard = []
     results, failed = bench_places([Candidate(artifact)], PLACES, few, Measuring(2), heard.append)
-    assert [result["device"]["name"] for result in results] == ["a", "b", "c"]
+    assert [result["device"]["name"] for result in results] == ["rpi4 a", "rpi4 b", "rpi4 c"]
     assert failed == []
     assert heard.count("rpi4 b: digits: round 2 of 2") == 1
     assert all(device.calls[-1] == ("close",) for device in devices.values())
@@ -75,14 +75,14 @@ def test_a_device_that_fails_does_not_stop_the_others(artifact, few, devices, mo
     usual = {"describe": lambda _: {"emulated": False}, "run": lambda *_: answer(None)}
 
     def fail(device, *words):
-        if device.name == "b":
+        if device.name in ("b", "rpi4 b"):
             raise DeviceProblem("b: it went away", "plug it in")
         return usual[when](device, *words)
 
     for name, act in (usual | {when: fail}).items():
         monkeypatch.setattr(FakeDevice, name, act)
     results, failed = bench_places([Candidate(artifact)], PLACES, few, Measuring(1), lambda _: None)
-    assert [result["device"]["name"] for result in results] == ["a", "c"]
+    assert [result["device"]["name"] for result in results] == ["rpi4 a", "rpi4 c"]
     assert [str(letter) for letter in failed] == ["b: it went away"]
     assert all(device.calls[-1] == ("close",) for device in devices.values())
 
@@ -111,3 +111,31 @@ def test_ctrl_c_closes_every_device(artifact, few, devices, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         bench_places([Candidate(artifact)], PLACES, few, Measuring(1), lambda _: None)
     assert all(device.calls[-1] == ("close",) for device in devices.values())
+
+
+def test_ctrl_c_while_a_device_is_being_opened_closes_it_all_the_same(artifact, few, monkeypatch):
+    late, opening, given_up = FakeDevice(), threading.Event(), threading.Event()
+
+    def open_late(*_):
+        opening.set()
+        assert given_up.wait(PATIENCE_S)
+        return late
+
+    def interrupted(_):
+        assert opening.wait(PATIENCE_S)
+        threading.Timer(0.2, given_up.set).start()  # when the devices have been closed, mostly
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(side_by_side, "open_device", open_late)
+    monkeypatch.setattr(side_by_side, "gather", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench_places([Candidate(artifact)], PLACES[:1], few, Measuring(1), lambda _: None)
+    assert late.calls == [("close",)]
+
+
+def test_two_devices_of_one_name_are_told_apart(artifact, few, monkeypatch):
+    monkeypatch.setattr(FakeDevice, "run", lambda *_: answer(None))
+    monkeypatch.setattr(side_by_side, "open_device", lambda *_: FakeDevice(name="rpi4"))
+    rest = ([Candidate(artifact)], PLACES[:2], few, Measuring(1), lambda _: None)
+    results, _ = bench_places(*rest)
+    assert [result["device"]["name"] for result in results] == ["rpi4 a", "rpi4 b"]

@@ -16,7 +16,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.aarch64.machine import (
@@ -43,7 +43,7 @@ PACKAGES = (f"python{PYTHON}-minimal", f"libpython{PYTHON}-stdlib", "libstdc++6"
 TOOLBOX = "busybox-static"
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "ext4")
 DISK_BYTES = 600 << 20
-BOOT_S = 300
+BOOT_S, LOGIN_S = 300, 30
 NETWORK = "it needs Debian's packages and the Python package index; try again with a network"
 
 FIRST = """#!/bin/busybox sh
@@ -207,7 +207,8 @@ def booted(place: Path, port: int, cpu: str, memory_bytes: int, cores: int) -> I
     finally:
         process.kill()
         process.wait()
-        console.unlink(missing_ok=True)
+        for own in (console, *place.glob(f"*-{port}")):
+            own.unlink(missing_ok=True)
 
 
 def command(place: Path, port: int, cpu: str, memory_bytes: int, cores: int) -> Sequence[str]:
@@ -230,8 +231,12 @@ def wait_for(process: subprocess.Popen[bytes], place: Path, port: int, console: 
     deadline = time.monotonic() + BOOT_S
     login = ["ssh", "-F", str(ssh_config(place, port)), "-o", "BatchMode=yes", "computer", "true"]
     while process.poll() is None and time.monotonic() < deadline:
-        if subprocess.run(login, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0:
-            return
+        with suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(
+                login, stdin=subprocess.DEVNULL, capture_output=True, timeout=2 * LOGIN_S
+            )
+            if done.returncode == 0:
+                return
         time.sleep(0.5)
     said = console.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
     ended = process.poll()
@@ -251,10 +256,10 @@ def ssh_config(place: Path, port: int) -> Path:
         "HostName": "127.0.0.1",
         "Port": port,
         "User": "root",
-        "IdentityFile": place / "id",
+        "IdentityFile": f'"{place / "id"}"',
         "IdentitiesOnly": "yes",
-        "UserKnownHostsFile": known,
-        "ConnectTimeout": 5,
+        "UserKnownHostsFile": f'"{known}"',
+        "ConnectTimeout": LOGIN_S,
     }
     lines = [f"  {name} {value}\n" for name, value in options.items()]
     config.write_text("".join(["Host computer\n", *lines]), encoding="utf-8")

@@ -9,7 +9,11 @@ const LOOP_TOKENS = 30; // a loop is at least 30 tokens which are
 const LOOP_COPIES = 5; // at least 5 copies of one phrase, in a row
 const ALIVE_MS = 5000;
 const MEMORY_MS = 20000;
+const RETRY_MS = 50000; // the server waits a little longer for a page that is silent
+const AGAIN_MS = 5000;
+const HELLOS = 4;
 
+const pause = (ms) => new Promise((over) => setTimeout(over, ms));
 const seconds = (since) => Math.max(0, performance.now() - since) / 1000;
 
 // ------------------------------------------------------------------------------------ the worker
@@ -27,14 +31,11 @@ async function fetchGraph({ file, beside, place }) {
   return { graph: new Uint8Array(await bytes(file)), externalData };
 }
 
-async function fetchClips(clips) {
-  const found = [];
-  for (const clip of clips) {
-    const windows = [];
-    for (const name of clip.windows) windows.push(new Float32Array(await bytes(name)));
-    found.push({ ...clip, windows });
-  }
-  return found;
+// One at a time: a phone has no room for hours of speech.
+async function fetchClip(clip) {
+  const windows = [];
+  for (const name of clip.windows) windows.push(new Float32Array(await bytes(name)));
+  return { ...clip, windows };
 }
 
 // The length of the phrase that the text has fallen into repeating, or 0.
@@ -143,16 +144,16 @@ async function work(job) {
     // The runtime starts with its first session, even one without a graph. Elsewhere importing
     // it is no part of the time to load an artifact either.
     await ort.InferenceSession.create(new Uint8Array(), { logSeverityLevel: 4 }).catch(() => {});
-    const clips = await fetchClips(job.clips);
+    const { clips } = job;
     const graphs = [await fetchGraph(job.decoder), await fetchGraph(job.encoder)];
     const started = performance.now();
     await recognizer.open(...graphs);
     const load_s = seconds(started);
     tell("warming up", 0);
-    for (const clip of clips.slice(0, job.warm_up)) await recognizer.clip(clip);
+    for (const clip of clips.slice(0, job.warm_up)) await recognizer.clip(await fetchClip(clip));
     const found = [];
     for (const clip of clips) {
-      found.push(await recognizer.clip(clip));
+      found.push(await recognizer.clip(await fetchClip(clip)));
       tell(`clip ${found.length} of ${clips.length}`, found.length / clips.length);
     }
     // onnxruntime-web puts 1 there where the browser gives no threads
@@ -166,9 +167,19 @@ async function work(job) {
 
 let page = null; // the number that the server gave this page
 
+// A network that is gone for a moment ends nothing.
 async function post(name, said) {
-  const body = JSON.stringify({ page, ...said });
-  const response = await fetch(name, { method: "POST", body, cache: "no-store" });
+  const request = { method: "POST", body: JSON.stringify({ page, ...said }), cache: "no-store" };
+  const until = performance.now() + RETRY_MS;
+  let response = null;
+  while (response === null) {
+    try {
+      response = await fetch(name, request);
+    } catch (error) {
+      if (performance.now() > until) throw error;
+      await pause(1000);
+    }
+  }
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.problem ?? `${name}: ${response.status}`);
   return answer;
@@ -220,6 +231,8 @@ function log(line) {
   document.getElementById("log").textContent += `${line}\n`;
 }
 
+const weighed = new Set(); // the artifacts whose memory is known
+
 // What one worker says of a job: a result or an error.
 function round(job, number) {
   return new Promise((tell) => {
@@ -227,7 +240,10 @@ function round(job, number) {
     worker.onmessage = async ({ data }) => {
       if (data.state) return show(`round ${number}: ${data.state}`, data.share);
       // once: it takes many seconds, and what it counts hardly changes between rounds
-      if (data.result) data.result.memory_bytes = number === 1 ? await memory() : null;
+      if (data.result) {
+        data.result.memory_bytes = weighed.has(job.decoder.file) ? null : await memory();
+        weighed.add(job.decoder.file);
+      }
       worker.terminate();
       tell(data);
     };
@@ -239,8 +255,21 @@ function round(job, number) {
   });
 }
 
+// A page that is loaded anew waits until the one before it counts as gone.
+async function hello() {
+  for (let tries = 1; ; ++tries) {
+    try {
+      return await post("hello", describe());
+    } catch (error) {
+      if (tries === HELLOS) throw error;
+      show(`waiting: ${error.message}`);
+      await pause(AGAIN_MS);
+    }
+  }
+}
+
 async function serve() {
-  page = (await post("hello", describe())).page;
+  page = (await hello()).page;
   log(`${self.crossOriginIsolated ? navigator.hardwareConcurrency : 1} threads can be had`);
   for (let number = 1; ; ) {
     show("waiting for the next round");

@@ -17,8 +17,6 @@ from . import job, ort_web
 from .site import Site
 
 PAGE = ("page.html", "bench.js")
-NOT_THERE = ("compute_units", "minutes", "pin", "governor")
-"""Options of the runner's that have no meaning in a page."""
 VISIT_S = 900.0
 """So long a page is waited for."""
 ROUND_S = 4 * 3600.0
@@ -31,6 +29,7 @@ class BrowserDevice(LocalDevice):
     """
 
     name = "browser"
+    lacks = ("compute_units", "minutes", "pin", "governor")
 
     def __init__(
         self,
@@ -40,16 +39,21 @@ class BrowserDevice(LocalDevice):
     ) -> None:
         super().__init__()
         self.about: dict[str, Any] = {}
+        here = Path(__file__).parent
         try:
             runtime = ort_web.files(ort_web.cache_folder(), say)
             self.site = Site(address)
         except BaseException:
             super().close()
             raise
-        here = Path(__file__).parent
-        self.site.table |= {name: (here / name).read_bytes() for name in PAGE} | runtime
-        say(f"open this on the phone, and leave it in front until it is done:\n{self.site.url}")
-        say(qr_code(self.site.url))
+        try:
+            self.site.table |= {name: (here / name).read_bytes() for name in PAGE} | runtime
+            url = self.site.url
+            say(f"open this on the phone, and leave it in front until it is done:\n{url}")
+            say(qr_code(url))
+        except BaseException:
+            self.close()
+            raise
 
     def describe(self) -> dict[str, Any]:
         """Return what the page says about its browser; wait for it at first."""
@@ -61,7 +65,7 @@ class BrowserDevice(LocalDevice):
         asked = parser().parse_args(argv[3:]) if argv[1:3] == ["-m", "runner"] else None
         if asked is None or asked.command != "bench" or asked.repeats != 1:
             raise DeviceProblem(f"browser: a page cannot run {' '.join(argv[2:5])}")
-        for name in NOT_THERE:
+        for name in self.lacks:
             if getattr(asked, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise DeviceProblem(

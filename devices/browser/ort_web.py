@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from shutil import which
 
@@ -48,9 +49,14 @@ def files(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str
     if not intact(found := read(folder)):
         say(f"fetching onnxruntime-web {VERSION} by npm, 33 MB, into {folder}")
         found = fetch(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in found.items():
-            (folder / name).write_bytes(content)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in found.items():
+                (folder / name).write_bytes(content)
+        except OSError as error:
+            raise DeviceProblem(
+                f"{folder} cannot be written: {error.strerror}", "make room there, 40 MB"
+            ) from None
     return found
 
 
@@ -107,11 +113,10 @@ def unpack(work: Path) -> dict[str, bytes]:
     """Return the files of the archive in a folder; members are read, nothing is extracted."""
     found = {}
     for path in work.glob("*.tgz"):
-        with tarfile.open(path) as archive:
+        # one that is cut or none is like one without the files: their hashes are missed
+        with suppress(tarfile.TarError, EOFError, OSError), tarfile.open(path) as archive:
             for name in FILES:
-                try:
+                with suppress(KeyError):
                     member = archive.extractfile(f"package/dist/{name}")
-                except KeyError:
-                    continue
-                found[name] = member.read() if member else b""
+                    found[name] = member.read() if member else b""
     return found

@@ -31,6 +31,8 @@ from devices.device import DeviceProblem
 
 MOST_BODY_BYTES = 16 * 2**20
 MOST_CONNECTIONS = 32
+SAME = ("user_agent", "cores")
+"""By what a browser that comes again is known."""
 SOCKET_S = 30
 """A connection that is silent for so long is closed."""
 SILENT_S = 60
@@ -85,8 +87,10 @@ class Site(ThreadingHTTPServer):
         self.about: Any = None
         self.job: dict[str, Any] | None = None
         self.answer: dict[str, Any] | None = None
+        self.answered = ""
+        """The job that the last answer was to."""
         self.seen, self.ended, self.told = 0.0, False, False
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}).start()
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
     def server_bind(self) -> None:
         """As a TCP server does; an HTTP server would ask for this machine's name, and wait."""
@@ -170,9 +174,12 @@ class Site(ThreadingHTTPServer):
             return 200, {}
 
     def hello(self, said: dict[str, Any]) -> tuple[int, Any]:
-        """A later page takes over, but not while another one works: a run would be lost."""
+        """A later page takes over, but not while another one works, for a run would be lost; and
+        when a round is done only one of the same browser."""
         if self.job is not None and time.monotonic() < self.seen + 2 * HOLD_S:
             return 409, {"problem": "another page is at work"}
+        if self.answered and any(said.get(name) != self.about.get(name) for name in SAME):
+            return 409, {"problem": "another browser is being measured"}
         self.page, self.about, self.seen = secrets.token_urlsafe(9), said, time.monotonic()
         self.change.notify_all()
         return 200, {"page": self.page}
@@ -190,10 +197,12 @@ class Site(ThreadingHTTPServer):
         return self.job is not None and self.answer is None
 
     def take(self, said: dict[str, Any]) -> tuple[int, Any]:
-        """One answer to each job."""
+        """One answer to each job, which may come again where ours was lost on its way."""
+        if self.answered and said.get("job") == self.answered:
+            return 200, {}
         if self.job is None or self.answer is not None or said.get("job") != self.job["id"]:
             return 409, {"problem": "nobody waits for this answer"}
-        self.answer = said
+        self.answer, self.answered = said, self.job["id"]
         self.change.notify_all()
         return 200, {}
 

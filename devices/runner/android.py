@@ -60,6 +60,7 @@ def readings(base: Path = Path("/"), battery: str | None = None) -> dict:
         "throttled": thermal_status(thermal),
         "battery_share": share(battery),
         "battery_temperature_c": number(entry(battery, "temperature"), 0.1),
+        "charging": UNAVAILABLE if (plug := plugged(battery)) == UNAVAILABLE else plug != "battery",
         "power_w": power(base, battery),
         "load_average": load_average(read(base / "proc/loadavg")),
     }

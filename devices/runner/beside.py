@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-PATIENCE_S = 15
-"""For the answer of a process that was asked for it."""
+PATIENCE_S = 45
+"""For the answer of a process that was asked for it; a phone's or a Mac's sample may take 20 s."""
 PR_SET_PDEATHSIG = 1
 HELD: set[int] = set()
 """Ends of pipes that only this process may hold."""

@@ -51,12 +51,14 @@ def describe() -> dict:
 def readings() -> dict:
     """Return what changes while something runs; a sample of it takes a quarter of a second where
     powermetrics may be asked."""
+    batteries = said("pmset", "-g", "batt")
     return {
         "temperature_c": UNAVAILABLE,
         "frequency_hz": UNAVAILABLE,
         "throttled": warnings(said("pmset", "-g", "therm")),
-        "battery_share": share(said("pmset", "-g", "batt")),
+        "battery_share": share(batteries),
         "battery_temperature_c": UNAVAILABLE,
+        "charging": UNAVAILABLE if not batteries else "'AC Power'" in batteries,
         "power_w": watts(said(*POWERMETRICS, "200")) if has_powermetrics() else UNAVAILABLE,
         "load_average": os.getloadavg()[0],
     }

@@ -172,8 +172,15 @@ def process_ticks(stat: str) -> int | None:
 
 
 def energy_counters(root: Path) -> list[Path]:
-    """Return RAPL's counters of whole packages; most systems let only root read them."""
-    return sorted((root / "sys/class/powercap").glob("intel-rapl:?/energy_uj"))
+    """Return RAPL's counters of whole packages; most systems let only root read them. What else
+    stands beside them, as that of the platform, counts the packages again."""
+    zones = sorted((root / "sys/class/powercap").glob("intel-rapl:?"))
+    return [zone / "energy_uj" for zone in zones if read(zone / "name").startswith("package")]
+
+
+def is_battery(supply: Path) -> bool:
+    """Say whether it is the machine's own: a mouse has one, too."""
+    return read(supply / "type") == "Battery" and read(supply / "scope") != "Device"
 
 
 class Linux:
@@ -185,7 +192,7 @@ class Linux:
         cores = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
         self.clocks = sorted(cores, key=lambda path: int(path.parent.parent.name[3:]))
         supplies = sorted((root / "sys/class/power_supply").glob("*"))
-        self.battery = next((one for one in supplies if read(one / "type") == "Battery"), None)
+        self.battery = next(filter(is_battery, supplies), None)
         self.mute: set[str] = set()
         """Questions that the firmware has not understood."""
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .android import big_cores
 from .beside import Beside, possible
-from .machine import UNAVAILABLE, number, read
+from .machine import UNAVAILABLE, read
 from .problem import RunnerProblem
 
 CORES = "sys/devices/system/cpu"
@@ -38,27 +39,17 @@ def cores_of(asked: str, root: Path) -> list[int]:
     if asked == "all":
         return list(range(os.cpu_count() or 1))
     if asked == "big":
-        return big_cores(root)
+        if not (big := big_cores(root)):
+            raise RunnerProblem(
+                "--pin big: the system does not tell its cores' maximum frequencies",
+                "name the cores, as in --pin 0,1",
+            )
+        return big
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", asked):
         raise RunnerProblem(
             f"--pin {asked}: that names no cores", "write big, all, or numbers such as 0,1"
         )
     return sorted({int(core) for core in asked.split(",")})
-
-
-def big_cores(root: Path) -> list[int]:
-    """Return the cores with the highest maximum frequency."""
-    found = {
-        int(path.parent.parent.name[3:]): number(read(path), 1000)
-        for path in (root / CORES).glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq")
-    }
-    known = {core: hertz for core, hertz in found.items() if not isinstance(hertz, str)}
-    if not known:
-        raise RunnerProblem(
-            "--pin big: the system does not tell its cores' maximum frequencies",
-            "name the cores, as in --pin 0,1",
-        )
-    return sorted(core for core, hertz in known.items() if hertz == max(known.values()))
 
 
 @contextmanager
