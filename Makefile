@@ -16,7 +16,7 @@ help:
 	@echo "make interop run artifacts of other layouts in optimum, transformers.js and sherpa-onnx"
 	@echo "make aarch64 count instructions on emulated ARM cores, hold them against those kept"
 	@echo "make check   format, lint, types, direction of imports"
-	@echo "make rivals-env   install faster-whisper, whisper.cpp, sherpa-onnx for benchmarks.rivals"
+	@echo "make rivals-env   install faster-whisper, whisper.cpp, sherpa-onnx, for bench --rival"
 
 demo: $(READY)
 	$(BIN)/edgewhisper demo
