@@ -19,6 +19,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -391,6 +392,25 @@ def write(table: Table) -> Path:
         text = json.dumps({"format": FORMAT, **asdict(table)}, indent=1, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def table_paths() -> list[Path]:
+    """All tables in the user's cache."""
+    return sorted(path_of("", "", "").parent.glob("*.json"))
+
+
+def learn(results: Sequence[Mapping[str, Any]], folders: Iterable[Path]) -> list[Table]:
+    """Correct the tables in the cache by results whose artifacts lie in these folders; return those
+    that have changed. One that is damaged is left for who uses it."""
+    changed, artifacts = [], artifacts_in(folders)
+    for path in table_paths():
+        with suppress(Problem):
+            table = read(path)
+            corrected = correct(table, results, artifacts)
+            if corrected.corrections != table.corrections:
+                write(corrected)
+                changed.append(corrected)
+    return changed
 
 
 def find_table(device: str, precision: str | None = None, threads: int | None = None) -> Table:

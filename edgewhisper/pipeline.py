@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import import_module
@@ -469,7 +470,23 @@ def bench_candidates(
         raise failed[0]
     path = runs.new_path("result", ".jsonl")
     write(results, path)
+    _correct_tables({Path(candidate.source).parent for candidate in candidates}, say)
     return Benched(results, path, failed)
+
+
+def _correct_tables(folders: set[Path], say: Say) -> None:
+    """Correct the latency tables that there are by all results in ./edgewhisper-runs."""
+    from benchmarks import latency
+    from benchmarks.result import read
+
+    if not latency.table_paths():
+        return
+    lines = []
+    for path in sorted(runs.RUNS.glob("result-*.jsonl")):
+        with suppress(Problem):
+            lines += read(path)
+    for table in latency.learn(lines, {runs.RUNS, Path(), *folders}):
+        say(f"the latency table of {table} is corrected by what was measured")
 
 
 def report(results: Sequence[Path], out: Path, plots_dir: Path | None = None) -> None:

@@ -375,6 +375,19 @@ def test_calibrate_takes_results_and_measures_nothing(benched, exported, cache, 
         pipeline.calibrate(Place("rpi5"), precision="fp32", results=[path])
 
 
+def test_what_bench_measures_corrects_the_tables_that_there_are(benched, exported, cache):
+    table, _, result = benched
+    latency.write(table)
+    (latency.path_of("", "", "").parent / "damaged.json").write_text("{")
+    (corrected,) = latency.learn([result], [exported.parent])
+    assert corrected.corrections["token"] == Correction(pytest.approx(3), 1)
+    assert latency.find_table("rpi5", "fp32") == corrected
+    assert latency.learn([result], [exported.parent]) == []
+    disturbed = result | {"unstable_because": ["the load average was 9.0 on 2 cores"]}
+    latency.write(table)
+    assert latency.learn([disturbed], [exported.parent]) == []
+
+
 def test_errors_are_shares_of_what_was_measured(benched, exported):
     table, sums, result = benched
     shapes = latency.artifacts_in([exported.parent])
