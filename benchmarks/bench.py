@@ -355,16 +355,16 @@ def place_for(candidate: Candidate, device: Device) -> Device:
     if candidate.rival is None:
         return device
     kind, local = RIVALS[candidate.rival], device.name == "local"
-    if not kind.foreign and not local:
+    if kind.foreign:
+        if local:
+            refuse_missing([candidate.rival], interpreter(), "leave it out")
+        return device.having(kind.packages, interpreter())
+    if not local:
         raise Problem(
             f"the rival {candidate.rival} runs on this machine only, not on {device.name}",
             hint="bench the rival with `--device local`",
         )
-    if not kind.foreign:
-        return device
-    if local:
-        refuse_missing([candidate.rival], interpreter(), "leave it out")
-    return device.having(kind.packages, interpreter().absolute())
+    return device
 
 
 def check_target(candidate: Candidate, machine: dict[str, Any], name: str) -> None:

@@ -7,7 +7,7 @@ cause, so do the command that runs and the work folder.
 
     ~/.cache/edgewhisper/   mode 700, of this user; EDGEWHISPER_HOME names another place
         store/SHA256        every file once; work folders have links to them
-        runtime/NAME/       unpacked wheels of numpy and onnxruntime
+        runtime/NAME/       unpacked wheels of numpy and onnxruntime, or of another program
         work/ID/            a connection's folder; ID.lock is held as long as that lasts
 
 Standard library only, and no syntax newer than Python 3.7: an older one can then say what it is.

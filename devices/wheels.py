@@ -1,5 +1,5 @@
 """The wheels of numpy and onnxruntime for another machine, by pip and its own configuration; for a
-Mac those of coremltools too, where they are asked for."""
+Mac those of coremltools too, where they are asked for; and those of another program."""
 
 from __future__ import annotations
 
@@ -154,9 +154,8 @@ def pip(target: Target, folder: Path, requirements: Sequence[str]) -> str:
     """Download wheels; return its last words where that failed, nothing otherwise."""
     argv = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     argv += ["--only-binary=:all:", "--dest", str(folder), *target.options]
-    argv += (
-        [] if target.more or target.only else ["--no-deps"]
-    )  # onnxruntime runs without what it names
+    if not (target.more or target.only):
+        argv.append("--no-deps")  # onnxruntime runs without what it names
     done = subprocess.run(
         [*argv, *requirements], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

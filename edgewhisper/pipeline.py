@@ -438,15 +438,27 @@ def embedded_of(artifacts: Sequence[Path]) -> Path:
 
 def is_of_embedded(artifact: Path) -> bool:
     """By the hashes of the first checkpoint in its record; without any record by its config."""
-    record = read_artifact(artifact).get("provenance") or {}
-    if not record:
-        config = artifact / "config.json"
-        return config.is_file() and json.loads(config.read_text("utf-8")) == json.loads(
-            (DEFAULT_MODEL / "config.json").read_text("utf-8")
-        )
-    while earlier := record["base"].get("compression"):
-        record = earlier
-    return bool(record["base"].get("files") == _hashes(DEFAULT_MODEL))
+    if record := read_artifact(artifact).get("provenance"):
+        return _first_files(record) == _hashes(DEFAULT_MODEL)
+    return _config(artifact) == _config(DEFAULT_MODEL)
+
+
+def _first_files(record: Any) -> Any:
+    """The hashes of the checkpoint that a compression, and those before it, began with."""
+    match record:
+        case {"base": {"compression": {"base": _} as earlier}}:
+            return _first_files(earlier)
+        case {"base": {"files": files}}:
+            return files
+    return None
+
+
+def _config(folder: Path) -> Any:
+    """What the model is, without the version that wrote it; nothing where that cannot be read."""
+    with suppress(OSError, ValueError, AttributeError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return {key: config[key] for key in config.keys() - {"transformers_version"}}
+    return None
 
 
 def bench_candidates(

@@ -81,7 +81,8 @@ def send_program(kind: Kind, device: Device) -> None:
 
 def interpreter() -> Path:
     """The rivals' Python on this machine, whether it is there or not."""
-    return Path(os.environ.get(PYTHON) or PROJECT / "build/rivals/bin/python")
+    place = Path(os.environ.get(PYTHON) or PROJECT / "build/rivals/bin/python")
+    return place.absolute()  # not resolved: an environment's interpreter is a link
 
 
 def refuse_unknown(engines: Sequence[str]) -> None:
