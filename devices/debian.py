@@ -47,9 +47,10 @@ def update(config: Path) -> None:
     apt(["apt-get", "update", "-qq"], config)
 
 
-def apt(argv: Sequence[str], config: Path) -> str:
-    """What a program of apt's prints; its letter where it fails."""
-    env = {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C"}
+def apt(argv: Sequence[str], config: Path | None = None) -> str:
+    """What a program of apt's or dpkg's prints; its letter where it fails."""
+    own = {} if config is None else {"APT_CONFIG": str(config)}
+    env = {**os.environ, **own, "LC_ALL": "C"}
     done = subprocess.run(
         argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
@@ -62,7 +63,7 @@ def apt(argv: Sequence[str], config: Path) -> str:
 def unpack(packages: Sequence[Path], root: Path) -> None:
     """Lay packages out under a folder; none of their scripts is run."""
     for package in packages:
-        apt(["dpkg-deb", "-x", str(package), str(root)], root / "none")
+        apt(["dpkg-deb", "-x", str(package), str(root)])
 
 
 def lay_out_apt(folder: Path, architecture: str, entries: Sequence[str]) -> Path:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sshd import free_port
 
 from devices import debian
 
@@ -66,7 +67,7 @@ def fetch() -> None:
         (work / "root" / name).symlink_to(f"usr/{name}")
     entries = debian.entries_of(debian.release(), "".join(debian.source_files()))
     newer = [entry.replace(debian.release(), SUITE) for entry in entries]
-    architecture = debian.apt(["dpkg", "--print-architecture"], work / "none").strip()
+    architecture = debian.apt(["dpkg", "--print-architecture"]).strip()
     config = debian.lay_out_apt(work, architecture, newer)
     debian.update(config)
     debian.unpack(debian.fetch(PACKAGES, config), work / "root")
@@ -178,12 +179,6 @@ def arm_programs() -> Iterator[bool]:
         assert holder.stdin is not None and holder.stdout is not None
         yield holder.stdout.readline() == b"registered\n"
         holder.stdin.close()
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from devices import connection
+
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 SSHD = shutil.which("sshd", path=SBIN)
 MISSING = "sshd is missing: sh tests/system-packages.sh 'test -x /usr/sbin/sshd' openssh-server"
@@ -91,6 +93,11 @@ class Server:
         lines = [f"{option} {value}" for option, value in (usual | options).items()]
         with self.config.open("a") as file:
             file.write("\n  ".join([f"Host {name}", *lines]) + "\n")
+
+    def fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A device that nobody has used yet, and the configuration that leads to it."""
+        monkeypatch.setenv(connection.CONFIG, str(self.config))
+        self.reset()
 
     def reset(self) -> None:
         """An empty home, and a python3 like this one."""

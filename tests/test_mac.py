@@ -42,8 +42,7 @@ def one_server(tmp_path_factory) -> Iterator[sshd.Server]:
 @pytest.fixture
 def server(one_server, monkeypatch) -> sshd.Server:
     """A Mac that nobody has used yet; it has one python3 that is new enough."""
-    monkeypatch.setenv(connection.CONFIG, str(one_server.config))
-    one_server.reset()
+    one_server.fresh(monkeypatch)
     macs.become(one_server)
     macs.python(one_server, "python3.13")
     return one_server

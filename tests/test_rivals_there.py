@@ -23,7 +23,6 @@ from benchmarks.result import read
 from benchmarks.rivals import engines
 from benchmarks.rivals.engines import ENGINES, RIVALS, interpreter
 from benchmarks.speech import read_manifest
-from devices import connection
 from devices.device import Packages, open_device
 from devices.fake import FakeDevice
 from devices.ssh import SshDevice
@@ -99,8 +98,7 @@ def one_server(tmp_path_factory) -> Iterator[sshd.Server]:
 
 @pytest.fixture
 def server(one_server, monkeypatch) -> sshd.Server:
-    monkeypatch.setenv(connection.CONFIG, str(one_server.config))
-    one_server.reset()
+    one_server.fresh(monkeypatch)
     return one_server
 
 

@@ -39,8 +39,7 @@ def one_server(tmp_path_factory) -> Iterator[sshd.Server]:
 @pytest.fixture
 def server(one_server, monkeypatch) -> sshd.Server:
     """A device that nobody has used yet."""
-    monkeypatch.setenv(connection.CONFIG, str(one_server.config))
-    one_server.reset()
+    one_server.fresh(monkeypatch)
     return one_server
 
 
