@@ -46,7 +46,12 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import WhisperConfig, WhisperProcessor
+from transformers import (
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
 from transformers.models.whisper.modeling_whisper import (
     ALL_ATTENTION_FUNCTIONS,
     BaseModelOutput,
@@ -59,12 +64,13 @@ from transformers.models.whisper.modeling_whisper import (
     sinusoids,
 )
 
+from edgewhisper.checkpoints import ctranslate2, generation, openai, pt
+from edgewhisper.checkpoints.openai import START
 from export.files import new_directory
 from export.problem import Problem
 from export.quantise import BITS, BLOCKS, SCALES
 from export.shrink import ATTENTIONS, FORMAT, windows_of
 
-START = "<|startoftranscript|>"
 POSITION_S = 0.02
 """Of the encoder."""
 
@@ -493,11 +499,41 @@ def input_of(name: str) -> str:
 def load(source: str | Path, revision: str | None = None) -> WhisperForConditionalGeneration:
     """A checkpoint as a model in float32 and evaluation mode; dense and slim ones load alike.
 
-    `source` is a local directory or a hub id. Only safetensors are read, never pickles, and no
-    code that comes with a checkpoint is run.
-    Raises Problem: no such place, not a Whisper checkpoint, damaged or foreign weights.
+    `source` is a size name of OpenAI's ("tiny.en"), a hub id, a Hugging Face directory, a
+    CTranslate2 directory (faster-whisper's), or a .pt file of openai-whisper. Weights are read from
+    safetensors, CTranslate2's format, or a pickle of tensors alone; no code that comes with a
+    checkpoint is run. The generation config is completed from the tokenizer and the vocabulary
+    (edgewhisper/checkpoints/generation.py).
+    Raises Problem: no such place, not a Whisper checkpoint, damaged or foreign weights, files that
+    contradict each other.
     """
-    config = _load_config(source, revision)
+    source = resolved(source)
+    stored: dict[str, Any] = {}
+    if ctranslate2.is_folder(Path(source)):
+        model, stored = _from_ctranslate2(Path(source))
+    elif pt.is_file(Path(source)):
+        model = _from_tensors(source, *pt.read(Path(source)))
+    else:
+        model, stored = _from_hugging_face(source, revision)
+    tokenizer = load_tokenizer(source, model.config, revision)
+    model.generation_config = generation.complete(
+        source, model.generation_config, model.config, stored, tokenizer
+    )
+    for name in generation.IN_CONFIG:  # config.json repeats them, and training reads them there
+        setattr(model.config, name, getattr(model.generation_config, name, None))
+    return model.eval()
+
+
+def resolved(source: str | Path) -> str | Path:
+    """A size name of OpenAI's as its hub id; what exists here under that name comes first."""
+    return source if _looks_local(source) else openai.hub_id(str(source))
+
+
+def _from_hugging_face(
+    source: str | Path, revision: str | None
+) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
+    """The model, and the content of config.json."""
+    config, stored = _load_config(source, revision)
     try:
         with quiet():
             model, report = WhisperForConditionalGeneration.from_pretrained(
@@ -516,24 +552,123 @@ def load(source: str | Path, revision: str | None = None) -> WhisperForCondition
         raise _unreadable(source, error) from error
     _refuse_partial(source, report)
     _refuse_bad_inputs(source, model)
-    return model.eval()
+    return model, stored
+
+
+def _from_ctranslate2(folder: Path) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
+    """The model, and the keys of its config.json under Hugging Face's names."""
+    read, own = ctranslate2.read(folder), ctranslate2.read_config(folder)
+    model = _from_tensors(folder, read.config(), read.tensors())
+    names = {"suppress_tokens": "suppress_ids", "begin_suppress_tokens": "suppress_ids_begin"}
+    if own.get("alignment_heads"):
+        model.generation_config.alignment_heads = own["alignment_heads"]
+    return model, {ours: own[theirs] for ours, theirs in names.items() if theirs in own}
+
+
+def _from_tensors(
+    source: str | Path, config: WhisperConfig, tensors: Mapping[str, Tensor]
+) -> WhisperForConditionalGeneration:
+    """A dense model of these tensors, which must be all it has, in its shapes."""
+    with torch.device("meta"):
+        model = WhisperForConditionalGeneration(config)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wanted.pop("proj_out.weight")  # tied to the token table
+    report = {
+        "missing_keys": wanted.keys() - tensors.keys(),
+        "unexpected_keys": tensors.keys() - wanted.keys(),
+        "mismatched_keys": [
+            (name,)
+            for name, shape in wanted.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    _refuse_partial(source, report)
+    model.load_state_dict(dict(tensors), strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+def load_tokenizer(
+    source: str | Path, config: WhisperConfig, revision: str | None = None
+) -> WhisperTokenizer | None:
+    """The checkpoint's tokenizer, or where it has none OpenAI's for its vocabulary; None where
+    that is not known either. Raises Problem for tokenizer files that cannot be read."""
+    source = resolved(source)
+    start = getattr(config, "decoder_start_token_id", None)
+    vocabulary = openai.vocabulary_of(config.vocab_size, start)
+    if _has_tokenizer(Path(source)) or not _looks_local(source):
+        try:
+            with quiet():
+                tokenizer = WhisperTokenizer.from_pretrained(str(source), revision=revision)
+        except Exception as error:
+            raise _no_tokenizer(source, _first_line(error)) from error
+        # transformers makes an empty tokenizer where the files are missing, and says nothing
+        if START in tokenizer.get_vocab():
+            return tokenizer
+        if _has_tokenizer(Path(source)):
+            raise _no_tokenizer(source, f"the vocabulary lacks {START}")
+    return None if vocabulary is None else openai.tokenizer(vocabulary)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether a directory has tokenizer files of Hugging Face's.
+
+    Those of CTranslate2 folders are left alone where OpenAI's stand in for them: some lack merges,
+    and text then becomes other tokens than the model was trained on.
+    """
+    if ctranslate2.is_folder(folder):
+        return False
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
 def load_processor(source: str | Path, revision: str | None = None) -> WhisperProcessor:
-    """Tokenizer and feature extractor of a checkpoint. Raises Problem where they are missing."""
+    """Tokenizer and feature extractor of a checkpoint, OpenAI's where it has none of its own.
+
+    Raises Problem where they cannot be read or are none.
+    """
+    source = resolved(source)
+    config = _config_of(source, revision)
+    tokenizer = load_tokenizer(source, config, revision)
+    if tokenizer is None:
+        raise _no_tokenizer(
+            source, f"it has none, and {config.vocab_size} tokens are no vocabulary of OpenAI's"
+        )
+    return WhisperProcessor(_feature_extractor(source, config, revision), tokenizer)
+
+
+def _config_of(source: str | Path, revision: str | None) -> WhisperConfig:
+    if ctranslate2.is_folder(Path(source)):
+        return ctranslate2.read(Path(source)).config()
+    if pt.is_file(Path(source)):
+        return pt.read(Path(source))[0]
+    return _load_config(source, revision)[0]
+
+
+def _feature_extractor(
+    source: str | Path, config: WhisperConfig, revision: str | None
+) -> WhisperFeatureExtractor:
+    """The checkpoint's own, or where it has none Whisper's for its mel bands and its window."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    if _looks_local(source) and not any((Path(source) / name).is_file() for name in names):
+        window_s = round(config.max_source_positions * POSITION_S)
+        return WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=window_s)
     try:
         with quiet():
-            processor = WhisperProcessor.from_pretrained(str(source), revision=revision)
-            # transformers makes an empty tokenizer where the files are missing, and says nothing
-            if START not in processor.tokenizer.get_vocab():
-                raise ValueError(f"the vocabulary lacks {START}")
-            return processor
+            return WhisperFeatureExtractor.from_pretrained(str(source), revision=revision)
     except Exception as error:
         raise Problem(
-            f"{source}: no usable tokenizer or feature extractor ({_first_line(error)})",
-            hint="a checkpoint needs tokenizer.json, tokenizer_config.json and "
-            "preprocessor_config.json beside the weights: copy them from the base model",
+            f"{source}: no usable feature extractor ({_first_line(error)})",
+            hint="copy preprocessor_config.json from the base model, or remove it: Whisper's own "
+            "is taken where there is none",
         ) from error
+
+
+def _no_tokenizer(source: str | Path, reason: str) -> Problem:
+    return Problem(
+        f"{source}: no usable tokenizer ({reason})",
+        hint="copy tokenizer.json and tokenizer_config.json from the model that was fine-tuned, or "
+        "remove them: OpenAI's are taken for its own vocabularies",
+    )
 
 
 def save(
@@ -609,11 +744,15 @@ def compression_record(source: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _load_config(source: str | Path, revision: str | None) -> WhisperConfig:
+def _load_config(
+    source: str | Path, revision: str | None
+) -> tuple[WhisperConfig, dict[str, Any]]:
+    """The config, and the content of config.json as it is."""
     if _looks_local(source) and not Path(source).is_dir():
         raise Problem(
-            f"{source}: no such directory",
-            hint="name a checkpoint directory, or a hub id like openai/whisper-tiny",
+            f"{source}: there is no such checkpoint",
+            hint="name a directory, a .pt file, a hub id like openai/whisper-tiny, or one of "
+            f"{', '.join(openai.HUB_IDS)}",
         )
     try:
         found, _ = transformers.PretrainedConfig.get_config_dict(str(source), revision=revision)
@@ -627,7 +766,7 @@ def _load_config(source: str | Path, revision: str | None) -> WhisperConfig:
     config = WhisperConfig.from_dict(found)
     if getattr(config, "edgewhisper", None) is not None:
         check_shapes(config.edgewhisper, config)
-    return config
+    return config, found
 
 
 def _looks_local(source: str | Path) -> bool:

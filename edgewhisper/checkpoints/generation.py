@@ -1,0 +1,260 @@
+"""Complete and check the generation config of a checkpoint, whatever form it comes in.
+
+Whether a model is multilingual, and the ids of its language, task and timestamp tokens, are in
+generation_config.json. Fine-tuning often leaves none, or one that transformers made up from
+config.json (`_from_model_config`), and then nothing says what prompts the model: transformers would
+prompt a multilingual model without language and task. So what is missing is derived from the
+tokenizer, by the names of the special tokens, and from the vocabulary. What is there must agree with
+the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from edgewhisper.checkpoints import openai
+from edgewhisper.checkpoints.openai import END, NO_SPEECH, NO_TIMESTAMPS, PREVIOUS, START, TASKS
+from export.problem import Problem
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, WhisperConfig, WhisperTokenizer
+
+FILE = "generation_config.json"
+IN_CONFIG = (
+    *("decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+)
+"""The keys that config.json has as well."""
+KEPT = (
+    *IN_CONFIG,
+    *("max_length", "is_multilingual", "lang_to_id", "task_to_id", "language", "task"),
+    *("no_timestamps_token_id", "prev_sot_token_id", "max_initial_timestamp_index"),
+    "alignment_heads",
+)
+"""The keys that decoding honours. Others, such as beams, penalties and `return_timestamps`, are
+left out: a checkpoint decodes as it does without them, here and in its artifacts."""
+MULTILINGUAL_ONLY = ("lang_to_id", "task_to_id", "language", "task")
+
+
+def complete(
+    source: object,
+    generation: GenerationConfig,
+    config: WhisperConfig,
+    stored: Mapping[str, Any],
+    tokenizer: WhisperTokenizer | None,
+) -> GenerationConfig:
+    """The generation config with everything that decoding needs.
+
+    `stored` is the content of config.json, and `source` the checkpoint's name in errors. Without a
+    tokenizer nothing can be derived, and the config must say everything itself.
+    Raises Problem: values that contradict the tokenizer or the vocabulary, or cannot be derived.
+    """
+    special = special_ids(tokenizer)
+    # transformers marks what it made up itself; config.json is read in its place, below
+    named = {} if generation._from_model_config else values_of(generation)
+    if not special:
+        refuse_underivable(source, named, config)
+        return made(named)
+    refuse_other_tokenizer(source, special, config)
+    derived = derive(special, config)
+    for key, value in derived.items():
+        if key not in named or named[key] is None:
+            named[key] = value
+    refuse_contradictions(source, named, derived, config)
+    add_prompt(named, special, stored)
+    add_suppressed(source, named, special, stored, tokenizer, config, generation)
+    if not named.get("alignment_heads"):
+        named["alignment_heads"] = alignment_heads(config)
+    return made(named)
+
+
+def values_of(generation: GenerationConfig) -> dict[str, Any]:
+    """What the file says, without keys that decoding does not honour."""
+    values = generation.to_dict() | {"forced_decoder_ids": forced_ids(generation)}
+    return {key: values[key] for key in (*KEPT, "forced_decoder_ids") if values.get(key) is not None}
+
+
+def forced_ids(generation: GenerationConfig) -> Any:
+    return getattr(generation, "forced_decoder_ids", None)
+
+
+def made(named: dict[str, Any]) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    multilingual = named.get("is_multilingual", True)
+    dropped = () if multilingual else MULTILINGUAL_ONLY
+    kept = {key: named[key] for key in KEPT if named.get(key) is not None and key not in dropped}
+    return GenerationConfig(**kept)
+
+
+# ------------------------------------------------------------------------ derived from the tokens
+
+
+def special_ids(tokenizer: WhisperTokenizer | None) -> dict[str, int]:
+    """Name -> id of all tokens like <|this|>, without the timestamps. Empty for a tokenizer
+    without <|startoftranscript|>."""
+    if tokenizer is None:
+        return {}
+    found = {
+        name: number
+        for name, number in tokenizer.get_vocab().items()
+        if name.startswith("<|") and name.endswith("|>") and not name[2:3].isdigit()
+    }
+    return found if START in found and END in found else {}
+
+
+def derive(special: Mapping[str, int], config: WhisperConfig) -> dict[str, Any]:
+    """The values that follow from the names of the special tokens."""
+    languages = {name: special[name] for name in languages_among(special)}
+    tasks = {task: special[f"<|{task}|>"] for task in TASKS if f"<|{task}|>" in special}
+    # English-only tokenizers list languages and tasks, too; GPT-2's vocabulary tells them apart
+    english = special[END] == openai.ENGLISH_END
+    multilingual = bool(languages) and bool(tasks) and not english
+    return {
+        "is_multilingual": multilingual,
+        "decoder_start_token_id": special[START],
+        "eos_token_id": special[END],
+        "bos_token_id": special[END],
+        "pad_token_id": special[END],
+        "no_timestamps_token_id": special.get(NO_TIMESTAMPS),
+        "prev_sot_token_id": special.get(PREVIOUS),
+        "max_initial_timestamp_index": openai.MAX_INITIAL_TIMESTAMP_INDEX,
+        "max_length": config.max_target_positions,
+        **({"lang_to_id": languages, "task_to_id": tasks} if multilingual else {}),
+    }
+
+
+def languages_among(special: Mapping[str, int]) -> list[str]:
+    """The language tokens in the order of their ids: those between <|startoftranscript|> and the
+    first task, and any that a fine-tuned model has in another place."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    known = {f"<|{code}|>" for code in LANGUAGES}
+    first = special[START] + 1
+    last = min((special[f"<|{task}|>"] for task in TASKS if f"<|{task}|>" in special), default=first)
+    inside = {name for name, number in special.items() if first <= number < last}
+    return sorted((inside | known) & special.keys(), key=special.__getitem__)
+
+
+def add_prompt(named: dict[str, Any], special: Mapping[str, int], stored: Mapping[str, Any]) -> None:
+    """Language and task, which older checkpoints name as `forced_decoder_ids`, in either file.
+
+    transformers reads them where no language and task are named; the ids there may be null, which
+    leaves the language to detection.
+    """
+    if not named["is_multilingual"]:
+        return
+    if named.get("language") is None and named.get("task") is None:
+        forced = named.get("forced_decoder_ids") or stored.get("forced_decoder_ids") or ()
+        ids = {pair[1] for pair in forced if isinstance(pair, list | tuple) and len(pair) == 2}
+        for token, number in named["lang_to_id"].items():
+            if number in ids:
+                named["language"] = token.strip("<|>")
+        for task, number in named["task_to_id"].items():
+            if number in ids:
+                named["task"] = task
+    named.setdefault("task", "transcribe")
+
+
+def add_suppressed(
+    source: object,
+    named: dict[str, Any],
+    special: Mapping[str, int],
+    stored: Mapping[str, Any],
+    tokenizer: Any,
+    config: WhisperConfig,
+    generation: GenerationConfig,
+) -> None:
+    """Suppressed tokens: the generation config's, else config.json's, else OpenAI's."""
+    made_up = bool(generation._from_model_config)
+    end = special[END]
+    vocabulary = openai.vocabulary_of(config.vocab_size, special[START])
+    for key in ("suppress_tokens", "begin_suppress_tokens"):
+        if made_up and key in stored:
+            named[key] = stored[key]
+        elif made_up and vocabulary is not None:
+            first = key.startswith("begin")
+            named[key] = (
+                openai.first_suppressed(tokenizer, end)
+                if first
+                else openai.suppressed_tokens(tokenizer, special)
+            )
+        refuse_beyond(source, key, named.get(key) or (), config.vocab_size)
+
+
+def alignment_heads(config: WhisperConfig) -> list[list[int]] | None:
+    """The heads of OpenAI's model of these dimensions."""
+    size = openai.size_of(config)
+    return None if size is None else [list(head) for head in size.alignment_heads] or None
+
+
+# ------------------------------------------------------------------------------- contradictions
+
+
+def refuse_underivable(source: object, named: Mapping[str, Any], config: WhisperConfig) -> None:
+    needed = ("is_multilingual", "decoder_start_token_id", "eos_token_id")
+    missing = [key for key in needed if named.get(key) is None]
+    if missing:
+        raise Problem(
+            f"{source}: {FILE} does not say {' and '.join(missing)}, there is no tokenizer to "
+            f"derive it from, and a vocabulary of {config.vocab_size} tokens is none of OpenAI's",
+            hint=f"copy the tokenizer files and {FILE} from the model that was fine-tuned",
+        )
+
+
+def refuse_contradictions(
+    source: object, named: Mapping[str, Any], derived: Mapping[str, Any], config: WhisperConfig
+) -> None:
+    """Every id in the file must be the tokenizer's id of that name."""
+    for key in ("decoder_start_token_id", "no_timestamps_token_id", "prev_sot_token_id"):
+        if derived[key] is not None and named[key] != derived[key]:
+            raise contradiction(source, key, named[key], derived[key])
+    ends = named["eos_token_id"]
+    if derived["eos_token_id"] not in (ends if isinstance(ends, list) else [ends]):
+        raise contradiction(source, "eos_token_id", ends, derived["eos_token_id"])
+    if named["is_multilingual"] and not derived["is_multilingual"]:
+        raise contradiction(source, "is_multilingual", True, False)
+    for table in ("lang_to_id", "task_to_id"):
+        for name, number in (named.get(table) or {}).items():
+            wanted = (derived.get(table) or {}).get(name, number)
+            if number != wanted:
+                raise contradiction(source, f"{table}[{name!r}]", number, wanted)
+            refuse_beyond(source, f"{table}[{name!r}]", [number], config.vocab_size)
+
+
+def refuse_other_tokenizer(
+    source: object, special: Mapping[str, int], config: WhisperConfig
+) -> None:
+    """The tokenizer must fit into the vocabulary; of one of OpenAI's it must have the ids."""
+    sizes = (openai.ENGLISH, openai.MULTILINGUAL, openai.WITH_CANTONESE)
+    known = openai.special_ids(config.vocab_size) if config.vocab_size in sizes else {}
+    for name in (END, START, "<|transcribe|>", NO_TIMESTAMPS):
+        found, wanted = special.get(name), known.get(name)
+        if found is None or (found < config.vocab_size and wanted in (None, found)):
+            continue
+        expected = "less than that" if wanted is None else str(wanted)
+        raise Problem(
+            f"{source}: the tokenizer's id of {name} is {found}; with vocab_size "
+            f"{config.vocab_size} in config.json it must be {expected}",
+            hint="the tokenizer is of another model: copy the one that belongs to these weights, "
+            "or remove its files, and OpenAI's own is taken",
+        )
+
+
+def contradiction(source: object, key: str, found: Any, wanted: Any) -> Problem:
+    return Problem(
+        f"{source}: {FILE} has {key} = {found}, and by the tokenizer it is {wanted}",
+        hint=f"one of the two files is of another model: copy {FILE} from the model that was "
+        "fine-tuned, or remove it and everything is derived from the tokenizer",
+    )
+
+
+def refuse_beyond(source: object, key: str, ids: Iterable[Any], vocab_size: int) -> None:
+    wrong = [number for number in ids if type(number) is not int or not 0 <= number < vocab_size]
+    if wrong:
+        raise Problem(
+            f"{source}: {FILE} (or config.json) has {wrong[0]!r} in {key}, and the ids of the "
+            f"model are 0 to {vocab_size - 1}",
+            hint="correct the file, or copy it from the model that was fine-tuned",
+        )

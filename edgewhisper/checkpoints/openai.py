@@ -1,0 +1,237 @@
+"""OpenAI's Whisper models: names, dimensions, vocabularies, special tokens, alignment heads.
+
+Sources: Radford et al. 2022 (arXiv:2212.04356) and the package openai-whisper 20250625 (MIT):
+`model.py` for the dimensions, `tokenizer.py` for the special tokens and the suppressed ones,
+`__init__.py` for the alignment heads. The token lists in assets/vocabularies are that package's
+`gpt2.tiktoken` and `multilingual.tiktoken` in the byte alphabet of GPT-2, one token a line.
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.problem import Problem
+
+if TYPE_CHECKING:
+    from transformers import WhisperConfig, WhisperTokenizer
+
+ENGLISH_END = 50_256
+"""The id of <|endoftext|> in GPT-2's vocabulary, which the English-only models have."""
+VOCABULARIES = Path(__file__).resolve().parent.parent / "assets" / "vocabularies"
+BYTES = 256
+TIMESTAMPS = 1501
+"""Tokens from 0.00 to 30.00 s in steps of 0.02 s."""
+MAX_INITIAL_TIMESTAMP_INDEX = 50
+"""The first timestamp is at most one second."""
+
+END = "<|endoftext|>"
+START = "<|startoftranscript|>"
+TASKS = ("translate", "transcribe")
+PREVIOUS = "<|startofprev|>"
+NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")
+"""The name of one token, in newer and in older tokenizers."""
+NO_TIMESTAMPS = "<|notimestamps|>"
+
+
+@dataclass(frozen=True)
+class Size:
+    """The dimensions of a model, and where its cross-attention follows the words."""
+
+    d_model: int
+    encoder_layers: int
+    decoder_layers: int
+    vocab_size: int
+    alignment_heads: tuple[tuple[int, int], ...]
+    num_mel_bins: int = 80
+
+
+ENGLISH, MULTILINGUAL, WITH_CANTONESE = 51_864, 51_865, 51_866
+"""Vocabulary sizes. Models of the first kind know English only, and are not prompted with a
+language or a task."""
+
+# fmt: off
+SIZES = {
+    "tiny.en": Size(384, 4, 4, ENGLISH, (
+        (1, 0), (2, 0), (2, 5), (3, 0), (3, 1), (3, 2), (3, 3), (3, 4))),
+    "tiny": Size(384, 4, 4, MULTILINGUAL, ((2, 2), (3, 0), (3, 2), (3, 3), (3, 4), (3, 5))),
+    "base.en": Size(512, 6, 6, ENGLISH, ((3, 3), (4, 7), (5, 1), (5, 5), (5, 7))),
+    "base": Size(512, 6, 6, MULTILINGUAL, (
+        (3, 1), (4, 2), (4, 3), (4, 7), (5, 1), (5, 2), (5, 4), (5, 6))),
+    "small.en": Size(768, 12, 12, ENGLISH, (
+        (6, 6), (7, 0), (7, 3), (7, 8), (8, 2), (8, 5), (8, 7), (9, 0), (9, 4), (9, 8), (9, 10),
+        (10, 0), (10, 1), (10, 2), (10, 3), (10, 6), (10, 11), (11, 2), (11, 4))),
+    "small": Size(768, 12, 12, MULTILINGUAL, (
+        (5, 3), (5, 9), (8, 0), (8, 4), (8, 7), (8, 8), (9, 0), (9, 7), (9, 9), (10, 5))),
+    "medium.en": Size(1024, 24, 24, ENGLISH, (
+        (11, 4), (14, 1), (14, 12), (14, 14), (15, 4), (16, 0), (16, 4), (16, 9), (17, 12),
+        (17, 14), (18, 7), (18, 10), (18, 15), (20, 0), (20, 3), (20, 9), (20, 14), (21, 12))),
+    "medium": Size(1024, 24, 24, MULTILINGUAL, (
+        (13, 15), (15, 4), (15, 15), (16, 1), (20, 0), (23, 4))),
+    # v1 and v2 have the same dimensions and other heads: which one a file is cannot be derived
+    "large-v1": Size(1280, 32, 32, MULTILINGUAL, ()),
+    "large-v2": Size(1280, 32, 32, MULTILINGUAL, ()),
+    "large-v3": Size(1280, 32, 32, WITH_CANTONESE, (
+        (7, 0), (10, 17), (12, 18), (13, 12), (16, 1), (17, 14), (19, 11), (21, 4), (24, 1),
+        (25, 6)), num_mel_bins=128),
+    "large-v3-turbo": Size(1280, 32, 4, WITH_CANTONESE, (
+        (2, 4), (2, 11), (3, 3), (3, 6), (3, 11), (3, 14)), num_mel_bins=128),
+}
+# fmt: on
+HUB_IDS = {
+    **{name: f"openai/whisper-{name}" for name in SIZES},
+    "large-v1": "openai/whisper-large",
+    "large": "openai/whisper-large-v3",
+    "turbo": "openai/whisper-large-v3-turbo",
+}
+"""Size name -> hub id; `large` and `turbo` mean the models that openai-whisper means by them."""
+
+
+# -------------------------------------------------------------------------------- vocabularies
+
+
+def vocabulary_of(vocab_size: int, start: int | None = None) -> int | None:
+    """The vocabulary of OpenAI's that a model with so many tokens has; None where it has another.
+
+    A resized vocabulary is recognised by `start`, the id of <|startoftranscript|>: a fine-tuned
+    model may have more tokens behind OpenAI's.
+    """
+    if vocab_size in (ENGLISH, MULTILINGUAL, WITH_CANTONESE):
+        return vocab_size
+    by_start = {ENGLISH_END + 1: ENGLISH, ENGLISH_END + 2: MULTILINGUAL}
+    found = by_start.get(start) if start is not None else None
+    return found if found is not None and vocab_size > WITH_CANTONESE else None
+
+
+def special_tokens(vocabulary: int) -> list[str]:
+    """The special tokens in the order of their ids, from <|endoftext|> to <|notimestamps|>."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    count = 100 if vocabulary == WITH_CANTONESE else 99
+    later = (*TASKS, "startoflm")
+    names = ("endoftext", "startoftranscript", *islice(LANGUAGES, count), *later)
+    return [*(f"<|{name}|>" for name in names), PREVIOUS, NO_SPEECH[0], NO_TIMESTAMPS]
+
+
+def special_ids(vocabulary: int) -> dict[str, int]:
+    """Name -> id of the special tokens."""
+    first = len(ordinary_tokens(vocabulary == ENGLISH))
+    return {name: first + number for number, name in enumerate(special_tokens(vocabulary))}
+
+
+@lru_cache(maxsize=2)
+def ordinary_tokens(english: bool) -> list[str]:
+    """The ordinary tokens in the order of their ids, in GPT-2's byte alphabet."""
+    path = VOCABULARIES / f"{'english' if english else 'multilingual'}.txt.xz"
+    return lzma.decompress(path.read_bytes()).decode("utf-8").split("\n")
+
+
+@lru_cache(maxsize=2)
+def merges_of(english: bool) -> list[tuple[str, str]]:
+    """The merges of the byte-pair encoding in their order.
+
+    The last merge that makes a token joins the two parts that the merges before it leave of it.
+    """
+    tokens = ordinary_tokens(english)
+    rank = {token: number for number, token in enumerate(tokens)}
+    never = len(tokens)
+    merges = []
+    for token in tokens[BYTES:]:
+        parts = list(token)
+        while len(parts) > 2:
+            ranks = [rank.get(left + right, never) for left, right in pairwise(parts)]
+            first = ranks.index(min(ranks))
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        if parts:  # the multilingual list ends in an empty token, which nothing makes
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def tokenizer(vocabulary: int) -> WhisperTokenizer:
+    """The tokenizer of one of OpenAI's vocabularies, as its checkpoints on the hub have it."""
+    from tokenizers import AddedToken
+    from transformers import WhisperTokenizer
+
+    english = vocabulary == ENGLISH
+    ordinary, special = ordinary_tokens(english), special_tokens(vocabulary)
+    stamps = [f"<|{number * 0.02:.2f}|>" for number in range(TIMESTAMPS)]
+    ids = {token: number for number, token in enumerate([*ordinary, *special])}
+    end = special[0]
+    made = WhisperTokenizer(
+        vocab=ids,
+        merges=merges_of(english),
+        bos_token=end,
+        eos_token=end,
+        unk_token=end,
+        pad_token=end,
+        model_max_length=448,
+    )
+    added = [AddedToken(text, normalized=False, special=True) for text in special]
+    made.add_special_tokens({"extra_special_tokens": added})
+    made.add_tokens([AddedToken(text, normalized=False, special=False) for text in stamps])
+    return made
+
+
+# --------------------------------------------------------------------------- suppressed tokens
+
+SYMBOLS = (
+    *'"#()*+/:;<=>@[\\]^_`{|}~「」『』',
+    *"<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪".split(),
+)
+NOTES = "♩♪♫♬♭♮♯"
+
+
+def suppressed_tokens(tokenizer: WhisperTokenizer, special: Mapping[str, int]) -> list[int]:
+    """The ids that OpenAI's decoding never chooses, ascending: tokens that no speech is written
+    with, such as brackets and music signs, and the special tokens of a prompt."""
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    found = {ids_of(" -")[0], ids_of(" '")[0]}
+    for symbol in (*SYMBOLS, *NOTES):
+        for ids in (ids_of(symbol), ids_of(f" {symbol}")):
+            if len(ids) == 1 or symbol in NOTES:
+                found.add(ids[0])
+    return sorted(found | set(prompt_tokens(special)))
+
+
+def prompt_tokens(special: Mapping[str, int]) -> Iterable[int]:
+    names = (START, *(f"<|{task}|>" for task in TASKS), "<|startoflm|>", PREVIOUS, *NO_SPEECH)
+    return (special[name] for name in names if name in special)
+
+
+def first_suppressed(tokenizer: WhisperTokenizer, end: int) -> list[int]:
+    """The ids that may not begin a text: a space alone, and the end."""
+    return [*tokenizer.encode(" ", add_special_tokens=False), end]
+
+
+# -------------------------------------------------------------------------------------- models
+
+
+def size_of(config: WhisperConfig) -> Size | None:
+    """The size whose dimensions a model has."""
+    for size in SIZES.values():
+        dimensions = (size.d_model, size.encoder_layers, size.decoder_layers, size.num_mel_bins)
+        mine = (config.d_model, config.encoder_layers, config.decoder_layers, config.num_mel_bins)
+        english = size.vocab_size == ENGLISH
+        if dimensions == mine and english == (config.vocab_size == ENGLISH):
+            return size
+    return None
+
+
+def hub_id(name: str) -> str:
+    """The hub id of a size name; anything else stays as it is."""
+    return HUB_IDS.get(name, name)
+
+
+def size_named(name: str) -> Size:
+    """Raises Problem for a name that is none of OpenAI's."""
+    if name not in SIZES:
+        raise Problem(f"there is no Whisper size {name!r}", hint=f"choose one of {', '.join(SIZES)}")
+    return SIZES[name]

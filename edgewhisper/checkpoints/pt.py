@@ -1,0 +1,132 @@
+"""Whisper as openai-whisper saves it: a .pt file of `dims` and `model_state_dict`.
+
+The file is a pickle, and it may come from a stranger: it is read with `weights_only=True`, which
+builds tensors and plain containers and runs no code.
+
+    openai-whisper                      Hugging Face
+    encoder.blocks.N.attn.query         model.encoder.layers.N.self_attn.q_proj
+    decoder.blocks.N.cross_attn.key     model.decoder.layers.N.encoder_attn.k_proj
+    decoder.blocks.N.mlp.0              model.decoder.layers.N.fc1
+    encoder.ln_post, decoder.ln         model.encoder.layer_norm, model.decoder.layer_norm
+    decoder.token_embedding.weight      model.decoder.embed_tokens.weight
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import WhisperConfig
+
+from export.problem import Problem
+
+SUFFIXES = (".pt", ".pth")
+RENAMED = (
+    (r"\.blocks\.(\d+)\.", r".layers.\1."),
+    (r"\.cross_attn_ln\.", ".encoder_attn_layer_norm."),
+    (r"\.attn_ln\.", ".self_attn_layer_norm."),
+    (r"\.mlp_ln\.", ".final_layer_norm."),
+    (r"\.cross_attn\.", ".encoder_attn."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.query\.", ".q_proj."),
+    (r"\.key\.", ".k_proj."),
+    (r"\.value\.", ".v_proj."),
+    (r"\.out\.", ".out_proj."),
+    (r"\.mlp\.0\.", ".fc1."),
+    (r"\.mlp\.2\.", ".fc2."),
+    (r"\.ln_post\.", ".layer_norm."),
+    (r"decoder\.ln\.", "decoder.layer_norm."),
+    (r"\.token_embedding\.", ".embed_tokens."),
+    (r"\.positional_embedding$", ".embed_positions.weight"),
+)
+DIMENSIONS = {
+    "n_mels": "num_mel_bins",
+    "n_audio_ctx": "max_source_positions",
+    "n_audio_state": "d_model",
+    "n_audio_head": "encoder_attention_heads",
+    "n_audio_layer": "encoder_layers",
+    "n_vocab": "vocab_size",
+    "n_text_ctx": "max_target_positions",
+    "n_text_head": "decoder_attention_heads",
+    "n_text_layer": "decoder_layers",
+}
+MOST = 1_000_000
+"""A dimension above this is not one of a model."""
+
+
+def is_file(path: Path) -> bool:
+    return path.suffix in SUFFIXES and path.is_file()
+
+
+def read(path: Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
+    """The config and the float32 tensors under Hugging Face's names.
+
+    Raises Problem: not a file of openai-whisper, damaged, or one that needs code to be run.
+    """
+    content = load(path)
+    dims = content.get("dims") if isinstance(content, dict) else None
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(dims, dict) or not isinstance(state, dict):
+        raise Problem(
+            f"{path}: it has no `dims` and `model_state_dict`, so openai-whisper did not save it",
+            hint="name a .pt file of openai-whisper, or a Hugging Face directory",
+        )
+    tensors = {renamed(name): tensor.float() for name, tensor in tensors_of(path, state).items()}
+    return config_of(path, dims, tensors), tensors
+
+
+def load(path: Path) -> Any:
+    """The content of the file; its tensors are mapped where its format allows it."""
+    for mapped in (True, False):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = lines[0][:160].rstrip(". ")
+    raise Problem(
+        f"{path}: the file cannot be read as plain tensors ({reason})",
+        hint="it may be cut short, or need code to be run, which is refused: copy it again, or "
+        "name a Hugging Face directory",
+    )
+
+
+def tensors_of(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise Problem(f"{path}: {name!r} in model_state_dict is not a tensor", hint=AGAIN)
+    return dict(state)
+
+
+def renamed(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return f"model.{name}"
+
+
+def config_of(path: Path, dims: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> WhisperConfig:
+    for name in DIMENSIONS:
+        if type(dims.get(name)) is not int or not 1 <= dims[name] <= MOST:
+            raise Problem(
+                f"{path}: dims[{name!r}] is {dims.get(name)!r}, not a number from 1 to {MOST}",
+                hint=AGAIN,
+            )
+    values = {ours: dims[theirs] for theirs, ours in DIMENSIONS.items()}
+    table = tensors.get("model.decoder.embed_tokens.weight")
+    wanted = (values["vocab_size"], values["d_model"])
+    if table is None or tuple(table.shape) != wanted:
+        shape = None if table is None else tuple(table.shape)
+        raise Problem(
+            f"{path}: dims name a token table of {wanted}, the file has {shape}", hint=AGAIN
+        )
+    ffn = {
+        f"{side}_ffn_dim": len(tensors.get(f"model.{side}.layers.0.fc1.bias", ())) or 1
+        for side in ("encoder", "decoder")
+    }
+    return WhisperConfig(**values, **ffn)
+
+
+AGAIN = "the file is damaged: copy it again"
