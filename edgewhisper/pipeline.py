@@ -417,8 +417,8 @@ def bench(
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
     if baseline is None and not rivals:
         return bench_candidates(candidates, where, speech, how, say)
-    dense = Path(baseline or embedded_of(chosen))
     with tempfile.TemporaryDirectory() as folder:
+        dense = whisper.as_directory(baseline or embedded_of(chosen), Path(folder) / "baseline")
         names = dict.fromkeys(rivals or ("transformers",))
         beside = [in_own_form(Candidate(dense, name), Path(folder), say) for name in names]
         return bench_candidates([*beside, *candidates], where, speech, how, say)

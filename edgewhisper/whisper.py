@@ -559,9 +559,11 @@ def _from_ctranslate2(folder: Path) -> tuple[WhisperForConditionalGeneration, di
     """The model, and the keys of its config.json under Hugging Face's names."""
     read, own = ctranslate2.read(folder), ctranslate2.read_config(folder)
     model = _from_tensors(folder, read.config(), read.tensors())
-    names = {"suppress_tokens": "suppress_ids", "begin_suppress_tokens": "suppress_ids_begin"}
-    if own.get("alignment_heads"):
-        model.generation_config.alignment_heads = own["alignment_heads"]
+    names = {
+        "suppress_tokens": "suppress_ids",
+        "begin_suppress_tokens": "suppress_ids_begin",
+        "alignment_heads": "alignment_heads",
+    }
     return model, {ours: own[theirs] for ours, theirs in names.items() if theirs in own}
 
 
@@ -672,9 +674,14 @@ def _no_tokenizer(source: str | Path, reason: str) -> Problem:
 
 
 def save(
-    model: nn.Module, processor: WhisperProcessor, out: Path, compression: dict[str, Any]
+    model: nn.Module,
+    processor: WhisperProcessor,
+    out: Path,
+    compression: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint directory, whole or not at all. `out` must not exist yet.
+
+    `compression` is the content of compression.json; a model that was not compressed has none.
 
     Raises Problem where the folder cannot be written.
     """
@@ -686,8 +693,9 @@ def save(
                 raise OSError(str(error)) from error
             processor.save_pretrained(directory)
             processor.feature_extractor.save_pretrained(directory)
-        text = json.dumps(compression, indent=2, ensure_ascii=False) + "\n"
-        (directory / "compression.json").write_text(text, encoding="utf-8")
+        if compression is not None:
+            text = json.dumps(compression, indent=2, ensure_ascii=False) + "\n"
+            (directory / "compression.json").write_text(text, encoding="utf-8")
 
 
 def rebuild(
@@ -738,15 +746,40 @@ def set_windows(config: WhisperConfig, windows: Sequence[int]) -> None:
         del config.edgewhisper
 
 
+COMPLETE = (
+    *("config.json", "model.safetensors", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"),
+)
+"""What stock transformers and other engines need of a Hugging Face directory."""
+
+
+def as_directory(source: str | Path, folder: Path) -> Path:
+    """The checkpoint as a complete Hugging Face directory in float32: itself where it is one
+    already, otherwise a copy that is written into `folder`. Raises Problem as load() does."""
+    path = Path(source)
+    if all((path / name).is_file() for name in COMPLETE) and not _is_made_up(path):
+        return path
+    out = folder / (path.stem if pt.is_file(path) else path.name)
+    save(load(source), load_processor(source), out)
+    return out
+
+
+def _is_made_up(folder: Path) -> bool:
+    """Whether transformers made up the generation config from config.json."""
+    try:
+        stored = json.loads((folder / generation.FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return not isinstance(stored, dict) or bool(stored.get("_from_model_config"))
+
+
 def compression_record(source: str | Path) -> dict[str, Any]:
     """The compression.json of a local checkpoint; empty for a stock one or a hub id."""
     path = Path(source) / "compression.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _load_config(
-    source: str | Path, revision: str | None
-) -> tuple[WhisperConfig, dict[str, Any]]:
+def _load_config(source: str | Path, revision: str | None) -> tuple[WhisperConfig, dict[str, Any]]:
     """The config, and the content of config.json as it is."""
     if _looks_local(source) and not Path(source).is_dir():
         raise Problem(

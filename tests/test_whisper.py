@@ -208,7 +208,7 @@ def test_pickled_weights_are_refused(copied):
 
 
 def test_a_missing_directory_is_named(tmp_path):
-    with pytest.raises(Problem, match="no such directory"):
+    with pytest.raises(Problem, match="there is no such checkpoint"):
         load(tmp_path / "nowhere")
 
 

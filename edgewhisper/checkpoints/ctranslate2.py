@@ -37,7 +37,7 @@ VERSIONS = (5, 6)
 SPECIFICATION = "WhisperSpec"
 BFLOAT16 = np.dtype("<u2")
 """numpy has no such type; nothing else in the file is unsigned."""
-TYPES = {
+TYPES: dict[int, Any] = {
     0: np.dtype("<f4"),
     1: np.dtype("i1"),
     2: np.dtype("<i2"),
@@ -247,7 +247,9 @@ class Model:
             found |= self.norm(f"model.{side}.layer_norm", f"{side}/layer_norm")
             for layer in range(self.layers(side)):
                 found |= self.layer(side, layer)
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in found.items()}
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in found.items()
+        }
 
     def layer(self, side: str, number: int) -> Variables:
         to, at = f"model.{side}.layers.{number}", f"{side}/layer_{number}"

@@ -10,11 +10,11 @@ the tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgewhisper.checkpoints import openai
-from edgewhisper.checkpoints.openai import END, NO_SPEECH, NO_TIMESTAMPS, PREVIOUS, START, TASKS
+from edgewhisper.checkpoints.openai import END, NO_TIMESTAMPS, PREVIOUS, START, TASKS
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -65,14 +65,17 @@ def complete(
     add_prompt(named, special, stored)
     add_suppressed(source, named, special, stored, tokenizer, config, generation)
     if not named.get("alignment_heads"):
-        named["alignment_heads"] = alignment_heads(config)
+        named["alignment_heads"] = stored.get("alignment_heads") or alignment_heads(config)
+    refuse_heads(source, named["alignment_heads"] or [], config)
     return made(named)
 
 
 def values_of(generation: GenerationConfig) -> dict[str, Any]:
     """What the file says, without keys that decoding does not honour."""
     values = generation.to_dict() | {"forced_decoder_ids": forced_ids(generation)}
-    return {key: values[key] for key in (*KEPT, "forced_decoder_ids") if values.get(key) is not None}
+    return {
+        key: values[key] for key in (*KEPT, "forced_decoder_ids") if values.get(key) is not None
+    }
 
 
 def forced_ids(generation: GenerationConfig) -> Any:
@@ -132,12 +135,16 @@ def languages_among(special: Mapping[str, int]) -> list[str]:
 
     known = {f"<|{code}|>" for code in LANGUAGES}
     first = special[START] + 1
-    last = min((special[f"<|{task}|>"] for task in TASKS if f"<|{task}|>" in special), default=first)
+    last = min(
+        (special[f"<|{task}|>"] for task in TASKS if f"<|{task}|>" in special), default=first
+    )
     inside = {name for name, number in special.items() if first <= number < last}
     return sorted((inside | known) & special.keys(), key=special.__getitem__)
 
 
-def add_prompt(named: dict[str, Any], special: Mapping[str, int], stored: Mapping[str, Any]) -> None:
+def add_prompt(
+    named: dict[str, Any], special: Mapping[str, int], stored: Mapping[str, Any]
+) -> None:
     """Language and task, which older checkpoints name as `forced_decoder_ids`, in either file.
 
     transformers reads them where no language and task are named; the ids there may be null, which
@@ -250,8 +257,27 @@ def contradiction(source: object, key: str, found: Any, wanted: Any) -> Problem:
     )
 
 
-def refuse_beyond(source: object, key: str, ids: Iterable[Any], vocab_size: int) -> None:
-    wrong = [number for number in ids if type(number) is not int or not 0 <= number < vocab_size]
+def refuse_heads(source: object, heads: Any, config: WhisperConfig) -> None:
+    """Alignment heads are pairs of a decoder layer and a head in it."""
+    limits = (config.decoder_layers, config.decoder_attention_heads)
+    for head in heads if isinstance(heads, list) else [heads]:
+        fits = isinstance(head, list) and len(head) == 2
+        if not fits or not all(
+            type(n) is int and 0 <= n < m for n, m in zip(head, limits, strict=True)
+        ):
+            raise Problem(
+                f"{source}: {head!r} in alignment_heads of {FILE} is not a decoder layer (0 to "
+                f"{limits[0] - 1}) and a head (0 to {limits[1] - 1})",
+                hint=f"copy {FILE} from the model that was fine-tuned, or remove alignment_heads",
+            )
+
+
+def refuse_beyond(source: object, key: str, ids: Any, vocab_size: int) -> None:
+    wrong = (
+        [ids]
+        if not isinstance(ids, list | tuple)
+        else [number for number in ids if type(number) is not int or not 0 <= number < vocab_size]
+    )
     if wrong:
         raise Problem(
             f"{source}: {FILE} (or config.json) has {wrong[0]!r} in {key}, and the ids of the "

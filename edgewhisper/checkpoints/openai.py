@@ -16,8 +16,6 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export.problem import Problem
-
 if TYPE_CHECKING:
     from transformers import WhisperConfig, WhisperTokenizer
 
@@ -181,7 +179,8 @@ def tokenizer(vocabulary: int) -> WhisperTokenizer:
 
 SYMBOLS = (
     *'"#()*+/:;<=>@[\\]^_`{|}~「」『』',
-    *"<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪".split(),
+    *("<<", ">>", "<<<", ">>>", "--", "---", "-(", "-[", "('", '("', "((", "))"),
+    *("(((", ")))", "[[", "]]", "{{", "}}", "♪♪", "♪♪♪"),
 )
 NOTES = "♩♪♫♬♭♮♯"
 
@@ -228,10 +227,3 @@ def size_of(config: WhisperConfig) -> Size | None:
 def hub_id(name: str) -> str:
     """The hub id of a size name; anything else stays as it is."""
     return HUB_IDS.get(name, name)
-
-
-def size_named(name: str) -> Size:
-    """Raises Problem for a name that is none of OpenAI's."""
-    if name not in SIZES:
-        raise Problem(f"there is no Whisper size {name!r}", hint=f"choose one of {', '.join(SIZES)}")
-    return SIZES[name]
