@@ -2,10 +2,10 @@
 
 Whether a model is multilingual, and the ids of its language, task and timestamp tokens, are in
 generation_config.json. Fine-tuning often leaves none, or one that transformers made up from
-config.json (`_from_model_config`), and then nothing says what prompts the model: transformers would
-prompt a multilingual model without language and task. So what is missing is derived from the
-tokenizer, by the names of the special tokens, and from the vocabulary. What is there must agree with
-the tokenizer.
+config.json (`_from_model_config`). Nothing then says how the model is prompted, and transformers
+prompts a multilingual model without language and task. So what is missing is derived from the
+tokenizer, by the names of the special tokens, and from the vocabulary. What is there must agree
+with the tokenizer.
 """
 
 from __future__ import annotations

@@ -27,3 +27,9 @@ def tiny_en() -> Path:
 @pytest.fixture(scope="session")
 def base() -> Path:
     return model("base")
+
+
+@pytest.fixture(scope="session")
+def common_voice() -> Path:
+    """The folder of the product's Common Voice manifests."""
+    return SPEECH
