@@ -6,12 +6,14 @@ READY := $(VENV)/.ready
 RIVALS := build/rivals
 INTEROP := build/interop
 
-.PHONY: demo test test-devices sshd check interop aarch64 rivals-env clean
+.PHONY: demo test models test-real test-devices sshd check interop aarch64 rivals-env clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    compress, export and measure the embedded model; ends in a table"
+	@echo "make demo    compress, export and measure Whisper tiny.en; ends in a table"
 	@echo "make test    run the tests"
+	@echo "make models  fetch OpenAI's tiny.en and base into build/models"
+	@echo "make test-real   run the tests on these models, and on the engines of rivals-env"
 	@echo "make test-devices   run those that need an emulated device"
 	@echo "make interop run artifacts of other layouts in optimum, transformers.js and sherpa-onnx"
 	@echo "make aarch64 count instructions on emulated ARM cores, hold them against those kept"
@@ -25,6 +27,12 @@ test: $(READY) sshd
 	@sh tests/system-packages.sh 'espeak-ng --version' espeak-ng
 	@sh tests/system-packages.sh 'flite -lv' flite
 	$(BIN)/python -m pytest -n 2
+
+models: $(READY)
+	$(BIN)/python -m edgewhisper.checkpoints.fetch tiny.en base --out build/models
+
+test-real: models rivals-env
+	$(BIN)/python -m pytest -m real tests/real
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -26,10 +26,11 @@ app = typer.Typer(
 TABLE_WIDTH = 100
 SPEECH = "a manifest, an audiofolder or hf:OWNER/NAME[:CONFIG][:SPLIT]"
 
-Model = Annotated[
-    str | None, typer.Argument(help="directory or hub id; default: the embedded digit model")
-]
-Source = Annotated[str, typer.Argument(help="checkpoint, hub id or artifact")]
+MODEL = (
+    "size name (tiny.en, base, ...), hub id, directory (Hugging Face or CTranslate2) or .pt file"
+)
+Model = Annotated[str | None, typer.Argument(help=f"{MODEL}; default: the embedded digits model")]
+Source = Annotated[str, typer.Argument(help=f"artifact, or a checkpoint: {MODEL}")]
 Json = Annotated[
     str | None,
     typer.Option("--json", help="write JSON to this file; alone: to stdout, and nothing else"),
@@ -139,7 +140,7 @@ def compress_cli(
 @app.command("export")
 def export_cli(
     checkpoint: Annotated[
-        str | None, typer.Argument(help="directory or hub id; default: the newest checkpoint")
+        str | None, typer.Argument(help=f"{MODEL}; default: the newest checkpoint")
     ] = None,
     target: Annotated[str, typer.Option(help="onnx or coreml")] = "onnx",
     precision: Annotated[
@@ -229,7 +230,8 @@ def bench_cli(
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="directory of a dense checkpoint, run in transformers unless --rival is given"
+            help="dense checkpoint (as MODEL of compress), run in transformers unless --rival is "
+            "given"
         ),
     ] = None,
     rival: Annotated[
