@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     from benchmarks.bench import Candidate, Measuring
+    from benchmarks.gate import Parts
     from devices.device import Place
     from devices.runner.listen import Segment
     from devices.runner.recognizer import Recognizer
@@ -395,6 +396,8 @@ def gated(
     try:
         figures = gate(folder, manifest, model, processor, chosen)
     except GateFailure as failure:
+        if manifest["precision"] == "int8" and saturates():
+            failure.hint = f"{SATURATES}; {failure.hint}"
         if gating.mode != "warn":
             raise
         say(f"gate FAILED, and the artifact is kept (--gate warn): {failure}")
@@ -443,6 +446,21 @@ def gate(
     return figures
 
 
+def saturates() -> bool:
+    """Whether onnxruntime's int8 products saturate at 16 bits here: on x86 without VNNI."""
+    from devices.runner.machine import describe
+
+    machine = describe()
+    x86 = machine["architecture"] in ("x86_64", "AMD64") and isinstance(machine["isa"], list)
+    return x86 and not any("vnni" in name for name in machine["isa"])
+
+
+SATURATES = (
+    "this processor has no VNNI, so onnxruntime's int8 products saturate at 16 bits here and lose "
+    "accuracy that ARM and newer x86 processors keep: export on such a machine"
+)
+
+
 def default_speech(vocabulary: int) -> Path:
     """The clips that come with EdgeWhisper for models of so many tokens: spoken digits for the
     embedded model and what was made of it, English sentences for every other one."""
@@ -469,7 +487,7 @@ def speech_for(folders: Iterable[Path]) -> Path:
 
 def torch_parts(
     model: WhisperForConditionalGeneration, processor: WhisperProcessor, manifest: dict[str, Any]
-) -> Callable[[np.ndarray, list[int]], dict[str, np.ndarray]]:
+) -> Parts:
     """The checkpoint's parts along tokens; logits before each of them and after the last."""
     from edgewhisper.coreml import packed_caches
 

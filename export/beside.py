@@ -135,8 +135,8 @@ def decoding_rules(model: nn.Module) -> dict[str, Any]:
     the runner detects it, and the prompt's English is a placeholder. The prompt forbids timestamps,
     so ids from `timestamp_begin` on are never chosen. Whoever wants them leaves out the prompt's
     last token, timestamp_begin - 1, and says a first one of at most `max_initial_timestamp_index`
-    steps. Behind the prompt's first token, the probability of `no_speech` is that of no speech. Text
-    from before may stand in front of the prompt, behind `previous`.
+    steps. Behind the prompt's first token, the probability of `no_speech` is that of no speech.
+    Text from before may stand in front of the prompt, behind `previous`.
     """
     generation = model.generation_config
     multilingual = is_multilingual(generation)
