@@ -416,7 +416,7 @@ def check_loss(figures: dict[str, Any], heard: Sequence[Heard], bounds: Bounds) 
     """The word error rate may rise by so many points; see too_much."""
     if not too_much(figures, bounds.wer_loss):
         return
-    first = next(clip for clip in heard if clip.wanted_text != clip.found_text)
+    first = next((clip for clip in heard if clip.wanted_text != clip.found_text), heard[0])
     message = f"{compared(figures)}, allowed are {bounds.wer_loss:g}. The first:\n{show(first)}"
     if bounds.strict:
         raise GateFailure(

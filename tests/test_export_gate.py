@@ -38,8 +38,9 @@ def confused(few) -> Path:
 def exported(digits, speech, out, said=None, **options) -> Path:
     say = (lambda text: None) if said is None else said.append
 
+    precision = options.pop("precision", "int8")
+    return pipeline.export(str(digits), precision, speech, out, say, **options)
 
-X
 
 # ------------------------------------------------------------------------------------------ clips
 

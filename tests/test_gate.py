@@ -318,9 +318,7 @@ def test_each_clip_is_prompted_for_its_own_language(fp32, tokens, few):
 def test_a_checkpoint_that_does_not_know_the_speech_is_not_judged(few):
     texts = [clip.text for clip in few]
     refuse_foreign(few, texts)
-    with pytest.raises(
-        GateFailure, match=r"word error rate on these \d+ clips is \d{4,} %"
-    ) as told:
+    with pytest.raises(GateFailure, match=r"rate on these \d+ clips is \d{4,} %") as told:
         refuse_foreign(few, ["some thing else " * 100 for _ in few])
     assert "not this model's speech" in str(told.value)
     assert len(str(told.value)) < 700
