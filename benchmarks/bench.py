@@ -33,7 +33,7 @@ from benchmarks.rivals.engines import (
 from benchmarks.rivals.prepare import PROJECT, Order
 from benchmarks.rivals.transformers import refuse_slim
 from benchmarks.speech import SAMPLING_RATE, Clip
-from benchmarks.wer import score
+from benchmarks.wer import score, word_errors
 from devices.device import RUNNER, Device, clean, run_runner
 from devices.runner.coreml import UNITS
 from export.artifact import read_manifest, verify
@@ -560,19 +560,10 @@ def highest(rounds: Sequence[dict[str, Any]], name: str) -> int | str:
 
 def accuracy(clips: Sequence[Clip], texts: Sequence[str], normalizer: str) -> dict[str, Any]:
     """Error rates against the labels, and the word counts of each clip."""
-    labels = [clip.text for clip in clips]
-    counts = [word_errors(*pair, normalizer) for pair in zip(labels, texts, strict=True)]
+    given = [clip.text for clip in clips], texts, normalizer, [clip.lang for clip in clips]
+    counts = word_errors(*given)
     return {
-        **score(labels, texts, normalizer).as_dict(),
+        **score(*given).as_dict(),
         "clip_errors": [errors for errors, _ in counts],
         "clip_words": [words for _, words in counts],
     }
-
-
-def word_errors(label: str, text: str, normalizer: str) -> tuple[int, int]:
-    """Wrong words and label words of one clip; where nothing is said, every word is wrong."""
-    clean = normalizer_named(normalizer)
-    if not clean(label):
-        return len(clean(text).split()), 0
-    found = score([label], [text], normalizer)
-    return found.substitutions + found.deletions + found.insertions, found.words

@@ -42,13 +42,18 @@ class Score:
 
 
 def score(
-    references: Sequence[str], hypotheses: Sequence[str], normalizer: str = "whisper-basic"
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    normalizer: str = "whisper-basic",
+    languages: Sequence[str] | None = None,
 ) -> Score:
-    """Compare texts pairwise. Raises Problem: different lengths, or no reference word at all."""
+    """Compare texts pairwise; `languages` are those of the texts, for a by-language normalizer.
+
+    Raises Problem: different lengths, or no reference word at all.
+    """
     if len(references) != len(hypotheses):
         raise Problem(f"{len(references)} references but {len(hypotheses)} hypotheses")
-    clean = normalizer_named(normalizer)
-    pairs = [(clean(r), clean(h)) for r, h in zip(references, hypotheses, strict=True)]
+    pairs = normalized(references, hypotheses, normalizer, languages)
     counts = np.array([count(r, h) for r, h in pairs]).reshape(-1, 4)
     substitutions, deletions, insertions, words = (int(total) for total in counts.sum(axis=0))
     if words == 0:
@@ -61,7 +66,7 @@ def score(
         wer=(substitutions + deletions + insertions) / words,
         wer_per_utterance_mean=_utterance_mean(counts[:, :3].sum(axis=1), counts[:, 3]),
         cer=float(letters[:3].sum() / letters[3]),
-        wer_interval=_interval(counts[:, :3].sum(axis=1), counts[:, 3]),
+        wer_interval=interval(counts[:, :3].sum(axis=1), counts[:, 3]),
         substitutions=substitutions,
         deletions=deletions,
         insertions=insertions,
@@ -84,14 +89,40 @@ def count(reference: str, hypothesis: str, characters: bool = False) -> tuple[in
     return found.substitutions, found.deletions, found.insertions, length
 
 
+def normalized(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    normalizer: str,
+    languages: Sequence[str] | None = None,
+) -> list[tuple[str, str]]:
+    """Pairs of texts after normalisation."""
+    spoken = [None] * len(references) if languages is None else languages
+    cleaners = [normalizer_named(normalizer, language) for language in spoken]
+    texts = zip(cleaners, references, hypotheses, strict=True)
+    return [(clean(reference), clean(hypothesis)) for clean, reference, hypothesis in texts]
+
+
+def word_errors(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    normalizer: str,
+    languages: Sequence[str] | None = None,
+) -> list[tuple[int, int]]:
+    """Word errors and reference words of each pair."""
+    pairs = normalized(references, hypotheses, normalizer, languages)
+    counts = [count(reference, hypothesis) for reference, hypothesis in pairs]
+    return [(sum(errors), words) for *errors, words in counts]
+
+
 def _utterance_mean(errors: np.ndarray, words: np.ndarray) -> float:
     """(utterances,) each: the mean of errors / words where there are words."""
     spoken = words > 0
     return float((errors[spoken] / words[spoken]).mean())
 
 
-def _interval(errors: np.ndarray, words: np.ndarray) -> tuple[float, float]:
-    """Percentile bootstrap over utterances (Bisani and Ney 2004); the seed is fixed."""
+def interval(errors: np.ndarray, words: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of errors / words, by percentile bootstrap over utterances (Bisani and Ney
+    2004); the seed is fixed. Differences of errors between two systems give the paired interval."""
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(errors), size=(RESAMPLES, len(errors)))
     totals = words[drawn].sum(axis=1)

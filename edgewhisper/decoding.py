@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperProcessor
 
-from devices.runner.audio import shortest, split
+from devices.runner.audio import is_silent, shortest, split
 from edgewhisper.whisper import quiet
-from export.prompt import language_for, task_of
+from export.prompt import AUTO, language_ids, language_or_auto, task_of
 from export.shrink import windows_of
 
 Languages = Sequence[str | None] | None
@@ -54,11 +54,12 @@ def greedy(
     """Greedy tokens of clips of up to one window each, without prompt and end of text.
 
     Each is decoded under the prompt of its language; where that is not known, or the model has no
-    token for it, under the one that generation_config names (export/prompt.py).
+    token for it, under the one that generation_config names, or else the one that the model detects
+    (export/prompt.py).
     """
     limit = model.config.max_target_positions - 4
     tokens: list[list[int]] = [[] for _ in pcms]
-    prompts = [language_for(model.generation_config, spoken) for spoken in _each(pcms, languages)]
+    prompts = prompt_languages(model, processor, pcms, languages, batch_size)
     for indices, features in _batches(model, processor, pcms, batch_size, prompts):
         with quiet():
             output = model.generate(
@@ -72,6 +73,50 @@ def greedy(
         for index, row in zip(indices, output.tolist(), strict=True):
             tokens[index] = _until_end(row, model.generation_config.eos_token_id)
     return tokens
+
+
+def prompt_languages(
+    model: nn.Module,
+    processor: WhisperProcessor,
+    pcms: Sequence[np.ndarray],
+    languages: Languages = None,
+    batch_size: int = 16,
+) -> list[str | None]:
+    """The code of the language that prompts the model for each clip; None where it knows English
+    only. Languages that are to be detected are detected on the clip's first window with sound."""
+    generation = model.generation_config
+    prompts = [language_or_auto(generation, spoken) for spoken in _each(pcms, languages)]
+    unknown = [i for i, prompt in enumerate(prompts) if prompt == AUTO]
+    heard = [first_sound(pcms[i], window_samples(processor)) for i in unknown]
+    for i, code in zip(unknown, detect(model, processor, heard, batch_size), strict=True):
+        prompts[i] = code
+    return prompts
+
+
+def first_sound(pcm: np.ndarray, samples: int) -> np.ndarray:
+    """The first window that is not silent; the first one where all are."""
+    windows = [pcm[piece] for piece in split(pcm, samples)]
+    return next((window for window in windows if not is_silent(window)), windows[0])
+
+
+@torch.no_grad()
+def detect(
+    model: nn.Module,
+    processor: WhisperProcessor,
+    pcms: Sequence[np.ndarray],
+    batch_size: int = 16,
+) -> list[str]:
+    """The code of the likeliest language of clips of up to one window each."""
+    codes = language_ids(model.generation_config)
+    start = model.generation_config.decoder_start_token_id
+    found = [""] * len(pcms)
+    for indices, features in _batches(model, processor, pcms, batch_size):
+        inputs = torch.full((len(indices), 1), start, device=next(model.parameters()).device)
+        output = model(input_features=features.to(inputs.device), decoder_input_ids=inputs)
+        scores = output.logits[:, -1, list(codes.values())]  # (batch, languages)
+        for index, best in zip(indices, scores.argmax(dim=-1).tolist(), strict=True):
+            found[index] = list(codes)[best]
+    return found
 
 
 def _batches(
@@ -135,13 +180,10 @@ def transcribe(
     batch_size: int = 16,
 ) -> list[str]:
     """Text of clips of any length, 16 kHz mono float32; long ones are cut at quiet places. See
-    greedy() for `languages`."""
+    greedy() for `languages`; one that is to be detected is that of the clip's first window."""
+    prompts = prompt_languages(model, processor, pcms, languages, batch_size)
     pieces = [[pcm[cut] for cut in split(pcm, window_samples(processor))] for pcm in pcms]
-    spoken = [
-        language
-        for clip, language in zip(pieces, _each(pcms, languages), strict=True)
-        for _ in clip
-    ]
+    spoken = [language for clip, language in zip(pieces, prompts, strict=True) for _ in clip]
     flat = greedy(
         model, processor, [piece for clip in pieces for piece in clip], spoken, batch_size
     )

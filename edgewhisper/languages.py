@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from export.problem import Problem
 from export.prompt import (
+    AUTO,
     has_token,
     is_multilingual,
     known_languages,
     language_code,
     language_for,
+    named_language,
     only_language,
 )
 
@@ -90,9 +92,50 @@ def refuse_language(
         )
 
 
-def fix_language(generation: Any, clips: Sequence[Clip]) -> None:
-    """An artifact has one prompt, and the checkpoint is compared with it under the same: for the
-    language that generation_config names, or else that of all the clips, or else English."""
-    if is_multilingual(generation) and not getattr(generation, "language", None):
-        only = only_language(generation, languages_of(clips))
-        generation.language = only or language_for(generation)
+def set_prompt(generation: Any, language: str | None, one_prompt: bool) -> str | None:
+    """Set the language that prompts an artifact: `language`, or the one that generation_config
+    names. Where it names none, the artifact detects it; a layout with `one_prompt` takes English.
+
+    Returns a note where English was taken so. Raises Problem for a language that the model does
+    not know, and for "auto" where it cannot be.
+    """
+    code = None if language is None else language_code(language)
+    if not is_multilingual(generation):
+        refuse_other_than_english(code)
+        return None
+    if code == AUTO and one_prompt:
+        raise Problem(
+            "--language auto: this layout has one fixed prompt, so its artifacts cannot detect a "
+            "language",
+            hint="name a code such as de, or use --layout native",
+        )
+    if code == AUTO:
+        generation.language = generation.forced_decoder_ids = None
+    elif code is not None:
+        refuse_without_token(generation, code)
+        generation.language = code
+    elif one_prompt and named_language(generation) is None:
+        generation.language = language_for(generation)
+        return (
+            "the checkpoint names no language and this layout has one fixed prompt: the artifact "
+            "is prompted for English; choose another with --language"
+        )
+    return None
+
+
+def refuse_other_than_english(code: str | None) -> None:
+    """Raise Problem where an English-only model is asked for another language."""
+    if code not in (None, "en", AUTO):
+        raise Problem(
+            f"--language {code}: the model knows English only",
+            hint="leave it out, or start from a multilingual model",
+        )
+
+
+def refuse_without_token(generation: Any, code: str) -> None:
+    if not has_token(generation, code):
+        known = known_languages(generation)
+        raise Problem(
+            f"--language {code}: the model has no token for it",
+            hint=f"name one of its {len(known)} languages, such as {', '.join(known[:5])}",
+        )

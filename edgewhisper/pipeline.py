@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -25,19 +26,25 @@ from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import Score, score
+from devices.runner.contract import LAYOUTS as RUNNERS_OWN
 from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.compress import METHODS
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
-from edgewhisper.languages import fix_language, set_language
+from edgewhisper.languages import (
+    refuse_other_than_english,
+    refuse_without_token,
+    set_language,
+    set_prompt,
+)
 from edgewhisper.recipe import Recipe, load_recipe
 from export.artifact import MANIFEST, PACKAGED, write_manifest
 from export.artifact import read_manifest as read_artifact
 from export.cost import count_parameters, macs, macs_by_window
 from export.files import new_directory
 from export.problem import Problem
-from export.prompt import has_token, language_code
+from export.prompt import AUTO, is_multilingual, language_code, prompt_ids
 from export.quantise import is_quantised
 from export.versions import versions
 
@@ -45,6 +52,7 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     from benchmarks.bench import Candidate, Measuring
+    from benchmarks.gate import Parts
     from devices.device import Place
     from devices.runner.listen import Segment
     from devices.runner.recognizer import Recognizer
@@ -52,6 +60,9 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = ASSETS / "whisper-digits"
 SPEECH = ASSETS / "speech"
+COMMON_VOICE = ASSETS / "common-voice"
+BY_CLIP = tuple(RUNNERS_OWN.values())
+"""Layouts that prompt each clip for its own language; others have one fixed prompt."""
 ONE_WINDOW = ("transformers", "sherpa", "whisperkit", "encoder")
 """Layouts of runtimes that give every clip the same window."""
 DEFAULTS = {"onnx": ("int8", "native"), "coreml": ("fp16", "whisperkit")}
@@ -292,23 +303,33 @@ def export(
     say: Say = print,
     layout: str | None = None,
     target: str = "onnx",
+    language: str | None = None,
+    gating: Gating | None = None,
     **options: Any,
 ) -> Path:
-    """Write an artifact from a checkpoint and let it prove itself on text; return its directory.
+    """Write an artifact from a checkpoint and compare its text with the checkpoint's; return its
+    directory.
 
     What was pruned is removed first, physically and exactly. Nothing is left behind when the gate
-    fails. Layouts whose runtimes know one window are made, and judged, with the full one, or with
-    the `window` of so many seconds; `options` are those of export_coreml.
+    fails, unless `gating` says otherwise. Layouts whose runtimes know one window are made, and
+    judged, with the full one, or with the `window` of so many seconds; `options` are those of
+    export_coreml. `language` prompts the artifact where nothing else is asked for.
     """
     from edgewhisper.coreml import chosen
     from export.to_coreml import export_coreml
     from export.to_onnx import export_onnx
 
-    source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
-    clips = read_manifest(speech or SPEECH / "test.jsonl")
+    source, gating = (
+        checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL),
+        gating or Gating(),
+    )
+    listed = None if speech is None else read_manifest(speech)
     usual_precision, usual_layout = DEFAULTS[target]
     precision, layout = precision or usual_precision, layout or usual_layout
-    model, processor = load_for(layout, source, clips, options.get("window"))
+    model, processor, note = load_for(layout, source, options.get("window"), language)
+    if note is not None:
+        say(f"note: {note}")
+    listed = listed or read_manifest(default_speech(model.config.vocab_size))
     names = {"native": "", "whisperkit": "coreml-", "encoder": "coreml-encoder-"}
     kind = names.get(layout, f"{layout}-") + precision
     place = out or runs.new_path("artifact", f"-{kind}")
@@ -321,23 +342,72 @@ def export(
                 say(line)
         else:
             manifest = export_onnx(*rest)
-        manifest["gate"] = gate(folder, manifest, model, processor, clips)
+        manifest["gate"] = gated(folder, manifest, model, processor, listed, gating, say)
         write_manifest(folder, manifest)
     return place
 
 
 def load_for(
-    layout: str, source: str, clips: Sequence[Clip], window_s: float | None = None
-) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
-    """A checkpoint as it is exported in a layout for clips of a language; where the layout has one
-    window only, with that of so many seconds."""
+    layout: str, source: str, window_s: float | None = None, language: str | None = None
+) -> tuple[WhisperForConditionalGeneration, WhisperProcessor, str | None]:
+    """A checkpoint as it is exported in a layout, and a note on its prompt if there is one; where
+    the layout has one window only, with that of so many seconds."""
     model, processor = whisper.load(source), whisper.load_processor(source)
+    note = set_prompt(model.generation_config, language, layout not in BY_CLIP)
     if not is_quantised(model):  # removal would move weights to other blocks: it came first
         model, _ = slimmed(model)
-    fix_language(model.generation_config, clips)
     if layout in ONE_WINDOW:
         whisper.forget_short_windows(model, window_s)
-    return model, processor
+    return model, processor, note
+
+
+# ------------------------------------------------------------------------------------- gate
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How an export is compared with its checkpoint."""
+
+    mode: str = "fail"
+    """fail: a failure ends the export; warn: it is recorded in the manifest; off: there is no
+    comparison."""
+    most_clips: int | None = None
+    """At most so many clips, evenly spread over the speech; None: benchmarks.gate.MOST_CLIPS."""
+
+
+def gated(
+    folder: Path,
+    manifest: dict[str, Any],
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    clips: Sequence[Clip],
+    gating: Gating,
+    say: Say,
+) -> dict[str, Any]:
+    """The manifest's record of the gate. Raises GateFailure as `gating` says."""
+    from benchmarks.gate import FAILED, MOST_CLIPS, NOT_RUN, PASSED, GateFailure, compared, evenly
+
+    if gating.mode == "off":
+        say("the gate was not run (--gate off)")
+        return {"result": NOT_RUN}
+    chosen = evenly(clips, gating.most_clips or MOST_CLIPS)
+    known = {"clips": len(chosen), "clips_available": len(clips)}
+    started = time.monotonic()
+    try:
+        figures = gate(folder, manifest, model, processor, chosen)
+    except GateFailure as failure:
+        if manifest["precision"] == "int8" and saturates():
+            failure.hint = f"{SATURATES}; {failure.hint}"
+        if gating.mode != "warn":
+            raise
+        say(f"gate FAILED, and the artifact is kept (--gate warn): {failure}")
+        return known | (failure.figures or {}) | {"result": FAILED, "error": str(failure)}
+    say(
+        f"gate passed on {len(chosen)} of {len(clips)} clips: {figures['identical_tokens']:.0%} of "
+        f"them with identical tokens; {compared(figures)}; normalizer {figures['normalizer']}; "
+        f"{time.monotonic() - started:.0f} s"
+    )
+    return known | figures | {"result": PASSED}
 
 
 def gate(
@@ -348,31 +418,85 @@ def gate(
     clips: Sequence[Clip],
 ) -> dict[str, Any]:
     """The gate's figures of an artifact against its checkpoint, see benchmarks/gate.py."""
-    from benchmarks.gate import bounds_for, judge, run_gate, with_states
-
-    rest = (
-        lambda pcm: decoding.greedy(model, processor, [pcm])[0],
-        clips,
-        bounds_for(manifest.get("target", "onnx"), manifest["precision"]),
-        torch_parts(model, processor, manifest),
-    )
-    if manifest.get("layout") != "encoder":
-        return run_gate(folder, *rest)
+    from benchmarks.gate import bounds_for, checkpoint_tokens, judge, refuse_foreign, with_states
+    from benchmarks.stock import open_artifact
+    from devices.runner.text import join
     from edgewhisper.coreml import OwnDecoder
+    from edgewhisper.training import progress_bar
 
-    hearing = OwnDecoder(folder, manifest, model, processor)
-    return with_states(judge(hearing, *rest), hearing.encoder, clips)
+    layout = manifest.get("layout", "native")
+    languages = [language_code(clip.lang) if layout in BY_CLIP else None for clip in clips]
+    window_samples = manifest["audio"]["window_samples"]
+
+    def tokens(pcms: Sequence[np.ndarray], spoken: Sequence[str | None]) -> list[list[int]]:
+        return decoding.greedy(model, processor, pcms, spoken)
+
+    with progress_bar(len(clips), None, runs.main_process(), "gate: checkpoint") as progress:
+        reference = checkpoint_tokens(tokens, clips, window_samples, languages, progress)
+    decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
+    refuse_foreign(clips, [join([text.strip() for text in decode(clip)]) for clip in reference])
+    own = layout == "encoder"
+    hearing = OwnDecoder(folder, manifest, model, processor) if own else open_artifact(folder)
+    bounds = bounds_for(manifest.get("target", "onnx"), manifest["precision"])
+    parts = torch_parts(model, processor, manifest)
+    with progress_bar(len(clips), None, runs.main_process(), "gate: artifact") as progress:
+        figures = judge(hearing, reference, clips, bounds, parts, languages, progress)
+    if isinstance(hearing, OwnDecoder):
+        return with_states(figures, hearing.encoder, clips)
+    return figures
+
+
+def saturates() -> bool:
+    """Whether onnxruntime's int8 products saturate at 16 bits here: on x86 without VNNI."""
+    from devices.runner.machine import describe
+
+    machine = describe()
+    x86 = machine["architecture"] in ("x86_64", "AMD64") and isinstance(machine["isa"], list)
+    return x86 and not any("vnni" in name for name in machine["isa"])
+
+
+SATURATES = (
+    "this processor has no VNNI, so onnxruntime's int8 products saturate at 16 bits here and lose "
+    "accuracy that ARM and newer x86 processors keep: export on such a machine"
+)
+
+
+def default_speech(vocabulary: int) -> Path:
+    """The clips that come with EdgeWhisper for models of so many tokens: spoken digits for the
+    embedded model and what was made of it, English sentences for every other one."""
+    return (SPEECH if vocabulary == vocabulary_of(DEFAULT_MODEL) else COMMON_VOICE) / "test.jsonl"
+
+
+def vocabulary_of(folder: Path) -> int | None:
+    """How many tokens a checkpoint or an artifact has, by its config.json."""
+    return (_config(folder) or {}).get("vocab_size")
+
+
+def speech_for(folders: Iterable[Path]) -> Path:
+    """The clips for several models. Raises Problem where they need different ones."""
+    found = {folder: vocabulary_of(folder) for folder in folders}
+    places = {folder: default_speech(size) for folder, size in found.items() if size is not None}
+    if len(set(places.values())) > 1:
+        listed = ", ".join(f"{folder}: {place.parent.name}" for folder, place in places.items())
+        raise Problem(
+            f"no clips are named, and the models would need different ones ({listed})",
+            hint="name clips for all of them with --speech",
+        )
+    return next(iter(places.values()), SPEECH / "test.jsonl")
 
 
 def torch_parts(
     model: WhisperForConditionalGeneration, processor: WhisperProcessor, manifest: dict[str, Any]
-) -> Callable[[np.ndarray, list[int]], dict[str, np.ndarray]]:
+) -> Parts:
     """The checkpoint's parts along tokens; logits before each of them and after the last."""
     from edgewhisper.coreml import packed_caches
 
-    prompt, packed = manifest["decoding"]["prompt"], packed_caches(model, manifest)
+    packed = packed_caches(model, manifest)
 
-    def parts(pcm: np.ndarray, tokens: list[int]) -> dict[str, np.ndarray]:
+    def parts(
+        pcm: np.ndarray, tokens: list[int], language: str | None = None
+    ) -> dict[str, np.ndarray]:
+        prompt = prompt_ids(model.generation_config, language)
         found = decoding.parts(model, processor, pcm, [*prompt, *tokens])
         return found | {"logits": found["logits"][len(prompt) - 1 :]} | packed(found)
 
@@ -476,7 +600,8 @@ def bench_candidates(
     from benchmarks.result import write
     from benchmarks.side_by_side import bench_places
 
-    clips = read_manifest(speech or SPEECH / "test.jsonl")
+    sources = [Path(candidate.source) for candidate in candidates]
+    clips = read_manifest(speech or speech_for(sources))
     results, failed = bench_places(candidates, places, clips, how or Measuring(), say)
     if not results:
         raise failed[0]
@@ -607,15 +732,13 @@ def transcribe(
     """
     if not is_artifact(source):
         refuse_compute_units(source, compute_units)
-        language = only_language_of(source, options)
         model, processor = whisper.load(source), whisper.load_processor(source)
-        if language is not None and not has_token(model.generation_config, language):
-            raise Problem(
-                f"{source} has no token for the language {language!r}",
-                hint="leave it out, or name a code such as those in its generation_config.json",
-            )
+        refuse_options(source, model.generation_config, options)
+        language = known_language(model.generation_config, options.get("language"))
         for pcm in pcms:
-            yield {"text": decoding.transcribe(model, processor, [pcm], [language])[0]}
+            (code,) = decoding.prompt_languages(model, processor, [pcm], [language])
+            text = decoding.transcribe(model, processor, [pcm], [code])[0]
+            yield {"text": text, "language": code}
         return
     from devices.runner.recognizer import Transcript
 
@@ -627,18 +750,39 @@ def transcribe(
         yield transcript.as_dict()
 
 
-def only_language_of(source: str, options: dict[str, Any]) -> str | None:
-    """The language that options name; nothing else may stand in them."""
-    from devices.runner.listen import AUTO, Options
+def refuse_options(source: str, generation: Any, options: dict[str, Any]) -> None:
+    """Raise Problem for options of artifacts; a checkpoint takes a language, and no other task than
+    `transcribe`."""
+    from devices.runner.listen import Options
 
-    language: str | None = options.get("language")
-    wrong = [f.name for f in fields(Options) if options.get(f.name, f.default) != f.default]
-    if wrong not in ([], ["language"]) or language == AUTO:
+    task = options.get("task") or "transcribe"
+    if task != "transcribe" and not is_multilingual(generation):
+        raise Problem(
+            f"--task {task}: {source} knows English only",
+            hint="leave it out, or name a multilingual model",
+        )
+    names = [f.name for f in fields(Options) if options.get(f.name, f.default) != f.default]
+    allowed = {"language"} | ({"task"} if task == "transcribe" else set())
+    if wrong := [name for name in names if name not in allowed]:
         raise Problem(
             f"{source} is a checkpoint, and {' and '.join(wrong)} are for artifacts",
             hint="make an artifact of it with `edgewhisper export`, and transcribe by that",
         )
-    return language
+
+
+def known_language(generation: Any, asked: str | None) -> str | None:
+    """The code of a language that a checkpoint knows. For AUTO and None it is None: it names none
+    any more, or uses its own. Raises Problem where it does not know the language."""
+    code = None if asked is None else language_code(asked)
+    if not is_multilingual(generation):
+        refuse_other_than_english(code)
+        return None
+    if code == AUTO:
+        generation.language = generation.forced_decoder_ids = None
+        return None
+    if code is not None:
+        refuse_without_token(generation, code)
+    return code
 
 
 def is_artifact(source: str) -> bool:
@@ -684,4 +828,4 @@ def evaluate(
     languages = [clip.lang for clip in clips]
     hear = transcriber(source, languages=languages, compute_units=compute_units)
     texts = hear([clip.pcm() for clip in clips])
-    return score([clip.text for clip in clips], texts, normalizer)
+    return score([clip.text for clip in clips], texts, normalizer, languages)

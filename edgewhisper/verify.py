@@ -2,8 +2,9 @@
 
 From the cheap to the dear, and each check only where the ones before have passed: the manifest and
 the files' hashes; the graphs, read without running them; then, in a process of its own under limits
-of memory and time, the graphs themselves on the gate's clips. Nothing that a stranger sent is run
-before it was looked at, and no run can take this process with it.
+of memory and time, the graphs themselves on clips: the gate's, where these are named, or one short
+clip. Nothing that a stranger sent is run before it was looked at, and no run can take this process
+with it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import OURS, write_clips
-from benchmarks.gate import gate_again, states_again
+from benchmarks.gate import MOST_CLIPS, evenly, gate_again, same_clips, states_again
 from benchmarks.metadata import folder_bytes
 from benchmarks.speech import Clip, read_manifest
 from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
 from devices.runner import contract
+from devices.runner.decode import AUTO, Rules
 from devices.runner.graph_file import read_graph
 from export import artifact
 from export.onnx_graph import OPSETS
@@ -56,25 +58,28 @@ def verify(
 ) -> Report:
     """Check an artifact from end to end; the first thing that is wrong ends it.
 
-    Without `speech` the clips are those that come with EdgeWhisper. With a checkpoint the gate is
-    run anew against it, otherwise the artifact's tokens are compared with those that its gate
-    recorded. Raises nothing that is about the artifact: that is in the report.
+    With `speech` the artifact's tokens are compared with those that its gate recorded of the same
+    clips. With a checkpoint the gate is run anew against it, on the clips that come with
+    EdgeWhisper where there is no `speech`. With neither, the gate is not run. Raises nothing that
+    is about the artifact: that is in the report.
     """
-    from edgewhisper.pipeline import SPEECH
-
     folder, report = Path(folder), Report()
-    clips = read_manifest(speech or SPEECH / "test.jsonl")
+    clips = None if speech is None else read_manifest(speech)
     found: dict[str, Any] = {}
     checks: dict[str, Callable[[], str]] = {
         "manifest": lambda: check_manifest(folder, found),
         "files": lambda: check_files(folder),
         "graphs": lambda: check_graphs(folder, found["manifest"]),
-        "contract": lambda: run_graphs(folder, found, clips, threads, timeout_s),
+        "contract": lambda: run_graphs(folder, found, clips, checkpoint, threads, timeout_s),
         "gate": lambda: check_gate(folder, found, clips, checkpoint),
     }
     for name, check in checks.items():
         if report.letter is not None:
             report.rows.append({"check": name, "result": "not reached", "found": ""})
+            continue
+        if name == "gate" and clips is None and checkpoint is None:
+            found_of = {"result": "not asked", "found": not_asked(found["manifest"])}
+            report.rows.append({"check": name, **found_of})
             continue
         try:
             report.rows.append({"check": name, "result": "ok", "found": check()})
@@ -154,11 +159,46 @@ def check_opsets(path: Path, opsets: dict[str, int]) -> None:
             )
 
 
+def not_asked(manifest: dict[str, Any]) -> str:
+    """Why there is no comparison, and what the manifest says of the one at the export."""
+    gate = manifest.get("gate") or {}
+    result = str(gate.get("result", "unknown" if gate else "not run"))[:MOST_TEXT]
+    return (
+        "add --speech with the clips of the gate, or --checkpoint with the model, to compare texts;"
+        f" the manifest says of the gate at the export: {result}"
+    )
+
+
+MOST_TEXT = 20
+
+
+def clips_to_run(
+    manifest: dict[str, Any], clips: list[Clip] | None, checkpoint: str | None
+) -> list[Clip]:
+    """Those that the gate heard; where nothing is to be compared with its record, one."""
+    if clips is None or checkpoint is not None:
+        return sample_clips()
+    return same_clips(manifest.get("gate") or {}, clips)
+
+
+def sample_clips() -> list[Clip]:
+    """One short clip, to run the graphs on."""
+    from edgewhisper.pipeline import SPEECH
+
+    return read_manifest(SPEECH / "test.jsonl")[:1]
+
+
 def run_graphs(
-    folder: Path, found: dict[str, Any], clips: list[Clip], threads: int | None, timeout_s: float
+    folder: Path,
+    found: dict[str, Any],
+    named: list[Clip] | None,
+    checkpoint: str | None,
+    threads: int | None,
+    timeout_s: float,
 ) -> str:
     """The runner's own check, in a process of its own; its answer is kept for the gate. Other
     layouts go through our loops of their runtimes."""
+    clips = clips_to_run(found["manifest"], named, checkpoint)
     native = found["manifest"].get("layout", "native") == "native"
     with LocalDevice() as device:
         device.push(RUNNER, "runner")
@@ -177,11 +217,12 @@ def run_graphs(
 
 
 def check_gate(
-    folder: Path, found: dict[str, Any], clips: list[Clip], checkpoint: str | None
+    folder: Path, found: dict[str, Any], named: list[Clip] | None, checkpoint: str | None
 ) -> str:
     manifest = found["manifest"]
     if checkpoint is not None:
-        return gate_anew(folder, manifest, clips, checkpoint)
+        return gate_anew(folder, manifest, named, checkpoint)
+    clips = clips_to_run(manifest, named, checkpoint)
     if not manifest.get("gate"):
         raise Problem(
             f"{folder}: the artifact has passed no gate",
@@ -193,16 +234,18 @@ def check_gate(
     return gate_again(manifest["gate"], clips, answer["tokens"], answer["texts"])
 
 
-def gate_anew(folder: Path, manifest: dict[str, Any], clips: list[Clip], checkpoint: str) -> str:
+def gate_anew(
+    folder: Path, manifest: dict[str, Any], named: list[Clip] | None, checkpoint: str
+) -> str:
     """The whole gate, as export runs it, against the checkpoint that the artifact is said to be
     of."""
-    from edgewhisper.pipeline import gate, load_for
+    from edgewhisper.pipeline import default_speech, gate, load_for
     from export.prompt import prompt_ids
     from export.shrink import layer_shapes
 
-    audio = manifest["audio"]
+    audio, layout = manifest["audio"], manifest.get("layout", "native")
     window_s = audio["window_samples"] / audio["sampling_rate"]
-    model, processor = load_for(manifest.get("layout", "native"), checkpoint, clips, window_s)
+    model, processor, _ = load_for(layout, checkpoint, window_s, prompt_language(manifest))
     if layer_shapes(model) != manifest["layers"]:
         raise Problem(
             f"{folder}: its layers are not those of {checkpoint}",
@@ -212,11 +255,22 @@ def gate_anew(folder: Path, manifest: dict[str, Any], clips: list[Clip], checkpo
         raise Problem(
             f"{folder}: its prompt {manifest['decoding']['prompt']} is not the checkpoint's, "
             f"{prompt_ids(model.generation_config)}",
-            hint="name with --speech clips of the language that it was exported for",
+            hint="name the checkpoint that the artifact was exported from",
         )
+    if named is None:
+        clips = evenly(read_manifest(default_speech(model.config.vocab_size)), MOST_CLIPS)
+    else:
+        clips = same_clips(manifest.get("gate") or {}, named)
     figures = gate(folder, manifest, model, processor, clips)
     return (
         f"anew: {figures['identical_tokens']:.0%} of {figures['clips']} clips get the checkpoint's "
         f"tokens; WER {100 * figures['artifact_wer']:.2f} %, checkpoint "
         f"{100 * figures['checkpoint_wer']:.2f} %"
     )
+
+
+def prompt_language(manifest: dict[str, Any]) -> str | None:
+    """The language that prompts an artifact, "auto" where it detects one; None where its model
+    knows English only."""
+    rules = Rules.from_manifest(manifest["decoding"])
+    return AUTO if rules.auto else rules.language

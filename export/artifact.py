@@ -14,6 +14,9 @@ from export.files import new_file
 from export.problem import Problem
 
 FORMAT = 2
+AUTO_FORMAT = 3
+"""The format of artifacts that detect the language, which readers of format 2 would prompt for
+English."""
 MANIFEST = "manifest.json"
 PACKAGES = ("MelSpectrogram", "AudioEncoder", "TextDecoder")
 PACKAGE_FILES = (
@@ -57,7 +60,8 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
 
     The dict itself gets `format` and `files`, so that it equals what read_manifest returns.
     """
-    manifest["format"] = FORMAT
+    detects = (manifest.get("decoding") or {}).get("language") == "auto"
+    manifest["format"] = AUTO_FORMAT if detects else FORMAT
     manifest["files"] = {
         path.relative_to(directory).as_posix(): describe(path)
         for path in sorted(directory.rglob("*"))
@@ -87,9 +91,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Problem(f"{path}: damaged, not JSON ({error})", hint=AGAIN) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if type(found) is not int or found != FORMAT:
+    if type(found) is not int or found not in (FORMAT, AUTO_FORMAT):
         raise Problem(
-            f"{path}: format {found!r}; this version reads format {FORMAT}",
+            f"{path}: format {found!r}; this version reads formats {FORMAT} and {AUTO_FORMAT}",
             hint="use the EdgeWhisper version that wrote it, or export the checkpoint again",
         )
     _check_files(path, manifest)

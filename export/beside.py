@@ -14,7 +14,7 @@ from torch import nn
 
 from export.cost import count_parameters
 from export.problem import Problem
-from export.prompt import is_multilingual, language_ids, prompt_ids
+from export.prompt import AUTO, is_multilingual, language_ids, language_or_auto, prompt_ids
 from export.shrink import layer_shapes
 from export.versions import versions
 
@@ -131,11 +131,12 @@ def decoding_rules(model: nn.Module) -> dict[str, Any]:
     """Prompt, end and suppressed tokens, as transformers' generate() would have them, greedy.
 
     The prompt is for one language (see prompt.py); `languages` and `tasks` have the ids that may
-    stand in it instead, code -> id. It forbids timestamps, so ids from `timestamp_begin` on are
-    never chosen. Whoever wants them leaves out the prompt's last token, timestamp_begin - 1, and
-    says a first one of at most `max_initial_timestamp_index` steps. Behind the prompt's first
-    token, the probability of `no_speech` is that of no speech. Text from before may stand in front
-    of the prompt, behind `previous`.
+    stand in it instead, code -> id. Where the checkpoint names no language, `language` is "auto":
+    the runner detects it, and the prompt's English is a placeholder. The prompt forbids timestamps,
+    so ids from `timestamp_begin` on are never chosen. Whoever wants them leaves out the prompt's
+    last token, timestamp_begin - 1, and says a first one of at most `max_initial_timestamp_index`
+    steps. Behind the prompt's first token, the probability of `no_speech` is that of no speech.
+    Text from before may stand in front of the prompt, behind `previous`.
     """
     generation = model.generation_config
     multilingual = is_multilingual(generation)
@@ -153,6 +154,7 @@ def decoding_rules(model: nn.Module) -> dict[str, Any]:
         "previous": getattr(generation, "prev_sot_token_id", None),
         "languages": language_ids(generation) if multilingual else {},
         "tasks": dict(getattr(generation, "task_to_id", None) or {}) if multilingual else {},
+        **({"language": AUTO} if language_or_auto(generation) == AUTO else {}),
         "max_new_tokens": model.config.max_target_positions - len(prompt),
     }
 

@@ -2,7 +2,9 @@
 
 One rule, for training, decoding, export and the rivals, so that a model is judged under the prompt
 that it was trained under: a clip's own language where the model has a token for it, otherwise the
-one that generation_config names, otherwise English. An English-only model is told none.
+one that generation_config names. Where that names none, decoding detects the language; training
+and layouts that have one fixed prompt take English. The prompt of an English-only model has no
+language.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from export.problem import Problem
+
+AUTO = "auto"
+"""Stands for the language that the model detects."""
 
 
 def language_code(given: str) -> str:
@@ -43,16 +48,45 @@ def known_languages(generation: Any) -> list[str]:
     return list(language_ids(generation))
 
 
-def language_for(generation: Any, spoken: str | None = None) -> str | None:
-    """The code of the language that prompts the model where `spoken` is heard, see above; None
-    where it knows English only. Raises Problem where generation_config names one it has not."""
+def named_language(generation: Any) -> str | None:
+    """The code of the language that generation_config names, by `language` or by the older
+    `forced_decoder_ids`; None where it names none.
+
+    Raises Problem where the model has no token for it.
+    """
+    if not is_multilingual(generation):
+        return None
+    named = getattr(generation, "language", None)
+    if named:
+        code = language_code(named)
+        _look_up(generation, "lang_to_id", f"<|{code}|>")
+        return code
+    forced = getattr(generation, "forced_decoder_ids", None) or []
+    ids = {token for position, token in forced if position == LANGUAGE_POSITION}
+    return next((code for code, i in language_ids(generation).items() if i in ids), None)
+
+
+LANGUAGE_POSITION = 1
+"""Where the language stands in a prompt."""
+
+
+def language_or_auto(generation: Any, spoken: str | None = None) -> str | None:
+    """The code of the language that prompts the model for speech in `spoken`; AUTO where it is to
+    be detected, None where the model knows English only. Raises Problem as named_language does."""
     if not is_multilingual(generation):
         return None
     if spoken is not None and has_token(generation, spoken):
         return language_code(spoken)
-    code = language_code(getattr(generation, "language", None) or "en")
-    _look_up(generation, "lang_to_id", f"<|{code}|>")
-    return code
+    return named_language(generation) or AUTO
+
+
+def language_for(generation: Any, spoken: str | None = None) -> str | None:
+    """The same with English in place of AUTO."""
+    code = language_or_auto(generation, spoken)
+    if code != AUTO:
+        return code
+    _look_up(generation, "lang_to_id", "<|en|>")
+    return "en"
 
 
 def task_of(generation: Any) -> str:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from benchmarks.bench import Candidate, Measuring, bench, bench_all, word_errors, write_clips
+from benchmarks.bench import Candidate, Measuring, bench, bench_all, write_clips
 from benchmarks.metadata import artifact_hash, clips_hash, file_hash, folder_hash
 from benchmarks.result import STAGES, validate
 from benchmarks.speech import read_manifest
+from benchmarks.wer import word_errors
 from devices.device import Finished, open_device
 from devices.fake import FakeDevice
 from devices.runner.audio import read_wav
@@ -123,8 +124,8 @@ def test_an_answer_that_is_none_gets_a_letter(artifact, few, wrong, value):
 
 
 def test_invented_words_count_where_nothing_is_said():
-    assert word_errors("", "one two", "whisper-basic") == (2, 0)
-    assert word_errors("one", "two", "whisper-basic") == (1, 1)
+    assert word_errors([""], ["one two"], "whisper-basic") == [(2, 0)]
+    assert word_errors(["one"], ["two"], "whisper-basic") == [(1, 1)]
 
 
 def test_clips_arrive_sample_by_sample(few, tmp_path):

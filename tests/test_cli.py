@@ -111,7 +111,21 @@ def test_what_only_an_artifact_can_do_is_refused_to_a_checkpoint(edgewhisper, di
     found = letter(edgewhisper("transcribe", digits, spoken, "--timestamps", "--beams", "3"))
     assert "is a checkpoint, and timestamps and beams are for artifacts" in found
     found = letter(edgewhisper("transcribe", digits, spoken, "--language", "tlh"))
-    assert "has no token for the language 'tlh'" in found
+    assert "--language tlh: the model has no token for it" in found
+
+
+def test_a_checkpoint_takes_a_language_auto_and_transcribe(edgewhisper, digits, spoken):
+    for words, language in ((("--language", "auto"), None), (("--language", "English"), "en")):
+        done = edgewhisper("transcribe", digits, spoken, *words, "--task", "transcribe", "--json")
+        assert done.returncode == 0, done.stderr
+        (found,) = json.loads(done.stdout)
+        assert language in (None, found["language"])
+
+
+def test_a_gate_mode_that_is_not_there_is_refused(edgewhisper, digits):
+    found = letter(edgewhisper("export", digits, "--gate", "maybe"))
+    assert "--gate maybe is not there" in found
+    assert "use fail or warn or off" in found
 
 
 def test_eval_json_has_the_agreed_names_and_nothing_else_on_stdout(

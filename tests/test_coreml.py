@@ -24,7 +24,14 @@ from some_clips import manifest_of_some
 
 from benchmarks import bench as benching
 from benchmarks import stock
-from benchmarks.gate import Bounds, GateFailure, bounds_for, run_gate, states_again
+from benchmarks.gate import (
+    Bounds,
+    GateFailure,
+    bounds_for,
+    checkpoint_tokens,
+    run_gate,
+    states_again,
+)
 from benchmarks.speech import read_manifest
 from devices.fake import FakeDevice
 from devices.runner import coreml, measure
@@ -47,7 +54,7 @@ PARTS = ("mel", "states", "key_cache", "value_cache", "logits")
 
 @pytest.fixture(scope="module")
 def model(digits):
-    found, _ = pipeline.load_for("whisperkit", str(digits), [])
+    found, _, _ = pipeline.load_for("whisperkit", str(digits))
     return found
 
 
@@ -406,17 +413,18 @@ def is_header(held: bytearray, at: int) -> bool:
 @pytest.fixture(scope="module")
 def judged(model, processor, few, fp32):
     """The gate of a folder under the bounds of a precision; torch is asked once."""
-    greedy = cache(lambda raw: decoding.greedy(model, processor, [np.frombuffer(raw, "<f4")])[0])
+    clips = read_manifest(few)
+    reference = checkpoint_tokens(partial(decoding.greedy, model, processor), clips, 96_000)
     ask = pipeline.torch_parts(model, processor, read_artifact(fp32))
     parts = cache(lambda raw, tokens: ask(np.frombuffer(raw, "<f4"), list(tokens)))
 
     def gate(folder: Path, bounds: Bounds) -> dict:
         return run_gate(
             folder,
-            lambda pcm: greedy(pcm.tobytes()),
-            read_manifest(few),
+            reference,
+            clips,
             bounds,
-            lambda pcm, tokens: parts(pcm.tobytes(), tuple(tokens)),
+            lambda pcm, tokens, language: parts(pcm.tobytes(), tuple(tokens)),
         )
 
     return gate
@@ -472,7 +480,7 @@ def test_one_window_of_several_is_exported_and_judged(digits, processor, few, tm
     manifest = read_artifact(place)
     assert manifest["audio"]["window_samples"] == 32_000
     assert manifest["gate"]["windows"] > manifest["gate"]["clips"]
-    model, _ = pipeline.load_for("whisperkit", str(tmp_path / "two"), [], 2.0)
+    model, _, _ = pipeline.load_for("whisperkit", str(tmp_path / "two"), 2.0)
     assert windows_of(model.config) == [100, 300]
     assert layer_shapes(model) == manifest["layers"]  # as `verify --checkpoint` asks for it
     with pytest.raises(Problem, match=r"no window of 3 s; it was made for 2 and 4 and 6 s"):

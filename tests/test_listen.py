@@ -341,8 +341,10 @@ def test_what_the_model_cannot_be_told_gets_a_letter(recognizer, pcms):
     with pytest.raises(RunnerProblem, match=r"no token for the language 'hii', it knows 3") as e:
         code("hii", rules())
     assert "'hi'" in e.value.hint
-    with pytest.raises(RunnerProblem, match="'auto': it is told none"):
-        code("auto", english)
+    with pytest.raises(RunnerProblem, match=r"the language 'de' is asked for.* English only"):
+        code("de", english)
+    with pytest.raises(RunnerProblem, match=r"the task 'translate' is asked for.* English only"):
+        Listener(SimpleNamespace(rules=english), Options(task="translate"), Transcript())
     for options, message in [
         ({"beams": 0}, "beams = 0: there can be 1 to 32"),
         ({"task": "sing"}, r"the task 'sing' is not among the artifact's \(trans"),
@@ -356,6 +358,16 @@ def test_what_the_model_cannot_be_told_gets_a_letter(recognizer, pcms):
     stub = SimpleNamespace(rules=rules(timestamp_begin=None))
     with pytest.raises(RunnerProblem, match="no tokens for them"):
         Listener(stub, Options(timestamps=True), Transcript())
+
+
+@pytest.mark.parametrize("language", [None, "en", "EN", "auto"])
+def test_an_english_only_artifact_takes_english_auto_and_transcribe(language):
+    english = rules(languages={}, tasks={}, prompt=[41, SILENT])
+    transcript = Transcript()
+    options = Options(language=language, task="transcribe")
+    listener = Listener(SimpleNamespace(rules=english), options, transcript)
+    assert (listener.rules.prompt, listener.detects) == ((41, SILENT), False)
+    assert transcript.language is None
 
 
 def test_the_language_is_found_out_as_transformers_does(plain, torch_model, processor, pcms, rng):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 import unicodedata
 from dataclasses import replace
 
 import pytest
+from conftest import ASSETS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.normalizers import BY_LANGUAGE, NORMALIZERS, name_for, normalizer
 from benchmarks.normalizers.hindi import Hindi, cardinal, hindi_strict, hindi_wer
-from benchmarks.speech import Clip
+from benchmarks.normalizers.whisper import SPELLINGS
+from benchmarks.speech import Clip, read_manifest
+from benchmarks.wer import score
 from export.problem import Problem
 
 ZWJ, ZWNJ, NBSP = "\u200d", "\u200c", "\u00a0"
@@ -73,36 +76,17 @@ def test_whisper_basic_blanks_every_vowel_sign():
     assert NORMALIZERS["whisper-basic"]("हमने चुना।") == "हमन च न"
 
 
-@pytest.fixture
-def hub_cache(monkeypatch, tmp_path):
-    """An empty Hugging Face cache, and a whisper-english that has not read its spellings yet."""
-    import huggingface_hub.constants
-
-    from benchmarks.normalizers import whisper
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    whisper._english.cache_clear()
-    yield tmp_path
-    whisper._english.cache_clear()
-
-
-def test_whisper_english_spells_as_its_list_says(hub_cache):
-    repository = hub_cache / "models--openai--whisper-tiny"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    (snapshot / "normalizer.json").write_text(json.dumps({"colour": "color"}))
+def test_whisper_english_spells_as_its_list_says():
     clean = NORMALIZERS["whisper-english"]
     assert clean("Mr. Smith won't [cough] pay twenty five Pounds for that colour!") == (
         "mister smith will not pay £25 for that color"
     )
 
 
-def test_whisper_english_without_its_list_says_how_to_get_it(hub_cache):
-    with pytest.raises(Problem, match=r"normalizer\.json of openai/whisper-tiny") as letter:
-        NORMALIZERS["whisper-english"]("one")
-    assert "hf download openai/whisper-tiny normalizer.json" in letter.value.hint
+def test_the_list_of_spellings_is_openais():
+    content = SPELLINGS.read_bytes()
+    assert hashlib.sha256(content).hexdigest().startswith("6607f948be98")
+    assert "MIT License" in SPELLINGS.with_suffix(".LICENSE").read_text()
 
 
 # ------------------------------------------------------------------------------------------ Hindi
@@ -327,6 +311,9 @@ def clips_in(*pairs: tuple[str, str]) -> list[Clip]:
     ("lang", "text", "name"),
     [
         ("en", "one two", "whisper-basic"),
+        ("en", "three one four", "whisper-basic"),
+        ("en", "he took two of the colours", "whisper-english"),
+        ("en-GB", "it's fine", "whisper-english"),
         ("fr", "déjà vu", "whisper-basic"),
         ("hi", "हाँ", "hindi-wer"),
         ("hi-IN", "हाँ", "hindi-wer"),
@@ -343,15 +330,40 @@ def test_a_language_without_a_normalizer_is_told_which_there_are(lang):
     clips = clips_in((lang, "தமிழ் மொழி"))
     with pytest.raises(Problem, match=rf"{lang!r}.* 4 of 9 characters into spaces") as letter:
         name_for(clips)
-    assert "hi has hindi-wer, bm has bambara" in letter.value.hint
+    assert "hi has hindi-wer, bm has bambara, en has whisper-english" in letter.value.hint
     assert all(name in letter.value.hint for name in NORMALIZERS)
     assert name_for(clips, otherwise="none") == "none"
 
 
-def test_languages_with_different_normalizers_are_not_mixed():
-    clips = clips_in(("hi", "हाँ"), ("en", "yes"), ("de", "ja"))
-    with pytest.raises(Problem, match="de: whisper-basic, en: whisper-basic, hi: hindi-wer"):
-        name_for(clips)
+def test_each_language_of_a_mixed_set_has_its_own_normalizer():
+    clips = clips_in(("hi", "हाँ"), ("en-US", "the colour"), ("de", "ja"), ("fr", "oui"))
+    name = name_for(clips)
+    assert name == "by-language:en=whisper-english,hi=hindi-wer,*=whisper-basic"
+    assert normalizer(name, "en-GB")("Colour!") == "color"
+    assert normalizer(name, "de")("Colour!") == "colour"
+    assert normalizer(name, "hi")("हाँ") == "हां"
+    found = score(["colour", "colour"], ["color", "color"], name, ["en", "de"])
+    assert (found.wer, found.normalizer) == (0.5, name)
+    assert name_for(clips_in(("de", "ja"), ("fr", "oui"))) == "whisper-basic"
+    assert name_for(clips_in(("en", "one two"), ("fr", "oui"))) == "whisper-basic"
+
+
+def test_by_language_names_that_say_too_little_are_refused():
+    with pytest.raises(Problem, match="no normalizer 'vowels'"):
+        normalizer("by-language:en=vowels")
+    with pytest.raises(Problem, match="says nothing about the language 'de'") as letter:
+        normalizer("by-language:en=whisper-english", "de")
+    assert "add de=NAME" in letter.value.hint
+
+
+def test_the_clips_that_come_with_the_product_have_a_normalizer_that_suits_them():
+    """Number words would be merged: 'three one four' is one word, 314, in whisper-english."""
+    names = {
+        manifest.parent.name: name_for(read_manifest(manifest))
+        for manifest in ASSETS.glob("*/*.jsonl")
+        if manifest.parent.name in ("speech", "common-voice")
+    }
+    assert names == {"speech": "whisper-basic", "common-voice": "whisper-english"}
 
 
 @pytest.mark.parametrize(

@@ -366,7 +366,7 @@ DAMAGE = [
     pytest.param(
         "manifest.json",
         b'{"format": 7, "target": "onnx"}',
-        "artifact format 7 for 'onnx'; this runner reads 2",
+        "artifact format 7 for 'onnx'; this runner reads 2 and 3",
         "same release",
         id="future-format",
     ),

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import graph_macs
@@ -16,7 +17,7 @@ import torch
 from dead_structure import kill
 from test_to_onnx import irregular
 
-from benchmarks.gate import EXACT, run_gate
+from benchmarks.gate import EXACT, checkpoint_tokens, run_gate
 from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import score
 from devices.runner.audio import shortest
@@ -284,7 +285,7 @@ def test_the_gate_compares_through_the_same_windows(short_whisper, processor, fe
     manifest = export_onnx(short_whisper, processor, tmp_path, "fp32")
     figures = run_gate(
         tmp_path,
-        lambda pcm: decoding.greedy(short_whisper, processor, [pcm])[0],
+        checkpoint_tokens(partial(decoding.greedy, short_whisper, processor), few, 96_000),
         few,
         EXACT,
         pipeline.torch_parts(short_whisper, processor, manifest),

@@ -5,8 +5,8 @@ becomes a space. It destroys scripts whose vowels are combining marks (Devanagar
 words fall apart into consonants and wrong vowels go unseen (Manohar et al. 2024, arXiv:2409.02449).
 
 whisper-english: besides, spells numbers as digits, contractions in full and British words the
-American way. The list of spellings is a file of Whisper's checkpoints, normalizer.json; it is
-fetched once and then comes from the Hugging Face cache.
+American way. The list of spellings is whisper_english.json beside this file: english.json of the
+package openai-whisper 20250625 (MIT, whisper_english.LICENSE).
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
-from export.problem import Problem
-
-SPELLINGS = ("openai/whisper-tiny", "normalizer.json")
-"""Where the list is; all of Whisper's checkpoints on the hub carry the same."""
+SPELLINGS = Path(__file__).with_name("whisper_english.json")
 
 
 def whisper_basic(text: str) -> str:
@@ -27,7 +25,7 @@ def whisper_basic(text: str) -> str:
 
 
 def whisper_english(text: str) -> str:
-    """As whisper_basic, by the rules for English. Raises Problem where the spellings are not here.
+    """As whisper_basic, by the rules for English.
 
     Unlike the others it is not idempotent: "it's" becomes "it is", "is" may meet a number next.
     """
@@ -50,17 +48,5 @@ def _english() -> Callable[[str], str]:
 
 def spellings() -> dict[str, str]:
     """British -> American."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    repository, name = SPELLINGS
-    try:
-        with open(hf_hub_download(repository, name), encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise Problem(
-            f"whisper-english needs Whisper's list of spellings, {name} of {repository}, and it "
-            "could neither be fetched nor found in the Hugging Face cache",
-            hint=f"fetch it once with a network: hf download {repository} {name}; "
-            "or use --normalizer whisper-basic",
-        ) from error
+    found: dict[str, str] = json.loads(SPELLINGS.read_text(encoding="utf-8"))
+    return found

@@ -207,7 +207,8 @@ def scored(model: Any, processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
 
     pcms = [clip.pcm() for clip in clips]
     texts = decoding.transcribe(model, processor, pcms, [clip.lang for clip in clips])
-    return score([clip.text for clip in clips], texts, name_for(clips)).as_dict()
+    languages = [clip.lang for clip in clips]
+    return score([clip.text for clip in clips], texts, name_for(clips), languages).as_dict()
 
 
 def told(line: Line) -> str:

@@ -102,6 +102,12 @@ def spoken(
     rules, found = Rules.from_manifest(manifest["decoding"]), []
     for path, language in zip(paths, read_languages(clips, len(paths)), strict=True):
         known = plain(language or "") in rules.languages
+        if rules.auto and not known:
+            raise DeviceProblem(
+                f"{path.name}: the artifact has no token for the language {language!r} and would "
+                "detect one, which the page cannot do",
+                hint="correct `lang` in the manifest, or export with --language",
+            )
         told = rules.told(plain(language or "") if known else None, None, False)
         windows = sounding(read_wav(path), manifest["audio"]["window_samples"])
         places = {f"clips/{path.stem}/{start}": pcm for start, pcm in windows.items()}

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .audio import SAMPLING_RATE
+from .decode import AUTO
 from .graph_file import AGAIN, UNTRUSTED, read_graph
 from .problem import RunnerProblem
 
-FORMAT = 2
-"""The version of manifest.json that this runner reads."""
+FORMATS = (2, 3)
+"""The versions of manifest.json that this runner reads. In version 3 `decoding.language` can be
+"auto": the artifact detects the language of each recording."""
 MANIFEST = "manifest.json"
 NEEDED = ("encoder.onnx", "decoder.onnx", "tokens.json")
 LAYOUTS = {"onnx": "native", "coreml": "whisperkit"}
@@ -103,10 +105,10 @@ def plain_file(path: Path) -> None:
 def check_version(path: Path, manifest: Any) -> None:
     told = manifest if isinstance(manifest, dict) else {}
     found, target = told.get("format"), told.get("target")
-    if type(found) is not int or found != FORMAT or target not in tuple(LAYOUTS):
+    if type(found) is not int or found not in FORMATS or target not in tuple(LAYOUTS):
         raise RunnerProblem(
             f"{path}: artifact format {short(found)} for {short(target)}; this runner reads "
-            f"{FORMAT} for {' and '.join(map(repr, LAYOUTS))}",
+            f"{' and '.join(map(str, FORMATS))} for {' and '.join(map(repr, LAYOUTS))}",
             "take runner and artifact from the same release",
         )
     wanted = LAYOUTS[target]
@@ -331,6 +333,19 @@ def check_decoding(told: Told, vocabulary: int, room: int) -> None:
         if (table := told.get(name)) is not None:
             for token in table.items().values():
                 token.count(0, vocabulary - 1)
+    check_language(told)
+
+
+def check_language(told: Told) -> None:
+    """Only a model with languages can detect them, and its prompt must have one to replace."""
+    if (language := told.get("language")) is None:
+        return
+    if language.value != AUTO:
+        raise language.wrong(f"{AUTO!r}")
+    table = told.get("languages")
+    ids = [token.value for token in table.items().values()] if table else []
+    if not set(ids) & set(told.at("prompt").value):
+        raise told.at("prompt").wrong("a prompt with a language to replace by the detected one")
 
 
 def vocabulary_and_room(path: Path, decoder: dict[str, list[Told]]) -> tuple[int, int]:

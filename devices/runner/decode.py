@@ -16,6 +16,9 @@ Step = Callable[[Sequence[int]], Logits]
 Choose = Callable[[Logits, Sequence[int]], int]
 """Logits and the tokens said so far -> the next token."""
 
+AUTO = "auto"
+"""The language that stands for the one that the model detects."""
+
 LOOP_TOKENS = 30
 LOOP_COPIES = 5
 """A loop is at least 30 tokens which are at least 5 copies of one phrase, in a row."""
@@ -41,6 +44,8 @@ class Rules:
     languages: Mapping[str, int] = field(default_factory=dict)
     """Code -> id; empty where the model knows English only."""
     tasks: Mapping[str, int] = field(default_factory=dict)
+    auto: bool = False
+    """Whether the language is detected where none is asked for; the prompt's is a placeholder."""
     timestamps: bool = False
 
     @classmethod
@@ -58,11 +63,14 @@ class Rules:
             previous=decoding.get("previous"),
             languages=decoding.get("languages", {}),
             tasks=decoding.get("tasks", {}),
+            auto=decoding.get("language") == AUTO,
         )
 
     @property
     def language(self) -> str | None:
-        """The code of the language that the prompt is for."""
+        """The code of the language that the prompt is for; None where it is not known yet."""
+        if self.auto:
+            return None
         return next((code for code, i in self.languages.items() if i in self.prompt), None)
 
     def told(self, language: str | None, task: str | None, timestamps: bool) -> "Rules":
@@ -79,6 +87,7 @@ class Rules:
             self,
             prompt=tuple(prompt),
             max_new_tokens=room - len(prompt),
+            auto=self.auto and language is None,
             timestamps=timestamps,
         )
 
@@ -96,6 +105,12 @@ class Rules:
 def swapped(token: int, table: Mapping[str, int], wanted: str | None) -> int:
     """Return the id of `wanted` for any id of the table, other ids as they are."""
     return table[wanted] if wanted is not None and token in table.values() else token
+
+
+def detect(step: Step, rules: Rules) -> str:
+    """Return the code of the likeliest language; the decoder has to begin again after this."""
+    logits = step(rules.prompt[:1])
+    return max(rules.languages, key=lambda code: logits[rules.languages[code]])
 
 
 class Filter:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .audio import SAMPLING_RATE, Pcm, find_cut, is_silent, split
-from .decode import Filter, Rules, say, without_loop
+from .decode import AUTO, Filter, Rules, detect, say, without_loop
 from .problem import RunnerProblem
 from .text import join
 from .timestamps import STEP_SAMPLES, parts
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from .fallback import Attempt
     from .recognizer import Decoder, Recognizer, Transcript
 
-AUTO = "auto"
-"""The language that asks for the model's own guess."""
+ENGLISH = "en"
 
 MOST_BEAMS = 32
 
@@ -39,7 +38,7 @@ class Options:
 
     language: str | None = None
     """A code such as "hi"; "auto": the likeliest by the first window with sound; None: the one
-    that the artifact is made for."""
+    that the checkpoint names, or "auto" where it names none."""
     task: str | None = None
     """transcribe, or translate into English."""
     timestamps: bool = False
@@ -79,10 +78,11 @@ class Listener:
         self.rng = np.random.default_rng(options.seed)
         check(options, recognizer.rules)
         language = code(options.language, recognizer.rules)
+        self.detects = language == AUTO or (language is None and recognizer.rules.auto)
         self.rules = recognizer.rules.told(
-            None if language == AUTO else language, options.task, options.timestamps
+            None if self.detects else language, options.task, options.timestamps
         )
-        transcript.language = None if language == AUTO else self.rules.language
+        transcript.language = None if self.detects else self.rules.language
         self.prompted, self.doubtful = self.rules, False
         self.since = len(transcript.tokens)
         """From here on, what is said may prompt the next window."""
@@ -156,13 +156,11 @@ class Listener:
         return kept
 
     def tell_language(self, decoder: Decoder) -> None:
-        """Put the likeliest language into the prompt where it is to be found out."""
-        if self.transcript.language is None and self.options.language == AUTO:
-            logits = decoder(self.rules.prompt[:1])
-            languages = self.recognizer.rules.languages
-            heard = max(languages, key=lambda spoken: logits[languages[spoken]])
-            self.rules = self.rules.told(heard, None, self.options.timestamps)
-            self.transcript.language = heard
+        """Put the likeliest language into the prompt where it is to be detected."""
+        if self.detects and self.transcript.language is None:
+            detected = detect(decoder, self.rules)
+            self.rules = self.rules.told(detected, None, self.options.timestamps)
+            self.transcript.language = detected
             self.rewind(decoder)
 
     def considered(self, decoder: Decoder) -> Attempt:
@@ -232,29 +230,38 @@ def check(options: Options, rules: Rules) -> None:
             "leave `previous` out, or export anew a checkpoint whose generation_config.json names "
             "prev_sot_token_id",
         )
-    if options.task is not None and options.task not in rules.tasks:
+    if options.task not in (None, "transcribe") and not rules.languages:
+        raise RunnerProblem(
+            f"the task {options.task!r} is asked for, and the artifact's model knows English only",
+            "leave it out, or export a multilingual checkpoint",
+        )
+    if options.task is not None and rules.languages and options.task not in rules.tasks:
         raise RunnerProblem(
             f"the task {options.task!r} is not among the artifact's "
-            f"({', '.join(rules.tasks) or 'none: its model knows no tasks'})",
+            f"({', '.join(rules.tasks) or 'none'})",
             "leave it out, or name one of these",
         )
 
 
 def code(language: str | None, rules: Rules) -> str | None:
-    """Return the artifact's code for hi, HI, hi_in, hi-IN or <|hi|>; raise the letter for a
-    language that the model cannot be told of."""
+    """Return the artifact's code for hi, HI, hi_in, hi-IN or <|hi|>, or AUTO; None for English
+    where the model knows nothing else. Raise the letter for a language that it does not know."""
     if language is None:
         return None
     found = plain(language)
-    if found in rules.languages or (found == AUTO and rules.languages):
-        return found
     known = list(rules.languages)
-    near = get_close_matches(found, known, n=1) or known[:1]
-    message = f"the artifact's model has no token for the language {language!r}"
+    if found in known or (found == AUTO and known):
+        return found
     if not known:
-        raise RunnerProblem(f"{message}: it is told none", "leave the language out")
+        if found in (ENGLISH, AUTO):
+            return None
+        raise RunnerProblem(
+            f"the language {language!r} is asked for, and the artifact's model knows English only",
+            "leave it out, or export a multilingual checkpoint",
+        )
+    near = get_close_matches(found, known, n=1) or known[:1]
     raise RunnerProblem(
-        f"{message}, it knows {len(known)}",
+        f"the artifact's model has no token for the language {language!r}, it knows {len(known)}",
         f"name a code such as {near[0]!r}, or 'auto' to let the model find out",
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from .audio import Pcm, is_silent, read_wav, shortest
 from .contract import check_files, read_manifest
-from .decode import Logits, Rules, greedy
+from .decode import Logits, Rules, detect, greedy
 from .listen import Listener, Options, Segment, plain
 from .problem import RunnerProblem
 from .text import read_tokens, to_text
@@ -58,7 +58,8 @@ class Engine(Protocol):
 class Transcript:
     """What is said in one recording, and how long each stage took, in seconds.
 
-    `language` is the code that prompted the model, where it is told one. `graph_s` is the encoder
+    `language` is the code that prompted the model: asked for, named by the checkpoint or detected;
+    None where the model knows English only. `graph_s` is the encoder
     graph: log-mel, encoder, cross keys and values; `mel_s` is log-mel's part of it, where that is
     known. Lists of seconds have one entry a window, `per_token_s` one a decoder step after the
     prompt's.
@@ -153,12 +154,22 @@ class Recognizer:
         listener = Listener(self, Options(**options), Transcript() if into is None else into)
         return listener.segments(samples(audio))
 
-    def window(self, pcm: Pcm, times: Transcript | None = None) -> list[int]:
-        """Return the greedy tokens of one window, without prompt and end token."""
+    def window(
+        self, pcm: Pcm, times: Transcript | None = None, language: str | None = None
+    ) -> list[int]:
+        """Return the greedy tokens of one window, without prompt and end token.
+
+        A language that the model does not know is as none: see Options.
+        """
         if self.guards and is_silent(pcm):
             return []
-        step = self.decoder_over(pcm, times or Transcript())
-        return greedy(step, self.rules, self.guards)
+        transcript = times or Transcript()
+        step = self.decoder_over(pcm, transcript)
+        code = self.known(language)
+        if code is None and self.rules.auto:
+            code = detect(step, self.rules)
+            step.fed, step.clock = 0, transcript.prompt_s
+        return greedy(step, self.rules.told(code, None, False), self.guards)
 
     def decoder_over(self, pcm: Pcm, times: Transcript) -> Decoder:
         """Return the decoder over one window, which is encoded here."""
@@ -176,10 +187,16 @@ class Recognizer:
         """
         return self.parts(pcm, tokens)["logits"]
 
-    def parts(self, pcm: Pcm, tokens: Sequence[int]) -> dict[str, np.ndarray]:
-        """Return the same logits, and what the engine shows of the parts before them."""
+    def parts(
+        self, pcm: Pcm, tokens: Sequence[int], language: str | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return the same logits, and what the engine shows of the parts before them.
+
+        The prompt is for `language` where the model knows it, otherwise the manifest's.
+        """
         decoder = self.decoder_over(pcm, Transcript())
-        fed = [self.rules.prompt, *((token,) for token in tokens)]
+        prompt = self.rules.told(self.known(language), None, False).prompt
+        fed = [prompt, *((token,) for token in tokens)]
         logits = np.stack([decoder(ids).copy() for ids in fed])
         return {"logits": logits, **decoder.parts()}
 

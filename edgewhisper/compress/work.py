@@ -38,7 +38,7 @@ class Work:
         from benchmarks.wer import score
         from edgewhisper import decoding
 
-        pcms = [clip.pcm() for clip in self.dev]
-        texts = decoding.transcribe(model, self.processor, pcms, [c.lang for c in self.dev])
+        pcms, languages = [clip.pcm() for clip in self.dev], [clip.lang for clip in self.dev]
+        texts = decoding.transcribe(model, self.processor, pcms, languages)
         labels = [clip.text for clip in self.dev]
-        return score(labels, texts, name_for(self.dev, otherwise="none"))
+        return score(labels, texts, name_for(self.dev, otherwise="none"), languages)

@@ -109,8 +109,7 @@ def write_clips(folder: Path, count: int) -> list[Path]:
 
 def export(source: Path, out: Path, precision: str, layout: str) -> None:
     """As `edgewhisper export`, but for the gate: a model that int8 costs a word or two will do."""
-    spoken = read_manifest(pipeline.SPEECH / "test.jsonl")
-    model, processor = pipeline.load_for(layout, str(source), spoken)
+    model, processor, _ = pipeline.load_for(layout, str(source))
     export_onnx(model, processor, out, precision, layout=layout)
 
 

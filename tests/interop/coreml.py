@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.gate import Bounds, GateFailure, bounds_for, judge
+from benchmarks.gate import Bounds, GateFailure, bounds_for, checkpoint_tokens, judge
 from benchmarks.metadata import folder_bytes
 from benchmarks.speech import Clip, read_manifest
 from benchmarks.stock import recognizer
@@ -33,8 +32,9 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4", "pal4")
 
 def rows(source: Path, work: Path, precisions: Sequence[str], clips: list[Clip]) -> int:
     """Print a line for each precision; how many do not pass their gate."""
-    model, processor = pipeline.load_for("whisperkit", str(source), clips)
-    reference, failed = remembered(lambda pcm: decoding.greedy(model, processor, [pcm])[0]), 0
+    model, processor, _ = pipeline.load_for("whisperkit", str(source))
+    tokens, failed = partial(decoding.greedy, model, processor), 0
+    reference = checkpoint_tokens(tokens, clips, decoding.window_samples(processor))
     for precision in precisions:
         place = work / f"{source.name}-coreml-{precision}"
         manifest = export_coreml(model, processor, place, precision)
@@ -47,19 +47,6 @@ def rows(source: Path, work: Path, precisions: Sequence[str], clips: list[Clip])
             figures = judge(hearing, reference, clips, Bounds(strict=False), parts)
         print(row(source.name, precision, figures, place) + letter, flush=True)
     return failed
-
-
-def remembered(greedy: Callable[[np.ndarray], list[int]]) -> Callable[[np.ndarray], list[int]]:
-    """The checkpoint's tokens, asked for once a window."""
-    known: dict[bytes, list[int]] = {}
-
-    def tokens(pcm: np.ndarray) -> list[int]:
-        key = pcm.tobytes()
-        if key not in known:
-            known[key] = greedy(pcm)
-        return known[key]
-
-    return tokens
 
 
 def row(name: str, precision: str, figures: dict[str, Any], place: Path) -> str:

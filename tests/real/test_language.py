@@ -1,0 +1,57 @@
+"""Which language prompts OpenAI's models where none is named."""
+
+from __future__ import annotations
+
+import pytest
+from real_models import model
+
+from benchmarks.gate import evenly
+from benchmarks.speech import read_manifest
+from edgewhisper import decoding, pipeline, whisper
+from edgewhisper.pipeline import COMMON_VOICE, Gating
+from export.artifact import read_manifest as read_artifact
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def few():
+    return evenly(read_manifest(COMMON_VOICE / "test.jsonl"), 8)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    out = tmp_path_factory.mktemp("real") / "base"
+    return pipeline.export(str(model("base")), "fp32", out=out, gating=Gating("off"))
+
+
+def test_a_multilingual_artifact_detects_english(base, few):
+    manifest = read_artifact(base)
+    assert (manifest["format"], manifest["decoding"]["language"]) == (3, "auto")
+    recordings = [clip.pcm() for clip in few[:4]]
+    found = list(pipeline.transcribe(str(base), recordings))
+    assert [one["language"] for one in found] == ["en"] * 4
+    named = pipeline.transcribe(str(base), recordings, language="en")
+    assert [one["text"] for one in found] == [one["text"] for one in named]
+
+
+def test_the_checkpoint_detects_it_too(few):
+    loaded = whisper.load(model("base")), whisper.load_processor(model("base"))
+    assert decoding.detect(*loaded, [clip.pcm() for clip in few]) == ["en"] * 8
+
+
+def test_english_only_models_take_english_auto_and_transcribe(few, tmp_path):
+    source = str(model("tiny.en"))
+    place = pipeline.export(source, "fp32", out=tmp_path / "tiny", gating=Gating("off"))
+    pcm = few[0].pcm()
+    texts = {
+        next(iter(pipeline.transcribe(each, [pcm], **options)))["text"]
+        for each in (source, str(place))
+        for options in ({}, {"language": "en"}, {"language": "auto"}, {"task": "transcribe"})
+    }
+    assert len(texts) == 1
+    for each in (source, str(place)):
+        with pytest.raises(ValueError, match="English only"):
+            list(pipeline.transcribe(each, [pcm], language="de"))
+        with pytest.raises(ValueError, match="English only"):
+            list(pipeline.transcribe(each, [pcm], task="translate"))
