@@ -51,7 +51,9 @@ def bench_places(
         try:
             ready, failed = gather([pool.submit(equip, place) for place in places])
             checkpoints = checkpoint_wers(ready[0][0], say) if ready else {}
-            found, more = gather([pool.submit(measure, *each, checkpoints) for each in ready])
+            found, more = gather(
+                [pool.submit(measure, place, tell, checkpoints) for place, tell in ready]
+            )
         finally:
             with lock:
                 over.set()

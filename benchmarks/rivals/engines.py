@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -32,7 +32,7 @@ class Kind:
     """Of requirements.txt. Empty: it lives in the toolchain's environment, not in the rivals'."""
     imports: tuple[str, ...] = ()
     rival: bool = True
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
     """Environment variables of its program."""
 
     @property

@@ -65,11 +65,11 @@ class FasterWhisper(Engine):
         return found, self.tokenizer.decode(found).strip()
 
     def features(self, pcm: Any) -> Any:
-        """As transcribe() makes them: log-mel, then one window of frames."""
+        """As transcribe() makes them: log-mel without its last frame, then one window of frames."""
         from faster_whisper.audio import pad_or_trim
 
-        extractor = self.whisper.feature_extractor
-        return pad_or_trim(extractor(pcm)[..., : extractor.nb_max_frames], extractor.nb_max_frames)
+        frames = self.whisper.feature_extractor.nb_max_frames
+        return pad_or_trim(self.whisper.feature_extractor(pcm)[..., :-1][..., :frames], frames)
 
     def tokenizer_for(self, language: str | None) -> Any:
         """Return faster-whisper's tokenizer for a clip, which has prompt and suppressed tokens."""

@@ -2,11 +2,13 @@
 
     python -m benchmarks.rivals.sherpa_onnx MODEL CLIPS.json --threads 2 --tokens 64
 
-MODEL is a folder that export/layouts/sherpa.py wrote. Each clip is transcribed in its own language:
-sherpa-onnx takes that from the recognizer's configuration, which is set anew (microseconds) where
-it changes. An English-only model is prompted for no language by sherpa-onnx itself. The graphs are thus our operators where its
+MODEL is a folder that export/layouts/sherpa.py wrote. The graphs are thus our operators where its
 own exporter traces and quantises PyTorch's; they hear the whole window whatever the clip. What is
 measured is the engine: its log-mel, its caches that are copied from step to step, its loop.
+
+Each clip is transcribed in its own language. sherpa-onnx reads it from the recognizer's
+configuration, which is changed between clips (microseconds, nothing is loaded again). For an
+English-only model sherpa-onnx itself leaves language and task out of the prompt.
 
 The Python package has one call for encoder and decoder, so:
 
