@@ -91,9 +91,17 @@ aarch64: $(READY)
 
 rivals-env: $(RIVALS)/.ready
 
+# pip would take a build of its cache, whose libraries do not find each other without the run path
 $(RIVALS)/.ready: benchmarks/rivals/requirements.txt $(READY)
 	$(BIN)/python -m venv --clear $(RIVALS)
 	$(RIVALS)/bin/python -m pip install -q -r benchmarks/rivals/requirements.txt
+	@if c++ --version >/dev/null 2>&1; then \
+	  echo "building whisper.cpp from its source package (a few minutes)"; \
+	  CMAKE_INSTALL_RPATH='$$ORIGIN' CMAKE_BUILD_WITH_INSTALL_RPATH=ON \
+	  $(RIVALS)/bin/python -m pip install -q --no-cache-dir --no-deps --no-binary pywhispercpp \
+	    --target $(RIVALS)/source $$(grep ^pywhispercpp== benchmarks/rivals/requirements.txt) || \
+	  { rm -rf $(RIVALS)/source; echo "note: it could not be built; its wheel is measured"; }; \
+	else echo "note: without a C++ compiler whisper.cpp is measured as its wheel"; fi
 	@touch $@
 
 clean:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +35,7 @@ from benchmarks.rivals.prepare import PROJECT, Order
 from benchmarks.rivals.transformers import refuse_slim
 from benchmarks.speech import SAMPLING_RATE, Clip
 from benchmarks.wer import score, word_errors
-from devices.device import RUNNER, Device, clean, run_runner
+from devices.device import RUNNER, Device, clean, open_device, run_runner
 from devices.runner.coreml import UNITS
 from export.artifact import read_manifest, verify
 from export.problem import Problem
@@ -46,6 +47,9 @@ PEAKS = ("peak_rss_bytes", "peak_footprint_bytes")
 
 OURS = {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"}
 """Environment of a program of this project that is not the runner."""
+
+REFERENCE = "transformers"
+"""The rival whose texts are those of the checkpoint itself."""
 
 MOST_ROUNDS = 50
 """That an interval may take."""
@@ -127,7 +131,8 @@ def bench_all(
     Raises Problem: no clips, a damaged artifact, a rival where it cannot run, a Core ML artifact
     where there is no Core ML; and the device's or the runner's letters.
     """
-    return measure(prepare(candidates, device, clips, how), progress)
+    ready = prepare(candidates, device, clips, how)
+    return measure(ready, progress, checkpoint_wers(ready, progress))
 
 
 @dataclass(frozen=True)
@@ -176,8 +181,15 @@ def prepare(
     return Prepared(candidates, device, places, clips, how, known)
 
 
-def measure(ready: Prepared, progress: Callable[[str], None] = lambda _: None) -> list[dict]:
-    """The results of a device's candidates, which take turns."""
+def measure(
+    ready: Prepared,
+    progress: Callable[[str], None] = lambda _: None,
+    checkpoints: Mapping[Path, float] | None = None,
+) -> list[dict]:
+    """The results of a device's candidates, which take turns.
+
+    `checkpoints` are the word error rates of checkpoint_wers.
+    """
     firsts = [first_load(ready, index, progress) for index in range(len(ready.candidates))]
     answers = take_turns(ready, progress)
     lasting = [sustain(ready, index, progress) for index in range(len(answers))]
@@ -187,8 +199,49 @@ def measure(ready: Prepared, progress: Callable[[str], None] = lambda _: None) -
         machine = {"device": {**known["device"], "temperature_after_c": after}}
         words = accuracy(ready.clips, rounds[-1]["texts"], str(ready.how.normalizer))
         result = known | machine | joined(ready, rounds, last, known["audio_s"]) | first | words
-        found.append(validate(result | judged(result, ready.how, rounds, last)))
+        found.append(result | judged(result, ready.how, rounds, last))
+    add_checkpoint_wers(ready.candidates, found, checkpoints or {})
+    return [validate(result) for result in found]
+
+
+def checkpoint_wers(
+    ready: Prepared, progress: Callable[[str], None] = lambda _: None
+) -> dict[Path, float]:
+    """The word error rates of the rivals' checkpoints, by transformers in fp32 on this machine,
+    once and untimed. A checkpoint that transformers runs as a candidate is left out."""
+    rivals = [candidate for candidate in ready.candidates if candidate.rival is not None]
+    measured = {candidate.source for candidate in rivals if candidate.rival == REFERENCE}
+    found = {}
+    for source in dict.fromkeys(candidate.source for candidate in rivals):
+        if source not in measured:
+            progress(f"{source.name}: its own texts, in {REFERENCE}")
+            found[source] = checkpoint_wer(source, ready.clips, str(ready.how.normalizer))
     return found
+
+
+def checkpoint_wer(checkpoint: Path, clips: Sequence[Clip], normalizer: str) -> float:
+    """The word error rate of a checkpoint in transformers, each clip in its own language."""
+    with open_device("local") as device:
+        with tempfile.TemporaryDirectory() as folder:
+            write_clips(clips, Path(folder))
+            device.push(Path(folder), "clips")
+        words = [str(checkpoint.resolve()), "clips/clips.json"]
+        words += ["--threads", str(device_cores(device.describe()))]
+        program = RIVALS[REFERENCE].program
+        answer = run_runner(device, words, program, OURS, ROUND_S, python=sys.executable)
+    return float(accuracy(clips, answer["texts"], normalizer)["wer"])
+
+
+def add_checkpoint_wers(
+    candidates: Sequence[Candidate], results: Sequence[dict], checkpoints: Mapping[Path, float]
+) -> None:
+    """Set `checkpoint_wer` of each rival whose checkpoint's is known."""
+    pairs = list(zip(candidates, results, strict=True))
+    own = {one.source: result["wer"] for one, result in pairs if one.rival == REFERENCE}
+    known = {**checkpoints, **own}
+    for candidate, result in pairs:
+        if candidate.rival is not None and candidate.source in known:
+            result["checkpoint_wer"] = known[candidate.source]
 
 
 def by_units(candidates: Sequence[Candidate], units: tuple[str, ...]) -> list[Candidate]:
@@ -459,7 +512,7 @@ def run_round(ready: Prepared, index: int) -> dict[str, Any]:
         answer = run_runner(device, ["bench", artifact, *options], timeout_s=ROUND_S)
     else:
         kind = RIVALS[candidate.rival]
-        model, env = artifact, OURS | {"PYTHONPATH": CODE}
+        model, env = artifact, OURS | {"PYTHONPATH": CODE} | kind.env
         if not kind.foreign:  # it is on this machine
             model, env = str(Path(candidate.source).resolve()), OURS
         answer = run_runner(device, [model, *options], kind.program, env, ROUND_S)
@@ -511,6 +564,8 @@ def checked(answer: dict[str, Any], device: Device, clips: int) -> dict[str, Any
     versions = answer.get("versions")
     if not (isinstance(versions, dict) and all_are(versions.values(), str)):
         wrong.append("versions")
+    if not isinstance(answer.get("build", ""), str):
+        wrong.append("build")
     beside, more = watched.checked(answer)
     if wrong + more:
         raise unusable(device, wrong + more)
@@ -540,7 +595,9 @@ def merge(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     samples = {stage: [time for answer in rounds for time in answer[stage]] for stage in STAGES}
     peaks = {name: highest(rounds, name) for name in PEAKS if name in rounds[0]}
     shares = [answer["mel_share"] for answer in rounds if answer["mel_share"] is not None]
-    extra = {"parameters": rounds[-1]["parameters"]} if "parameters" in rounds[-1] else {}
+    last = rounds[-1]
+    extra = {"parameters": last["parameters"]} if "parameters" in last else {}
+    extra |= {"build": clean(last["build"])} if last.get("build") else {}
     return {
         **samples,
         **summaries(samples, len(rounds)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.result import COLUMNS, in_milliseconds
+from benchmarks.result import COLUMNS, in_milliseconds, other_texts
 from benchmarks.timing import COVERAGE, ENOUGH_ROUNDS, RESAMPLES, ratio
 from export.problem import Problem
 
@@ -68,7 +68,8 @@ def compare_pair(
     `ratio` is other / base; for the word error rate `difference` in points stands in its place.
     `real` is true where the 95 % interval excludes no difference, null where none is known. A
     verdict ends in "unstable" where rounds disagreed: the machine was busy, and a busy machine does
-    not slow all programs by the same factor; `cpu_s` is then the better witness.
+    not slow all programs by the same factor; `cpu_s` is then the better witness. `ratio` is null
+    for the times of a rival that wrote other texts than its checkpoint; the verdict says so.
     Raises Problem where the results do not measure the same thing; `across_versions` allows
     different versions of the same library.
     """
@@ -109,19 +110,30 @@ def time_row(stage: str, base: dict[str, Any], other: dict[str, Any]) -> dict[st
     """A stage's row, or None where one of the two has no such stage."""
     if not (base[stage] and other[stage]):
         return None
+    medians = {"base": base["medians"][stage], "other": other["medians"][stage]}
+    if why := no_ratio(base, other):
+        return {"measure": stage, **medians, **NO_RATIO, "verdict": why}
     value, interval = ratio(other[stage], base[stage], other["rounds"], base["rounds"])
     enough = min(base["rounds"], other["rounds"]) >= ENOUGH_ROUNDS
     real = not interval[0] <= 1 <= interval[1] if enough else None
     noise = "; unstable" if base["unstable"][stage] or other["unstable"][stage] else ""
     return {
         "measure": stage,
-        "base": base["medians"][stage],
-        "other": other["medians"][stage],
+        **medians,
         "ratio": value,
         "interval": list(interval),
         "real": real,
         "verdict": time_verdict(value, interval, real) + noise,
     }
+
+
+NO_RATIO = {"ratio": None, "interval": None, "real": None}
+
+
+def no_ratio(*results: dict[str, Any]) -> str | None:
+    """Say which of the results is a rival's with other texts than its checkpoint's, and which."""
+    reasons = [f"{result['name']}: {why}" for result in results if (why := other_texts(result))]
+    return "; ".join(reasons) or None
 
 
 def time_verdict(value: float, interval: tuple[float, float], real: bool | None) -> str:

@@ -16,6 +16,11 @@ Of Core ML a result may have `compute_units`; `compile_s`, what it took to compi
 `cold_load_s`, to load them for the first time, before any round: `load_s` is that of packages that
 are compiled and were loaded before. On a Mac `peak_footprint_bytes` stands beside resident memory.
 
+A rival's result has `checkpoint_wer`, the word error rate of the checkpoint itself on the same
+clips: that of transformers in fp32. Where the rival's own differs by more than MOST_POINTS, its
+texts are others than the checkpoint's, and no speed ratio is formed with its times. `build` says
+how an engine was compiled, if it tells.
+
 A result of `python -m benchmarks.rivals` may have `forced_tokens`: every engine was made to decode
 exactly so many tokens, and texts and error rates mean nothing.
 
@@ -53,6 +58,9 @@ from export.problem import Problem
 
 FORMAT = 1
 
+MOST_POINTS = 1.0
+"""How far a rival's word error rate may be from the checkpoint's, in points."""
+
 STAGES = ("load_s", "mel_s", "encoder_s", "prompt_s", "per_token_s", "end_to_end_s", "cpu_s")
 
 ACCURACY: dict[str, type | tuple[type, ...]] = {
@@ -70,6 +78,8 @@ ACCURACY: dict[str, type | tuple[type, ...]] = {
 
 LATER: dict[str, type | tuple[type, ...]] = {
     "wer_per_utterance_mean": (int, float),
+    "checkpoint_wer": (int, float),
+    "build": str,
     "forced_tokens": (int, type(None)),
     "compute_units": str,
     "compile_s": list,
@@ -177,12 +187,28 @@ def parse(line: str, where: str) -> dict[str, Any]:
     return validate(found, where)
 
 
+def other_texts(result: dict[str, Any]) -> str | None:
+    """Say why no speed ratio is formed with a rival's times; None if one may be.
+
+    An engine that writes less or more than the checkpoint also takes less or more time.
+    """
+    if "checkpoint_wer" not in result or result.get("forced_tokens"):
+        return None
+    own, checkpoint = 100 * result["wer"], 100 * result["checkpoint_wer"]
+    if abs(own - checkpoint) <= MOST_POINTS + 1e-9:
+        return None
+    return f"WER {own:.1f} %, the checkpoint's {checkpoint:.1f} %: other texts, so no speed ratio"
+
+
 def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Rows for a table: column title -> text, the same titles in every row.
 
     Emulated results print no milliseconds; `~` marks a time whose rounds disagree, and all times
-    of a run that was disturbed.
+    of a run that was disturbed; `!` marks the times of a rival that wrote other texts than its
+    checkpoint. RATIO, where there are rivals whose texts were checked, is how many times as long as
+    our first artifact on the device a rival takes.
     """
+    ratios = time_ratios(results)
     return [
         {
             "model": result["name"],
@@ -193,9 +219,34 @@ def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "WER %": wer(result),
             "95 %": wer_interval(result),
             **{title: milliseconds(result, stage) for title, stage in COLUMNS.items()},
+            **({RATIO: ratio} if any(ratios) else {}),
         }
-        for result in results
+        for result, ratio in zip(results, ratios, strict=True)
     ]
+
+
+RATIO = "total / ours"
+
+
+def time_ratios(results: Sequence[dict[str, Any]]) -> list[str]:
+    """For each result the text of its column RATIO: of a rival whose texts were checked the ratio,
+    or "-" if there is none; of other results nothing."""
+    ours: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if result["rival"] is None:
+            ours.setdefault(result["device"]["name"], result)
+    return [time_ratio(result, ours.get(result["device"]["name"])) for result in results]
+
+
+def time_ratio(result: dict[str, Any], ours: dict[str, Any] | None) -> str:
+    """The total of a rival divided by ours, with `~` if one of them is in doubt."""
+    if result["rival"] is None or ours is None or "checkpoint_wer" not in result:
+        return ""
+    totals = [one["medians"].get("end_to_end_s") for one in (result, ours)]
+    if other_texts(result) or result["emulated"] or ours["emulated"] or not all(totals):
+        return "-"
+    doubt = any("~" in milliseconds(one, "end_to_end_s") for one in (result, ours))
+    return f"{'~' if doubt else ''}{totals[0] / totals[1]:.2f}"
 
 
 BRIEF = (
@@ -216,8 +267,8 @@ def brief_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """table_rows with the columns of BRIEF, and the device where there are several."""
     rows = table_rows(results)
     several = len({row["device"] for row in rows}) > 1
-    titles = [BRIEF[0], *(["device"] if several else []), *BRIEF[1:]]
-    return [{title: row[title] for title in titles} for row in rows]
+    titles = [BRIEF[0], *(["device"] if several else []), *BRIEF[1:], RATIO]
+    return [{title: row[title] for title in titles if title in row} for row in rows]
 
 
 COLUMNS = {
@@ -247,17 +298,21 @@ def milliseconds(result: dict[str, Any], stage: str) -> str:
     if result["emulated"] or stage not in result["medians"]:
         return "-"
     mark = "~" if result["unstable"][stage] or result.get("unstable_because") else ""
+    mark += "!" if other_texts(result) else ""
     return mark + in_milliseconds(result["medians"][stage])
 
 
 def remarks(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What is to be said below a table: why times are marked, and notes."""
-    return [
-        f"{mark} {result['name']} on {result['device']['name']}: {'; '.join(result[field])}"
+    """The lines below a table: why times are marked, notes, and how engines were compiled."""
+    lines = [
+        (mark, result, "; ".join(result[field]))
         for mark, field in (("~", "unstable_because"), ("note:", "notes"))
         for result in results
         if result.get(field)
     ]
+    lines += [("!", result, why) for result in results if (why := other_texts(result))]
+    lines += [("note:", result, build) for result in results if (build := result.get("build"))]
+    return [f"{mark} {one['name']} on {one['device']['name']}: {text}" for mark, one, text in lines]
 
 
 def in_milliseconds(seconds: float) -> str:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from benchmarks.bench import Candidate, Measuring, Prepared, measure, prepare
+from benchmarks.bench import Candidate, Measuring, Prepared, checkpoint_wers, measure, prepare
 from benchmarks.speech import Clip
 from devices.device import DeviceProblem, Place, open_device
 from export.problem import Problem
@@ -50,7 +50,10 @@ def bench_places(
     with ThreadPoolExecutor(max_workers=len(places)) as pool, ExitStack() as opened:
         try:
             ready, failed = gather([pool.submit(equip, place) for place in places])
-            found, more = gather([pool.submit(measure, *each) for each in ready])
+            checkpoints = checkpoint_wers(ready[0][0], say) if ready else {}
+            found, more = gather(
+                [pool.submit(measure, place, tell, checkpoints) for place, tell in ready]
+            )
         finally:
             with lock:
                 over.set()

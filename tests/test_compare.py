@@ -152,3 +152,16 @@ def test_versions_may_differ_between_devices_and_not_on_one():
     assert compare([here, there])["others"][0]["base_device"] == "local"
     with pytest.raises(Problem, match=r"onnxruntime 1\.30 and 1\.31"):
         compare([here, make_result(versions=new)])
+
+
+def test_no_ratio_of_times_is_formed_with_a_rival_of_other_texts():
+    ours = make_result(name="ours")
+    rival = make_result(name="theirs", rival="r", wer=0.2, checkpoint_wer=0.1)
+    rows = {row["measure"]: row for row in compare_pair(ours, rival)}
+    assert rows["end_to_end_s"]["ratio"] is None
+    assert rows["end_to_end_s"]["real"] is None
+    assert rows["end_to_end_s"]["other"] == rival["medians"]["end_to_end_s"]
+    assert "theirs: WER 20.0 %, the checkpoint's 10.0 %" in rows["end_to_end_s"]["verdict"]
+    assert rows["artifact_bytes"]["ratio"] == 1
+    same = rival | {"wer": 0.1}
+    assert compare_pair(ours, same)[1]["ratio"] is not None

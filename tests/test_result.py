@@ -7,7 +7,19 @@ import json
 import pytest
 from made_results import make_result
 
-from benchmarks.result import FIELDS, STAGES, read, summaries, table_rows, validate, write
+from benchmarks.result import (
+    FIELDS,
+    RATIO,
+    STAGES,
+    brief_rows,
+    other_texts,
+    read,
+    remarks,
+    summaries,
+    table_rows,
+    validate,
+    write,
+)
 from export.problem import Problem
 
 
@@ -109,3 +121,51 @@ def test_unstable_times_are_marked():
     times = [0.05] * 20 + [0.09] * 20
     row = table_rows([make_result(end_to_end_s=times, rounds=2)])[0]
     assert row["total ms"] == "~70"
+
+
+def made_rival(**changes) -> dict:
+    """A rival that takes 0.1 s where ours takes 0.05 s, with the same texts as its checkpoint."""
+    fields = {"name": "m (r)", "rival": "r", "checkpoint_wer": 0.1, "end_to_end_s": [0.1] * 30}
+    return make_result(**fields | changes)
+
+
+def test_a_rival_with_its_checkpoints_texts_has_a_ratio():
+    rows = brief_rows([made_rival(), make_result(name="ours")])
+    assert [row[RATIO] for row in rows] == ["2.00", ""]
+    assert rows[0]["total ms"] == "100"
+    assert remarks([made_rival()]) == []
+
+
+@pytest.mark.parametrize("wer", [0.085, 0.115], ids=["better", "worse"])
+def test_a_rival_with_other_texts_has_no_ratio_and_a_line_says_why(wer):
+    rival = made_rival(wer=wer)
+    rows = brief_rows([rival, make_result(name="ours")])
+    assert [row[RATIO] for row in rows] == ["-", ""]
+    assert rows[0]["total ms"] == "!100"
+    (line,) = remarks([rival])
+    assert line.startswith("! m (r) on ")
+    assert f"WER {100 * wer:.1f} %, the checkpoint's 10.0 %" in line
+
+
+@pytest.mark.parametrize("wer", [0.09, 0.11])
+def test_one_point_of_difference_is_allowed(wer):
+    assert other_texts(made_rival(wer=wer)) is None
+
+
+def test_ratios_are_printed_only_where_texts_were_checked_and_times_are_real():
+    unchecked = made_rival()
+    del unchecked["checkpoint_wer"]
+    assert RATIO not in table_rows([unchecked, make_result()])[0]
+    assert RATIO not in table_rows([made_rival()])[0]
+    elsewhere = make_result(device={"name": "rpi"})
+    assert RATIO not in table_rows([made_rival(), elsewhere])[0]
+    emulated = [made_rival(emulated=True), make_result(emulated=True)]
+    assert [row[RATIO] for row in table_rows(emulated)] == ["-", ""]
+    busy = make_result(unstable_because=["the processor was busy"])
+    assert table_rows([made_rival(), busy])[0][RATIO] == "~2.00"
+
+
+def test_how_an_engine_was_compiled_stands_below_the_table():
+    (line,) = remarks([made_rival(build="wheel: AVX2 = 1")])
+    assert line.startswith("note: m (r) on ")
+    assert line.endswith(": wheel: AVX2 = 1")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,16 @@ from benchmarks.rivals import __main__ as command
 from benchmarks.rivals import ggml, prepare
 from benchmarks.rivals.engines import ENGINES, count_parameters, interpreter, refuse_missing
 from benchmarks.rivals.prepare import Order
-from benchmarks.rivals.protocol import Engine, bench, forced, main
+from benchmarks.rivals.protocol import (
+    RULES,
+    Engine,
+    bench,
+    forced,
+    main,
+    prompt_language,
+    prompt_task,
+    read_rules,
+)
 from benchmarks.rivals.race import (
     Case,
     Work,
@@ -212,6 +223,156 @@ def test_whisper_cpp_is_not_given_what_it_would_misread(dense, digits, tmp_path)
         with pytest.raises(Problem, match=message):
             ggml.convert(dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------ the clip's language
+
+MULTILINGUAL = Rules((9, 20, 30), 5, (), (), None, 20, languages={"de": 20, "fr": 21, "en": 22})
+MULTILINGUAL = replace(MULTILINGUAL, tasks={"transcribe": 30, "translate": 31})
+ENGLISH_ONLY = Rules((9,), 5, (), (), None, 20)
+
+
+@pytest.mark.parametrize(
+    ("rules", "spoken", "language"),
+    [
+        (MULTILINGUAL, "fr", "fr"),
+        (MULTILINGUAL, "bam", "de"),
+        (MULTILINGUAL, None, "de"),
+        (ENGLISH_ONLY, "en", None),
+        (ENGLISH_ONLY, "fr", None),
+    ],
+    ids=["known", "unknown-to-the-model", "not-given", "english-only", "english-only-french"],
+)
+def test_a_clip_is_prompted_in_its_language_if_the_model_has_it(rules, spoken, language):
+    assert prompt_language(rules, spoken) == language
+
+
+def test_the_task_is_the_checkpoints():
+    assert prompt_task(MULTILINGUAL) == "transcribe"
+    assert prompt_task(replace(MULTILINGUAL, prompt=(9, 20, 31))) == "translate"
+    assert prompt_task(ENGLISH_ONLY) == "transcribe"
+
+
+def test_every_form_has_the_checkpoints_rules(digits, tmp_path):
+    from export.artifact import read_manifest as manifest_of
+
+    order = Order(digits, tmp_path, PYTHON)
+    expected = manifest_of(prepare.artifact("fp32")(order))["decoding"]
+    for write in (prepare.sherpa("fp32"), prepare.ggml("f16")):
+        place = write(order)
+        stored = json.loads((place / RULES).read_text())
+        assert expected.items() <= stored.items()
+        assert read_rules(place).language == "en"
+
+
+def test_a_form_of_an_older_version_is_written_again(digits, tmp_path):
+    place = prepare.ggml("f16")(Order(digits, tmp_path, PYTHON))
+    (place / RULES).unlink()
+    (place / ggml.MODEL).write_bytes(b"old")
+    assert prepare.ggml("f16")(Order(digits, tmp_path, PYTHON)) == place
+    assert (place / RULES).is_file()
+    assert (place / ggml.MODEL).stat().st_size > 1000
+
+
+def write_english_only(digits: Path, out: Path) -> None:
+    """The rules of an English-only model, as write_rules() writes them."""
+    written = ggml.decoding_rules_of(digits) | {"languages": {}, "tasks": {}}
+    (out / RULES).write_text(json.dumps(written))
+
+
+@pytest.fixture
+def sherpa_languages(monkeypatch) -> list[str]:
+    """The languages in which a made sherpa-onnx decodes."""
+    decoded: list[str] = []
+    whisper = SimpleNamespace(language="")
+    config = SimpleNamespace(model_config=SimpleNamespace(whisper=whisper))
+
+    class Made:
+        def __init__(self) -> None:
+            self.config, self.recognizer, self.language = config, self, whisper.language
+
+        @classmethod
+        def from_whisper(cls, language, **options):
+            whisper.language = language
+            return cls()
+
+        def set_config(self, config):
+            self.language = config.model_config.whisper.language
+
+        def create_stream(self):
+            return SimpleNamespace(accept_waveform=lambda rate, pcm: None)
+
+        def decode_stream(self, stream):
+            decoded.append(self.language)
+            stream.result = SimpleNamespace(tokens=[], text="")
+
+    monkeypatch.setitem(sys.modules, "sherpa_onnx", SimpleNamespace(OfflineRecognizer=Made))
+    return decoded
+
+
+@pytest.mark.parametrize("multilingual", [True, False], ids=["multilingual", "english-only"])
+def test_sherpa_onnx_decodes_each_clip_in_its_language(
+    digits, few, tmp_path, sherpa_languages, multilingual
+):
+    from benchmarks.rivals.sherpa_onnx import SherpaOnnx
+
+    for name in ("a-encoder.onnx", "a-decoder.onnx", "a-tokens.txt"):
+        (tmp_path / name).touch()
+    if multilingual:
+        prepare.write_rules(digits, tmp_path)
+    else:
+        write_english_only(digits, tmp_path)
+    write_clips(few[:1], tmp_path)
+    engine = SherpaOnnx(tmp_path, 1, None)
+    for language in ("de", "de", "en", "bam", "fr"):
+        engine.transcribe(tmp_path / "00000.wav", language)
+    own = ["de", "de", "en", "en", "fr"]
+    assert sherpa_languages == (own if multilingual else ["en"] * 5)
+
+
+PROMPTS = """
+import json, sys
+from pathlib import Path
+from benchmarks.rivals.faster_whisper import FasterWhisper
+from benchmarks.rivals.protocol import prompt_language
+from benchmarks.rivals.whisper_cpp import WhisperCpp
+
+fast, cpp = FasterWhisper(Path(sys.argv[1]), 1, None), WhisperCpp(Path(sys.argv[2]), 1, None)
+found = []
+for spoken in ("de", "bam", "en"):
+    tokenizer = fast.tokenizer_for(spoken)
+    found.append(fast.whisper.get_prompt(tokenizer, [], without_timestamps=True))
+    found.append(cpp.prompted(prompt_language(cpp.rules, spoken)).prompt)
+print(json.dumps({"prompts": found, "suppressed": cpp.rules.suppress_tokens,
+                  "first": cpp.rules.begin_suppress_tokens, "most": cpp.rules.max_new_tokens}))
+"""
+"""The prompts of two engines for German, for Bambara, which the model lacks, and for English."""
+
+
+@with_rivals
+@pytest.mark.parametrize("multilingual", [True, False], ids=["multilingual", "english-only"])
+def test_faster_whisper_and_whisper_cpp_are_prompted_in_each_clips_language(
+    digits, tmp_path, multilingual
+):
+    fast = prepare.ctranslate2(Order(digits, tmp_path, PYTHON))
+    cpp = prepare.ggml("q8_0")(Order(digits, tmp_path, PYTHON))
+    rules = read_rules(cpp)
+    if not multilingual:
+        start, _, _, silent = rules.prompt
+        for place in (fast, cpp):
+            stored = json.loads((place / RULES).read_text())
+            changes = {"languages": {}, "tasks": {}, "prompt": [start, silent]}
+            (place / RULES).write_text(json.dumps(stored | changes))
+    run = [str(PYTHON), "-c", PROMPTS, str(fast), str(cpp)]
+    answer = json.loads(prepare.run(run).splitlines()[-1])
+    start, english, task, silent = rules.prompt
+    codes = [rules.languages["de"], english, english]
+    expected = [[start, code, task, silent] if multilingual else [start, silent] for code in codes]
+    assert answer["prompts"] == [prompt for prompt in expected for _ in range(2)]
+    config = json.loads((digits / "config.json").read_text())
+    assert answer["suppressed"] == list(range(rules.eos + 1, config["vocab_size"]))
+    assert answer["first"][0] == rules.eos
+    assert answer["most"] == config["max_target_positions"] // 2 - 4
 
 
 # ---------------------------------------------------------------------------- random checkpoints

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.markdown import table
 from benchmarks.normalizers import name_for
 from benchmarks.program import exit_code, parser_of
-from benchmarks.result import write
+from benchmarks.result import remarks, write
 from benchmarks.rivals import models
 from benchmarks.rivals.engines import ENGINES, interpreter
 from benchmarks.rivals.race import USUAL, Work, race, ratio_rows, ratios, rows
@@ -87,6 +87,7 @@ def measure(given: argparse.Namespace) -> None:
     print(table(rows(results)))
     if compared := ratio_rows(ratios(results)):
         print(table(compared))
+    print("\n".join(remarks(results)))
 
 
 def work_of(given: argparse.Namespace, place: Path, folder: Path) -> Work:

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class Kind:
     """Of requirements.txt. Empty: it lives in the toolchain's environment, not in the rivals'."""
     imports: tuple[str, ...] = ()
     rival: bool = True
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of its program."""
 
     @property
     def foreign(self) -> bool:
@@ -51,6 +53,8 @@ class Kind:
 
 FASTER = ("faster-whisper", "ctranslate2", "tokenizers", "onnxruntime"), ("faster_whisper",)
 CPP = ("pywhispercpp",), ("_pywhispercpp",)
+WHEEL = {"EDGEWHISPER_WHISPER_CPP": "wheel"}
+"""Without it whisper.cpp is the library built from source, if `make rivals-env` could build it."""
 SHERPA = ("sherpa-onnx",), ("sherpa_onnx",)
 
 ENGINES = {
@@ -58,6 +62,7 @@ ENGINES = {
     "ours-fp32": Kind("ours", "fp32", prepare.artifact("fp32"), rival=False),
     "faster-whisper": Kind("faster_whisper", "int8", prepare.ctranslate2, *FASTER),
     "whisper.cpp": Kind("whisper_cpp", "q8_0", prepare.ggml("q8_0"), *CPP),
+    "whisper.cpp-wheel": Kind("whisper_cpp", "q8_0", prepare.ggml("q8_0"), *CPP, env=WHEEL),
     "whisper.cpp-f16": Kind("whisper_cpp", "f16", prepare.ggml("f16"), *CPP),
     "sherpa-onnx": Kind("sherpa_onnx", "int8", prepare.sherpa("int8"), *SHERPA),
     "transformers": Kind("transformers", "fp32", prepare.as_it_is),

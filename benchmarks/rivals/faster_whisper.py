@@ -4,8 +4,10 @@
 
 MODEL is a folder that CTranslate2's own converter wrote (to_ctranslate2.py). The calls are those of
 WhisperModel.transcribe() on one window: feature_extractor (`mel_s`), pad_or_trim and encode()
-(`encoder_s`), CTranslate2's generate() with beam_size 1. What transcribe() does around them
-(segments, compression ratio, fallback) is left out, to the engine's favour.
+(`encoder_s`), CTranslate2's generate() with beam_size 1. Prompt and suppressed tokens come from
+faster-whisper itself, as transcribe() has them by default without timestamps: language and task
+only for a multilingual model, the non-speech tokens, no blank at the beginning. What transcribe()
+does around these calls (segments, compression ratio, fallback) is left out, to the engine's favour.
 
 generate() runs prompt and all steps in C++. With forced tokens, a second call after the clip, on
 the same encoder output, stops after one token: its time is `prompt_s` (it computes the encoder's
@@ -21,7 +23,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rivals.protocol import Engine, main, noted, only_window
+from benchmarks.rivals.protocol import (
+    Engine,
+    main,
+    noted,
+    only_window,
+    prompt_language,
+    prompt_task,
+    read_rules,
+)
 from devices.runner.problem import RunnerProblem
 
 
@@ -33,13 +43,12 @@ class FasterWhisper(Engine):
         from faster_whisper import WhisperModel
 
         super().__init__(model, threads, tokens)
-        self.tokens, self.threads = tokens, threads
+        self.tokens, self.rules = tokens, read_rules(model)
         self.whisper = WhisperModel(
             str(model), device="cpu", compute_type="int8", cpu_threads=threads
         )
-        self.ids = self.whisper.hf_tokenizer.token_to_id
         self.encoded: Any = None
-        self.prompt: list[int] = []
+        self.tokenizer = self.tokenizer_for(None)
         self.decode_s = 0.0
 
     def transcribe(self, path: Path, language: str | None = None) -> tuple[list[int], str]:
@@ -49,45 +58,49 @@ class FasterWhisper(Engine):
             features = self.features(pcm)
         with noted(self.watch.encoder_s):
             self.encoded = self.whisper.encode(features)
-        self.prompt = self.prompt_for(language)
+        self.tokenizer = self.tokenizer_for(language)
         started = time.perf_counter()
         found = self.generate(self.tokens)
         self.decode_s = time.perf_counter() - started
-        return found, self.whisper.hf_tokenizer.decode(found).strip()
+        return found, self.tokenizer.decode(found).strip()
 
     def features(self, pcm: Any) -> Any:
-        """As transcribe() makes them: log-mel, then one window of frames."""
+        """As transcribe() makes them: log-mel without its last frame, then one window of frames."""
         from faster_whisper.audio import pad_or_trim
 
-        extractor = self.whisper.feature_extractor
-        return pad_or_trim(extractor(pcm)[..., : extractor.nb_max_frames], extractor.nb_max_frames)
+        frames = self.whisper.feature_extractor.nb_max_frames
+        return pad_or_trim(self.whisper.feature_extractor(pcm)[..., :-1][..., :frames], frames)
 
-    def prompt_for(self, language: str | None) -> list[int]:
-        """Start, the clip's language where the model has it or else English, task, no stamps."""
-        code = language if self.ids(f"<|{language}|>") is not None else "en"
-        names = ("startoftranscript", code, "transcribe", "notimestamps")
-        found = [self.ids(f"<|{name}|>") for name in names]
-        return [number for number in found if number is not None]
+    def tokenizer_for(self, language: str | None) -> Any:
+        """Return faster-whisper's tokenizer for a clip, which has prompt and suppressed tokens."""
+        from faster_whisper.tokenizer import Tokenizer
+
+        code, task = prompt_language(self.rules, language), prompt_task(self.rules)
+        return Tokenizer(self.whisper.hf_tokenizer, code is not None, task, code)
 
     def generate(self, tokens: int | None) -> list[int]:
-        """Greedy tokens; exactly so many where they are forced."""
+        """Return greedy tokens, exactly `tokens` of them if that is a number."""
+        from faster_whisper.transcribe import get_suppressed_tokens
+
+        prompt = self.whisper.get_prompt(self.tokenizer, [], without_timestamps=True)
+        suppressed = list(get_suppressed_tokens(self.tokenizer, [-1]) or ())
+        length: dict[str, int] = {}
+        if tokens is not None:
+            suppressed.append(self.tokenizer.eot)
+            # CTranslate2 counts the prompt but its first token, and writes half of max_length
+            length["max_length"] = max(tokens + len(prompt) - 1, 2 * tokens)
         result = self.whisper.model.generate(
             self.encoded,
-            [self.prompt],
+            [prompt],
             beam_size=1,
-            suppress_blank=False,
-            **({} if tokens is None else self.limits(tokens)),
+            suppress_blank=True,
+            suppress_tokens=suppressed,
+            **length,
         )[0]
         found: list[int] = [int(number) for number in result.sequences_ids[0]]
         if tokens is not None and len(found) != tokens:
             raise RunnerProblem(f"{tokens} tokens were forced, {len(found)} came")
         return found
-
-    def limits(self, tokens: int) -> dict[str, Any]:
-        """CTranslate2 counts all of the prompt but its first token in `max_length`, and writes no
-        more than half of that."""
-        length = max(tokens + len(self.prompt) - 1, 2 * tokens)
-        return {"max_length": length, "suppress_tokens": [self.ids("<|endoftext|>")]}
 
     def between(self) -> None:
         """Where tokens are forced, the time of the first one alone."""

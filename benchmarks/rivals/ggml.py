@@ -31,7 +31,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.rivals.whisper_cpp import MODEL, RULES
+from benchmarks.rivals.protocol import RULES
+from benchmarks.rivals.whisper_cpp import MODEL
 from export.files import new_directory
 from export.problem import Problem
 
@@ -71,8 +72,8 @@ TIED = "proj_out.weight"
 
 
 def convert(checkpoint: Path, out: Path, kind: str = "q8_0") -> None:
-    """Write a folder with the model file, and the rules of decoding beside it (the engine knows the
-    ids of OpenAI's vocabulary only).
+    """Write a folder with the model file and the checkpoint's decoding rules (the engine knows only
+    the ids of OpenAI's vocabulary).
 
     Raises Problem: unknown kind, a checkpoint that the program's graph does not fit.
     """
@@ -195,8 +196,16 @@ def q8_0(array: NDArray[Any]) -> bytes:
 
 
 def rules(checkpoint: Path) -> dict[str, Any]:
-    """Prompt, end and suppressed tokens as an artifact's manifest has them, and the window."""
-    from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor
+    """The checkpoint's decoding rules, and the window."""
+    from transformers import WhisperFeatureExtractor
+
+    samples = WhisperFeatureExtractor.from_pretrained(checkpoint).n_samples
+    return {**decoding_rules_of(checkpoint), "window_samples": samples}
+
+
+def decoding_rules_of(checkpoint: Path) -> dict[str, Any]:
+    """Prompt, end, languages and suppressed tokens, as an artifact's manifest has them."""
+    from transformers import GenerationConfig, WhisperConfig
 
     from export.beside import decoding_rules
 
@@ -204,5 +213,4 @@ def rules(checkpoint: Path) -> dict[str, Any]:
         config=WhisperConfig.from_pretrained(checkpoint),
         generation_config=GenerationConfig.from_pretrained(checkpoint),
     )
-    samples = WhisperFeatureExtractor.from_pretrained(checkpoint).n_samples
-    return {**decoding_rules(parts), "window_samples": samples}
+    return decoding_rules(parts)

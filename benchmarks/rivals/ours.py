@@ -42,7 +42,7 @@ class Ours(Engine):
 
     def transcribe(self, path: Path, language: str | None = None) -> tuple[list[int], str]:
         self.first = self.first or path
-        found = self.recognizer.transcribe(path)
+        found = self.recognizer.transcribe(path, language=self.recognizer.known(language))
         self.done.append(found)
         return found.tokens, found.text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rivals.protocol import RULES
 from export.files import new_directory
 from export.problem import Problem
 
@@ -68,6 +70,7 @@ def sherpa(precision: str) -> Prepare:
         if order.tokens is not None:
             force(model, order.tokens)
         place = export(model, processor, order.place(f"sherpa-{precision}"), precision, "sherpa")
+        write_rules(order.checkpoint, place)
         if order.tokens is not None:
             name_by_number(place)
         return place
@@ -144,7 +147,7 @@ def ggml(kind: str) -> Prepare:
         from benchmarks.rivals.ggml import convert
 
         place = order.place(f"ggml-{kind}")
-        if not place.exists():
+        if not is_written(place):
             convert(order.checkpoint, place, kind)
         return place
 
@@ -154,7 +157,7 @@ def ggml(kind: str) -> Prepare:
 def ctranslate2(order: Order) -> Path:
     """CTranslate2's int8, by its own converter; see to_ctranslate2.py."""
     place = order.place("ctranslate2-int8")
-    if not place.exists():
+    if not is_written(place):
         if not order.python.is_file():
             raise Problem(
                 "faster-whisper: CTranslate2's converter writes its model, and it is in the "
@@ -166,7 +169,22 @@ def ctranslate2(order: Order) -> Path:
             folder.rmdir()  # the converter wants to make it
             behind = packages(order.python)
             run([sys.executable, "-m", module, checkpoint, str(folder), behind])
+            write_rules(order.checkpoint, folder)
     return place
+
+
+def is_written(place: Path) -> bool:
+    """Whether the form is there; one of an older version, without decoding rules, is removed."""
+    if place.is_dir() and not (place / RULES).is_file():
+        shutil.rmtree(place)
+    return place.is_dir()
+
+
+def write_rules(checkpoint: Path, place: Path) -> None:
+    """Write the checkpoint's decoding rules into a rival's form."""
+    from benchmarks.rivals.ggml import decoding_rules_of
+
+    (place / RULES).write_text(json.dumps(decoding_rules_of(checkpoint)) + "\n", encoding="utf-8")
 
 
 def packages(python: Path) -> str:

@@ -34,6 +34,10 @@ from devices.runner.problem import RunnerProblem
 
 WARM_UP_CLIPS = 3
 
+RULES = "decoding.json"
+"""File in a rival's form of the checkpoint: the checkpoint's prompt, languages and special tokens,
+like the entry `decoding` of an artifact's manifest."""
+
 
 @dataclass
 class Stopwatch:
@@ -139,6 +143,26 @@ def languages_of(clips: Path, count: int) -> list[str | None]:
     """What is spoken in each clip; None where the list does not say."""
     place = clips.parent / "languages.json"
     return json.loads(place.read_text(encoding="utf-8")) if place.is_file() else [None] * count
+
+
+def read_rules(model: Path) -> Rules:
+    """Return the decoding rules of the checkpoint that a rival's form was made from."""
+    return Rules.from_manifest(json.loads((model / RULES).read_text(encoding="utf-8")))
+
+
+def prompt_language(rules: Rules, spoken: str | None) -> str | None:
+    """Return the language that prompts the model for a clip.
+
+    It is the clip's own if the model has a token for it, otherwise the checkpoint's default. An
+    English-only model has none: its prompt names no language and no task.
+    """
+    return spoken if spoken in rules.languages else rules.language
+
+
+def prompt_task(rules: Rules) -> str:
+    """Return the task that the checkpoint's prompt names, "transcribe" if it names none."""
+    named = (task for task, number in rules.tasks.items() if number in rules.prompt)
+    return next(named, "transcribe")
 
 
 def forced(rules: Rules, tokens: int | None) -> Rules:

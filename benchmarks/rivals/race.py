@@ -15,9 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.bench import accuracy, merge, write_clips
+from benchmarks.bench import REFERENCE, accuracy, checkpoint_wer, merge, write_clips
 from benchmarks.metadata import clips_hash, folder_bytes, folder_hash
-from benchmarks.result import FORMAT, in_milliseconds, megabytes, milliseconds, validate, wer
+from benchmarks.result import (
+    FORMAT,
+    in_milliseconds,
+    megabytes,
+    milliseconds,
+    other_texts,
+    validate,
+    wer,
+)
 from benchmarks.rivals.engines import ENGINES, count_parameters, refuse_missing, refuse_unknown
 from benchmarks.rivals.prepare import PROJECT, Order
 from benchmarks.rivals.transformers import refuse_slim
@@ -106,16 +114,30 @@ def race(
         "emulated": before["emulated"],
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    has_rivals = any(ENGINES[engine].rival for engine in engines)
+    references = reference(work, answers, normalizer) if has_rivals else {}
     return [
         validate(
             common
             | identify(case, work, places[case.engine])
             | merge(answers[case])
             | accuracy(work.clips, answers[case][-1]["texts"], normalizer)
-            | {"build": answers[case][-1]["build"]}
+            | (references if ENGINES[case.engine].rival else {})
         )
         for case in cases
     ]
+
+
+def reference(
+    work: Work, answers: Mapping[Case, Sequence[Mapping[str, Any]]], normalizer: str
+) -> dict[str, float]:
+    """The field `checkpoint_wer`; nothing where the tokens are forced, and the texts no texts."""
+    if work.tokens is not None:
+        return {}
+    own = [rounds[-1]["texts"] for case, rounds in answers.items() if case.engine == REFERENCE]
+    if own:
+        return {"checkpoint_wer": accuracy(work.clips, own[0], normalizer)["wer"]}
+    return {"checkpoint_wer": checkpoint_wer(work.checkpoint, work.clips, normalizer)}
 
 
 def by_turns(
@@ -140,7 +162,7 @@ def run_case(case: Case, work: Work, place: Path, device: Device, python: Path) 
         device,
         arguments,
         kind.program,
-        {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1"},
+        {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", **kind.env},
         python=str(python) if kind.foreign else sys.executable,
     )
     counts = {len(tokens) for tokens in answer["tokens"]}
@@ -213,9 +235,10 @@ def ratios(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each of our results and each measure, how many times as much the best rival needs: the
     one that is best at any of its numbers of threads, and the one that is best at ours.
 
-    {ours, measure, against, rival, value, best, ratio, interval}; `interval` is null for sizes.
+    {ours, measure, against, rival, value, best, ratio, interval}; `interval` is null for sizes. A
+    rival that wrote other texts than the checkpoint is left out.
     """
-    rivals = [result for result in results if result["rival"] is not None]
+    rivals = [r for r in results if r["rival"] is not None and not other_texts(dict(r))]
     found = []
     for ours in (result for result in results if result["rival"] is None):
         same = [rival for rival in rivals if rival["threads"] == ours["threads"]]

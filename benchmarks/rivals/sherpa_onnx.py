@@ -6,6 +6,10 @@ MODEL is a folder that export/layouts/sherpa.py wrote. The graphs are thus our o
 own exporter traces and quantises PyTorch's; they hear the whole window whatever the clip. What is
 measured is the engine: its log-mel, its caches that are copied from step to step, its loop.
 
+Each clip is transcribed in its own language. sherpa-onnx reads it from the recognizer's
+configuration, which is changed between clips (microseconds, nothing is loaded again). For an
+English-only model sherpa-onnx itself leaves language and task out of the prompt.
+
 The Python package has one call for encoder and decoder, so:
 
     mel_s        accept_waveform(), which computes all frames
@@ -31,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rivals.protocol import Engine, main, noted
+from benchmarks.rivals.protocol import Engine, main, noted, prompt_language, prompt_task, read_rules
 from devices.runner.audio import SAMPLING_RATE, read_wav
 
 TOO_SHORT = np.zeros(SAMPLING_RATE // 10, np.float32)
@@ -47,17 +51,21 @@ class SherpaOnnx(Engine):
         from sherpa_onnx import OfflineRecognizer
 
         super().__init__(model, threads, tokens)
+        self.rules = read_rules(model)
+        self.language = self.rules.language
         self.recognizer = OfflineRecognizer.from_whisper(
             encoder=str(only(model, "*-encoder*.onnx")),
             decoder=str(only(model, "*-decoder*.onnx")),
             tokens=str(only(model, "*-tokens.txt")),
-            language="en",
+            language=self.language or "en",  # an English-only model's is not read
+            task=prompt_task(self.rules),
             num_threads=threads,
             tail_paddings=TAIL_FRAMES,
         )
         self.decode_s, self.tokens = 0.0, tokens
 
     def transcribe(self, path: Path, language: str | None = None) -> tuple[list[Any], str]:
+        self.set_language(prompt_language(self.rules, language))
         pcm = read_wav(path)
         with noted(self.watch.mel_s):
             stream = self.heard(pcm)
@@ -66,6 +74,14 @@ class SherpaOnnx(Engine):
         self.decode_s = time.perf_counter() - started
         found = list(stream.result.tokens)
         return found, str(stream.result.text).strip()
+
+    def set_language(self, code: str | None) -> None:
+        """Let the recognizer transcribe in another language than before."""
+        if code == self.language:
+            return
+        config = self.recognizer.config
+        config.model_config.whisper.language = self.language = code
+        self.recognizer.recognizer.set_config(config)
 
     def heard(self, pcm: Any) -> Any:
         stream = self.recognizer.create_stream()

@@ -1,4 +1,4 @@
-"""A checkpoint by whisper.cpp, from the library inside pywhispercpp's wheel.
+"""A checkpoint by whisper.cpp, from the library that comes with pywhispercpp.
 
     python -m benchmarks.rivals.whisper_cpp MODEL CLIPS.json --threads 2 --tokens 64
 
@@ -15,9 +15,15 @@ in the full window, too few to matter, but with the embedded model's 300 positio
 twice. Models with another window than Whisper's therefore run without it.
 
 What whisper_full() does between these calls (sampling, fallback, timestamps) is left out, to the
-engine's favour; tokens are chosen by the loop of our own runner, after the prompt of the
-checkpoint's own language. The library in the wheel is compiled for AVX2; `build` in the answer is
-what it says itself.
+engine's favour. Tokens are chosen by the loop of our own runner under whisper_full()'s rules for
+no_timestamps: the prompt has language and task only in a multilingual model; no token behind the
+end of text is chosen, and neither that nor a blank at the beginning; non-speech tokens are allowed
+(suppress_nst is off by default); at most half of the text positions, less four, are decoded.
+
+`make rivals-env` installs pywhispercpp's wheel and, where there is a C++ compiler, also builds its
+source package for this processor into the folder `source` of the environment. The build is used if
+it is there, unless EDGEWHISPER_WHISPER_CPP is "wheel". `build` in the answer says which one it was
+and what the library says of itself.
 """
 
 from __future__ import annotations
@@ -25,19 +31,32 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.rivals.protocol import Engine, forced, main, noted, only_window
+from benchmarks.rivals.protocol import (
+    RULES,
+    Engine,
+    forced,
+    main,
+    noted,
+    only_window,
+    prompt_language,
+)
 from devices.runner.decode import Rules, greedy
 from devices.runner.problem import RunnerProblem
 
-MODEL, RULES = "ggml-model.bin", "decoding.json"
+MODEL = "ggml-model.bin"
 """In the folder that ggml.py writes."""
+SOURCE = Path(sys.prefix) / "source"
+"""Where the environment has the library that was built from the source package."""
+CHOICE = "EDGEWHISPER_WHISPER_CPP"
 
 Quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 FLOATS = ctypes.POINTER(ctypes.c_float)
@@ -75,6 +94,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "whisper_get_logits": (FLOATS, (ctypes.c_void_p,)),
     "whisper_n_vocab": (ctypes.c_int, (ctypes.c_void_p,)),
+    "whisper_n_text_ctx": (ctypes.c_int, (ctypes.c_void_p,)),
     "whisper_token_to_str": (ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_int)),
     "whisper_print_system_info": (ctypes.c_char_p, ()),
 }
@@ -87,9 +107,8 @@ class WhisperCpp(Engine):
     def __init__(self, model: Path, threads: int, tokens: int | None) -> None:
         super().__init__(model, threads, tokens)
         self.threads, self.library = threads, open_library()
-        told = json.loads((model / RULES).read_text(encoding="utf-8"))
-        self.rules = forced(Rules.from_manifest(told), tokens)
-        self.window_samples: int = told["window_samples"]
+        written = json.loads((model / RULES).read_text(encoding="utf-8"))
+        self.window_samples: int = written["window_samples"]
         options = self.library.whisper_context_default_params()
         options.flash_attn &= self.window_samples == FULL_WINDOW
         load = self.library.whisper_init_from_file_with_params
@@ -97,8 +116,21 @@ class WhisperCpp(Engine):
         if not self.context:
             raise RunnerProblem(f"{model / MODEL}: whisper.cpp cannot load it")
         self.vocabulary: int = self.library.whisper_n_vocab(self.context)
-        self.build = self.library.whisper_print_system_info().decode()
+        self.rules = forced(self.full_rules(Rules.from_manifest(written)), tokens)
+        origin = "built from source" if uses_source() else "wheel"
+        self.build = f"{origin}: {self.library.whisper_print_system_info().decode().strip()}"
         self.fed = 0
+
+    def full_rules(self, rules: Rules) -> Rules:
+        """Return the rules that whisper_full() decodes by, with no_timestamps; see above."""
+        word = self.library.whisper_token_to_str
+        blank = (i for i in range(rules.eos) if word(self.context, i) == b" ")
+        return replace(
+            rules,
+            suppress_tokens=tuple(range(rules.eos + 1, self.vocabulary)),
+            begin_suppress_tokens=(rules.eos, *list(blank)[:1]),
+            max_new_tokens=self.library.whisper_n_text_ctx(self.context) // 2 - 4,
+        )
 
     def transcribe(self, path: Path, language: str | None = None) -> tuple[list[int], str]:
         pcm = only_window(path, self.window_samples)
@@ -107,8 +139,14 @@ class WhisperCpp(Engine):
         with noted(self.watch.encoder_s):
             self.call("whisper_encode", 0)
         self.fed = 0
-        tokens = greedy(self.step, self.rules, stop_loops=False)
+        code = prompt_language(self.rules, language)
+        tokens = greedy(self.step, self.prompted(code), stop_loops=False)
         return tokens, self.text(tokens)
+
+    def prompted(self, code: str | None) -> Rules:
+        """Return the rules with another language in the prompt; None leaves the prompt."""
+        rules = self.rules.told(code, None, timestamps=False)
+        return replace(rules, max_new_tokens=self.rules.max_new_tokens)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call one of the library's stages; the number of threads is their last argument."""
@@ -130,6 +168,11 @@ class WhisperCpp(Engine):
         spell = self.library.whisper_token_to_str
         found = b"".join(spell(self.context, t) for t in tokens if t < self.rules.eos)
         return found.decode(errors="replace").strip()
+
+
+def uses_source() -> bool:
+    """Whether the library was built from the source package."""
+    return SOURCE.is_dir() and os.environ.get(CHOICE) != "wheel"
 
 
 def open_library() -> Any:
@@ -155,4 +198,6 @@ MUTE = Quiet(lambda level, text, data: None)
 
 
 if __name__ == "__main__":
+    if uses_source():
+        sys.path.insert(0, str(SOURCE))
     sys.exit(main(WhisperCpp))
