@@ -109,8 +109,16 @@ def compress_cli(
     ] = None,
     max_wer_loss: Annotated[
         float | None,
-        typer.Option(metavar="POINTS", help="search for the smallest that loses no more dev WER"),
+        typer.Option(
+            metavar="POINTS",
+            help="search for the smallest that loses no more dev WER (a target; the limit of one "
+            "run is max_wer_loss in the recipe)",
+        ),
     ] = None,
+    allow_loss: Annotated[
+        bool,
+        typer.Option("--allow-loss", help="write it even if it loses more than max_wer_loss"),
+    ] = False,
     trials: Annotated[
         int | None, typer.Option(min=1, help="runs of the recipe that a search makes; default: 12")
     ] = None,
@@ -126,12 +134,13 @@ def compress_cli(
         _refuse_trials(trials)
         from edgewhisper import pipeline
 
-        say(f"wrote {pipeline.compress(*rest)}")
+        say(f"wrote {pipeline.compress(*rest, allow_loss)}")
         return
     from edgewhisper import targets
 
     asked, table = targets.parse(*asks), targets.table_of(target_latency, device)
-    place, rows = targets.compress_to(asked, trials or targets.TRIALS, *rest, table)
+    tried = trials or targets.TRIALS
+    place, rows = targets.compress_to(asked, tried, *rest, table, allow_loss)
     _show_trials(rows)
     say(f"wrote {place}")
 

@@ -5,6 +5,7 @@ Every function takes plain values, writes whole directories or nothing, and rais
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +32,7 @@ from edgewhisper.compress import METHODS
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
+from edgewhisper.guard import Guard, Loss, TooMuchLost, likely_cause
 from edgewhisper.languages import fix_language, set_language
 from edgewhisper.recipe import Recipe, load_recipe
 from export.artifact import MANIFEST, PACKAGED, write_manifest
@@ -83,8 +86,12 @@ def compress(
     revision: str | None = None,
     say: Say = print,
     language: str | None = None,
+    allow_loss: bool = False,
 ) -> Path:
     """Run a recipe on a checkpoint; return the directory of the smaller one.
+
+    Raises TooMuchLost where a step, or the whole recipe, costs more dev WER than the recipe's
+    `max_wer_loss`: the checkpoint is then written under a name that says so. `allow_loss` goes on.
 
     Without one it is `quick`, some minutes' work, where the embedded model is compressed on the
     speech that comes with it, and `tspar` elsewhere. `language` prompts the model for speech in a
@@ -93,13 +100,39 @@ def compress(
     found = recipe_for(model, recipe, speech)
     job = prepare(found, model, speech, dev, out, seed, revision, language=language)
     say(f"{job.source}: {describe(job.before)}")
-    slim, after = finish(run_steps(job.dense, job.recipe, job.work, say), job.work)
-    say(f"compressed: {describe(after)}")
     place = out or runs.new_path("checkpoint", f"-{job.recipe.name}")
+    guard = Guard(job.recipe.max_wer_loss, allow_loss)
+    try:
+        # a copy: methods train in place, and later steps still want the original
+        made = run_steps(copy.deepcopy(job.dense), job.recipe, job.work, say, guard=guard)
+    except TooMuchLost as lost:
+        raise keep_failed(job, guard, lost, place) from None
+    slim, after = finish(made, job.work)
+    say(f"compressed: {describe(after)}")
     if runs.main_process():
-        whisper.save(slim, job.work.processor, place, record_of(job, job.work, after))
+        record = record_of(job, job.work, after) | {"dev_wer": guard.as_dict()}
+        whisper.save(slim, job.work.processor, place, record)
         shutil.rmtree(job.work.run_dir, ignore_errors=True)
     return place
+
+
+def keep_failed(job: Job, guard: Guard, lost: TooMuchLost, place: Path) -> TooMuchLost:
+    """Write the checkpoint that lost too much beside `place` -> the error that says where."""
+    named = place.with_name(place.name + lost.suffix)
+    for number in count(2):
+        if not named.exists():
+            break
+        named = place.with_name(f"{place.name}{lost.suffix}-{number}")
+    if runs.main_process():
+        slim, after = finish(lost.model, job.work)
+        record = record_of(job, job.work, after) | {"dev_wer": guard.as_dict()}
+        whisper.save(slim, job.work.processor, named, record)
+    return TooMuchLost(
+        f"{lost}; the checkpoint is in {named}",
+        f"{lost.hint}; or add --allow-loss to accept it",
+        lost.loss,
+        lost.model,
+    )
 
 
 def recipe_for(model: str | None, recipe: str | None, speech: Path | None) -> Recipe:
@@ -158,18 +191,29 @@ def run_steps(
     say: Say,
     first: int = 0,
     last: int | None = None,
+    guard: Guard | None = None,
 ) -> WhisperForConditionalGeneration:
     """Each step of the recipe in turn; a step gets the model that the one before returned.
 
     A method that comes twice has state and records of its own each time. `first` and `last` choose
-    some of the steps, as a slice does.
+    some of the steps, as a slice does. Raises TooMuchLost where there is a guard and a step, or all
+    of them together, cost more dev WER than it allows.
     """
+    start = work.wer(model) if guard else None
     for number, step in list(enumerate(recipe.steps, start=1))[first:last]:
         say(f"step {number} of {len(recipe.steps)}: {step.method}")
+        before = work.wer(model) if guard else None
         own = replace(work, run_dir=work.run_dir / f"step-{number}", record={})
         model = import_module(METHODS[step.method]).apply(model, step.options, own)
         for name, told in own.record.items():
             work.record[f"{name}-{number}" if name in work.record else name] = told
+        if guard and before:
+            after = work.wer(model)
+            cause = likely_cause(step, own.record, after.wer)
+            guard.check(Loss(number, step.method, before, after), cause, model, say)
+    if guard and start:
+        whole = Loss(None, recipe.name, start, work.wer(model))
+        guard.check(whole, "remove less or train longer in the steps that lost most", model, say)
     return model
 
 
