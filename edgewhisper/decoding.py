@@ -56,7 +56,8 @@ def greedy(
     """Greedy tokens of clips of up to one window each, without prompt and end of text.
 
     A clip gets at most `max_tokens`; None: as many as the model has room for. `done` is called
-    with the number of clips that are finished. Each is decoded under the prompt of its language; where that is not known, or the model has no
+    with the number of clips that are finished. Each is decoded under the prompt of its language;
+    where that is not known, or the model has no
     token for it, under the one that generation_config names (export/prompt.py).
     """
     room = model.config.max_target_positions - 4

@@ -9,7 +9,7 @@ third of the work. A batch here is the whole one of a step, over all processes a
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class Batch:
     not have to find, and in the padding."""
     whole_features: Tensor | None = None
     """(clips, mels, frames) of the model's full window."""
+    clips: tuple[int, ...] | None = None
+    """Numbers of the clips, where nothing augments them: the same number, the same features."""
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
@@ -60,6 +62,7 @@ class Batch:
             self.decoder_input_ids.to(device),
             self.labels.to(device),
             None if self.whole_features is None else self.whole_features.to(device),
+            self.clips,
         )
 
 
@@ -157,7 +160,13 @@ class Examples:
 
     def __getitem__(self, positions: Sequence[int]) -> Batch:
         features = torch.stack([self.features(p) for p in positions])
-        return self.batch([self.index(p) for p in positions], features, self.window(positions[0]))
+        indices = [self.index(p) for p in positions]
+        batch = self.batch(indices, features, self.window(positions[0]))
+        return batch if self.augmented else replace(batch, clips=tuple(indices))
+
+    @property
+    def augmented(self) -> bool:
+        return self.noise_snr_db != math.inf or self.mask_mels > 0
 
     def plain(self, indices: Sequence[int]) -> Batch:
         """These clips as they are, in the shortest window that holds them."""

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from importlib import import_module
 from itertools import count
@@ -28,19 +28,21 @@ from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import Score, score
 from edgewhisper import alignment, decoding, runs, whisper
+from edgewhisper.card import card_of
 from edgewhisper.compress import METHODS
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
-from edgewhisper.guard import Guard, Loss, TooMuchLost, likely_cause
+from edgewhisper.guard import Guard, Loss, TooMuchLost, likely_cause, trainings_of
 from edgewhisper.languages import fix_language, set_language
 from edgewhisper.recipe import Recipe, load_recipe
+from edgewhisper.training import progress_bar
 from export.artifact import MANIFEST, PACKAGED, write_manifest
 from export.artifact import read_manifest as read_artifact
 from export.cost import count_parameters, macs, macs_by_window
 from export.files import new_directory
 from export.problem import Problem
-from export.prompt import has_token, language_code
+from export.prompt import has_token, is_multilingual, language_code
 from export.quantise import is_quantised
 from export.versions import versions
 
@@ -65,12 +67,26 @@ DEV_SHARE = 10
 Say = Callable[[str], None]
 
 
+GENERAL = ASSETS / "common-voice"
+GENERAL_TOKENS = 51_864
+"""OpenAI's models have at least so many tokens; a smaller vocabulary is of some other language."""
+SHIPPED = (
+    "60 + 60 English clips of Mozilla Common Voice (CC0 1.0) that come with EdgeWhisper, "
+    "edgewhisper/assets/common-voice"
+)
+OWN_WORDS = "the model's own transcripts, or the reference where they differ much"
+AGREES = 0.3
+"""WER up to which a transcript is the better text to train on than the reference."""
+
+
 @dataclass(frozen=True)
 class Speech:
     """Clips to train on, and clips to choose thresholds on."""
 
     train: list[Clip]
     dev: list[Clip]
+    source: str | None = None
+    """Said in the model card, where the clips are EdgeWhisper's own."""
 
 
 # --------------------------------------------------------------------------------- compress
@@ -99,7 +115,8 @@ def compress(
     """
     found = recipe_for(model, recipe, speech)
     job = prepare(found, model, speech, dev, out, seed, revision, language=language)
-    say(f"{job.source}: {describe(job.before)}")
+    for line in (*job.notes, f"{job.source}: {describe(job.before)}"):
+        say(line)
     place = out or runs.new_path("checkpoint", f"-{job.recipe.name}")
     guard = Guard(job.recipe.max_wer_loss, allow_loss)
     try:
@@ -111,7 +128,7 @@ def compress(
     say(f"compressed: {describe(after)}")
     if runs.main_process():
         record = record_of(job, job.work, after) | {"dev_wer": guard.as_dict()}
-        whisper.save(slim, job.work.processor, place, record)
+        whisper.save(slim, job.work.processor, place, record, card_of(record))
         shutil.rmtree(job.work.run_dir, ignore_errors=True)
     return place
 
@@ -126,7 +143,7 @@ def keep_failed(job: Job, guard: Guard, lost: TooMuchLost, place: Path) -> TooMu
     if runs.main_process():
         slim, after = finish(lost.model, job.work)
         record = record_of(job, job.work, after) | {"dev_wer": guard.as_dict()}
-        whisper.save(slim, job.work.processor, named, record)
+        whisper.save(slim, job.work.processor, named, record, card_of(record))
     return TooMuchLost(
         f"{lost}; the checkpoint is in {named}",
         f"{lost.hint}; or add --allow-loss to accept it",
@@ -149,6 +166,21 @@ class Job:
     dense: WhisperForConditionalGeneration
     work: Work
     before: dict[str, Any]
+    speech: dict[str, str | None] = field(default_factory=dict)
+    """Where the clips and their texts are from, where that is not the user's manifest."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know before the first step."""
+        if not self.speech.get("source"):
+            return []
+        notes = [f"no --speech is given, so it learns from {self.speech['source']}"]
+        if is_multilingual(self.dense.generation_config):
+            notes.append(
+                "note: these clips are English, so the error rates say nothing of other languages; "
+                "name speech in yours with --speech"
+            )
+        return notes
 
 
 def prepare(
@@ -166,22 +198,57 @@ def prepare(
     source = model or str(DEFAULT_MODEL)
     if out is not None and out.exists():
         raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
-    clips = choose_speech(source, speech, dev)
     dense = whisper.load(source, revision)
-    set_language(dense.generation_config, clips.train, clips.dev, language)
+    clips = choose_speech(source, speech, dev, dense.config.vocab_size >= GENERAL_TOKENS)
+    if clips.source is None or language is not None:
+        set_language(dense.generation_config, clips.train, clips.dev, language)
     for step in recipe.steps:
         refuse_quantised(dense, step.method, step.options)
     processor = whisper.load_processor(source, revision)
+    learns = clips.source is not None and trains(recipe)
     work = Work(
         processor=processor,
-        train=clips.train,
+        train=in_own_words(dense, processor, clips.train) if learns else clips.train,
         dev=clips.dev,
         run_dir=_run_dir(recipe, source, clips, seed, language, purpose),
         seed=seed,
         original=dense,
         timed=alignment.reference(dense, processor, clips.dev),
     )
-    return Job(source, recipe, dense, work, measure(dense, work))
+    told = {"source": clips.source, "texts": OWN_WORDS if learns else None}
+    return Job(source, recipe, dense, work, measure(dense, work), told)
+
+
+def trains(recipe: Recipe) -> bool:
+    return any(True for step in recipe.steps for _ in trainings_of(step.options))
+
+
+def in_own_words(
+    model: WhisperForConditionalGeneration, processor: WhisperProcessor, clips: Sequence[Clip]
+) -> list[Clip]:
+    """The clips with the model's own transcripts where these hardly differ from the texts.
+
+    The texts of Common Voice lack case and punctuation; a model that was trained on them would
+    lose both. Distil-Whisper (arXiv:2311.00430) trains on transcripts for the same reason.
+    """
+    pcms = [clip.pcm() for clip in clips]
+    with progress_bar(len(clips), None, runs.main_process(), "transcripts to train on") as show:
+        texts = decoding.transcribe(
+            model,
+            processor,
+            pcms,
+            [clip.lang for clip in clips],
+            max_tokens=4 * max(len(clip.text.split()) for clip in clips),
+            done=lambda finished: show(finished, ""),
+        )
+    return [
+        replace(clip, text=text) if text and agrees(clip, text) else clip
+        for clip, text in zip(clips, texts, strict=True)
+    ]
+
+
+def agrees(clip: Clip, text: str) -> bool:
+    return bool(clip.text.strip()) and score([clip.text], [text]).wer <= AGREES
 
 
 def run_steps(
@@ -225,10 +292,16 @@ def finish(
     return model, measure(model, work)
 
 
-def choose_speech(source: str, speech: Path | None, dev: Path | None) -> Speech:
-    """The user's speech, or for the embedded default the clips that come with it."""
+def choose_speech(
+    source: str, speech: Path | None, dev: Path | None, general: bool = False
+) -> Speech:
+    """The user's speech; without it, for the embedded default the clips that come with it, and for
+    a `general` model those of Common Voice that come with EdgeWhisper."""
     if speech is None and dev is None and Path(source) == DEFAULT_MODEL:
         speech, dev = SPEECH / "train.jsonl", SPEECH / "dev.jsonl"
+    elif speech is None and general:
+        judged = with_texts(dev or GENERAL / "dev.jsonl")
+        return Speech(with_texts(GENERAL / "calibration.jsonl"), judged, SHIPPED)
     if speech is None:
         raise Problem(
             f"{source}: no speech to compress it with",
@@ -302,7 +375,8 @@ def record_of(
             "files": _hashes(Path(job.source)),
             "compression": whisper.compression_record(job.source),
         },
-        "speech": {"train": _clips_record(work.train), "dev": _clips_record(work.dev)},
+        "speech": {"train": _clips_record(work.train), "dev": _clips_record(work.dev)}
+        | {name: told for name, told in job.speech.items() if told},
         "seed": work.seed,
         "language": getattr(job.dense.generation_config, "language", None),
         "versions": versions(),

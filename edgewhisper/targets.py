@@ -325,7 +325,8 @@ def compress_to(
     purpose = f"search {axes}"
     job = pipeline.prepare(found, model, speech, dev, out, seed, revision, purpose, language)
     job = replace(job, before=job.before | latency_of(job.dense, table))
-    say(f"{job.source}: {pipeline.describe(job.before)}")
+    for line in (*job.notes, f"{job.source}: {pipeline.describe(job.before)}"):
+        say(line)
     limits = limits_of(targets, job.before)
     begun = begin(job, say)
     tried = minimise(
@@ -361,8 +362,8 @@ def refuse_loss(job: Job, chosen: Tried) -> None:
     limit = job.recipe.max_wer_loss
     if 100 * (after - before) > limit + 1e-9:
         raise Problem(
-            f"the most accurate of the trials that meet the target has {100 * after:.1f} % dev WER, "
-            f"against {100 * before:.1f} % before: more than max_wer_loss = {limit:g} points",
+            f"the most accurate of the trials that meet the target has {100 * after:.1f} % dev "
+            f"WER, against {100 * before:.1f} % before: more than max_wer_loss = {limit:g} points",
             hint="ask for less, add --max-wer-loss POINTS as a target, or accept it with "
             "--allow-loss: the trials made are kept",
         )

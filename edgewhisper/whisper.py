@@ -537,9 +537,14 @@ def load_processor(source: str | Path, revision: str | None = None) -> WhisperPr
 
 
 def save(
-    model: nn.Module, processor: WhisperProcessor, out: Path, compression: dict[str, Any]
+    model: nn.Module,
+    processor: WhisperProcessor,
+    out: Path,
+    compression: dict[str, Any],
+    card: str | None = None,
 ) -> None:
-    """Write a checkpoint directory, whole or not at all. `out` must not exist yet.
+    """Write a checkpoint directory, whole or not at all. `out` must not exist yet. `card` is the
+    text of its README.md.
 
     Raises Problem where the folder cannot be written.
     """
@@ -553,6 +558,8 @@ def save(
             processor.feature_extractor.save_pretrained(directory)
         text = json.dumps(compression, indent=2, ensure_ascii=False) + "\n"
         (directory / "compression.json").write_text(text, encoding="utf-8")
+        if card is not None:
+            (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def rebuild(

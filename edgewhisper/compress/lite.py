@@ -335,7 +335,11 @@ def apply(
     home = next(model.parameters()).device
     names = chosen(model, options.layers)
     before = count_parameters(model), macs(model)
-    keep = keep_term(model, options.keep) if options.recovery.steps else None
+    keep = (
+        keep_term(model, options.keep, options.recovery.cache_encoder)
+        if options.recovery.steps
+        else None
+    )
     speech = calibration_speech(options, work)
     model.to(fastest_device())
     outputs = listen(model, names, speech)

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper import alignment, whisper
+from edgewhisper.compress.near import Teacher, frozen_copy
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import IGNORED, Batch, batches
@@ -222,13 +223,14 @@ def distillation(teacher: nn.Module, options: Options) -> LossTerm | None:
     """(2) without the cross entropy that training adds on its own."""
     if options.ce == 1 and options.kl == 0:
         return None
+    asked = Teacher(teacher, options.training.cache_encoder)
 
     def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
         loss = (options.ce - 1) * cross_entropy(outputs.logits, batch.labels)
         if options.kl == 0:
             return loss
         told = batch.labels != IGNORED  # (clips, tokens)
-        wanted = logits_of(teacher, batch)[told]  # (told, V)
+        wanted = asked(batch, batch.input_features).logits[told]  # (told, V)
         temperature = model.log_temperature.exp()
         found = outputs.logits[told]
         return loss + options.kl * divergence(wanted, found, temperature, options.t_squared)
@@ -274,7 +276,7 @@ def apply(
     refuse(model, plan, options)
     record: dict[str, Any] = {"start": options.start}
     fine_tune(model, options, work, record)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    teacher = frozen_copy(model)
     record["similarity"] = similarities(teacher, options, work)
     student = choose(teacher, plan, options, work, record)
     record["training"] = distil(

@@ -41,7 +41,6 @@ What we fill in, and where we differ:
   mean squares: steps of one size then suit both factors.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +51,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper import whisper
+from edgewhisper.compress.near import Teacher, frozen_copy
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import IGNORED, Batch, Examples, batches
@@ -187,6 +187,7 @@ class Distillation:
     def __init__(self, teacher: nn.Module, seen: Seen, options: Options, steps: int) -> None:
         """`seen` is what the student's output is given, `steps` how many there will be."""
         self.teacher, self.seen, self.options = teacher, seen, options
+        self.asked = Teacher(teacher, options.training.cache_encoder)
         ends = {"teacher_then_student": options.switch, "teacher": 1.0, "student": 0.0}
         self.teacher_steps = round(ends[options.states] * steps)
 
@@ -209,7 +210,9 @@ class Distillation:
         """(clips, n, h); `model` has just computed its own."""
         if int(model.shear_steps) >= self.teacher_steps:
             return self.seen["states"]
-        return states_of(self.teacher, batch)
+        with watched(self.teacher.proj_out) as seen:
+            self.asked(batch, batch.input_features)
+            return seen["states"]
 
     def after_step(self, model: nn.Module, step: int, learning_rate: float) -> None:
         model.shear_steps += 1
@@ -265,7 +268,7 @@ def apply(
     """
     refuse_quantised(model, "shear", options)
     refuse_rank(model, 1 if options.theta else options.rank)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    teacher = frozen_copy(model)
     frequencies = token_frequencies(model, work, options.floor)
     metric = second_moment(teacher, options, work)
     rows, basis = factors_of(model, options, frequencies, metric)

@@ -276,7 +276,7 @@ def apply(
     refuse_unreachable(model, options)
     before = work.wer(model).wer
     penalty, after_step, record["scales"] = regulariser(model, options, work)
-    keep = keep_term(model, options.keep)
+    keep = keep_term(model, options.keep, options.training.cache_encoder)
     log = train(
         model,
         work.processor,
