@@ -19,6 +19,8 @@ from torch import Tensor
 
 from devices.runner.audio import shortest
 from edgewhisper.decoding import log_mel
+from edgewhisper.progress import progress_bar
+from edgewhisper.runs import main_process
 from export.problem import Problem
 from export.prompt import language_code, prompt_ids
 from export.shrink import windows_of
@@ -270,9 +272,13 @@ def batches(
     model: "WhisperForConditionalGeneration",
     processor: "WhisperProcessor",
     size: int,
+    label: str = "listening",
 ) -> Iterator[Batch]:
-    """Every clip once, as it is, in the manifest's order, on the model's device."""
+    """Every clip once, as it is, in the manifest's order, on the model's device; progress is shown
+    under that label."""
     examples = Examples(clips, model, processor, seed=0)
     device = next(model.parameters()).device
-    for first in range(0, len(examples), size):
-        yield examples.plain(range(len(examples))[first : first + size]).to(device)
+    with progress_bar(len(examples), None, main_process(), label) as show:
+        for first in range(0, len(examples), size):
+            yield examples.plain(range(len(examples))[first : first + size]).to(device)
+            show(min(first + size, len(examples)), "")

@@ -11,7 +11,6 @@ from the seed and s alone, so a run that was stopped resumes to the same bits.
 
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from devices.runner.audio import shortest
 from edgewhisper.examples import CACHED_BYTES, IGNORED, Batch, Examples, WindowRule
+from edgewhisper.progress import progress_bar
 from edgewhisper.recipe import Range
 from edgewhisper.resume import State, fingerprint, graceful_stop, interrupted
 from export.problem import Problem
@@ -84,7 +84,7 @@ class Training:
     safer: most tokens are never read, and the output layer would move them all."""
     windows: Literal["decoding", "speech"] = "decoding"
     """How much of the window a step trains on. decoding: as in decoding, which for stock Whisper is
-    always 30 s. speech: up to a second behind the longest clip, and every fourth step as in
+    always 30 s. speech: up to a second behind the longest clip, and every eighth step as in
     decoding; several times cheaper. It suits distillation, where the teacher hears the same."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -183,7 +183,7 @@ def examples_for(
 
 class SpeechWindows:
     """The rule of `windows = "speech"`: what the speech of a step needs, and some silence behind
-    it; every fourth step, what decoding takes."""
+    it; every eighth step, what decoding takes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.windows = windows_of(model.config)
@@ -193,7 +193,7 @@ class SpeechWindows:
         whole = shortest(self.windows, needed)
         # a multiple, so that states which were computed once are of use again
         units = math.ceil(needed / self.unit) + 1
-        return whole if step % 4 == 3 else min(units * self.unit, whole)
+        return whole if step % 8 == 7 else min(units * self.unit, whole)
 
 
 def counted(options: Training, clips: int) -> Training:
@@ -524,54 +524,3 @@ def checkpointing(model: "WhisperForConditionalGeneration", options: Training) -
     finally:
         if options.gradient_checkpointing:
             model.gradient_checkpointing_disable()
-
-
-LINE_S = 10.0
-"""Without a terminal, progress is a line this often."""
-
-
-@contextmanager
-def progress_lines(steps: int, label: str) -> Iterator[Callable[[int, str], None]]:
-    """A function of (steps done, a note) that prints a line on stderr every LINE_S seconds."""
-    started = last = time.monotonic()
-
-    def show(done: int, note: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < LINE_S or not done:
-            return
-        last, left = now, (now - started) / done * (steps - done)
-        told = f"{label}: {done} of {steps}{', ' if note else ''}{note}, about {left:.0f} s left"
-        print(told, file=sys.stderr, flush=True)
-
-    yield show
-
-
-@contextmanager
-def progress_bar(
-    steps: int, wanted: bool | None, main: bool, label: str
-) -> Iterator[Callable[[int, str], None]]:
-    """A function of (steps done, a note) that draws a bar on stderr; where that is no terminal, it
-    prints a line every ten seconds. `wanted`: False shows nothing, True always a bar."""
-    if wanted is False or not main:
-        yield lambda done, note: None
-        return
-    if not (wanted or sys.stderr.isatty()):
-        with progress_lines(steps, label) as show:
-            yield show
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[note]}"),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=steps, note="")
-        yield lambda done, note: bar.update(task, completed=done, note=note)

@@ -87,6 +87,8 @@ class Options:
     groups: str = ""
     """Layers that become one, from 0: "0+1 2+3 4 5" merges two pairs and keeps two layers. Without
     it, adjacent layers are paired, which is the paper."""
+    pairs: Annotated[int, Range(0)] = 0
+    """Ours: without `groups`, merge only so many pairs, in the middle of the decoder; 0: all."""
     alpha: Weight = 0.1
     """Weight of a pair's lower layer, where nothing is searched. Ours; the paper says small."""
     beta: Weight = 1.0
@@ -193,6 +195,22 @@ def parse_groups(text: str, layers: int) -> Plan:
     return plan
 
 
+def plan_of(options: Options, layers: int) -> Plan:
+    """The plan for a decoder of so many layers. Raises Problem where it has too few for `pairs`."""
+    if options.pairs == 0:
+        return parse_groups(options.groups, layers)
+    if options.groups or 2 * options.pairs > layers:
+        asked = "besides groups" if options.groups else f"in a decoder of {layers} layers"
+        raise Problem(
+            f"merge: pairs = {options.pairs} is given {asked}",
+            hint=f"leave groups out, and give at most {layers // 2} pairs",
+        )
+    first = (layers - 2 * options.pairs + 1) // 2
+    last = first + 2 * options.pairs
+    merged: Plan = [(i, i + 1) for i in range(first, last, 2)]
+    return [*((i,) for i in range(first)), *merged, *((i,) for i in range(last, layers))]
+
+
 def with_weights(plan: Plan, alpha: float, beta: float) -> Plan:
     """The plan without the layers that a weight of zero leaves out."""
     if alpha + beta <= 0:
@@ -272,7 +290,7 @@ def apply(
     that token timestamps are read from. Raises what training.train and search.minimise raise.
     """
     refuse_quantised(model, "merge", options)
-    plan = parse_groups(options.groups, model.config.decoder_layers)
+    plan = plan_of(options, model.config.decoder_layers)
     refuse(model, plan, options)
     record: dict[str, Any] = {"start": options.start}
     fine_tune(model, options, work, record)
@@ -571,4 +589,5 @@ def similarities(model: nn.Module, options: Options, work: Work) -> list[list[fl
 
 def calibration(model: nn.Module, options: Options, work: Work) -> Iterator[Batch]:
     clips = work.train[: options.calibration]
-    return batches(clips, model, work.processor, options.training.batch_size)
+    size = options.training.batch_size
+    return batches(clips, model, work.processor, size, "merge: listening")

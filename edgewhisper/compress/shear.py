@@ -69,6 +69,7 @@ TABLE = "model.decoder.embed_tokens"
 Seen = dict[str, Tensor]
 ROUND_TO = 16
 """Ranks that `theta` chooses are multiples of this."""
+LISTENING = "shear: listening"
 RIDGE = 1e-6
 """Of the mean square of a state's features, added to each: few clips span few directions."""
 
@@ -365,7 +366,7 @@ def second_moment(model: nn.Module, options: Options, work: Work) -> Tensor:
     width = model.config.d_model
     total, tokens = torch.zeros(width, width, dtype=torch.float64), 0
     clips = work.train[: options.calibration]
-    for batch in batches(clips, model, work.processor, options.training.batch_size):
+    for batch in batches(clips, model, work.processor, options.training.batch_size, LISTENING):
         states = states_of(model, batch)[batch.labels != IGNORED].cpu().double()  # (told, h)
         total += states.T @ states
         tokens += len(states)
