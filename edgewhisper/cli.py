@@ -78,9 +78,12 @@ def compress_cli(
     model: Model = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="name or .toml file; default: quick for the embedded model, else tspar"),
+        typer.Option(help="name or .toml file; default: lite, for the embedded model quick"),
     ] = None,
-    speech: Annotated[Path | None, typer.Option(help=f"clips to train on: {SPEECH}")] = None,
+    speech: Annotated[
+        Path | None,
+        typer.Option(help=f"clips to train on: {SPEECH}; default: English clips that come along"),
+    ] = None,
     dev: Annotated[
         Path | None,
         typer.Option(help=f"clips for the thresholds: {SPEECH}; default: a tenth of --speech"),

@@ -109,8 +109,8 @@ def compress(
     Raises TooMuchLost where a step, or the whole recipe, costs more dev WER than the recipe's
     `max_wer_loss`: the checkpoint is then written under a name that says so. `allow_loss` goes on.
 
-    Without one it is `quick`, some minutes' work, where the embedded model is compressed on the
-    speech that comes with it, and `tspar` elsewhere. `language` prompts the model for speech in a
+    Without one it is `lite`, which trains nothing; for the embedded model `quick`, some minutes'
+    work on the speech that comes with it, or on your own speech `digits-tspar`. `language` prompts the model for speech in a
     language that it has no token for.
     """
     found = recipe_for(model, recipe, speech)
@@ -153,8 +153,10 @@ def keep_failed(job: Job, guard: Guard, lost: TooMuchLost, place: Path) -> TooMu
 
 
 def recipe_for(model: str | None, recipe: str | None, speech: Path | None) -> Recipe:
-    embedded = Path(model or DEFAULT_MODEL) == DEFAULT_MODEL and speech is None
-    return load_recipe(recipe or ("quick" if embedded else "tspar"))
+    """The recipe that is named; otherwise the safest one: `lite`, which trains nothing."""
+    if recipe is None and Path(model or DEFAULT_MODEL) == DEFAULT_MODEL:
+        recipe = "quick" if speech is None else "digits-tspar"
+    return load_recipe(recipe or "lite")
 
 
 @dataclass(frozen=True)

@@ -518,9 +518,11 @@ def partly_frozen(model: "WhisperForConditionalGeneration", options: Training) -
 def checkpointing(model: "WhisperForConditionalGeneration", options: Training) -> Iterator[None]:
     """Gradient checkpointing, where the options ask for it."""
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
     try:
         yield
     finally:
         if options.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            disable = getattr(model, "activation_checkpointing_disable", None)
+            (disable or model.gradient_checkpointing_disable)()

@@ -372,7 +372,7 @@ def test_gradient_checkpointing_changes_no_result(model, processor, few, tmp_pat
     train(model, processor, few, options, run_dir=tmp_path / "checkpointing")
     for name, tensor in weights(model).items():
         assert torch.allclose(tensor, weights(plain)[name], atol=1e-5), name
-    assert not model.is_gradient_checkpointing
+    assert not model.is_activation_checkpointing
 
 
 def test_without_a_terminal_progress_is_a_line_every_ten_seconds(capsys, monkeypatch):
