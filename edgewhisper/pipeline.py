@@ -110,8 +110,8 @@ def compress(
     `max_wer_loss`: the checkpoint is then written under a name that says so. `allow_loss` goes on.
 
     Without one it is `lite`, which trains nothing; for the embedded model `quick`, some minutes'
-    work on the speech that comes with it, or on your own speech `digits-tspar`. `language` prompts the model for speech in a
-    language that it has no token for.
+    work on the speech that comes with it, or on your own speech `digits-tspar`. `language` prompts
+    the model for speech in a language that it has no token for.
     """
     found = recipe_for(model, recipe, speech)
     job = prepare(found, model, speech, dev, out, seed, revision, language=language)
