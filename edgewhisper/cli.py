@@ -80,9 +80,12 @@ def compress_cli(
     model: Model = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="name or .toml file; default: quick for the embedded model, else tspar"),
+        typer.Option(help="name or .toml file; default: lite, for the embedded model quick"),
     ] = None,
-    speech: Annotated[Path | None, typer.Option(help=f"clips to train on: {SPEECH}")] = None,
+    speech: Annotated[
+        Path | None,
+        typer.Option(help=f"clips to train on: {SPEECH}; default: English clips that come along"),
+    ] = None,
     dev: Annotated[
         Path | None,
         typer.Option(help=f"clips for the thresholds: {SPEECH}; default: a tenth of --speech"),
@@ -111,8 +114,16 @@ def compress_cli(
     ] = None,
     max_wer_loss: Annotated[
         float | None,
-        typer.Option(metavar="POINTS", help="search for the smallest that loses no more dev WER"),
+        typer.Option(
+            metavar="POINTS",
+            help="search for the smallest that loses no more dev WER (a target; the limit of one "
+            "run is max_wer_loss in the recipe)",
+        ),
     ] = None,
+    allow_loss: Annotated[
+        bool,
+        typer.Option("--allow-loss", help="write it even if it loses more than max_wer_loss"),
+    ] = False,
     trials: Annotated[
         int | None, typer.Option(min=1, help="runs of the recipe that a search makes; default: 12")
     ] = None,
@@ -128,12 +139,13 @@ def compress_cli(
         _refuse_trials(trials)
         from edgewhisper import pipeline
 
-        say(f"wrote {pipeline.compress(*rest)}")
+        say(f"wrote {pipeline.compress(*rest, allow_loss)}")
         return
     from edgewhisper import targets
 
     asked, table = targets.parse(*asks), targets.table_of(target_latency, device)
-    place, rows = targets.compress_to(asked, trials or targets.TRIALS, *rest, table)
+    tried = trials or targets.TRIALS
+    place, rows = targets.compress_to(asked, tried, *rest, table, allow_loss)
     _show_trials(rows)
     say(f"wrote {place}")
 

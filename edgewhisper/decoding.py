@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,14 +50,19 @@ def greedy(
     pcms: Sequence[np.ndarray],
     languages: Languages = None,
     batch_size: int = 16,
+    max_tokens: int | None = None,
+    done: Callable[[int], None] = lambda clips: None,
 ) -> list[list[int]]:
     """Greedy tokens of clips of up to one window each, without prompt and end of text.
 
-    Each is decoded under the prompt of its language; where that is not known, or the model has no
-    token for it, under the one that generation_config names, or else the one that the model detects
-    (export/prompt.py).
+    A clip gets at most `max_tokens`; None: as many as the model has room for. `done` is called
+    with the number of clips that are finished. Each clip is decoded under the prompt of its
+    language; where that is not known, or the model has no token for it, under the one that
+    generation_config names, or else the one that the model detects (export/prompt.py).
     """
-    limit = model.config.max_target_positions - 4
+    room = model.config.max_target_positions - 4
+    limit = room if max_tokens is None else min(max_tokens, room)
+    finished = 0
     tokens: list[list[int]] = [[] for _ in pcms]
     prompts = prompt_languages(model, processor, pcms, languages, batch_size)
     for indices, features in _batches(model, processor, pcms, batch_size, prompts):
@@ -72,6 +77,8 @@ def greedy(
             )
         for index, row in zip(indices, output.tolist(), strict=True):
             tokens[index] = _until_end(row, model.generation_config.eos_token_id)
+        finished += len(indices)
+        done(finished)
     return tokens
 
 
@@ -178,15 +185,16 @@ def transcribe(
     pcms: Sequence[np.ndarray],
     languages: Languages = None,
     batch_size: int = 16,
+    max_tokens: int | None = None,
+    done: Callable[[int], None] = lambda clips: None,
 ) -> list[str]:
     """Text of clips of any length, 16 kHz mono float32; long ones are cut at quiet places. See
-    greedy() for `languages`; one that is to be detected is that of the clip's first window."""
+    greedy() for the other arguments; a language that is detected is that of the first window."""
     prompts = prompt_languages(model, processor, pcms, languages, batch_size)
     pieces = [[pcm[cut] for cut in split(pcm, window_samples(processor))] for pcm in pcms]
     spoken = [language for clip, language in zip(pieces, prompts, strict=True) for _ in clip]
-    flat = greedy(
-        model, processor, [piece for clip in pieces for piece in clip], spoken, batch_size
-    )
+    cut = [piece for clip in pieces for piece in clip]
+    flat = greedy(model, processor, cut, spoken, batch_size, max_tokens, done)
     texts = iter(processor.tokenizer.batch_decode(flat, skip_special_tokens=True))
     return [" ".join(next(texts).strip() for _ in clip).strip() for clip in pieces]
 

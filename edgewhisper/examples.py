@@ -9,7 +9,7 @@ third of the work. A batch here is the whole one of a step, over all processes a
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from devices.runner.audio import shortest
 from edgewhisper.decoding import log_mel
+from edgewhisper.progress import progress_bar
+from edgewhisper.runs import main_process
 from export.problem import Problem
 from export.prompt import language_code, prompt_ids
 from export.shrink import windows_of
@@ -53,6 +55,8 @@ class Batch:
     not have to find, and in the padding."""
     whole_features: Tensor | None = None
     """(clips, mels, frames) of the model's full window."""
+    clips: tuple[int, ...] | None = None
+    """Numbers of the clips, where nothing augments them: the same number, the same features."""
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
@@ -60,6 +64,7 @@ class Batch:
             self.decoder_input_ids.to(device),
             self.labels.to(device),
             None if self.whole_features is None else self.whole_features.to(device),
+            self.clips,
         )
 
 
@@ -157,7 +162,13 @@ class Examples:
 
     def __getitem__(self, positions: Sequence[int]) -> Batch:
         features = torch.stack([self.features(p) for p in positions])
-        return self.batch([self.index(p) for p in positions], features, self.window(positions[0]))
+        indices = [self.index(p) for p in positions]
+        batch = self.batch(indices, features, self.window(positions[0]))
+        return batch if self.augmented else replace(batch, clips=tuple(indices))
+
+    @property
+    def augmented(self) -> bool:
+        return self.noise_snr_db != math.inf or self.mask_mels > 0
 
     def plain(self, indices: Sequence[int]) -> Batch:
         """These clips as they are, in the shortest window that holds them."""
@@ -261,9 +272,13 @@ def batches(
     model: "WhisperForConditionalGeneration",
     processor: "WhisperProcessor",
     size: int,
+    label: str = "listening",
 ) -> Iterator[Batch]:
-    """Every clip once, as it is, in the manifest's order, on the model's device."""
+    """Every clip once, as it is, in the manifest's order, on the model's device; progress is shown
+    under that label."""
     examples = Examples(clips, model, processor, seed=0)
     device = next(model.parameters()).device
-    for first in range(0, len(examples), size):
-        yield examples.plain(range(len(examples))[first : first + size]).to(device)
+    with progress_bar(len(examples), None, main_process(), label) as show:
+        for first in range(0, len(examples), size):
+            yield examples.plain(range(len(examples))[first : first + size]).to(device)
+            show(min(first + size, len(examples)), "")

@@ -5,6 +5,7 @@ Every function takes plain values, writes whole directories or nothing, and rais
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -12,10 +13,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from hashlib import sha256
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,10 +30,12 @@ from benchmarks.speech import Clip, read_manifest
 from benchmarks.wer import Score, score
 from devices.runner.contract import LAYOUTS as RUNNERS_OWN
 from edgewhisper import alignment, decoding, runs, whisper
+from edgewhisper.card import card_of
 from edgewhisper.compress import METHODS
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
+from edgewhisper.guard import Guard, Loss, TooMuchLost, likely_cause, trainings_of
 from edgewhisper.languages import (
     refuse_other_than_english,
     refuse_without_token,
@@ -39,6 +43,7 @@ from edgewhisper.languages import (
     set_prompt,
 )
 from edgewhisper.recipe import Recipe, load_recipe
+from edgewhisper.training import progress_bar
 from export.artifact import MANIFEST, PACKAGED, write_manifest
 from export.artifact import read_manifest as read_artifact
 from export.cost import count_parameters, macs, macs_by_window
@@ -73,12 +78,26 @@ DEV_SHARE = 10
 Say = Callable[[str], None]
 
 
+GENERAL = ASSETS / "common-voice"
+GENERAL_TOKENS = 51_864
+"""OpenAI's models have at least so many tokens; a smaller vocabulary is of some other language."""
+SHIPPED = (
+    "60 + 60 English clips of Mozilla Common Voice (CC0 1.0) that come with EdgeWhisper, "
+    "edgewhisper/assets/common-voice"
+)
+OWN_WORDS = "the model's own transcripts, or the reference where they differ much"
+AGREES = 0.3
+"""WER up to which a transcript is the better text to train on than the reference."""
+
+
 @dataclass(frozen=True)
 class Speech:
     """Clips to train on, and clips to choose thresholds on."""
 
     train: list[Clip]
     dev: list[Clip]
+    source: str | None = None
+    """Said in the model card, where the clips are EdgeWhisper's own."""
 
 
 # --------------------------------------------------------------------------------- compress
@@ -94,28 +113,61 @@ def compress(
     revision: str | None = None,
     say: Say = print,
     language: str | None = None,
+    allow_loss: bool = False,
 ) -> Path:
     """Run a recipe on a checkpoint; return the directory of the smaller one.
 
-    Without one it is `quick`, some minutes' work, where the embedded model is compressed on the
-    speech that comes with it, and `tspar` elsewhere. `language` prompts the model for speech in a
-    language that it has no token for.
+    Raises TooMuchLost where a step, or the whole recipe, costs more dev WER than the recipe's
+    `max_wer_loss`: the checkpoint is then written under a name that says so. `allow_loss` goes on.
+
+    Without one it is `lite`, which trains nothing; for the embedded model `quick`, some minutes'
+    work on the speech that comes with it, or on your own speech `digits-tspar`. `language` prompts
+    the model for speech in a language that it has no token for.
     """
     found = recipe_for(model, recipe, speech)
     job = prepare(found, model, speech, dev, out, seed, revision, language=language)
-    say(f"{job.source}: {describe(job.before)}")
-    slim, after = finish(run_steps(job.dense, job.recipe, job.work, say), job.work)
-    say(f"compressed: {describe(after)}")
+    for line in (*job.notes, f"{job.source}: {describe(job.before)}"):
+        say(line)
     place = out or runs.new_path("checkpoint", f"-{job.recipe.name}")
+    guard = Guard(job.recipe.max_wer_loss, allow_loss)
+    try:
+        # a copy: methods train in place, and later steps still want the original
+        made = run_steps(copy.deepcopy(job.dense), job.recipe, job.work, say, guard=guard)
+    except TooMuchLost as lost:
+        raise keep_failed(job, guard, lost, place) from None
+    slim, after = finish(made, job.work)
+    say(f"compressed: {describe(after)}")
     if runs.main_process():
-        whisper.save(slim, job.work.processor, place, record_of(job, job.work, after))
+        record = record_of(job, job.work, after) | {"dev_wer": guard.as_dict()}
+        whisper.save(slim, job.work.processor, place, record, card_of(record))
         shutil.rmtree(job.work.run_dir, ignore_errors=True)
     return place
 
 
+def keep_failed(job: Job, guard: Guard, lost: TooMuchLost, place: Path) -> TooMuchLost:
+    """Write the checkpoint that lost too much beside `place` -> the error that says where."""
+    named = place.with_name(place.name + lost.suffix)
+    for number in count(2):
+        if not named.exists():
+            break
+        named = place.with_name(f"{place.name}{lost.suffix}-{number}")
+    if runs.main_process():
+        slim, after = finish(lost.model, job.work)
+        record = record_of(job, job.work, after) | {"dev_wer": guard.as_dict()}
+        whisper.save(slim, job.work.processor, named, record, card_of(record))
+    return TooMuchLost(
+        f"{lost}; the checkpoint is in {named}",
+        f"{lost.hint}; or add --allow-loss to accept it",
+        lost.loss,
+        lost.model,
+    )
+
+
 def recipe_for(model: str | None, recipe: str | None, speech: Path | None) -> Recipe:
-    embedded = Path(model or DEFAULT_MODEL) == DEFAULT_MODEL and speech is None
-    return load_recipe(recipe or ("quick" if embedded else "tspar"))
+    """The recipe that is named; otherwise the safest one: `lite`, which trains nothing."""
+    if recipe is None and Path(model or DEFAULT_MODEL) == DEFAULT_MODEL:
+        recipe = "quick" if speech is None else "digits-tspar"
+    return load_recipe(recipe or "lite")
 
 
 @dataclass(frozen=True)
@@ -127,6 +179,21 @@ class Job:
     dense: WhisperForConditionalGeneration
     work: Work
     before: dict[str, Any]
+    speech: dict[str, str | None] = field(default_factory=dict)
+    """Where the clips and their texts are from, where that is not the user's manifest."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know before the first step."""
+        if not self.speech.get("source"):
+            return []
+        notes = [f"no --speech is given, so it learns from {self.speech['source']}"]
+        if is_multilingual(self.dense.generation_config):
+            notes.append(
+                "note: these clips are English, so the error rates say nothing of other languages; "
+                "name speech in yours with --speech"
+            )
+        return notes
 
 
 def prepare(
@@ -144,22 +211,57 @@ def prepare(
     source = model or str(DEFAULT_MODEL)
     if out is not None and out.exists():
         raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
-    clips = choose_speech(source, speech, dev)
     dense = whisper.load(source, revision)
-    set_language(dense.generation_config, clips.train, clips.dev, language)
+    clips = choose_speech(source, speech, dev, dense.config.vocab_size >= GENERAL_TOKENS)
+    if clips.source is None or language is not None:
+        set_language(dense.generation_config, clips.train, clips.dev, language)
     for step in recipe.steps:
         refuse_quantised(dense, step.method, step.options)
     processor = whisper.load_processor(source, revision)
+    learns = clips.source is not None and trains(recipe)
     work = Work(
         processor=processor,
-        train=clips.train,
+        train=in_own_words(dense, processor, clips.train) if learns else clips.train,
         dev=clips.dev,
         run_dir=_run_dir(recipe, source, clips, seed, language, purpose),
         seed=seed,
         original=dense,
         timed=alignment.reference(dense, processor, clips.dev),
     )
-    return Job(source, recipe, dense, work, measure(dense, work))
+    told = {"source": clips.source, "texts": OWN_WORDS if learns else None}
+    return Job(source, recipe, dense, work, measure(dense, work), told)
+
+
+def trains(recipe: Recipe) -> bool:
+    return any(True for step in recipe.steps for _ in trainings_of(step.options))
+
+
+def in_own_words(
+    model: WhisperForConditionalGeneration, processor: WhisperProcessor, clips: Sequence[Clip]
+) -> list[Clip]:
+    """The clips with the model's own transcripts where these hardly differ from the texts.
+
+    The texts of Common Voice lack case and punctuation; a model that was trained on them would
+    lose both. Distil-Whisper (arXiv:2311.00430) trains on transcripts for the same reason.
+    """
+    pcms = [clip.pcm() for clip in clips]
+    with progress_bar(len(clips), None, runs.main_process(), "transcripts to train on") as show:
+        texts = decoding.transcribe(
+            model,
+            processor,
+            pcms,
+            [clip.lang for clip in clips],
+            max_tokens=4 * max(len(clip.text.split()) for clip in clips),
+            done=lambda finished: show(finished, ""),
+        )
+    return [
+        replace(clip, text=text) if text and agrees(clip, text) else clip
+        for clip, text in zip(clips, texts, strict=True)
+    ]
+
+
+def agrees(clip: Clip, text: str) -> bool:
+    return bool(clip.text.strip()) and score([clip.text], [text]).wer <= AGREES
 
 
 def run_steps(
@@ -169,18 +271,29 @@ def run_steps(
     say: Say,
     first: int = 0,
     last: int | None = None,
+    guard: Guard | None = None,
 ) -> WhisperForConditionalGeneration:
     """Each step of the recipe in turn; a step gets the model that the one before returned.
 
     A method that comes twice has state and records of its own each time. `first` and `last` choose
-    some of the steps, as a slice does.
+    some of the steps, as a slice does. Raises TooMuchLost where there is a guard and a step, or all
+    of them together, cost more dev WER than it allows.
     """
+    start = work.wer(model) if guard else None
     for number, step in list(enumerate(recipe.steps, start=1))[first:last]:
         say(f"step {number} of {len(recipe.steps)}: {step.method}")
+        before = work.wer(model) if guard else None
         own = replace(work, run_dir=work.run_dir / f"step-{number}", record={})
         model = import_module(METHODS[step.method]).apply(model, step.options, own)
         for name, told in own.record.items():
             work.record[f"{name}-{number}" if name in work.record else name] = told
+        if guard and before:
+            after = work.wer(model)
+            cause = likely_cause(step, own.record, after.wer)
+            guard.check(Loss(number, step.method, before, after), cause, model, say)
+    if guard and start:
+        whole = Loss(None, recipe.name, start, work.wer(model))
+        guard.check(whole, "remove less or train longer in the steps that lost most", model, say)
     return model
 
 
@@ -192,10 +305,16 @@ def finish(
     return model, measure(model, work)
 
 
-def choose_speech(source: str, speech: Path | None, dev: Path | None) -> Speech:
-    """The user's speech, or for the embedded default the clips that come with it."""
+def choose_speech(
+    source: str, speech: Path | None, dev: Path | None, general: bool = False
+) -> Speech:
+    """The user's speech; without it, for the embedded default the clips that come with it, and for
+    a `general` model those of Common Voice that come with EdgeWhisper."""
     if speech is None and dev is None and Path(source) == DEFAULT_MODEL:
         speech, dev = SPEECH / "train.jsonl", SPEECH / "dev.jsonl"
+    elif speech is None and general:
+        judged = with_texts(dev or GENERAL / "dev.jsonl")
+        return Speech(with_texts(GENERAL / "calibration.jsonl"), judged, SHIPPED)
     if speech is None:
         raise Problem(
             f"{source}: no speech to compress it with",
@@ -269,7 +388,8 @@ def record_of(
             "files": _hashes(Path(job.source)),
             "compression": whisper.compression_record(job.source),
         },
-        "speech": {"train": _clips_record(work.train), "dev": _clips_record(work.dev)},
+        "speech": {"train": _clips_record(work.train), "dev": _clips_record(work.dev)}
+        | {name: told for name, told in job.speech.items() if told},
         "seed": work.seed,
         "language": getattr(job.dense.generation_config, "language", None),
         "versions": versions(),

@@ -7,6 +7,8 @@
     [step.training]           # a field that is itself a table
     steps = 200
 
+    max_wer_loss = 5.0        # before the first [[step]]: points of dev WER that a step may cost
+
     [[search]]                # what `compress --target-...` may change, and how far
     field = "step.1.c1"       # step number and field; "step.1.training.steps" within a table
     low = 0.1                 # with high, and log = true to draw over orders of magnitude;
@@ -24,7 +26,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from edgewhisper.compress import METHODS
 from edgewhisper.compress.order import refuse_order
@@ -80,6 +82,11 @@ class Recipe:
     """The file, verbatim: it is copied into the checkpoint's compression.json."""
     steps: tuple[Step, ...]
     knobs: tuple[Knob, ...] = ()
+    max_wer_loss: float = 5.0
+    """Points of dev WER that one step, and the whole recipe, may cost; see edgewhisper/guard.py."""
+
+
+MaxWerLoss = Annotated[float, Range(0, 100)]
 
 
 def available() -> list[str]:
@@ -145,7 +152,9 @@ def parse(name: str, text: str) -> Recipe:
         raise Problem(
             f"recipe {name}: not valid TOML: {error}", hint="mend that line and run again"
         ) from error
-    refuse_unknown(table, ["step", "search"], f"recipe {name}")
+    refuse_unknown(table, ["max_wer_loss", "step", "search"], f"recipe {name}")
+    limit = table.get("max_wer_loss", Recipe.max_wer_loss)
+    limit = read_value(MaxWerLoss, limit, f"recipe {name}, max_wer_loss")
     steps = table.get("step")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
         raise Problem(
@@ -154,7 +163,7 @@ def parse(name: str, text: str) -> Recipe:
         )
     read = tuple(read_step(name, i, step) for i, step in enumerate(steps, 1))
     refuse_order(name, read)
-    return Recipe(name, text, read, read_knobs(name, table.get("search", []), read))
+    return Recipe(name, text, read, read_knobs(name, table.get("search", []), read), limit)
 
 
 def read_step(recipe: str, number: int, table: dict[str, Any]) -> Step:

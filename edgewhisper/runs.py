@@ -22,8 +22,13 @@ def new_path(noun: str, suffix: str) -> Path:
 
 
 def newest(noun: str, without: str = "") -> Path | None:
-    """The latest output of that noun, whose name does not have this in it, or None."""
-    paths = [path for path in RUNS.glob(f"{noun}-*") if not without or without not in path.name]
+    """The latest output of that noun, whose name does not have this in it, or None. Checkpoints
+    that `compress` refused ("-failed") do not count."""
+    paths = [
+        path
+        for path in RUNS.glob(f"{noun}-*")
+        if "-failed" not in path.name and (not without or without not in path.name)
+    ]
     return max(paths, key=lambda path: path.name, default=None)
 
 

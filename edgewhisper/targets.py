@@ -307,6 +307,7 @@ def compress_to(
     say: Say = print,
     language: str | None = None,
     table: Table | None = None,
+    allow_loss: bool = False,
 ) -> tuple[Path, list[dict[str, str]]]:
     """Search within the recipe; return the directory of the chosen checkpoint and all trials as
     rows of a table. `table` says what a trial takes on the device for which a time is asked; the
@@ -324,7 +325,8 @@ def compress_to(
     purpose = f"search {axes}"
     job = pipeline.prepare(found, model, speech, dev, out, seed, revision, purpose, language)
     job = replace(job, before=job.before | latency_of(job.dense, table))
-    say(f"{job.source}: {pipeline.describe(job.before)}")
+    for line in (*job.notes, f"{job.source}: {pipeline.describe(job.before)}"):
+        say(line)
     limits = limits_of(targets, job.before)
     begun = begin(job, say)
     tried = minimise(
@@ -342,6 +344,8 @@ def compress_to(
     chosen = choose(tried, limits)
     if chosen is None:
         raise out_of_reach(tried, limits)
+    if targets.wer_loss is None and not allow_loss:
+        refuse_loss(job, chosen)
     find_again(job, begun, table, tried, say)
     place = out or runs.new_path("checkpoint", f"-{job.recipe.name}")
     rows = told_of(tried, chosen)
@@ -349,6 +353,20 @@ def compress_to(
         write(place, job, targets, limits, tried, rows, table)
         shutil.rmtree(job.work.run_dir, ignore_errors=True)
     return place, printed(rows)
+
+
+def refuse_loss(job: Job, chosen: Tried) -> None:
+    """Raise Problem where nothing was said of WER and the choice loses more than the recipe's
+    max_wer_loss."""
+    before, after = job.before["dev"]["wer"], chosen.values[-1]
+    limit = job.recipe.max_wer_loss
+    if 100 * (after - before) > limit + 1e-9:
+        raise Problem(
+            f"the most accurate of the trials that meet the target has {100 * after:.1f} % dev "
+            f"WER, against {100 * before:.1f} % before: more than max_wer_loss = {limit:g} points",
+            hint="ask for less, add --max-wer-loss POINTS as a target, or accept it with "
+            "--allow-loss: the trials made are kept",
+        )
 
 
 def latency_of(model: WhisperForConditionalGeneration, table: Table | None) -> dict[str, float]:

@@ -11,7 +11,6 @@ from the seed and s alone, so a run that was stopped resumes to the same bits.
 
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +22,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput
 
-from edgewhisper.examples import IGNORED, Batch, Examples, WindowRule
+from devices.runner.audio import shortest
+from edgewhisper.examples import CACHED_BYTES, IGNORED, Batch, Examples, WindowRule
+from edgewhisper.progress import progress_bar
 from edgewhisper.recipe import Range
 from edgewhisper.resume import State, fingerprint, graceful_stop, interrupted
 from export.problem import Problem
+from export.shrink import windows_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,6 +74,20 @@ class Training:
     """State is saved after so many steps, or seconds, whichever comes first."""
     epochs: Annotated[float, Range(0)] = 0.0
     """Above 0, as many steps as this many passes over the clips take, in place of `steps`."""
+    encoder: bool = True
+    """false freezes the encoder."""
+    cache_encoder: bool = False
+    """Compute the states of a frozen encoder, the model's own or a teacher's, once for each clip
+    and keep them (up to 512 MB). Where noise or masks augment the clips, nothing is kept."""
+    token_table: bool = True
+    """false freezes the token table, where it is not factorised. With a few hundred clips that is
+    safer: most tokens are never read, and the output layer would move them all."""
+    windows: Literal["decoding", "speech"] = "decoding"
+    """How much of the window a step trains on. decoding: as in decoding, which for stock Whisper is
+    always 30 s. speech: up to a second behind the longest clip, and every eighth step as in
+    decoding; several times cheaper. It suits distillation, where the teacher hears the same."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
 @dataclass
@@ -116,8 +133,8 @@ def train(
     the same thing on each. `window` decides how long the audio of each step is, in place of the
     rule that it is as in decoding (see edgewhisper/examples.py). State is kept under `run_dir`;
     where it holds the state of the same training, that is resumed, to the same bits (`identity`
-    tells trainings apart that differ only in what the hooks do). `progress`: None shows a bar on a
-    terminal only.
+    tells trainings apart that differ only in what the hooks do). `progress`: see
+    progress_bar.
 
     Raises Problem: no clips, state of another training in run_dir, a loss that is not finite,
     Ctrl-C (Interrupted: state is saved first).
@@ -134,7 +151,13 @@ def train(
     bar = progress_bar(options.steps, progress, accelerator.is_main_process, label)
     # Whisper's encoder positions are fixed sinusoids; transformers 5 forgets that when it loads
     model.model.encoder.embed_positions.requires_grad_(False)
-    with regularised(model, options), graceful_stop() as stop, bar as show:
+    with (
+        regularised(model, options),
+        partly_frozen(model, options),
+        checkpointing(model, options),
+        graceful_stop() as stop,
+        bar as show,
+    ):
         seed_everything(seed)
         loop = Loop(model, examples, options, accelerator, state, log, (loss_term, after_step))
         try:
@@ -154,7 +177,23 @@ def examples_for(
     window: WindowRule | None = None,
 ) -> Examples:
     augmentation = options.noise_snr_db, options.mask_mels
-    return Examples(clips, model, processor, seed, *augmentation, options.batch_size, window)
+    rule = window or (SpeechWindows(model) if options.windows == "speech" else None)
+    return Examples(clips, model, processor, seed, *augmentation, options.batch_size, rule)
+
+
+class SpeechWindows:
+    """The rule of `windows = "speech"`: what the speech of a step needs, and some silence behind
+    it; every eighth step, what decoding takes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.windows = windows_of(model.config)
+        self.unit = max(1, self.windows[-1] // 60)
+
+    def __call__(self, step: int, needed: int) -> int:
+        whole = shortest(self.windows, needed)
+        # a multiple, so that states which were computed once are of use again
+        units = math.ceil(needed / self.unit) + 1
+        return whole if step % 8 == 7 else min(units * self.unit, whole)
 
 
 def counted(options: Training, clips: int) -> Training:
@@ -208,6 +247,7 @@ class Loop:
         self.loss_term, self.after_step = hooks
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, weight_decay=options.weight_decay)
+        self.frozen = FrozenEncoder.of(model) if options.cache_encoder else None
         self.model = model
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
 
@@ -284,11 +324,12 @@ class Loop:
 
     def mean_loss(self, batch: Batch) -> Tensor:
         """Cross entropy per token of one pass, plus the method's term."""
-        outputs = self.wrapped(
-            input_features=batch.input_features,
-            decoder_input_ids=batch.decoder_input_ids,
-            use_cache=False,
+        heard = (
+            {"encoder_outputs": self.frozen(batch)}
+            if self.frozen
+            else {"input_features": batch.input_features}
         )
+        outputs = self.wrapped(**heard, decoder_input_ids=batch.decoder_input_ids, use_cache=False)
         loss = cross_entropy(outputs.logits, batch.labels)
         if self.loss_term is None:
             return loss
@@ -324,6 +365,52 @@ class Loop:
                 f"learning rate {rate:.2g}",
                 hint="lower learning_rate or the method's penalties, or set precision to 'no'",
             )
+
+
+class FrozenEncoder:
+    """The states of an encoder that does not learn: computed once for each clip and window, and
+    kept up to CACHED_BYTES. Without `cache`, and of augmented clips, they are computed every time,
+    the whole batch at once."""
+
+    def __init__(self, encoder: nn.Module, cache: bool = True) -> None:
+        self.encoder, self.cache, self.bytes = encoder, cache, 0
+        self.kept: dict[tuple[int, int], Tensor] = {}
+        """(clip, positions) -> states (positions, d_model)"""
+
+    @classmethod
+    def of(cls, model: "WhisperForConditionalGeneration") -> "FrozenEncoder | None":
+        """None where some parameter of the encoder learns, or dropout makes its states random."""
+        encoder = model.model.encoder
+        learns = any(parameter.requires_grad for parameter in encoder.parameters())
+        random = any(getattr(m, "dropout", 0.0) for m in encoder.modules())
+        return None if learns or random else cls(encoder)
+
+    def __call__(self, batch: Batch) -> BaseModelOutput:
+        if batch.clips is None or not self.cache:
+            return BaseModelOutput(self.states(batch.input_features))
+        positions = batch.input_features.shape[-1] // 2
+        rows = [
+            self.known((clip, positions), features)
+            for clip, features in zip(batch.clips, batch.input_features, strict=True)
+        ]
+        return BaseModelOutput(torch.stack(rows))
+
+    def known(self, key: tuple[int, int], features: Tensor) -> Tensor:
+        """One clip (mels, frames) -> (positions, d_model). Computed alone, so that the rounding
+        does not depend on what else is in the batch, or was computed before a stop."""
+        if key in self.kept:
+            return self.kept[key]
+        states = self.states(features[None])[0]
+        size = states.numel() * states.element_size()
+        if self.bytes + size <= CACHED_BYTES:
+            self.kept[key] = states
+            self.bytes += size
+        return states
+
+    @torch.no_grad()
+    def states(self, features: Tensor) -> Tensor:
+        """(clips, mels, frames) -> (clips, positions, d_model)"""
+        return self.encoder(features).last_hidden_state
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -409,25 +496,33 @@ def regularised(model: nn.Module, options: Training) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(
-    steps: int, wanted: bool | None, main: bool, label: str
-) -> Iterator[Callable[[int, str], None]]:
-    """A function of (steps done, a note) that draws a bar on stderr, or nothing."""
-    if not (sys.stderr.isatty() if wanted is None else wanted) or not main:
-        yield lambda done, note: None
-        return
-    from rich import progress
-    from rich.console import Console
+def partly_frozen(model: "WhisperForConditionalGeneration", options: Training) -> Iterator[None]:
+    """No gradients for the parts that the options freeze; afterwards as before."""
+    parts = []
+    if not options.encoder:
+        parts += list(model.model.encoder.parameters())
+    table = getattr(model.model.decoder.embed_tokens, "weight", None)
+    if not options.token_table and table is not None:
+        parts.append(table)
+    frozen = [parameter for parameter in parts if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[note]}"),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=steps, note="")
-        yield lambda done, note: bar.update(task, completed=done, note=note)
+
+@contextmanager
+def checkpointing(model: "WhisperForConditionalGeneration", options: Training) -> Iterator[None]:
+    """Gradient checkpointing, where the options ask for it."""
+    if options.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+    try:
+        yield
+    finally:
+        if options.gradient_checkpointing:
+            disable = getattr(model, "activation_checkpointing_disable", None)
+            (disable or model.gradient_checkpointing_disable)()

@@ -678,8 +678,10 @@ def save(
     processor: WhisperProcessor,
     out: Path,
     compression: dict[str, Any] | None = None,
+    card: str | None = None,
 ) -> None:
-    """Write a checkpoint directory, whole or not at all. `out` must not exist yet.
+    """Write a checkpoint directory, whole or not at all. `out` must not exist yet. `card` is the
+    text of its README.md.
 
     `compression` is the content of compression.json; a model that was not compressed has none.
 
@@ -696,6 +698,8 @@ def save(
         if compression is not None:
             text = json.dumps(compression, indent=2, ensure_ascii=False) + "\n"
             (directory / "compression.json").write_text(text, encoding="utf-8")
+        if card is not None:
+            (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def rebuild(

@@ -1088,13 +1088,29 @@ def test_an_output_that_is_not_the_tables_is_refused(sheared, processor, tmp_pat
 
 
 def test_the_recipe_is_the_papers():
-    stages = load_recipe("bald").steps
+    stages = load_recipe("bald-paper").steps
     assert [step.method for step in stages] == ["merge", "shear"]
     one, two = (step.options for step in stages)
     assert (one.start, one.groups, one.search, one.trials) == ("merge", "", "bayes", 30)
     assert (one.train_share, one.dev_share, two.rank, two.start) == (0.3, 0.6, 96, "svd")
     for training in (one.baseline, one.training, two.training):
         assert (training.epochs, training.learning_rate) == (20.0, 5e-5)
+
+
+def test_the_recipe_for_minutes_merges_the_pair_in_the_middle():
+    (merging, shearing) = (step.options for step in load_recipe("bald").steps)
+    assert merge.plan_of(merging, 4) == [(0,), (1, 2), (3,)]
+    assert merge.plan_of(merging, 6) == [(0,), (1,), (2, 3), (4,), (5,)]
+    assert not merging.training.encoder and not shearing.training.encoder
+
+
+def test_so_many_pairs_are_merged_in_the_middle():
+    assert merge.plan_of(merge.Options(pairs=2), 5) == [(0,), (1, 2), (3, 4)]
+    assert merge.plan_of(merge.Options(), 4) == [(0, 1), (2, 3)]
+    with pytest.raises(Problem, match="pairs = 3 is given in a decoder of 4 layers"):
+        merge.plan_of(merge.Options(pairs=3), 4)
+    with pytest.raises(Problem, match="pairs = 1 is given besides groups"):
+        merge.plan_of(merge.Options(pairs=1, groups="0+1"), 2)
 
 
 def test_epochs_are_counted_in_steps(work, tiny_whisper):

@@ -397,8 +397,8 @@ def test_targets_that_cannot_be(edgewhisper, tmp_path, monkeypatch):
     text = letter(edgewhisper("compress", "--max-wer-loss", "-1"))
     assert "--max-wer-loss -1 is not between 0 and 100 points" in text
     assert "nothing to search without a target" in letter(edgewhisper("compress", "--trials", 3))
-    text = letter(edgewhisper("compress", "--recipe", "imp", "--target-params", "60%"))
-    assert "recipe imp: it does not say what may be searched" in text
+    text = letter(edgewhisper("compress", "--recipe", "digits-imp", "--target-params", "60%"))
+    assert "recipe digits-imp: it does not say what may be searched" in text
     assert not list(tmp_path.iterdir())
 
 

@@ -485,8 +485,9 @@ def test_the_student_survives_save_and_load_and_its_artifact_has_its_weights(
             assert wanted in rows[(row + 0.0).numpy().tobytes()], name
 
 
-def test_the_recipe_has_the_published_values():
-    (step,) = load_recipe("kdq").steps
+@pytest.mark.parametrize("name", ["kdq", "digits-kdq"])
+def test_the_recipe_has_the_published_values(name):
+    (step,) = load_recipe(name).steps
     found = step.options
     assert (found.matching, found.features, found.guided_mode) == ("limit", "softmax", "KD")
     assert (found.alpha, found.temperature, found.training.learning_rate) == (0.9, 1.0, 3e-5)

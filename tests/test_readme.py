@@ -59,8 +59,8 @@ def test_its_search_is_one_that_a_recipe_takes():
     from edgewhisper.recipe import load_recipe, parse
 
     (search,) = SEARCHES
-    steps = load_recipe("tspar").text.split("[[search]]")[0]
-    assert parse("mine", steps + search).knobs == load_recipe("tspar").knobs
+    steps = load_recipe("digits-tspar").text.split("[[search]]")[0]
+    assert parse("mine", steps + search).knobs == load_recipe("digits-tspar").knobs
 
 
 def test_its_python_runs(digits, monkeypatch, tmp_path):

@@ -26,6 +26,7 @@ from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import calibration, decoding, pipeline, whisper
 from edgewhisper.compress import short
+from edgewhisper.compress.near import Teacher
 from edgewhisper.compress.short import Lengths, Options, drawn_length, windows_for
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import Examples
@@ -466,7 +467,7 @@ def test_it_learns_to_say_in_short_windows_what_it_says_in_the_full_one(
             decoder_input_ids=batch.decoder_input_ids,
             output_hidden_states=True,
         ).decoder_hidden_states
-        wanted = short.full_outputs(teacher, batch).decoder_hidden_states
+        wanted = short.full_outputs(Teacher(teacher), batch).decoder_hidden_states
         return float(short.state_distance(wanted, told).mean())
 
     before = distance(tiny_whisper)

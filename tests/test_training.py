@@ -285,3 +285,105 @@ def test_a_precision_the_machine_lacks_is_a_letter(model, processor, few, tmp_pa
     monkeypatch.setattr("accelerate.Accelerator", refuse)
     with pytest.raises(Problem, match=r"precision 'fp16' does not work here.*requires a GPU"):
         train(model, processor, few, replace(SHORT, precision="fp16"), run_dir=tmp_path)
+
+
+# -------------------------------------------------------- parts that are frozen, and cheaper steps
+
+FEW_STEPS = Training(steps=3, batch_size=2, learning_rate=1e-3)
+
+
+def test_a_frozen_encoder_stays_as_it_is_and_the_rest_learns(model, processor, few, tmp_path):
+    before = weights(model)
+    train(model, processor, few, replace(FEW_STEPS, encoder=False), run_dir=tmp_path)
+    changed = {name for name, tensor in weights(model).items() if not tensor.equal(before[name])}
+    assert changed
+    assert not any(name.startswith("model.encoder.") for name in changed)
+    assert all(p.requires_grad for p in model.model.encoder.layers.parameters())
+
+
+def test_a_frozen_token_table_stays_as_it_is(model, processor, few, tmp_path):
+    before = weights(model)
+    train(model, processor, few, replace(FEW_STEPS, token_table=False), run_dir=tmp_path)
+    assert model.proj_out.weight.equal(before["proj_out.weight"])
+    assert model.proj_out.weight.requires_grad
+    assert not model.model.decoder.layers[0].fc1.weight.equal(
+        before["model.decoder.layers.0.fc1.weight"]
+    )
+
+
+def test_the_states_of_a_frozen_encoder_are_computed_once_for_each_clip(
+    model, processor, few, tmp_path
+):
+    options = replace(FEW_STEPS, encoder=False, steps=10)
+    plain = twin(model)
+    train(plain, processor, few, options, run_dir=tmp_path / "plain")
+    calls = []
+    handle = model.model.encoder.register_forward_hook(lambda *a: calls.append(len(a[1][0])))
+    log = train(
+        model, processor, few, replace(options, cache_encoder=True), run_dir=tmp_path / "cached"
+    )
+    handle.remove()
+    assert calls == [1] * len(few)
+    assert len(log.losses) == 10
+    for name, tensor in weights(model).items():
+        assert torch.allclose(tensor, weights(plain)[name], atol=1e-3), name
+
+
+def test_noise_is_never_cached(model, processor, few, tmp_path):
+    calls = []
+    handle = model.model.encoder.register_forward_hook(lambda *a: calls.append(len(a[1][0])))
+    options = replace(FEW_STEPS, encoder=False, cache_encoder=True, noise_snr_db=10.0, steps=4)
+    train(model, processor, few, options, run_dir=tmp_path)
+    handle.remove()
+    assert calls == [2] * 4
+
+
+def test_a_cached_training_resumes_to_the_same_bits(model, processor, few, tmp_path):
+    options = replace(
+        FEW_STEPS, steps=6, encoder=False, cache_encoder=True, checkpoint_steps=1, windows="speech"
+    )
+    whole = twin(model)
+    train(whole, processor, few, options, run_dir=tmp_path / "whole")
+
+    def stop(model, step: int, rate: float) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stopped = twin(model)
+    with pytest.raises(Interrupted):
+        train(stopped, processor, few, options, run_dir=tmp_path / "parts", after_step=stop)
+    again = twin(model)
+    train(again, processor, few, options, run_dir=tmp_path / "parts")
+    assert same_bits(weights(again), weights(whole))
+
+
+def test_windows_of_speech_end_a_second_behind_it_and_every_eighth_is_whole(model):
+    from edgewhisper.training import SpeechWindows
+
+    rule = SpeechWindows(model)  # 300 positions of 6 s in all, in units of 5
+    assert [rule(step, 100) for step in range(8)] == [105] * 7 + [300]
+    assert [rule(0, needed) for needed in (1, 5, 6, 296, 300)] == [10, 10, 15, 300, 300]
+
+
+def test_gradient_checkpointing_changes_no_result(model, processor, few, tmp_path):
+    plain = twin(model)
+    train(plain, processor, few, FEW_STEPS, run_dir=tmp_path / "plain")
+    options = replace(FEW_STEPS, gradient_checkpointing=True)
+    train(model, processor, few, options, run_dir=tmp_path / "checkpointing")
+    for name, tensor in weights(model).items():
+        assert torch.allclose(tensor, weights(plain)[name], atol=1e-5), name
+    assert not model.is_activation_checkpointing
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(capsys, monkeypatch):
+    from edgewhisper import progress
+
+    clock = iter([0.0, 4.0, 12.0, 13.0, 23.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.progress_bar(10, None, True, "lite: listening") as show:
+        for done in (1, 2, 3, 4):
+            show(done, "loss 0.5")
+    assert capsys.readouterr().err.splitlines() == [
+        "lite: listening: 2 of 10, loss 0.5, about 48 s left",
+        "lite: listening: 4 of 10, loss 0.5, about 34 s left",
+    ]

@@ -53,7 +53,6 @@ Where we differ, each by an option named below or because a published detail is 
 - Without a `teacher`, it is the model as it was before the step: training for quantisation alone.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,7 +63,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper import whisper
-from edgewhisper.compress.qat import Precision, Schemes, errors, fake_quantised, note_bits, settle
+from edgewhisper.compress.near import Teacher, frozen_copy
+from edgewhisper.compress.qat import (
+    Precision,
+    Schemes,
+    errors,
+    fake_quantised,
+    note_bits,
+    settle,
+    settled_encoder,
+)
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import IGNORED, Batch
@@ -332,20 +340,29 @@ class Lesson:
 def distillation(lesson: Lesson) -> LossTerm:
     """(3) without the cross entropy that training adds on its own."""
     options, teacher = lesson.options, lesson.teacher
+    asked = Teacher(teacher, options.training.cache_encoder)
 
     def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
         told = batch.labels != IGNORED
-        ids = batch.decoder_input_ids
-        teacher.to(ids.device)
-        with torch.no_grad():
-            wanted = teacher(batch.input_features, decoder_input_ids=ids, use_cache=False).logits
-        learnt = divergence(wanted[told], outputs.logits[told], options.temperature)
+        if options.encoder:
+            wanted = outputs_of(teacher, batch)
+        else:
+            wanted = asked(batch, batch.input_features)
+        learnt = divergence(wanted.logits[told], outputs.logits[told], options.temperature)
         if options.distill_mode == "features":
             for side in sides(options):
                 learnt = learnt + imitation(side, lesson, batch.labels)
         return options.alpha * (learnt - cross_entropy(outputs.logits, batch.labels))
 
     return term
+
+
+@torch.no_grad()
+def outputs_of(teacher: nn.Module, batch: Batch) -> Any:
+    """The teacher's outputs, its encoder run as well: hooks want what passes through it."""
+    ids = batch.decoder_input_ids
+    teacher.to(ids.device)
+    return teacher(batch.input_features, decoder_input_ids=ids, use_cache=False)
 
 
 def imitation(side: str, lesson: Lesson, labels: Tensor) -> Tensor:
@@ -490,12 +507,12 @@ def refuse(options: Options) -> None:
 
 def find_teacher(model: nn.Module, options: Options, work: Work) -> nn.Module:
     if not options.teacher:
-        return copy.deepcopy(model).eval().requires_grad_(False)
+        return frozen_copy(model)
     teacher = whisper.load(options.teacher)
     vocabulary = whisper.load_processor(options.teacher).tokenizer.get_vocab()
     check_teacher(teacher, model, options.teacher)
     check_vocabulary(vocabulary, work.processor.tokenizer.get_vocab(), options.teacher)
-    return teacher.requires_grad_(False)
+    return frozen_copy(teacher)
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, name: str) -> None:
@@ -559,6 +576,7 @@ def trained(
 ) -> dict[str, Any]:
     """Train the student in place by (3) -> how it went."""
     with (
+        settled_encoder(model, quantised, not options.encoder and options.training.cache_encoder),
         hidden_of(model, options) as ours,
         hidden_of(teacher, options) as theirs,
         fake_quantised(model, lambda: enabled(model, quantised, options)),

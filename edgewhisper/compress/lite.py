@@ -335,7 +335,11 @@ def apply(
     home = next(model.parameters()).device
     names = chosen(model, options.layers)
     before = count_parameters(model), macs(model)
-    keep = keep_term(model, options.keep) if options.recovery.steps else None
+    keep = (
+        keep_term(model, options.keep, options.recovery.cache_encoder)
+        if options.recovery.steps
+        else None
+    )
     speech = calibration_speech(options, work)
     model.to(fastest_device())
     outputs = listen(model, names, speech)
@@ -444,10 +448,15 @@ class Outputs:
         self.points = points
         self.positions = max(m.count for m in moments.values())
         self.roots: dict[Point, Roots] = {}
-        while moments:  # one by one: both at once would take twice the memory
-            point, found = moments.popitem()
-            self.roots[point] = Roots(found.mean, square_root(found.covariance))
-        self.variances = {name: spectrum(self.of(model, name).root) for name in points}
+        self.variances: dict[str, Tensor] = {}
+        with progress(len(moments) + len(points), "lite: principal components") as done:
+            while moments:  # one by one: both at once would take twice the memory
+                point, found = moments.popitem()
+                self.roots[point] = Roots(found.mean, square_root(found.covariance))
+                done()
+            for name in points:
+                self.variances[name] = spectrum(self.of(model, name).root)
+                done()
 
     def of(self, model: nn.Module, name: str) -> Roots:
         """Y = W X + b, so mean(Y) = W mean(X) + b and Cov(Y) = (W R) (W R)^T with R of X."""
@@ -535,13 +544,15 @@ def split_at_once(
     basis: str = "activations",
 ) -> None:
     """(5) for every layer, from the activations of the original model."""
-    for name, rank in ranks.items():
-        if rank is not None:
+    chosen = {name: rank for name, rank in ranks.items() if rank is not None}
+    with progress(len(chosen), "lite: splitting") as done:
+        for name, rank in chosen.items():
             weight, bias = weight_of(model, name), model.get_submodule(name).bias
             own = None if bias is None else exact(bias)
             found = plain(weight, own) if basis == "weights" else outputs.of(model, name)
             axes = principal_axes(found.root, rank)
             put(model, name, split(weight, own, found.mean, axes))
+            done()
 
 
 def plain(weight: Tensor, bias: Tensor | None) -> Roots:

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper import alignment, whisper
+from edgewhisper.compress.near import Teacher, frozen_copy
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import IGNORED, Batch, batches
@@ -86,6 +87,8 @@ class Options:
     groups: str = ""
     """Layers that become one, from 0: "0+1 2+3 4 5" merges two pairs and keeps two layers. Without
     it, adjacent layers are paired, which is the paper."""
+    pairs: Annotated[int, Range(0)] = 0
+    """Ours: without `groups`, merge only so many pairs, in the middle of the decoder; 0: all."""
     alpha: Weight = 0.1
     """Weight of a pair's lower layer, where nothing is searched. Ours; the paper says small."""
     beta: Weight = 1.0
@@ -192,6 +195,22 @@ def parse_groups(text: str, layers: int) -> Plan:
     return plan
 
 
+def plan_of(options: Options, layers: int) -> Plan:
+    """The plan for a decoder of so many layers. Raises Problem where it has too few for `pairs`."""
+    if options.pairs == 0:
+        return parse_groups(options.groups, layers)
+    if options.groups or 2 * options.pairs > layers:
+        asked = "besides groups" if options.groups else f"in a decoder of {layers} layers"
+        raise Problem(
+            f"merge: pairs = {options.pairs} is given {asked}",
+            hint=f"leave groups out, and give at most {layers // 2} pairs",
+        )
+    first = (layers - 2 * options.pairs + 1) // 2
+    last = first + 2 * options.pairs
+    merged: Plan = [(i, i + 1) for i in range(first, last, 2)]
+    return [*((i,) for i in range(first)), *merged, *((i,) for i in range(last, layers))]
+
+
 def with_weights(plan: Plan, alpha: float, beta: float) -> Plan:
     """The plan without the layers that a weight of zero leaves out."""
     if alpha + beta <= 0:
@@ -222,13 +241,14 @@ def distillation(teacher: nn.Module, options: Options) -> LossTerm | None:
     """(2) without the cross entropy that training adds on its own."""
     if options.ce == 1 and options.kl == 0:
         return None
+    asked = Teacher(teacher, options.training.cache_encoder)
 
     def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
         loss = (options.ce - 1) * cross_entropy(outputs.logits, batch.labels)
         if options.kl == 0:
             return loss
         told = batch.labels != IGNORED  # (clips, tokens)
-        wanted = logits_of(teacher, batch)[told]  # (told, V)
+        wanted = asked(batch, batch.input_features).logits[told]  # (told, V)
         temperature = model.log_temperature.exp()
         found = outputs.logits[told]
         return loss + options.kl * divergence(wanted, found, temperature, options.t_squared)
@@ -270,11 +290,11 @@ def apply(
     that token timestamps are read from. Raises what training.train and search.minimise raise.
     """
     refuse_quantised(model, "merge", options)
-    plan = parse_groups(options.groups, model.config.decoder_layers)
+    plan = plan_of(options, model.config.decoder_layers)
     refuse(model, plan, options)
     record: dict[str, Any] = {"start": options.start}
     fine_tune(model, options, work, record)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    teacher = frozen_copy(model)
     record["similarity"] = similarities(teacher, options, work)
     student = choose(teacher, plan, options, work, record)
     record["training"] = distil(
@@ -569,4 +589,5 @@ def similarities(model: nn.Module, options: Options, work: Work) -> list[list[fl
 
 def calibration(model: nn.Module, options: Options, work: Work) -> Iterator[Batch]:
     clips = work.train[: options.calibration]
-    return batches(clips, model, work.processor, options.training.batch_size)
+    size = options.training.batch_size
+    return batches(clips, model, work.processor, size, "merge: listening")

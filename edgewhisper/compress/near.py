@@ -4,6 +4,7 @@ It says something about every frame of speech where the text says a few words.
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,23 +12,48 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper.examples import IGNORED, Batch
-from edgewhisper.training import LossTerm
+from edgewhisper.training import FrozenEncoder, LossTerm
 
 
-def keep_term(model: nn.Module, weight: float) -> LossTerm | None:
-    """`weight` times the distance to a frozen copy of the model as it is now."""
+def keep_term(model: nn.Module, weight: float, cache: bool = False) -> LossTerm | None:
+    """`weight` times the distance to a frozen copy of the model as it is now. For `cache` see
+    Teacher."""
     if weight == 0:
         return None
-    before = copy.deepcopy(model).eval().requires_grad_(False)
+    before = Teacher(frozen_copy(model), cache)
 
     def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
-        before.to(batch.labels.device)
-        ids = batch.decoder_input_ids
-        with torch.no_grad():
-            wanted = before(batch.input_features, decoder_input_ids=ids, use_cache=False)
+        wanted = before(batch, batch.input_features)
         return weight * distance(wanted, outputs, batch.labels)
 
     return term
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The model as it is now, as a teacher: without gradients and random parts, and with an encoder
+    that takes audio of any length, as it does in training."""
+    before = copy.deepcopy(model).eval().requires_grad_(False)
+    encoder = before.model.encoder
+    encoder.training, encoder.dropout, encoder.layerdrop = True, 0.0, 0.0
+    return before
+
+
+class Teacher:
+    """A frozen model that is asked for its outputs. With `cache`, its encoder's states of a clip
+    are computed once."""
+
+    def __init__(self, model: nn.Module, cache: bool = False) -> None:
+        self.model = model
+        self.encoder = FrozenEncoder(self.model.model.encoder, cache)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, features: Tensor, **options: Any) -> Any:
+        """Its outputs on features (clips, mels, frames) of a batch, which may be another window
+        of it than the student hears."""
+        ids = batch.decoder_input_ids
+        self.model.to(ids.device)
+        states = self.encoder(replace(batch, input_features=features))
+        return self.model(encoder_outputs=states, decoder_input_ids=ids, use_cache=False, **options)
 
 
 def distance(wanted: Any, outputs: Any, labels: Tensor) -> Tensor:

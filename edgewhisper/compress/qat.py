@@ -135,6 +135,21 @@ def settle(chosen: Schemes) -> None:
         layer.weight.copy_(fake_quantise(layer.weight, scheme))
 
 
+@contextmanager
+def settled_encoder(model: nn.Module, chosen: Schemes, frozen: bool) -> Iterator[None]:
+    """The encoder's weights on their grids for a block, where it does not learn: its states may be
+    computed outside the model's forward pass."""
+    inside = set(model.model.encoder.modules()) if frozen else set()
+    part = {layer: scheme for layer, scheme in chosen.items() if layer in inside}
+    before = {layer: layer.weight.detach().clone() for layer in part}
+    settle(part)
+    try:
+        yield
+    finally:
+        for layer, weight in before.items():
+            layer.weight.data.copy_(weight)
+
+
 # --------------------------------------------------------------------------- walking the model
 
 
@@ -147,10 +162,13 @@ def apply(
     """
     if not is_quantised(model):
         model, _ = slimmed(model)
-    keep = keep_term(work.original or model, options.keep)
+    keep = keep_term(work.original or model, options.keep, options.training.cache_encoder)
     note_bits(model, options)
     chosen = schemes(model)
-    with fake_quantised(model, lambda: chosen):
+    with (
+        settled_encoder(model, chosen, not options.training.encoder),
+        fake_quantised(model, lambda: chosen),
+    ):
         log = train(
             model,
             work.processor,

@@ -41,7 +41,6 @@ What we fill in, and where we differ:
   mean squares: steps of one size then suit both factors.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +51,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper import whisper
+from edgewhisper.compress.near import Teacher, frozen_copy
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import IGNORED, Batch, Examples, batches
@@ -69,6 +69,7 @@ TABLE = "model.decoder.embed_tokens"
 Seen = dict[str, Tensor]
 ROUND_TO = 16
 """Ranks that `theta` chooses are multiples of this."""
+LISTENING = "shear: listening"
 RIDGE = 1e-6
 """Of the mean square of a state's features, added to each: few clips span few directions."""
 
@@ -187,6 +188,7 @@ class Distillation:
     def __init__(self, teacher: nn.Module, seen: Seen, options: Options, steps: int) -> None:
         """`seen` is what the student's output is given, `steps` how many there will be."""
         self.teacher, self.seen, self.options = teacher, seen, options
+        self.asked = Teacher(teacher, options.training.cache_encoder)
         ends = {"teacher_then_student": options.switch, "teacher": 1.0, "student": 0.0}
         self.teacher_steps = round(ends[options.states] * steps)
 
@@ -209,7 +211,9 @@ class Distillation:
         """(clips, n, h); `model` has just computed its own."""
         if int(model.shear_steps) >= self.teacher_steps:
             return self.seen["states"]
-        return states_of(self.teacher, batch)
+        with watched(self.teacher.proj_out) as seen:
+            self.asked(batch, batch.input_features)
+            return seen["states"]
 
     def after_step(self, model: nn.Module, step: int, learning_rate: float) -> None:
         model.shear_steps += 1
@@ -265,7 +269,7 @@ def apply(
     """
     refuse_quantised(model, "shear", options)
     refuse_rank(model, 1 if options.theta else options.rank)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    teacher = frozen_copy(model)
     frequencies = token_frequencies(model, work, options.floor)
     metric = second_moment(teacher, options, work)
     rows, basis = factors_of(model, options, frequencies, metric)
@@ -362,7 +366,7 @@ def second_moment(model: nn.Module, options: Options, work: Work) -> Tensor:
     width = model.config.d_model
     total, tokens = torch.zeros(width, width, dtype=torch.float64), 0
     clips = work.train[: options.calibration]
-    for batch in batches(clips, model, work.processor, options.training.batch_size):
+    for batch in batches(clips, model, work.processor, options.training.batch_size, LISTENING):
         states = states_of(model, batch)[batch.labels != IGNORED].cpu().double()  # (told, h)
         total += states.T @ states
         tokens += len(states)

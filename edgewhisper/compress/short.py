@@ -32,7 +32,6 @@ The defaults are the published values. What differs, or is ours:
   exports it takes, for every clip, the shortest one that holds it.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +46,7 @@ from torch.nn import functional
 from devices.runner.audio import shortest
 from edgewhisper import whisper
 from edgewhisper.alignment import position_s
+from edgewhisper.compress.near import Teacher, frozen_copy
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.shear import mean_by_tokens
 from edgewhisper.compress.work import Work
@@ -154,10 +154,10 @@ def state_distance(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
 
 def distillation(teacher: nn.Module, options: Options) -> LossTerm:
     """(2), with our terms; the loop's own cross entropy is taken away as far as `ce` asks."""
+    asked = Teacher(teacher, options.training.cache_encoder)
 
     def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
-        teacher.to(batch.labels.device)
-        wanted = full_outputs(teacher, batch)
+        wanted = full_outputs(asked, batch)
         told = batch.labels != IGNORED  # (clips, tokens)
         real = told.flip(1).cumsum(1).flip(1) > 0  # everything up to the last that is told
         near = state_distance(wanted.decoder_hidden_states, outputs.decoder_hidden_states)
@@ -171,15 +171,10 @@ def distillation(teacher: nn.Module, options: Options) -> LossTerm:
     return term
 
 
-@torch.no_grad()
-def full_outputs(teacher: nn.Module, batch: Batch) -> Any:
+def full_outputs(teacher: Teacher, batch: Batch) -> Any:
     """What the teacher makes of the whole window, with its hidden states."""
-    return teacher(
-        batch.whole_features,
-        decoder_input_ids=batch.decoder_input_ids,
-        use_cache=False,
-        output_hidden_states=True,
-    )
+    assert batch.whole_features is not None
+    return teacher(batch, batch.whole_features, output_hidden_states=True)
 
 
 @contextmanager
@@ -207,7 +202,7 @@ def apply(
     refuse_quantised(model, "short", options)
     step_s, full = position_s(work.processor), model.config.max_source_positions
     windows = windows_for(options.windows_s, full, step_s)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    teacher = frozen_copy(model)
     whisper.set_windows(model.config, windows)
     with telling_states(model):
         log = train(

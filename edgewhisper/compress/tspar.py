@@ -113,7 +113,8 @@ class Options:
     """Go towards c1, c2 and rho only as far as dev WER allows; false applies them as given, or
     where `min_removed` or `min_zero` is set, goes just as far as that."""
     wer_margin: Annotated[float, Range(0)] = 0.5
-    """Points of dev WER that pruning may cost against the fine-tuned model."""
+    """Points of dev WER that training and pruning together may cost against the model before the
+    step."""
     evaluations: Annotated[int, Range(1)] = 7
     """Dev evaluations the search may spend."""
     min_removed: Annotated[float, Range(0, 1)] = 0.0
@@ -273,8 +274,9 @@ def apply(
     record: dict[str, Any] = {}
     guards(model, options.protect_alignment)  # refused now, not after the training
     refuse_unreachable(model, options)
+    before = work.wer(model).wer
     penalty, after_step, record["scales"] = regulariser(model, options, work)
-    keep = keep_term(model, options.keep)
+    keep = keep_term(model, options.keep, options.training.cache_encoder)
     log = train(
         model,
         work.processor,
@@ -288,6 +290,7 @@ def apply(
         label="tspar: fine-tuning",
     )
     record["training"] = log.summary()
+    record["dev_wer"] = {"before": before, "trained": work.wer(model).wer}
     prune(model, options, work, record)
     recover(model, keep, options, work, record)
     work.record["tspar"] = record
@@ -419,11 +422,10 @@ def choose_strength(
     work: Work,
     record: dict[str, Any],
 ) -> float:
-    """The largest strength, at least `floor`, whose dev WER stays within the margin of the unpruned
-    model's."""
-    prune_to(0.0)
-    unpruned = work.wer(model).wer
-    limit = unpruned + options.wer_margin / 100
+    """The largest strength, at least `floor`, whose dev WER stays within the margin of that before
+    the step: what training lost counts as well."""
+    known = record["dev_wer"]
+    limit = known["before"] + options.wer_margin / 100
     tried: list[dict[str, float]] = []
 
     with progress_bar(
@@ -438,8 +440,9 @@ def choose_strength(
             return wer <= limit
 
         strength = largest(good, floor, options.evaluations)
+    prune_to(strength)
+    known["pruned"] = work.wer(model).wer
     record["search"] = {
-        "unpruned_dev_wer": unpruned,
         "limit": limit,
         "floor": floor,
         "tried": tried,

@@ -32,13 +32,48 @@ class Work:
     timed: "Reference | None" = None
     """Dev speech with the times of its words, which timestamps are judged by."""
 
+    scores: "dict[str, Score]" = field(default_factory=dict)
+    """Dev scores by a hash of the model and the clips: what was evaluated once is not again."""
+
     def wer(self, model: "WhisperForConditionalGeneration") -> "Score":
         """The model's greedy transcripts of the dev clips against their texts."""
+        key = self._key(model)
+        if key not in self.scores:
+            self.scores[key] = self._evaluate(model)
+        return self.scores[key]
+
+    def _evaluate(self, model: "WhisperForConditionalGeneration") -> "Score":
         from benchmarks.normalizers import name_for
         from benchmarks.wer import score
         from edgewhisper import decoding
+        from edgewhisper.runs import main_process
+        from edgewhisper.training import progress_bar
 
         pcms, languages = [clip.pcm() for clip in self.dev], [clip.lang for clip in self.dev]
-        texts = decoding.transcribe(model, self.processor, pcms, languages)
+        limit = self._most_tokens()
+        with progress_bar(len(pcms), None, main_process(), "dev WER") as show:
+            texts = decoding.transcribe(
+                model,
+                self.processor,
+                pcms,
+                languages,
+                max_tokens=limit,
+                done=lambda clips: show(clips, ""),
+            )
         labels = [clip.text for clip in self.dev]
         return score(labels, texts, name_for(self.dev, otherwise="none"), languages)
+
+    def _most_tokens(self) -> int:
+        """Tokens that a dev clip may take: twice the longest reference and 32 more. A model that
+        repeats itself is stopped there instead of at 444 tokens a clip."""
+        tokenizer = self.processor.tokenizer
+        lengths = [len(tokenizer(c.text, add_special_tokens=False).input_ids) for c in self.dev]
+        return 2 * max(lengths) + 32
+
+    def _key(self, model: "WhisperForConditionalGeneration") -> str:
+        from edgewhisper.resume import digest
+
+        shapes = getattr(model.config, "edgewhisper", None)
+        clips = [[clip.audio.name, clip.text, clip.lang] for clip in self.dev]
+        prompts = [getattr(model.generation_config, n, None) for n in ("language", "task")]
+        return digest(model.state_dict(), [shapes, clips, prompts])

@@ -1,0 +1,184 @@
+"""The guard of `compress`: a step that costs too much dev WER ends the run.
+
+Dev WER is measured before and after every step, and at the end against the model that the recipe
+began with. The loss is a plain difference in points: from 6.5 % to 8.0 % is 1.5 points. A recipe
+sets the limit with `max_wer_loss`; `--allow-loss` records the losses and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from export.problem import Problem
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration
+
+    from benchmarks.wer import Score
+    from edgewhisper.recipe import Step
+
+REMOVES: dict[str, tuple[str, ...]] = {
+    "tspar": ("min_removed", "min_zero"),
+    "imp": ("target",),
+    "wsap": ("low", "middle", "high"),
+    "lite": ("theta_attn", "theta_mlp", "budget"),
+    "merge": ("groups",),
+    "shear": ("rank", "theta"),
+    "short": ("windows_s",),
+    "kdq": ("quantise.encoder", "quantise.decoder"),
+    "qat": ("encoder", "decoder"),
+}
+"""Method -> the fields that say how much it removes."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Dev WER before and after one step, or the whole recipe (step None)."""
+
+    step: int | None
+    method: str
+    before: Score
+    after: Score
+
+    @property
+    def points(self) -> float:
+        return 100 * (self.after.wer - self.before.wer)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry in compression.json."""
+        return {
+            "step": self.step,
+            "method": self.method,
+            "before": self.before.wer,
+            "after": self.after.wer,
+            "points": self.points,
+        }
+
+
+class TooMuchLost(Problem):
+    """A step, or the whole recipe, lost more dev WER than the limit allows."""
+
+    def __init__(
+        self, message: str, hint: str, loss: Loss, model: WhisperForConditionalGeneration
+    ) -> None:
+        super().__init__(message, hint)
+        self.loss, self.model = loss, model
+
+    @property
+    def suffix(self) -> str:
+        """The end of the name of the failed checkpoint."""
+        if self.loss.step is None:
+            return "-failed"
+        return f"-failed-step-{self.loss.step}-{self.loss.method}"
+
+
+@dataclass
+class Guard:
+    """The limit of a run and the losses of its steps so far."""
+
+    limit: float
+    """Points of dev WER."""
+    allow: bool = False
+    losses: list[Loss] = field(default_factory=list)
+
+    def check(
+        self, loss: Loss, cause: str, model: WhisperForConditionalGeneration, say: Any
+    ) -> None:
+        """Record the loss. Raises TooMuchLost where it exceeds the limit and is not allowed."""
+        self.losses.append(loss)
+        say(f"dev WER {percent(loss.before.wer)} -> {percent(loss.after.wer)} ({signed(loss)})")
+        if loss.points <= self.limit + 1e-9:
+            return
+        told = described(loss, self.limit)
+        if self.allow:
+            say(f"warning: {told}; --allow-loss is given, so the run goes on")
+            return
+        raise TooMuchLost(told, cause, loss, model)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry in compression.json."""
+        return {
+            "max_wer_loss": self.limit,
+            "allow_loss": self.allow,
+            "exceeded": any(loss.points > self.limit + 1e-9 for loss in self.losses),
+            "losses": [loss.as_dict() for loss in self.losses],
+        }
+
+
+def described(loss: Loss, limit: float) -> str:
+    what = "the whole recipe" if loss.step is None else f"step {loss.step} ({loss.method})"
+    return (
+        f"{what} raised dev WER from {percent(loss.before.wer)} to {percent(loss.after.wer)} on "
+        f"{loss.after.utterances} clips of {loss.after.words} words: {loss.points:.1f} points, "
+        f"more than max_wer_loss = {limit:g}"
+    )
+
+
+def percent(wer: float) -> str:
+    return f"{100 * wer:.1f} %"
+
+
+def signed(loss: Loss) -> str:
+    return f"{loss.points:+.1f} points"
+
+
+# ---------------------------------------------------------------------------------- likely cause
+
+
+def likely_cause(step: Step, record: dict[str, Any], after: float) -> str:
+    """What to change, from the figures of the step's stages where it recorded them under
+    "dev_wer", and otherwise from its options."""
+    stages = record.get(step.method, {}).get("dev_wer", {})
+    rates, shares = trained_with(step.options), removed_by(step)
+    if "trained" in stages and rates:
+        by_training = stages["trained"] - stages["before"]
+        if by_training >= (after - stages["before"]) / 2:
+            return (
+                f"training alone took dev WER from {percent(stages['before'])} to "
+                f"{percent(stages['trained'])}: lower the learning rate ({rates})"
+            )
+        return (
+            f"training alone left dev WER at {percent(stages['trained'])}, so pruning did it: "
+            f"remove less ({shares}), or train longer ({rates})"
+        )
+    if rates and shares:
+        return f"remove less ({shares}), lower the learning rate or train longer ({rates})"
+    if rates:
+        return f"the learning rate is probably too high, or the training too short ({rates})"
+    return f"remove less ({shares})" if shares else "leave this step out"
+
+
+def trained_with(options: Any) -> str:
+    """ "training: 240 steps at 0.0003, recovery: ..." """
+    return ", ".join(
+        f"{name}: {epochs_or_steps(table)} at learning_rate {table.learning_rate:g}"
+        for name, table in trainings_of(options)
+    )
+
+
+def trainings_of(options: Any) -> Iterator[tuple[str, Any]]:
+    """The tables of an Options that train something."""
+    if not is_dataclass(options):
+        return
+    for each in fields(options):
+        table = getattr(options, each.name)
+        if hasattr(table, "learning_rate") and (table.steps or table.epochs):
+            yield each.name, table
+
+
+def epochs_or_steps(table: Any) -> str:
+    return f"{table.epochs:g} epochs" if table.epochs else f"{table.steps} steps"
+
+
+def removed_by(step: Step) -> str:
+    """ "min_removed = 0.355" """
+    found = []
+    for name in REMOVES.get(step.method, ()):
+        value = step.options
+        for part in name.split("."):
+            value = getattr(value, part)
+        if value not in (0.0, "", ()):
+            found.append(f"{name} = {value}")
+    return ", ".join(found)
