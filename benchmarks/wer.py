@@ -109,9 +109,22 @@ def word_errors(
     languages: Sequence[str] | None = None,
 ) -> list[tuple[int, int]]:
     """Word errors and reference words of each pair."""
+    return [
+        (row["substitutions"] + row["deletions"] + row["insertions"], row["words"])
+        for row in word_counts(references, hypotheses, normalizer, languages)
+    ]
+
+
+def word_counts(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    normalizer: str,
+    languages: Sequence[str] | None = None,
+) -> list[dict[str, int]]:
+    """The word counts of each pair, under the names of Score."""
+    names = ("substitutions", "deletions", "insertions", "words")
     pairs = normalized(references, hypotheses, normalizer, languages)
-    counts = [count(reference, hypothesis) for reference, hypothesis in pairs]
-    return [(sum(errors), words) for *errors, words in counts]
+    return [dict(zip(names, count(*pair), strict=True)) for pair in pairs]
 
 
 def _utterance_mean(errors: np.ndarray, words: np.ndarray) -> float:

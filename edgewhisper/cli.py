@@ -345,12 +345,24 @@ def eval_cli(
     speech: Annotated[Path, typer.Option(help=f"clips with texts: {SPEECH}")],
     normalizer: Normalizer = None,
     compute_units: Units = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="write each clip's text and word counts to this file, as JSON lines",
+        ),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Word and character error rates of a checkpoint or an artifact."""
     from edgewhisper import pipeline
+    from export.files import new_file
 
-    found = pipeline.evaluate(source, speech, normalizer, compute_units)
+    found, clips = pipeline.evaluate(source, speech, normalizer, compute_units)
+    if texts is not None:
+        lines = "".join(json.dumps(clip, ensure_ascii=False) + "\n" for clip in clips)
+        with new_file(texts) as path:
+            path.write_text(lines, encoding="utf-8")
     low, high = found.wer_interval
     _emit(found.as_dict(), json_file)
     if json_file != "-":
@@ -521,11 +533,16 @@ def report_cli(
 
 
 @app.command("demo")
-def demo_cli() -> None:
-    """The whole road on the embedded model: compress, export, bench, a table before and after."""
+def demo_cli(
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"digits (embedded, needs no network), or a {MODEL}; default: tiny.en"),
+    ] = None,
+) -> None:
+    """Compress Whisper tiny.en, export it to INT8, and bench it against the dense checkpoint."""
     from edgewhisper import pipeline
 
-    found = pipeline.demo(say)
+    found = pipeline.demo(model, say)
     _show_results(found.results, None)
     say(f"wrote {found.path}; a page about it: edgewhisper report {found.path}")
 

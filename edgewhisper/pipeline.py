@@ -27,7 +27,7 @@ from benchmarks.metadata import clips_hash
 from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.speech import Clip, read_manifest
-from benchmarks.wer import Score, score
+from benchmarks.wer import Score, score, word_counts
 from devices.runner.contract import LAYOUTS as RUNNERS_OWN
 from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.card import card_of
@@ -78,7 +78,6 @@ DEV_SHARE = 10
 Say = Callable[[str], None]
 
 
-GENERAL = ASSETS / "common-voice"
 GENERAL_TOKENS = 51_864
 """OpenAI's models have at least so many tokens; a smaller vocabulary is of some other language."""
 SHIPPED = (
@@ -313,8 +312,8 @@ def choose_speech(
     if speech is None and dev is None and Path(source) == DEFAULT_MODEL:
         speech, dev = SPEECH / "train.jsonl", SPEECH / "dev.jsonl"
     elif speech is None and general:
-        judged = with_texts(dev or GENERAL / "dev.jsonl")
-        return Speech(with_texts(GENERAL / "calibration.jsonl"), judged, SHIPPED)
+        judged = with_texts(dev or COMMON_VOICE / "dev.jsonl")
+        return Speech(with_texts(COMMON_VOICE / "calibration.jsonl"), judged, SHIPPED)
     if speech is None:
         raise Problem(
             f"{source}: no speech to compress it with",
@@ -792,19 +791,53 @@ def calibrate(
     return latency.rows_of(corrected), f"{latency.told(corrected)}; wrote {path}"
 
 
-def demo(say: Say = print) -> Benched:
-    """The whole road on the embedded model: before in transformers, before and after in INT8."""
+DEMO_MODEL = "tiny.en"
+EMBEDDED = "digits"
+"""What the embedded model is called where a size name may stand."""
+
+
+def demo(model: str | None = None, say: Say = print) -> Benched:
+    """Compress, export to INT8 and bench, beside the dense checkpoint in transformers.
+
+    `model` is "digits" for the embedded model, or any MODEL; by default OpenAI's tiny.en, and where
+    that can be had neither from the hub nor from its package, the embedded model.
+    """
     from benchmarks.bench import Candidate, Measuring
     from devices.device import Place
 
-    slim = compress(say=say)
-    before, after = export(str(DEFAULT_MODEL), say=say), export(str(slim), say=say)
-    candidates = [
-        Candidate(DEFAULT_MODEL, rival="transformers", name="before: torch fp32"),
-        Candidate(before, name="before: ONNX int8"),
-        Candidate(after, name="after: ONNX int8"),
-    ]
-    return bench_candidates(candidates, [Place()], None, Measuring(repeats=3), say)
+    source = demo_source(model, say)
+    embedded = source == str(DEFAULT_MODEL)
+    name = EMBEDDED if embedded else Path(source).name
+    small = export(str(compress(source, say=say)), say=say)
+    with tempfile.TemporaryDirectory() as folder:
+        dense = whisper.as_directory(source, Path(folder))
+        candidates = [
+            Candidate(dense, rival="transformers", name=f"{name}: torch fp32"),
+            Candidate(small, name=f"{name} compressed: ONNX int8"),
+        ]
+        if embedded:
+            candidates.insert(1, Candidate(export(source, say=say), name=f"{name}: ONNX int8"))
+        rounds = Measuring(repeats=DEMO_ROUNDS)
+        return bench_candidates(candidates, [Place()], None, rounds, say)
+
+
+DEMO_ROUNDS = 3
+
+
+def demo_source(model: str | None, say: Say) -> str:
+    """The MODEL of the demo."""
+    from edgewhisper.checkpoints.fetch import hub_or_pinned
+
+    if model == EMBEDDED:
+        return str(DEFAULT_MODEL)
+    if model is not None:
+        return model
+    try:
+        return hub_or_pinned(DEMO_MODEL, say)
+    except Problem as problem:
+        say(f"note: Whisper {DEMO_MODEL} cannot be fetched ({problem})")
+        say("note: the demo goes on with the embedded digits model, which needs no network")
+        return str(DEFAULT_MODEL)
 
 
 # -------------------------------------------------------------------- transcribe and evaluate
@@ -934,18 +967,32 @@ def refuse_compute_units(source: str, compute_units: str | None) -> None:
         )
 
 
+class Evaluation(NamedTuple):
+    """The error rates of a model on some clips, and what it wrote for each."""
+
+    score: Score
+    clips: list[dict[str, Any]]
+    """For each clip: audio, lang, reference, text, and the word counts of `score`."""
+
+
 def evaluate(
     source: str,
     speech: Path,
     normalizer: str | None = None,
     compute_units: str | None = None,
-) -> Score:
+) -> Evaluation:
     """Error rates of a checkpoint or an artifact on a manifest's clips; the normalizer is by
     default the one for their language."""
     clips = read_manifest(speech)
     normalizer = normalizer or name_for(clips)
     normalizer_named(normalizer)  # an unknown one is said now, not after the transcription
     languages = [clip.lang for clip in clips]
-    hear = transcriber(source, languages=languages, compute_units=compute_units)
-    texts = hear([clip.pcm() for clip in clips])
-    return score([clip.text for clip in clips], texts, normalizer, languages)
+    transcribed = transcriber(source, languages=languages, compute_units=compute_units)
+    texts = transcribed([clip.pcm() for clip in clips])
+    references = [clip.text for clip in clips]
+    counts = word_counts(references, texts, normalizer, languages)
+    rows = [
+        {"audio": str(clip.audio), "lang": clip.lang, "reference": clip.text, "text": text, **row}
+        for clip, text, row in zip(clips, texts, counts, strict=True)
+    ]
+    return Evaluation(score(references, texts, normalizer, languages), rows)

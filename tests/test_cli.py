@@ -141,6 +141,23 @@ def test_eval_json_has_the_agreed_names_and_nothing_else_on_stdout(
     assert (found["utterances"], found["normalizer"]) == (6, "whisper-basic")
 
 
+def test_eval_writes_each_clips_text_and_counts(edgewhisper, tmp_path, digits, clips):
+    shutil.copytree(clips.parent / "test", tmp_path / "test")
+    (tmp_path / "few.jsonl").write_text("\n".join(clips.read_text().splitlines()[:3]))
+    done = edgewhisper("eval", digits, "--speech", "few.jsonl", "--texts", "texts.jsonl", "--json")
+    rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    whole = json.loads(done.stdout)
+    assert len(rows) == whole["utterances"] == 3
+    for name in ("substitutions", "deletions", "insertions", "words"):
+        assert sum(row[name] for row in rows) == whole[name]
+    assert all(row["reference"] and row["text"] and row["lang"] == "en" for row in rows)
+
+
+def test_the_demo_names_a_model_that_is_not_there(edgewhisper):
+    text = letter(edgewhisper("demo", "--model", "./nowhere"))
+    assert "there is no such checkpoint" in text and "tiny.en" in text
+
+
 def test_eval_takes_a_folder_and_says_both_error_rates(edgewhisper, tmp_path, digits, spoken):
     shutil.copy(spoken, tmp_path / "a.ogg")
     (tmp_path / "metadata.csv").write_text("file_name,sentence\na.ogg,zero\n")

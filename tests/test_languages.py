@@ -368,7 +368,7 @@ def test_speech_without_a_token_is_prompted_as_asked_from_training_to_the_artifa
     assert told["decoding"]["prompt"] == token_ids(spoken[0], model, processor.tokenizer)[0]
     assert named(processor, told["decoding"]["prompt"]) == code
 
-    assert pipeline.evaluate("artifact", bambara).normalizer == "bambara"
+    assert pipeline.evaluate("artifact", bambara).score.normalizer == "bambara"
     assert [transcript.language for transcript in heard] == [code] * 2
     rows = [json.loads(line) | {"lang": other} for line in bambara.read_text().splitlines()]
     Path("other.jsonl").write_text("\n".join(map(json.dumps, rows)))

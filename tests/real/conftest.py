@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-
-PROJECT = Path(__file__).parent.parent.parent
-MODELS = Path(os.environ.get("EDGEWHISPER_MODELS") or PROJECT / "build" / "models")
-SPEECH = PROJECT / "edgewhisper" / "assets" / "common-voice"
-
-
-def model(name: str) -> Path:
-    place = MODELS / name
-    if not place.is_dir():
-        pytest.skip(f"there is no {place}; make it with `make models`")
-    return place
+from real_models import ROOT, model
 
 
 @pytest.fixture(scope="session")
@@ -32,4 +21,4 @@ def base() -> Path:
 @pytest.fixture(scope="session")
 def common_voice() -> Path:
     """The folder of the product's Common Voice manifests."""
-    return SPEECH
+    return ROOT / "edgewhisper" / "assets" / "common-voice"
