@@ -857,17 +857,27 @@ def transcriber(
     if is_artifact(source):
         recognizer = open_artifact(source, threads, compute_units)
 
-        def hear(pcms: Sequence[np.ndarray]) -> list[str]:
+        def by_artifact(pcms: Sequence[np.ndarray]) -> list[str]:
             spoken = [None] * len(pcms) if languages is None else map(language_code, languages)
-            return [
-                recognizer.transcribe(pcm, language=recognizer.known(code)).text
-                for pcm, code in zip(pcms, spoken, strict=True)
-            ]
+            texts: list[str] = []
+            with progress_bar(len(pcms), None, runs.main_process(), "clips") as show:
+                for pcm, code in zip(pcms, spoken, strict=True):
+                    language = recognizer.known(code)
+                    texts.append(recognizer.transcribe(pcm, language=language).text)
+                    show(len(texts), "")
+            return texts
 
-        return hear
+        return by_artifact
     refuse_compute_units(source, compute_units)
     model, processor = whisper.load(source), whisper.load_processor(source)
-    return lambda pcms: decoding.transcribe(model, processor, pcms, languages)
+
+    def by_checkpoint(pcms: Sequence[np.ndarray]) -> list[str]:
+        with progress_bar(len(pcms), None, runs.main_process(), "clips") as show:
+            return decoding.transcribe(
+                model, processor, pcms, languages, done=lambda clips: show(clips, "")
+            )
+
+    return by_checkpoint
 
 
 def transcribe(
