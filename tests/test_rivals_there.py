@@ -19,7 +19,7 @@ from test_ssh import index, letter, make_wheel  # noqa: F401 - index is a fixtur
 
 from benchmarks import bench as benching
 from benchmarks.bench import Candidate, Measuring, bench_all, in_own_form
-from benchmarks.result import read
+from benchmarks.result import RATIO, other_texts, read, table_rows
 from benchmarks.rivals import engines
 from benchmarks.rivals.engines import ENGINES, RIVALS, interpreter
 from benchmarks.speech import read_manifest
@@ -236,7 +236,11 @@ def test_bench_writes_rivals_beside_artifacts_of_the_embedded_model(
     assert rival["texts"] == heard(few)
     assert len(rival["end_to_end_s"]) == len(ours["end_to_end_s"]) == 4
     assert rival["versions"]["sherpa-onnx"] == ENGINES["sherpa-onnx"].packages.requirements[0][13:]
-    assert "(sherpa-onnx)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "(sherpa-onnx)" in printed
+    assert rival["checkpoint_wer"] == 0
+    assert "checkpoint_wer" not in ours
+    assert f"! {rival['name']} on local: WER 100.0 %, the checkpoint's 0.0 %" in printed
 
 
 def test_an_artifact_of_another_model_asks_for_its_checkpoint(exported, tmp_path):
@@ -288,3 +292,20 @@ def test_the_real_rivals_say_what_the_clips_say(exported, few, tmp_path, monkeyp
     assert [result["rival"] for result in found.results] == [*names, None]
     texts = [clip.text for clip in read_manifest(few)]
     assert [result["texts"] for result in found.results] == [texts] * 4
+    assert [result.get("checkpoint_wer") for result in found.results] == [0, 0, 0, None]
+    assert [row[RATIO] != "-" for row in table_rows(found.results)[:3]] == [True] * 3
+    builds = {result["rival"]: result.get("build", "") for result in found.results}
+    assert builds["whisper.cpp"].startswith(("wheel: ", "built from source: "))
+
+
+def test_a_checkpoint_that_runs_as_a_candidate_is_not_run_again(digits, exported, few):
+    once = Measuring(repeats=1, threads=1)
+    candidates = [Candidate(digits, "transformers"), Candidate(exported)]
+    with open_device() as device:
+        ready = benching.prepare(candidates, device, read_manifest(few), once)
+        assert benching.checkpoint_wers(ready) == {}
+        rival, ours = benching.measure(ready)
+    assert rival["checkpoint_wer"] == rival["wer"] == 0
+    assert "checkpoint_wer" not in ours
+    assert other_texts(rival) is None
+    assert other_texts(rival | {"wer": 0.02}) is not None

@@ -106,7 +106,8 @@ class WhisperCpp(Engine):
 
     def __init__(self, model: Path, threads: int, tokens: int | None) -> None:
         super().__init__(model, threads, tokens)
-        self.threads, self.library = threads, open_library()
+        place = find_library()
+        self.threads, self.library = threads, open_library(place)
         written = json.loads((model / RULES).read_text(encoding="utf-8"))
         self.window_samples: int = written["window_samples"]
         options = self.library.whisper_context_default_params()
@@ -117,7 +118,7 @@ class WhisperCpp(Engine):
             raise RunnerProblem(f"{model / MODEL}: whisper.cpp cannot load it")
         self.vocabulary: int = self.library.whisper_n_vocab(self.context)
         self.rules = forced(self.full_rules(Rules.from_manifest(written)), tokens)
-        origin = "built from source" if uses_source() else "wheel"
+        origin = "built from source" if SOURCE in place.parents else "wheel"
         self.build = f"{origin}: {self.library.whisper_print_system_info().decode().strip()}"
         self.fed = 0
 
@@ -175,17 +176,22 @@ def uses_source() -> bool:
     return SOURCE.is_dir() and os.environ.get(CHOICE) != "wheel"
 
 
-def open_library() -> Any:
-    """The library that pywhispercpp's own module is linked with, muted."""
+def find_library() -> Path:
+    """The library that pywhispercpp's own module is linked with."""
     module = importlib.util.find_spec("_pywhispercpp")
     assert module is not None and module.origin is not None  # it has been imported
-    found = sorted(Path(module.origin).parent.glob("libwhisper.*"))
-    if not found:
+    libraries = sorted(Path(module.origin).parent.glob("libwhisper.*"))
+    if not libraries:
         raise RunnerProblem(
-            f"{module.origin}: there is no libwhisper beside pywhispercpp's module",
+            f"{module.origin}: its folder has no libwhisper",
             "install the version of pywhispercpp that requirements.txt names",
         )
-    library = ctypes.CDLL(str(found[0]))
+    return libraries[0]
+
+
+def open_library(place: Path) -> Any:
+    """The library with its functions' types, muted."""
+    library = ctypes.CDLL(str(place))
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

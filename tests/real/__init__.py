@@ -1,0 +1,1 @@
+"""Tests on OpenAI's weights; see `make test-real`."""

@@ -1,0 +1,76 @@
+"""Rivals on OpenAI's weights: their texts are the checkpoint's, in the language of each clip."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.bench import Candidate, Measuring, bench_all, in_own_form
+from benchmarks.result import MOST_POINTS, RATIO, remarks, table_rows
+from benchmarks.rivals import prepare
+from benchmarks.rivals.engines import interpreter
+from benchmarks.rivals.prepare import PROJECT, Order
+from benchmarks.speech import Clip, read_manifest
+from benchmarks.wer import score
+from devices.device import open_device
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not interpreter().is_file(), reason="make rivals-env"),
+]
+
+MODELS = Path(os.environ.get("EDGEWHISPER_MODELS") or PROJECT / "build/models")
+CLIPS = PROJECT / "edgewhisper/assets/common-voice/test.jsonl"
+NAMES = ("faster-whisper", "whisper.cpp", "sherpa-onnx", "transformers")
+
+
+def checkpoint(name: str) -> Path:
+    place = MODELS / name
+    if not place.is_dir():
+        pytest.skip(f"there is no {place}: make models")
+    return place
+
+
+def run_rivals(model: Path, clips: list[Clip], folder: Path) -> list[dict[str, Any]]:
+    """The results of one round of all rivals, and of our int8 artifact."""
+    rivals = [in_own_form(Candidate(model, name), folder, lambda text: None) for name in NAMES]
+    ours = prepare.artifact("int8")(Order(model, folder, interpreter()))
+    with open_device("local") as device:
+        return bench_all([*rivals, Candidate(ours)], device, clips, Measuring(repeats=1))
+
+
+def test_the_wer_of_each_rival_is_within_a_point_of_tiny_ens(tmp_path):
+    results = run_rivals(checkpoint("tiny.en"), read_manifest(CLIPS), tmp_path)
+    *rivals, _ = results
+    points = {one["rival"]: 100 * (one["wer"] - one["checkpoint_wer"]) for one in rivals}
+    assert points.keys() == set(NAMES)
+    assert points["transformers"] == 0
+    assert max(map(abs, points.values())) <= MOST_POINTS, points
+    ratios = [row[RATIO] for row in table_rows(results)]
+    assert all(float(ratio.lstrip("~")) > 0 for ratio in ratios[:-1])
+    assert ratios[-1] == ""
+    assert not any(line.startswith("!") for line in remarks(results))
+    (build,) = [one["build"] for one in rivals if one["rival"] == "whisper.cpp"]
+    assert "CPU" in build
+
+
+def test_each_rival_of_base_is_prompted_in_the_language_of_each_clip(tmp_path):
+    """English clips that are given as German: Whisper then writes German."""
+    english = read_manifest(CLIPS)[:5]
+    german = [replace(clip, lang="de") for clip in english]
+    results = run_rivals(checkpoint("base"), [*english, *german], tmp_path)
+    (own,) = [one["texts"] for one in results if one["rival"] == "transformers"]
+    for one in results:
+        texts = one["texts"]
+        assert errors(own[:5], texts[:5]) <= 2, one["name"]  # of about 50 words
+        assert errors(own[5:], texts[5:]) < errors(own[:5], texts[5:]) / 2, one["name"]
+
+
+def errors(references: list[str], texts: list[str]) -> int:
+    """How many words differ."""
+    found = score(references, texts, "whisper-basic")
+    return found.substitutions + found.deletions + found.insertions
