@@ -6,8 +6,10 @@ import hashlib
 import re
 import unicodedata
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ASSETS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -374,8 +376,11 @@ def test_thresholds_are_chosen_by_the_dev_clips_language(monkeypatch, tmp_path, 
     from edgewhisper.compress.work import Work
 
     monkeypatch.setattr(Clip, "pcm", lambda clip: None)
-    monkeypatch.setattr(decoding, "transcribe", lambda model, processor, pcms, langs: [text])
-    found = Work(None, [], clips_in((lang, text)), tmp_path).wer(None)
+    monkeypatch.setattr(decoding, "transcribe", lambda *given, **options: [text])
+    processor = SimpleNamespace(tokenizer=lambda *given, **options: SimpleNamespace(input_ids=[1]))
+    model = torch.nn.Linear(1, 1)
+    model.config = model.generation_config = SimpleNamespace()
+    found = Work(processor, [], clips_in((lang, text)), tmp_path).wer(model)
     assert (found.normalizer, found.wer) == (name, 0)
 
 

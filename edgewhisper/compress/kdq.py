@@ -63,7 +63,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper import whisper
-from edgewhisper.compress.near import Teacher, frozen_copy
+from edgewhisper.compress.near import Teacher, freeze, frozen_copy
 from edgewhisper.compress.qat import (
     Precision,
     Schemes,
@@ -512,7 +512,7 @@ def find_teacher(model: nn.Module, options: Options, work: Work) -> nn.Module:
     vocabulary = whisper.load_processor(options.teacher).tokenizer.get_vocab()
     check_teacher(teacher, model, options.teacher)
     check_vocabulary(vocabulary, work.processor.tokenizer.get_vocab(), options.teacher)
-    return frozen_copy(teacher)
+    return freeze(teacher)
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, name: str) -> None:

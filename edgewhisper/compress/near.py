@@ -30,12 +30,20 @@ def keep_term(model: nn.Module, weight: float, cache: bool = False) -> LossTerm 
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """The model as it is now, as a teacher: without gradients and random parts, and with an encoder
-    that takes audio of any length, as it does in training."""
-    before = copy.deepcopy(model).eval().requires_grad_(False)
-    encoder = before.model.encoder
-    encoder.training, encoder.dropout, encoder.layerdrop = True, 0.0, 0.0
-    return before
+    """A teacher that is the model as it is now."""
+    return freeze(copy.deepcopy(model))
+
+
+def freeze(model: Any) -> Any:
+    """Make a model a teacher: without gradients and random parts, and with an encoder that takes
+    audio of any length, as that of its student does in training."""
+    model.eval().requires_grad_(False)
+    model.model.encoder._refuse_length = any_length
+    return model
+
+
+def any_length(frames: int) -> None:
+    """In the place of Encoder._refuse_length."""
 
 
 class Teacher:

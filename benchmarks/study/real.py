@@ -1,0 +1,139 @@
+"""Every shipped recipe on one of OpenAI's models, with the clips that come along.
+
+    python -m benchmarks.study.real build/models/tiny.en --out real.jsonl [RECIPE ...]
+
+A line for each recipe: parameters, dev WER (60 clips) and test WER (80 clips) before and after,
+optimiser steps and minutes, or the error where a step lost too much. Recipes that are in the file
+are not run again, and one that was interrupted goes on where it stopped. The table is printed at
+the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markdown import table
+from benchmarks.speech import read_manifest
+
+Line = dict[str, Any]
+LEFT_OUT = ("digits-", "quick", "bald-paper")
+"""For the embedded model, and one that takes days."""
+
+
+def run_one(model: str, recipe: str, before: float) -> Line:
+    """Compress by the recipe, and measure what comes out. `before` is the dense test WER."""
+    import torch
+
+    from edgewhisper import pipeline
+    from edgewhisper.guard import TooMuchLost
+    from export.versions import versions
+
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out, failed = Path(folder) / "slim", None
+        try:
+            place = pipeline.compress(model, recipe, out=out, say=say)
+        except TooMuchLost as error:
+            failed, place = str(error), out.with_name(out.name + error.suffix)
+        minutes = (time.monotonic() - started) / 60
+        record = json.loads((place / "compression.json").read_text("utf-8"))
+        after = test_wer(str(place))
+    return {
+        "model": Path(model).name,
+        "recipe": recipe,
+        "failed": failed,
+        "parameters": [record[when]["parameters"] for when in ("before", "after")],
+        "dev_wer": [record[when]["dev"]["wer"] for when in ("before", "after")],
+        "losses": record["dev_wer"],
+        "test_wer": [before, after],
+        "steps": sum(steps_in(record["steps"])),
+        "minutes": minutes,
+        "threads": torch.get_num_threads(),
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions(),
+    }
+
+
+def steps_in(record: Any) -> Iterator[int]:
+    """Optimiser steps of all trainings in a record."""
+    if isinstance(record, list):
+        for entry in record:
+            yield from steps_in(entry)
+    elif isinstance(record, dict):
+        if {"steps", "first_loss"} <= record.keys():
+            yield record["steps"]
+        for entry in record.values():
+            yield from steps_in(entry)
+
+
+def test_wer(source: str) -> float:
+    """WER of a checkpoint on the 80 test clips, normalizer whisper-basic."""
+    from benchmarks.wer import score
+    from edgewhisper import decoding, pipeline, whisper
+
+    clips = read_manifest(pipeline.GENERAL / "test.jsonl")
+    texts = decoding.transcribe(
+        whisper.load(source),
+        whisper.load_processor(source),
+        [clip.pcm() for clip in clips],
+        [clip.lang for clip in clips],
+    )
+    return score([clip.text for clip in clips], texts).wer
+
+
+def row(line: Line) -> dict[str, str]:
+    dense, slim = (counted["rest"] / 1e6 for counted in line["parameters"])
+    dev, test = (
+        f"{100 * before:.1f} -> {100 * after:.1f}"
+        for before, after in (line["dev_wer"], line["test_wer"])
+    )
+    return {
+        "recipe": line["recipe"],
+        "model": line["model"],
+        "parameters outside the token table, M": f"{dense:.2f} -> {slim:.2f}",
+        "dev WER %": dev,
+        "test WER %": test,
+        "steps": str(line["steps"]),
+        "minutes": f"{line['minutes']:.1f}",
+        "limit": "exceeded" if line["failed"] else "kept",
+    }
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def shipped() -> list[str]:
+    from edgewhisper.recipe import available
+
+    return [name for name in available() if not name.startswith(LEFT_OUT)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a checkpoint directory of OpenAI's Whisper")
+    parser.add_argument("recipes", nargs="*", help="default: all that are meant for such a model")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; may exist")
+    asked = parser.parse_args()
+    text = asked.out.read_text("utf-8") if asked.out.exists() else ""
+    lines: list[Line] = [json.loads(line) for line in text.splitlines()]
+    done = {line["recipe"] for line in lines if line["model"] == Path(asked.model).name}
+    known = [line for line in lines if line["model"] == Path(asked.model).name]
+    todo = [name for name in asked.recipes or shipped() if name not in done]
+    before = known[0]["test_wer"][0] if known else test_wer(asked.model) if todo else 0.0
+    for recipe in todo:
+        say(f"{asked.model}: {recipe}")
+        lines.append(run_one(asked.model, recipe, before))
+        with asked.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
+    say(table([row(line) for line in lines]))
+
+
+if __name__ == "__main__":
+    main()
