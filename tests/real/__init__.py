@@ -1,1 +1,0 @@
-"""Tests on OpenAI's weights; see `make test-real`."""
