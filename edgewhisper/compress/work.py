@@ -74,6 +74,6 @@ class Work:
         from edgewhisper.resume import digest
 
         shapes = getattr(model.config, "edgewhisper", None)
-        clips = [[clip.audio.name, clip.text, clip.lang] for clip in self.dev]
+        clips = [[str(clip.audio), clip.text, clip.lang] for clip in self.dev]
         prompts = [getattr(model.generation_config, n, None) for n in ("language", "task")]
         return digest(model.state_dict(), [shapes, clips, prompts])
