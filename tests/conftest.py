@@ -107,3 +107,25 @@ def exported(tmp_path_factory: pytest.TempPathFactory, digits: Path, processor) 
     out = tmp_path_factory.mktemp("exported") / "fp32"
     export_onnx(load(digits), processor, out, "fp32")
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_en() -> Path:
+    """OpenAI's tiny.en, for tests marked `real`."""
+    from real_models import model
+
+    return model("tiny.en")
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """OpenAI's base, for tests marked `real`."""
+    from real_models import model
+
+    return model("base")
+
+
+@pytest.fixture(scope="session")
+def common_voice() -> Path:
+    """The folder of the product's Common Voice manifests."""
+    return ASSETS / "common-voice"

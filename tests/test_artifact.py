@@ -97,7 +97,7 @@ def test_a_manifest_that_is_not_text_is_damaged(artifact):
         read_manifest(artifact)
 
 
-@pytest.mark.parametrize("version", [1, 3, 0, "1", 1.5, True, None], ids=repr)
+@pytest.mark.parametrize("version", [1, 4, 0, "1", 1.5, True, None], ids=repr)
 def test_an_unknown_format_is_refused(version, artifact):
     rewrite(artifact, lambda manifest: manifest.update(format=version))
     with pytest.raises(Problem, match=r"format .*; this version reads formats 2 and 3"):

@@ -271,12 +271,12 @@ def test_keys_that_decoding_does_not_honour_change_nothing(digits, clips, tmp_pa
         ({"suppress_tokens": [1, 51865]}, "51865 in suppress_tokens"),
         ({"begin_suppress_tokens": [-1]}, "-1 in begin_suppress_tokens"),
         ({"suppress_tokens": "all"}, "'all' in suppress_tokens"),
-        ({"alignment_heads": [[0, 1], [5, 0]]}, r"\[5, 0\] in alignment_heads"),
+        ({"alignment_heads": [[0, 1], [5, -1]]}, r"\[5, -1\] in alignment_heads"),
         ({"alignment_heads": 3}, "3 in alignment_heads"),
     ],
     ids=[
         *("start", "silent", "language", "task", "end", "beyond", "below", "no-list"),
-        *("heads-of-another-size", "no-heads"),
+        *("no-head", "no-heads"),
     ],
 )
 def test_ids_that_contradict_the_tokenizer_are_refused(multilingual, tmp_path, values, words):

@@ -62,7 +62,7 @@ def letter(done: Done) -> str:
     """What a failed command told its user: two lines, exit code 1, no traceback."""
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("note:")]
+    lines = done.stderr.splitlines()[-2:]  # progress and notes come before
     assert lines[0].startswith("error: ")
     assert lines[1].startswith("try:   ")
     return done.stderr

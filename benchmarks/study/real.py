@@ -77,7 +77,7 @@ def test_wer(source: str) -> float:
     from benchmarks.wer import score
     from edgewhisper import decoding, pipeline, whisper
 
-    clips = read_manifest(pipeline.GENERAL / "test.jsonl")
+    clips = read_manifest(pipeline.COMMON_VOICE / "test.jsonl")
     texts = decoding.transcribe(
         whisper.load(source),
         whisper.load_processor(source),

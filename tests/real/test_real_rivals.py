@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_models import model
 
 from benchmarks.bench import Candidate, Measuring, bench_all, in_own_form
 from benchmarks.result import MOST_POINTS, RATIO, remarks, table_rows
@@ -23,16 +23,8 @@ pytestmark = [
     pytest.mark.skipif(not interpreter().is_file(), reason="make rivals-env"),
 ]
 
-MODELS = Path(os.environ.get("EDGEWHISPER_MODELS") or PROJECT / "build/models")
 CLIPS = PROJECT / "edgewhisper/assets/common-voice/test.jsonl"
 NAMES = ("faster-whisper", "whisper.cpp", "sherpa-onnx", "transformers")
-
-
-def checkpoint(name: str) -> Path:
-    place = MODELS / name
-    if not place.is_dir():
-        pytest.skip(f"there is no {place}: make models")
-    return place
 
 
 def run_rivals(model: Path, clips: list[Clip], folder: Path) -> list[dict[str, Any]]:
@@ -44,7 +36,7 @@ def run_rivals(model: Path, clips: list[Clip], folder: Path) -> list[dict[str, A
 
 
 def test_the_wer_of_each_rival_is_within_a_point_of_tiny_ens(tmp_path):
-    results = run_rivals(checkpoint("tiny.en"), read_manifest(CLIPS), tmp_path)
+    results = run_rivals(model("tiny.en"), read_manifest(CLIPS), tmp_path)
     *rivals, _ = results
     points = {one["rival"]: 100 * (one["wer"] - one["checkpoint_wer"]) for one in rivals}
     assert points.keys() == set(NAMES)
@@ -62,7 +54,7 @@ def test_each_rival_of_base_is_prompted_in_the_language_of_each_clip(tmp_path):
     """English clips that are given as German: Whisper then writes German."""
     english = read_manifest(CLIPS)[:5]
     german = [replace(clip, lang="de") for clip in english]
-    results = run_rivals(checkpoint("base"), [*english, *german], tmp_path)
+    results = run_rivals(model("base"), [*english, *german], tmp_path)
     (own,) = [one["texts"] for one in results if one["rival"] == "transformers"]
     for one in results:
         texts = one["texts"]
