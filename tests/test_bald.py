@@ -38,6 +38,7 @@ from edgewhisper.compress.shear import (
 )
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import Batch
+from edgewhisper.pipeline import saturates
 from edgewhisper.recipe import load_recipe
 from edgewhisper.training import Training
 from export import onnx_graph as ops
@@ -1074,7 +1075,9 @@ def test_int8_logits_are_those_of_the_quantised_factors(
     with torch.no_grad():
         wanted = factors(torch.from_numpy(ids)).numpy(), factors.logits(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
-    assert np.abs(found[1] - wanted[1]).max() < 0.05 * np.abs(wanted[1]).max()
+    # without VNNI, onnxruntime adds pairs of int8 products in 16 bits, which saturate
+    bound = 0.5 if saturates() else 0.05
+    assert np.abs(found[1] - wanted[1]).max() < bound * np.abs(wanted[1]).max()
 
 
 def test_an_output_that_is_not_the_tables_is_refused(sheared, processor, tmp_path):

@@ -35,17 +35,22 @@ def run_rivals(model: Path, clips: list[Clip], folder: Path) -> list[dict[str, A
         return bench_all([*rivals, Candidate(ours)], device, clips, Measuring(repeats=1))
 
 
-def test_the_wer_of_each_rival_is_within_a_point_of_tiny_ens(tmp_path):
+def test_each_rival_is_within_a_point_of_tiny_en_or_gets_no_ratio_and_a_reason(tmp_path):
     results = run_rivals(model("tiny.en"), read_manifest(CLIPS), tmp_path)
     *rivals, _ = results
     points = {one["rival"]: 100 * (one["wer"] - one["checkpoint_wer"]) for one in rivals}
     assert points.keys() == set(NAMES)
     assert points["transformers"] == 0
-    assert max(map(abs, points.values())) <= MOST_POINTS, points
-    ratios = [row[RATIO] for row in table_rows(results)]
-    assert all(float(ratio.lstrip("~")) > 0 for ratio in ratios[:-1])
-    assert ratios[-1] == ""
-    assert not any(line.startswith("!") for line in remarks(results))
+    assert max(map(abs, points.values())) <= 3, points  # none is prompted wrongly
+    *ratios, own = [row[RATIO] for row in table_rows(results)]
+    reasons = [line for line in remarks(results) if line.startswith("!")]
+    for one, ratio in zip(rivals, ratios, strict=True):
+        if abs(points[one["rival"]]) <= MOST_POINTS:
+            assert float(ratio.lstrip("~")) > 0
+        else:
+            assert ratio == "-"
+            assert any(one["name"] in line and "no speed ratio" in line for line in reasons)
+    assert own == ""
     (build,) = [one["build"] for one in rivals if one["rival"] == "whisper.cpp"]
     assert "CPU" in build
 
@@ -58,8 +63,9 @@ def test_each_rival_of_base_is_prompted_in_the_language_of_each_clip(tmp_path):
     (own,) = [one["texts"] for one in results if one["rival"] == "transformers"]
     for one in results:
         texts = one["texts"]
-        assert errors(own[:5], texts[:5]) <= 2, one["name"]  # of about 50 words
-        assert errors(own[5:], texts[5:]) < errors(own[:5], texts[5:]) / 2, one["name"]
+        english_text, german_text = texts[:5], texts[5:]
+        assert 2 * errors(own[:5], english_text) < errors(own[5:], english_text), one["name"]
+        assert 2 * errors(own[5:], german_text) < errors(own[:5], german_text), one["name"]
 
 
 def errors(references: list[str], texts: list[str]) -> int:
