@@ -821,11 +821,8 @@ def demo(model: str | None = None, say: Say = print) -> Benched:
             candidates.insert(
                 1, Candidate(export(source, say=say, gating=gating), name=f"{name}: ONNX int8")
             )
-        rounds = Measuring(repeats=DEMO_ROUNDS)
+        rounds = Measuring(repeats=3 if embedded else 2)  # a round of tiny.en takes a minute
         return bench_candidates(candidates, [Place()], None, rounds, say)
-
-
-DEMO_ROUNDS = 3
 
 
 def demo_source(model: str | None, say: Say) -> str:
