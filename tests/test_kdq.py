@@ -521,7 +521,7 @@ def test_a_teacher_that_spells_otherwise_is_refused():
 
 
 def test_a_teacher_that_is_nowhere_is_refused(tiny_whisper, work):
-    with pytest.raises(Problem, match="no such directory"):
+    with pytest.raises(Problem, match="there is no such checkpoint"):
         kdq.apply(tiny_whisper, Options(teacher="./nowhere"), work)
 
 

@@ -153,7 +153,8 @@ def refuse_hash(path: Path, wanted: str) -> None:
         found = file_digest(file, "sha256").hexdigest()
     if found != wanted:
         raise Problem(
-            f"{path.name}: its SHA-256 is {found[:12]}..., pinned is {wanted[:12]}...", hint=OTHER
+            f"{path.name}: its SHA-256 is {found}, and {wanted} is pinned",
+            hint=OTHER,
         )
 
 
