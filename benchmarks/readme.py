@@ -3,7 +3,6 @@
 All that is needed stands in benchmarks/results:
 
     demo.jsonl             the file that a new `edgewhisper demo` names, copied
-    tiny.en.jsonl          the file that `edgewhisper bench` of tiny.en beside its rivals names
     edge.jsonl             the file that `edgewhisper bench` of the recipe edge names, copied
     study.jsonl            python -m benchmarks.study.run; study.png is drawn from it here
     accounting.jsonl       python -m benchmarks.study.accounting
@@ -30,7 +29,7 @@ from benchmarks.study import accounting, tables, training_cost
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGES = (HERE.parent / "README.md", HERE / "study" / "README.md", HERE / "rivals" / "README.md")
-BLOCK = re.compile(r"(<!-- ([\w. ]+?) table: .*? -->\n).*?(<!-- end -->)", flags=re.S)
+BLOCK = re.compile(r"(<!-- ([\w ]+?) table: .*? -->\n).*?(<!-- end -->)", flags=re.S)
 
 
 def with_tables(text: str) -> str:
@@ -109,7 +108,6 @@ def stored(name: str) -> list[dict[str, Any]]:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": partial(benched, "demo.jsonl"),
-    "tiny.en": partial(benched, "tiny.en.jsonl"),
     "edge": partial(benched, "edge.jsonl"),
     "verdicts": verdicts,
     "study": study,
