@@ -18,8 +18,8 @@ are compiled and were loaded before. On a Mac `peak_footprint_bytes` stands besi
 
 A rival's result has `checkpoint_wer`, the word error rate of the checkpoint itself on the same
 clips: that of transformers in fp32. Where the rival's own differs by more than MOST_POINTS, its
-texts are others than the checkpoint's, and no speed ratio is formed with its times. `build` says
-how an engine was compiled, if it tells.
+texts are not the checkpoint's, and no speed ratio is formed with its times. `build` is what an
+engine reports about how it was compiled.
 
 A result of `python -m benchmarks.rivals` may have `forced_tokens`: every engine was made to decode
 exactly so many tokens, and texts and error rates mean nothing.

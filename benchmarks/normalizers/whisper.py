@@ -25,7 +25,7 @@ def whisper_basic(text: str) -> str:
 
 
 def whisper_english(text: str) -> str:
-    """As whisper_basic, by the rules for English.
+    """Normalise an English sentence; the result has single spaces and none at its ends.
 
     Unlike the others it is not idempotent: "it's" becomes "it is", "is" may meet a number next.
     """

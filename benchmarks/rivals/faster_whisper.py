@@ -65,7 +65,7 @@ class FasterWhisper(Engine):
         return found, self.tokenizer.decode(found).strip()
 
     def features(self, pcm: Any) -> Any:
-        """As transcribe() makes them: log-mel without its last frame, then one window of frames."""
+        """Return the features of transcribe(): log-mel without its last frame, in one window."""
         from faster_whisper.audio import pad_or_trim
 
         frames = self.whisper.feature_extractor.nb_max_frames

@@ -245,7 +245,7 @@ def check(options: Options, rules: Rules) -> None:
 
 def code(language: str | None, rules: Rules) -> str | None:
     """Return the artifact's code for hi, HI, hi_in, hi-IN or <|hi|>, or AUTO; None for English
-    where the model knows nothing else. Raise the letter for a language that it does not know."""
+    where the model knows nothing else. Raise RunnerProblem for a language that it does not know."""
     if language is None:
         return None
     found = plain(language)

@@ -159,7 +159,7 @@ class Recognizer:
     ) -> list[int]:
         """Return the greedy tokens of one window, without prompt and end token.
 
-        A language that the model does not know is as none: see Options.
+        A language that the model does not know counts as None: see Options.
         """
         if self.guards and is_silent(pcm):
             return []
