@@ -9,7 +9,6 @@ finds the same clips again, and the next run needs no network. Sound is decoded 
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from benchmarks import columns
-from export.files import new_directory
+from export.files import cached, new_directory
 from export.problem import Problem
 from export.prompt import language_code
 
@@ -64,8 +63,7 @@ def parse(text: str) -> Source:
 
 
 def cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "edgewhisper" / "speech"
+    return cached("speech")
 
 
 def fetch(text: str) -> Path:

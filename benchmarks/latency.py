@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.hub import cache
 from benchmarks.metadata import artifact_hash
 from devices.device import (
     FAMILIES,
@@ -41,7 +40,7 @@ from devices.device import (
     run_runner,
 )
 from export import artifact
-from export.files import new_file
+from export.files import cached, new_file
 from export.operators import (
     EMPTY,
     KINDS,
@@ -382,7 +381,7 @@ def shapes_in(folder: Path, manifest: Mapping[str, Any]) -> Shapes:
 
 
 def path_of(device: str, precision: str, threads: int | str) -> Path:
-    return cache().parent / "latency" / f"{device}-{precision}-{threads}.json"
+    return cached("latency") / f"{device}-{precision}-{threads}.json"
 
 
 def write(table: Table) -> Path:

@@ -31,6 +31,7 @@ from benchmarks.wer import Score, score, word_counts
 from devices.runner.contract import LAYOUTS as RUNNERS_OWN
 from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.card import card_of
+from edgewhisper.checkpoints.openai import ENGLISH
 from edgewhisper.compress import METHODS
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.shrink import slimmed
@@ -42,8 +43,8 @@ from edgewhisper.languages import (
     set_language,
     set_prompt,
 )
+from edgewhisper.progress import progress_bar
 from edgewhisper.recipe import Recipe, load_recipe
-from edgewhisper.training import progress_bar
 from export.artifact import MANIFEST, PACKAGED, write_manifest
 from export.artifact import read_manifest as read_artifact
 from export.cost import count_parameters, macs, macs_by_window
@@ -78,8 +79,6 @@ DEV_SHARE = 10
 Say = Callable[[str], None]
 
 
-GENERAL_TOKENS = 51_864
-"""OpenAI's models have at least so many tokens; a smaller vocabulary is of some other language."""
 SHIPPED = (
     "60 + 60 English clips of Mozilla Common Voice (CC0 1.0) that come with EdgeWhisper, "
     "edgewhisper/assets/common-voice"
@@ -211,7 +210,7 @@ def prepare(
     if out is not None and out.exists():
         raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
     dense = whisper.load(source, revision)
-    clips = choose_speech(source, speech, dev, dense.config.vocab_size >= GENERAL_TOKENS)
+    clips = choose_speech(source, speech, dev, dense.config.vocab_size >= ENGLISH)
     if clips.source is None or language is not None:
         set_language(dense.generation_config, clips.train, clips.dev, language)
     for step in recipe.steps:
@@ -541,7 +540,6 @@ def gate(
     from benchmarks.stock import open_artifact
     from devices.runner.text import join
     from edgewhisper.coreml import OwnDecoder
-    from edgewhisper.training import progress_bar
 
     layout = manifest.get("layout", "native")
     languages = [language_code(clip.lang) if layout in BY_CLIP else None for clip in clips]

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -498,13 +498,20 @@ def regularised(model: nn.Module, options: Training) -> Iterator[None]:
 @contextmanager
 def partly_frozen(model: "WhisperForConditionalGeneration", options: Training) -> Iterator[None]:
     """No gradients for the parts that the options freeze; afterwards as before."""
-    parts = []
+    parts: list[nn.Parameter] = []
     if not options.encoder:
         parts += list(model.model.encoder.parameters())
     table = getattr(model.model.decoder.embed_tokens, "weight", None)
     if not options.token_table and table is not None:
         parts.append(table)
-    frozen = [parameter for parameter in parts if parameter.requires_grad]
+    with without_gradients(parts):
+        yield
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """No gradients for these parameters; afterwards again for those that had them."""
+    frozen = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:

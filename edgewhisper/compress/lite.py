@@ -79,9 +79,10 @@ from edgewhisper.compress.near import keep_term
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import permutation
+from edgewhisper.progress import progress_bar
 from edgewhisper.recipe import Range
 from edgewhisper.runs import main_process
-from edgewhisper.training import Training, progress_bar, train
+from edgewhisper.training import Training, train, without_gradients
 from edgewhisper.whisper import (
     GatherLinear,
     LowRank,
@@ -668,15 +669,9 @@ def training_only_factors(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Gradients for low-rank layers only, and afterwards for all that had them before."""
     modules = [module for module in model.modules() if isinstance(module, LowRank)]
     factors = {id(p) for module in modules for p in module.parameters()}
-    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
-    frozen = frozen if wanted and factors else []
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
+    others = [p for p in model.parameters() if id(p) not in factors]
+    with without_gradients(others if wanted and factors else []):
         yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
 
 
 # -- attention of reduced dimension

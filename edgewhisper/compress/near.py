@@ -38,12 +38,8 @@ def freeze(model: Any) -> Any:
     """Make a model a teacher: without gradients and random parts, and with an encoder that takes
     audio of any length, as that of its student does in training."""
     model.eval().requires_grad_(False)
-    model.model.encoder._refuse_length = any_length
+    model.model.encoder.any_length = True
     return model
-
-
-def any_length(frames: int) -> None:
-    """In the place of Encoder._refuse_length."""
 
 
 class Teacher:

@@ -58,6 +58,7 @@ from edgewhisper.compress.near import keep_term, total
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import Batch
+from edgewhisper.progress import progress_bar
 from edgewhisper.recipe import Range
 from edgewhisper.runs import main_process
 from edgewhisper.training import (
@@ -65,7 +66,6 @@ from edgewhisper.training import (
     LossTerm,
     Training,
     loss_before,
-    progress_bar,
     train,
 )
 from export.problem import Problem

@@ -46,8 +46,8 @@ class Work:
         from benchmarks.normalizers import name_for
         from benchmarks.wer import score
         from edgewhisper import decoding
+        from edgewhisper.progress import progress_bar
         from edgewhisper.runs import main_process
-        from edgewhisper.training import progress_bar
 
         pcms, languages = [clip.pcm() for clip in self.dev], [clip.lang for clip in self.dev]
         limit = self._most_tokens()
