@@ -65,11 +65,11 @@ from transformers.models.whisper.modeling_whisper import (
 )
 
 from edgewhisper.checkpoints import ctranslate2, fetch, generation, openai, pt
-from edgewhisper.checkpoints.openai import START
 from export.files import new_directory
 from export.problem import Problem
 from export.quantise import BITS, BLOCKS, SCALES
 from export.shrink import ATTENTIONS, FORMAT, windows_of
+from export.vocabulary import START
 
 POSITION_S = 0.02
 """Of the encoder."""

@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.sizes import HEAD, SIZES, Size
+from export import vocabulary
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, WhisperConfig, WhisperTokenizer
 
 ORDINARY = 50_257
 LANGUAGES = 99
-TIMESTAMPS = 1501
 END, START = 50_257, 50_258
 TASKS = {"translate": 50_358, "transcribe": 50_359}
 SILENT = 50_363
@@ -94,20 +94,7 @@ def generation_config() -> GenerationConfig:
 
 def make_tokenizer() -> WhisperTokenizer:
     """Byte-level BPE with the ids of OpenAI's multilingual vocabulary."""
-    from tokenizers import AddedToken
-    from transformers import WhisperTokenizer
-
-    words, merges = ordinary()
-    special, stamps = special_tokens(), [f"<|{i * 0.02:.2f}|>" for i in range(TIMESTAMPS)]
-    vocabulary = {word: i for i, word in enumerate([*words, *special])}
-    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=merges, pad_token=special[0])
-
-    def added(texts: list[str], is_special: bool) -> list[Any]:
-        return [AddedToken(text, normalized=False, special=is_special) for text in texts]
-
-    tokenizer.add_special_tokens({"extra_special_tokens": added(special, True)})
-    tokenizer.add_tokens(added(stamps, False))
-    return tokenizer
+    return vocabulary.tokenizer(*ordinary(), vocabulary.special_tokens(LANGUAGES))
 
 
 def ordinary() -> tuple[list[str], list[tuple[str, str]]]:
@@ -117,13 +104,6 @@ def ordinary() -> tuple[list[str], list[tuple[str, str]]]:
     letters = sorted(ByteLevel.alphabet())
     pairs = list(islice(product(letters, letters), ORDINARY - len(letters)))
     return letters + [first + second for first, second in pairs], pairs
-
-
-def special_tokens() -> list[str]:
-    """From end of text to <|notimestamps|>, in the order of their ids."""
-    later = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
-    names = ("endoftext", "startoftranscript", *languages(), *later)
-    return [f"<|{name}|>" for name in names]
 
 
 def languages() -> Iterator[str]:

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgewhisper.checkpoints import openai
-from edgewhisper.checkpoints.openai import END, NO_TIMESTAMPS, PREVIOUS, START, TASKS
 from export.problem import Problem
+from export.vocabulary import END, NO_TIMESTAMPS, PREVIOUS, START, TASKS
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, WhisperConfig, WhisperTokenizer

@@ -12,9 +12,12 @@ import lzma
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from export import vocabulary
+from export.vocabulary import PREVIOUS, START, TASKS
 
 if TYPE_CHECKING:
     from transformers import WhisperConfig, WhisperTokenizer
@@ -23,18 +26,10 @@ ENGLISH_END = 50_256
 """The id of <|endoftext|> in GPT-2's vocabulary, which the English-only models have."""
 VOCABULARIES = Path(__file__).resolve().parent.parent / "assets" / "vocabularies"
 BYTES = 256
-TIMESTAMPS = 1501
-"""Tokens from 0.00 to 30.00 s in steps of 0.02 s."""
 MAX_INITIAL_TIMESTAMP_INDEX = 50
 """The first timestamp is at most one second."""
-
-END = "<|endoftext|>"
-START = "<|startoftranscript|>"
-TASKS = ("translate", "transcribe")
-PREVIOUS = "<|startofprev|>"
-NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")
+NO_SPEECH_NAMES = (vocabulary.NO_SPEECH, "<|nocaptions|>")
 """The name of one token, in newer and in older tokenizers."""
-NO_TIMESTAMPS = "<|notimestamps|>"
 
 
 @dataclass(frozen=True)
@@ -106,20 +101,15 @@ def vocabulary_of(vocab_size: int, start: int | None = None) -> int | None:
     return found if found is not None and vocab_size > WITH_CANTONESE else None
 
 
-def special_tokens(vocabulary: int) -> list[str]:
-    """The special tokens in the order of their ids, from <|endoftext|> to <|notimestamps|>."""
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
-    count = 100 if vocabulary == WITH_CANTONESE else 99
-    later = (*TASKS, "startoflm")
-    names = ("endoftext", "startoftranscript", *islice(LANGUAGES, count), *later)
-    return [*(f"<|{name}|>" for name in names), PREVIOUS, NO_SPEECH[0], NO_TIMESTAMPS]
-
-
-def special_ids(vocabulary: int) -> dict[str, int]:
+def special_ids(vocab_size: int) -> dict[str, int]:
     """Name -> id of the special tokens."""
-    first = len(ordinary_tokens(vocabulary == ENGLISH))
-    return {name: first + number for number, name in enumerate(special_tokens(vocabulary))}
+    first = len(ordinary_tokens(vocab_size == ENGLISH))
+    return {name: first + number for number, name in enumerate(special_of(vocab_size))}
+
+
+def special_of(vocab_size: int) -> list[str]:
+    """The special tokens of one of OpenAI's vocabularies, in the order of their ids."""
+    return vocabulary.special_tokens(100 if vocab_size == WITH_CANTONESE else 99)
 
 
 @lru_cache(maxsize=2)
@@ -150,29 +140,12 @@ def merges_of(english: bool) -> list[tuple[str, str]]:
     return merges
 
 
-def tokenizer(vocabulary: int) -> WhisperTokenizer:
+def tokenizer(vocab_size: int) -> WhisperTokenizer:
     """The tokenizer of one of OpenAI's vocabularies, as its checkpoints on the hub have it."""
-    from tokenizers import AddedToken
-    from transformers import WhisperTokenizer
-
-    english = vocabulary == ENGLISH
-    ordinary, special = ordinary_tokens(english), special_tokens(vocabulary)
-    stamps = [f"<|{number * 0.02:.2f}|>" for number in range(TIMESTAMPS)]
-    ids = {token: number for number, token in enumerate([*ordinary, *special])}
-    end = special[0]
-    made = WhisperTokenizer(
-        vocab=ids,
-        merges=merges_of(english),
-        bos_token=end,
-        eos_token=end,
-        unk_token=end,
-        pad_token=end,
-        model_max_length=448,
+    english = vocab_size == ENGLISH
+    return vocabulary.tokenizer(
+        ordinary_tokens(english), merges_of(english), special_of(vocab_size)
     )
-    added = [AddedToken(text, normalized=False, special=True) for text in special]
-    made.add_special_tokens({"extra_special_tokens": added})
-    made.add_tokens([AddedToken(text, normalized=False, special=False) for text in stamps])
-    return made
 
 
 # --------------------------------------------------------------------------- suppressed tokens
@@ -201,7 +174,7 @@ def suppressed_tokens(tokenizer: WhisperTokenizer, special: Mapping[str, int]) -
 
 
 def prompt_tokens(special: Mapping[str, int]) -> Iterable[int]:
-    names = (START, *(f"<|{task}|>" for task in TASKS), "<|startoflm|>", PREVIOUS, *NO_SPEECH)
+    names = (START, *(f"<|{task}|>" for task in TASKS), "<|startoflm|>", PREVIOUS, *NO_SPEECH_NAMES)
     return (special[name] for name in names if name in special)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewhisper.digits import DIGITS, WINDOW_S
+from export.vocabulary import special_tokens
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ def build_processor() -> Any:
     """A byte-level tokenizer in Whisper's layout, digits as single tokens, and the extractor."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,15 +50,7 @@ def build_processor() -> Any:
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     tokenizer = WhisperTokenizer(vocab=model["vocab"], merges=merges)
-    special = ["<|endoftext|>", "<|startoftranscript|>", *(f"<|{code}|>" for code in LANGUAGES)]
-    special += [
-        "<|translate|>",
-        "<|transcribe|>",
-        "<|startoflm|>",
-        "<|startofprev|>",
-        "<|nospeech|>",
-    ]
-    tokenizer.add_tokens([*special, "<|notimestamps|>"], special_tokens=True)
+    tokenizer.add_tokens(special_tokens(), special_tokens=True)
     tokenizer.add_tokens([f"<|{step * 0.02:.2f}|>" for step in range(WINDOW_S * 50 + 1)])
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW_S)
     return WhisperProcessor(extractor, tokenizer)
