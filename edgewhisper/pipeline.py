@@ -437,10 +437,7 @@ def export(
     from export.to_coreml import export_coreml
     from export.to_onnx import export_onnx
 
-    source, gating = (
-        checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL),
-        gating or Gating(),
-    )
+    source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
     listed = None if speech is None else read_manifest(speech)
     usual_precision, usual_layout = DEFAULTS[target]
     precision, layout = precision or usual_precision, layout or usual_layout
@@ -460,7 +457,9 @@ def export(
                 say(line)
         else:
             manifest = export_onnx(*rest)
-        manifest["gate"] = gated(folder, manifest, model, processor, listed, gating, say)
+        manifest["gate"] = gated(
+            folder, manifest, model, processor, listed, gating or Gating(), say
+        )
         write_manifest(folder, manifest)
     return place
 
@@ -518,7 +517,7 @@ def gated(
             failure.hint = f"{SATURATES}; {failure.hint}"
         if gating.mode != "warn":
             raise
-        say(f"gate FAILED, and the artifact is kept (--gate warn): {failure}")
+        say(f"gate FAILED, and the artifact is kept (--gate warn): {failure}\n{failure.hint}")
         return known | (failure.figures or {}) | {"result": FAILED, "error": str(failure)}
     say(
         f"gate passed on {len(chosen)} of {len(clips)} clips: {figures['identical_tokens']:.0%} of "

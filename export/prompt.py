@@ -61,13 +61,25 @@ def named_language(generation: Any) -> str | None:
         code = language_code(named)
         _look_up(generation, "lang_to_id", f"<|{code}|>")
         return code
-    forced = getattr(generation, "forced_decoder_ids", None) or []
-    ids = {token for position, token in forced if position == LANGUAGE_POSITION}
-    return next((code for code, i in language_ids(generation).items() if i in ids), None)
+    forced = forced_ids(getattr(generation, "forced_decoder_ids", None)).get(LANGUAGE_POSITION)
+    return next((code for code, i in language_ids(generation).items() if i == forced), None)
 
 
-LANGUAGE_POSITION = 1
-"""Where the language stands in a prompt."""
+LANGUAGE_POSITION, TASK_POSITION = 1, 2
+"""Where language and task stand in a prompt."""
+
+
+def forced_ids(forced: Any) -> dict[int, int]:
+    """Position -> id of `forced_decoder_ids`, by which older configs name language and task.
+
+    An id may be null, which leaves it open; what is not a pair of numbers is left out.
+    """
+    pairs = forced if isinstance(forced, list | tuple) else ()
+    return {
+        pair[0]: pair[1]
+        for pair in pairs
+        if isinstance(pair, list | tuple) and [*map(type, pair)] == [int, int]
+    }
 
 
 def language_or_auto(generation: Any, spoken: str | None = None) -> str | None:

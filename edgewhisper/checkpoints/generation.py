@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgewhisper.checkpoints import openai
 from export.problem import Problem
+from export.prompt import LANGUAGE_POSITION, TASK_POSITION, forced_ids
 from export.vocabulary import END, NO_TIMESTAMPS, PREVIOUS, START, TASKS
 
 if TYPE_CHECKING:
@@ -162,12 +163,12 @@ def add_prompt(named: dict[str, Any], stored: Mapping[str, Any]) -> None:
     if not named["is_multilingual"]:
         return
     if named.get("language") is None and named.get("task") is None:
-        forced = named.get("forced_decoder_ids") or stored.get("forced_decoder_ids") or ()
-        ids = {pair[1] for pair in forced if isinstance(pair, list | tuple) and len(pair) == 2}
-        languages = (token for token, number in named["lang_to_id"].items() if number in ids)
-        tasks = (task for task, number in named["task_to_id"].items() if number in ids)
-        named["language"] = next((token.strip("<|>") for token in languages), None)
-        named["task"] = next(tasks, None)
+        key = "forced_decoder_ids"
+        forced = forced_ids(named.get(key) or stored.get(key))
+        names = {number: token.strip("<|>") for token, number in named["lang_to_id"].items()}
+        tasks = {number: task for task, number in named["task_to_id"].items()}
+        named["language"] = names.get(forced.get(LANGUAGE_POSITION))
+        named["task"] = tasks.get(forced.get(TASK_POSITION))
     named["task"] = named.get("task") or "transcribe"
 
 
