@@ -19,6 +19,7 @@ from torch import nn
 
 from export import onnx_graph as ops
 from export.beside import Spec
+from export.constants import own_constants
 from export.operators import EMPTY, Operator, of_a_token, work
 from export.to_onnx import _stem as stem
 from export.weights import Heads, Linear
@@ -80,7 +81,9 @@ def write(folder: Path, name: str, operator: Operator, precision: str) -> None:
     for number in range(copies(operator, precision)):
         probe = Probe(g, rng, number, inputs, outputs)
         BUILD[operator.kind](probe, *operator.sizes)
-    onnx.save(g.model(name, inputs, outputs), folder / f"{name}.onnx")
+    model = g.model(name, inputs, outputs)
+    own_constants(model)
+    onnx.save(model, folder / f"{name}.onnx")
 
 
 class Probe:

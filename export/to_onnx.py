@@ -28,7 +28,7 @@ int8 but for the matrices of the blocks: 4 bits, a scale for 32 inputs. The enco
 computed where they are the sinusoids that Whisper fixes. Where the checkpoint names bits for a
 layer, the table or the stem (see quantise.py), int8 and int4 follow it: 4 bits in blocks, 8, 16
 (float32 at work) or 32. Nothing is stored twice. On x86 without VNNI, onnxruntime's int8 products
-may saturate (u8 * s8 summed in 16 bits): gate there.
+saturate unless the session asks for exact ones, see constants.py.
 
 The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels, frames), and
 the names of its nodes begin with `log_mel/`. Those of the other parts begin with `stem/`,
@@ -63,6 +63,7 @@ from export.beside import (
     save_beside,
     write_tokens,
 )
+from export.constants import LARGE, Weights, own_constants
 from export.cost import macs_by_window
 from export.layouts import LAYOUTS
 from export.onnx_graph import PRECISIONS, Graph
@@ -76,8 +77,6 @@ GraphParts = tuple[Graph, list[Spec], list[Spec]]
 """A graph, what goes in and what comes out."""
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
-LARGE = 2**20
-"""Bytes of a weight that is worth a file to map."""
 SINUSOID_ERROR = {False: 1e-5, True: 2**-12}
 """Positions this close to Whisper's sinusoids are computed, not stored. A graph that would store
 them as float16 would be off by as much."""
@@ -141,20 +140,18 @@ def write_graph(
     """Write one graph, changed by `last`; returns what goes in and comes out of it.
 
     Where it is to be `mapped`, large weights get a file of their own beside it, NAME.weights: the
-    runtime maps that into memory, where it would copy what stands in the graph.
+    runtime maps that into memory, where it would copy what stands in the graph. Its int8 products
+    share no constants, see constants.py.
     """
     graph, inputs, outputs = made
     model, path = graph.model(name, inputs, outputs), folder / f"{name}{suffix}.onnx"
     _check(model, path)
     last(model)
-    large = any(len(tensor.raw_data) >= LARGE for tensor in model.graph.initializer)
-    if not (mapped and large):
-        onnx.save(model, path)
-    else:
-        weights = path.with_suffix(".weights")
-        apart = {"location": weights.name, "size_threshold": LARGE}
-        onnx.save(model, path, save_as_external_data=True, **apart)
-        weights.chmod(path.stat().st_mode)  # onnx keeps it from others
+    if mapped:
+        own_constants(model)
+        with Weights(path.with_suffix(".weights"), LARGE) as weights:
+            weights.take(model)
+    onnx.save(model, path)
     return described(inputs, outputs)
 
 

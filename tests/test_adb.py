@@ -14,7 +14,6 @@ from pathlib import Path
 import adbd
 import pixel
 import pytest
-from exact_int8 import needs_exact_int8
 
 from devices import adb, bundle
 from devices.adb import AdbDevice
@@ -396,7 +395,6 @@ def test_a_bench_there_says_what_it_says_here_and_the_second_one_copies_nothing(
 def test_the_same_clips_give_the_same_tokens_there_and_here(
     phone, digits, processor, few, tmp_path, precision
 ):
-    needs_exact_int8(precision)
     from benchmarks.bench import write_clips
     from edgewhisper.whisper import load
     from export.to_onnx import export_onnx
@@ -413,7 +411,6 @@ def test_the_same_clips_give_the_same_tokens_there_and_here(
 def test_a_phone_with_arm_s_programs_says_the_same_tokens(
     arm_phone, digits, processor, few, tmp_path
 ):
-    needs_exact_int8()
     from benchmarks.bench import write_clips
     from edgewhisper.whisper import load
     from export.to_onnx import export_onnx

@@ -19,7 +19,6 @@ from typing import Any
 import chromium
 import numpy as np
 import pytest
-from exact_int8 import needs_exact_int8
 
 from benchmarks.bench import Candidate, Measuring, bench, write_clips
 from benchmarks.speech import read_manifest
@@ -663,7 +662,6 @@ class TestInChromium:
     """Fetches onnxruntime-web where it is not in the cache."""
 
     def test_int8_says_the_runner_s_tokens_on_one_thread_and_two(self, tmp_path, artifacts, clips):
-        needs_exact_int8()
         for page, local in both(tmp_path, artifacts["int8"], clips, 1, 2):
             assert page["tokens"] == local["tokens"]
             assert page["texts"] == local["texts"]

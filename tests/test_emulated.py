@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import sshd
-from exact_int8 import needs_exact_int8
 
 from benchmarks.aarch64 import __main__ as command
 from benchmarks.aarch64 import machine
@@ -50,7 +49,6 @@ def few(clips) -> list[Clip]:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, digits, processor) -> Path:
     """In int8, which an emulator multiplies twice as fast."""
-    needs_exact_int8()
     from edgewhisper.whisper import load
     from export.to_onnx import export_onnx
 

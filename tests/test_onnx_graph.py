@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from exact_int8 import needs_exact_int8
 from onnx import TensorProto, checker
+from onnx_sessions import open_model
 from transformers import WhisperFeatureExtractor
 
 from export import onnx_graph as ops
@@ -15,17 +15,10 @@ from export.onnx_graph import Graph, Heads, Linear, Spec
 
 def run(graph, inputs, outputs):
     """Run a graph with these inputs (name -> array) and give these outputs back."""
-    import onnxruntime
-
     specs = [Spec(name, array.shape, str(array.dtype)) for name, array in inputs.items()]
     model = graph.model("test", specs, [Spec(name, shape) for name, shape in outputs.items()])
     checker.check_model(model)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session.run(list(outputs), inputs)
+    return open_model(model).run(list(outputs), inputs)
 
 
 def draw(rng, *shape):
@@ -108,7 +101,6 @@ def test_a_linear_layer_in_float(kind, gather, rng):
 @pytest.mark.parametrize("gather", [False, True], ids=["spread", "gather"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_linear_layer_in_int8_is_off_by_its_rounding(kind, gather, rng):
-    needs_exact_int8()
     layers, x, graph = random_layers(rng, kind), draw(rng, 1, 6, 20), Graph("int8")
     y = ops.linear(graph, "x", layers, gather)
     want = apply(x, layers)
@@ -118,7 +110,6 @@ def test_a_linear_layer_in_int8_is_off_by_its_rounding(kind, gather, rng):
 
 def test_int8_multiplies_exactly_what_quantise_gives(rng):
     """Inputs that int8 represents exactly leave the weights' rounding as the only error."""
-    needs_exact_int8()
     weight, graph = draw(rng, 9, 20), Graph("int8")
     x = rng.integers(-127, 128, (1, 5, 20)).astype(np.float32)
     x[0, 0, :2] = [-127, 128]  # a range of 255 steps: activations scale by exactly 1
@@ -141,7 +132,6 @@ def test_int8_multiplies_exactly_what_quantise_gives(rng):
 )
 @pytest.mark.parametrize("together", [ops.parallel, ops.apart])
 def test_layers_of_one_input_equal_separate_ones(kinds, together, precision, rng):
-    needs_exact_int8(precision)
     branches = [random_layers(rng, kind) for kind in kinds]
     x, graph = draw(rng, 1, 6, 20), Graph(precision)
     names = together(graph, "x", branches)
@@ -192,7 +182,6 @@ def test_no_piece_of_any_window_is_empty(rng):
 
 @pytest.mark.parametrize("precision", ops.PRECISIONS)
 def test_the_token_table_looks_up_and_multiplies_one_stored_matrix(precision, rng):
-    needs_exact_int8(precision)
     weight, graph = draw(rng, 40, 8), Graph(precision)
     table = ops.TokenTable(graph, weight)
     x, ids = draw(rng, 1, 1, 8), rng.integers(0, 40, (1, 5))

@@ -161,7 +161,13 @@ def test_the_same_command_after_ctrl_c_gives_the_same_weights(
 
     def compress(out: str) -> Path:
         return pipeline.compress(
-            random_start, "mine.toml", speech=few, dev=few, out=Path(out), say=lambda text: None
+            random_start,
+            "mine.toml",
+            speech=few,
+            dev=few,
+            out=Path(out),
+            say=lambda text: None,
+            allow_loss=True,  # the WER of a random model may rise
         )
 
     with monkeypatch.context() as patch:

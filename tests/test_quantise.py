@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exact_int8 import needs_exact_int8
+from onnx_sessions import open_model
 from stored_weights import stored_rows
 from test_to_onnx import export, irregular, torch_steps, window
 
@@ -172,8 +172,6 @@ def test_transposed_weights_have_their_scales_on_the_columns(rng):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_runtime_reads_packed_codes_as_we_mean_them(block, rng):
     """Also where the inputs do not fill the last block; inputs that int8 represents exactly."""
-    import onnxruntime
-
     for _ in range(3):
         out, features = (int(n) for n in rng.integers(1, 90, size=2))
         weight = rng.standard_normal((out, features)).astype(np.float32)
@@ -183,8 +181,7 @@ def test_the_runtime_reads_packed_codes_as_we_mean_them(block, rng):
         graph = ops.Graph("int8")
         y = ops.linear(graph, "x", [ops.Linear(weight, scheme=scheme)])
         specs = [ops.Spec("x", x.shape)], [ops.Spec(y, (1, 5, out))]
-        model = graph.model("test", *specs).SerializeToString()
-        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        session = open_model(graph.model("test", *specs))
         want = x @ fake_quantise(torch.from_numpy(weight), scheme).numpy().T
         found = session.run(None, {"x": x})[0]
         assert np.allclose(found, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
@@ -482,7 +479,6 @@ def test_logits_of_the_artifact_are_near_the_checkpoints(
 ):
     """Activations are rounded in the runtime, weights are the same: far nearer than the float
     model is. In fp32 the floats are stored as they are."""
-    needs_exact_int8()
     model = make(make_whisper, rng, work)
     model = qat.apply(model, qat.Options(encoder=4, decoder=4, stem=8, block=16), work)
     pcm, ids = window(processor, rng), rng.integers(0, 700, 4).tolist()
@@ -494,7 +490,6 @@ def test_logits_of_the_artifact_are_near_the_checkpoints(
 
 
 def test_layers_of_one_input_share_a_product_where_they_are_stored_alike(rng):
-    needs_exact_int8()
     x = rng.standard_normal((1, 6, 20)).astype(np.float32)
     weights = [rng.standard_normal((n, 20)).astype(np.float32) for n in (3, 4, 5, 6)]
     kinds = [Scheme(8), Scheme(4, block=16), Scheme(8, block=64), Scheme(32)]
@@ -510,11 +505,8 @@ def test_layers_of_one_input_share_a_product_where_they_are_stored_alike(rng):
         "MatMulNBits",
         "Split",
     ]
-    import onnxruntime
-
     outputs = [ops.Spec(name, (1, 6, len(w))) for name, w in zip(names, weights, strict=True)]
-    model = graph.model("test", [ops.Spec("x", x.shape)], outputs).SerializeToString()
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    session = open_model(graph.model("test", [ops.Spec("x", x.shape)], outputs))
     for found, weight, scheme in zip(session.run(names, {"x": x}), weights, kinds, strict=True):
         want = x @ fake_quantise(torch.from_numpy(weight), scheme).numpy().T
         assert np.abs(found - want).max() < 0.05 * np.abs(want).max()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import sshd
-from exact_int8 import needs_exact_int8
 
 from benchmarks.aarch64 import __main__ as command
 from benchmarks.aarch64 import system
@@ -38,7 +37,6 @@ SWITCH_OFF = "open('/proc/sysrq-trigger', 'w').write('b'); input()"
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, digits, processor) -> Path:
     """In int8, which an emulator multiplies twice as fast."""
-    needs_exact_int8()
     from edgewhisper.whisper import load
     from export.to_onnx import export_onnx
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 PATIENCE_S = 45
 """For the answer of a process that was asked for it; a phone's or a Mac's sample may take 20 s."""
 PR_SET_PDEATHSIG = 1
+READY = b"r"
 HELD: set[int] = set()
 """Ends of pipes that only this process may hold."""
 
@@ -37,11 +38,13 @@ class Beside:
                 for end in HELD:
                     os.close(end)
                 detach(own_session)
+                send(tell, READY)
                 send(tell, work(asked))
             finally:
                 os._exit(0)
         os.close(asked)
         os.close(tell)
+        os.read(answer, len(READY))  # until then, what kills this process kills that one too
 
     def finish(self, patience_s: float = PATIENCE_S) -> bytes:
         """Ask for the answer and wait for it; nothing where there is none."""

@@ -163,7 +163,9 @@ def value(array: np.ndarray) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def session_options(threads: int | None, arena: bool = True) -> ort.SessionOptions:
+def session_options(
+    threads: int | None, arena: bool = True, exact: bool = True
+) -> ort.SessionOptions:
     """Return the options of a session: small memory, and no core busy with waiting.
 
     A thread that waits for the next operator looks out for it for 0.1 ms, then sleeps. Measured on
@@ -179,6 +181,7 @@ def session_options(threads: int | None, arena: bool = True) -> ort.SessionOptio
     options.enable_mem_reuse = not arena
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
+    options.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
     options.log_severity_level = 4  # errors become letters
     return options
 

@@ -25,28 +25,22 @@ and read where there is one. Then present.{i}.encoder.* have no elements: caller
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import onnx
-from onnx import external_data_helper
 from torch import nn
 
 from export.artifact import suffix_for
 from export.beside import Contract, save_beside, write_compactly
+from export.constants import SMALL, Weights
 from export.layouts import parts
 from export.onnx_graph import Graph, Heads, Spec
 from export.to_onnx import KINDS, GraphParts, write_graph
 
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 """What transformers.js calls a precision."""
-SMALL = 1024
-"""Constants of fewer bytes stand in the graph's own file: so do all shapes, which must be known."""
-ALIGNMENT = 64
-
 ENCODER, MERGED = "encoder_model", "decoder_model_merged"
 FIRST, LATER = "decoder_model", "decoder_with_past_model"
 
@@ -56,7 +50,7 @@ def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contra
     suffix, folder = suffix_for("transformers", precision), out / "onnx"
     folder.mkdir()
     contract = {ENCODER: write_graph(encoder_graph(model, precision), folder, ENCODER, suffix)}
-    with Weights(folder / f"{MERGED}{suffix}.onnx_data") as weights:
+    with Weights(folder / f"{MERGED}{suffix}.onnx_data", SMALL) as weights:
         for kind in (MERGED, FIRST, LATER):
             made = decoder_graph(model, precision, kind)
             contract[kind] = write_graph(made, folder, kind, suffix, weights.take)
@@ -192,39 +186,6 @@ def _present(number: int, side: str, heads: Heads) -> list[Spec]:
 
 
 # --------------------------------------------------------------------------------------- weights
-
-
-class Weights:
-    """One file that holds the large constants of several graphs; equal ones stand there once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: BinaryIO = path.open("wb")
-        self.places: dict[bytes, int] = {}
-
-    def __enter__(self) -> Weights:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-    def take(self, model: onnx.ModelProto) -> None:
-        """Move the large constants of a graph into the file."""
-        for tensor in model.graph.initializer:
-            if len(tensor.raw_data) >= SMALL:
-                offset = self._place(tensor.raw_data)
-                external_data_helper.set_external_data(
-                    tensor, self.path.name, offset, len(tensor.raw_data)
-                )
-                tensor.ClearField("raw_data")
-
-    def _place(self, data: bytes) -> int:
-        key = hashlib.sha256(data).digest()
-        if key not in self.places:
-            self.file.write(b"\0" * (-self.file.tell() % ALIGNMENT))
-            self.places[key] = self.file.tell()
-            self.file.write(data)
-        return self.places[key]
 
 
 # ------------------------------------------------------------------------------- what stands beside

@@ -7,7 +7,7 @@ from real_models import model
 
 from benchmarks.gate import GateFailure
 from edgewhisper import pipeline
-from edgewhisper.pipeline import Gating, saturates
+from edgewhisper.pipeline import Gating
 from export.artifact import read_manifest
 from export.problem import Problem
 
@@ -26,7 +26,6 @@ def test_fp32_says_the_same_tokens(tmp_path):
     assert gate["checkpoint_wer"] < 0.25
 
 
-@pytest.mark.skipif(saturates(), reason="int8 products lose accuracy on x86 without VNNI")
 def test_int8_loses_no_more_words_than_by_chance(tmp_path):
     place = pipeline.export(str(model("tiny.en")), "int8", out=tmp_path / "int8", gating=CLIPS)
     gate = read_manifest(place)["gate"]

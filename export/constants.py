@@ -1,0 +1,95 @@
+"""Where a graph's constants are stored, and which of them an int8 product must not share.
+
+x86 processors without VNNI add pairs of int8 products in 16 bits, which saturate. onnxruntime
+avoids that where a session asks for it (session.x64quantprecision): it rewrites int8 weights
+and zero points as uint8 while it loads a graph. It cannot do so where two products read one
+constant, or where the zero point is an omitted input, so `own_constants` gives each product its
+own. Equal constants are still stored once, see `Weights`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+from onnx import TensorProto, external_data_helper, numpy_helper
+
+SMALL = 1024
+"""Constants of fewer bytes stand in the graph's own file: so do all shapes, which must be known."""
+LARGE = 2**20
+"""Bytes of a constant that is worth a file to map."""
+ALIGNMENT = 64
+
+INT8_PRODUCTS = {"DynamicQuantizeMatMul": (1, 3), "MatMulIntegerToFloat": (1, 5), "QGemm": (3, 5)}
+"""Operators with an int8 weight: which of their inputs are the weight and its zero point."""
+
+
+def own_constants(model: onnx.ModelProto) -> None:
+    """Give each int8 product a weight and a zero point that no other one reads."""
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    read: set[str] = set()
+
+    def add(tensor: onnx.TensorProto) -> str:
+        graph.initializer.append(tensor)
+        return tensor.name
+
+    for node in graph.node:
+        if node.op_type not in INT8_PRODUCTS:
+            continue
+        weight, zero = INT8_PRODUCTS[node.op_type]
+        node.input.extend([""] * (zero + 1 - len(node.input)))
+        if not node.input[zero]:
+            node.input[zero] = add(numpy_helper.from_array(np.int8(0), f"{node.name}.zero_point"))
+        # a weight that is spread over more inputs is a Gather from a constant
+        spread = made_by.get(node.input[weight])
+        reader, place = (spread, 0) if spread and spread.op_type == "Gather" else (node, weight)
+        name = reader.input[place]
+        if name in read:
+            copy = TensorProto()
+            copy.CopyFrom(stored[name])
+            copy.name = f"{node.name}.weight"
+            reader.input[place] = add(copy)
+        read.add(name)
+
+
+class Weights:
+    """A file beside graphs that holds their large constants, and those that are stored several
+    times; equal ones stand there once. There is no file where there are none."""
+
+    def __init__(self, path: Path, large: int) -> None:
+        self.path, self.large = path, large
+        self.file: BinaryIO | None = None
+        self.places: dict[bytes, int] = {}
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file:
+            self.file.close()
+
+    def take(self, model: onnx.ModelProto) -> None:
+        """Move the large constants of a graph into the file."""
+        tensors = model.graph.initializer
+        keys = [hashlib.sha256(tensor.raw_data).digest() for tensor in tensors]
+        copies = Counter(keys)
+        for tensor, key in zip(tensors, keys, strict=True):
+            length = len(tensor.raw_data)
+            if length >= self.large or (length >= SMALL and copies[key] > 1):
+                offset = self._place(key, tensor.raw_data)
+                external_data_helper.set_external_data(tensor, self.path.name, offset, length)
+                tensor.ClearField("raw_data")
+
+    def _place(self, key: bytes, data: bytes) -> int:
+        self.file = self.file or self.path.open("wb")
+        if key not in self.places:
+            self.file.write(b"\0" * (-self.file.tell() % ALIGNMENT))
+            self.places[key] = self.file.tell()
+            self.file.write(data)
+        return self.places[key]
