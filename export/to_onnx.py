@@ -339,9 +339,9 @@ def _feed_forward(g: Graph, x: str, layer: nn.Module, gather: bool = False) -> s
     with g.scope("feed_forward"):
         y = _norm(g, x, layer.final_layer_norm)
         y = ops.gelu(g, ops.linear(g, y, chain(g.schemes, layer.fc1, layer.embed_dim), gather))
-        return g.op(
-            "Add", x, ops.linear(g, y, chain(g.schemes, layer.fc2, outputs_of(layer.fc1)), gather)
-        )
+        second = chain(g.schemes, layer.fc2, outputs_of(layer.fc1))
+        y = ops.linear(g, y, second, gather) if gather else ops.by_rows(g, y, second)
+        return g.op("Add", x, y)
 
 
 def _norm(g: Graph, x: str, norm: nn.Module) -> str:

@@ -190,14 +190,54 @@ def test_the_token_table_looks_up_and_multiplies_one_stored_matrix(precision, rn
     assert sum(len(tensor.raw_data) >= weight.size for tensor in stored) == 1
     found = run(graph, {"ids": ids, "x": x}, {rows: (1, 5, 8), logits: (1, 1, 40)})
     if precision in ("int8", "int4"):
-        q, scale = ops.quantise(weight)
-        weight = q * scale[:, None]
+        columns = ops.column_scales(weight)
+        q, scale = ops.quantise(weight / columns)
+        weight = q * scale[:, None] * columns
     if precision == "fp16":
         weight = weight.astype(np.float16).astype(np.float32)
     assert np.allclose(found[0], weight[ids], atol=1e-6)
     rounded = 0.02 * np.abs(x).max() * np.abs(weight).sum(1).max()
     tolerance = rounded if graph.quantises else 1e-5
     assert np.abs(found[1] - x @ weight.T).max() < tolerance
+
+
+def test_a_large_column_leaves_the_others_of_a_table_their_precision(rng):
+    weight = draw(rng, 40, 8)
+    weight[:, 3] *= 100
+    scales = ops.column_scales(weight)
+    assert np.array_equal(np.exp2(np.round(np.log2(scales))), scales)
+    errors = []
+    for scheme in (None, ops.INT8):  # a scheme that is named: codes are taken as they are
+        graph = Graph("int8")
+        table = ops.TokenTable(graph, weight, scheme)
+        rows = run(graph, {"ids": np.arange(40)[None]}, {table.look_up("ids"): (1, 40, 8)})[0]
+        errors.append(np.abs(np.delete(rows[0] - weight, 3, axis=1)).max())
+    q, scale = ops.quantise(weight)
+    assert np.allclose(rows[0], q * scale[:, None], atol=1e-6)
+    assert errors[0] < errors[1] / 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ops.PRECISIONS)
+def test_rows_of_hidden_units_are_multiplied_as_by_a_linear_layer(precision, kind, rng):
+    layers, graph = random_layers(rng, kind), Graph(precision)
+    x = np.maximum(draw(rng, 1, 6, 20), -0.17)
+    y = ops.by_rows(graph, "x", layers)
+    error = run(graph, {"x": x}, {y: (1, 6, 11)})[0] - apply(x, layers)
+    tolerance = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.05, "int4": 0.3}[precision]
+    assert np.abs(error).max() < tolerance * np.abs(apply(x, layers)).max()
+
+
+def test_a_large_row_of_hidden_units_leaves_the_others_their_precision(rng):
+    layers, x = random_layers(rng, "dense"), np.maximum(draw(rng, 1, 6, 20), -0.17)
+    x[0, 2] *= 100
+    errors = []
+    for product in (ops.by_rows, ops.linear):
+        graph = Graph("int8")
+        y = product(graph, "x", layers)
+        error = run(graph, {"x": x}, {y: (1, 6, 11)})[0] - apply(x, layers)
+        errors.append(np.abs(np.delete(error[0], 2, axis=0)).max())
+    assert errors[0] < errors[1] / 5
 
 
 def test_tables_of_an_int8_graph_take_half_the_bytes(rng):
