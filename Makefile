@@ -92,13 +92,16 @@ aarch64: $(READY)
 
 rivals-env: $(RIVALS)/.ready
 
+# whisper.cpp would use tiles on processors that have them, and end where the kernel grants none
+NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+
 # pip would take a build of its cache, whose libraries do not find each other without the run path
 $(RIVALS)/.ready: benchmarks/rivals/requirements.txt $(READY)
 	$(BIN)/python -m venv --clear $(RIVALS)
 	$(RIVALS)/bin/python -m pip install -q -r benchmarks/rivals/requirements.txt
 	@if c++ --version >/dev/null 2>&1; then \
 	  echo "building whisper.cpp from its source package (a few minutes)"; \
-	  CMAKE_INSTALL_RPATH='$$ORIGIN' CMAKE_BUILD_WITH_INSTALL_RPATH=ON \
+	  CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" CMAKE_INSTALL_RPATH='$$ORIGIN' CMAKE_BUILD_WITH_INSTALL_RPATH=ON \
 	  $(RIVALS)/bin/python -m pip install -q --no-cache-dir --no-deps --no-binary pywhispercpp \
 	    --target $(RIVALS)/source $$(grep ^pywhispercpp== benchmarks/rivals/requirements.txt) || \
 	  { rm -rf $(RIVALS)/source; echo "note: it could not be built; its wheel is measured"; }; \

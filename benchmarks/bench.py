@@ -33,9 +33,10 @@ from benchmarks.rivals.engines import (
 )
 from benchmarks.rivals.prepare import PROJECT, Order
 from benchmarks.rivals.transformers import refuse_slim
-from benchmarks.speech import SAMPLING_RATE, Clip
+from benchmarks.speech import Clip
 from benchmarks.wer import score, word_errors
 from devices.device import RUNNER, Device, clean, open_device, run_runner
+from devices.runner.audio import SAMPLING_RATE
 from devices.runner.coreml import UNITS
 from export.artifact import read_manifest, verify
 from export.problem import Problem

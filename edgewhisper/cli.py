@@ -395,12 +395,15 @@ def transcribe_cli(
     previous: Annotated[
         bool, typer.Option("--previous", help="prompt each window with what was said before it")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="refuse files that are cut short instead of warning")
+    ] = False,
     threads: Threads = None,
     compute_units: Units = None,
     json_file: Json = None,
 ) -> None:
     """Text of sound files by a checkpoint or an artifact, which says every segment at once."""
-    from benchmarks.speech import read_audio
+    from benchmarks.sound import read_audio
     from edgewhisper import pipeline
 
     begun = -1
@@ -430,7 +433,8 @@ def transcribe_cli(
         previous=previous,
         compute_units=compute_units,
     )
-    pcms = map(read_audio, audio)  # one after the other: they may be hours long
+    # one after the other: they may be hours long
+    pcms = (read_audio(path, strict) for path in audio)
     rows = []
     for number, found in enumerate(pipeline.transcribe(source, pcms, threads, said, **options)):
         rows.append({"audio": str(audio[number]), **found})

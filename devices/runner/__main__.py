@@ -82,6 +82,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fallback", action="store_true", help="try again what reads badly")
     command.add_argument("--seed", type=int, default=0, help="of --fallback's random numbers")
     command.add_argument("--previous", action="store_true", help="prompt with the text before")
+    command.add_argument("--strict", action="store_true", help="refuse files that are cut short")
     command.add_argument("--stream", action="store_true", help="a line of JSON a segment, at once")
 
 
@@ -166,6 +167,7 @@ def cold_load_s(arguments: argparse.Namespace) -> float | str:
 
 def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what is said in each file; `--stream` prints every segment as soon as it is decoded."""
+    from .audio import read_wav
     from .recognizer import Recognizer, Transcript
 
     recognizer = Recognizer(
@@ -175,7 +177,8 @@ def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     options = {name: getattr(arguments, name) for name in names}
     for path in arguments.wav:
         transcript = Transcript()
-        for segment in recognizer.stream(path, transcript, **options):
+        pcm = read_wav(path, arguments.strict)
+        for segment in recognizer.stream(pcm, transcript, **options):
             if arguments.stream:
                 row = {"audio": str(path), **segment.as_dict()}
                 print(json.dumps(row, ensure_ascii=False), flush=True)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,11 @@ PAUSE_FRAMES = 20
 PAUSE_RISE = 4.0
 """A frame within 6 dB of the quietest one counts as pause; white noise varies by 1 dB."""
 
+UNSCALED = ("int64", "uint16", "uint32", "uint64")
+"""Integers that no sound hardware or file gives: what their full scale is cannot be known."""
+LOUDEST = 16.0
+"""Floats may be louder than full scale, as mixing and resampling make them, but not by 24 dB."""
+
 STDIN = "-"
 
 OTHER_CONTAINERS = {
@@ -56,22 +62,46 @@ class Header:
     bits: int
 
 
-def read_wav(path: str | Path) -> Pcm:
+@dataclass(frozen=True)
+class Riff:
+    """What a WAV file holds."""
+
+    header: Header
+    start: int
+    """The byte at which its samples begin."""
+    data: memoryview
+    defect: str | None = None
+    """Why samples may be missing."""
+
+
+def read_wav(path: str | Path, strict: bool = True) -> Pcm:
     """Return the samples of a 16 kHz WAV file, shape (samples,), within [-1, 1]; of "-", what comes
     through standard input.
 
     8-bit unsigned, 16/24/32-bit signed and 32/64-bit float samples are read; channels are
-    averaged, with a warning. Raises RunnerProblem for everything that is not such a file.
+    averaged, with a warning. Raises RunnerProblem for everything that is not such a file, and
+    where `strict`, for one that is cut short; otherwise that is a warning.
     """
     path = Path(path)
-    header, data = parse_riff(path, memoryview(read_bytes(path)))  # its slices are no copies
-    check_header(path, header)
-    width = header.bits // 8 * header.channels
-    samples = to_float(header, data[: len(data) // width * width])
-    if header.channels > 1:
-        warnings.warn(f"{path.name}: {header.channels} channels averaged into one", stacklevel=2)
-        samples = samples.reshape(-1, header.channels).mean(axis=1, dtype=np.float32)
-    return check_samples(path, samples)
+    riff = parse_riff(path, memoryview(read_bytes(path)))  # its slices are no copies
+    check_whole(path, riff.defect, strict)
+    check_header(path, riff.header)
+    width = riff.header.bits // 8 * riff.header.channels
+    samples = to_float(riff.header, riff.data[: len(riff.data) // width * width])
+    if riff.header.channels > 1:
+        channels = riff.header.channels
+        warnings.warn(f"{path.name}: {channels} channels averaged into one", stacklevel=2)
+        samples = samples.reshape(-1, channels).mean(axis=1, dtype=np.float32)
+    return checked_samples(samples, str(path))
+
+
+def check_whole(path: Path, defect: str | None, strict: bool) -> None:
+    """Refuse a file that is cut short, or warn of it: words may be missing."""
+    if defect is None:
+        return
+    if strict:
+        raise RunnerProblem(f"{path}: {defect}", "copy or record it again")
+    warnings.warn(f"{path}: {defect}; its text may be incomplete", stacklevel=3)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -84,8 +114,8 @@ def read_bytes(path: Path) -> bytes:
         raise RunnerProblem(f"{path}: {error.strerror}", "give a readable WAV file") from None
 
 
-def parse_riff(path: Path, content: memoryview) -> tuple[Header, memoryview]:
-    """Walk the chunks of a RIFF file and return its header and its raw sample bytes."""
+def parse_riff(path: Path, content: memoryview) -> Riff:
+    """Walk the chunks of a RIFF file to its samples."""
     if not content:
         raise RunnerProblem(f"{path}: the file is empty (0 bytes)", "record or copy it again")
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
@@ -98,10 +128,43 @@ def parse_riff(path: Path, content: memoryview) -> tuple[Header, memoryview]:
         if name == b"fmt ":
             header = parse_header(path, body)
         elif name == b"data" and header is not None:
-            return header, check_size(path, header, body, size)
+            return sized(path, header, content, position + 8, size)
         position += 8 + size + size % 2
     missing = "fmt" if header is None else "data"
     raise RunnerProblem(f"{path}: truncated WAV file, no `{missing}` chunk", "copy it again")
+
+
+def sized(path: Path, header: Header, content: memoryview, start: int, size: int) -> Riff:
+    """Return the samples of a data chunk whose header says `size`, which may be wrong.
+
+    Writers that cannot go back to the header leave a placeholder there; others append without
+    changing it. Then the samples go on to the end of the file.
+    """
+    rest = content[start:]
+    if size >= UNKNOWN_SIZE:
+        return Riff(header, start, rest)
+    if (not size and rest and not are_chunks(rest)) or (size > 2**30 and size > 10 * len(rest)):
+        warnings.warn(
+            f"{path.name}: its header promises {size} bytes of sound; all {len(rest)} are read",
+            stacklevel=4,
+        )
+        return Riff(header, start, rest)
+    short = size > len(rest)
+    if not short and are_chunks(rest[size + size % 2 :]):
+        return Riff(header, start, rest[:size])
+    promise = f"its header promises {size} bytes of sound and {len(rest)} are there"
+    return Riff(header, start, rest, f"{'truncated' if short else 'damaged'} WAV file, {promise}")
+
+
+def are_chunks(content: memoryview) -> bool:
+    """Tell whether bytes are nothing but RIFF chunks, or padding."""
+    place = 0
+    while place + 8 <= len(content):
+        name, size = struct.unpack_from("<4sI", content, place)
+        if not all(32 <= byte < 127 for byte in name):
+            break
+        place += 8 + size + size % 2
+    return place >= len(content) or len(content) - place < 8 or not any(content[place:])
 
 
 def parse_header(path: Path, body: memoryview) -> Header:
@@ -114,17 +177,6 @@ def parse_header(path: Path, body: memoryview) -> Header:
     if coding == EXTENSIBLE and len(body) >= 26:
         (coding,) = struct.unpack_from("<H", body, 24)
     return Header(coding, channels, rate, bits)
-
-
-def check_size(path: Path, header: Header, body: memoryview, size: int) -> memoryview:
-    """Refuse a data chunk that is shorter than it says: words would be missing."""
-    if len(body) < size < UNKNOWN_SIZE:
-        raise RunnerProblem(
-            f"{path}: truncated WAV file, its header promises {size} bytes of sound and "
-            f"{len(body)} are there",
-            "copy or record it again",
-        )
-    return body
 
 
 def check_header(path: Path, header: Header) -> None:
@@ -160,15 +212,52 @@ def to_float(header: Header, data: memoryview) -> Pcm:
     return pcm
 
 
-def check_samples(path: Path, samples: Pcm) -> Pcm:
-    """Refuse audio without samples or with samples that are not numbers."""
-    if not samples.size:
-        raise RunnerProblem(f"{path}: the WAV file holds no samples", "record or copy it again")
+def checked_samples(given: Any, name: str = "the samples") -> Pcm:
+    """Return samples as the models take them: float32 (samples,), full scale 1.0, 16 kHz mono.
+
+    `given` is an array (samples,), (samples, 1) or (1, samples) of floats, or of int16, int32, int8
+    or uint8, which are scaled by their full scale. Everything that is transcribed, evaluated or
+    trained on goes through here. Raises RunnerProblem: no such array, several channels, no
+    samples, NaN or infinite ones, floats that are not scaled to [-1, 1].
+    """
+    if not isinstance(given, np.ndarray):
+        raise RunnerProblem(
+            f"{name}: a {type(given).__name__} is no NumPy array",
+            "give a NumPy array of 16 kHz samples (float32 in [-1, 1], or int16), or a path",
+        )
+    if given.dtype.kind not in "fiu" or given.dtype.name in UNSCALED:
+        raise RunnerProblem(
+            f"{name}: samples of dtype {given.dtype} have no known scale",
+            "give float32 in [-1, 1], or int16",
+        )
+    if given.ndim == 0 or given.size != max(given.shape):
+        raise RunnerProblem(
+            f"{name}: an array of shape {given.shape} is not one channel",
+            "give one channel, such as `samples.mean(axis=1)` of (samples, channels)",
+        )
+    if not given.size:
+        raise RunnerProblem(f"{name}: there are no samples", "record or copy it again")
+    samples = np.asarray(given.reshape(-1), np.float32)
+    if given.dtype.kind == "f":
+        return check_floats(samples, name)
+    if given.dtype.kind == "u":
+        samples = samples - np.float32(128)
+    return samples * np.float32(2.0 ** (1 - 8 * given.dtype.itemsize))
+
+
+def check_floats(samples: Pcm, name: str) -> Pcm:
+    """Refuse floats that are not finite, or not scaled to [-1, 1]."""
     bad = int(np.count_nonzero(~np.isfinite(samples)))
     if bad:
         raise RunnerProblem(
-            f"{path}: {bad} of {samples.size} samples are NaN or infinite",
+            f"{name}: {bad} of {samples.size} samples are NaN or infinite",
             "the recording is damaged: write it again with finite samples",
+        )
+    peak = float(np.abs(samples).max())
+    if peak > LOUDEST:
+        raise RunnerProblem(
+            f"{name}: floats of up to {peak:.6g}, where full scale is 1.0",
+            "divide them by their full scale, such as 32768 for 16-bit samples",
         )
     return samples
 

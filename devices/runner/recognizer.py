@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .audio import Pcm, is_silent, read_wav, shortest
+from .audio import Pcm, checked_samples, is_silent, read_wav, shortest
 from .contract import check_files, read_manifest
 from .decode import Logits, Rules, detect, greedy
 from .listen import Listener, Options, Segment, plain
@@ -136,6 +136,8 @@ class Recognizer:
     def transcribe(self, audio: Pcm | str | Path, **options: Any) -> Transcript:
         """Return the transcript of a WAV file or of 16 kHz samples of any length.
 
+        A file that is cut short is transcribed as far as it goes, with a warning. Samples are a
+        NumPy array (samples,), floats in [-1, 1] or int16 (see audio.checked_samples).
         Keywords are the fields of Options: language, task, timestamps, beams, fallback, seed,
         previous.
         """
@@ -161,6 +163,7 @@ class Recognizer:
 
         A language that the model does not know counts as None: see Options.
         """
+        pcm = checked_samples(pcm)
         if self.guards and is_silent(pcm):
             return []
         transcript = times or Transcript()
@@ -194,7 +197,7 @@ class Recognizer:
 
         The prompt is for `language` where the model knows it, otherwise the manifest's.
         """
-        decoder = self.decoder_over(pcm, Transcript())
+        decoder = self.decoder_over(checked_samples(pcm), Transcript())
         prompt = self.rules.told(self.known(language), None, False).prompt
         fed = [prompt, *((token,) for token in tokens)]
         logits = np.stack([decoder(ids).copy() for ids in fed])
@@ -206,8 +209,10 @@ class Recognizer:
 
 
 def samples(audio: Pcm | str | Path) -> Pcm:
-    """Return the samples of a WAV file, or the samples that are given."""
-    return read_wav(audio) if isinstance(audio, str | Path) else audio
+    """Return the samples of a WAV file, or those that are given, see audio.checked_samples."""
+    return (
+        read_wav(audio, strict=False) if isinstance(audio, str | Path) else checked_samples(audio)
+    )
 
 
 def pad(pcm: Pcm, windows: Sequence[int]) -> Pcm:

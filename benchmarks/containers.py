@@ -1,0 +1,207 @@
+"""Whether a sound file is whole, by what its container declares.
+
+    WAV, AIFF, W64, RF64, CAF   length of the chunk of samples
+    AU, NIST                    length in the header
+    FLAC                        number of samples in the header (compared by who decodes them)
+    Ogg (Vorbis, Opus)          a page that ends each stream, pages numbered without a gap
+    MP3                         number of frames, where the first frame names it; a last frame that
+                                is complete
+
+Decoders read what is there and are silent about what is missing. WAV is in devices/runner/audio.py,
+since devices read it too. Sources: RFC 3533 (Ogg), RFC 9639 (FLAC), EBU Tech 3306 (RF64), Apple's
+CAF specification, ISO 11172-3 (MP3), and the Xing header that LAME writes.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "FLAC", "OGG", "MP3")
+"""What is read: libsndfile's names of the formats whose end can be checked."""
+
+UNKNOWN_32, UNKNOWN = 2**32 - 1, 2**62
+"""Lengths that a writer leaves who does not know: this one of 32 bits, 64 bits from here on."""
+MP3_RATES = (44100, 48000, 32000)
+MP3_KBITS = {
+    # (MPEG version 1, layer): by index; layers I, II, III are 3, 2, 1 in the header
+    (True, 3): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 1): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 3): (0, 32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 1): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+def missing(content: memoryview, kind: str) -> str | None:
+    """What is missing at the end of a file, or None. `kind` is libsndfile's name of its format."""
+    if kind == "MP3":
+        return _mp3(content)
+    if kind == "OGG":
+        return _ogg(content)
+    end = _declared_end(content, kind)
+    if end is None or end <= len(content):
+        return None
+    return f"its header promises sound up to byte {end}, and the file has {len(content)} bytes"
+
+
+def with_true_length(content: memoryview) -> memoryview:
+    """A CAF file whose header promises what is there: libsndfile opens no other."""
+    first, _ = _chunk(content, ">4sQ", b"data", start=8, align=1)
+    if not first:
+        return content
+    head = bytearray(content[:first])
+    struct.pack_into(">Q", head, first - 8, len(content) - first)
+    return memoryview(bytes(head) + bytes(content[first:]))
+
+
+def _declared_end(content: memoryview, kind: str) -> int | None:
+    """The byte behind the last sample, as the header has it; None where it does not say."""
+    magic = bytes(content[:4])
+    if kind == "NIST":
+        return _nist_end(bytes(content[:1024]))
+    if kind == "AU" and len(content) >= 12:
+        first, size = struct.unpack_from(">II" if magic == b".snd" else "<II", content, 4)
+    elif magic == b"RIFX":
+        first, size = _chunk(content, ">4sI", b"data")
+    elif kind == "AIFF":
+        first, size = _chunk(content, ">4sI", b"SSND")
+    elif kind == "CAF":
+        first, size = _chunk(content, ">4sQ", b"data", start=8, align=1)
+    elif kind == "W64":
+        first, size = _chunk(content, "<4s12xQ", b"data", start=40, included=24, align=8)
+    elif kind == "RF64" and len(content) >= 36:
+        first, size = _chunk(content, "<4sI", b"data")
+        if size == UNKNOWN_32:  # then it is in the chunk ds64, which comes first
+            (size,) = struct.unpack_from("<Q", content, 28)
+    else:
+        return None
+    return None if size in (0, UNKNOWN_32) or size >= UNKNOWN else first + size
+
+
+def _chunk(
+    content: memoryview,
+    layout: str,
+    wanted: bytes,
+    start: int = 12,
+    included: int = 0,
+    align: int = 2,
+) -> tuple[int, int]:
+    """The first byte and the length of a chunk; (0, 0) where it is not there. `included` bytes of a
+    chunk's header count as its length."""
+    header = struct.calcsize(layout)
+    while start + header <= len(content):
+        name, size = struct.unpack_from(layout, content, start)
+        size = max(size - included, 0)
+        if name == wanted:
+            return start + header, size
+        start += header + size
+        start += -start % align
+    return 0, 0
+
+
+def _nist_end(header: bytes) -> int | None:
+    """A text of 1024 bytes: NIST_1A, its length, and lines such as `sample_count -i 16000`."""
+    numbers = dict(re.findall(rb"(\w+) -i (\d+)", header))
+    names = (b"sample_count", b"sample_n_bytes", b"channel_count")
+    if not all(name in numbers for name in names[:2]):
+        return None
+    length = re.match(rb"NIST_1A\s+(\d+)", header)
+    count, width, channels = (int(numbers.get(name, 1)) for name in names)
+    return (int(length[1]) if length else 1024) + count * width * channels
+
+
+def _ogg(content: memoryview) -> str | None:
+    """Walk the pages: each is whole, each stream's are numbered, and the last one ends it."""
+    place, streams = 0, dict[int, tuple[int, bool]]()
+    while place < len(content):
+        head = content[place : place + 27]
+        if len(head) < 27 or head[:4] != b"OggS":
+            return f"no whole page of Ogg at byte {place} of {len(content)}"
+        flags, serial, number, segments = head[5], *struct.unpack_from("<II", head, 14), head[26]
+        lengths = content[place + 27 : place + 27 + segments]
+        size = 27 + segments + sum(lengths)
+        if len(lengths) < segments or place + size > len(content):
+            return f"the page of Ogg at byte {place} of {len(content)} is cut short"
+        before = streams.get(serial)
+        if before and number != before[0] + 1:
+            return f"pages {before[0] + 1} to {number - 1} of Ogg are not there"
+        streams[serial] = number, bool(flags & 4)
+        place += size
+    if not all(ended for _, ended in streams.values()):
+        return "the page that ends the stream of Ogg is not there"
+    return None
+
+
+def _mp3(content: memoryview) -> str | None:
+    """Walk the frames: the last one is whole, and there are as many as the first one says."""
+    place, frames, wanted = _behind_id3(content), 0, None
+    while (size := _mp3_frame(content, place)) is not None:
+        if place + size > len(content):
+            return f"the last frame of MP3, at byte {place} of {len(content)}, is cut short"
+        if not frames:
+            wanted = _mp3_count(content[place : place + size])
+        frames += 1
+        place += size
+        if _mp3_frame(content, place) is None and not _is_tag(content, place):
+            if len(content) - place in (1, 2, 3):
+                return f"the last frame of MP3, at byte {place} of {len(content)}, is cut short"
+            place = _next_frame(content, place)
+    # the frame that holds the count is none of the counted ones
+    if wanted is not None and frames - 1 < wanted:
+        return f"{frames - 1} of {wanted} frames of MP3 are there"
+    return None
+
+
+def _behind_id3(content: memoryview) -> int:
+    if content[:3] != b"ID3" or len(content) < 10:
+        return 0
+    size = 0
+    for byte in content[6:10]:  # seven bits each
+        size = size << 7 | byte & 127
+    return 10 + size + (10 if content[5] & 16 else 0)
+
+
+def _mp3_frame(content: memoryview, place: int) -> int | None:
+    """The length in bytes of the frame at a place; None where none begins."""
+    if place + 4 > len(content):
+        return None
+    (head,) = struct.unpack_from(">I", content, place)
+    version, layer, bits, rate = head >> 19 & 3, head >> 17 & 3, head >> 12 & 15, head >> 10 & 3
+    if head >> 21 != 2047 or version == 1 or not layer or bits in (0, 15) or rate == 3:
+        return None
+    first = version == 3
+    hertz = MP3_RATES[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    padding = head >> 9 & 1
+    kbits = MP3_KBITS[first, layer][bits]
+    if layer == 3:
+        return (12_000 * kbits // hertz + padding) * 4
+    samples = 576 if layer == 1 and not first else 1152
+    return samples // 8 * 1000 * kbits // hertz + padding
+
+
+def _mp3_count(frame: memoryview) -> int | None:
+    """The number of frames that a Xing or VBRI header names."""
+    held = bytes(frame[:200])
+    for tag in (b"Xing", b"Info"):
+        at = held.find(tag)
+        if at > 0 and len(held) >= at + 12:
+            flags, count = struct.unpack_from(">II", held, at + 4)
+            return count if flags & 1 else None
+    at = held.find(b"VBRI")
+    return struct.unpack_from(">I", held, at + 14)[0] if 0 < at <= len(held) - 18 else None
+
+
+def _is_tag(content: memoryview, place: int) -> bool:
+    rest = bytes(content[place : place + 8])
+    return rest[:3] == b"TAG" or rest == b"APETAGEX" or not any(content[place : place + 65536])
+
+
+def _next_frame(content: memoryview, place: int) -> int:
+    """Where frames go on behind bytes that are none, or the end."""
+    for found in range(place, min(place + 65536, len(content))):
+        size = _mp3_frame(content, found)
+        if size is not None and _mp3_frame(content, found + size) is not None:
+            return found
+    return len(content)
