@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperProcessor
 
-from devices.runner.audio import is_silent, shortest, split
+from devices.runner.audio import is_hum, is_silent, shortest, split
+from devices.runner.decode import MOST_NO_SPEECH
 from edgewhisper.whisper import quiet
-from export.prompt import AUTO, language_ids, language_or_auto, task_of
+from export.prompt import (
+    AUTO,
+    language_ids,
+    language_or_auto,
+    no_speech_id,
+    prompt_ids,
+    task_of,
+    timestamp_ids,
+)
 from export.shrink import windows_of
 
 Languages = Sequence[str | None] | None
@@ -60,12 +69,13 @@ def greedy(
     language; where that is not known, or the model has no token for it, under the one that
     generation_config names, or else the one that the model detects (export/prompt.py).
     """
-    room = model.config.max_target_positions - 4
-    limit = room if max_tokens is None else min(max_tokens, room)
     finished = 0
     tokens: list[list[int]] = [[] for _ in pcms]
     prompts = prompt_languages(model, processor, pcms, languages, batch_size)
     for indices, features in _batches(model, processor, pcms, batch_size, prompts):
+        prompt = prompt_ids(model.generation_config, prompts[indices[0]])
+        room = model.config.max_target_positions - len(prompt)
+        limit = room if max_tokens is None else min(max_tokens, room)
         with quiet():
             output = model.generate(
                 features.to(next(model.parameters()).device),
@@ -90,20 +100,30 @@ def prompt_languages(
     batch_size: int = 16,
 ) -> list[str | None]:
     """The code of the language that prompts the model for each clip; None where it knows English
-    only. Languages that are to be detected are detected on the clip's first window with sound."""
+    only. Languages that are to be detected are those of the clip's first window with speech, or of
+    its first one with sound."""
     generation = model.generation_config
     prompts = [language_or_auto(generation, spoken) for spoken in _each(pcms, languages)]
     unknown = [i for i, prompt in enumerate(prompts) if prompt == AUTO]
-    heard = [first_sound(pcms[i], window_samples(processor)) for i in unknown]
-    for i, code in zip(unknown, detect(model, processor, heard, batch_size), strict=True):
+    windows = {i: sounding(pcms[i], window_samples(processor)) for i in unknown}
+    first = detect(model, processor, [windows[i][0] for i in unknown], batch_size)
+    for i, (code, no_speech) in zip(unknown, first, strict=True):
+        later = iter(windows[i][1:])
         prompts[i] = code
+        while no_speech > MOST_NO_SPEECH and (window := next(later, None)) is not None:
+            ((other, no_speech),) = detect(model, processor, [window], batch_size)
+            prompts[i] = other if no_speech <= MOST_NO_SPEECH else code
     return prompts
 
 
-def first_sound(pcm: np.ndarray, samples: int) -> np.ndarray:
-    """The first window that is not silent; the first one where all are."""
+def sounding(pcm: np.ndarray, samples: int) -> list[np.ndarray]:
+    """The windows with more than silence and hum; without any such, those that are not silent, and
+    without these the first one."""
     windows = [pcm[piece] for piece in split(pcm, samples)]
-    return next((window for window in windows if not is_silent(window)), windows[0])
+    for empty in (is_hum, is_silent):
+        if left := [window for window in windows if not empty(window)]:
+            return left
+    return windows[:1]
 
 
 @torch.no_grad()
@@ -112,17 +132,21 @@ def detect(
     processor: WhisperProcessor,
     pcms: Sequence[np.ndarray],
     batch_size: int = 16,
-) -> list[str]:
-    """The code of the likeliest language of clips of up to one window each."""
+) -> list[tuple[str, float]]:
+    """The code of the likeliest language of clips of up to one window each, and the probability
+    that nobody speaks there."""
+    silence = no_speech_id(model.generation_config)
     codes = language_ids(model.generation_config)
     start = model.generation_config.decoder_start_token_id
-    found = [""] * len(pcms)
+    found = [("", 0.0)] * len(pcms)
     for indices, features in _batches(model, processor, pcms, batch_size):
         inputs = torch.full((len(indices), 1), start, device=next(model.parameters()).device)
         output = model(input_features=features.to(inputs.device), decoder_input_ids=inputs)
         scores = output.logits[:, -1, list(codes.values())]  # (batch, languages)
-        for index, best in zip(indices, scores.argmax(dim=-1).tolist(), strict=True):
-            found[index] = list(codes)[best]
+        shares = output.logits[:, -1].softmax(dim=-1)
+        none = shares[:, silence] if silence is not None else torch.zeros(len(indices))
+        for index, best, share in zip(indices, scores.argmax(dim=-1).tolist(), none, strict=True):
+            found[index] = list(codes)[best], float(share)
     return found
 
 
@@ -214,8 +238,7 @@ def _suppressed(model: nn.Module) -> list[int]:
     """Suppressed tokens, and all timestamps: the prompt forbids them, and a weakened model that
     utters one anyway makes generate() decode the rest of the window a second time."""
     generation = model.generation_config
-    silent = getattr(generation, "no_timestamps_token_id", None)
-    stamps = [] if silent is None else range(silent + 1, model.config.vocab_size)
+    stamps = timestamp_ids(generation, model.config.vocab_size)
     return [*(generation.suppress_tokens or []), *stamps]
 
 

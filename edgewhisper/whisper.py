@@ -64,6 +64,7 @@ from transformers.models.whisper.modeling_whisper import (
     sinusoids,
 )
 
+from devices.runner.machine import usable_cores
 from edgewhisper.checkpoints import ctranslate2, fetch, generation, openai, pt
 from export.files import new_directory
 from export.problem import Problem
@@ -512,6 +513,7 @@ def load(source: str | Path, revision: str | None = None) -> WhisperForCondition
     Raises Problem: no such place, not a Whisper checkpoint, damaged or foreign weights, files that
     contradict each other.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     source = resolved(source)
     stored: dict[str, Any] = {}
     if ctranslate2.is_folder(Path(source)):
@@ -640,7 +642,31 @@ def load_processor(source: str | Path, revision: str | None = None) -> WhisperPr
         raise _no_tokenizer(
             source, f"it has none, and {config.vocab_size} tokens are no vocabulary of OpenAI's"
         )
-    return WhisperProcessor(_feature_extractor(source, config, revision), tokenizer)
+    extractor = _feature_extractor(source, config, revision)
+    check_window(source, config, extractor)
+    return WhisperProcessor(extractor, tokenizer)
+
+
+def check_window(
+    source: str | Path, config: WhisperConfig, extractor: WhisperFeatureExtractor
+) -> None:
+    """Refuse features that the encoder cannot read. Two mel frames make one position."""
+    pairs = {
+        "feature_size": (extractor.feature_size, "num_mel_bins", config.num_mel_bins),
+        "nb_max_frames": (
+            extractor.n_samples // extractor.hop_length,
+            "2 * max_source_positions",
+            2 * config.max_source_positions,
+        ),
+    }
+    for key, (found, wanted_by, wanted) in pairs.items():
+        if found != wanted:
+            raise Problem(
+                f"{source}: preprocessor_config.json has {key} = {found}, and config.json has "
+                f"{wanted_by} = {wanted}",
+                hint="copy preprocessor_config.json from the model that was fine-tuned, or remove "
+                "it: Whisper's own is taken where there is none",
+            )
 
 
 def _config_of(source: str | Path, revision: str | None) -> WhisperConfig:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from export.files import new_file
+from export.files import leads_out, new_file
 from export.problem import Problem
 
 FORMAT = 2
@@ -109,7 +109,7 @@ def verify(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
     for name, expected in manifest["files"].items():
         path = directory / name
-        if path.is_symlink():
+        if leads_out(path):
             raise Problem(f"{path}: a link, not a file of the artifact", hint=AGAIN)
         if not path.is_file():
             raise Problem(f"{path}: missing from the artifact", hint=AGAIN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,14 @@ from torch import nn
 
 from export.cost import count_parameters
 from export.problem import Problem
-from export.prompt import AUTO, is_multilingual, language_ids, language_or_auto, prompt_ids
+from export.prompt import (
+    AUTO,
+    is_multilingual,
+    language_ids,
+    language_or_auto,
+    no_speech_id,
+    prompt_ids,
+)
 from export.shrink import layer_shapes
 from export.versions import versions
 
@@ -133,7 +141,8 @@ def decoding_rules(model: nn.Module) -> dict[str, Any]:
     The prompt is for one language (see prompt.py); `languages` and `tasks` have the ids that may
     stand in it instead, code -> id. Where the checkpoint names no language, `language` is "auto":
     the runner detects it, and the prompt's English is a placeholder. The prompt forbids timestamps,
-    so ids from `timestamp_begin` on are never chosen. Whoever wants them leaves out the prompt's
+    so ids from `timestamp_begin` on are never chosen, up to `timestamp_end` where a vocabulary has
+    words behind them. Whoever wants them leaves out the prompt's
     last token, timestamp_begin - 1, and says a first one of at most `max_initial_timestamp_index`
     steps. Behind the prompt's first token, the probability of `no_speech` is that of no speech.
     Text from before may stand in front of the prompt, behind `previous`.
@@ -143,14 +152,16 @@ def decoding_rules(model: nn.Module) -> dict[str, Any]:
     prompt = prompt_ids(generation)
     end = generation.eos_token_id
     silent = getattr(generation, "no_timestamps_token_id", None)
+    end_of_stamps = getattr(generation, "timestamp_end", None)
     return {
         "prompt": prompt,
         "eos": end if isinstance(end, int) else end[0],
         "suppress_tokens": list(generation.suppress_tokens or []),
         "begin_suppress_tokens": list(generation.begin_suppress_tokens or []),
         "timestamp_begin": None if silent is None else silent + 1,
+        **({} if end_of_stamps is None else {"timestamp_end": end_of_stamps}),
         "max_initial_timestamp_index": getattr(generation, "max_initial_timestamp_index", None),
-        "no_speech": None if silent is None else silent - 1,
+        "no_speech": no_speech_id(generation),
         "previous": getattr(generation, "prev_sot_token_id", None),
         "languages": language_ids(generation) if multilingual else {},
         "tasks": dict(getattr(generation, "task_to_id", None) or {}) if multilingual else {},
@@ -162,14 +173,20 @@ def decoding_rules(model: nn.Module) -> dict[str, Any]:
 def token_bytes(tokenizer: Any, vocab_size: int) -> list[str | None]:
     """The bytes of every token in base64; null for special tokens, timestamps and unused ids.
 
-    Byte-level BPE writes bytes as printable characters; this turns them back.
+    Byte-level BPE writes bytes as printable characters; this turns them back. Words that were added
+    to the vocabulary stand there as they are.
     Raises Problem where a token holds a character that stands for no byte.
     """
     unicode_to_byte = {char: byte for byte, char in _byte_alphabet()}
-    added = set(tokenizer.added_tokens_decoder)
+    added = tokenizer.added_tokens_decoder
+    words = {
+        i: base64.b64encode(token.content.encode()).decode()
+        for i, token in added.items()
+        if not token.special and not re.fullmatch(r"<\|.*\|>", token.content)
+    }
     ordinary = {i: token for token, i in tokenizer.get_vocab().items() if i not in added}
     return [
-        _encoded(ordinary[i], i, unicode_to_byte) if i in ordinary else None
+        _encoded(ordinary[i], i, unicode_to_byte) if i in ordinary else words.get(i)
         for i in range(vocab_size)
     ]
 

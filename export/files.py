@@ -66,3 +66,15 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}",
             hint="check the free space and the permissions there, or name another place",
         ) from error
+
+
+def leads_out(path: Path) -> bool:
+    """Whether a file is a link to anything but a file of its own hub cache, where
+    MODEL/snapshots/REVISION/.../NAME is a link to MODEL/blobs/HASH.
+
+    As devices/runner/links.py, which has no more than the standard library there.
+    """
+    if not path.is_symlink():
+        return False
+    model = next((p.parent for p in path.absolute().parents if p.name == "snapshots"), None)
+    return model is None or path.resolve().parent != (model / "blobs").resolve()

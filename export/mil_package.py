@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.files import leads_out
 from export.problem import Problem
 
 AGAIN = "export it again, or copy the whole folder anew"
@@ -248,9 +249,10 @@ def _model_file(path: Path) -> Path:
 
 def _check_member(package: Path, file: Path) -> None:
     """A plain file inside the package, through no link."""
-    above = [file, *file.parents]
+    above = [*file.parents]
     try:
-        if any(step.is_symlink() for step in above[: above.index(package)]):
+        folders = above[: above.index(package)]
+        if leads_out(file) or any(folder.is_symlink() for folder in folders):
             raise Problem(f"{file}: a link, not a file of the package", hint=STRANGER)
         there = file.is_file()
     except OSError:  # a name that no file can have

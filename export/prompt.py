@@ -116,6 +116,20 @@ def prompt_ids(generation: Any, spoken: str | None = None) -> list[int]:
     return prompt if silent is None else [*prompt, silent]
 
 
+def no_speech_id(generation: Any) -> int | None:
+    """The token whose probability behind the start is that of no speech: it comes before
+    no_timestamps_token_id."""
+    silent = getattr(generation, "no_timestamps_token_id", None)
+    return None if silent is None else silent - 1
+
+
+def timestamp_ids(generation: Any, vocab_size: int) -> range:
+    """The ids of timestamps. Fine-tuning may have added words behind them."""
+    silent = getattr(generation, "no_timestamps_token_id", None)
+    end = getattr(generation, "timestamp_end", None) or vocab_size
+    return range(0) if silent is None else range(silent + 1, end)
+
+
 def only_language(generation: Any, spoken: Iterable[str]) -> str | None:
     """The code of the language that all this speech is in, where the model has a token for it."""
     codes = {language_code(language) for language in spoken}

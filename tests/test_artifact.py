@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -169,3 +171,62 @@ def test_reading_an_artifact_needs_the_standard_library_only():
     code = "import sys, export.artifact; print(sorted({'torch', 'numpy', 'onnx'} & {*sys.modules}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------- the hub's cache
+
+
+def as_the_hub_leaves_it(artifact: Path, folder: Path) -> Path:
+    """A snapshot whose files are links to blobs."""
+    model = folder / "models--me--small"
+    (model / "blobs").mkdir(parents=True)
+    snapshot = model / "snapshots/abc"
+    for path in [p for p in artifact.rglob("*") if p.is_file()]:
+        name = path.relative_to(artifact)
+        blob = model / "blobs" / f"{len(list((model / 'blobs').iterdir())):040x}"
+        blob.write_bytes(path.read_bytes())
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(os.path.relpath(blob, (snapshot / name).parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_an_artifact_in_the_hub_s_cache_is_read(
+    precision, digits, processor, tmp_path, clips, monkeypatch
+):
+    from benchmarks.speech import read_manifest as read_clips
+    from devices.runner.recognizer import Recognizer
+    from edgewhisper.verify import verify as whole
+    from edgewhisper.whisper import load
+    from export import to_onnx
+
+    monkeypatch.setattr(to_onnx, "LARGE", 10_000)  # so that weights stand in files of their own
+    to_onnx.export_onnx(load(digits), processor, tmp_path / "artifact", precision)
+    snapshot = as_the_hub_leaves_it(tmp_path / "artifact", tmp_path)
+    pcm = read_clips(clips)[0].pcm()
+    texts = [Recognizer(place).transcribe(pcm).text for place in (snapshot, tmp_path / "artifact")]
+    assert texts[0] == texts[1] != ""
+    assert verify(snapshot) == verify(tmp_path / "artifact")
+    (tmp_path / "linked").symlink_to(snapshot)
+    assert Recognizer(tmp_path / "linked").transcribe(pcm).text == texts[0]
+    assert whole(str(snapshot)) is not None
+
+
+@pytest.mark.parametrize("target", ["outside", "../../blobs/../secret", "/etc/hostname", "gone"])
+@pytest.mark.parametrize("name", ["manifest.json", "tokens.json", "encoder.onnx"])
+def test_a_link_out_of_the_hub_s_cache_is_refused_by_name(exported, tmp_path, target, name):
+    from devices.runner.links import leads_out as on_devices
+    from devices.runner.problem import RunnerProblem
+    from devices.runner.recognizer import Recognizer
+    from export.files import leads_out
+
+    snapshot = as_the_hub_leaves_it(exported, tmp_path)
+    for secret in (snapshot / "outside", snapshot.parents[1] / "secret"):
+        secret.write_bytes((exported / name).read_bytes())
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(target)
+    assert leads_out(snapshot / name) and on_devices(snapshot / name)
+    with pytest.raises(RunnerProblem, match=name):
+        Recognizer(snapshot)
+    with pytest.raises(Problem, match=name):
+        verify(snapshot)

@@ -11,6 +11,8 @@ import signal
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 
 from benchmarks.speech import read_manifest
 from devices.device import RUNNER
-from devices.runner import measure
+from devices.runner import measure, sessions
 from devices.runner.audio import FRAME, is_silent, read_wav, split
 from devices.runner.decode import Rules, greedy, loop_period
 from devices.runner.machine import describe, give_back_memory, peak_rss_bytes
@@ -663,3 +665,37 @@ def test_an_emulators_own_memory_is_not_told_as_a_programs(tmp_path):
     (tmp_path / "proc/sys/kernel").mkdir(parents=True)
     (tmp_path / "proc/sys/kernel/arch").write_text("another\n")
     assert peak_rss_bytes(tmp_path) == "unavailable"
+
+
+# ---------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("options", [{}, {"beams": 3}, {"timestamps": True}, {"fallback": True}])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_a_recognizer_hears_several_recordings_at_once(
+    exported, pcms, threads, options, monkeypatch
+):
+    """Every step of a decoder lets the other threads in before its graph runs."""
+    recognizer = Recognizer(exported, threads=1)
+    alone = [recognizer.transcribe(pcm, **options).text for pcm in pcms]
+    assert len(set(alone)) > 1
+    step = sessions.Decoder.step
+
+    def slow(decoder, ids):
+        time.sleep(0.001)
+        return step(decoder, ids)
+
+    monkeypatch.setattr(sessions.Decoder, "step", slow)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda pcm: recognizer.transcribe(pcm, **options).text, pcms))
+    assert found == alone
+
+
+def test_recordings_that_are_streamed_in_turns_keep_apart(exported, pcms):
+    recognizer = Recognizer(exported, threads=1)
+    long = [np.concatenate([first, *pcms]) for first in pcms[:2]]
+    alone = [[segment.text for segment in recognizer.stream(pcm)] for pcm in long]
+    turns = zip(*(recognizer.stream(pcm) for pcm in long), strict=False)
+    found = [[segment.text for segment in segments] for segments in zip(*turns, strict=True)]
+    assert len(found[0]) > 1
+    assert found == [texts[: len(found[0])] for texts in alone]

@@ -24,7 +24,7 @@ from benchmarks.speech import read_manifest
 from benchmarks.timing import ENOUGH_ROUNDS
 from devices.device import Finished, open_device
 from devices.fake import FakeDevice
-from devices.runner import measure, telemetry, tuning
+from devices.runner import machine, measure, telemetry, tuning
 from devices.runner.beside import Beside
 from devices.runner.machine import UNAVAILABLE
 from devices.runner.problem import RunnerProblem
@@ -115,8 +115,8 @@ def test_a_raspberry_pi_5_is_read_whole(pi, firmware):
 
 def test_a_question_that_the_firmware_does_not_know_is_asked_once(pi, firmware):
     asked = firmware(get_throttled="throttled=0x0\n")
-    machine = Linux(pi)
-    found = [machine.readings() for _ in range(3)]
+    sensors = Linux(pi)
+    found = [sensors.readings() for _ in range(3)]
     assert [(one["throttled"], one["power_w"]) for one in found] == [("0x0", UNAVAILABLE)] * 3
     assert asked.read_text().split().count("pmic_read_adc") == 1
     assert asked.read_text().split().count("get_throttled") == 3
@@ -771,3 +771,53 @@ def test_a_share_is_read_as_people_write_it():
     assert _share("--interval", "2%") == _share("--interval", "0.02") == 0.02
     with pytest.raises(Problem, match="--interval often is no share"):
         _share("--interval", "often")
+
+
+# ------------------------------------------------------------------------------ cores of a process
+
+
+def grouped(root: Path, groups: str, files: dict[str, str]) -> Path:
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V1 = "sys/fs/cgroup/cpu,cpuacct"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "wanted"),
+    [
+        ("0::/a/b\n", {"sys/fs/cgroup/a/b/cpu.max": "100000 100000\n"}, 1),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/cpu.max": "50000 100000\n"}, 1),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
+        (
+            "0::/a\n",
+            {"sys/fs/cgroup/cpu.max": "300000 100000", "sys/fs/cgroup/a/cpu.max": "max 1"},
+            3,
+        ),
+        (
+            "4:cpu,cpuacct:/docker/x\n1:name=systemd:/\n",
+            {f"{V1}/cpu.cfs_quota_us": "200000", f"{V1}/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        (
+            "4:cpu,cpuacct:/x\n",
+            {f"{V1}/x/cpu.cfs_quota_us": "-1", f"{V1}/x/cpu.cfs_period_us": "100000"},
+            8,
+        ),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "nonsense"}, 8),
+        ("", {}, 8),
+    ],
+)
+def test_a_quota_of_processor_time_makes_cores_fewer(groups, files, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    assert machine.usable_cores(grouped(tmp_path, groups, files)) == wanted
+
+
+def test_affinity_makes_cores_fewer(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    root = grouped(tmp_path, "0::/\n", {"sys/fs/cgroup/cpu.max": "400000 100000"})
+    assert machine.usable_cores(root) == 2

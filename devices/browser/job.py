@@ -87,9 +87,7 @@ def fixed_rules(manifest: dict[str, Any]) -> dict[str, Any]:
         for spec in manifest["contract"]["decoder"]["outputs"]
         if spec["name"] == "logits"
     )
-    times = range(
-        vocabulary if rules.timestamp_begin is None else rules.timestamp_begin, vocabulary
-    )
+    times = filter(rules.is_timestamp, range(vocabulary))
     never = sorted({*rules.suppress_tokens, *times})
     return {"eos": rules.eos, "never": never, "not_first": list(rules.begin_suppress_tokens)}
 

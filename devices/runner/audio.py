@@ -274,6 +274,12 @@ def is_silent(pcm: Pcm) -> bool:
     return not pcm.size or float(np.abs(pcm).max()) < SILENT_PEAK
 
 
+def is_hum(pcm: Pcm) -> bool:
+    """Tell whether nothing but an offset or mains hum is in a window: from sample to sample, these
+    change by less than SILENT_PEAK, and so does silence."""
+    return len(pcm) < 2 or is_silent(np.diff(pcm))
+
+
 def split(pcm: Pcm, window_samples: int) -> list[slice]:
     """Cut audio into pieces of at most `window_samples`, in pauses wherever there is one.
 
@@ -302,7 +308,9 @@ def find_cut(window: Pcm) -> int:
     count = len(window) // FRAME
     if count < 8:
         return len(window)
-    power = np.square(window[: count * FRAME]).reshape(count, FRAME).mean(axis=1)  # (frames,)
+    # of the change from sample to sample: an offset has none, mains hum hardly any
+    change = np.diff(window[: count * FRAME], prepend=window[:1])
+    power = np.square(change).reshape(count, FRAME).mean(axis=1)  # (frames,)
     quiet = power <= max(PAUSE_RISE * float(power.min()), SILENT_PEAK**2)
     for begin, shortest in ((count // 2, PAUSE_FRAMES), (count // 8, 2)):
         length, middle = longest_run(quiet[begin:])

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 from .audio import SAMPLING_RATE
 from .decode import AUTO
 from .graph_file import AGAIN, UNTRUSTED, read_graph
+from .links import leads_out
 from .problem import RunnerProblem
 
 FORMATS = (2, 3)
@@ -91,13 +92,17 @@ def no_number(name: str) -> NoReturn:
 
 
 def plain_file(path: Path) -> None:
-    """Raise a letter for links, pipes, devices and folders: opening some of them waits for ever."""
+    """Raise a letter for links that lead out of the artifact, pipes, devices and folders: opening
+    some of them waits for ever."""
+    if leads_out(path):
+        raise RunnerProblem(
+            f"{path}: a link to {os.readlink(path)}, not a file of the artifact",
+            "copy the file itself there; of links, those of the hub's own cache are read",
+        )
     try:
-        mode = path.lstat().st_mode
+        mode = path.stat().st_mode
     except OSError:
         raise RunnerProblem(f"{path}: there is no such file", AGAIN) from None
-    if stat.S_ISLNK(mode):
-        raise RunnerProblem(f"{path}: a link, not a file of the artifact", AGAIN)
     if not stat.S_ISREG(mode):
         raise RunnerProblem(f"{path}: not a regular file", AGAIN)
 
@@ -323,6 +328,8 @@ def check_decoding(told: Told, vocabulary: int, room: int) -> None:
             token.count(0, vocabulary - 1)
     if told.at("timestamp_begin").value is not None:
         told.at("timestamp_begin").count(0, vocabulary)
+    if (end := told.get("timestamp_end")) is not None:
+        end.count(0, vocabulary)
     told.at("max_new_tokens").count(0, room - len(prompt))
     if (start := told.get("max_initial_timestamp_index")) is not None:
         start.count()

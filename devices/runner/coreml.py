@@ -20,6 +20,7 @@ only; coremltools is imported on a Mac, where a package is opened.
 """
 
 import platform
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -77,9 +78,8 @@ class Packages:
         self.mel, self.encoder, self.decoder = (
             checked(open_package, path, manifest["contract"][path.stem]) for path in self.paths
         )
-        self.memory = room_for(self.decoder)
-        self.state = self.decoder.new_state() if self.decoder.states else None
-        self.more: list[tuple[Arrays, Any]] = []
+        self.own = threading.local()
+        self.rooms(1)
 
     def decoder_over(self, window: Pcm, times: "Transcript") -> "Decoder":
         """Return the decoder over one window (1, samples), which is encoded here."""
@@ -96,12 +96,14 @@ class Packages:
         times.graph_s.append(time.perf_counter() - started)
         return mel, states
 
-    def branches(self, count: int) -> list[tuple[Arrays, Any]]:
-        """Return memory and states for so many decoders; they are made once and kept."""
-        while len(self.more) < count:
+    def rooms(self, count: int) -> list[tuple[Arrays, Any]]:
+        """Return memory and states for so many decoders. Every thread has its own; they are made
+        once, and kept as long as the thread lives."""
+        held: list[tuple[Arrays, Any]] = self.own.__dict__.setdefault("rooms", [])
+        while len(held) < count:
             state = self.decoder.new_state() if self.decoder.states else None
-            self.more.append((room_for(self.decoder), state))
-        return self.more[:count]
+            held.append((room_for(self.decoder), state))
+        return held[:count]
 
 
 class Decoder:
@@ -111,8 +113,8 @@ class Decoder:
         self.packages, self.fed = packages, 0
         self.clock, self.next_clock = times.prompt_s, times.per_token_s
         self.mel, states = packages.encode(window, times)
-        self.feed = packages.memory | {"encoder_output_embeds": states}
-        self.state = packages.state
+        memory, self.state = packages.rooms(1)[0]
+        self.feed = memory | {"encoder_output_embeds": states}
 
     def __call__(self, ids: Sequence[int]) -> Logits:
         """Feed tokens behind those already fed; return the logits (vocab,) after the last."""
@@ -141,7 +143,7 @@ class Decoder:
     def branches(self, count: int) -> list["Decoder"]:
         """Return decoders over the same window with keys and values in memory of their own."""
         found = []
-        for memory, state in self.packages.branches(count):
+        for memory, state in self.packages.rooms(count + 1)[1:]:
             other = copy(self)
             other.feed, other.state = self.feed | memory, state
             found.append(other)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from .timestamps import forbid
+from .timestamps import forbid, log_sum_exp
 
 Logits = npt.NDArray[np.float32]
 
@@ -18,6 +18,10 @@ Choose = Callable[[Logits, Sequence[int]], int]
 
 AUTO = "auto"
 """The language that stands for the one that the model detects."""
+
+MOST_NO_SPEECH = 0.6
+"""A window that is likelier than this to be no speech says nothing of the language, as in Whisper
+it has no text."""
 
 LOOP_TOKENS = 30
 LOOP_COPIES = 5
@@ -35,6 +39,8 @@ class Rules:
     timestamp_begin: int | None
     """Ids from here on are timestamps, which the prompt forbids; the id before it says so."""
     max_new_tokens: int
+    timestamp_end: int | None = None
+    """The id behind the last timestamp; None: they go on to the end of the vocabulary."""
     max_initial_timestamp_index: int | None = None
     """The first timestamp is this many steps of 0.02 s at most."""
     no_speech: int | None = None
@@ -58,6 +64,7 @@ class Rules:
             begin_suppress_tokens=tuple(decoding["begin_suppress_tokens"]),
             timestamp_begin=decoding["timestamp_begin"],
             max_new_tokens=decoding["max_new_tokens"],
+            timestamp_end=decoding.get("timestamp_end"),
             max_initial_timestamp_index=decoding.get("max_initial_timestamp_index"),
             no_speech=decoding.get("no_speech"),
             previous=decoding.get("previous"),
@@ -72,6 +79,11 @@ class Rules:
         if self.auto:
             return None
         return next((code for code, i in self.languages.items() if i in self.prompt), None)
+
+    def is_timestamp(self, token: int) -> bool:
+        """Return whether a token stands for a time."""
+        begin, end = self.timestamp_begin, self.timestamp_end
+        return begin is not None and begin <= token and (end is None or token < end)
 
     def told(self, language: str | None, task: str | None, timestamps: bool) -> "Rules":
         """Return the rules with another language and task in the prompt; None keeps the one there.
@@ -107,10 +119,14 @@ def swapped(token: int, table: Mapping[str, int], wanted: str | None) -> int:
     return table[wanted] if wanted is not None and token in table.values() else token
 
 
-def detect(step: Step, rules: Rules) -> str:
-    """Return the code of the likeliest language; the decoder has to begin again after this."""
+def detect(step: Step, rules: Rules) -> tuple[str, float]:
+    """Return the code of the likeliest language, and the probability that nobody speaks; the
+    decoder has to begin again after this."""
     logits = step(rules.prompt[:1])
-    return max(rules.languages, key=lambda code: logits[rules.languages[code]])
+    code = max(rules.languages, key=lambda code: logits[rules.languages[code]])
+    if rules.no_speech is None:
+        return code, 0.0
+    return code, float(np.exp(logits[rules.no_speech] - log_sum_exp(logits)))
 
 
 class Filter:
@@ -150,7 +166,7 @@ class Filter:
         if rules.timestamp_begin is not None and rules.timestamps:
             self.always[rules.timestamp_begin - 1] = -np.inf
         elif rules.timestamp_begin is not None:
-            self.always[rules.timestamp_begin :] = -np.inf
+            self.always[rules.timestamp_begin : rules.timestamp_end] = -np.inf
         self.first = self.always.copy()
         self.first[list(rules.begin_suppress_tokens)] = -np.inf
 

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .decode import Filter, Logits, Rules, Step, loop_period, say
+from .decode import MOST_NO_SPEECH, Filter, Logits, Rules, Step, loop_period, say
 from .timestamps import log_sum_exp
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MOST_COMPRESSION = 2.4
 LEAST_LOGPROB = -1.0
-MOST_NO_SPEECH = 0.6
-"""Whisper's own thresholds."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ seen from here: the runner's commands run under a limit for that, see __main__.
 
 import math
 import mmap
+import os
 import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .links import leads_out
 from .problem import RunnerProblem
 
 AGAIN = "copy the whole artifact again, or export it again"
@@ -344,8 +346,9 @@ def check_elsewhere(path: Path, constant: Constant, files: Collection[str]) -> N
         root = root.parent
     place = path.parent / str(constant.location)
     try:
-        listed = place.resolve().relative_to(root.resolve()).as_posix() in files
-        plain = place.is_file() and not place.is_symlink()
+        inside = Path(os.path.normpath(place)).relative_to(os.path.normpath(root))
+        listed = inside.as_posix() in files
+        plain = place.is_file() and not leads_out(place)
     except (OSError, ValueError):
         listed = plain = False
     if not listed or not plain:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .audio import SAMPLING_RATE, Pcm, find_cut, is_silent, split
-from .decode import AUTO, Filter, Rules, detect, say, without_loop
+from .audio import SAMPLING_RATE, Pcm, find_cut, is_hum, is_silent, split
+from .decode import AUTO, MOST_NO_SPEECH, Filter, Rules, detect, say, without_loop
 from .problem import RunnerProblem
 from .text import join
 from .timestamps import STEP_SAMPLES, parts
@@ -115,12 +115,11 @@ class Listener:
         A window ends in a pause where more sound follows. Whisper's own end anywhere, and a word
         there is lost if the model leaves it out, as it does where it said everything before.
         """
-        begin, start = self.rules.timestamp_begin, 0
-        assert begin is not None
+        start = 0
         while start < len(pcm):
             window = first_window(pcm[start:], self.recognizer.window_samples)
             tokens, length = self.window(window), len(window) // STEP_SAMPLES
-            found, steps = parts(tokens, begin, length) if tokens else ([], length)
+            found, steps = parts(tokens, self.rules, length) if tokens else ([], length)
             if steps < min(length, LEAST_STEPS):
                 rest = tokens[sum(len(part) for _, _, part in found) :]
                 found, steps = [*found, (steps, length, rest)], length
@@ -142,7 +141,7 @@ class Listener:
         if guards and is_silent(pcm):
             return []
         decoder = self.recognizer.decoder_over(pcm, self.transcript)
-        self.tell_language(decoder)
+        self.tell_language(decoder, pcm)
         said = self.transcript.tokens[self.since :] if options.previous else []
         self.prompted, hot = self.rules.after(said), False
         if options.beams == 1 and not options.fallback:
@@ -155,12 +154,14 @@ class Listener:
         self.doubtful = hot or len(kept) < len(tokens)
         return kept
 
-    def tell_language(self, decoder: Decoder) -> None:
-        """Put the likeliest language into the prompt where it is to be detected."""
-        if self.detects and self.transcript.language is None:
-            detected = detect(decoder, self.rules)
+    def tell_language(self, decoder: Decoder, pcm: Pcm) -> None:
+        """Put the likeliest language into the prompt where it is to be detected: that of the first
+        window with speech, and up to there each window's own."""
+        if self.detects:
+            detected, no_speech = detect(decoder, self.rules)
             self.rules = self.rules.told(detected, None, self.options.timestamps)
             self.transcript.language = detected
+            self.detects = no_speech > MOST_NO_SPEECH or is_hum(pcm)
             self.rewind(decoder)
 
     def considered(self, decoder: Decoder) -> Attempt:

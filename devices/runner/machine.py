@@ -5,11 +5,13 @@ every peak of memory. `root` lets a test lay out a machine of its own under a fo
 """
 
 import ctypes
+import math
 import os
 import platform
 import re
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 UNAVAILABLE = "unavailable"
 MADV_PAGEOUT = 21
@@ -117,11 +119,38 @@ def isa(cpuinfo: str) -> list[str] | str:
     return [name for name in ISA_FEATURES if name in found.split()] if found else UNAVAILABLE
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use, which a container can make fewer."""
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return how many cores this process may use: affinity or a container's quota can make it fewer
+    than the machine has. A quota of one and a half counts as two."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min([cores, *map(math.ceil, quotas(root))]))
+
+
+def quotas(root: Path) -> Iterator[float]:
+    """Yield the cores' worth of time that each control group of this process allows.
+
+    /proc/self/cgroup names the groups; a limit of a group's parents holds as well. In a container,
+    its own group is often the root of what it sees.
+    """
+    mounted = root / "sys/fs/cgroup"
+    for line in read(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if number == "0":
+            folder, limit = mounted, "cpu.max"
+        elif "cpu" in controllers.split(","):
+            folder, limit = mounted / controllers, "cpu.cfs_quota_us"
+            folder = folder if folder.is_dir() else mounted / "cpu"
+        else:
+            continue
+        inside = PurePosixPath(path.lstrip("/"))
+        for group in (inside, *inside.parents):
+            said = read(folder / group / limit).split()
+            if limit != "cpu.max":
+                said += read(folder / group / "cpu.cfs_period_us").split()
+            if len(said) == 2 and all(text.isdecimal() and int(text) for text in said):
+                yield int(said[0]) / int(said[1])
 
 
 def os_name(release: str) -> str:

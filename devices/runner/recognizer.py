@@ -81,7 +81,8 @@ class Transcript:
 
 
 class Recognizer:
-    """One artifact, opened.
+    """One artifact, opened. Several threads may use it at once: each has keys and values of its own
+    (5.5 MB a thread for whisper-tiny), and the graphs are shared.
 
     `guards` are two rules that transformers' generate() does not have: a silent window is not
     decoded at all, and a text that has fallen into a loop is cut. The gate turns them off to
@@ -170,7 +171,7 @@ class Recognizer:
         step = self.decoder_over(pcm, transcript)
         code = self.known(language)
         if code is None and self.rules.auto:
-            code = detect(step, self.rules)
+            code, _ = detect(step, self.rules)
             step.fed, step.clock = 0, transcript.prompt_s
         return greedy(step, self.rules.told(code, None, False), self.guards)
 

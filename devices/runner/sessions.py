@@ -7,6 +7,7 @@ would keep what packing took. Memory patterns are off: onnxruntime would plan on
 length that the past ever had.
 """
 
+import threading
 import time
 from collections.abc import Sequence
 from copy import copy
@@ -56,18 +57,20 @@ class Sessions:
         give_back_memory(folder)
         for name, session in (("encoder", self.encoder), ("decoder", self.decoder)):
             check_session(folder / f"{name}.onnx", session, manifest["contract"][name])
-        self.cache = empty_cache(self.decoder)
-        self.more_pasts: list[Past] = []
+        self.own = threading.local()
+        self.caches(1)
 
     def decoder_over(self, window: Pcm, times: "Transcript") -> "Decoder":
         """Return the decoder over one window (1, samples), which is encoded here."""
         return Decoder(self, window, times)
 
-    def pasts(self, count: int) -> list[Past]:
-        """Return memory for so many decoders' own caches; it is taken once and kept."""
-        while len(self.more_pasts) < count:
-            self.more_pasts.append({n: np.zeros_like(v.numpy()) for n, v in self.cache.items()})
-        return self.more_pasts[:count]
+    def caches(self, count: int) -> list[State]:
+        """Return memory for so many decoders' own keys and values. Every thread has its own; it is
+        taken once, and kept as long as the thread lives."""
+        held: list[State] = self.own.__dict__.setdefault("caches", [])
+        while len(held) < count:
+            held.append(empty_cache(self.decoder))
+        return held[:count]
 
 
 class Decoder:
@@ -85,8 +88,8 @@ class Decoder:
         with running(sessions.folder / "encoder.onnx"):
             cross = encode(sessions.encoder, window)
         times.graph_s.append(time.perf_counter() - started)
-        self.binding = bind(self.session, cross | sessions.cache)
-        self.cross, self.past = cross, views(sessions.cache)
+        self.cross = cross
+        self.write_to(sessions.caches(1)[0])
 
     def __call__(self, ids: Sequence[int]) -> Logits:
         """Feed tokens behind those already fed; return the logits (vocab,) after the last.
@@ -112,14 +115,14 @@ class Decoder:
 
     def branches(self, count: int) -> list["Decoder"]:
         """Return decoders over the same window with keys and values in memory of their own."""
-        return [self.branch(past) for past in self.sessions.pasts(count)]
+        others = [copy(self) for _ in range(count)]
+        for other, memory in zip(others, self.sessions.caches(count + 1)[1:], strict=True):
+            other.write_to(memory)
+        return others
 
-    def branch(self, past: Past) -> "Decoder":
-        """Return a decoder over the same window with keys and values in other memory."""
-        other = copy(self)
-        other.past = past
-        other.binding = bind(self.session, self.cross | {n: value(a) for n, a in past.items()})
-        return other
+    def write_to(self, cache: State) -> None:
+        """Keep the decoder's own keys and values in this memory."""
+        self.past, self.binding = views(cache), bind(self.session, self.cross | cache)
 
     def follow(self, other: "Decoder") -> None:
         """Go on from where another decoder over the same window is."""

@@ -32,23 +32,23 @@ def forbid(scores: Logits, tokens: Sequence[int], rules: Rules) -> None:
     """
     begin = rules.timestamp_begin
     assert begin is not None
-    text, stamps = scores[:begin], scores[begin:]
+    text, stamps, added = np.split(scores, [begin, rules.timestamp_end or len(scores)])  # views
     if not tokens:
-        text[:] = -np.inf
+        text[:] = added[:] = -np.inf
         if rules.max_initial_timestamp_index is not None:
             stamps[rules.max_initial_timestamp_index + 1 :] = -np.inf
         return
-    after_stamp = tokens[-1] >= begin
-    after_pair = after_stamp and (len(tokens) < 2 or tokens[-2] >= begin)
+    after_stamp = rules.is_timestamp(tokens[-1])
+    after_pair = after_stamp and (len(tokens) < 2 or rules.is_timestamp(tokens[-2]))
     if after_pair:
         stamps[:] = -np.inf
         return
     if after_stamp:
-        text[: rules.eos] = -np.inf
-    last = next((token for token in reversed(tokens) if token >= begin), begin - 1)
+        text[: rules.eos] = added[:] = -np.inf
+    last = next((token for token in reversed(tokens) if rules.is_timestamp(token)), begin - 1)
     stamps[: last - begin + (not after_stamp)] = -np.inf
-    if log_sum_exp(stamps) > text.max():
-        text[:] = -np.inf
+    if log_sum_exp(stamps) > max(text.max(), added.max(initial=-np.inf)):
+        text[:] = added[:] = -np.inf
 
 
 def log_sum_exp(scores: Logits) -> float:
@@ -59,15 +59,17 @@ def log_sum_exp(scores: Logits) -> float:
     return float(highest + np.log(np.exp(scores - highest).sum()))
 
 
-def parts(tokens: list[int], begin: int, length: int) -> tuple[list[Part], int]:
+def parts(tokens: list[int], rules: Rules, length: int) -> tuple[list[Part], int]:
     """Return the finished segments of a window and the step where the next window begins.
 
-    `begin` is the first timestamp's id, `length` the steps of sound in the window. Text behind the
+    `length` is the steps of sound in the window. Text behind the
     last pair is left out where no timestamp closes it: the next window begins with it. A window
     without pairs is one segment. Whisper lets that begin with the window, and end where it began if
     no timestamp closes it; here it begins as the model says, and ends with the window.
     """
-    is_stamp = [token >= begin for token in tokens]
+    begin = rules.timestamp_begin
+    assert begin is not None
+    is_stamp = [rules.is_timestamp(token) for token in tokens]
     pairs = [i for i in range(1, len(tokens)) if is_stamp[i - 1] and is_stamp[i]]
     if not pairs:
         start = tokens[0] - begin if is_stamp[0] else 0

@@ -10,6 +10,7 @@ with the tokenizer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ KEPT = (
     *("max_length", "is_multilingual", "lang_to_id", "task_to_id", "language", "task"),
     *("no_timestamps_token_id", "prev_sot_token_id", "max_initial_timestamp_index"),
     "alignment_heads",
+    "timestamp_end",
 )
 """The keys that decoding honours. Others, such as beams, penalties and `return_timestamps`, are
 left out: a checkpoint decodes as it does without them, here and in its artifacts."""
@@ -63,6 +65,8 @@ def complete(
     if made_up:
         derived |= suppressed(special, stored, tokenizer, config)
     named = derived | named
+    end = timestamp_end(tokenizer, named["no_timestamps_token_id"], config.vocab_size)
+    named["timestamp_end"] = None if end == config.vocab_size else end
     refuse_contradictions(source, named, derived, config)
     for key in ("suppress_tokens", "begin_suppress_tokens"):
         refuse_beyond(source, key, named.get(key) or [], config.vocab_size)
@@ -137,6 +141,19 @@ def languages_among(special: Mapping[str, int]) -> list[str]:
     )
     inside = {name for name, number in special.items() if first <= number < last}
     return sorted((inside | known) & special.keys(), key=special.__getitem__)
+
+
+def timestamp_end(tokenizer: WhisperTokenizer, silent: int | None, vocab_size: int) -> int:
+    """The id behind the last timestamp. Fine-tuning may add words there; where the tokenizer names
+    no timestamps, as early ones do, they go on to the end of the vocabulary."""
+    if silent is None:
+        return vocab_size
+    names = tokenizer.convert_ids_to_tokens(
+        list(range(silent + 1, min(vocab_size, len(tokenizer))))
+    )
+    stamps = [bool(re.fullmatch(r"<\|\d+\.\d\d\|>", name or "")) for name in names]
+    count = stamps.index(False) if False in stamps else len(stamps)
+    return silent + 1 + count if count else vocab_size
 
 
 def suppressed(

@@ -40,6 +40,7 @@ from export.beside import Contract, decoding_rules, token_bytes
 from export.layouts import parts
 from export.onnx_graph import Graph, Heads, Spec, split_heads
 from export.problem import Problem
+from export.prompt import timestamp_ids
 from export.to_onnx import KINDS, GraphParts, write_graph
 
 NAME = "whisper"
@@ -174,8 +175,7 @@ def _replaced(g: Graph, cache: str, fresh: str, name: str) -> str:
 def _without_suppressed(g: Graph, model: nn.Module, logits: str) -> str:
     """Logits with -inf for what Whisper does not say: always, and more of it at the beginning."""
     rules, vocab = decoding_rules(model), model.config.vocab_size
-    stamps = rules["timestamp_begin"]
-    always = [*rules["suppress_tokens"], *range(vocab if stamps is None else stamps, vocab)]
+    always = [*rules["suppress_tokens"], *timestamp_ids(model.generation_config, vocab)]
     first = [*always, *rules["begin_suppress_tokens"]]
     bias = parts.forbidden(g, sorted(set(always)), vocab)
     if set(first) != set(always):

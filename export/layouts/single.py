@@ -28,6 +28,7 @@ from export import onnx_graph as ops
 from export.beside import Contract, decoding_rules, write_tokens
 from export.layouts import parts
 from export.onnx_graph import Graph, Heads, Spec
+from export.prompt import timestamp_ids
 from export.shrink import windows_of
 from export.to_onnx import KINDS, GraphParts, write_graph
 
@@ -50,8 +51,7 @@ def whole_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
     mel = ops.log_mel(g, pcm, extractor, lengths)
     x = parts.encode(g, model, mel)
     heard = [parts.heard_caches(g, model, number, x) for number in parts.layers_of(model)]
-    stamps = rules["timestamp_begin"]
-    always = {*rules["suppress_tokens"], *range(vocab if stamps is None else stamps, vocab)}
+    always = {*rules["suppress_tokens"], *timestamp_ids(model.generation_config, vocab)}
     biases = [
         parts.forbidden(g, sorted(ids), vocab)
         for ids in (always, always | {*rules["begin_suppress_tokens"]})

@@ -37,7 +37,7 @@ def test_a_multilingual_artifact_detects_english(base, few):
 
 def test_the_checkpoint_detects_it_too(few):
     loaded = whisper.load(model("base")), whisper.load_processor(model("base"))
-    found = decoding.detect(*loaded, [clip.pcm() for clip in few])
+    found = [code for code, _ in decoding.detect(*loaded, [clip.pcm() for clip in few])]
     assert found.count("en") >= 7  # one clip begins with a name that base hears as Maori
 
 
