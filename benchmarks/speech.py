@@ -8,9 +8,10 @@ A manifest is JSON lines: `audio` (relative to the manifest), `text`, `lang`, an
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -38,6 +39,25 @@ class Clip:
             if self.line is None:
                 raise
             raise Problem(f"{self.line}: {error}", hint=error.hint) from error
+
+
+class Samples(Sequence[np.ndarray]):
+    """The samples of clips, each read when it is asked for: hours of speech take no memory."""
+
+    def __init__(self, clips: Sequence[Clip]) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | Samples:
+        if isinstance(index, slice):
+            return Samples(self.clips[index])
+        return self.clips[index].pcm()
 
 
 def read_manifest(path: str | Path) -> list[Clip]:

@@ -28,6 +28,9 @@ Languages = Sequence[str | None] | None
 """What is spoken in each clip, where it is known."""
 
 
+CLIPS_AT_ONCE = 64
+
+
 def window_samples(processor: WhisperProcessor) -> int:
     """Length of the model's window in samples at 16 kHz (480000 for stock Whisper)."""
     return processor.feature_extractor.n_samples
@@ -213,7 +216,36 @@ def transcribe(
     done: Callable[[int], None] = lambda clips: None,
 ) -> list[str]:
     """Text of clips of any length, 16 kHz mono float32; long ones are cut at quiet places. See
-    greedy() for the other arguments; a language that is detected is that of the first window."""
+    greedy() for the other arguments; a language that is detected is that of the first window with
+    speech. At most CLIPS_AT_ONCE clips are taken out of `pcms` at a time."""
+    texts: list[str] = []
+    for start in range(0, len(pcms), CLIPS_AT_ONCE):
+        some = slice(start, start + CLIPS_AT_ONCE)
+
+        def shown(clips: int, before: int = start) -> None:
+            done(min(before + clips, len(pcms)))
+
+        texts += _transcribe(
+            model,
+            processor,
+            list(pcms[some]),
+            None if languages is None else languages[some],
+            batch_size,
+            max_tokens,
+            shown,
+        )
+    return texts
+
+
+def _transcribe(
+    model: nn.Module,
+    processor: WhisperProcessor,
+    pcms: Sequence[np.ndarray],
+    languages: Languages,
+    batch_size: int,
+    max_tokens: int | None,
+    done: Callable[[int], None],
+) -> list[str]:
     prompts = prompt_languages(model, processor, pcms, languages, batch_size)
     pieces = [[pcm[cut] for cut in split(pcm, window_samples(processor))] for pcm in pcms]
     spoken = [language for clip, language in zip(pieces, prompts, strict=True) for _ in clip]

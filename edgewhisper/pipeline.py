@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.metadata import clips_hash
 from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
-from benchmarks.speech import Clip, read_manifest
+from benchmarks.speech import Clip, Samples, read_manifest
 from benchmarks.wer import Score, score, word_counts
 from devices.runner.contract import LAYOUTS as RUNNERS_OWN
 from edgewhisper import alignment, decoding, runs, whisper
@@ -242,12 +242,11 @@ def in_own_words(
     The texts of Common Voice lack case and punctuation; a model that was trained on them would
     lose both. Distil-Whisper (arXiv:2311.00430) trains on transcripts for the same reason.
     """
-    pcms = [clip.pcm() for clip in clips]
     with progress_bar(len(clips), None, runs.main_process(), "transcripts to train on") as show:
         texts = decoding.transcribe(
             model,
             processor,
-            pcms,
+            Samples(clips),
             [clip.lang for clip in clips],
             max_tokens=4 * max(len(clip.text.split()) for clip in clips),
             done=lambda finished: show(finished, ""),
@@ -998,7 +997,7 @@ def evaluate(
     normalizer_named(normalizer)  # an unknown one is said now, not after the transcription
     languages = [clip.lang for clip in clips]
     transcribed = transcriber(source, languages=languages, compute_units=compute_units)
-    texts = transcribed([clip.pcm() for clip in clips])
+    texts = transcribed(Samples(clips))
     references = [clip.text for clip in clips]
     counts = word_counts(references, texts, normalizer, languages)
     rows = [

@@ -36,10 +36,11 @@ import copy
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -65,13 +66,15 @@ from transformers.models.whisper.modeling_whisper import (
 )
 
 from devices.runner.machine import usable_cores
-from edgewhisper.checkpoints import ctranslate2, fetch, generation, openai, pt
+from edgewhisper.checkpoints import ctranslate2, fetch, generation, lora, openai, pt
 from export.files import new_directory
 from export.problem import Problem
 from export.quantise import BITS, BLOCKS, SCALES
 from export.shrink import ATTENTIONS, FORMAT, windows_of
 from export.vocabulary import START
 
+WRAPPED = "base_model.model."
+"""What PEFT's wrapper puts before the names of all tensors."""
 POSITION_S = 0.02
 """Of the encoder."""
 
@@ -505,8 +508,9 @@ def input_of(name: str) -> str:
 def load(source: str | Path, revision: str | None = None) -> WhisperForConditionalGeneration:
     """A checkpoint as a model in float32 and evaluation mode; dense and slim ones load alike.
 
-    `source` is a size name of OpenAI's ("tiny.en"), a hub id, a Hugging Face directory, a
-    CTranslate2 directory (faster-whisper's), or a .pt file of openai-whisper. Weights are read from
+    `source` is a size name of OpenAI's ("tiny.en"), a hub id, a Hugging Face directory, a LoRA
+    adapter of PEFT's, which is merged into its base, a CTranslate2 directory (faster-whisper's), or
+    a .pt file of openai-whisper. Weights are read from
     safetensors, CTranslate2's format, or a pickle of tensors alone; no code that comes with a
     checkpoint is run. The generation config is completed from the tokenizer and the vocabulary
     (edgewhisper/checkpoints/generation.py).
@@ -516,6 +520,8 @@ def load(source: str | Path, revision: str | None = None) -> WhisperForCondition
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     source = resolved(source)
     stored: dict[str, Any] = {}
+    if lora.is_folder(Path(source)):
+        return _from_adapter(Path(source))
     if ctranslate2.is_folder(Path(source)):
         model, stored = _from_ctranslate2(Path(source))
     elif pt.is_file(Path(source)):
@@ -536,6 +542,19 @@ def resolved(source: str | Path) -> str | Path:
     return source if _looks_local(source) else openai.hub_id(str(source))
 
 
+def _from_adapter(folder: Path) -> WhisperForConditionalGeneration:
+    """A LoRA adapter's base with the adapter merged into it."""
+    base = lora.base_of(folder)
+    try:
+        model = load(base)
+    except Problem as error:
+        raise lora.base_is_missing(folder, base, error) from error
+    generation_config = model.generation_config
+    model = cast(WhisperForConditionalGeneration, lora.merged(folder, model))
+    model.generation_config = generation_config
+    return model.eval()
+
+
 def _from_hugging_face(
     source: str | Path, revision: str | None
 ) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
@@ -550,6 +569,7 @@ def _from_hugging_face(
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
+                key_mapping={rf"^{re.escape(WRAPPED)}": ""},
                 # so that wrong shapes come back in the report, to be told in our words
                 ignore_mismatched_sizes=True,
             )
@@ -636,6 +656,8 @@ def load_processor(source: str | Path, revision: str | None = None) -> WhisperPr
     Raises Problem where they cannot be read or are none.
     """
     source = resolved(source)
+    if lora.is_folder(Path(source)):
+        return load_processor(lora.base_of(Path(source)))
     config = _config_of(source, revision)
     tokenizer = load_tokenizer(source, config, revision)
     if tokenizer is None:

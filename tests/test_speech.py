@@ -112,3 +112,42 @@ def test_a_manifest_without_clips_is_refused(tmp_path, content):
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(Problem, match=r"nowhere\.jsonl cannot be read"):
         read_manifest(tmp_path / "nowhere.jsonl")
+
+
+def test_clips_are_read_when_they_are_asked_for(clips, monkeypatch):
+    from benchmarks import speech
+
+    some = read_manifest(clips)[:5]
+    opened = []
+    read = speech.read_audio
+    monkeypatch.setattr(speech, "read_audio", lambda path: opened.append(path) or read(path))
+    samples = speech.Samples(some)
+    assert (len(samples), opened) == (5, [])
+    assert np.array_equal(samples[3], read(some[3].audio))
+    assert [len(pcm) for pcm in samples[1:3]] == [len(clip.pcm()) for clip in some[1:3]]
+    assert opened[0] == some[3].audio
+
+
+def test_a_checkpoint_hears_a_few_clips_at_a_time(digits, processor, clips, monkeypatch):
+    """The same texts as of all at once, and never more in memory than so many."""
+    from benchmarks.speech import Samples
+    from edgewhisper import decoding
+    from edgewhisper.whisper import load
+
+    some, model = read_manifest(clips)[:7], load(digits)
+    wanted = decoding.transcribe(model, processor, [clip.pcm() for clip in some])
+    taken, shown = [], []
+    monkeypatch.setattr(decoding, "CLIPS_AT_ONCE", 3)
+    take = Samples.__getitem__
+
+    def counted(self, index):
+        found = take(self, index)
+        if isinstance(index, slice):
+            taken.append(len(found))
+        return found
+
+    monkeypatch.setattr(Samples, "__getitem__", counted)
+    assert decoding.transcribe(model, processor, Samples(some), done=shown.append) == wanted
+    assert taken == [3, 3, 1]
+    assert shown == sorted(shown)
+    assert shown[-1] == 7

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import table
-from benchmarks.speech import read_manifest
+from benchmarks.speech import Samples, read_manifest
 
 Line = dict[str, Any]
 LEFT_OUT = ("digits-", "quick", "bald-paper")
@@ -81,7 +81,7 @@ def test_wer(source: str) -> float:
     texts = decoding.transcribe(
         whisper.load(source),
         whisper.load_processor(source),
-        [clip.pcm() for clip in clips],
+        Samples(clips),
         [clip.lang for clip in clips],
     )
     return score([clip.text for clip in clips], texts).wer

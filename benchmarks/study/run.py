@@ -202,10 +202,11 @@ def lite_cost(record: dict[str, Any]) -> float | None:
 
 def scored(model: Any, processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
     from benchmarks.normalizers import name_for
+    from benchmarks.speech import Samples
     from benchmarks.wer import score
     from edgewhisper import decoding
 
-    pcms = [clip.pcm() for clip in clips]
+    pcms = Samples(clips)
     texts = decoding.transcribe(model, processor, pcms, [clip.lang for clip in clips])
     languages = [clip.lang for clip in clips]
     return score([clip.text for clip in clips], texts, name_for(clips), languages).as_dict()

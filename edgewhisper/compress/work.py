@@ -44,12 +44,13 @@ class Work:
 
     def _evaluate(self, model: "WhisperForConditionalGeneration") -> "Score":
         from benchmarks.normalizers import name_for
+        from benchmarks.speech import Samples
         from benchmarks.wer import score
         from edgewhisper import decoding
         from edgewhisper.progress import progress_bar
         from edgewhisper.runs import main_process
 
-        pcms, languages = [clip.pcm() for clip in self.dev], [clip.lang for clip in self.dev]
+        pcms, languages = Samples(self.dev), [clip.lang for clip in self.dev]
         limit = self._most_tokens()
         with progress_bar(len(pcms), None, main_process(), "dev WER") as show:
             texts = decoding.transcribe(
