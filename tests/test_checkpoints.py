@@ -3,6 +3,7 @@ folders, .pt files; and the generation config that is derived where it is missin
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from other_forms import ctranslate2_arrays, model_bin, write_pt
-from transformers import WhisperConfig
+from transformers import WhisperConfig, WhisperFeatureExtractor
 
+from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding
 from edgewhisper.checkpoints import fetch, openai
 from edgewhisper.checkpoints.openai import ENGLISH, MULTILINGUAL, WITH_CANTONESE
@@ -30,6 +32,7 @@ from edgewhisper.whisper import (
 )
 from export.problem import Problem
 from export.prompt import prompt_ids
+from export.to_onnx import export_onnx
 
 SMALL = dict(
     d_model=16,
@@ -512,3 +515,44 @@ def test_without_hub_and_package_the_demo_takes_the_digits_model(monkeypatch):
     assert "embedded digits model" in said[-1]
     assert pipeline.demo_source("digits", said.append) == str(pipeline.DEFAULT_MODEL)
     assert pipeline.demo_source("some/model", said.append) == "some/model"
+
+
+# ------------------------------------------------------------------------------- feature extractors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature_size": 128}, "feature_size = 128, and config.json has num_mel_bins = 80"),
+        ({"feature_size": 40}, "feature_size = 40, and config.json has num_mel_bins = 80"),
+        ({"chunk_length": 15}, r"nb_max_frames = 1500, .* 2 \* max_source_positions = 3000"),
+    ],
+)
+def test_features_that_the_encoder_cannot_read_name_both_files(
+    changes, message, multilingual, tmp_path
+):
+    multilingual.save_pretrained(tmp_path)
+    WhisperFeatureExtractor().save_pretrained(tmp_path)
+    assert load_processor(tmp_path).feature_extractor.feature_size == 80
+    WhisperFeatureExtractor(**changes).save_pretrained(tmp_path)
+    with pytest.raises(Problem, match=message):
+        load_processor(tmp_path)
+
+
+@pytest.mark.parametrize("prompt", ["english", "multilingual"])
+def test_an_endless_text_has_the_same_limit_in_checkpoint_and_artifact(prompt, request, tmp_path):
+    """Prompts of two and of four tokens leave different room."""
+    bare(request.getfixturevalue(prompt), tmp_path / "bare")
+    model, processor = load(tmp_path / "bare"), load_processor(tmp_path / "bare")
+    generation = model.generation_config = copy.deepcopy(model.generation_config)
+    generation.language, generation.task = (
+        ("en", "transcribe") if prompt != "english" else (None,) * 2
+    )
+    generation.suppress_tokens = [*generation.suppress_tokens, generation.eos_token_id]
+    pcm = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 10
+    (wanted,) = decoding.greedy(model, processor, [pcm])
+    export_onnx(model, processor, tmp_path / "artifact", "fp32")
+    found = Recognizer(tmp_path / "artifact", threads=1, guards=False).window(pcm)
+    length = 2 if prompt == "english" else 4
+    assert len(found) == len(wanted) == model.config.max_target_positions - length
+    assert found[:20] == wanted[:20]

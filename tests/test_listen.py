@@ -16,7 +16,7 @@ from transformers import WhisperForConditionalGeneration as Whisper
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
 
 from benchmarks.speech import read_manifest
-from devices.runner import beam
+from devices.runner import beam, listen
 from devices.runner.beam import Branches, beam_search
 from devices.runner.decode import Filter, Rules, greedy, loop_period, say, without_loop
 from devices.runner.fallback import (
@@ -358,6 +358,34 @@ def test_what_the_model_cannot_be_told_gets_a_letter(recognizer, pcms):
     stub = SimpleNamespace(rules=rules(timestamp_begin=None))
     with pytest.raises(RunnerProblem, match="no tokens for them"):
         Listener(stub, Options(timestamps=True), Transcript())
+
+
+@pytest.mark.parametrize(
+    ("heard", "wanted"),
+    [
+        ([("de", 0.9), ("hi", 0.1), ("en", 0.1)], "hi"),
+        ([("de", 0.9), ("hi", 0.8), ("en", 0.1)], "en"),
+        ([("de", 0.1), ("hi", 0.1), ("en", 0.1)], "de"),
+        ([("de", 0.9), ("hi", 0.9), ("en", 0.9)], "en"),
+    ],
+)
+def test_the_language_is_that_of_the_first_window_with_speech(
+    heard, wanted, recognizer, pcms, monkeypatch
+):
+    codes = iter(heard)
+    monkeypatch.setattr(listen, "detect", lambda decoder, rules: next(codes))
+    sound = np.concatenate([np.pad(pcm, (0, WINDOW - len(pcm))) for pcm in pcms[:3]])
+    transcript = recognizer.transcribe(sound, language="auto")
+    assert transcript.language == wanted
+
+
+def test_hum_before_speech_settles_no_language(recognizer, pcms, monkeypatch):
+    codes = iter([("de", 0.0), ("hi", 0.0)])
+    monkeypatch.setattr(listen, "detect", lambda decoder, rules: next(codes))
+    t = np.arange(WINDOW) / 16_000
+    hum = 0.003 * np.sin(2 * np.pi * 50 * t).astype(np.float32)
+    sound = np.concatenate([hum, pcms[0]])
+    assert recognizer.transcribe(sound, language="auto").language == "hi"
 
 
 @pytest.mark.parametrize("language", [None, "en", "EN", "auto"])

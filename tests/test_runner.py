@@ -171,6 +171,33 @@ def test_any_sound_is_covered_once_by_pieces_of_a_window(samples, window, seed):
     assert all(piece.stop - piece.start <= window for piece in pieces)
 
 
+@pytest.mark.parametrize("hum", [0.0, 50.0, 60.0], ids=["offset", "50 Hz", "60 Hz"])
+@pytest.mark.parametrize("amplitude", [0.003, 0.01, 0.03, 0.1])
+def test_an_offset_or_hum_moves_no_cut_into_a_word(hum, amplitude, rng):
+    sound, spans = bursts_of_words(rng, 60)
+    t = np.arange(len(sound)) / 16_000
+    disturbed = (sound + amplitude * np.cos(2 * np.pi * hum * t)).astype(np.float32)
+    cuts = [piece.stop for piece in split(disturbed, WINDOW)][:-1]
+    assert len(cuts) > 3
+    assert not any(begin < cut < end for cut in cuts for begin, end in spans)
+
+
+def bursts_of_words(rng, count: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Words of vowel-like sound, a third of a second each, between pauses of 0.45 s, and where they
+    are."""
+    parts, spans, place = [], [], 0
+    for _ in range(count):
+        t = np.arange(int(rng.integers(4000, 7000))) / 16_000
+        pitch = rng.uniform(100, 250)
+        word = sum(np.sin(2 * np.pi * pitch * k * t) / k for k in range(1, 16))
+        word = 0.05 * word * np.hanning(len(t))
+        spans.append((place + len(t) // 8, place + len(t) - len(t) // 8))
+        parts += [word, np.zeros(7200)]
+        place += len(t) + 7200
+    sound = np.concatenate(parts)
+    return (sound + 3e-4 * rng.standard_normal(len(sound))).astype(np.float32), spans
+
+
 def test_short_audio_is_one_piece_and_silence_is_cut_too():
     assert split(np.ones(WINDOW, np.float32), WINDOW) == [slice(0, WINDOW)]
     assert len(split(np.zeros(10 * WINDOW, np.float32), WINDOW)) <= 20

@@ -4,6 +4,7 @@ The RIFF chunks are walked by hand: the standard library's `wave` knows neither 
 before Python 3.12, the extensible header that most recorders write.
 """
 
+import math
 import struct
 import sys
 import warnings
@@ -28,6 +29,8 @@ UNKNOWN_SIZE = 0x7FFF0000
 """From here on, it is what programs write when they stream a WAV into a pipe: ffmpeg 2**32 - 1, sox
 and arecord somewhat less than 2**31."""
 
+LOWEST_HZ = 80
+"""Voices begin above it."""
 FRAME = 160
 """10 ms: the step in which pauses are looked for."""
 PAUSE_FRAMES = 20
@@ -308,15 +311,21 @@ def find_cut(window: Pcm) -> int:
     count = len(window) // FRAME
     if count < 8:
         return len(window)
-    # of the change from sample to sample: an offset has none, mains hum hardly any
-    change = np.diff(window[: count * FRAME], prepend=window[:1])
-    power = np.square(change).reshape(count, FRAME).mean(axis=1)  # (frames,)
+    audible = without_hum(window[: count * FRAME])
+    power = np.square(audible).reshape(count, FRAME).mean(axis=1)  # (frames,)
     quiet = power <= max(PAUSE_RISE * float(power.min()), SILENT_PEAK**2)
     for begin, shortest in ((count // 2, PAUSE_FRAMES), (count // 8, 2)):
         length, middle = longest_run(quiet[begin:])
         if length >= shortest:
             return round((begin + middle) * FRAME)
     return (count // 2 + int(power[count // 2 :].argmin())) * FRAME + FRAME // 2
+
+
+def without_hum(pcm: Pcm) -> Pcm:
+    """Return the sound without what lies below LOWEST_HZ: an offset, or mains hum."""
+    spectrum = np.fft.rfft(pcm)
+    spectrum[: math.ceil(LOWEST_HZ * len(pcm) / SAMPLING_RATE)] = 0
+    return np.fft.irfft(spectrum, len(pcm)).astype(np.float32)
 
 
 def longest_run(flags: npt.NDArray[np.bool_]) -> tuple[int, float]:
