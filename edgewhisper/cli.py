@@ -197,6 +197,14 @@ def export_cli(
             "prompt",
         ),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION",
+            help="onnx: the oldest onnxruntime that is to run it, such as 1.23; default: the one "
+            "that the fastest graphs need",
+        ),
+    ] = None,
     out: Out = None,
     deployment_target: Annotated[
         str | None,
@@ -232,6 +240,7 @@ def export_cli(
         word_timestamps=word_timestamps,
         neural_engine=neural_engine or None,
         window=window,
+        runtime=runtime,
     )
     options = {name: value for name, value in options.items() if value is not None}
     _one_of("--target", target, tuple(LAYOUTS))
@@ -732,13 +741,16 @@ def _of_target(option: str, value: str, target: str, known: dict[str, tuple[str,
 
 
 def _refuse_options(target: str, given: dict[str, Any]) -> None:
-    if given and target != "coreml":
+    """Each option is for one target: --runtime for ONNX, the others for Core ML."""
+    wrong = [name for name in given if (name == "runtime") != (target == "onnx")]
+    if wrong:
         from export.problem import Problem
 
-        names = [f"--{name.replace('_', '-')}" for name in given]
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        other, title = ("coreml", "Core ML") if target == "onnx" else ("onnx", "ONNX")
         raise Problem(
-            f"{' and '.join(names)}: for Core ML, and --target is {target}",
-            hint="add --target coreml, or leave that out",
+            f"{names}: for {title}, and --target is {target}",
+            hint=f"add --target {other}, or leave that out",
         )
 
 

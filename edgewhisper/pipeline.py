@@ -429,8 +429,9 @@ def export(
 
     What was pruned is removed first, physically and exactly. Nothing is left behind when the gate
     fails, unless `gating` says otherwise. Layouts whose runtimes know one window are made, and
-    judged, with the full one, or with the `window` of so many seconds; `options` are those of
-    export_coreml. `language` prompts the artifact where nothing else is asked for.
+    judged, with the full one, or with the `window` of so many seconds. `options` are those of
+    export_coreml, and for ONNX `runtime`, the oldest onnxruntime that is to run the artifact.
+    `language` prompts the artifact where nothing else is asked for.
     """
     from edgewhisper.coreml import chosen
     from export.to_coreml import export_coreml
@@ -455,12 +456,25 @@ def export(
             for line in chosen(manifest, options):
                 say(line)
         else:
-            manifest = export_onnx(*rest)
+            manifest = export_onnx(*rest, **options)
+            if has_float_cache(manifest):
+                oldest = manifest["runtime"]["onnxruntime"]
+                say(
+                    f"note: for onnxruntime {oldest} the encoder's keys and values are float32, "
+                    "four times as large as in int8"
+                )
         manifest["gate"] = gated(
             folder, manifest, model, processor, listed, gating or Gating(), say
         )
         write_manifest(folder, manifest)
     return place
+
+
+def has_float_cache(manifest: dict[str, Any]) -> bool:
+    """Whether an int8 or int4 artifact keeps floats where int8 would do, for an older runtime."""
+    inputs = manifest["contract"].get("decoder", {}).get("inputs", [])
+    caches = [spec["dtype"] for spec in inputs if spec["name"] == "cross.0.key"]
+    return manifest["precision"] in ("int8", "int4") and caches == ["float32"]
 
 
 def load_for(

@@ -82,6 +82,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise OSError(0, "not a file")  # a pipe would keep its reader waiting
+        if leads_out(path):
+            raise OSError(0, "a link that leads out of the artifact")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Problem(

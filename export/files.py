@@ -76,5 +76,8 @@ def leads_out(path: Path) -> bool:
     """
     if not path.is_symlink():
         return False
-    model = next((p.parent for p in path.absolute().parents if p.name == "snapshots"), None)
+    model = next(
+        (p.parent for p in (path.parent.resolve() / path.name).parents if p.name == "snapshots"),
+        None,
+    )
     return model is None or path.resolve().parent != (model / "blobs").resolve()

@@ -58,8 +58,15 @@ class Graph:
     (int8 and int4); the others store all of them as float32, or as float16 (fp16).
     """
 
-    def __init__(self, precision: str, schemes: Mapping[Any, Scheme] | None = None) -> None:
+    def __init__(
+        self,
+        precision: str,
+        schemes: Mapping[Any, Scheme] | None = None,
+        int8_cache: bool = True,
+    ) -> None:
         self.quantises = precision in ("int8", "int4")
+        self.int8_cache = self.quantises and int8_cache
+        """The encoder's keys and values are int8."""
         self.halves = precision != "fp32"
         """Floats are stored as float16, and widened by the runtime as it loads the graph."""
         self.matrices = {"int8": INT8, "int4": INT4}.get(precision, FLOAT)
@@ -557,12 +564,12 @@ def cross_attention(
 def encoder_cache(g: Graph, x: str, heads: Heads, dim: int) -> list[str]:
     """Keys or values of a whole window, (1, T, heads * dim), as cross_attention reads them.
 
-    (1, heads, T + SPARE, cache_dim); where the graph quantises, int8 and (heads * cache_dim,)
-    scales.
+    (1, heads, T + SPARE, cache_dim); where the graph has an int8 cache, int8, and
+    (heads * cache_dim,) scales.
     """
     x = padded(g, x, heads.count, heads.cache_dim, dim)
     scales = []
-    if g.quantises:
+    if g.int8_cache:
         loudest = g.op("ReduceMax", g.op("Abs", x), g.constant([0, 1]), keepdims=0)
         scale = g.op("Max", g.op("Mul", loudest, g.constant(1 / 127)), g.constant(1e-10))
         # divided beforehand: the operator's own scales along an axis are fifty times as slow

@@ -209,7 +209,7 @@ def _cached(
     crosses = cache == "cross"
     dtype = _code(g) if crosses else "float32"
     past = [p.given(f"{cache}.{{}}.{kind}", *shape, dtype=dtype) for kind in ("key", "value")]
-    if crosses and g.quantises:
+    if crosses and g.int8_cache:
         kinds = ("key_scale", "value_scale")
         past += [p.given(f"{cache}.{{}}.{kind}", heads * width) for kind in kinds]
     present = [f"{after}.{p.number}.{kind}" for kind in ("key", "value")]
@@ -235,7 +235,7 @@ def _logits(p: Probe, tokens: int, width: int) -> None:
 
 def _code(g: ops.Graph) -> str:
     """What keys and values of a window are stored as."""
-    return "int8" if g.quantises else "float32"
+    return "int8" if g.int8_cache else "float32"
 
 
 BUILD: dict[str, Callable[..., None]] = {

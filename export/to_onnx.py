@@ -42,6 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ from export.layouts import LAYOUTS
 from export.onnx_graph import PRECISIONS, Graph
 from export.problem import Problem
 from export.quantise import schemes
+from export.runtimes import NATIVE, has_int8_cache, needed
 from export.shrink import windows_of
 from export.weights import Floats, array, chain, chains, heads_of, outputs_of
 
@@ -89,12 +91,14 @@ def export_onnx(
     precision: str = "int8",
     provenance: dict[str, Any] | None = None,
     layout: str = "native",
+    runtime: str | None = None,
 ) -> dict[str, Any]:
     """Write an artifact into the empty directory `out`; returns its manifest, gate still null.
 
     `model` is a Whisper, dense or slim, `processor` its WhisperProcessor, `provenance` the
     checkpoint's compression.json. The caller gates the artifact and writes the manifest again.
-    Raises Problem: unknown precision, a model or a feature extractor that the graphs would not
+    `runtime` is the oldest onnxruntime that is to run it, see runtimes.py. Raises Problem: unknown
+    precision or runtime, a model or a feature extractor that the graphs would not
     follow, a prompt that the generation config cannot give, a graph beyond protobuf's 2 GiB.
     """
     if precision not in PRECISIONS:
@@ -109,20 +113,28 @@ def export_onnx(
     check(model, processor)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    contract = import_module(LAYOUTS[layout]).write(model, processor, precision, out)
-    told = {"target": "onnx", "layout": layout, "precision": precision}
+    oldest = needed(layout, precision, runtime)
+    write_layout = import_module(LAYOUTS[layout]).write
+    if layout == NATIVE:
+        write_layout = partial(write_layout, int8_cache=has_int8_cache(precision, runtime))
+    contract = write_layout(model, processor, precision, out)
+    told: dict[str, Any] = {"target": "onnx", "layout": layout, "precision": precision}
+    told["runtime"] = {"onnxruntime": oldest}
     costs = macs_by_window(model)
     manifest = manifest_of(told, model, processor, costs, contract, provenance)
     write_manifest(out, manifest)
     return manifest
 
 
-def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contract:
+def write(
+    model: nn.Module, processor: Any, precision: str, out: Path, int8_cache: bool = True
+) -> Contract:
     """The native layout's files; returns what goes in and comes out of each graph."""
-    encoder = encoder_graph(model, processor.feature_extractor, precision)
+    encoder = encoder_graph(model, processor.feature_extractor, precision, int8_cache)
+    decoder = decoder_graph(model, precision, int8_cache)
     contract = {
         "encoder": write_graph(encoder, out, "encoder", mapped=True),
-        "decoder": write_graph(decoder_graph(model, precision), out, "decoder", mapped=True),
+        "decoder": write_graph(decoder, out, "decoder", mapped=True),
     }
     write_tokens(processor.tokenizer, model.config.vocab_size, out)
     save_beside(model, processor, out)
@@ -158,9 +170,11 @@ def write_graph(
 # ---------------------------------------------------------------------------------------- graphs
 
 
-def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
+def encoder_graph(
+    model: nn.Module, extractor: Any, precision: str, int8_cache: bool = True
+) -> GraphParts:
     """PCM to the cross-attention's keys and values of every decoder layer."""
-    g = Graph(precision, schemes(model))
+    g = Graph(precision, schemes(model), int8_cache)
     encoder = model.model.encoder
     windows = windows_of(model.config)
     mel = ops.log_mel(g, "pcm", extractor, [2 * n for n in windows])
@@ -175,7 +189,7 @@ def encoder_graph(model: nn.Module, extractor: Any, precision: str) -> GraphPart
     for i, layer in enumerate(model.model.decoder.layers):
         attention, heads = layer.encoder_attn, heads_of(layer.encoder_attn)
         dims = heads.qk_dim, heads.v_dim
-        specs = _cross(model, i, g.quantises, heads.count)
+        specs = _cross(model, i, g.int8_cache, heads.count)
         with g.scope(f"cross.{i}"):
             both = ops.apart(g, x, chains(g.schemes, attention, "kv"))
             made = [ops.encoder_cache(g, y, heads, dim) for y, dim in zip(both, dims, strict=True)]
@@ -192,9 +206,9 @@ def _positions(model: nn.Module) -> int | str:
     return windows[0] if len(windows) == 1 else "positions"
 
 
-def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
+def decoder_graph(model: nn.Module, precision: str, int8_cache: bool = True) -> GraphParts:
     """New tokens and the cache to the last token's logits and the longer cache."""
-    g = Graph(precision, schemes(model))
+    g = Graph(precision, schemes(model), int8_cache)
     decoder = model.model.decoder
     with g.scope("look_up"):
         table = _token_table(g, decoder.embed_tokens)
@@ -215,7 +229,7 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
     with g.scope("logits"):
         last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
         g.name(table.logits(_norm(g, last, decoder.layer_norm)), "logits")
-    return g, *_decoder_contract(model, g.quantises)
+    return g, *_decoder_contract(model, g.int8_cache)
 
 
 def _token_table(g: Graph, table: nn.Module) -> ops.TokenTable | ops.FactorisedTable:
@@ -328,7 +342,7 @@ def _cross_attention(g: Graph, x: str, layer: nn.Module, number: int, places: Pl
     attention = layer.encoder_attn
     y = _norm(g, x, layer.encoder_attn_layer_norm)
     q = ops.linear(g, y, chain(g.schemes, attention.q_proj, layer.embed_dim), gather=True)
-    kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.quantises else KINDS
+    kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.int8_cache else KINDS
     cross = [f"cross.{number}.{kind}" for kind in kinds]
     heard = [f"heard.{number}.{kind}" for kind in KINDS]
     y = ops.cross_attention(g, q, cross, heard, places.cross, heads_of(attention), places.unseen)

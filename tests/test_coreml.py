@@ -139,9 +139,9 @@ def test_every_step_is_fed_as_whisperkit_feeds_it(recognizer, pcms, monkeypatch)
 
 def test_a_text_leaves_nothing_behind_for_the_next(recognizer, fp32, pcms):
     fresh = stock.recognizer(fp32, threads=None, guards=False)
-    memory = recognizer.engine.memory["key_cache"]
+    memory = recognizer.engine.rooms(1)[0][0]["key_cache"]
     texts = [recognizer.transcribe(pcm, beams=2).text for pcm in reversed(pcms)]
-    assert recognizer.engine.memory["key_cache"] is memory
+    assert recognizer.engine.rooms(1)[0][0]["key_cache"] is memory
     assert texts == [fresh.transcribe(pcm).text for pcm in reversed(pcms)]
 
 

@@ -468,3 +468,55 @@ def test_single_stores_its_weights_once(make_whisper, processor, tmp_path):
         export_onnx(model, processor, tmp_path / layout, "int8", layout=layout)
     native = sum((tmp_path / f"native/{x}.onnx").stat().st_size for x in ("encoder", "decoder"))
     assert (tmp_path / "single/whisper.onnx").stat().st_size < native + 20_000
+
+
+# ---------------------------------------------------------------------------------- older runtimes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("runtime", [None, "1.22", "1.26.0", "1.27", "1.40"])
+def test_an_artifact_names_the_oldest_runtime(
+    precision, runtime, tiny_whisper, processor, tmp_path
+):
+    from devices.runner.recognizer import Recognizer
+
+    quantised = precision != "fp32"
+    old = runtime in ("1.22", "1.26.0")
+    manifest = export_onnx(tiny_whisper, processor, tmp_path / "a", precision, runtime=runtime)
+    wanted = "1.27" if quantised and not old else "1.22"
+    assert manifest["runtime"] == {"onnxruntime": wanted}
+    caches = {s["name"]: s["dtype"] for s in manifest["contract"]["decoder"]["inputs"]}
+    assert caches["cross.0.key"] == ("int8" if quantised and not old else "float32")
+    pcm = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 10
+    assert Recognizer(tmp_path / "a", threads=1).window(pcm) is not None
+
+
+@pytest.mark.parametrize(
+    ("layout", "runtime", "message"),
+    [
+        ("native", "1.21", "the layout 'native' needs onnxruntime 1.22 or newer"),
+        ("sherpa", "1.19.2", "the layout 'sherpa' needs onnxruntime 1.20 or newer"),
+        ("native", "new", "--runtime new: no version"),
+        ("native", "1", "--runtime 1: no version"),
+        ("native", "", "--runtime : no version"),
+    ],
+)
+def test_a_runtime_that_is_too_old_is_an_error(
+    layout, runtime, message, tiny_whisper, processor, tmp_path
+):
+    with pytest.raises(Problem, match=message):
+        export_onnx(tiny_whisper, processor, tmp_path, "int8", layout=layout, runtime=runtime)
+
+
+@pytest.mark.parametrize("installed", ["1.20.1", "1.26.0", "0.9"])
+def test_an_older_runtime_than_the_graphs_need_is_named(
+    installed, tiny_whisper, processor, tmp_path, monkeypatch
+):
+    from devices.runner import sessions
+    from devices.runner.problem import RunnerProblem
+    from devices.runner.recognizer import Recognizer
+
+    export_onnx(tiny_whisper, processor, tmp_path / "a", "int8")
+    monkeypatch.setattr(sessions.ort, "__version__", installed)
+    with pytest.raises(RunnerProblem, match=f"need onnxruntime 1.27 or newer, and {installed}"):
+        Recognizer(tmp_path / "a")

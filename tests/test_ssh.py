@@ -708,9 +708,9 @@ def test_other_versions_in_range_do_where_these_have_no_wheel(server, index):
     server.python(options="-S")
     make_wheel(index, "numpy", "2.0.7")
     make_wheel(index, "numpy", "99.0")
-    make_wheel(index, "onnxruntime", "1.23.99")
+    make_wheel(index, "onnxruntime", "1.27.99")
     with SshDevice("pi") as device:
-        assert device.run(python(SAID)).stdout.startswith("pushed 2.0.7 pushed 1.23.99 ")
+        assert device.run(python(SAID)).stdout.startswith("pushed 2.0.7 pushed 1.27.99 ")
 
 
 @real

@@ -50,6 +50,7 @@ class Sessions:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
         self.folder = folder
+        check_runtime(folder, manifest)
         return_large_blocks()
         self.decoder = open_session(folder / "decoder.onnx", session_options(threads, arena=False))
         give_back_memory(folder)
@@ -201,6 +202,23 @@ def session_options(
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 4  # errors become letters
     return options
+
+
+def check_runtime(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise the letter for an onnxruntime that is too old for the graphs."""
+    needed = str(manifest.get("runtime", {}).get("onnxruntime", "0"))
+    if numbers(ort.__version__) < numbers(needed):
+        raise RunnerProblem(
+            f"{folder}: its graphs need onnxruntime {needed} or newer, and {ort.__version__} is "
+            "installed",
+            "update onnxruntime, or export the checkpoint again with "
+            f"`--runtime {ort.__version__}`",
+        )
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Return major and minor version."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
 @cache
