@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 RIVALS := build/rivals
 INTEROP := build/interop
 
-.PHONY: demo test models test-real test-devices sshd check interop aarch64 rivals-env clean
+.PHONY: demo test models test-real test-slow test-devices sshd check interop aarch64 rivals-env clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make models  fetch OpenAI's tiny.en and base into build/models"
 	@echo "make test-real   run the tests on these models, and on the engines if rivals-env was made"
+	@echo "make test-slow   run those that take minutes"
 	@echo "make test-devices   run those that need an emulated device"
 	@echo "make interop run artifacts of other layouts in optimum, transformers.js and sherpa-onnx"
 	@echo "make aarch64 count instructions on emulated ARM cores, hold them against those kept"
@@ -34,6 +35,10 @@ models: $(READY)
 # the engines of `make rivals-env` are tested where that was made
 test-real: models
 	$(BIN)/python -m pytest -m real tests/real
+
+# hundreds of mutated inputs for each reader
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 check: $(READY)
 	$(BIN)/ruff format --check .

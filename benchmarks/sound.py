@@ -17,6 +17,7 @@ from export.problem import Problem
 
 KINDS = {b"OggS": "OGG", b"FORM": "AIFF", b"riff": "W64", b"RF64": "RF64"}
 """The first bytes of files that libsndfile cannot open where they are cut short."""
+LEAST_RATE, MOST_RATE = 1000, 768_000
 FORMATS_HINT = "give WAV, FLAC, OGG or MP3; convert other formats, for example with ffmpeg"
 
 
@@ -74,13 +75,21 @@ def _wav(path: Path, content: memoryview) -> tuple[memoryview, str | None]:
     return memoryview(bytes(head) + bytes(riff.data[:length])), riff.defect
 
 
+class _InMemory(BytesIO):
+    """A damaged header may send libsndfile to a place before the file: it gets the beginning."""
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        start = (0, self.tell(), len(self.getbuffer()))[whence]
+        return super().seek(max(0, start + place))
+
+
 def _decode(path: Path, content: memoryview) -> tuple[list[np.ndarray], int, str | None]:
     """Mono blocks, their sampling rate, and why samples may be missing."""
     import soundfile
 
     blocks: list[np.ndarray] = []
     try:
-        file = soundfile.SoundFile(BytesIO(content))
+        file = soundfile.SoundFile(_InMemory(content))
     except (soundfile.LibsndfileError, RuntimeError, ValueError) as error:
         kind = KINDS.get(bytes(content[:4]))
         reason = (kind and missing(content, kind)) or _reason(error)
@@ -90,6 +99,12 @@ def _decode(path: Path, content: memoryview) -> tuple[list[np.ndarray], int, str
     with file:
         if file.format not in FORMATS:
             raise Problem(f"{path}: {file.format} files are not read", hint=FORMATS_HINT)
+        if not LEAST_RATE <= file.samplerate <= MOST_RATE:
+            raise Problem(
+                f"{path}: a sampling rate of {file.samplerate} Hz; {LEAST_RATE} to {MOST_RATE} are "
+                "read",
+                hint="the header is damaged: copy or record it again",
+            )
         if file.channels > 1:
             warnings.warn(f"{path}: {file.channels} channels, averaged to one.", stacklevel=3)
         broken = missing(content, file.format)

@@ -75,6 +75,15 @@ from export.vocabulary import START
 
 WRAPPED = "base_model.model."
 """What PEFT's wrapper puts before the names of all tensors."""
+MOST = {
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 256),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 1024),
+    **dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 65_536),
+    **dict.fromkeys(("max_source_positions", "max_target_positions"), 65_536),
+    "vocab_size": 2**20,
+    "num_mel_bins": 1024,
+}
+"""Whisper large has a tenth of these or less."""
 POSITION_S = 0.02
 """Of the encoder."""
 
@@ -598,8 +607,11 @@ def _from_tensors(
     source: str | Path, config: WhisperConfig, tensors: Mapping[str, Tensor]
 ) -> WhisperForConditionalGeneration:
     """A dense model of these tensors, which must be all it has, in its shapes."""
-    with torch.device("meta"):
-        model = WhisperForConditionalGeneration(config)
+    try:
+        with torch.device("meta"):
+            model = WhisperForConditionalGeneration(config)
+    except Exception as error:  # dimensions that no model has
+        raise _unreadable(source, error) from error
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wanted.pop("proj_out.weight")  # tied to the token table
     report = {
@@ -853,10 +865,25 @@ def _load_config(source: str | Path, revision: str | None) -> tuple[WhisperConfi
             f"{source}: config.json says model_type {found.get('model_type')!r}, not 'whisper'",
             hint="EdgeWhisper serves Whisper checkpoints in Hugging Face form",
         )
-    config = WhisperConfig.from_dict(found)
+    refuse_dimensions(source, found)
+    try:
+        config = WhisperConfig.from_dict(found)
+    except Exception as error:  # transformers checks types with classes of its own
+        raise _unreadable(source, error) from error
     if getattr(config, "edgewhisper", None) is not None:
         check_shapes(config.edgewhisper, config)
     return config, found
+
+
+def refuse_dimensions(source: str | Path, stored: Mapping[str, Any]) -> None:
+    """Refuse sizes in config.json that no Whisper has. Such a model would take for ever to make."""
+    for key, most in MOST.items():
+        value = stored.get(key, 1)
+        if type(value) is not int or not 0 < value <= most:
+            raise Problem(
+                f"{source}: config.json has {key} = {value!r}; 1 to {most} are read",
+                hint="copy config.json from the model that was fine-tuned",
+            )
 
 
 def _looks_local(source: str | Path) -> bool:

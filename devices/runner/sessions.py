@@ -206,7 +206,8 @@ def session_options(
 
 def check_runtime(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise the letter for an onnxruntime that is too old for the graphs."""
-    needed = str(manifest.get("runtime", {}).get("onnxruntime", "0"))
+    told = manifest.get("runtime")  # missing in artifacts of earlier versions
+    needed = str(told.get("onnxruntime")) if isinstance(told, dict) else ""
     if numbers(ort.__version__) < numbers(needed):
         raise RunnerProblem(
             f"{folder}: its graphs need onnxruntime {needed} or newer, and {ort.__version__} is "

@@ -37,6 +37,14 @@ KEPT = (
 )
 """The keys that decoding honours. Others, such as beams, penalties and `return_timestamps`, are
 left out: a checkpoint decodes as it does without them, here and in its artifacts."""
+TYPES = {
+    **dict.fromkeys(("language", "task"), str),
+    **dict.fromkeys(("lang_to_id", "task_to_id"), dict),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "alignment_heads"), list),
+    "is_multilingual": bool,
+    "forced_decoder_ids": list,
+}
+"""Of the values; all others are integers."""
 MULTILINGUAL_ONLY = ("lang_to_id", "task_to_id", "language", "task")
 
 
@@ -56,6 +64,7 @@ def complete(
     special = special_ids(tokenizer)
     made_up = bool(generation._from_model_config)
     named = {} if made_up else values_of(generation)
+    refuse_types(source, named)
     if tokenizer is None or not special:
         refuse_underivable(source, named, config)
         return made(named)
@@ -254,6 +263,22 @@ def contradiction(source: object, key: str, found: Any, wanted: Any) -> Problem:
         hint=f"one of the two files is of another model: copy {FILE} from the model that was "
         "fine-tuned, or remove it and everything is derived from the tokenizer",
     )
+
+
+def refuse_types(source: object, named: Mapping[str, Any]) -> None:
+    """Every value that decoding honours is of its type."""
+    for key, value in named.items():
+        kind = TYPES.get(key, int)
+        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if key == "eos_token_id" and isinstance(value, list) and value:
+            right = all(type(number) is int for number in value)
+        if kind is dict and right:
+            right = all(type(number) is int for number in value.values())
+        if not right:
+            raise Problem(
+                f"{source}: {FILE} has {key} = {value!r}, which is no {kind.__name__}",
+                hint=f"copy {FILE} from the model that was fine-tuned, or remove {key}",
+            )
 
 
 def refuse_heads(source: object, heads: Any) -> None:
