@@ -24,10 +24,11 @@ help:
 demo: $(READY)
 	$(BIN)/edgewhisper demo
 
+# one thread a worker: two workers use both cores
 test: $(READY) sshd
 	@sh tests/system-packages.sh 'espeak-ng --version' espeak-ng
 	@sh tests/system-packages.sh 'flite -lv' flite
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 models: $(READY)
 	$(BIN)/python -m edgewhisper.checkpoints.fetch tiny.en base --out build/models
@@ -38,7 +39,7 @@ test-real: models
 
 # hundreds of mutated inputs for each reader
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 check: $(READY)
 	$(BIN)/ruff format --check .
