@@ -273,9 +273,9 @@ def test_keys_that_decoding_does_not_honour_change_nothing(digits, clips, tmp_pa
         ({"eos_token_id": 50256}, "eos_token_id = 50256"),
         ({"suppress_tokens": [1, 51865]}, "51865 in suppress_tokens"),
         ({"begin_suppress_tokens": [-1]}, "-1 in begin_suppress_tokens"),
-        ({"suppress_tokens": "all"}, "'all' in suppress_tokens"),
+        ({"suppress_tokens": "all"}, "suppress_tokens = 'all'"),
         ({"alignment_heads": [[0, 1], [5, -1]]}, r"\[5, -1\] in alignment_heads"),
-        ({"alignment_heads": 3}, "3 in alignment_heads"),
+        ({"alignment_heads": 3}, "alignment_heads = 3"),
     ],
     ids=[
         *("start", "silent", "language", "task", "end", "beyond", "below", "no-list"),
