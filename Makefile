@@ -83,6 +83,9 @@ sshd:
 # minutes of emulation; builds its machine in build/aarch64 on the first run, as `make aarch64`
 test-devices: $(READY) sshd
 	@sh tests/system-packages.sh 'qemu-aarch64 --version' qemu-user
+	@sh tests/system-packages.sh 'qemu-system-aarch64 --version' qemu-system-arm
+	@sh tests/system-packages.sh 'test -x /usr/sbin/depmod -o -x /sbin/depmod' kmod
+	@sh tests/system-packages.sh 'cpio --version' cpio
 	@sh tests/system-packages.sh 'gcc --version' gcc
 	@sh tests/system-packages.sh 'adb --version' adb
 	@$(BIN)/python tests/adbd.py || echo "note: without adbd no phone is played on loopback"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import which
 
 import pytest
 import sshd
@@ -17,7 +18,11 @@ from benchmarks.speech import Clip, read_manifest
 from devices import connection
 from devices.device import RUNNER, Device, DeviceProblem, open_device, run_runner
 
-pytestmark = pytest.mark.devices
+MISSING = [package for tool, package in system.TOOLS.items() if not which(tool, path=system.SBIN)]
+pytestmark = [
+    pytest.mark.devices,
+    pytest.mark.skipif(bool(MISSING), reason=f"missing: {' '.join(MISSING)}; make test-devices"),
+]
 
 PLACE = command.PLACE / "system"
 BOOTS = 3
