@@ -246,6 +246,7 @@ def _transcribe(
     max_tokens: int | None,
     done: Callable[[int], None],
 ) -> list[str]:
+    """Text of clips that are all in memory; the arguments are those of transcribe()."""
     prompts = prompt_languages(model, processor, pcms, languages, batch_size)
     pieces = [[pcm[cut] for cut in split(pcm, window_samples(processor))] for pcm in pcms]
     spoken = [language for clip, language in zip(pieces, prompts, strict=True) for _ in clip]

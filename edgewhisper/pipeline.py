@@ -431,7 +431,7 @@ def export(
     fails, unless `gating` says otherwise. Layouts whose runtimes know one window are made, and
     judged, with the full one, or with the `window` of so many seconds. `options` are those of
     export_coreml, and for ONNX `runtime`, the oldest onnxruntime that is to run the artifact.
-    `language` prompts the artifact where nothing else is asked for.
+    `language` is in the artifact's prompt where its user asks for no other.
     """
     from edgewhisper.coreml import chosen
     from export.to_coreml import export_coreml

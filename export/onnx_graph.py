@@ -176,7 +176,9 @@ def linear(g: Graph, x: str, layers: Sequence[Linear], gather: bool = False) -> 
 
 
 def by_rows(g: Graph, x: str, layers: Sequence[Linear]) -> str:
-    """As `linear`, of hidden units after GELU whose rows differ much in size: x (1, n, in).
+    """Linear layers of hidden units after GELU, whose rows differ much in size.
+
+    x (1, n, in) -> (1, n, out), as `linear`.
 
     int8 activations have one scale for all rows. Whisper's encoders have some rows, mostly in the
     silence behind the sound, that are forty times as large as those of speech. So each row is

@@ -188,7 +188,7 @@ def test_output_of_devices(rng):
     answer = {"transcripts": [{"audio": "a.wav", "text": "one"}], "versions": {"numpy": "2"}}
     content = json.dumps(answer).encode() + b"\n"
 
-    class Told:
+    class Machine:
         name = python = "pi"
 
         def __init__(self, done: Finished) -> None:
@@ -202,4 +202,4 @@ def test_output_of_devices(rng):
         done = Finished(
             int(rng.integers(-9, 3)), said, mutated(b"note: x\n", rng).decode(errors="replace")
         )
-        survives(lambda done=done: run_runner(Told(done), ["check"]))
+        survives(lambda done=done: run_runner(Machine(done), ["check"]))

@@ -18,7 +18,15 @@ from transformers.generation.logits_process import WhisperTimeStampLogitsProcess
 from benchmarks.speech import read_manifest
 from devices.runner import beam, listen
 from devices.runner.beam import Branches, beam_search
-from devices.runner.decode import Filter, Rules, greedy, loop_period, say, without_loop
+from devices.runner.decode import (
+    Filter,
+    Rules,
+    greedy,
+    loop_period,
+    probability,
+    say,
+    without_loop,
+)
 from devices.runner.fallback import (
     LEAST_LOGPROB,
     TEMPERATURES,
@@ -27,7 +35,6 @@ from devices.runner.fallback import (
     best_attempt,
     compression_ratio,
     draw,
-    probability,
     sample,
 )
 from devices.runner.listen import Listener, Options, code

@@ -92,8 +92,8 @@ def no_number(name: str) -> NoReturn:
 
 
 def plain_file(path: Path) -> None:
-    """Raise a letter for links that lead out of the artifact, pipes, devices and folders: opening
-    some of them waits for ever."""
+    """Raise RunnerProblem for links that lead out of the artifact, pipes, devices and folders:
+    opening some of them never ends."""
     if leads_out(path):
         raise RunnerProblem(
             f"{path}: a link to {os.readlink(path)}, not a file of the artifact",

@@ -124,9 +124,12 @@ def detect(step: Step, rules: Rules) -> tuple[str, float]:
     decoder has to begin again after this."""
     logits = step(rules.prompt[:1])
     code = max(rules.languages, key=lambda code: logits[rules.languages[code]])
-    if rules.no_speech is None:
-        return code, 0.0
-    return code, float(np.exp(logits[rules.no_speech] - log_sum_exp(logits)))
+    return code, 0.0 if rules.no_speech is None else probability(logits, rules.no_speech)
+
+
+def probability(logits: Logits, token: int) -> float:
+    """Return the softmax's share of one token."""
+    return float(np.exp(logits[token] - log_sum_exp(logits)))
 
 
 class Filter:

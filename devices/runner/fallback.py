@@ -88,8 +88,3 @@ def compression_ratio(text: str) -> float:
     """Return how many times smaller zlib makes the text."""
     content = text.encode()
     return len(content) / len(zlib.compress(content))
-
-
-def probability(logits: Logits, token: int) -> float:
-    """Return the softmax's share of one token."""
-    return float(np.exp(logits[token] - log_sum_exp(logits)))

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .audio import SAMPLING_RATE, Pcm, find_cut, is_hum, is_silent, split
-from .decode import AUTO, MOST_NO_SPEECH, Filter, Rules, detect, say, without_loop
+from .decode import (
+    AUTO,
+    MOST_NO_SPEECH,
+    Filter,
+    Rules,
+    detect,
+    probability,
+    say,
+    without_loop,
+)
 from .problem import RunnerProblem
 from .text import join
 from .timestamps import STEP_SAMPLES, parts
@@ -191,8 +200,6 @@ class Listener:
 
     def no_speech(self, decoder: Decoder) -> float:
         """Return the probability that nobody speaks in the window."""
-        from .fallback import probability
-
         token = self.rules.no_speech
         if token is None:
             return 0.0

@@ -205,9 +205,9 @@ def session_options(
 
 
 def check_runtime(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise the letter for an onnxruntime that is too old for the graphs."""
-    told = manifest.get("runtime")  # missing in artifacts of earlier versions
-    needed = str(told.get("onnxruntime")) if isinstance(told, dict) else ""
+    """Raise RunnerProblem for an onnxruntime that is too old for the graphs."""
+    runtime = manifest.get("runtime")  # missing in artifacts of earlier versions
+    needed = str(runtime.get("onnxruntime")) if isinstance(runtime, dict) else ""
     if numbers(ort.__version__) < numbers(needed):
         raise RunnerProblem(
             f"{folder}: its graphs need onnxruntime {needed} or newer, and {ort.__version__} is "

@@ -44,7 +44,7 @@ TYPES = {
     "is_multilingual": bool,
     "forced_decoder_ids": list,
 }
-"""Of the values; all others are integers."""
+"""Key -> type of its value. All other values are integers."""
 MULTILINGUAL_ONLY = ("lang_to_id", "task_to_id", "language", "task")
 
 
