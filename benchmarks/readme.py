@@ -3,6 +3,7 @@
 All that is needed stands in benchmarks/results:
 
     demo.jsonl             the file that a new `edgewhisper demo` names, copied
+    tiny-en.jsonl          the file that `edgewhisper bench` beside rivals names, copied
     edge.jsonl             the file that `edgewhisper bench` of the recipe edge names, copied
     study.jsonl            python -m benchmarks.study.run; study.png is drawn from it here
     accounting.jsonl       python -m benchmarks.study.accounting
