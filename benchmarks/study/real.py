@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("model", help="a checkpoint directory of OpenAI's Whisper")
     parser.add_argument("recipes", nargs="*", help="default: all that are meant for such a model")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; may exist")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     text = asked.out.read_text("utf-8") if asked.out.exists() else ""
     lines: list[Line] = [json.loads(line) for line in text.splitlines()]
     done = {line["recipe"] for line in lines if line["model"] == Path(asked.model).name}
