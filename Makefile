@@ -26,8 +26,8 @@ demo: $(READY)
 
 # one thread a worker: two workers use both cores
 test: $(READY) sshd
-	@sh tests/system-packages.sh 'espeak-ng --version' espeak-ng
-	@sh tests/system-packages.sh 'flite -lv' flite
+	@sh tests/helpers/system-packages.sh 'espeak-ng --version' espeak-ng
+	@sh tests/helpers/system-packages.sh 'flite -lv' flite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 models: $(READY)
@@ -58,8 +58,8 @@ $(INTEROP)/%/.ready: tests/interop/requirements-%.txt
 
 # --ignore-scripts: a package's install script would fetch a native runtime that is not used
 $(INTEROP)/js/.ready: tests/interop/package.json
-	@sh tests/system-packages.sh 'node --version' nodejs
-	@sh tests/system-packages.sh 'npm --version' npm
+	@sh tests/helpers/system-packages.sh 'node --version' nodejs
+	@sh tests/helpers/system-packages.sh 'npm --version' npm
 	@mkdir -p $(@D) && cp $< $(@D)
 	@if npm --version >/dev/null 2>&1; then \
 	  cd $(@D) && npm install --silent --no-fund --no-audit --ignore-scripts && touch .ready; \
@@ -70,7 +70,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is too old, 3.11 or newer is needed."; \
 	    echo "try:   make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	@sh tests/system-packages.sh '$(PYTHON) -c "import ensurepip"' python3-venv
+	@sh tests/helpers/system-packages.sh '$(PYTHON) -c "import ensurepip"' python3-venv
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 setuptools
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
@@ -78,25 +78,25 @@ $(READY): pyproject.toml constraints.txt
 
 # where systemd runs, the package would start a server that listens to the whole network
 sshd:
-	@test -d /run/systemd/system || sh tests/system-packages.sh 'test -x /usr/sbin/sshd' openssh-server
+	@test -d /run/systemd/system || sh tests/helpers/system-packages.sh 'test -x /usr/sbin/sshd' openssh-server
 
 # minutes of emulation; builds its machine in build/aarch64 on the first run, as `make aarch64`
 test-devices: $(READY) sshd
-	@sh tests/system-packages.sh 'qemu-aarch64 --version' qemu-user
-	@sh tests/system-packages.sh 'qemu-system-aarch64 --version' qemu-system-arm
-	@sh tests/system-packages.sh 'test -x /usr/sbin/depmod -o -x /sbin/depmod' kmod
-	@sh tests/system-packages.sh 'cpio --version' cpio
-	@sh tests/system-packages.sh 'gcc --version' gcc
-	@sh tests/system-packages.sh 'adb --version' adb
-	@$(BIN)/python tests/adbd.py || echo "note: without adbd no phone is played on loopback"
-	@sh tests/system-packages.sh 'chromium --version' chromium
-	@sh tests/system-packages.sh 'npm --version' npm
+	@sh tests/helpers/system-packages.sh 'qemu-aarch64 --version' qemu-user
+	@sh tests/helpers/system-packages.sh 'qemu-system-aarch64 --version' qemu-system-arm
+	@sh tests/helpers/system-packages.sh 'test -x /usr/sbin/depmod -o -x /sbin/depmod' kmod
+	@sh tests/helpers/system-packages.sh 'cpio --version' cpio
+	@sh tests/helpers/system-packages.sh 'gcc --version' gcc
+	@sh tests/helpers/system-packages.sh 'adb --version' adb
+	@$(BIN)/python tests/helpers/adbd.py || echo "note: without adbd no phone is played on loopback"
+	@sh tests/helpers/system-packages.sh 'chromium --version' chromium
+	@sh tests/helpers/system-packages.sh 'npm --version' npm
 	$(BIN)/python -m pytest -m devices
 
 # tens of minutes of emulation; builds its machine in build/aarch64 on the first run
 aarch64: $(READY)
-	@sh tests/system-packages.sh 'qemu-aarch64 --version' qemu-user
-	@sh tests/system-packages.sh 'gcc --version' gcc
+	@sh tests/helpers/system-packages.sh 'qemu-aarch64 --version' qemu-user
+	@sh tests/helpers/system-packages.sh 'gcc --version' gcc
 	$(BIN)/python -m benchmarks.aarch64
 
 rivals-env: $(RIVALS)/.ready

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import watched
+from benchmarks import telemetry as watched
 from benchmarks.metadata import artifact_hash, clips_hash, folder_bytes, folder_hash
 from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
@@ -33,11 +33,11 @@ from benchmarks.rivals.engines import (
 )
 from benchmarks.rivals.prepare import PROJECT, Order
 from benchmarks.rivals.transformers import refuse_slim
-from benchmarks.speech import Clip
+from benchmarks.speech.clips import Clip
 from benchmarks.wer import score, word_errors
 from devices.device import RUNNER, Device, clean, open_device, run_runner
 from devices.runner.audio import SAMPLING_RATE
-from devices.runner.coreml import UNITS
+from devices.runner.engines.coreml import UNITS
 from export.artifact import read_manifest, verify
 from export.problem import Problem
 from export.prompt import language_code

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.result import COLUMNS, in_milliseconds, other_texts
-from benchmarks.timing import COVERAGE, ENOUGH_ROUNDS, RESAMPLES, ratio
+from benchmarks.timing import ENOUGH_ROUNDS, ratio
+from benchmarks.wer import interval
 from export.problem import Problem
 
 SIZES = ("artifact_bytes", "peak_rss_bytes", "parameters")
@@ -156,11 +157,7 @@ def wer_row(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """
     words = np.array(base["clip_words"])
     excess = np.array(other["clip_errors"]) - np.array(base["clip_errors"])  # (clips,)
-    drawn = np.random.default_rng(0).integers(len(words), size=(RESAMPLES, len(words)))
-    totals = words[drawn].sum(axis=1)
-    points = 100 * excess[drawn].sum(axis=1)[totals > 0] / totals[totals > 0]
-    tail = 50 * (1 - COVERAGE)
-    low, high = (float(bound) for bound in np.percentile(points, [tail, 100 - tail]))
+    low, high = (100 * bound for bound in interval(excess, words))
     difference, real = 100 * (other["wer"] - base["wer"]), not low <= 0 <= high
     worse = "worse" if difference > 0 else "better"
     said = f"{abs(difference):.1f} points {worse}" if real else "no difference shown"

@@ -24,13 +24,13 @@ import numpy as np
 
 from benchmarks.metadata import clips_hash, digest
 from benchmarks.normalizers import name_for
-from benchmarks.speech import Clip
-from benchmarks.stock import Encoder, open_artifact
+from benchmarks.reference_runtimes import Encoder, open_artifact
+from benchmarks.speech.clips import Clip
 from benchmarks.wer import interval, word_errors
 from devices.runner.audio import split
-from devices.runner.check import Hearing, window_in
+from devices.runner.decode.text import join
+from devices.runner.measure.check import Hearing, window_in
 from devices.runner.recognizer import Recognizer
-from devices.runner.text import join
 from export.problem import Problem
 
 MAX_WER_LOSS = 0.5

@@ -1,12 +1,13 @@
 """How long a model would take on a device, from the times that single operators take there.
 
-A device runs one probe for each operator and size of export/probes.py, and of each kind of operator
+A device runs one probe for each operator and size of export/onnx/probes.py, and of each kind of
+operator
 
     seconds = overhead + a * multiply-accumulates + b * bytes
 
 is fitted by least squares of the relative errors, none of the three below zero. The sum over the
-operators of a model, as export/operators.py lists them, is its time: no export, no bench. What the
-sum leaves out (caches that are colder, Python between the steps) is in the ratio of measured to
+operators of a model, as export/onnx/operators.py lists them, is its time: no export, no bench. What
+the sum leaves out (caches that are colder, Python between the steps) is in the ratio of measured to
 predicted times of artifacts that were benched there; with it the table is corrected.
 
 A table holds for one device, precision and number of threads. It stands in the user's cache,
@@ -41,7 +42,7 @@ from devices.device import (
 )
 from export import artifact
 from export.files import cached, new_file
-from export.operators import (
+from export.onnx.operators import (
     EMPTY,
     KINDS,
     WEIGHT_BYTES,
@@ -179,7 +180,7 @@ def known_precision(name: str) -> str:
 
 
 def probes_in(precision: str) -> dict[str, tuple[Operator, str]]:
-    from export.probes import grid
+    from export.onnx.probes import grid
 
     return {
         f"{GRAPHS[of_a_token(operator)]}-{number:03}": (operator, precision)
@@ -196,7 +197,7 @@ def probe(device: Device, wanted: Wanted, threads: int | None) -> dict[str, list
 
 def send(device: Device, wanted: Wanted) -> None:
     """Push the runner, and a graph for every probe."""
-    from export.probes import write
+    from export.onnx.probes import write
 
     device.push(RUNNER, "runner")
     with tempfile.TemporaryDirectory() as folder:
@@ -254,7 +255,7 @@ def stage_of(operator: Operator) -> str:
 
 def row(operator: Operator, precision: str) -> list[float]:
     """How often an operator stands in its probe, with its work all together."""
-    from export.probes import copies
+    from export.onnx.probes import copies
 
     count, done = copies(operator, precision), work(operator, precision)
     return [count, count * done.macs, count * done.bytes]

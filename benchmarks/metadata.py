@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speech import Clip
+from benchmarks.speech.clips import Clip
 
 
 def artifact_hash(manifest: dict[str, Any]) -> str:

@@ -34,10 +34,10 @@ reads "unavailable":
     memory_bytes_by_phase: {"imports": ..., "load": ..., "first": ..., "run": ...}
 
 `at_s` counts from the beginning of the first round; the keys of a sample are those of
-devices/runner/telemetry.py; energy is that of the clips that were timed. A sustained `ratio` above
-1 says that it grew slower. `cold_load_s` has one a round, with the artifact's files not in memory.
-`governor` and `pinned` are the clock's and the cores that were used, `unstable_because` sentences
-why the times are in doubt, `notes` others.
+devices/runner/measure/telemetry.py; energy is that of the clips that were timed. A sustained
+`ratio` above 1 says that it grew slower. `cold_load_s` has one a round, with the artifact's files
+not in memory. `governor` and `pinned` are the clock's and the cores that were used,
+`unstable_because` sentences why the times are in doubt, `notes` others.
 
 Error rates are fractions; `wer_per_utterance_mean` is missing in older lines. `clip_errors` and
 `clip_words` are the word counts of each clip, from which two results can be compared pairwise. What

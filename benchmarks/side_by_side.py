@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from benchmarks.bench import Candidate, Measuring, Prepared, checkpoint_wers, measure, prepare
-from benchmarks.speech import Clip
+from benchmarks.speech.clips import Clip
 from devices.device import DeviceProblem, Place, open_device
 from export.problem import Problem
 

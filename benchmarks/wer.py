@@ -136,10 +136,17 @@ def _utterance_mean(errors: np.ndarray, words: np.ndarray) -> float:
 def interval(errors: np.ndarray, words: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of errors / words, by percentile bootstrap over utterances (Bisani and Ney
     2004); the seed is fixed. Differences of errors between two systems give the paired interval."""
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(errors), size=(RESAMPLES, len(errors)))
-    totals = words[drawn].sum(axis=1)
-    rates = errors[drawn].sum(axis=1)[totals > 0] / totals[totals > 0]
+    totals = resampled_sums(np.stack([errors, words]))
+    spoken = totals[:, 1] > 0
+    rates = totals[spoken, 0] / totals[spoken, 1]
     tail = 50 * (1 - COVERAGE)
     low, high = np.percentile(rates, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def resampled_sums(counts: np.ndarray) -> np.ndarray:
+    """Sums of (kinds, utterances) counts over RESAMPLES draws of the utterances with replacement:
+    (RESAMPLES, kinds). The seed is fixed. Draws are not kept, so that memory does not grow with
+    the number of utterances."""
+    rng, number = np.random.default_rng(0), counts.shape[1]
+    return np.stack([counts[:, rng.integers(number, size=number)].sum(1) for _ in range(RESAMPLES)])

@@ -34,7 +34,7 @@ from export.problem import Problem
 from export.prompt import language_code, prompt_ids
 
 if TYPE_CHECKING:
-    from benchmarks.speech import Clip
+    from benchmarks.speech.clips import Clip
 
 Head = tuple[int, int]
 """A decoder layer, and a head of its cross-attention, both from 0."""

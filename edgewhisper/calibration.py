@@ -31,7 +31,7 @@ from export.problem import Problem
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-    from benchmarks.speech import Clip
+    from benchmarks.speech.clips import Clip
 
 
 @dataclass(frozen=True)

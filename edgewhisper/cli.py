@@ -412,7 +412,7 @@ def transcribe_cli(
     json_file: Json = None,
 ) -> None:
     """Text of sound files by a checkpoint or an artifact, which says every segment at once."""
-    from benchmarks.sound import read_audio
+    from benchmarks.speech.sound import read_audio
     from edgewhisper import pipeline
 
     begun = -1

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from benchmarks.bench import OURS
-from benchmarks.stock import Encoder
+from benchmarks.reference_runtimes import Encoder
 from devices.device import run_runner
 from devices.local import LocalDevice
-from devices.runner.coreml import CACHES
-from devices.runner.decode import Logits, Rules, greedy
+from devices.runner.decode.rules import Logits, Rules, greedy
+from devices.runner.engines.coreml import CACHES
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
@@ -71,11 +71,11 @@ def package_bytes(manifest: dict[str, Any], name: str) -> int:
 
 
 def read_packages(folder: Path) -> dict[str, dict[str, Any]]:
-    """What each package of an artifact is made of (export/mil_contents.py), read in a process under
-    a limit of memory: the reader of the format is not ours."""
+    """What each package of an artifact is made of (export/coreml/contents.py), read in a process
+    under a limit of memory: the reader of the format is not ours."""
     with LocalDevice() as device:
         words = [str(folder.resolve())]
-        answer = run_runner(device, words, "benchmarks.stock", OURS, READING_S)
+        answer = run_runner(device, words, "benchmarks.reference_runtimes", OURS, READING_S)
     found: dict[str, dict[str, Any]] = answer["packages"]
     return found
 
@@ -84,7 +84,7 @@ def packed_caches(
     model: WhisperForConditionalGeneration, manifest: dict[str, Any]
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """What lays a checkpoint's caches out as those of a package, which may have zeros between."""
-    from export.to_coreml import cache_channels
+    from export.coreml.to_coreml import cache_channels
 
     channels = cache_channels(model, bool((manifest.get("coreml") or {}).get("neural_engine")))
 

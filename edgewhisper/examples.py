@@ -28,7 +28,7 @@ from export.shrink import windows_of
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-    from benchmarks.speech import Clip
+    from benchmarks.speech.clips import Clip
 
 IGNORED = -100
 """Label of a padding position: it counts nowhere."""

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.timing import summarise
 from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
-from devices.runner import contract
-from devices.runner.graph_file import Constant, Parts, read_graph
+from devices.runner.engines import contract
+from devices.runner.engines.graph_file import Constant, Parts, read_graph
 from export import artifact
 from export.problem import Problem
 
@@ -295,7 +295,7 @@ def time_artifact(
             hint="export the checkpoint first: edgewhisper export",
         )
     from benchmarks.latency import probe  # with torch, which the shapes of an artifact do not need
-    from export.operators import Operator
+    from export.onnx.operators import Operator
 
     told = read_facts(folder)
     words = ["profile", str(folder.resolve()), "--seconds", str(seconds)]

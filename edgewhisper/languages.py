@@ -22,7 +22,7 @@ from export.prompt import (
 )
 
 if TYPE_CHECKING:
-    from benchmarks.speech import Clip
+    from benchmarks.speech.clips import Clip
 
 
 def set_language(

@@ -26,9 +26,9 @@ import numpy as np
 from benchmarks.metadata import clips_hash
 from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
-from benchmarks.speech import Clip, Samples, read_manifest
+from benchmarks.speech.clips import Clip, Samples, read_manifest
 from benchmarks.wer import Score, score, word_counts
-from devices.runner.contract import LAYOUTS as RUNNERS_OWN
+from devices.runner.engines.contract import LAYOUTS as RUNNERS_OWN
 from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.card import card_of
 from edgewhisper.checkpoints.openai import ENGLISH
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from benchmarks.bench import Candidate, Measuring
     from benchmarks.gate import Parts
     from devices.device import Place
-    from devices.runner.listen import Segment
+    from devices.runner.decode.listen import Segment
     from devices.runner.recognizer import Recognizer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -434,8 +434,8 @@ def export(
     `language` is in the artifact's prompt where its user asks for no other.
     """
     from edgewhisper.coreml import chosen
-    from export.to_coreml import export_coreml
-    from export.to_onnx import export_onnx
+    from export.coreml.to_coreml import export_coreml
+    from export.onnx.to_onnx import export_onnx
 
     source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
     listed = None if speech is None else read_manifest(speech)
@@ -516,7 +516,7 @@ def gated(
 ) -> dict[str, Any]:
     """The manifest's record of the gate. Raises GateFailure as `gating` says."""
     from benchmarks.gate import FAILED, MOST_CLIPS, NOT_RUN, PASSED, GateFailure, compared, evenly
-    from devices.runner.sessions import saturates
+    from devices.runner.engines.sessions import saturates
 
     if gating.mode == "off":
         say("the gate was not run (--gate off)")
@@ -527,7 +527,7 @@ def gated(
     try:
         figures = gate(folder, manifest, model, processor, chosen)
     except GateFailure as failure:
-        # exact products are asked for in the native layout alone, see devices/runner/sessions.py
+        # only the native layout asks for exact products: devices/runner/engines/sessions.py
         stock = manifest.get("target", "onnx") == "onnx" and manifest.get("layout") != "native"
         if manifest["precision"] == "int8" and stock and saturates():
             failure.hint = f"{SATURATES}; {failure.hint}"
@@ -552,8 +552,8 @@ def gate(
 ) -> dict[str, Any]:
     """The gate's figures of an artifact against its checkpoint, see benchmarks/gate.py."""
     from benchmarks.gate import bounds_for, checkpoint_tokens, judge, refuse_foreign, with_states
-    from benchmarks.stock import open_artifact
-    from devices.runner.text import join
+    from benchmarks.reference_runtimes import open_artifact
+    from devices.runner.decode.text import join
     from edgewhisper.coreml import OwnDecoder
 
     layout = manifest.get("layout", "native")
@@ -652,7 +652,7 @@ def bench(
     """Measure artifacts on devices, by default on this machine, and beside them a dense checkpoint
     in rivals: `baseline`, in transformers where none is named."""
     from benchmarks.bench import Candidate, in_own_form
-    from benchmarks.stock import has_core_ml
+    from benchmarks.reference_runtimes import has_core_ml
     from devices.device import Place, load_profile
 
     where = [Place()] if places is None else places
@@ -904,7 +904,8 @@ def transcribe(
     """What is said in 16 kHz recordings, one after the other: text, and by an artifact language and
     segments as well. `said` hears each segment with its recording's number, as soon as it is there.
 
-    `options` are the runner's (devices/runner/listen.py); a checkpoint takes the language only.
+    `options` are the runner's (devices/runner/decode/listen.py); a checkpoint takes the language
+    only.
     """
     if not is_artifact(source):
         refuse_compute_units(source, compute_units)
@@ -929,7 +930,7 @@ def transcribe(
 def refuse_options(source: str, generation: Any, options: dict[str, Any]) -> None:
     """Raise Problem for options of artifacts; a checkpoint takes a language, and no other task than
     `transcribe`."""
-    from devices.runner.listen import Options
+    from devices.runner.decode.listen import Options
 
     task = options.get("task") or "transcribe"
     if task != "transcribe" and not is_multilingual(generation):
@@ -970,7 +971,7 @@ def open_artifact(
 ) -> Recognizer:
     """The runner over an artifact whose files are whole; Core ML packages run in the interpreter
     where there is no Core ML, which is said."""
-    from benchmarks.stock import has_core_ml, recognizer
+    from benchmarks.reference_runtimes import has_core_ml, recognizer
 
     opened = recognizer(Path(source), threads, compute_units=compute_units)
     if opened.manifest.get("layout") in PACKAGED and not has_core_ml():

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-    from benchmarks.speech import Clip
+    from benchmarks.speech.clips import Clip
 
 LossTerm = Callable[[nn.Module, Batch, Any], Tensor]
 AfterStep = Callable[[nn.Module, int, float], None]

@@ -18,14 +18,14 @@ from typing import Any
 from benchmarks.bench import OURS, write_clips
 from benchmarks.gate import MOST_CLIPS, evenly, gate_again, same_clips, states_again
 from benchmarks.metadata import folder_bytes
-from benchmarks.speech import Clip, read_manifest
+from benchmarks.speech.clips import Clip, read_manifest
 from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
-from devices.runner import contract
-from devices.runner.decode import AUTO, Rules
-from devices.runner.graph_file import read_graph
+from devices.runner.decode.rules import AUTO, Rules
+from devices.runner.engines import contract
+from devices.runner.engines.graph_file import read_graph
 from export import artifact
-from export.onnx_graph import OPSETS
+from export.onnx.graph import OPSETS
 from export.problem import Problem
 
 CHECKS = ("manifest", "files", "graphs", "contract", "gate")
@@ -210,7 +210,9 @@ def run_graphs(
         if native:
             found["answer"] = run_runner(device, ["check", *words], timeout_s=timeout_s)
         else:
-            found["answer"] = run_runner(device, words, "benchmarks.stock", OURS, timeout_s)
+            found["answer"] = run_runner(
+                device, words, "benchmarks.reference_runtimes", OURS, timeout_s
+            )
     sides = found["manifest"]["contract"].values()
     tensors = sum(len(side["inputs"]) + len(side["outputs"]) for side in sides)
     return f"{tensors} inputs and outputs have the names, shapes and types of the manifest"

@@ -65,7 +65,7 @@ from transformers.models.whisper.modeling_whisper import (
     sinusoids,
 )
 
-from devices.runner.machine import usable_cores
+from devices.runner.machine.host import usable_cores
 from edgewhisper.checkpoints import ctranslate2, fetch, generation, lora, openai, pt
 from export.files import new_directory
 from export.problem import Problem

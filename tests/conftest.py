@@ -102,7 +102,7 @@ def processor(digits: Path):
 def exported(tmp_path_factory: pytest.TempPathFactory, digits: Path, processor) -> Path:
     """The embedded default as an fp32 artifact."""
     from edgewhisper.whisper import load
-    from export.to_onnx import export_onnx
+    from export.onnx.to_onnx import export_onnx
 
     out = tmp_path_factory.mktemp("exported") / "fp32"
     export_onnx(load(digits), processor, out, "fp32")
@@ -129,3 +129,14 @@ def base() -> Path:
 def common_voice() -> Path:
     """The folder of the product's Common Voice manifests."""
     return ASSETS / "common-voice"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What pip finds, by its own configuration."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    return tmp_path / "index"

@@ -16,14 +16,14 @@ from made_results import make_result
 from other_forms import ctranslate2_arrays, model_bin
 
 from benchmarks import result
-from benchmarks.sound import read_audio
-from benchmarks.speech import read_manifest
+from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.sound import read_audio
 from devices.device import DeviceProblem, Finished, run_runner
 from devices.runner.audio import read_wav
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, whisper
-from export.beside import decoding_rules
+from export.artifact_files import decoding_rules
 from export.problem import Problem
 
 pytestmark = pytest.mark.slow

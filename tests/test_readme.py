@@ -13,7 +13,7 @@ import soundfile
 import typer
 
 from benchmarks.readme import PAGES, with_tables
-from benchmarks.speech import read_manifest
+from benchmarks.speech.clips import read_manifest
 from devices.device import RUNNER
 from edgewhisper.cli import app
 

@@ -28,7 +28,7 @@ from benchmarks.bench import write_clips
 from benchmarks.markdown import table
 from benchmarks.metadata import artifact_hash
 from benchmarks.program import exit_code, parser_of
-from benchmarks.speech import read_manifest
+from benchmarks.speech.clips import read_manifest
 from export.artifact import verify
 
 PLACE = machine.PROJECT / "build/aarch64"

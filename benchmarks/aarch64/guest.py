@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from devices.runner.audio import SAMPLING_RATE, Pcm
-from devices.runner.machine import versions
-from devices.runner.profile import noise
+from devices.runner.engines.sessions import Decoder, views
+from devices.runner.machine.host import versions
+from devices.runner.measure.profile import noise
 from devices.runner.recognizer import Recognizer, Transcript
-from devices.runner.sessions import Decoder, views
 
 END, ENCODER, PROMPT, TOKEN = range(4)
 """Numbers of the marks: the stage that begins there."""

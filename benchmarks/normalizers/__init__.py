@@ -19,7 +19,7 @@ from benchmarks.normalizers.whisper import whisper_basic, whisper_english
 from export.problem import Problem
 
 if TYPE_CHECKING:
-    from benchmarks.speech import Clip
+    from benchmarks.speech.clips import Clip
 
 NORMALIZERS: dict[str, Callable[[str], str]] = {
     "none": lambda text: " ".join(text.split()),

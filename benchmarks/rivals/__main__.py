@@ -30,7 +30,7 @@ from benchmarks.rivals import models
 from benchmarks.rivals.engines import ENGINES, interpreter
 from benchmarks.rivals.race import USUAL, Work, race, ratio_rows, ratios, rows
 from benchmarks.sizes import SIZES
-from benchmarks.speech import Clip, read_manifest
+from benchmarks.speech.clips import Clip, read_manifest
 from devices.runner.audio import SAMPLING_RATE
 from export.problem import Problem
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.rivals.ours ARTIFACT CLIPS.json --threads 2 --tokens 64
 
-The runner's own measurement (devices/runner/measure.py), with a forced number of tokens: log-mel's
-share of the encoder graph is taken by the profiler afterwards. The encoder's keys and values are
-computed in the encoder's graph. The runner's guards against silence and loops are off, as no rival
-has them on.
+The runner's own measurement (devices/runner/measure/bench.py), with a forced number of tokens:
+log-mel's share of the encoder graph is taken by the profiler afterwards. The encoder's keys and
+values are computed in the encoder's graph. The runner's guards against silence and loops are off,
+as no rival has them on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 class Ours(Engine):
     """The runner's recognizer; its transcripts carry the times."""
 
-    imports = ("devices.runner.recognizer", "devices.runner.sessions")
+    imports = ("devices.runner.recognizer", "devices.runner.engines.sessions")
     packages = ("numpy", "onnxruntime")
 
     def __init__(self, model: Path, threads: int, tokens: int | None) -> None:
@@ -48,7 +48,7 @@ class Ours(Engine):
 
     def finish(self) -> None:
         """Divide the graph's times between log-mel and encoder."""
-        from devices.runner.measure import mel_share, stages
+        from devices.runner.measure.bench import mel_share, stages
         from devices.runner.recognizer import pad
 
         assert self.first is not None

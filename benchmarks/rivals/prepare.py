@@ -89,7 +89,7 @@ def load(checkpoint: Path) -> tuple[Any, Any]:
 
 
 def export(model: Any, processor: Any, place: Path, precision: str, layout: str) -> Path:
-    from export.to_onnx import export_onnx
+    from export.onnx.to_onnx import export_onnx
 
     shutil.rmtree(place, ignore_errors=True)
     with new_directory(place) as folder:

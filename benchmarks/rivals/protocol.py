@@ -2,10 +2,10 @@
 
     python -m benchmarks.rivals.NAME MODEL CLIPS.json --threads 2 [--repeats 1] [--tokens 64]
 
-One process, one engine, one number of threads. The engine is loaded, transcribes the first clips
-to warm up, then all of them `repeats` times, each from its WAV file to text. The last line on
-stdout is one JSON object with the fields of the runner's own answer (devices/runner/measure.py),
-or a letter.
+One process, one engine, one number of threads. The engine is loaded, transcribes the first clips to
+warm up, then all of them `repeats` times, each from its WAV file to text. The last line on stdout
+is one JSON object with the fields of the runner's own answer (devices/runner/measure/bench.py), or
+a letter.
 
 With `--tokens N` the end of text is forbidden and decoding stops after N tokens: every engine then
 does the same number of decoder steps, whatever its weights say.
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from devices.runner.audio import read_wav
-from devices.runner.decode import Rules
-from devices.runner.machine import peak_rss_bytes
+from devices.runner.decode.rules import Rules
+from devices.runner.machine.host import peak_rss_bytes
 from devices.runner.problem import RunnerProblem
 
 WARM_UP_CLIPS = 3

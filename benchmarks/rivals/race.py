@@ -29,7 +29,7 @@ from benchmarks.result import (
 from benchmarks.rivals.engines import ENGINES, count_parameters, refuse_missing, refuse_unknown
 from benchmarks.rivals.prepare import PROJECT, Order
 from benchmarks.rivals.transformers import refuse_slim
-from benchmarks.speech import Clip
+from benchmarks.speech.clips import Clip
 from benchmarks.timing import ratio
 from devices.device import Device, open_device, run_runner
 from export.problem import Problem

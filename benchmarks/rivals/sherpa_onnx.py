@@ -2,9 +2,9 @@
 
     python -m benchmarks.rivals.sherpa_onnx MODEL CLIPS.json --threads 2 --tokens 64
 
-MODEL is a folder that export/layouts/sherpa.py wrote. The graphs are thus our operators where its
-own exporter traces and quantises PyTorch's; they hear the whole window whatever the clip. What is
-measured is the engine: its log-mel, its caches that are copied from step to step, its loop.
+MODEL is a folder that export/onnx/layouts/sherpa.py wrote. The graphs are thus our operators where
+its own exporter traces and quantises PyTorch's; they hear the whole window whatever the clip. What
+is measured is the engine: its log-mel, its caches that are copied from step to step, its loop.
 
 Each clip is transcribed in its own language. sherpa-onnx reads it from the recognizer's
 configuration, which is changed between clips (microseconds, nothing is loaded again). For an

@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks.rivals.protocol import Engine, main, noted
 from devices.runner.audio import Pcm, read_wav, split
+from devices.runner.decode.text import join
 from devices.runner.problem import RunnerProblem
-from devices.runner.text import join
 from export.prompt import language_for, task_of
 
 

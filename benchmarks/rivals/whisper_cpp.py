@@ -49,7 +49,7 @@ from benchmarks.rivals.protocol import (
     only_window,
     prompt_language,
 )
-from devices.runner.decode import Rules, greedy
+from devices.runner.decode.rules import Rules, greedy
 from devices.runner.problem import RunnerProblem
 
 MODEL = "ggml-model.bin"

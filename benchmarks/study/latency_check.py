@@ -26,7 +26,7 @@ from benchmarks.bench import Candidate, Measuring, bench_all
 from benchmarks.latency import STAGES, Table
 from benchmarks.markdown import table as markdown
 from benchmarks.program import exit_code, parser_of
-from benchmarks.speech import read_manifest
+from benchmarks.speech.clips import read_manifest
 from devices.device import Place
 from devices.local import LocalDevice
 
@@ -87,7 +87,7 @@ def models(work: Path) -> Iterator[tuple[str, Any, Any]]:
 
 
 def candidates(work: Path, precision: str) -> list[Candidate]:
-    from export.to_onnx import export_onnx
+    from export.onnx.to_onnx import export_onnx
 
     found = []
     for number, (name, model, processor) in enumerate(models(work)):

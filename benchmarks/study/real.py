@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import table
-from benchmarks.speech import Samples, read_manifest
+from benchmarks.speech.clips import Samples, read_manifest
 
 Line = dict[str, Any]
 LEFT_OUT = ("digits-", "quick", "bald-paper")

@@ -30,7 +30,7 @@ from benchmarks.study.experiments import EXPERIMENTS, CostOf, Step, methods, rec
 from export.problem import Problem
 
 if TYPE_CHECKING:
-    from benchmarks.speech import Clip
+    from benchmarks.speech.clips import Clip
 
 STORED = Path(__file__).parent.parent / "results" / "study.jsonl"
 Line = dict[str, Any]
@@ -202,7 +202,7 @@ def lite_cost(record: dict[str, Any]) -> float | None:
 
 def scored(model: Any, processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
     from benchmarks.normalizers import name_for
-    from benchmarks.speech import Samples
+    from benchmarks.speech.clips import Samples
     from benchmarks.wer import score
     from edgewhisper import decoding
 
@@ -250,7 +250,7 @@ def main() -> None:
         return write_recipes(given.recipes)
     if not (given.speech and given.dev and given.judge):
         parser.error("--speech, --dev and --judge are needed")
-    from benchmarks.speech import read_manifest
+    from benchmarks.speech.clips import read_manifest
     from edgewhisper.pipeline import DEFAULT_MODEL
 
     judges = {path.stem: read_manifest(path) for path in given.judge}

@@ -45,7 +45,7 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train for `steps` + 1 steps in this process; CPU seconds of each, and the peak until then."""
     import torch
 
-    from benchmarks.speech import read_manifest
+    from benchmarks.speech.clips import read_manifest
     from benchmarks.study.calibration_memory import peak_bytes
     from edgewhisper.pipeline import SPEECH
     from edgewhisper.training import Training, train

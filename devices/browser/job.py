@@ -14,12 +14,12 @@ from typing import Any
 
 from devices.device import DeviceProblem, clean
 from devices.runner.audio import Pcm, is_silent, read_wav, split
-from devices.runner.contract import check_files, read_manifest
-from devices.runner.decode import Rules, without_loop
-from devices.runner.graph_file import read_graph
-from devices.runner.listen import plain
-from devices.runner.measure import WARM_UP_CLIPS, read_clips, read_languages
-from devices.runner.text import join, read_tokens, to_text
+from devices.runner.decode.listen import plain
+from devices.runner.decode.rules import Rules, without_loop
+from devices.runner.decode.text import join, read_tokens, to_text
+from devices.runner.engines.contract import check_files, read_manifest
+from devices.runner.engines.graph_file import read_graph
+from devices.runner.measure.bench import WARM_UP_CLIPS, read_clips, read_languages
 
 from .ort_web import VERSION
 

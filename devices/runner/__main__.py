@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import android
-from .machine import UNAVAILABLE, describe, emulated, limit_memory
+from .machine import android
+from .machine.host import UNAVAILABLE, describe, emulated, limit_memory
 from .problem import RunnerProblem
 
 SPARE_BYTES = 2**30
@@ -102,21 +102,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sound = sum(path.stat().st_size for path in getattr(arguments, "wav", []) if path.is_file())
     limit_memory(SPARE_BYTES + 8 * (size_of(arguments.artifact) + sound))
     if arguments.command == "check":
-        from .check import check
+        from .measure.check import check
 
         return check(
             arguments.artifact, arguments.clips, arguments.threads, arguments.compute_units
         )
     if arguments.command == "compile":
-        from .measure import compile_first
+        from .measure.bench import compile_first
 
         return compile_first(arguments.artifact, arguments.compute_units)
     if arguments.command == "profile":
-        from .profile import profile
+        from .measure.profile import profile
 
         return profile(arguments.artifact, arguments.seconds, arguments.threads)
     if arguments.command == "probe":
-        from .probe import probe_all
+        from .measure.probe import probe_all
 
         return probe_all(arguments.artifact, arguments.threads)
     if arguments.command == "bench":
@@ -127,8 +127,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def watched_bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, with a sampler beside; the processes beside this one are forked before it imports
     what is large."""
-    from .telemetry import Sampler
-    from .tuning import governed, pin
+    from .machine.tuning import governed, pin
+    from .measure.telemetry import Sampler
 
     with governed(arguments.governor) as governor:
         around: dict[str, Any] = {"governor": governor}
@@ -137,7 +137,7 @@ def watched_bench(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.minutes is None:
             around["cold_load_s"] = cold_load_s(arguments)
         sampler = Sampler()
-        from .measure import bench
+        from .measure.bench import bench
 
         answer = bench(
             arguments.artifact,
@@ -153,10 +153,10 @@ def watched_bench(arguments: argparse.Namespace) -> dict[str, Any]:
 def cold_load_s(arguments: argparse.Namespace) -> float | str:
     """Open the artifact in a process of its own, from the disk; a letter is for the one after. An
     emulator's time is none."""
-    from .beside import Beside, possible
+    from .measure.helper_process import Beside, possible
 
     def work(asked: int) -> bytes:
-        from .measure import cold_load_s
+        from .measure.bench import cold_load_s
 
         return json.dumps(cold_load_s(arguments.artifact, arguments.threads)).encode()
 

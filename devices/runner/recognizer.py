@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .audio import Pcm, checked_samples, is_silent, read_wav, shortest
-from .contract import check_files, read_manifest
-from .decode import Logits, Rules, detect, greedy
-from .listen import Listener, Options, Segment, plain
+from .decode.listen import Listener, Options, Segment, plain
+from .decode.rules import Logits, Rules, detect, greedy
+from .decode.text import read_tokens, to_text
+from .engines.contract import check_files, read_manifest
 from .problem import RunnerProblem
-from .text import read_tokens, to_text
 
 if TYPE_CHECKING:
-    from .coreml import Opener
+    from .engines.coreml import Opener
 
 
 class Decoder(Protocol):
@@ -119,7 +119,7 @@ class Recognizer:
     ) -> Engine:
         """Return what computes the artifact; both need libraries of their own, imported here."""
         if self.manifest["target"] == "coreml":
-            from .coreml import UNITS, Packages, installed
+            from .engines.coreml import UNITS, Packages, installed
 
             if open_package is None or compute_units is not None:
                 open_package = installed(compute_units or next(iter(UNITS)))
@@ -130,7 +130,7 @@ class Recognizer:
                 "Core ML artifact",
                 "leave them out, or export with `--target coreml`",
             )
-        from .sessions import Sessions
+        from .engines.sessions import Sessions
 
         return Sessions(self.folder, self.manifest, threads)
 

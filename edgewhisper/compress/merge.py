@@ -66,7 +66,7 @@ from export.problem import Problem
 from export.prompt import language_for
 
 if TYPE_CHECKING:
-    from benchmarks.speech import Clip
+    from benchmarks.speech.clips import Clip
     from edgewhisper.whisper import WhisperForConditionalGeneration
 
 Weight = Annotated[float, Range(0)]

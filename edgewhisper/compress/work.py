@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-    from benchmarks.speech import Clip
+    from benchmarks.speech.clips import Clip
     from benchmarks.wer import Score
     from edgewhisper.alignment import Reference
 
@@ -44,7 +44,7 @@ class Work:
 
     def _evaluate(self, model: "WhisperForConditionalGeneration") -> "Score":
         from benchmarks.normalizers import name_for
-        from benchmarks.speech import Samples
+        from benchmarks.speech.clips import Samples
         from benchmarks.wer import score
         from edgewhisper import decoding
         from edgewhisper.progress import progress_bar

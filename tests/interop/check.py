@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.speech import read_manifest
-from benchmarks.stock import Sherpa, open_artifact
+from benchmarks.reference_runtimes import Sherpa, open_artifact
+from benchmarks.speech.clips import read_manifest
 from devices.runner.audio import read_wav
 from edgewhisper import decoding, pipeline, whisper
-from export.to_onnx import export_onnx
+from export.onnx.to_onnx import export_onnx
 
 HERE = Path(__file__).parent
 ONE_WINDOW, DEFAULT = "600", "-1"

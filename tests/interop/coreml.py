@@ -18,11 +18,11 @@ from typing import Any
 
 from benchmarks.gate import Bounds, GateFailure, bounds_for, checkpoint_tokens, judge
 from benchmarks.metadata import folder_bytes
-from benchmarks.speech import Clip, read_manifest
-from benchmarks.stock import recognizer
+from benchmarks.reference_runtimes import recognizer
+from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, pipeline
 from export.artifact import PACKAGES
-from export.to_coreml import export_coreml
+from export.coreml.to_coreml import export_coreml
 
 from .check import made_sources
 

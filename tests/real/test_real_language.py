@@ -6,7 +6,7 @@ import pytest
 from real_models import model
 
 from benchmarks.gate import evenly
-from benchmarks.speech import read_manifest
+from benchmarks.speech.clips import read_manifest
 from edgewhisper import decoding, pipeline, whisper
 from edgewhisper.pipeline import COMMON_VOICE, Gating
 from export.artifact import read_manifest as read_artifact

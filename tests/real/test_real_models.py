@@ -11,7 +11,7 @@ import pytest
 import torch
 from other_forms import ctranslate2_arrays, model_bin, write_pt
 
-from benchmarks.speech import Clip, read_manifest
+from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.wer import score
 from edgewhisper import decoding
 from edgewhisper.checkpoints import fetch

@@ -14,7 +14,7 @@ from benchmarks.result import MOST_POINTS, RATIO, remarks, table_rows
 from benchmarks.rivals import prepare
 from benchmarks.rivals.engines import interpreter
 from benchmarks.rivals.prepare import PROJECT, Order
-from benchmarks.speech import Clip, read_manifest
+from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.wer import score
 from devices.device import open_device
 

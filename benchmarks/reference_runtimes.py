@@ -1,0 +1,414 @@
+"""Finished files of the layouts for other runtimes, fed as those feed them: ONNX graphs in plain
+onnxruntime, Core ML packages on a Mac in Core ML and elsewhere in the interpreter of export/.
+
+Each class is what the gate asks of an artifact: `window_samples`, `window(pcm)` gives the greedy
+tokens, `text(tokens)` their text, and `parts(pcm, tokens)` what can be seen of the parts, with
+logits where they leave the files unchanged.
+
+As a program (`python -m benchmarks.reference_runtimes ARTIFACT CLIPS`) it does what the runner's
+`check` does for the native layout: the last line of stdout is JSON, tokens and texts or a letter,
+and the process has a limit of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.metadata import folder_bytes
+from devices.runner.__main__ import SPARE_BYTES
+from devices.runner.audio import read_wav
+from devices.runner.decode.rules import Filter, Logits, Rules, greedy
+from devices.runner.decode.text import read_tokens, to_text
+from devices.runner.engines.contract import LAYOUTS as RUNNERS_OWN
+from devices.runner.engines.contract import ONE_EXPORT, check_session
+from devices.runner.engines.coreml import Opener, checked, installed, typed
+from devices.runner.engines.sessions import open_session, session_options
+from devices.runner.machine.host import limit_memory, versions
+from devices.runner.measure.bench import read_clips
+from devices.runner.measure.check import Hearing, said
+from devices.runner.problem import RunnerProblem
+from devices.runner.recognizer import Recognizer
+from export.artifact import AGAIN, graph_files, read_manifest
+from export.problem import Problem
+
+
+def open_artifact(folder: Path, threads: int | None = None) -> Hearing:
+    """The artifact in a loop of ours, whatever its layout."""
+    manifest = read_manifest(folder)
+    layout = manifest.get("layout", "native")
+    if layout in RUNNERS_OWN.values():
+        return recognizer(folder, threads, guards=False)
+    return LAYOUTS[layout](folder, manifest, threads)
+
+
+def recognizer(
+    folder: Path, threads: int | None, guards: bool = True, compute_units: str | None = None
+) -> Recognizer:
+    """The runner's recognizer, with packages in the interpreter where Core ML is not to be had."""
+    return Recognizer(
+        folder,
+        threads,
+        guards,
+        compute_units=compute_units,
+        open_package=None if has_core_ml() else opener(threads),
+    )
+
+
+def has_core_ml() -> bool:
+    return platform.system() == "Darwin"
+
+
+def opener(threads: int | None) -> Opener:
+    """What opens packages on this system."""
+    return installed("all") if has_core_ml() else partial(Interpreted, threads=threads)
+
+
+class Encoder:
+    """whisper.cpp's Core ML encoder, which takes log-mel features and gives states."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
+        from transformers import WhisperFeatureExtractor
+
+        (name,) = graph_files(manifest["layout"], manifest["precision"])
+        self.path, told = Path(folder) / f"{name}.mlpackage", manifest["contract"][name]
+        audio = manifest["audio"]
+        self.window_samples: int = audio["window_samples"]
+        with blamed(self.path):
+            self.package = checked(opener(threads), self.path, told)
+            self.extractor = WhisperFeatureExtractor(
+                feature_size=told["inputs"][0]["shape"][1],
+                chunk_length=self.window_samples // audio["sampling_rate"],
+            )
+
+    def states(self, pcm: np.ndarray) -> np.ndarray:
+        """(d_model, positions) of a window."""
+        with blamed(self.path):
+            mel = log_mel(self.extractor, pcm)
+            (states,) = self.package.predict(typed(self.package, mel)).values()
+            found: np.ndarray = states[0].T.astype(np.float32)
+            return found
+
+    def some_states(self, pcm: np.ndarray) -> list[float]:
+        """A few of the first window's, evenly spread."""
+        states = self.states(pcm[: self.window_samples]).ravel()
+        places = np.linspace(0, len(states) - 1, SOME_STATES).round().astype(int)
+        return [float(x) for x in states[places]]
+
+
+SOME_STATES = 16
+
+
+class Interpreted:
+    """A package in the interpreter of what was saved."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import torch
+
+        from export.coreml.interpreter import open_package
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        program = open_package(path)
+        self.inputs, self.outputs, self.states = program.inputs, program.outputs, program.states
+        self.predict, self.new_state = program.predict, program.new_state
+
+    def copy_state(self, source: dict[str, Any], target: dict[str, Any]) -> None:
+        target.update({name: value.clone() for name, value in source.items()})
+
+
+class _Files:
+    """Sessions over an artifact's graphs, and the rules of its manifest."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
+        self.folder, self.manifest = Path(folder), manifest
+        self.rules = Rules.from_manifest(manifest["decoding"])
+        self.window_samples: int = manifest["audio"]["window_samples"]
+        files = graph_files(manifest["layout"], manifest["precision"])
+        self.paths = [self.folder / name for name in files.values()]
+        # as the tools of these layouts open them, which ask for no exact int8 products
+        options = session_options(threads, exact=False)
+        self.sessions = [open_session(path, options) for path in self.paths]
+        for name, path, session in zip(files, self.paths, self.sessions, strict=True):
+            check_session(path, session, manifest["contract"][name])
+
+
+class Transformers(_Files):
+    """`window` uses the merged decoder, `logits` the two others, which must agree.
+
+    The past of the first step is the one that optimum makes up from config.json.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
+        from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
+
+        super().__init__(folder, manifest, threads)
+        self.encoder, self.merged, self.first, self.later = self.sessions
+        with blamed(self.folder / "config.json"):
+            config = WhisperConfig.from_pretrained(folder)
+            heads, layers = config.num_attention_heads, config.decoder_layers
+            self.no_past = np.zeros((1, heads, 0, config.d_model // heads), np.float32)
+            if (found := len(self.later.get_outputs()) // 2) != layers:
+                raise ValueError(f"it says {layers} decoder layers, the graphs have {found}")
+        with blamed(self.folder / "preprocessor_config.json"):
+            self.extractor = WhisperFeatureExtractor.from_pretrained(folder)
+        with blamed(self.folder / "tokenizer.json"):
+            self.tokenizer = WhisperTokenizer.from_pretrained(folder)
+
+    def window(self, pcm: np.ndarray) -> list[int]:
+        step = self._steps(pcm, merged=True)
+        with blamed(self.paths[1]):
+            tokens = greedy(step, self.rules, stop_loops=False)
+        self._check_unmerged(pcm, tokens)
+        return tokens
+
+    def _check_unmerged(self, pcm: np.ndarray, tokens: list[int]) -> None:
+        """Where a model is in doubt, rounding may decide; more often than not they say the same."""
+        likeliest, wanted = Filter(self.rules).likeliest, [*tokens, self.rules.eos]
+        rows = enumerate(self.logits(pcm, tokens))
+        found = [likeliest(row, tokens[:place]) for place, row in rows]
+        wrong = sum(a != b for a, b in zip(found, wanted, strict=True))
+        if 2 * wrong > len(wanted):
+            raise RunnerProblem(
+                f"{self.paths[2]}: it and {self.paths[3].name} say other tokens than "
+                f"{self.paths[1].name}, {wrong} of {len(wanted)}",
+                ONE_EXPORT,
+            )
+
+    def logits(self, pcm: np.ndarray, tokens: Sequence[int]) -> Logits:
+        step = self._steps(pcm, merged=False)
+        fed = [self.rules.prompt, *((token,) for token in tokens)]
+        with blamed(self.paths[3]):
+            return np.stack([step(ids) for ids in fed])
+
+    def parts(self, pcm: np.ndarray, tokens: Sequence[int]) -> dict[str, np.ndarray]:
+        return {"logits": self.logits(pcm, tokens)}
+
+    def text(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()
+
+    def _steps(self, pcm: np.ndarray, merged: bool) -> Callable[[Sequence[int]], Logits]:
+        with blamed(self.folder / "preprocessor_config.json"):
+            features = log_mel(self.extractor, pcm)
+        with blamed(self.paths[0]):
+            heard = self.encoder.run(None, {"input_features": features})[0]
+        cache: dict[str, np.ndarray] = {}
+
+        def step(ids: Sequence[int]) -> Logits:
+            session = self.merged if merged else self.later if cache else self.first
+            known = {
+                "input_ids": np.array([ids], np.int64),
+                "encoder_hidden_states": heard,
+                "use_cache_branch": np.array([bool(cache)]),
+            }
+            names = [spec.name for spec in session.get_inputs()]
+            feed = {n: known[n] if n in known else cache.get(n, self.no_past) for n in names}
+            outputs = [spec.name for spec in session.get_outputs()]
+            found = dict(zip(outputs, session.run(None, feed), strict=True))
+            for name, array in found.items():
+                past = name.replace("present", "past_key_values")
+                if name != "logits" and not (past in cache and ".encoder." in past):
+                    cache[past] = array
+            return found["logits"][0, -1]
+
+        return step
+
+
+class Sherpa(_Files):
+    """As sherpa-onnx does it: frames as far as the sound goes, zeros behind, all layers' caches in
+    one piece, the likeliest token at every step. The rules are in the graph, so its logits are not
+    the model's and are not offered."""
+
+    TAIL = 1000
+    """Frames of zeros that it puts behind every clip."""
+    ASKED = (
+        *("n_mels", "n_text_layer", "n_text_ctx", "n_text_state", "n_vocab", "sot", "eot"),
+        *("blank_id", "translate", "transcribe", "is_multilingual", "no_timestamps", "no_speech"),
+        *("sot_sequence", "all_language_tokens", "all_language_codes"),
+    )
+    """Metadata without which it ends."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
+        from transformers import WhisperFeatureExtractor
+
+        super().__init__(folder, manifest, threads)
+        self.encoder, self.decoder = self.sessions
+        with blamed(self.paths[0]):
+            told = self.encoder.get_modelmeta().custom_metadata_map
+            self._check(told)
+            self.prompt = [int(i) for i in told["sot_sequence"].split(",")]
+            self.prompt.append(int(told["no_timestamps"]))
+            seconds = self.window_samples // manifest["audio"]["sampling_rate"]
+            mels = int(told["n_mels"])
+            self.extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds)
+        with blamed(self.folder / "whisper-tokens.txt"):
+            lines = (self.folder / "whisper-tokens.txt").read_text(encoding="ascii").splitlines()
+            rows = (line.split() for line in lines)
+            self.table = {int(number): base64.b64decode(token) for token, number in rows}
+
+    def _check(self, told: dict[str, str]) -> None:
+        """What sherpa-onnx makes its cache of must be what the decoder takes, and the rest there:
+        it ends the process where something lacks."""
+        if missing := [name for name in self.ASKED if name not in told]:
+            raise ValueError(f"its metadata lack {', '.join(missing)}")
+        sizes = [int(told[f"n_text_{size}"]) for size in ("layer", "ctx", "state")]
+        layers, _, room, width = taken = self.decoder.get_inputs()[1].shape
+        if sizes != [layers, room, width]:
+            raise ValueError(f"its metadata make a cache of {sizes}, the decoder takes {taken}")
+        self.no_past = np.zeros((layers, 1, room, width), np.float32)
+
+    def window(self, pcm: np.ndarray) -> list[int]:
+        return self.heard(self.mel(pcm))
+
+    def heard(self, mel: np.ndarray) -> list[int]:
+        """The tokens of frames (1, n_mels, n), whoever made them."""
+        step = self._steps(mel)
+        rules = replace(self.rules, prompt=tuple(self.prompt))
+        rules = replace(rules, suppress_tokens=(), begin_suppress_tokens=(), timestamp_begin=None)
+        with blamed(self.paths[1]):
+            return greedy(step, rules, stop_loops=False)
+
+    def text(self, tokens: list[int]) -> str:
+        joined = b"".join(self.table.get(token, b"") for token in tokens)
+        return joined.decode("utf-8", errors="replace").strip()
+
+    def mel(self, pcm: np.ndarray) -> np.ndarray:
+        """Frames that hear any of the clip, and zeros behind them."""
+        whole = log_mel(self.extractor, pcm)
+        heard = min(-(-(len(pcm) + self.extractor.n_fft // 2) // self.extractor.hop_length), 3000)
+        tail = np.zeros((1, whole.shape[1], self.TAIL), np.float32)
+        return np.concatenate([whole[..., :heard], tail], axis=2)
+
+    def _steps(self, mel: np.ndarray) -> Callable[[Sequence[int]], Logits]:
+        with blamed(self.paths[0]):
+            cross = self.encoder.run(None, {"mel": mel})
+        own, fed = [self.no_past, self.no_past], 0
+        names = [spec.name for spec in self.decoder.get_inputs()]
+
+        def step(ids: Sequence[int]) -> Logits:
+            nonlocal own, fed
+            values = [np.array([ids], np.int64), *own, *cross, np.array([fed], np.int64)]
+            logits, *own = self.decoder.run(None, dict(zip(names, values, strict=True)))
+            fed += len(ids)
+            return logits[0, -1]
+
+        return step
+
+
+class Single(_Files):
+    """One call a window."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
+        super().__init__(folder, manifest, threads)
+        (self.session,) = self.sessions
+        self.table = read_tokens(self.folder / "tokens.json")
+
+    def window(self, pcm: np.ndarray) -> list[int]:
+        feed = {
+            "pcm": pcm[None].astype(np.float32),
+            "prompt": np.array([self.rules.prompt], np.int64),
+            "max_new_tokens": np.array(self.rules.max_new_tokens, np.int64),
+        }
+        with blamed(self.paths[0]):
+            found: list[int] = self.session.run(None, feed)[0].tolist()
+            return found
+
+    def text(self, tokens: list[int]) -> str:
+        return to_text(tokens, self.table)
+
+
+@contextmanager
+def blamed(path: Path) -> Iterator[None]:
+    """Turn whatever is raised over a file into a letter that names it: libraries that read what
+    a stranger wrote raise anything."""
+    try:
+        yield
+    except (RunnerProblem, Problem):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise RunnerProblem(
+            f"{path}: cannot be used ({type(error).__name__}: {reason})", AGAIN
+        ) from error
+
+
+def log_mel(extractor: Any, pcm: np.ndarray) -> np.ndarray:
+    """(1, n_mels, frames) of a whole window."""
+    found = extractor(pcm, sampling_rate=extractor.sampling_rate, return_tensors="np")
+    return found.input_features.astype(np.float32)
+
+
+LAYOUTS: dict[str, Callable[..., Hearing]] = {
+    "transformers": Transformers,
+    "sherpa": Sherpa,
+    "single": Single,
+}
+
+
+WHISPER = "transformers.models.whisper.processing_whisper"
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "transformers": (WHISPER,),
+    "sherpa": (WHISPER,),
+    "single": (),
+    "whisperkit": ("export.coreml.interpreter",),
+    "encoder": (
+        "export.coreml.interpreter",
+        "transformers.models.whisper.feature_extraction_whisper",
+    ),
+}
+"""What a layout's loop imports."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """What an artifact says of a JSON list of WAV files; what computes is imported before the limit
+    of memory, which is for the artifact alone."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.reference_runtimes", description="Run other layouts."
+    )
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("clips", type=Path, nargs="?", help="without: only say what it is made of")
+    parser.add_argument("--threads", type=int)
+    given = parser.parse_args(argv)
+    try:
+        layout = read_manifest(given.artifact).get("layout", "native")
+        for name in LIBRARIES[layout] if given.clips else ():
+            import_module(name)
+        limit_memory(SPARE_BYTES + 8 * folder_bytes(given.artifact))
+        answer = answer_of(given.artifact, given.clips, given.threads)
+    except (RunnerProblem, Problem) as letter:
+        answer = {"error": str(letter), "hint": letter.hint}
+    print(json.dumps(answer, ensure_ascii=False))
+    return int("error" in answer)
+
+
+def answer_of(folder: Path, clips: Path | None, threads: int | None) -> dict[str, Any]:
+    """What the packages of a Core ML artifact are made of, or what any artifact says of clips."""
+    manifest = read_manifest(folder)
+    if clips is None:
+        from export.coreml.contents import contents
+
+        places = graph_files(manifest["layout"], manifest["precision"])
+        return {"packages": {name: contents(folder / place) for name, place in places.items()}}
+    if manifest.get("layout") == "encoder":
+        encoder = Encoder(folder, manifest, threads)
+        states = [encoder.some_states(read_wav(path)) for path in read_clips(clips)]
+        return {"states": states, "versions": versions()}
+    return said(open_artifact(folder, threads), clips)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Clips: manifests, data sets of the hub, audiofolders, and the sound files they name."""

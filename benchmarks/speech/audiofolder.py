@@ -1,0 +1,142 @@
+"""Folders in Hugging Face's audiofolder form: sound files and a metadata.csv or metadata.jsonl.
+
+Every row names a file (`file_name`, relative to the folder) and its text (`text`, `sentence` or
+`transcription`); `lang` (or `locale`, `language`), `speaker` and `duration` are read where present.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from benchmarks.speech import columns
+from benchmarks.speech.clips import Clip
+from export.problem import Problem
+from export.prompt import language_code
+
+NAMES = ("metadata.csv", "metadata.jsonl")
+FILE = "file_name"
+
+
+def read_folder(folder: Path) -> list[Clip]:
+    """The clips of a folder, in its metadata's order.
+
+    Raises Problem: no metadata or two, no rows, columns by other names, a bad row with its number,
+    a file that is missing or outside the folder.
+    """
+    path = metadata_file(folder)
+    try:
+        rows = list(_csv(path) if path.suffix == ".csv" else _jsonl(path))
+    except OSError as error:
+        raise Problem(f"{path} cannot be read: {error.strerror}", hint="check the file") from error
+    except UnicodeDecodeError as error:
+        raise Problem(f"{path} is not UTF-8 text", hint="save it as UTF-8") from error
+    except csv.Error as error:
+        raise Problem(f"{path} is not CSV ({error})", hint="write it anew") from error
+    if not rows:
+        raise Problem(f"{path} names no clips", hint=f"give it rows with `{FILE}` and `text`")
+    return [_clip(path, number, row) for number, row in rows]
+
+
+def metadata_file(folder: Path) -> Path:
+    """The folder's one metadata file."""
+    found = [folder / name for name in NAMES if (folder / name).is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise Problem(f"{folder} has both {' and '.join(NAMES)}", hint="keep one of them")
+    splits = sorted({str(path.parent) for name in NAMES for path in folder.glob(f"*/{name}")})
+    if splits:
+        raise Problem(
+            f"{folder} has no metadata of its own, but {len(splits)} of its folders have",
+            hint=f"name one of {', '.join(splits)}",
+        )
+    raise Problem(
+        f"{folder} is a folder without {' or '.join(NAMES)}",
+        hint=f"add one with the columns `{FILE}` and `text`, or name a manifest in it",
+    )
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row); a cell that a short line lacks is left out."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        names = reader.fieldnames or []
+        if names:
+            _check_columns(names, str(path))
+        for row in reader:
+            yield reader.line_num, {name: row[name] for name in names if row[name] is not None}
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise Problem(
+                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})",
+                hint=f'a line looks like {{"{FILE}": "a.wav", "text": "three one"}}',
+            ) from error
+        if not isinstance(row, dict):
+            raise Problem(
+                f"{path}, line {number}: a {type(row).__name__}, not an object", hint="use {...}"
+            )
+        _check_columns(row, f"{path}, line {number}")
+        yield number, row
+
+
+def _check_columns(names: Any, where: str) -> None:
+    if FILE not in names:
+        raise Problem(
+            f"{where}: no column `{FILE}`; there are {columns.listed(names)}",
+            hint=f"name the column of sound files `{FILE}`",
+        )
+    columns.text_column(names, where)
+
+
+def _clip(path: Path, number: int, row: dict[str, Any]) -> Clip:
+    where = f"{path}, line {number}"
+    said = columns.find(row, columns.TEXTS) or columns.TEXT[0]
+    lang, speaker = columns.find(row, columns.LANG), columns.find(row, columns.SPEAKER)
+    otherwise = columns.TEXT_BY_LANGUAGE.get(said, "en")
+    return Clip(
+        audio=_audio(path.parent, _string(row, FILE, where), where),
+        text=_string(row, said, where),
+        lang=language_code(str(row[lang])) if lang and row[lang] else otherwise,
+        speaker=str(row[speaker]) if speaker and row[speaker] is not None else None,
+        duration_s=_seconds(row.get("duration")),
+    )
+
+
+def _string(row: dict[str, Any], name: str, where: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise Problem(
+            f"{where}: `{name}` is {row.get(name)!r}, not a string",
+            hint=f"give every row its `{name}`",
+        )
+    return row[name]
+
+
+def _audio(folder: Path, name: str, where: str) -> Path:
+    """By name, not by where links lead: downloaded folders hold links into a cache."""
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise Problem(
+            f"{where}: names the file {name!r}, which is outside the folder",
+            hint="keep the sound files in the folder, or write a manifest with their paths",
+        )
+    if not (folder / name).is_file():
+        raise Problem(f"{where}: there is no file {folder / name}", hint="check the name")
+    return folder / name
+
+
+def _seconds(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

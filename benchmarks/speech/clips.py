@@ -1,0 +1,128 @@
+"""Speech: manifests of clips.
+
+A manifest is JSON lines: `audio` (relative to the manifest), `text`, `lang`, and optionally
+`speaker` and `duration` in seconds. Where a manifest is asked for, a folder in audiofolder form
+(audiofolder.py) or a data set of the hub, hf:OWNER/NAME[:CONFIG][:SPLIT] (hub.py), does as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from benchmarks.speech.sound import read_audio
+from export.problem import Problem
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One utterance: where its audio is, and what is said in it."""
+
+    audio: Path
+    text: str
+    lang: str = "en"
+    speaker: str | None = None
+    duration_s: float | None = None
+    line: str | None = field(default=None, compare=False)
+    """Where it is named, such as "train.jsonl, line 3"."""
+
+    def pcm(self) -> np.ndarray:
+        """(samples,) float32 at 16 kHz. Raises Problem as read_audio, with `line` before it."""
+        try:
+            return read_audio(self.audio)
+        except Problem as error:
+            if self.line is None:
+                raise
+            raise Problem(f"{self.line}: {error}", hint=error.hint) from error
+
+
+class Samples(Sequence[np.ndarray]):
+    """The samples of clips, each read when it is asked for: hours of speech take no memory."""
+
+    def __init__(self, clips: Sequence[Clip]) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | Samples:
+        if isinstance(index, slice):
+            return Samples(self.clips[index])
+        return self.clips[index].pcm()
+
+
+def read_manifest(path: str | Path) -> list[Clip]:
+    """The clips of a manifest, a folder or a data set of the hub, in its order.
+
+    Raises Problem: no such file, no clips, or a bad line, with its number; for the other forms as
+    read_folder and hub.fetch do.
+    """
+    if str(path).startswith("hf:"):
+        from benchmarks.speech import hub
+
+        path = hub.fetch(str(path))
+    path = Path(path)
+    if path.is_dir():
+        from benchmarks.speech.audiofolder import read_folder
+
+        return read_folder(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise Problem(
+            f"the manifest {path} cannot be read: {error.strerror}",
+            hint="name a JSON-lines file with `audio` and `text` on every line",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise Problem(f"the manifest {path} is not UTF-8 text", hint="save it as UTF-8") from error
+    clips = [
+        _clip(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
+    if not clips:
+        raise Problem(
+            f"the manifest {path} names no clips",
+            hint='a line looks like {"audio": "a.wav", "text": "three one", "lang": "en"}',
+        )
+    return clips
+
+
+def _clip(path: Path, number: int, line: str) -> Clip:
+    where = f"{path}, line {number}"
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise Problem(
+            f"{where}: not JSON ({error.msg} at column {error.colno})",
+            hint='a line looks like {"audio": "a.wav", "text": "three one", "lang": "en"}',
+        ) from error
+    if not isinstance(row, dict):
+        raise Problem(f"{where}: a {type(row).__name__}, not an object", hint="use {...}")
+    for key in ("audio", "text"):
+        if not isinstance(row.get(key), str):
+            raise Problem(
+                f"{where}: `{key}` is {row.get(key)!r}, not a string",
+                hint=f"give every line `audio` and `text`; `{key}` is wrong or missing here",
+            )
+    audio = path.parent / row["audio"]
+    if not audio.is_file():
+        raise Problem(
+            f"{where}: there is no file {audio}", hint="paths are relative to the manifest"
+        )
+    duration = row.get("duration")
+    return Clip(
+        audio=audio,
+        text=row["text"],
+        lang=str(row.get("lang", "en")),
+        speaker=row.get("speaker"),
+        duration_s=float(duration) if isinstance(duration, int | float) else None,
+        line=where,
+    )

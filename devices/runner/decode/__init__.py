@@ -1,0 +1,1 @@
+"""From logits to text: rules, greedy and beam search, timestamps, long recordings."""

@@ -1,0 +1,124 @@
+"""Beam search as transformers' generate() does it, with the same scores and the same ending.
+
+The score of a finished text is the sum of its log-probabilities, divided by its length to the power
+of `length_penalty`; the end token counts in both. Log-probabilities are those of all tokens, before
+rules forbid some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .fallback import Attempt
+from .rules import Filter, Logits, Rules
+from .timestamps import log_sum_exp
+
+if TYPE_CHECKING:
+    from ..recognizer import Decoder
+
+Advance = Callable[[Sequence[int], Sequence[int]], Logits]
+"""parents, tokens -> logits (beams, vocab): each new beam goes on from its parent by its token."""
+
+NEVER = -1e9
+"""The score of a beam that is not there; transformers has the same."""
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A text, and its score: a sum while it runs, penalised by length once it is finished."""
+
+    tokens: tuple[int, ...]
+    score: float
+    parent: int = 0
+
+
+def beam_search(
+    first: Logits, advance: Advance, rules: Rules, beams: int, length_penalty: float = 1.0
+) -> Attempt:
+    """Return the best text that `beams` beams find; `first` are the logits behind the prompt."""
+    filters = Filter(rules)
+    running = [Beam((), 0.0 if i == 0 else NEVER) for i in range(beams)]
+    finished: list[Beam] = []
+    logits = np.repeat(first[None], beams, axis=0)
+    for length in range(1, rules.max_new_tokens + 1):
+        candidates = best_candidates(logits, running, filters, 2 * beams)
+        last = length == rules.max_new_tokens
+        ended = [last or beam.tokens[-1] == rules.eos for beam in candidates]
+        for beam, over in list(zip(candidates, ended, strict=True))[:beams]:
+            if over and beam.score > -np.inf:
+                finished.append(Beam(beam.tokens, beam.score / length**length_penalty))
+        finished = sorted(finished, key=lambda beam: -beam.score)[:beams]
+        running = [b for b, over in zip(candidates, ended, strict=True) if not over][:beams]
+        if last or not can_improve(running, finished, beams, length**length_penalty):
+            break
+        parents = [0 if length == 1 else beam.parent for beam in running]
+        logits = advance(parents, [beam.tokens[-1] for beam in running])
+    return attempt_of(finished[0], rules) if finished else Attempt([], 0.0)
+
+
+def best_candidates(
+    logits: Logits, running: Sequence[Beam], filters: Filter, count: int
+) -> list[Beam]:
+    """Return the best continuations of all beams by one token, best first."""
+    totals = np.empty_like(logits)  # (beams, vocab)
+    for row, beam in enumerate(running):
+        logprobs = filters(logits[row], beam.tokens)
+        np.add(logprobs, np.float32(beam.score) - log_sum_exp(logits[row]), out=totals[row])
+    flat = totals.ravel()
+    best = np.argpartition(flat, -count)[-count:]
+    best = best[np.lexsort((best, -flat[best]))]
+    vocab = logits.shape[1]
+    return [
+        Beam((*running[i // vocab].tokens, int(i % vocab)), float(flat[i]), int(i // vocab))
+        for i in best
+    ]
+
+
+def can_improve(
+    running: Sequence[Beam], finished: Sequence[Beam], beams: int, divisor: float
+) -> bool:
+    """Tell whether the best running beam, ended now, would beat the worst of the finished."""
+    if len(finished) < beams:
+        return True
+    return running[0].score / divisor > finished[-1].score
+
+
+def attempt_of(beam: Beam, rules: Rules) -> Attempt:
+    """Return what a finished beam says, without the end token; its score is the mean."""
+    ended = beam.tokens[-1] == rules.eos
+    return Attempt(list(beam.tokens[:-1] if ended else beam.tokens), beam.score)
+
+
+# --------------------------------------------------------------------------- on a real decoder
+
+
+class Branches:
+    """One decoder a beam over the same window. `decoder` has been fed the prompt."""
+
+    def __init__(self, decoder: Decoder, count: int) -> None:
+        self.branches = list(decoder.branches(count))
+        self.branches[0].follow(decoder)
+
+    def __call__(self, parents: Sequence[int], tokens: Sequence[int]) -> Logits:
+        """Go on from the parents by a token each; return the logits (beams, vocab)."""
+        self.fork(parents)
+        return np.stack([d((token,)) for d, token in zip(self.branches, tokens, strict=True)])
+
+    def fork(self, parents: Sequence[int]) -> None:
+        """Let branch i go on from parents[i].
+
+        The first child of a branch takes it over; others follow it in a branch from which nobody
+        goes on.
+        """
+        free = [i for i in range(len(parents)) if i not in parents]
+        order: list[int] = []
+        for parent in parents:
+            child = free.pop() if parent in order else parent
+            if child != parent:
+                self.branches[child].follow(self.branches[parent])
+            order.append(child)
+        self.branches = [self.branches[i] for i in order]

@@ -1,0 +1,90 @@
+"""Whisper's second thoughts: what reads like a failure is decoded again, at higher temperatures.
+
+A failure is a text that compresses too well, because it repeats itself, or one that the model
+itself finds unlikely. An unlikely text where the model hears no speech is left out.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .rules import MOST_NO_SPEECH, Filter, Logits, Rules, Step, loop_period, say
+from .timestamps import log_sum_exp
+
+TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+MOST_COMPRESSION = 2.4
+LEAST_LOGPROB = -1.0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Tokens, the mean log-probability of each of them and the end token, whether the text ends in
+    a loop, and how it was drawn."""
+
+    tokens: list[int]
+    logprob: float
+    looped: bool = False
+    temperature: float = 0.0
+
+
+class Sampler:
+    """Draws tokens at a temperature, or takes the likeliest at 0, and adds up log-probabilities."""
+
+    def __init__(self, rules: Rules, temperature: float, rng: np.random.Generator) -> None:
+        self.filter, self.temperature, self.rng = Filter(rules), temperature, rng
+        self.logprob, self.count = 0.0, 0
+
+    def __call__(self, logits: Logits, tokens: Sequence[int]) -> int:
+        """Return the next token. Its log-probability is that at temperature 1."""
+        scores = self.filter(logits, tokens)
+        token = draw(scores / self.temperature, self.rng) if self.temperature else scores.argmax()
+        self.logprob += float(scores[token]) - log_sum_exp(scores)
+        self.count += 1
+        return int(token)
+
+
+def draw(scores: Logits, rng: np.random.Generator) -> int:
+    """Return an index with the probability that the softmax of the scores gives it."""
+    shares = np.exp(scores - scores.max()).cumsum(dtype=np.float64)
+    return int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
+
+
+def sample(
+    step: Step, rules: Rules, temperature: float, rng: np.random.Generator, stop_loops: bool
+) -> Attempt:
+    """Decode once, token by token."""
+    sampler = Sampler(rules, temperature, rng)
+    tokens = say(step, sampler, rules, stop_loops)
+    looped = stop_loops and loop_period(tokens) > 0
+    return Attempt(tokens, sampler.logprob / max(1, sampler.count), looped, temperature)
+
+
+def best_attempt(
+    attempt: Callable[[float], Attempt],
+    text_of: Callable[[list[int]], str],
+    no_speech: Callable[[], float],
+) -> Attempt:
+    """Return the first attempt that does not fail, at rising temperatures, or the last one.
+
+    `no_speech()` is the probability of no speech, asked for only where the text is unlikely.
+    """
+    silence = None
+    for temperature in TEMPERATURES:
+        found = attempt(temperature)
+        unlikely = found.logprob < LEAST_LOGPROB
+        if unlikely and silence is None:
+            silence = no_speech()
+        if unlikely and silence is not None and silence > MOST_NO_SPEECH:
+            return Attempt([], found.logprob)
+        repeats = found.looped or compression_ratio(text_of(found.tokens)) > MOST_COMPRESSION
+        if not (unlikely or repeats):
+            break
+    return found
+
+
+def compression_ratio(text: str) -> float:
+    """Return how many times smaller zlib makes the text."""
+    content = text.encode()
+    return len(content) / len(zlib.compress(content))

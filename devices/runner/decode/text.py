@@ -1,0 +1,58 @@
+"""Tokens to text by table, so that a device needs no tokenizer library."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engines.contract import read_json
+from ..problem import RunnerProblem
+
+MOST_BYTES = 2**24
+
+
+class Tokens:
+    """The bytes of every token. In one piece: as objects of their own they take 7 MB more."""
+
+    def __init__(self, rows: list[bytes]) -> None:
+        self.joined = b"".join(rows)
+        self.ends = np.cumsum([0, *map(len, rows)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, token: int) -> bytes:
+        return self.joined[self.ends[token] : self.ends[token + 1]]
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Read tokens.json: the bytes of each ordinary token id; special tokens are empty."""
+    told = read_json(path, MOST_BYTES)
+    try:
+        rows = [base64.b64decode(row, validate=True) if row else b"" for row in list_of(told)]
+        return Tokens(rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunnerProblem(
+            f"{path}: the token table cannot be read ({error})",
+            "copy the artifact again",
+        ) from None
+
+
+def list_of(told: Any) -> list[Any]:
+    """Return the rows of the token table."""
+    rows = told["bytes"]
+    if not isinstance(rows, list):
+        raise TypeError("`bytes` is no list")
+    return rows
+
+
+def to_text(tokens: list[int], table: Tokens) -> str:
+    """Join the bytes of the tokens first: one letter may be spread over several tokens."""
+    joined = b"".join(table[token] for token in tokens if token < len(table))
+    return joined.decode("utf-8", errors="replace").strip()
+
+
+def join(pieces: list[str]) -> str:
+    """Put the texts of successive windows together."""
+    return " ".join(piece for piece in pieces if piece)

@@ -1,0 +1,244 @@
+"""An ONNX artifact's two sessions.
+
+Memory: a graph's file is parsed and its weights are packed for their products; large weights stand
+in a file of their own, which is mapped. What was needed for loading only is given back after each
+of the two. The decoder is loaded first, for that takes most, and works without an arena, which
+would keep what packing took. Memory patterns are off: onnxruntime would plan one block for every
+length that the past ever had.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from copy import copy
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..audio import Pcm
+from ..decode.rules import Logits
+from ..machine.host import give_back_memory, return_large_blocks, usable_cores
+from ..problem import RunnerProblem
+from .contract import check_session, running
+
+if TYPE_CHECKING:
+    from ..recognizer import Transcript
+
+MOST_IDS = 32
+"""Tokens that the decoder takes in one step."""
+
+PRODUCT = (
+    b'\x08\t:[\n\x18\n\x01a\n\x01b\x12\x01y"\rMatMulInteger\x12\x00Z\x13\n\x01a\x12\x0e\n\x0c'
+    b"\x08\x02\x12\x08\n\x02\x08\x01\n\x02\x08\x02Z\x13\n\x01b\x12\x0e\n\x0c\x08\x03\x12\x08\n\x02"
+    b"\x08\x02\n\x02\x08\x01b\x13\n\x01y\x12\x0e\n\x0c\x08\x06\x12\x08\n\x02\x08\x01\n\x02\x08\x01"
+    b"B\x04\n\x00\x10\x12"
+)
+"""An ONNX graph of one MatMulInteger: a (1, 2) uint8, b (2, 1) int8 -> y (1, 1) int32."""
+
+State = dict[str, Any]
+"""Names of decoder inputs -> their OrtValue."""
+
+Past = dict[str, np.ndarray]
+"""Names of the decoder's own caches -> their memory."""
+
+
+class Sessions:
+    """Encoder and decoder of an artifact whose files were checked."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
+        self.folder = folder
+        check_runtime(folder, manifest)
+        return_large_blocks()
+        self.decoder = open_session(folder / "decoder.onnx", session_options(threads, arena=False))
+        give_back_memory(folder)
+        self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
+        give_back_memory(folder)
+        for name, session in (("encoder", self.encoder), ("decoder", self.decoder)):
+            check_session(folder / f"{name}.onnx", session, manifest["contract"][name])
+        self.own = threading.local()
+        self.caches(1)
+
+    def decoder_over(self, window: Pcm, times: "Transcript") -> "Decoder":
+        """Return the decoder over one window (1, samples), which is encoded here."""
+        return Decoder(self, window, times)
+
+    def caches(self, count: int) -> list[State]:
+        """Return memory for so many decoders' own keys and values. Every thread has its own; it is
+        taken once, and kept as long as the thread lives."""
+        held: list[State] = self.own.__dict__.setdefault("caches", [])
+        while len(held) < count:
+            held.append(empty_cache(self.decoder))
+        return held[:count]
+
+
+class Decoder:
+    """The decoder over one encoded window: feeds tokens, keeps their keys and values.
+
+    Keys and values stand in buffers that the graph fills in place, step by step; only ids and
+    logits cross over.
+    """
+
+    def __init__(self, sessions: Sessions, window: Pcm, times: "Transcript") -> None:
+        self.sessions, self.session, self.fed = sessions, sessions.decoder, 0
+        self.path = sessions.folder / "decoder.onnx"
+        self.clock, self.next_clock = times.prompt_s, times.per_token_s
+        started = time.perf_counter()
+        with running(sessions.folder / "encoder.onnx"):
+            cross = encode(sessions.encoder, window)
+        times.graph_s.append(time.perf_counter() - started)
+        self.cross = cross
+        self.write_to(sessions.caches(1)[0])
+
+    def __call__(self, ids: Sequence[int]) -> Logits:
+        """Feed tokens behind those already fed; return the logits (vocab,) after the last.
+
+        The array is onnxruntime's own: the next call writes over it.
+        """
+        for start in range(0, len(ids), MOST_IDS):
+            found = self.step(ids[start : start + MOST_IDS])
+        self.clock = self.next_clock
+        return found
+
+    def step(self, ids: Sequence[int]) -> Logits:
+        """Feed at most MOST_IDS tokens."""
+        started = time.perf_counter()
+        self.binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
+        self.binding.bind_cpu_input("past_length", np.array([self.fed], np.int32))
+        with running(self.path):
+            self.session.run_with_iobinding(self.binding)
+        self.fed += len(ids)
+        found: Logits = self.binding.get_outputs()[0].numpy()[0, 0]
+        self.clock.append(time.perf_counter() - started)
+        return found
+
+    def branches(self, count: int) -> list["Decoder"]:
+        """Return decoders over the same window with keys and values in memory of their own."""
+        others = [copy(self) for _ in range(count)]
+        for other, memory in zip(others, self.sessions.caches(count + 1)[1:], strict=True):
+            other.write_to(memory)
+        return others
+
+    def write_to(self, cache: State) -> None:
+        """Keep the decoder's own keys and values in this memory."""
+        self.past, self.binding = views(cache), bind(self.session, self.cross | cache)
+
+    def follow(self, other: "Decoder") -> None:
+        """Go on from where another decoder over the same window is."""
+        self.fed = other.fed
+        for name, array in other.past.items():
+            self.past[name][:, :, : self.fed] = array[:, :, : self.fed]
+
+    def parts(self) -> dict[str, np.ndarray]:
+        """Return what can be seen of the parts between sound and logits: nothing."""
+        return {}
+
+
+def views(state: State) -> Past:
+    """Return the memory of caches: onnxruntime lends it out."""
+    return {name: held.numpy() for name, held in state.items()}
+
+
+def bind(decoder: ort.InferenceSession, state: State) -> Any:
+    """Return a binding in which every cache is read and written where it is."""
+    binding = decoder.io_binding()
+    for name, array in state.items():
+        binding.bind_ortvalue_input(name, array)
+    for output in decoder.get_outputs():
+        name = output.name.replace("present.", "past.").replace("heard.", "cross.")
+        if name in state:
+            binding.bind_ortvalue_output(output.name, state[name])
+        else:
+            binding.bind_output(output.name)
+    return binding
+
+
+def encode(session: ort.InferenceSession, window: Pcm) -> State:
+    """Run the encoder graph; its outputs bear the names of the decoder's inputs."""
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run_with_ort_values(names, {"pcm": value(window)}), strict=True))
+
+
+def empty_cache(decoder: ort.InferenceSession) -> State:
+    """Return room for the keys and values of all tokens that the decoder can be fed."""
+    shapes = {output.name: output.shape for output in decoder.get_outputs()}
+    return {
+        name.replace("present.", "past."): value(np.zeros(shape, np.float32))
+        for name, shape in shapes.items()
+        if name.startswith("present.")
+    }
+
+
+def value(array: np.ndarray) -> Any:
+    """Return the array as onnxruntime holds it."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def session_options(
+    threads: int | None, arena: bool = True, exact: bool = True
+) -> ort.SessionOptions:
+    """Return the options of a session: small memory, and no core busy with waiting.
+
+    A thread that waits for the next operator looks out for it for 0.1 ms, then sleeps. Measured on
+    whisper-tiny on two threads, that makes a token a fifth faster than sleeping at once, for 6 %
+    more CPU time; onnxruntime's default, a thousand times as long, took 2.8 times the CPU time on
+    two busy cores, and heats a small board for nothing.
+
+    `exact`: where int8 products saturate, onnxruntime rewrites int8 weights as uint8 while it loads
+    the graph. That is done nowhere else, for it costs time (measured with VNNI: the encoder took
+    1.6 times as long). Only graphs of the native layout can be loaded so, see
+    export/onnx/constants.py."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = arena
+    options.enable_mem_reuse = not arena
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
+    if exact and saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    options.log_severity_level = 4  # errors become letters
+    return options
+
+
+def check_runtime(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise RunnerProblem for an onnxruntime that is too old for the graphs."""
+    runtime = manifest.get("runtime")  # missing in artifacts of earlier versions
+    needed = str(runtime.get("onnxruntime")) if isinstance(runtime, dict) else ""
+    if numbers(ort.__version__) < numbers(needed):
+        raise RunnerProblem(
+            f"{folder}: its graphs need onnxruntime {needed} or newer, and {ort.__version__} is "
+            "installed",
+            "update onnxruntime, or export the checkpoint again with "
+            f"`--runtime {ort.__version__}`",
+        )
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Return major and minor version."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+
+
+@cache
+def saturates() -> bool:
+    """Return whether onnxruntime adds pairs of int8 products in 16 bits on this processor."""
+    session = ort.InferenceSession(PRODUCT, providers=["CPUExecutionProvider"])
+    pair = {"a": np.full((1, 2), 255, np.uint8), "b": np.full((2, 1), 127, np.int8)}
+    return bool(session.run(None, pair)[0] != 2 * 255 * 127)
+
+
+def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Return a session on the CPU, or the letter that says why the graph does not load."""
+    if not path.is_file():
+        raise RunnerProblem(f"{path}: there is no such file", "copy the artifact again")
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class of its own for each status code
+        reason = str(error).strip().splitlines()[0]
+        raise RunnerProblem(
+            f"{path}: onnxruntime {ort.__version__} cannot load it ({reason})",
+            "export or copy the artifact again, or update onnxruntime",
+        ) from None

@@ -1,0 +1,1 @@
+"""Latency, memory, profiles and telemetry of an artifact on this machine."""

@@ -1,0 +1,159 @@
+"""One file that needs no decode loop: whisper.onnx.
+
+    pcm (1, samples) float32, 16 kHz, up to a window
+    prompt (1, p) int64, max_new_tokens () int64
+    -> tokens (n,) int64, greedy, without prompt and end of text
+
+Shorter sounds are filled up with silence to the shortest window that the model knows, longer ones
+cut at the end of its longest. The prompt for the language that the artifact is made for stands in
+manifest.json under `decoding`, and so does the largest `max_new_tokens` that the model has room
+for; more are not made. The rules of decoding are in the graph: tokens that generation_config.json
+suppresses, always and at the beginning, timestamps, and the end of text. tokens.json has the bytes
+of every token.
+
+The loop is an ONNX Loop whose body is one decoder step. Its first turn takes the whole prompt. Keys
+and values of the encoder are computed before the loop and read from within; those of the decoder
+go round with it and grow (the fixed caches of the native layout would be copied in every turn).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from export.artifact_files import Contract, decoding_rules, write_tokens
+from export.onnx import graph as ops
+from export.onnx.graph import Graph, Heads, Spec
+from export.onnx.layouts import parts
+from export.onnx.to_onnx import KINDS, GraphParts, write_graph
+from export.prompt import timestamp_ids
+from export.shrink import windows_of
+
+NAME = "whisper"
+
+
+def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contract:
+    """Write the graph and the table of tokens into `out`."""
+    made = whole_graph(model, processor.feature_extractor, precision)
+    write_tokens(processor.tokenizer, model.config.vocab_size, out)
+    return {NAME: write_graph(made, out, NAME)}
+
+
+def whole_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
+    """PCM and prompt to tokens."""
+    g = parts.new_graph(model, precision)
+    rules, vocab = decoding_rules(model), model.config.vocab_size
+    lengths = [2 * n for n in windows_of(model.config)]  # in frames
+    pcm = _window(g, "pcm", [n * extractor.hop_length for n in lengths])
+    mel = ops.log_mel(g, pcm, extractor, lengths)
+    x = parts.encode(g, model, mel)
+    heard = [parts.heard_caches(g, model, number, x) for number in parts.layers_of(model)]
+    always = {*rules["suppress_tokens"], *timestamp_ids(model.generation_config, vocab)}
+    biases = [
+        parts.forbidden(g, sorted(ids), vocab)
+        for ids in (always, always | {*rules["begin_suppress_tokens"]})
+    ]
+    turns = _turns(g, model.config.max_target_positions)
+    carried = ["prompt", *_no_past(g, model)]
+    body = _body(g, model, heard, biases, rules["eos"])
+    names = [f"{name}.after" for name in ["ids", *_past_names(model)]]
+    said = g.ops(
+        "Loop", turns, g.constant(np.array(True)), *carried, outputs=[*names, "said"], body=body
+    )[-1]
+    _without_end(g, said, rules["eos"])
+    inputs = [
+        Spec("pcm", (1, "samples")),
+        Spec("prompt", (1, "prompt_length"), "int64"),
+        Spec("max_new_tokens", (), "int64"),
+    ]
+    return g, inputs, [Spec("tokens", ("new_tokens",), "int64")]
+
+
+def _window(g: Graph, pcm: str, windows: list[int]) -> str:
+    """(1, samples) in the shortest window that holds them, or what the longest holds of them."""
+    pcm = g.op("Slice", pcm, g.constant([0]), g.constant([windows[-1]]), g.constant([1]))
+    length = g.op("Shape", pcm, start=1, end=2)
+    known = g.constant(windows)
+    holds = g.op("GreaterOrEqual", known, length)
+    chosen = g.op("ReduceMin", g.op("Where", holds, known, g.constant([windows[-1]])))
+    chosen = g.op("Reshape", chosen, g.constant([1]))
+    silence = g.op("Concat", g.constant([1]), g.op("Sub", chosen, length), axis=0)
+    filled = g.op("Concat", pcm, g.op("ConstantOfShape", silence), axis=1)
+    return g.op("Reshape", filled, g.constant([1, windows[0] if len(windows) == 1 else -1]))
+
+
+def _turns(g: Graph, room: int) -> str:
+    """How many tokens are made at most: as many as asked for, and as there is room behind the
+    prompt."""
+    length = g.op("Squeeze", g.op("Shape", "prompt", start=1, end=2), g.constant([0]))
+    return g.op("Min", "max_new_tokens", g.op("Sub", g.constant(room), length))
+
+
+def _past_names(model: nn.Module, time: str = "past") -> list[str]:
+    return [f"{time}.{i}.{kind}" for i in parts.layers_of(model) for kind in KINDS]
+
+
+def _past_specs(model: nn.Module, time: str) -> list[Spec]:
+    specs = []
+    for number in parts.layers_of(model):
+        heads = parts.own_heads(model, number)
+        for kind, width in zip(KINDS, parts.widths(heads), strict=True):
+            shape = (1, heads.count, f"{time}_length_{number}_{kind}", width)
+            specs.append(Spec(f"{time}.{number}.{kind}", shape))
+    return specs
+
+
+def _no_past(g: Graph, model: nn.Module) -> list[str]:
+    """Keys and values of no positions, for every layer."""
+    found = []
+    for number in parts.layers_of(model):
+        heads = parts.own_heads(model, number)
+        shapes = ([1, heads.count, 0, width] for width in parts.widths(heads))
+        found += [g.op("ConstantOfShape", g.constant(shape)) for shape in shapes]
+    return found
+
+
+def _body(g: Graph, model: nn.Module, heard: list[list[str]], biases: list[str], end: int) -> Any:
+    """One turn: ids and the cache to the likeliest token, which is the next turn's ids."""
+    b = parts.Branch(g, "step")
+    start = b.op("Shape", "past.0.key", start=2, end=3)
+
+    def own(number: int, qkv: list[str], heads: Heads) -> str:
+        past, present = (
+            [f"{time}.{number}.{kind}" for kind in KINDS] for time in ("past", "present")
+        )
+        return parts.grown_attention(b, qkv, past, present, heads, start)
+
+    def cross(number: int, q: str, heads: Heads) -> str:
+        return parts.attention(b, q, heard[number], heads)
+
+    logits = parts.decode(b, model, "ids", start, own, cross, last=True)  # (1, 1, vocab)
+    first = b.op("Equal", "turn", b.constant(0))
+    bias = b.op("Where", first, biases[1], biases[0])
+    b.ops("ArgMax", b.op("Add", logits, bias), outputs=["next_ids"], axis=-1, keepdims=0)
+    token = b.ops("Reshape", "next_ids", b.constant([1]), outputs=["token"])[0]
+    ended = b.op("Equal", token, b.constant([end]))
+    b.ops("Not", b.op("Squeeze", ended, b.constant([0])), outputs=["goes_on"])
+    inputs = [
+        Spec("turn", (), "int64"),
+        Spec("went_on", (), "bool"),
+        Spec("ids", (1, "s"), "int64"),
+        *_past_specs(model, "past"),
+    ]
+    outputs = [
+        Spec("goes_on", (), "bool"),
+        Spec("next_ids", (1, 1), "int64"),
+        *_past_specs(model, "present"),
+        Spec("token", (1,), "int64"),
+    ]
+    return b.subgraph(inputs, outputs)
+
+
+def _without_end(g: Graph, said: str, end: int) -> None:
+    """(n, 1) -> (n,) and less the end of text, which can only be the last."""
+    said = g.op("Reshape", said, g.constant([-1]))
+    kept = g.op("Not", g.op("Equal", said, g.constant([end])))
+    g.ops("Compress", said, kept, outputs=["tokens"], axis=0)

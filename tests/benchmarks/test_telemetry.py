@@ -1,0 +1,827 @@
+"""How a run is watched: made machines under a folder, a real sampler, and what is said of both."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import bench
+from benchmarks import telemetry as watched
+from benchmarks.bench import Candidate, Measuring, bench_all, write_clips
+from benchmarks.result import STAGES, read, remarks, table_rows, validate, write
+from benchmarks.speech.clips import read_manifest
+from benchmarks.timing import ENOUGH_ROUNDS
+from devices.device import Finished, open_device
+from devices.fake import FakeDevice
+from devices.runner.machine import host as machine
+from devices.runner.machine import tuning
+from devices.runner.machine.host import UNAVAILABLE
+from devices.runner.measure import bench as measure
+from devices.runner.measure import telemetry
+from devices.runner.measure.helper_process import Beside
+from devices.runner.measure.telemetry import Linux, Sampler, Watch
+from devices.runner.problem import RunnerProblem
+from export.problem import Problem
+
+PROJECT = Path(__file__).parents[2]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and /sys")
+
+PI = {
+    "proc/loadavg": "0.42 0.30 0.20 1/99 1234\n",
+    "sys/class/thermal/thermal_zone0/temp": "48312\n",
+    "sys/class/thermal/thermal_zone1/temp": "-274000\n",
+    "sys/class/power_supply/AC/type": "Mains\n",
+    **{
+        f"sys/devices/system/cpu/cpu{core}/cpufreq/{name}": text
+        for core in range(4)
+        for name, text in {
+            "scaling_cur_freq": f"{1_500_000 + core}\n",
+            "scaling_governor": "ondemand\n",
+            "scaling_available_governors": "ondemand performance\n",
+            "cpuinfo_max_freq": "1800000\n" if core < 3 else "2400000\n",
+        }.items()
+    },
+}
+BATTERY = {
+    "type": "Battery\n",
+    "capacity": "17\n",
+    "temp": "314\n",
+    "status": "Discharging\n",
+    "current_now": "-500000\n",
+    "voltage_now": "4000000\n",
+}
+PMIC = """ 3V7_WL_SW_A current(0)=0.10000000A
+   VDD_CORE_A current(7)=2.00000000A
+ 3V7_WL_SW_V volt(8)=3.70000000V
+   VDD_CORE_V volt(15)=0.90000000V
+    EXT5V_V volt(24)=5.10498000V
+"""
+
+
+def make(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.fixture
+def pi(tmp_path) -> Path:
+    return make(tmp_path / "pi", PI)
+
+
+@pytest.fixture
+def firmware(tmp_path, monkeypatch):
+    """A vcgencmd that answers what it is given, and notes what it was asked."""
+
+    def put(**answers: str) -> Path:
+        folder, asked = tmp_path / "bin", tmp_path / "asked"
+        for question, answer in answers.items():
+            make(folder, {question: answer})
+        script = f'#!/bin/sh\necho "$1" >> "{asked}"\n[ -f "{folder}/$1" ] && cat "{folder}/$1"\n'
+        make(folder, {"vcgencmd": script})
+        (folder / "vcgencmd").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        asked.touch()
+        return asked
+
+    return put
+
+
+# ------------------------------------------------------------------------------- made machines
+
+
+def test_a_raspberry_pi_5_is_read_whole(pi, firmware):
+    firmware(get_throttled="throttled=0x50005\n", pmic_read_adc=PMIC)
+    assert Linux(pi).readings() == {
+        "temperature_c": 48.312,
+        "frequency_hz": [1.5e9, 1.500001e9, 1.500002e9, 1.500003e9],
+        "throttled": "0x50005",
+        "battery_share": UNAVAILABLE,
+        "battery_temperature_c": UNAVAILABLE,
+        "charging": UNAVAILABLE,
+        "power_w": pytest.approx(0.1 * 3.7 + 2 * 0.9),
+        "load_average": 0.42,
+    }
+
+
+def test_a_question_that_the_firmware_does_not_know_is_asked_once(pi, firmware):
+    asked = firmware(get_throttled="throttled=0x0\n")
+    sensors = Linux(pi)
+    found = [sensors.readings() for _ in range(3)]
+    assert [(one["throttled"], one["power_w"]) for one in found] == [("0x0", UNAVAILABLE)] * 3
+    assert asked.read_text().split().count("pmic_read_adc") == 1
+    assert asked.read_text().split().count("get_throttled") == 3
+
+
+def test_sources_that_a_machine_lacks_are_unavailable_and_never_zero(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = Watch(Linux(tmp_path).readings, tmp_path, os.getpid()).sample()
+    assert len(found) == 10
+    assert set(found.values()) == {UNAVAILABLE}
+
+
+def test_a_battery_tells_what_is_drawn_unless_it_is_charged(pi):
+    make(pi / "sys/class/power_supply/BAT0", BATTERY)
+    found = Linux(pi).readings()
+    assert (found["battery_share"], found["battery_temperature_c"]) == (0.17, 31.4)
+    assert (found["power_w"], found["charging"]) == (2.0, False)
+    make(pi / "sys/class/power_supply/BAT0", {"status": "Charging\n"})
+    found = Linux(pi).readings()
+    assert (found["power_w"], found["charging"]) == (UNAVAILABLE, True)
+
+
+def test_the_battery_of_a_mouse_is_not_the_machine_s(pi):
+    make(pi / "sys/class/power_supply/hidpp_battery_0", BATTERY | {"scope": "Device\n"})
+    assert Linux(pi).readings()["battery_share"] == UNAVAILABLE
+
+
+def test_rates_come_from_two_samples(tmp_path, rng, monkeypatch):
+    """0.5 s of others beside 2 s of the watched process and its children; 3 J by RAPL."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    name = "a) 1 2 (b"
+
+    def state(busy_s: float, own_s: float, joules: float) -> dict[str, str]:
+        user, own = round(busy_s * ticks), round(own_s * ticks)
+        process = f"7 ({name}) R " + "0 " * 10 + f"{own - 1} 0 1 0 " + "0 " * 30
+        return {
+            "proc/stat": f"cpu  {user} 0 0 999 99 0 0 0 0 0\ncpu0 1 1 1\n",
+            "proc/7/stat": process,
+            "proc/self/stat": process.replace(str(own - 1), "0").replace(" 1 0 ", " 0 0 "),
+            "proc/7/status": "VmSwap:\t 2048 kB\n",
+            "sys/class/powercap/intel-rapl:0/name": "package-0",
+            "sys/class/powercap/intel-rapl:0/energy_uj": str(round(joules * 1e6)),
+            "sys/class/powercap/intel-rapl:1/name": "psys",
+            "sys/class/powercap/intel-rapl:1/energy_uj": str(round(3e6 * joules)),
+            "sys/class/powercap/intel-rapl:0:0/energy_uj": "1",
+        }
+
+    start = float(rng.integers(10, 1000))
+    make(tmp_path, state(start, 5, 70))
+    now = [1000.0]
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    watch = Watch(dict, tmp_path, 7)
+    now[0] += 0.1
+    assert watch.sample()["others_cores"] == UNAVAILABLE  # too soon for a rate
+    now[0] += 0.3
+    make(tmp_path, state(start + 2.5, 7, 73))
+    found = watch.sample()
+    assert found["others_cores"] == pytest.approx(0.5 / 0.4, rel=0.01)
+    assert found["power_w"] == pytest.approx(3 / 0.4, rel=0.01)
+    assert found["swapped_bytes"] == 2048 * 1024
+    now[0] += 0.3
+    make(tmp_path, state(start, 7, 0))  # counters that begin anew
+    again = watch.sample()
+    assert (again["others_cores"], again["power_w"]) == (UNAVAILABLE, UNAVAILABLE)
+
+
+# ------------------------------------------------------------------------------- a real sampler
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, collected or not, within 30 s."""
+    ends = time.monotonic() + 30
+    while time.monotonic() < ends:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@linux
+def test_it_samples_this_machine_at_its_interval():
+    sampler = Sampler(interval_s=0.2)
+    time.sleep(1.5)
+    found = sampler.finish()
+    times = [sample["at_s"] for sample in found["samples"]]
+    assert times == sorted(times)
+    assert 3 <= len(times) <= 10  # on a busy machine some are left out
+    assert times[-1] <= found["ended_s"]
+    assert all(isinstance(sample["load_average"], float) for sample in found["samples"])
+    assert found["cpu_s"] > 0
+    assert watched.checked({"telemetry": found})[1] == []
+    assert gone(sampler.beside.pid)
+
+
+@linux
+def test_a_wall_clock_that_jumps_changes_no_time(monkeypatch, rng):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + float(rng.normal(0, 1e6)))
+    sampler = Sampler(interval_s=0.1)
+    time.sleep(0.6)
+    found = sampler.finish()
+    times = [sample["at_s"] for sample in found["samples"]]
+    assert all(0 <= time <= found["ended_s"] < 60 for time in times)
+    assert times == sorted(times)
+
+
+@linux
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_parent_leaves_no_sampler(end):
+    code = (
+        "import time; from devices.runner.telemetry import Sampler; "
+        "print(Sampler().beside.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=PROJECT, stdout=-1, stderr=-3, text=True
+    ) as parent:
+        pid = int(parent.stdout.readline())
+        assert Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        parent.send_signal(end)
+        assert parent.stdout.read() == ""  # it holds nothing that others wait for
+    assert gone(pid)
+
+
+@linux
+def test_a_sampler_that_was_killed_leaves_a_run_without_samples():
+    sampler = Sampler()
+    os.kill(sampler.beside.pid, signal.SIGKILL)
+    found = sampler.finish()
+    assert (found["samples"], found["cpu_s"]) == ([], UNAVAILABLE)
+    assert watched.checked({"telemetry": found})[1] == []
+
+
+@linux
+def test_an_answer_larger_than_a_pipe_arrives_whole(rng):
+    said = rng.bytes(3 << 20)
+    assert Beside(lambda asked: said).finish() == said
+    assert Beside(lambda asked: time.sleep(600)).finish(patience_s=0.1) == b""
+
+
+# ------------------------------------------------------------------------- governor and pinning
+
+
+def governors(root: Path) -> list[str]:
+    places = sorted((root / tuning.CORES).glob("cpu*/cpufreq/scaling_governor"))
+    return [place.read_text().strip() for place in places]
+
+
+@linux
+def test_a_governor_is_set_and_put_back(pi):
+    with tuning.governed(None, pi) as found:
+        assert found == "ondemand"
+    with tuning.governed("performance", pi) as found:
+        assert found == "performance"
+        assert governors(pi) == ["performance"] * 4
+    assert governors(pi) == ["ondemand"] * 4
+    with pytest.raises(KeyboardInterrupt), tuning.governed("performance", pi):
+        raise KeyboardInterrupt
+    assert governors(pi) == ["ondemand"] * 4
+
+
+@linux
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_runner_leaves_the_governor_as_it_was(pi, end):
+    """Killed with all that it has started, as the agent does it over SSH."""
+    code = (
+        "import sys, time; from pathlib import Path; from devices.runner.tuning import governed\n"
+        "from devices.runner.telemetry import Sampler\n"
+        "with governed('performance', Path(sys.argv[1])) as name:\n"
+        "    sampler = Sampler(); print(name, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(pi)],
+        cwd=PROJECT,
+        stdout=-1,
+        text=True,
+        start_new_session=True,
+    ) as runner:
+        assert runner.stdout.readline() == "performance\n"
+        assert governors(pi) == ["performance"] * 4
+        os.killpg(runner.pid, end)
+    ends = time.monotonic() + 30
+    while governors(pi) != ["ondemand"] * 4 and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert governors(pi) == ["ondemand"] * 4
+
+
+@linux
+def test_a_governor_that_cannot_be_set_gets_a_letter(pi, tmp_path, monkeypatch):
+    with (
+        pytest.raises(RunnerProblem, match="has no governor"),
+        tuning.governed("performance", tmp_path / "none"),
+    ):
+        pass
+    with (
+        pytest.raises(RunnerProblem, match="cpu0 has ondemand performance"),
+        tuning.governed("turbo", pi),
+    ):
+        pass
+    monkeypatch.setattr(tuning, "writable", lambda path: False)  # root may write anything
+    with pytest.raises(RunnerProblem, match=r"may not write .*; it is ondemand$") as letter:  # noqa: SIM117
+        with tuning.governed("performance", pi):
+            pass
+    assert "sudo tee" in letter.value.hint
+    assert governors(pi) == ["ondemand"] * 4
+
+
+def test_big_cores_have_the_highest_maximum_frequency(pi, tmp_path):
+    assert tuning.cores_of("big", pi) == [3]
+    assert tuning.cores_of("2,0,2", pi) == [0, 2]
+    with pytest.raises(RunnerProblem, match="does not tell its cores' maximum"):
+        tuning.cores_of("big", tmp_path / "none")
+    for words in ("", "0-1", "1,", "-1", "$(reboot)"):
+        with pytest.raises(RunnerProblem, match="names no cores"):
+            tuning.cores_of(words, pi)
+
+
+@linux
+def test_a_core_that_is_not_there_gets_a_letter():
+    with pytest.raises(RunnerProblem, match="--pin 4000: cores 4000 cannot be had"):
+        tuning.pin("4000")
+
+
+# --------------------------------------------------------------------------- memory and cold loads
+
+
+@linux
+def test_memory_peaks_are_those_of_each_phase():
+    code = (
+        "from devices.runner.machine import peak_of_phase, peak_rss_bytes\n"
+        "peak_of_phase(); block = bytearray(200 << 20); block = None; high = peak_of_phase()\n"
+        "print(high, peak_of_phase(), peak_rss_bytes())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    if UNAVAILABLE in said.stdout:
+        pytest.skip("the high-water mark cannot be reset here")
+    high, low, last = map(int, said.stdout.split())
+    assert 200 << 20 < high < 260 << 20
+    assert max(low, last) < 60 << 20
+
+
+def test_without_a_mark_to_reset_a_phase_is_unavailable(tmp_path):
+    from devices.runner.machine.host import peak_of_phase
+
+    make(tmp_path, {"proc/self/status": "VmHWM:\t   61234 kB\n"})
+    assert peak_of_phase(tmp_path) == UNAVAILABLE
+
+
+@linux
+def test_a_file_is_forgotten_and_read_again(tmp_path, rng):
+    path = tmp_path / "weights"
+    path.write_bytes(said := rng.bytes(4 << 20))
+    with path.open("rb") as file:
+        assert measure.cached_share(file.fileno()) == 1
+        if not measure.dropped(path):
+            pytest.skip("this file system keeps files in memory")
+        assert measure.cached_share(file.fileno()) <= measure.MOST_CACHED
+    assert path.read_bytes() == said
+    (tmp_path / "empty").touch()
+    assert measure.dropped(tmp_path / "empty")
+
+
+# ---------------------------------------------------------------------------- the runner, for real
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory, clips) -> Path:
+    """Three clips as the runner takes them."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_clips(read_manifest(clips)[:3], folder)
+    return folder / "clips.json"
+
+
+def run(artifact: Path, listed: Path, *options: str, python: tuple[str, ...] = ()) -> dict:
+    words = ["-m", "devices.runner", "bench", str(artifact), str(listed), *options]
+    done = subprocess.run(
+        [sys.executable, *python, *words], cwd=PROJECT, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@linux
+def test_a_bench_tells_what_it_went_through(exported, listed):
+    core = min(os.sched_getaffinity(0))
+    answer = run(exported, listed, "--pin", str(core))
+    found, wrong = watched.checked(answer)
+    assert wrong == []
+    assert (found["pinned"], found["threads"], found["debug"]) == ([core], 1, [])
+    began, seen = found["telemetry"]["began_s"], found["telemetry"]
+    assert began < found["timed_s"][0] < found["timed_s"][1] < began + seen["ended_s"]
+    assert len(seen["samples"]) >= 2
+    known = [size for size in found["memory_bytes_by_phase"].values() if size != UNAVAILABLE]
+    assert answer["peak_rss_bytes"] == max(known, default=answer["peak_rss_bytes"])
+    cold = found["cold_load_s"]
+    assert cold == UNAVAILABLE or cold > 0
+
+
+@linux
+def test_a_sustained_run_lasts_as_long_as_it_was_asked(exported, listed):
+    found, wrong = watched.checked(run(exported, listed, "--threads", "1", "--minutes", "0.02"))
+    assert wrong == []
+    times, work = (found["sustained"][name] for name in ("at_s", "end_to_end_s"))
+    assert len(times) == len(work) >= 1
+    assert times[-1] - times[0] < 1.2 <= times[-1] + work[-1] - times[0] + 0.01
+
+
+@linux
+def test_an_interpreter_that_is_slower_is_noticed(exported, listed):
+    answer = run(exported, listed, python=("-X", "dev"))
+    assert answer["debug"] == ["python runs with -X dev"]
+
+
+@linux
+def test_a_bench_here_has_it_all_in_its_result(exported, clips, tmp_path):
+    few = read_manifest(clips)[:3]
+    how = Measuring(2, 1, minutes=0.02, pin=str(min(os.sched_getaffinity(0))))
+    with open_device("local") as device:
+        (found,) = bench_all([Candidate(exported)], device, few, how)
+    write([found], tmp_path / "r.jsonl")
+    assert read(tmp_path / "r.jsonl") == [json.loads(json.dumps(found))]
+    times = [sample["at_s"] for sample in found["telemetry"]["samples"]]
+    assert times == sorted(times) and times[0] >= 0
+    assert 0 <= found["telemetry"]["sampler_cores"] < 0.2
+    assert found["sustained"]["at_s"][0] > found["telemetry"]["samples"][0]["at_s"]
+    assert found["sustained"]["ratio"] > 0
+    assert len(found["load_s"]) == 2
+    assert isinstance(found["unstable_because"], list)
+
+
+# -------------------------------------------------------------------------------- hostile answers
+
+
+def sample(at_s: float = 0.0, **changes) -> dict:
+    return watched.is_sample({"at_s": at_s} | changes)
+
+
+def seen(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> dict:
+    last = samples[-1]["at_s"] if samples else 0.0
+    numbers = {"began_s": began_s, "ended_s": last, "interval_s": 1.0, "cpu_s": cpu_s}
+    return numbers | {"samples": samples}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("threads", 0),
+        ("threads", True),
+        ("pinned", [-1]),
+        ("pinned", [0] * 5000),
+        ("governor", ["performance"]),
+        ("cold_load_s", "soon"),
+        ("cold_load_s", float("nan")),
+        ("memory_bytes_by_phase", {"imports": 1, "load": 2, "first": 3}),
+        ("memory_bytes_by_phase", {"imports": -1, "load": 2, "first": 3, "run": 4}),
+        ("debug", ["x"] * 10),
+        ("timed_s", [2.0, 1.0]),
+        ("timed_s", [1.0]),
+        ("telemetry", []),
+        ("telemetry", seen([{"at_s": 1.0}, {"at_s": 0.0}])),
+        ("telemetry", seen([{"at_s": float("inf")}])),
+        ("telemetry", seen([{"at_s": 0.0}] * (watched.MOST_SAMPLES + 1))),
+        ("telemetry", seen([{"at_s": 0.0, "power_w": -1}])),
+        ("telemetry", seen([{"at_s": 0.0, "frequency_hz": [1e9, "fast"]}])),
+        ("telemetry", seen([{"at_s": 0.0, "throttled": {}}])),
+        ("telemetry", seen([{"at_s": 0.0, "charging": "perhaps"}])),
+        ("telemetry", seen([]) | {"samples": ["sample"]}),
+        ("sustained", {"end_to_end_s": [], "at_s": []}),
+        ("sustained", {"end_to_end_s": [1.0], "at_s": [1.0, 2.0]}),
+        ("sustained", {"end_to_end_s": [1.0, 0.0], "at_s": [1.0, 2.0]}),
+        ("sustained", {"end_to_end_s": [1.0], "at_s": [1e300]}),
+    ],
+)
+def test_what_is_no_data_is_named(field, value):
+    assert watched.checked({field: value}) == ({}, [field])
+
+
+NAMES = st.sampled_from([*watched.PHASES, *watched.READINGS, *sample(), *seen([]), "at_s"])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=9),
+)
+
+
+@given(st.dictionaries(st.sampled_from(list(watched.READERS)), ANYTHING, min_size=1))
+def test_no_answer_is_an_error_of_ours(answer):
+    found, wrong = watched.checked(answer)
+    assert sorted([*found, *wrong]) == sorted(answer)
+    json.dumps(found, allow_nan=False)
+
+
+def test_an_answer_that_is_none_gets_a_letter(exported, clips):
+    few = read_manifest(clips)[:3]
+    fake = FakeDevice(replies=[reply([1.0] * 3, telemetry={"samples": "all"})])
+    with pytest.raises(Problem, match=r"fake: the runner's answer has no usable telemetry$"):
+        bench.bench(exported, fake, few, Measuring(1))
+    fake = FakeDevice(replies=[reply([1.0] * 3), Finished(0, "{}", "")])
+    with pytest.raises(Problem, match=r"fake: the runner's answer has no usable sustained$"):
+        bench.bench(exported, fake, few, Measuring(1, minutes=1))
+
+
+def test_what_a_device_says_does_not_steer_the_terminal():
+    found, _ = watched.checked({"governor": "on\x1b[2Jdemand" + "!" * 999})
+    assert found["governor"].startswith("on [2Jdemand")
+    assert len(found["governor"]) <= watched.MOST_WORDS
+    assert "\x1b" not in sample(throttled="\x1b]0;x")["throttled"]
+
+
+# ----------------------------------------------------------------------------- energy and warmth
+
+
+def test_energy_is_power_over_the_time_that_was_measured(rng):
+    """A ramp: the trapezoidal rule is exact, wherever samples lie."""
+    slope, start, end = rng.uniform(0.1, 2), 2.0, 8.0
+    times = sorted([0.0, *rng.uniform(0, 10, 20), 10.0])
+    known = [sample(t, power_w=3 + slope * t) for t in times]
+    wanted = 3 * (end - start) + slope * (end**2 - start**2) / 2
+    assert watched.energy_j(seen(known), start, end) == pytest.approx(wanted)
+    assert watched.energy_j(seen([sample(0.0)]), start, end) is None
+    holes = [one if place % 2 else sample(one["at_s"]) for place, one in enumerate(known)]
+    assert watched.energy_j(seen([known[0], *holes, known[-1]]), start, end) == pytest.approx(
+        wanted
+    )
+
+
+def test_energy_of_a_second_of_sound_counts_whole_passes_only():
+    steady = [sample(float(t), power_w=2.0) for t in range(20)]
+    rounds = {"telemetry": seen(steady), "timed_s": [103.0, 107.0], "end_to_end_s": [2.0, 2.0]}
+    lasting = {  # two clips, two and a half passes of 4 s, 200 s later
+        "telemetry": seen(steady, began_s=300.0),
+        "sustained": {
+            "at_s": [302.0, 304.0, 306.0, 308.0, 310.0],
+            "end_to_end_s": [2.0] * 5,
+        },
+    }
+    found = watched.fields([rounds], lasting, audio_s=10.0, clips=2)
+    assert found["telemetry"]["energy_j"] == pytest.approx(2 * (4 + 8))
+    assert found["telemetry"]["energy_j_per_audio_s"] == pytest.approx(24 / 30)
+    assert found["telemetry"]["samples"][-1]["at_s"] == 219.0
+    assert found["telemetry"]["sampler_cores"] == pytest.approx(0.02 / 38)
+    assert found["sustained"]["at_s"][0] == 202.0
+    lasting["telemetry"]["samples"] = []
+    found = watched.fields([rounds], lasting, audio_s=10.0, clips=2)
+    assert found["telemetry"]["energy_j"] == found["telemetry"]["energy_j_per_audio_s"]
+    assert found["telemetry"]["energy_j"] == UNAVAILABLE
+
+
+def test_a_run_that_grows_slower_shows_it_whatever_clips_it_ends_with(rng):
+    """Long clips at first and short ones at the end; twice as slow from the middle on."""
+    usual = np.concatenate([np.full(30, 10.0), np.full(30, 2.0)])
+    slow = np.where(np.arange(60) < 30, 1.0, 2.0)
+    times = usual * slow
+    at = 7 + np.concatenate([[0], np.cumsum(times)[:-1]])
+    order = rng.permutation(3)
+    rounds = np.stack([usual * factor for factor in (0.9, 1.0, 1.1)])[order].ravel()
+    answer = {"end_to_end_s": times.tolist(), "at_s": at.tolist()}
+    found = watched.sustained(answer, 7.0, rounds.tolist(), clips=60)
+    assert found["ratio"] == pytest.approx(2)
+    assert (found["first_minute_s"], found["last_minute_s"]) == (10, 4)
+    assert found["minutes"] == pytest.approx(times.sum() / 60)
+    assert found["at_s"][0] == 0
+
+
+# ----------------------------------------------------------------------- was the run disturbed?
+
+CALM = [sample(float(t), temperature_c=50.0 + t / 10, frequency_hz=[1.5e9]) for t in range(12)]
+
+
+def test_a_calm_run_is_not_called_disturbed():
+    idle = [
+        one | {"throttled": "0x50000", "load_average": 2.0, "others_cores": 0.1} for one in CALM
+    ]
+    result = {
+        "emulated": False,
+        "device": {"cores": 4},
+        "end_to_end_s": [1.0, 1.01] * 3,
+        "rounds": 3,
+    }
+    assert watched.unstable_because(result, idle, []) == []
+    assert watched.unstable_because(result, [], []) == []
+    wild = result | {"end_to_end_s": [1.0, 1.0, 2.0, 2.0], "rounds": 2}
+    assert watched.unstable_because(wild, CALM, ["python is a debug build"] * 2) == [
+        "the medians of the 2 rounds lie 67% apart",
+        "python is a debug build, which is slower",
+    ]
+    assert watched.unstable_because(wild | {"emulated": True}, CALM, []) == []
+
+
+def test_each_disturbance_is_said_with_its_number():
+    hot = [
+        sample(
+            float(t), temperature_c=50.0 + 4 * t, frequency_hz=[6e8, 1.5e9 - 1e8 * max(0, t - 3)]
+        )
+        for t in range(12)
+    ]
+    assert watched.heat(hot) == (
+        "the temperature rose from 54 to 90 °C and the clock fell from 1500 to 800 MHz"
+    )
+    assert watched.heat(CALM) is None
+    turbo = [sample(0.0, temperature_c=45.0, frequency_hz=[4.9e9])]  # while one core imports
+    steady = [sample(float(t), temperature_c=60.0, frequency_hz=[4.2e9]) for t in range(1, 12)]
+    assert watched.heat(turbo + steady) is None
+    bits = [sample(0.0, throttled="0x20000"), sample(1.0, throttled="0x70005")]
+    assert watched.throttling(bits) == ("the firmware reported under-voltage, throttled (0x70005)")
+    since = [sample(0.0, throttled="0x0"), sample(1.0, throttled="0x20000")]
+    assert watched.throttling(since) == "the firmware reported frequency capped (0x20000)"
+    words = [sample(0.0, throttled="No warning"), sample(1.0, throttled="Level 2")]
+    assert watched.throttling(words) == (
+        "what the system says of throttling changed: No warning -> Level 2"
+    )
+    assert watched.throttling(words[:1]) is None
+    hot = [sample(0.0, throttled="severe")] * 2
+    assert watched.throttling(hot) == "the system said of throttling: severe"
+    load = [sample(load_average=5.25, others_cores=0.75, swapped_bytes=2.5e6)]
+    assert watched.crowding(load, 4) == "the load average was 5.2 on 4 cores"
+    assert watched.crowding([sample(load_average=4.4)], 4) is None
+    assert watched.crowding(load, None) is watched.crowding(load, 6) is None
+    assert watched.background(load) == "other programs took 0.75 of a core"
+    assert watched.swapping(load) == "2.5 MB of the program lay in swap"
+    low = sample(battery_share=0.12)
+    assert watched.battery([low]) == "the battery was down to 12%"
+    assert watched.battery([low | {"charging": True}, sample(battery_share=0.9)]) is None
+
+
+def test_a_disturbed_result_is_marked_and_explained_once():
+    from made_results import make_result
+
+    calm, old = make_result(unstable_because=[], notes=[]), make_result()
+    marked = make_result(unstable_because=["a", "b"], notes=["c"])
+    rows = table_rows([calm, old, marked])
+    assert [row["total ms"] for row in rows] == ["50", "50", "~50"]
+    assert remarks([calm, old, marked]) == ["~ made on local: a; b", "note: made on local: c"]
+    with pytest.raises(Problem, match="field `telemetry` is list"):
+        validate(calm | {"telemetry": []})
+
+
+def test_a_governor_and_a_sustained_run_are_notes():
+    result = {"emulated": False, "end_to_end_s": [1.0] * 9, "rounds": 3, "governor": "ondemand"}
+    found = result | {"sustained": {"minutes": 10.04, "ratio": 1.339}}
+    words = [sample(0.0, throttled="0x0"), sample(1.0, throttled="0x4")]
+    assert watched.notes(found, words, None) == [
+        "the clock's governor was ondemand",
+        "1.34 times the time at the end of 10 minutes; the firmware reported throttled (0x4)",
+    ]
+    quiet = result | {"governor": "performance", "telemetry": {"sampler_cores": 0.004}}
+    assert watched.notes(quiet, [], 0.01) == []
+    dear = quiet | {"telemetry": {"sampler_cores": 0.023}}
+    assert watched.notes(dear, [], None) == ["watching took 2.3% of a core"]
+
+
+# ----------------------------------------------------------------------- rounds for an interval
+
+
+def reply(times: list[float], **changes) -> Finished:
+    stages = {stage: times for stage in STAGES} | {"load_s": [0.1]}
+    rest = {"mel_share": 0.2, "peak_rss_bytes": 1, "versions": {}, "texts": ["", "", ""]}
+    return Finished(0, json.dumps(stages | rest | changes), "")
+
+
+@pytest.fixture
+def three(clips):
+    return read_manifest(clips)[:3]
+
+
+def test_rounds_go_on_until_the_interval_is_as_narrow_as_asked(exported, three, rng):
+    """A round that was disturbed leaves all of the range; as many calm ones as it takes narrow it.
+    That clips differ, by ten times here, is no noise."""
+    replies = [reply([1.5, 0.3, 3.0])] + [reply([1.0, 0.2, 2.0])] * 30
+    fake = FakeDevice(replies=replies)
+    found = bench.bench(exported, fake, three, Measuring(2, interval=0.02))
+    rounds = found["rounds"]
+    assert 3 < rounds < 20
+    assert rounds == len(found["load_s"]) == len([c for c in fake.calls if c[0] == "run"])
+    assert watched.narrow(found["end_to_end_s"], rounds, 0.02)
+    assert not watched.narrow(found["end_to_end_s"][:-3], rounds - 1, 0.02)
+    assert found["notes"] == []
+
+
+def test_calm_rounds_are_as_few_as_can_say_anything(exported, three):
+    fake = FakeDevice(replies=[reply([1.0, 2.0, 3.0])] * 9)
+    found = bench.bench(exported, fake, three, Measuring(1, interval=0.02))
+    assert found["rounds"] == ENOUGH_ROUNDS
+
+
+def test_an_interval_that_is_not_reached_is_said(exported, three, monkeypatch):
+    monkeypatch.setattr(bench, "MOST_ROUNDS", 4)
+    fake = FakeDevice(replies=[reply([t, 2 * t, 3 * t]) for t in (1.0, 1.05, 0.95, 1.0)])
+    found = bench.bench(exported, fake, three, Measuring(2, interval=0.02))
+    assert found["rounds"] == 4
+    (note,) = found["notes"]
+    assert note.endswith("of it after 4 rounds; 2.0% was asked for")
+
+
+def test_what_a_runner_is_asked_for_reaches_it(exported, three):
+    lasting = {"end_to_end_s": [1.0], "at_s": [5.0]}
+    last = Finished(0, json.dumps({"sustained": lasting}), "")
+    fake = FakeDevice(replies=[reply([1.0] * 3, threads=2, pinned=[1, 3]), last])
+    how = Measuring(1, minutes=2.5, pin="big", governor="performance")
+    found = bench.bench(exported, fake, three, how)
+    first, second = (call[6:] for call in fake.calls if call[0] == "run")
+    chosen = ("--governor", "performance", "--pin", "big")
+    assert first == ("clips/clips.json", "--repeats", "1", *chosen)
+    assert second == ("clips/clips.json", "--minutes", "2.5", *chosen)
+    assert (found["threads"], found["pinned"]) == (2, [1, 3])
+    assert found["sustained"]["end_to_end_s"] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"minutes": 0}, "--minutes 0 is not between 0 and 60"),
+        ({"minutes": 61}, "--minutes 61 is not between"),
+        ({"interval": 1}, "--interval 1 is no share"),
+    ],
+)
+def test_impossible_requests_get_letters(exported, three, changes, said):
+    with pytest.raises(Problem, match=said):
+        bench.bench(exported, FakeDevice(), three, replace(Measuring(1), **changes))
+
+
+def test_a_rival_is_not_pinned_in_silence(digits, three):
+    how = Measuring(1, pin="0", minutes=1)
+    with pytest.raises(
+        Problem, match=r"--minutes and --pin: for artifacts, and .* another program"
+    ):
+        bench_all([Candidate(digits, rival="transformers")], FakeDevice(), three, how)
+
+
+def test_the_options_reach_the_bench(monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from edgewhisper import pipeline
+    from edgewhisper.cli import app
+
+    heard: list = []
+
+    def listen(*given):
+        heard.extend(given)
+        raise Problem("heard")
+
+    monkeypatch.setattr(pipeline, "bench", listen)
+    words = ["--minutes", "10", "--interval", "2%", "--governor", "performance", "--pin", "big"]
+    CliRunner().invoke(app, ["bench", str(tmp_path), *words])
+    wanted = Measuring(minutes=10, interval=0.02, governor="performance", pin="big")
+    assert wanted in heard
+
+
+def test_a_share_is_read_as_people_write_it():
+    from edgewhisper.cli import _share
+
+    assert _share("--interval", "2%") == _share("--interval", "0.02") == 0.02
+    with pytest.raises(Problem, match="--interval often is no share"):
+        _share("--interval", "often")
+
+
+# ------------------------------------------------------------------------------ cores of a process
+
+
+def grouped(root: Path, groups: str, files: dict[str, str]) -> Path:
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V1 = "sys/fs/cgroup/cpu,cpuacct"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "wanted"),
+    [
+        ("0::/a/b\n", {"sys/fs/cgroup/a/b/cpu.max": "100000 100000\n"}, 1),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/cpu.max": "50000 100000\n"}, 1),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
+        (
+            "0::/a\n",
+            {"sys/fs/cgroup/cpu.max": "300000 100000", "sys/fs/cgroup/a/cpu.max": "max 1"},
+            3,
+        ),
+        (
+            "4:cpu,cpuacct:/docker/x\n1:name=systemd:/\n",
+            {f"{V1}/cpu.cfs_quota_us": "200000", f"{V1}/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        (
+            "4:cpu,cpuacct:/x\n",
+            {f"{V1}/x/cpu.cfs_quota_us": "-1", f"{V1}/x/cpu.cfs_period_us": "100000"},
+            8,
+        ),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "nonsense"}, 8),
+        ("", {}, 8),
+    ],
+)
+def test_a_quota_of_processor_time_makes_cores_fewer(groups, files, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    assert machine.usable_cores(grouped(tmp_path, groups, files)) == wanted
+
+
+def test_affinity_makes_cores_fewer(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    root = grouped(tmp_path, "0::/\n", {"sys/fs/cgroup/cpu.max": "400000 100000"})
+    assert machine.usable_cores(root) == 2

@@ -1,0 +1,745 @@
+"""What the runner hears beside greedy text: timestamps, languages, beams, second thoughts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import WhisperForConditionalGeneration as Whisper
+from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
+
+from benchmarks.speech.clips import read_manifest
+from devices.runner.decode import beam, listen
+from devices.runner.decode.beam import Branches, beam_search
+from devices.runner.decode.fallback import (
+    LEAST_LOGPROB,
+    TEMPERATURES,
+    Attempt,
+    Sampler,
+    best_attempt,
+    compression_ratio,
+    draw,
+    sample,
+)
+from devices.runner.decode.listen import Listener, Options, code
+from devices.runner.decode.rules import (
+    Filter,
+    Rules,
+    greedy,
+    loop_period,
+    probability,
+    say,
+    without_loop,
+)
+from devices.runner.decode.timestamps import STEP_SAMPLES, log_sum_exp, parts
+from devices.runner.engines.sessions import MOST_IDS
+from devices.runner.problem import RunnerProblem
+from devices.runner.recognizer import Recognizer, Transcript
+from edgewhisper import decoding, whisper
+
+WINDOW = 96_000
+
+EOS, SILENT, BEGIN, VOCAB = 40, 49, 50, 70
+"""A small vocabulary in Whisper's layout: text, end, special tokens, timestamps."""
+
+
+def rules(**changes) -> Rules:
+    fields = {
+        "prompt": [41, 42, 43, SILENT],
+        "eos": EOS,
+        "suppress_tokens": [],
+        "begin_suppress_tokens": [],
+        "timestamp_begin": BEGIN,
+        "max_new_tokens": 30,
+        "max_initial_timestamp_index": 5,
+        "no_speech": SILENT - 1,
+        "previous": SILENT - 2,
+        "languages": {"en": 42, "hi": 44, "haw": 45},
+        "tasks": {"transcribe": 43, "translate": 46},
+    }
+    return Rules.from_manifest(fields | changes)
+
+
+@pytest.fixture(scope="module")
+def pcms(clips) -> list[np.ndarray]:
+    """Eight shipped clips, within one window."""
+    return [clip.pcm()[:WINDOW] for clip in read_manifest(clips)[1::5]]
+
+
+@pytest.fixture(scope="module")
+def recognizer(exported) -> Recognizer:
+    """The embedded default in fp32."""
+    return Recognizer(exported, threads=1)
+
+
+@pytest.fixture(scope="module")
+def plain(exported) -> Recognizer:
+    """The same without the guards that transformers does not have."""
+    return Recognizer(exported, threads=1, guards=False)
+
+
+@pytest.fixture(scope="module")
+def torch_model(digits):
+    return whisper.load(digits)
+
+
+def features(processor, pcm: np.ndarray) -> torch.Tensor:
+    return decoding.log_mel(processor.feature_extractor, [pcm])
+
+
+# ------------------------------------------------------------------- the rules of timestamps
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.lists(st.sampled_from([*range(5), EOS, *range(BEGIN, VOCAB)]), max_size=9),
+    spread=st.sampled_from([0.1, 1.0, 4.0]),
+    first=st.sampled_from([None, 0, 5, 19]),
+)
+def test_the_same_tokens_are_forbidden_as_by_transformers(seed, tokens, spread, first):
+    told = rules(max_initial_timestamp_index=first).told(None, None, timestamps=True)
+    logits = (spread * np.random.default_rng(seed).standard_normal(VOCAB)).astype(np.float32)
+    config = SimpleNamespace(
+        no_timestamps_token_id=SILENT,
+        eos_token_id=EOS,
+        bos_token_id=EOS,
+        max_initial_timestamp_index=first,
+    )
+    theirs = WhisperTimeStampLogitsProcessor(config, begin_index=len(told.prompt))
+    ids = torch.tensor([[*told.prompt, *tokens]])
+    wanted = theirs(ids, torch.from_numpy(logits.copy())[None])[0].numpy()
+    assert np.array_equal(Filter(told)(logits, tokens), wanted)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tokens=st.lists(st.one_of(st.integers(0, 3), st.integers(BEGIN, VOCAB - 1)), max_size=14),
+    length=st.integers(1, 19),
+)
+def test_segments_are_those_of_transformers(tokens, length):
+    tokens = [BEGIN, *tokens]
+    found, steps = parts(tokens, rules(), length)
+    segments, offset = Whisper._retrieve_segment(
+        seek_sequence=torch.tensor(tokens),
+        seek_outputs=[None],
+        time_offset=torch.zeros(1, dtype=torch.float64),
+        timestamp_begin=BEGIN,
+        seek_num_frames=torch.tensor([2 * length]),
+        time_precision=0.5,
+        time_precision_features=0.25,
+        input_stride=2,
+        prev_idx=0,
+        idx=0,
+        return_token_timestamps=False,
+        decoder_input_ids=torch.zeros(1, 3),
+    )
+    assert steps == int(offset) // 2
+    times = [(0.5 * begin, 0.5 * end) for begin, end, _ in found]
+    theirs = [s["tokens"].tolist() for s in segments]
+    if any(a >= BEGIN and b >= BEGIN for a, b in pairwise(tokens)):  # ours is another without
+        assert times == [(float(s["start"]), float(s["end"])) for s in segments]
+        if not tokens[-1] >= BEGIN > tokens[-2]:
+            theirs[-1].pop()  # the begin of the segment that is left out
+    assert [part for _, _, part in found] == theirs
+
+
+@pytest.mark.parametrize(
+    ("tokens", "times"),
+    [
+        pytest.param([BEGIN + 2, 1, 2, BEGIN + 7], (2, 7), id="closed"),
+        pytest.param([BEGIN + 2, 1, 2], (2, 15), id="open"),
+        pytest.param([1, 2], (0, 15), id="no-timestamp"),
+        pytest.param([BEGIN + 2], (2, 15), id="no-text"),
+    ],
+)
+def test_a_window_without_pairs_is_one_segment(tokens, times):
+    assert parts(tokens, rules(), 15) == ([(*times, tokens)], 15)
+
+
+def test_a_forbidden_text_leaves_the_array_of_logits_alone(rng):
+    logits = rng.standard_normal(VOCAB).astype(np.float32)
+    before = logits.copy()
+    Filter(rules().told(None, None, True))(logits, [])
+    Filter(rules(suppress_tokens=[1, 2]))(logits, [3])
+    assert np.array_equal(logits, before)
+
+
+def test_log_sum_exp_neither_overflows_nor_fails_on_nothing(rng):
+    values = rng.uniform(-5, 5, 50).astype(np.float32)
+    assert log_sum_exp(values) == pytest.approx(np.log(np.exp(values).sum()), abs=1e-5)
+    assert log_sum_exp(values + np.float32(1e4)) == pytest.approx(log_sum_exp(values) + 1e4)
+    assert log_sum_exp(np.full(3, -np.inf, np.float32)) == -np.inf
+
+
+def test_tokens_with_timestamps_equal_those_of_generate(plain, torch_model, processor, pcms, rng):
+    """On speech, on noise, and on less than a window; one pass each, before anything is cut."""
+    noise = (0.1 * rng.standard_normal(WINDOW)).astype(np.float32)
+    for pcm in [*pcms[:3], noise, pcms[3][: rng.integers(8_000, 30_000)]]:
+        with torch.no_grad():
+            wanted = torch_model.generate(
+                features(processor, pcm),
+                return_timestamps=True,
+                force_unique_generate_call=True,
+                return_dict_in_generate=True,
+                max_new_tokens=60,
+            ).sequences[0]
+        listener = Listener(plain, Options(timestamps=True), Transcript())
+        found = listener.window(pcm)
+        wanted = wanted.tolist()[len(listener.rules.prompt) :]
+        assert found[:60] == decoding._until_end(wanted, listener.rules.eos)
+        assert found[0] >= listener.rules.timestamp_begin
+
+
+# -------------------------------------------------------------- long sound, cut by timestamps
+
+
+class Ideal(Listener):
+    """Hears words that are written into the samples: word n has the value n. It says those which
+    lie in the window as a whole, each with the times of its begin and end, and begins one that the
+    window cuts."""
+
+    def window(self, pcm):
+        begin, tokens = self.rules.timestamp_begin, []
+        steps = pcm[::STEP_SAMPLES].astype(int)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], steps, [0]])))
+        for start, stop in pairwise(edges):
+            if steps[start] and stop == len(steps):
+                tokens += [begin + int(start), int(steps[start])]
+            elif steps[start]:
+                tokens += [begin + int(start), int(steps[start]), begin + int(stop)]
+        return tokens
+
+
+def ideal(window_steps: int) -> Ideal:
+    """An ideal listener with so long a window."""
+    stub = SimpleNamespace(
+        rules=rules(),
+        window_samples=window_steps * STEP_SAMPLES,
+        guards=True,
+        text=lambda tokens: " ".join(str(token) for token in tokens if token < EOS),
+    )
+    return Ideal(stub, Options(timestamps=True), Transcript())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    words=st.lists(st.tuples(st.integers(1, 20), st.integers(12, 80)), min_size=1, max_size=30),
+    lead=st.integers(0, 130),
+)
+def test_no_word_is_lost_or_doubled_between_windows(words, lead):
+    """Words with pauses of 0.24 s and more, some of which are longer than a window."""
+    steps, begins = [0] * lead, []
+    for number, (length, gap) in enumerate(words, start=1):
+        begins.append(len(steps))
+        steps += [number] * length + [0] * gap
+    pcm = np.repeat(np.array(steps, np.float32), STEP_SAMPLES)
+    pcm[1::2] *= -1  # what does not change is an offset, and no sound
+    listener = ideal(window_steps=60)
+    segments = list(listener.segments(pcm))
+    assert [segment.text for segment in segments] == [str(i + 1) for i in range(len(words))]
+    assert listener.transcript.text == " ".join(segment.text for segment in segments)
+    assert listener.transcript.segments == segments
+    times = [(s.start_s, s.end_s) for s in segments]
+    assert times == [
+        pytest.approx((0.02 * begin, 0.02 * (begin + length)), abs=0.021)  # cuts are finer
+        for begin, (length, _) in zip(begins, words, strict=True)
+    ]
+
+
+def test_timestamps_are_said_as_by_generate(plain, torch_model, processor, pcms):
+    listener = Listener(plain, Options(timestamps=True), Transcript())
+    for pcm in pcms[:4]:
+        with torch.no_grad():
+            wanted = torch_model.generate(
+                features(processor, pcm),
+                return_timestamps=True,
+                max_new_tokens=listener.rules.max_new_tokens,
+                force_unique_generate_call=True,
+                return_dict_in_generate=True,
+            ).sequences[0, len(listener.rules.prompt) :]
+        found = listener.window(pcm)
+        assert found == decoding._until_end(wanted.tolist(), plain.rules.eos)
+        assert any(token >= plain.rules.timestamp_begin for token in found)
+
+
+def test_times_never_go_back_and_stay_within_the_recording(recognizer, pcms, rng):
+    order = rng.permutation(len(pcms))
+    pcm = np.concatenate([pcms[n] for n in order])
+    found = list(recognizer.stream(pcm, timestamps=True, previous=bool(rng.integers(2))))
+    times = [t for segment in found for t in (segment.start_s, segment.end_s)]
+    assert found
+    assert times == sorted(times)
+    assert 0 <= times[0] <= times[-1] <= len(pcm) / 16_000
+
+
+def test_a_window_that_would_hardly_move_on_keeps_its_unfinished_text():
+    listener = ideal(window_steps=300)
+    listener.window = lambda pcm: [BEGIN, 1, BEGIN + 2, BEGIN + 2, 3, 4]
+    segments = list(listener.segments(np.ones(STEP_SAMPLES * 320, np.float32)))
+    assert [(s.start_s, s.text) for s in segments[:2]] == [(0, "1"), (0.04, "3 4")]
+    assert segments[1].end_s == segments[2].start_s > 1
+    assert segments[-1].end_s == pytest.approx(6.4)
+
+
+def test_joined_clips_are_cut_between_words(recognizer, clips, rng):
+    """Shipped clips in a drawn order, half a second or more between them, over several windows.
+
+    Every cut lies in such a gap, so the text is that of the stretches between cuts. (Labels are
+    compared elsewhere: more than six digits in a window are beyond the embedded model.)
+    """
+    spoken = [clip.pcm() for clip in read_manifest(clips) if clip.text]
+    pieces, silent = [], []
+    for number in rng.permutation(len(spoken))[:8]:
+        gap = np.zeros(rng.integers(8_000, 16_000), np.float32)
+        pieces += [spoken[number], gap]
+        silent += [np.zeros(len(spoken[number]), bool), np.ones(len(gap), bool)]
+    pcm, is_gap = np.concatenate(pieces), np.concatenate(silent)
+    transcript = recognizer.transcribe(pcm)
+    bounds = [round(16_000 * segment.end_s) for segment in transcript.segments]
+    assert len(bounds) > 1
+    assert is_gap[bounds[:-1]].all()
+    assert all(a.end_s <= b.start_s for a, b in pairwise(transcript.segments))
+    assert transcript.text == " ".join(segment.text for segment in transcript.segments)
+    for segment in transcript.segments:
+        start, stop = (round(16_000 * s) for s in (segment.start_s, segment.end_s))
+        assert recognizer.transcribe(pcm[start:stop]).tokens == segment.tokens
+
+
+def test_segments_come_as_they_are_decoded(recognizer, pcms):
+    transcript = Transcript()
+    stream = recognizer.stream(np.concatenate([*pcms[:4], *pcms[:4]]), transcript)
+    assert transcript.graph_s == []
+    first = next(stream)
+    assert len(transcript.graph_s) == 1
+    assert transcript.segments == [first]
+    rest = list(stream)
+    assert transcript.segments == [first, *rest]
+    assert len(transcript.graph_s) > 1
+
+
+# --------------------------------------------------------------------------------- languages
+
+
+def test_the_prompt_is_told_language_task_and_timestamps():
+    own = rules()
+    assert own.told(None, None, False) == own
+    assert own.told("hi", None, False).prompt == (41, 44, 43, SILENT)
+    assert own.told("haw", "translate", False).prompt == (41, 45, 46, SILENT)
+    timed = own.told("hi", None, True)
+    assert (timed.prompt, timed.max_new_tokens) == ((41, 44, 43), 31)
+    assert timed.told("haw", None, True).prompt == (41, 45, 43)
+    assert (own.language, timed.language) == ("en", "hi")
+
+
+@pytest.mark.parametrize("given", ["hi", "HI", "hi_in", "hi-IN", "<|hi|>", " hi "])
+def test_a_language_is_known_in_every_usual_spelling(given):
+    assert code(given, rules()) == "hi"
+
+
+def test_what_the_model_cannot_be_told_gets_a_letter(recognizer, pcms):
+    english = rules(languages={}, tasks={})
+    with pytest.raises(RunnerProblem, match=r"no token for the language 'hii', it knows 3") as e:
+        code("hii", rules())
+    assert "'hi'" in e.value.hint
+    with pytest.raises(RunnerProblem, match=r"the language 'de' is asked for.* English only"):
+        code("de", english)
+    with pytest.raises(RunnerProblem, match=r"the task 'translate' is asked for.* English only"):
+        Listener(SimpleNamespace(rules=english), Options(task="translate"), Transcript())
+    for options, message in [
+        ({"beams": 0}, "beams = 0: there can be 1 to 32"),
+        ({"task": "sing"}, r"the task 'sing' is not among the artifact's \(trans"),
+        ({"language": "xx"}, "no token for the language 'xx'"),
+    ]:
+        with pytest.raises(RunnerProblem, match=message):
+            recognizer.stream(pcms[0], **options)
+    stub = SimpleNamespace(rules=rules(previous=None))
+    with pytest.raises(RunnerProblem, match="the artifact has no token for that"):
+        Listener(stub, Options(previous=True), Transcript())
+    stub = SimpleNamespace(rules=rules(timestamp_begin=None))
+    with pytest.raises(RunnerProblem, match="no tokens for them"):
+        Listener(stub, Options(timestamps=True), Transcript())
+
+
+@pytest.mark.parametrize(
+    ("heard", "wanted"),
+    [
+        ([("de", 0.9), ("hi", 0.1), ("en", 0.1)], "hi"),
+        ([("de", 0.9), ("hi", 0.8), ("en", 0.1)], "en"),
+        ([("de", 0.1), ("hi", 0.1), ("en", 0.1)], "de"),
+        ([("de", 0.9), ("hi", 0.9), ("en", 0.9)], "en"),
+    ],
+)
+def test_the_language_is_that_of_the_first_window_with_speech(
+    heard, wanted, recognizer, pcms, monkeypatch
+):
+    codes = iter(heard)
+    monkeypatch.setattr(listen, "detect", lambda decoder, rules: next(codes))
+    sound = np.concatenate([np.pad(pcm, (0, WINDOW - len(pcm))) for pcm in pcms[:3]])
+    transcript = recognizer.transcribe(sound, language="auto")
+    assert transcript.language == wanted
+
+
+def test_hum_before_speech_settles_no_language(recognizer, pcms, monkeypatch):
+    codes = iter([("de", 0.0), ("hi", 0.0)])
+    monkeypatch.setattr(listen, "detect", lambda decoder, rules: next(codes))
+    t = np.arange(WINDOW) / 16_000
+    hum = 0.003 * np.sin(2 * np.pi * 50 * t).astype(np.float32)
+    sound = np.concatenate([hum, pcms[0]])
+    assert recognizer.transcribe(sound, language="auto").language == "hi"
+
+
+@pytest.mark.parametrize("language", [None, "en", "EN", "auto"])
+def test_an_english_only_artifact_takes_english_auto_and_transcribe(language):
+    english = rules(languages={}, tasks={}, prompt=[41, SILENT])
+    transcript = Transcript()
+    options = Options(language=language, task="transcribe")
+    listener = Listener(SimpleNamespace(rules=english), options, transcript)
+    assert (listener.rules.prompt, listener.detects) == ((41, SILENT), False)
+    assert transcript.language is None
+
+
+def test_the_language_is_found_out_as_transformers_does(plain, torch_model, processor, pcms, rng):
+    languages = plain.rules.languages
+    for pcm in [*pcms[:3], (0.1 * rng.standard_normal(WINDOW)).astype(np.float32)]:
+        (wanted,) = torch_model.detect_language(features(processor, pcm)).tolist()
+        found = plain.transcribe(pcm, language="auto")
+        assert languages[found.language] == wanted
+        assert found.tokens == plain.transcribe(pcm, language=found.language).tokens
+
+
+@pytest.mark.parametrize("task", [None, "translate"])
+def test_another_language_gives_the_tokens_of_generate(plain, torch_model, processor, pcms, task):
+    with torch.no_grad():
+        wanted = torch_model.generate(
+            features(processor, pcms[2]),
+            language="hi",
+            task=task or "transcribe",
+            max_new_tokens=60,
+            suppress_tokens=list(range(plain.rules.timestamp_begin, len(plain.table))),
+        )[0].tolist()
+    transcript = plain.transcribe(pcms[2], language="hi_in", task=task)
+    assert transcript.tokens == decoding._until_end(wanted, plain.rules.eos)
+    assert transcript.language == "hi"
+
+
+# ------------------------------------------------------------------------ what was said before
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    said=st.lists(st.integers(0, EOS - 1), max_size=60),
+    room=st.integers(8, 80),
+    timestamps=st.booleans(),
+)
+def test_the_prompt_with_text_from_before_is_that_of_transformers(said, room, timestamps):
+    told = rules(max_new_tokens=room - 4).told(None, None, timestamps)
+    half = min(room // 2, told.max_new_tokens) - 1  # ours leaves room for a token, however small
+    wanted, _ = Whisper._prepare_decoder_input_ids(
+        cur_bsz=1,
+        init_tokens=torch.tensor([told.prompt]),
+        current_segments=[[{"tokens": torch.tensor(said)}] if said else []],
+        batch_idx_map=[0],
+        do_condition_on_prev_tokens=[True],
+        prompt_ids=None,
+        generation_config=SimpleNamespace(
+            prev_sot_token_id=SILENT - 2,
+            prompt_condition_type="first-segment",
+            cache_implementation=None,
+            pad_token_id=EOS,
+        ),
+        config=SimpleNamespace(max_target_positions=2 * (half + 1)),
+        device="cpu",
+        suppress_tokens=None,
+        timestamp_begin=BEGIN,
+        kwargs={},
+    )
+    found = told.after(said)
+    assert list(found.prompt) == wanted[0].tolist()
+    assert len(found.prompt) + found.max_new_tokens == room
+
+
+def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, processor, pcms, rng):
+    """Torch is fed the same prompt and text, and every token is its likeliest, but for rounding."""
+    for pcm in pcms[:3]:
+        listener = Listener(plain, Options(previous=True), Transcript())
+        said = rng.integers(0, 370, int(rng.integers(1, 50))).tolist()
+        listener.transcript.tokens += said
+        found, told = listener.window(pcm), plain.rules.after(said)
+        rows = decoding.logits(torch_model, processor, pcm, [*told.prompt, *found])
+        ended = [*found, told.eos] if len(found) < told.max_new_tokens else found
+        for n, token in enumerate(ended):
+            scores = Filter(told)(rows[len(told.prompt) - 1 + n], found[:n])
+            assert scores[token] > scores.max() - 2e-3
+
+
+def test_a_prompt_of_half_the_context_is_fed_in_parts(plain, torch_model, processor, pcms, rng):
+    told = plain.rules.after(rng.integers(0, 370, 100).tolist())
+    assert MOST_IDS < len(told.prompt) == 32 + len(plain.rules.prompt)
+    times = Transcript()
+    found = plain.decoder_over(pcms[0], times)(told.prompt)
+    wanted = decoding.logits(torch_model, processor, pcms[0], told.prompt)[-1]
+    assert np.allclose(found, wanted, atol=2e-3)
+    assert (len(times.prompt_s), times.per_token_s) == (2, [])
+
+
+def test_what_was_drawn_hot_or_cut_from_a_loop_prompts_nothing(monkeypatch):
+    heard = []
+    recognizer = SimpleNamespace(
+        rules=rules(max_new_tokens=100),
+        guards=True,
+        window_samples=100,
+        text=str,
+        decoder_over=lambda pcm, times: SimpleNamespace(fed=0, clock=times.prompt_s),
+    )
+    listener = Listener(recognizer, Options(previous=True, fallback=True), Transcript())
+    drawn = [([1], 0.0), ([2], 0.4), ([3] * 40, 0.0), ([4], 0.0), ([5], 0.6), ([6], 0.0), ([7], 0)]
+    script = iter([Attempt(tokens, 0.0, temperature=hot) for tokens, hot in drawn])
+
+    def considered(decoder) -> Attempt:
+        heard.append(listener.prompted.prompt[1:-4])
+        return next(script)
+
+    monkeypatch.setattr(listener, "considered", considered)
+    monkeypatch.setattr(
+        "devices.runner.decode.listen.split", lambda *_: [slice(0, 100)] * len(drawn)
+    )
+    list(listener.segments(np.ones(100, np.float32)))
+    assert heard == [(), (1,), (1, 2), (), (4,), (), (6,)]
+
+
+# --------------------------------------------------------------------------------- beam search
+
+
+class Again:
+    """Beams on a torch model without any cache: every text is computed anew."""
+
+    def __init__(self, model, encoded, prompt: Sequence[int]) -> None:
+        self.model, self.encoded, self.texts = model, encoded, [tuple(prompt)]
+
+    def logits(self) -> np.ndarray:
+        ids = torch.tensor(self.texts)
+        batch = (self.encoded[0].expand(len(ids), -1, -1),)
+        with torch.no_grad():
+            return self.model(encoder_outputs=batch, decoder_input_ids=ids).logits[:, -1].numpy()
+
+    def __call__(self, parents, tokens):
+        self.texts = [(*self.texts[p], t) for p, t in zip(parents, tokens, strict=True)]
+        return self.logits()
+
+
+ROUNDING = 2e-5
+"""Of sums of some ten log-probabilities in float32."""
+
+
+def watch_gaps(patch: pytest.MonkeyPatch) -> list[float]:
+    """The gaps between one candidate and the next, of those taken and the best one left out."""
+    gaps, inner = [math.inf], beam.best_candidates
+
+    def watched(logits, running, filters, count):
+        found = inner(logits, running, filters, count + 1)
+        scores = [candidate.score for candidate in found if candidate.score > beam.NEVER / 2]
+        gaps.extend(a - b for a, b in pairwise(scores))
+        return found[:count]
+
+    patch.setattr(beam, "best_candidates", watched)
+    return gaps
+
+
+@pytest.mark.parametrize("beams", [2, 3, 5])
+@pytest.mark.parametrize("timestamps", [False, True], ids=["text", "timestamps"])
+def test_beams_find_what_transformers_finds(tiny_whisper, monkeypatch, rng, beams, timestamps):
+    """A random model, whose end token is one that it says, so that texts end at many lengths.
+
+    The texts may differ where two candidates had the same score but for rounding.
+    """
+    from export.artifact_files import decoding_rules
+
+    model = tiny_whisper
+    mel = torch.from_numpy(rng.standard_normal((1, 80, 600)).astype(np.float32))
+    generation = model.generation_config
+    own = Rules.from_manifest(decoding_rules(model) | {"max_new_tokens": 14})
+    if not timestamps:
+        texts = Again(model, model.model.encoder(mel), own.prompt)
+        said = beam_search(texts.logits()[0], texts, own, beams).tokens
+        generation.eos_token_id = generation.pad_token_id = said[int(rng.integers(1, 8))]
+    own = Rules.from_manifest(decoding_rules(model) | {"max_new_tokens": 14})
+    own = own.told(None, None, timestamps)
+    told = {} if timestamps else {"suppress_tokens": list(range(own.timestamp_begin, 783))}
+    with torch.no_grad():
+        wanted = model.generate(
+            mel,
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=own.max_new_tokens,
+            return_timestamps=timestamps,
+            force_unique_generate_call=True,
+            return_dict_in_generate=True,
+            **told,
+        ).sequences[0, len(own.prompt) :]
+    texts = Again(model, model.model.encoder(mel), own.prompt)
+    gaps = watch_gaps(monkeypatch)
+    found = beam_search(texts.logits()[0], texts, own, beams)
+    if found.tokens != decoding._until_end(wanted.tolist(), own.eos):
+        assert min(gaps) < ROUNDING
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beams_on_the_artifact_equal_those_of_generate(plain, torch_model, processor, pcms, beams):
+    silent = list(range(plain.rules.timestamp_begin, len(plain.table)))
+    for pcm in pcms[:4]:
+        with torch.no_grad():
+            wanted = torch_model.generate(
+                features(processor, pcm),
+                num_beams=beams,
+                do_sample=False,
+                max_new_tokens=60,
+                suppress_tokens=silent,
+            )[0].tolist()
+        assert plain.transcribe(pcm, beams=beams).tokens == decoding._until_end(
+            wanted, plain.rules.eos
+        )
+
+
+def test_branches_go_on_from_their_parents(plain, pcms, rng):
+    """Drawn parents and tokens: the logits are those of the same text, fed from the start."""
+    count, texts = 4, [list(plain.rules.prompt)] * 4
+    decoder = plain.decoder_over(pcms[0], Transcript())
+    decoder(plain.rules.prompt)
+    branches, parents = Branches(decoder, count), [0] * count
+    for _ in range(8):
+        tokens = rng.integers(0, 370, count).tolist()
+        found = branches(parents, tokens)
+        texts = [[*texts[p], t] for p, t in zip(parents, tokens, strict=True)]
+        for text, logits in zip(texts, found, strict=True):
+            decoder.fed = 0
+            assert np.allclose(decoder(text), logits, atol=2e-3)
+        parents = rng.integers(0, count, count).tolist()
+
+
+# ----------------------------------------------------------------------------- second thoughts
+
+
+def test_the_mean_log_probability_is_that_of_transformers(rng):
+    told, scores, tokens = rules(suppress_tokens=[3, 4]), [], []
+    sampler = Sampler(told, temperature := float(rng.choice([0.0, 0.4, 1.0])), rng)
+    for _ in range(6):
+        logits = (3 * rng.standard_normal(VOCAB)).astype(np.float32)
+        tokens.append(sampler(logits, tokens))
+        filtered = Filter(told)(logits, [1])
+        scores.append(torch.from_numpy(filtered / (temperature or 1)))
+    wanted = Whisper._retrieve_avg_logprobs(scores, torch.tensor(tokens), temperature)
+    assert sampler.logprob / sampler.count == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely(rng):
+    logits = np.array([1.0, -np.inf, 2.0, 0.0, -np.inf], np.float32)
+    drawn = np.bincount([draw(logits, rng) for _ in range(20_000)], minlength=5) / 20_000
+    wanted = np.exp(logits) / np.exp(logits).sum()
+    assert drawn[1] == drawn[4] == 0
+    assert np.abs(drawn - wanted).max() < 6 * np.sqrt(0.25 / 20_000)
+    assert probability(logits, 2) == pytest.approx(wanted[2], abs=1e-6)
+
+
+def tries(*attempts: Attempt, silence: float = 0.0) -> tuple[Attempt, list[float], int]:
+    """Which attempt is taken of a script of them, at which temperatures, how often silence was
+    asked for."""
+    asked, heard, script = [], [], iter(attempts)
+
+    def attempt(temperature: float) -> Attempt:
+        asked.append(temperature)
+        return next(script)
+
+    def no_speech() -> float:
+        heard.append(silence)
+        return silence
+
+    found = best_attempt(attempt, lambda tokens: "ab " * len(tokens), no_speech)
+    return found, asked, len(heard)
+
+
+GOOD, UNLIKELY = Attempt([1], -0.3), Attempt([1], LEAST_LOGPROB - 0.1)
+REPEATING, LOOPED = Attempt([1] * 60, -0.1), Attempt([1], -0.1, looped=True)
+
+
+def test_a_good_text_is_taken_at_once():
+    assert tries(GOOD) == (GOOD, [0.0], 0)
+
+
+@pytest.mark.parametrize("bad", [UNLIKELY, REPEATING, LOOPED], ids=["unlikely", "zlib", "loop"])
+def test_a_bad_text_is_tried_again_at_rising_temperatures(bad):
+    found, temperatures, _ = tries(bad, bad, GOOD)
+    assert (found, temperatures) == (GOOD, [0.0, 0.2, 0.4])
+    found, temperatures, _ = tries(*[bad] * 6)
+    assert (found, temperatures) == (bad, list(TEMPERATURES))
+
+
+def test_an_unlikely_text_without_speech_is_left_out():
+    found, temperatures, asked = tries(UNLIKELY, silence=0.7)
+    assert (found.tokens, temperatures, asked) == ([], [0.0], 1)
+    assert tries(GOOD, silence=0.9)[0] == GOOD
+    assert tries(REPEATING, GOOD, silence=0.9)[0] == GOOD
+    assert tries(UNLIKELY, UNLIKELY, GOOD, silence=0.5)[2] == 1
+
+
+def test_repetition_compresses_well():
+    assert compression_ratio("") == 0
+    assert compression_ratio("the quick brown fox jumps over it") < 1.2
+    assert compression_ratio("seven " * 40) > 2.4
+
+
+def test_likely_speech_gets_the_greedy_text_also_with_fallback(recognizer, pcms):
+    for pcm in pcms[:4]:
+        assert recognizer.transcribe(pcm, fallback=True).text == recognizer.transcribe(pcm).text
+
+
+def test_the_same_seed_draws_the_same_tokens(plain, pcms, seed):
+    def drawn(seed: int) -> list[list[int]]:
+        rng = np.random.default_rng(seed)
+        told = Rules.from_manifest(plain.manifest["decoding"])
+        decoder = plain.decoder_over(pcms[0], Transcript())
+        found = []
+        for _ in range(3):
+            decoder.fed = 0
+            found.append(sample(decoder, told, 3.0, rng, stop_loops=True).tokens)
+        return found
+
+    assert drawn(seed) == drawn(seed)
+    assert drawn(seed) != drawn(seed + 1)
+
+
+def test_no_speech_is_likely_only_where_the_model_says_so(plain, torch_model, processor, pcms):
+    listener = Listener(plain, Options(fallback=True), Transcript())
+    decoder = plain.decoder_over(pcms[0], listener.transcript)
+    start = torch.tensor([[plain.rules.prompt[0]]])
+    with torch.no_grad():
+        logits = torch_model(features(processor, pcms[0]), decoder_input_ids=start).logits[0, -1]
+    wanted = float(logits.softmax(-1)[plain.rules.no_speech])
+    assert listener.no_speech(decoder) == pytest.approx(wanted, rel=1e-3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 2), max_size=70))
+def test_a_finished_text_is_cut_where_greedy_would_have_stopped(tokens):
+    script = iter([*tokens, EOS])
+
+    def step(ids):
+        wanted = next(script)
+        return np.array([float(i == wanted) for i in range(VOCAB)], np.float32)
+
+    told = rules(timestamp_begin=None, max_new_tokens=100)
+    assert without_loop(tokens) == greedy(step, told, stop_loops=True)
+
+
+def test_the_end_of_room_ends_a_text():
+    told = rules(max_new_tokens=7)
+    found = say(lambda ids: np.eye(VOCAB, dtype=np.float32)[3], Filter(told).likeliest, told, False)
+    assert found == [3] * 7
+    assert loop_period(found) == 0

@@ -1,0 +1,707 @@
+"""A browser as a device: its site, what a page may answer, and a real Chromium."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import math
+import os
+import socket
+import stat
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import chromium
+import numpy as np
+import pytest
+
+from benchmarks.bench import Candidate, Measuring, bench, write_clips
+from benchmarks.speech.clips import read_manifest
+from devices.browser import job, ort_web, site
+from devices.browser.device import BrowserDevice, qr_code
+from devices.browser.site import Site
+from devices.device import DeviceProblem, Place, in_browser, open_device, places, run_runner
+from devices.local import LocalDevice
+from devices.runner.recognizer import Recognizer
+
+HERE = "127.0.0.1"
+AGENT = "Mozilla/5.0 (iPhone; CPU iPhone OS 19_1 like Mac OS X) Safari/604.1"
+HELLO = {
+    "user_agent": AGENT,
+    "cores": 6,
+    "cross_origin_isolated": False,
+    "simd": True,
+    "clock_resolution_s": 0.001,
+}
+
+
+@pytest.fixture
+def served() -> Iterator[Site]:
+    one = Site(HERE)
+    one.table |= {"page.html": b"<p>page", "deep/x.bin": b"x" * 3}
+    yield one
+    one.close()
+
+
+def request(
+    to: Site, name: str = "", method: str = "GET", path: str | None = None, **how: Any
+) -> tuple[int, bytes, dict[str, str]]:
+    """Status, content and headers of the answer to a request for a name, or for a raw path."""
+    connection = http.client.HTTPConnection(*to.server_address, timeout=20)
+    connection.request(method, path or f"/{to.token}/{name}", **how)
+    answer = connection.getresponse()
+    found = answer.status, answer.read(), dict(answer.getheaders())
+    connection.close()
+    return found
+
+
+def post(to: Site, name: str, said: Any) -> tuple[int, Any]:
+    body = said if isinstance(said, bytes) else json.dumps(said).encode()
+    status, content, _ = request(to, name, "POST", body=body)
+    return status, json.loads(content) if content else None
+
+
+# ---------------------------------------------------------------------------------- who is let in
+
+
+def test_who_holds_the_address_gets_the_page_and_what_is_in_the_table(served):
+    assert request(served)[:2] == (200, b"<p>page")
+    assert request(served, "deep/x.bin")[:2] == (200, b"xxx")
+    assert len(served.token) == 24  # of 144 random bits
+    other = Site(HERE)
+    assert other.token != served.token
+    other.close()
+
+
+def test_without_the_token_nothing_is_told_apart(served):
+    token = served.token
+    other = token[:-1] + ("A" if token[-1] != "A" else "B")
+    wrong = ["/", "/page.html", f"/{other}/", f"/{token[:-1]}/", f"/{token}", f"/x/{token}/"]
+    answers = [request(served, path=path) for path in wrong]
+    answers += [request(served, method=m, path=f"/{other}/hello") for m in ("POST", "PUT", "HEAD")]
+    for status, content, headers in answers:
+        headers.pop("Date")
+        assert (status, content) == (404, b"")
+        assert headers == {**answers[0][2], "Content-Length": "0"}
+    assert served.page is None
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost:1", "", "127.0.0.1"])
+def test_another_host_name_gets_nothing(served, host):
+    """A foreign page may point its own name at this machine."""
+    assert request(served, headers={"Host": host})[0] == 404
+    assert request(served, headers={"Host": served.authority})[0] == 200
+
+
+def test_two_host_names_get_nothing(served):
+    with socket.create_connection(served.server_address, timeout=20) as line:
+        hosts = f"Host: {served.authority}\r\nHost: evil.example\r\n"
+        line.sendall(f"GET /{served.token}/ HTTP/1.1\r\n{hosts}\r\n".encode())
+        assert b" 404 " in line.recv(1000).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../site.py", "deep/../page.html", "%2e%2e/x", "/etc/passwd", "deep/", "deep", "page.html?x"],
+)
+def test_only_names_of_the_table_are_served(served, name):
+    assert request(served, name)[:2] == (404, b"")
+
+
+def test_it_listens_on_one_address_only(served):
+    assert served.server_address[0] == HERE
+    with (
+        pytest.raises(OSError),
+        socket.create_connection(("127.0.0.2", served.server_address[1]), timeout=5),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "listen", ["0.0.0.0", "phone.local", "::1", "127.0.0.1:x", "127.0.0.1:65536"]
+)
+def test_it_is_served_on_one_address_of_this_machine(listen):
+    with pytest.raises(DeviceProblem, match="is not one IPv4 address") as letter:
+        Site(listen)
+    assert "192.168" in letter.value.hint
+
+
+def test_an_address_of_another_machine_gets_a_letter(served):
+    with pytest.raises(DeviceProblem, match=r"nothing can be served on 192\.0\.2\.7 port 0"):
+        Site("192.0.2.7")
+    with pytest.raises(DeviceProblem, match="Address already in use"):
+        Site(served.authority)
+
+
+def test_threads_are_allowed_and_nothing_from_outside(served):
+    headers = request(served)[2]
+    assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+    rules = headers["Content-Security-Policy"]
+    assert rules.startswith("default-src 'none'; ")
+    assert not {"http:", "https:", "*", "data:", "blob:"} & set(rules.replace(";", " ").split())
+    assert "python" not in headers["Server"].lower()
+
+
+def test_a_body_has_a_size_and_not_too_large_a_one(served):
+    for length, status in (
+        (site.MOST_BODY_BYTES + 1, 413),
+        ("x", 411),
+        ("-1", 411),
+        ("9" * 20, 411),
+    ):
+        with socket.create_connection(served.server_address, timeout=20) as line:
+            head = f"POST /{served.token}/hello HTTP/1.1\r\nHost: {served.authority}\r\n"
+            line.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
+            assert f" {status} " in line.recv(1000).decode().splitlines()[0]
+    assert served.page is None
+
+
+@pytest.mark.parametrize("body", [b"", b"no", b"[]", b"\xff", b"[" * 100_000, b"1" * 5000])
+def test_what_is_no_object_of_json_is_refused(served, body):
+    assert post(served, "hello", body) == (400, {})
+
+
+def test_silent_connections_are_bounded(served):
+    lines = []
+    for _ in range(site.MOST_CONNECTIONS):
+        lines.append(socket.create_connection(served.server_address, timeout=20))
+    until = time.monotonic() + 20
+    while served.free._value and time.monotonic() < until:
+        time.sleep(0.05)
+    more = socket.create_connection(served.server_address, timeout=20)
+    assert more.recv(10) == b""  # closed at once
+    for line in (*lines, more):
+        line.close()
+    while not served.free._value and time.monotonic() < until:
+        time.sleep(0.05)
+    assert request(served)[0] == 200
+
+
+# ------------------------------------------------------------------------------- page and job
+
+
+def asked(to: Site, work: dict[str, Any]) -> tuple[list[Any], threading.Thread]:
+    """What ask() returns or raises, in a thread."""
+    found: list[Any] = []
+
+    def wait() -> None:
+        try:
+            found.append(to.ask(work, 60))
+        except DeviceProblem as letter:
+            found.append(letter)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return found, thread
+
+
+def test_a_job_is_given_to_the_page_and_one_answer_is_taken(served):
+    page = post(served, "hello", HELLO)[1]["page"]
+    assert served.visitor(1) == HELLO
+    found, thread = asked(served, {"n": 1})
+    given = post(served, "next", {"page": page})[1]
+    assert given["work"] == {"n": 1}
+    answer = {"page": page, "job": given["id"], "result": 7}
+    assert post(served, "answer", answer | {"job": "other"})[0] == 409
+    assert post(served, "answer", answer | {"page": "other"})[0] == 409
+    assert post(served, "answer", answer) == (200, {})
+    # it may come again, where ours was lost on its way, and is not taken
+    assert post(served, "answer", answer | {"result": 8}) == (200, {})
+    thread.join(20)
+    assert found == [answer]
+
+
+def test_a_later_page_takes_over_but_not_in_the_middle_of_a_job(served):
+    first = post(served, "hello", HELLO)[1]["page"]
+    second = post(served, "hello", HELLO)[1]["page"]
+    assert post(served, "alive", {"page": first})[0] == 409
+    found, thread = asked(served, {})
+    given = post(served, "next", {"page": second})[1]
+    assert post(served, "hello", HELLO) == (409, {"problem": "another page is at work"})
+    post(served, "answer", {"page": second, "job": given["id"]})
+    thread.join(20)
+    assert found
+
+
+def test_after_a_round_only_the_same_browser_may_come_again(served):
+    first = post(served, "hello", HELLO)[1]["page"]
+    found, thread = asked(served, {})
+    given = post(served, "next", {"page": first})[1]
+    said = {"page": first, "job": given["id"]}
+    assert post(served, "answer", said)[0] == 200
+    thread.join(20)
+    assert found
+    assert post(served, "answer", said) == (200, {})  # ours was lost on its way
+    other = HELLO | {"user_agent": "another"}
+    assert post(served, "hello", other) == (409, {"problem": "another browser is being measured"})
+    assert post(served, "hello", HELLO)[0] == 200
+
+
+def test_what_a_page_cannot_do_is_said_before_anybody_opens_it(monkeypatch, exported, clips):
+    from benchmarks.bench import Measuring, bench
+    from export.problem import Problem
+
+    with browser(monkeypatch) as device:
+        for how in (Measuring(minutes=1), Measuring(pin="big"), Measuring(governor="performance")):
+            with pytest.raises(Problem, match="and a browser cannot do that"):
+                bench(exported, device, read_manifest(clips)[:1], how)
+
+
+def test_a_letter_while_it_is_opened_leaves_nothing_that_runs(monkeypatch):
+    def fail(text):
+        raise UnicodeEncodeError("latin-1", text, 0, 1, "no such letter")
+
+    before = threading.active_count()
+    with pytest.raises(UnicodeEncodeError), browser(monkeypatch, say=fail):
+        pass
+    assert threading.active_count() == before
+
+
+def test_a_page_that_falls_silent_gets_a_letter(served, monkeypatch):
+    monkeypatch.setattr(site, "SILENT_S", 0.2)
+    post(served, "hello", HELLO)
+    with pytest.raises(DeviceProblem, match="gave no answer") as letter:
+        served.ask({}, 60)
+    assert "keep it in front" in letter.value.hint
+
+
+def test_where_nobody_comes_the_address_is_told_again(served):
+    with pytest.raises(DeviceProblem, match="nobody has opened") as letter:
+        served.visitor(0.1)
+    assert served.url in str(letter.value)
+
+
+def test_closing_ends_who_waits_and_tells_the_page(served):
+    page = post(served, "hello", HELLO)[1]["page"]
+    _, thread = asked(served, {})
+    told: list[Any] = []
+    assert post(served, "next", {"page": page})[1]["work"] == {}
+    served.answer = {}  # so that the page waits for another job
+    polling = threading.Thread(target=lambda: told.append(post(served, "next", {"page": page})))
+    polling.start()
+    time.sleep(0.3)
+    served.close()
+    polling.join(20)
+    thread.join(20)
+    assert told == [(200, {"end": True})]
+    with pytest.raises(OSError):
+        request(served)
+
+
+# -------------------------------------------------------------------------------- hostile answers
+
+
+@pytest.fixture(scope="module")
+def work_folder(tmp_path_factory, exported, clips) -> Path:
+    """An artifact and two clips, the way a device has them."""
+    root = tmp_path_factory.mktemp("device")
+    (root / "clips").mkdir()
+    write_clips(read_manifest(clips)[:2], root / "clips")
+    (root / "artifact").symlink_to(exported)
+    return root
+
+
+@pytest.fixture
+def made(work_folder) -> job.Job:
+    return job.make(work_folder, "artifact", work_folder / "clips/clips.json", 1)
+
+
+def good_answer(made: job.Job, token: int) -> dict[str, Any]:
+    """What a page may say: one token in every window."""
+    window = {"encoder_s": 0.03, "prompt_s": [0.01], "per_token_s": [0.002], "tokens": [token]}
+    clips = [
+        {"wall_s": 0.05, "windows": [{**window} for _ in clip["windows"]]}
+        for clip in made.work["clips"]
+    ]
+    return {"load_s": 0.2, "threads": 1, "memory_bytes": None, "clips": clips}
+
+
+def allowed(made: job.Job, rng: np.random.Generator) -> int:
+    """Any token that may be said."""
+    never = {*made.work["never"], made.work["eos"]}
+    return int(rng.choice([i for i in range(made.work["vocabulary"]) if i not in never]))
+
+
+def test_an_answer_becomes_a_runner_s(made, exported, rng):
+    token = allowed(made, rng)
+    found = job.answered(made, {"result": good_answer(made, token)})
+    assert found["tokens"] == [[token], [token]]
+    assert found["texts"] == [Recognizer(exported).text([token])] * 2
+    assert found["encoder_s"] == [0.03] * 2
+    assert found["peak_rss_bytes"] == "unavailable"
+    assert found["versions"] == {"onnxruntime-web": ort_web.VERSION}
+
+
+def put(answer: Any, path: tuple, value: Any) -> None:
+    for step in path[:-1]:
+        answer = answer[step]
+    answer[path[-1]] = value
+
+
+WINDOW = ("clips", 0, "windows", 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("load_s",), -1),
+        (("load_s",), math.nan),
+        (("load_s",), math.inf),
+        (("load_s",), True),
+        (("load_s",), "0.1"),
+        (("threads",), 1.0),
+        (("memory_bytes",), 2**60),
+        (("memory_bytes",), "much"),
+        (("clips",), []),
+        (("clips",), {}),
+        (("clips", 0), None),
+        (("clips", 0, "wall_s"), 1e9),
+        (("clips", 1, "windows"), [{}] * 3),
+        ((*WINDOW, "tokens"), "12"),
+        ((*WINDOW, "tokens"), [-1]),
+        ((*WINDOW, "tokens"), [10**30]),
+        ((*WINDOW, "tokens"), [True]),
+        ((*WINDOW, "tokens"), [1.0]),
+        ((*WINDOW, "tokens"), [5] * 1000),
+        ((*WINDOW, "tokens"), [[5]]),
+        ((*WINDOW, "per_token_s"), [0.1] * 3),
+        ((*WINDOW, "per_token_s"), [None]),
+        ((*WINDOW, "prompt_s"), []),
+        ((*WINDOW, "encoder_s"), [0.1]),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_what_was_not_asked_is_no_result(made, rng, path, value):
+    answer = good_answer(made, allowed(made, rng))
+    put(answer, path, value)
+    with pytest.raises(DeviceProblem, match="answer has no usable"):
+        job.answered(made, {"result": answer})
+
+
+@pytest.mark.parametrize("said", [{}, {"result": None}, {"result": []}, {"result": {"load_s": 1}}])
+def test_an_answer_without_a_result_is_refused(made, said):
+    with pytest.raises(DeviceProblem, match="answer has no usable"):
+        job.answered(made, said)
+
+
+def test_a_token_that_is_never_said_is_refused(made, rng):
+    for token in (made.work["eos"], int(rng.choice(made.work["never"]))):
+        with pytest.raises(DeviceProblem, match="no usable tokens"):
+            job.answered(made, {"result": good_answer(made, token)})
+
+
+def test_fewer_threads_than_asked_for_are_no_result(made, rng):
+    made.work["threads"] = 4
+    with pytest.raises(DeviceProblem, match="4 threads are asked for, and it gives 1") as letter:
+        job.answered(made, {"result": good_answer(made, allowed(made, rng))})
+    assert "leave --threads out" in letter.value.hint
+
+
+@pytest.mark.parametrize("error", [{"at": "decoder.onnx", "reason": "\x1b[2Jno\n" * 999}, 7, None])
+def test_what_the_page_could_not_do_is_said_without_steering_the_terminal(made, error):
+    with pytest.raises(DeviceProblem, match=r"onnxruntime-web .* failed at") as letter:
+        job.answered(made, {"error": error})
+    assert str(letter.value).isprintable()
+    assert len(str(letter.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cores", 0),
+        ("cores", 1e9),
+        ("cores", True),
+        ("user_agent", None),
+        ("cross_origin_isolated", 1),
+        ("clock_resolution_s", -1),
+        ("simd", "yes"),
+    ],
+)
+def test_a_browser_that_describes_itself_oddly_is_refused(name, value):
+    with pytest.raises(DeviceProblem, match="gives no usable"):
+        job.about(HELLO | {name: value})
+    with pytest.raises(DeviceProblem, match="gives no usable"):
+        job.about({key: told for key, told in HELLO.items() if key != name})
+
+
+def test_a_browser_is_described_as_a_machine():
+    found = job.about(HELLO | {"user_agent": f"{AGENT}\x1b[31m"})
+    assert found["model"] == "iPhone; CPU iPhone OS 19_1 like Mac OS X"
+    assert found["cores"] == 1  # it gives no threads to a page that is not isolated
+    assert found["user_agent"].isprintable()
+    assert job.about(HELLO | {"cross_origin_isolated": True})["cores"] == 6
+    with pytest.raises(DeviceProblem, match="no SIMD in WebAssembly"):
+        job.about(HELLO | {"simd": False})
+
+
+# ------------------------------------------------------------------------------------- the job
+
+
+def test_the_job_says_what_the_runner_would_do(made, work_folder, exported):
+    recognizer = Recognizer(exported)
+    for clip, path in zip(
+        made.work["clips"], sorted((work_folder / "clips").glob("*.wav")), strict=True
+    ):
+        assert clip["prompt"] == list(recognizer.rules.prompt)
+        assert clip["most"] == recognizer.rules.max_new_tokens
+        (place,) = clip["windows"]
+        sound = np.frombuffer(made.files[place], "<f4")
+        assert (sound == job.read_wav(path)).all()
+    assert made.work["windows"] == recognizer.windows
+    assert made.files["artifact/encoder.onnx"] == work_folder / "artifact/encoder.onnx"
+
+
+def test_long_sound_is_cut_and_silence_left_out(rng):
+    speech = rng.normal(0, 0.1, 3000).astype(np.float32)
+    quiet = np.zeros(4000, np.float32)
+    found = job.sounding(np.concatenate([speech, quiet, speech]), 4000)
+    assert len(found) == 2
+    assert sum(np.count_nonzero(piece) for piece in found.values()) == 6000
+
+
+def test_an_artifact_of_another_layout_gets_the_runner_s_letter(tmp_path, exported, monkeypatch):
+    manifest = json.loads((exported / "manifest.json").read_text()) | {"layout": "transformers"}
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact/manifest.json").write_text(json.dumps(manifest))
+    with browser(monkeypatch) as device:
+        device.push(tmp_path / "artifact", "artifacts/0")
+        with pytest.raises(DeviceProblem, match="this runner reads 'native'") as letter:
+            run_runner(device, ["bench", "artifacts/0", "clips/clips.json", "--threads", "1"])
+    assert "--layout native" in letter.value.hint
+
+
+# --------------------------------------------------------------------------------- the whole device
+
+
+def browser(monkeypatch, say: Callable[[str], None] = lambda _: None) -> BrowserDevice:
+    """A device whose page is played here, so that onnxruntime-web is not needed."""
+    monkeypatch.setattr(ort_web, "files", lambda folder, say: dict.fromkeys(ort_web.FILES, b""))
+    device = open_device("browser", HERE, say)
+    assert isinstance(device, BrowserDevice)
+    return device
+
+
+def play(device: BrowserDevice, token: Callable[[dict], int]) -> threading.Thread:
+    """A page that says one token for every window, until there are no more jobs."""
+
+    def talk() -> None:
+        page = post(device.site, "hello", HELLO)[1]["page"]
+        while not (given := post(device.site, "next", {"page": page})[1]).get("end"):
+            if "id" in given:
+                told = job.Job(given["work"], {}, Path())
+                said = {"page": page, "job": given["id"]}
+                result = good_answer(told, token(given["work"]))
+                assert request(device.site, given["work"]["encoder"]["file"])[0] == 200
+                post(device.site, "answer", said | {"result": result})
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    return thread
+
+
+def test_a_bench_goes_through_a_page(monkeypatch, exported, clips, rng):
+    heard: list[str] = []
+    spoken = read_manifest(clips)[:3]
+    with browser(monkeypatch, heard.append) as device:
+        place, folder = device.site.url, device.work
+        page = play(device, lambda work: work["eos"] - 1)
+        ids = Recognizer(exported)
+        result = bench(exported, device, spoken, Measuring(repeats=2))
+    page.join(20)
+    assert result["device"]["name"] == "browser"
+    assert result["device"]["user_agent"] == AGENT
+    assert (result["threads"], result["rounds"]) == (1, 2)
+    assert result["end_to_end_s"] == [0.05] * 6
+    assert result["texts"] == [ids.text([ids.rules.eos - 1])] * 3
+    assert result["peak_rss_bytes"] == "unavailable"
+    assert not folder.exists()
+    assert place in heard[0]
+    assert qr_code(place) in heard[1]
+
+
+def test_the_folder_it_serves_from_is_private(monkeypatch):
+    with browser(monkeypatch) as device:
+        assert stat.S_IMODE(device.work.stat().st_mode) == 0o700
+
+
+def test_a_page_runs_nothing_but_bench(monkeypatch):
+    with browser(monkeypatch) as device:
+        with pytest.raises(DeviceProblem, match="a page cannot run"):
+            run_runner(device, ["describe"])
+        for option in ("--compute-units", "--pin", "--governor"):
+            with pytest.raises(DeviceProblem, match=f"{option} all: a page cannot do that"):
+                run_runner(device, ["bench", "a", "c", "--threads", "1", option, "all"])
+
+
+def test_a_rival_does_not_run_in_a_page(monkeypatch, digits, clips):
+    from benchmarks.bench import bench_all
+    from export.problem import Problem
+
+    with browser(monkeypatch) as device:
+        page = play(device, lambda work: 0)
+        with pytest.raises(Problem, match="runs on this machine only, not on browser"):
+            bench_all([Candidate(digits, "transformers")], device, read_manifest(clips)[:1])
+    page.join(20)
+
+
+def test_a_phone_s_browser_takes_the_phone_s_place():
+    assert places(in_browser(["local", "mobile"]), []) == [Place("local"), Place("browser")]
+    assert in_browser(["pixel"]) == in_browser(["browser"]) == ["browser"]
+    with pytest.raises(DeviceProblem, match=r"no phone is among the devices \(local, rpi4\)"):
+        in_browser(["local", "rpi4"])
+
+
+def test_the_picture_holds_the_address():
+    """Drawn twice as wide as high, and not too large for a terminal."""
+    lines = qr_code("http://192.168.100.100:65535/" + "x" * 24 + "/").splitlines()
+    assert 15 < len(lines) < 24
+
+
+# ------------------------------------------------------------------------------- onnxruntime-web
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, rng) -> Path:
+    """What npm would bring, and an npm on the path that brings it."""
+    made = {name: rng.bytes(100) for name in ort_web.FILES}
+    hashes = {name: hashlib.sha512(content).hexdigest() for name, content in made.items()}
+    monkeypatch.setattr(ort_web, "FILES", hashes)
+    archive = tmp_path / "package.tgz"
+    with tarfile.open(archive, "w:gz") as file:
+        for name, content in made.items():
+            (tmp_path / name).write_bytes(content)
+            file.add(tmp_path / name, f"package/dist/{name}")
+    npm = tmp_path / "bin/npm"
+    npm.parent.mkdir()
+    npm.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncp {archive} .\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{npm.parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_npm_brings_the_runtime_once(package):
+    first = ort_web.files(package / "cache")
+    assert ort_web.files(package / "cache") == first
+    calls = (package / "calls").read_text().splitlines()
+    assert calls == [f"pack onnxruntime-web@{ort_web.VERSION} --ignore-scripts --silent"]
+
+
+def test_a_file_that_was_changed_is_fetched_anew(package):
+    first = ort_web.files(package / "cache")
+    (package / "cache" / ort_web.MODULE).write_bytes(b"changed")
+    assert ort_web.files(package / "cache") == first
+    assert len((package / "calls").read_text().splitlines()) == 2
+
+
+def test_what_npm_brings_counts_by_its_hash_only(package, monkeypatch):
+    monkeypatch.setattr(ort_web, "FILES", dict.fromkeys(ort_web.FILES, "0" * 128))
+    with pytest.raises(DeviceProblem, match=r"not onnxruntime-web .* as it was"):
+        ort_web.files(package / "cache")
+    assert not (package / "cache").exists()
+
+
+def test_without_npm_a_letter_says_how_to_fill_the_folder(package, monkeypatch):
+    monkeypatch.setenv("PATH", str(package))
+    with pytest.raises(DeviceProblem, match="there is no npm to fetch it") as letter:
+        ort_web.files(package / "cache")
+    assert f"npm pack onnxruntime-web@{ort_web.VERSION}" in letter.value.hint
+    assert str(package / "cache") in letter.value.hint
+
+
+def test_an_npm_that_fails_says_why(package):
+    (package / "bin/npm").write_text("#!/bin/sh\necho 'npm ERR! ENOTFOUND' >&2; exit 7\n")
+    with pytest.raises(DeviceProblem, match=r"exit code 7: npm ERR! ENOTFOUND"):
+        ort_web.files(package / "cache")
+
+
+# -------------------------------------------------------------------------------- a real browser
+
+CLIPS = 6
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory, digits, exported, processor) -> dict[str, Path]:
+    """The embedded model, small."""
+    from edgewhisper.whisper import load
+    from export.onnx.to_onnx import export_onnx
+
+    found = {"fp32": exported}
+    for precision in ("int8", "int4", "fp16"):
+        found[precision] = tmp_path_factory.mktemp("artifacts") / precision
+        export_onnx(load(digits), processor, found[precision], precision)
+    return found
+
+
+def both(root: Path, artifact: Path, clips: Path, *threads: int) -> list[tuple[dict, dict]]:
+    """Answers of a page in Chromium and of the runner here, for each number of threads."""
+    found = []
+    root.mkdir(exist_ok=True)
+    write_clips(read_manifest(clips)[:CLIPS], root)
+    with BrowserDevice(HERE) as page, LocalDevice() as local:
+        local.describe()  # which pushes the runner
+        for device in (page, local):
+            device.push(artifact, "artifacts/0")
+            device.push(root, "clips")
+        with chromium.opened(page.site.url, root / "profile"):
+            assert page.describe()["cross_origin_isolated"] is True
+            for count in threads:
+                words = ["bench", "artifacts/0", "clips/clips.json", "--threads", str(count)]
+                found.append((run_runner(page, words), run_runner(local, words)))
+    return found
+
+
+@pytest.mark.devices
+@pytest.mark.skipif(chromium.PROGRAM is None, reason=chromium.MISSING)
+class TestInChromium:
+    """Fetches onnxruntime-web where it is not in the cache."""
+
+    def test_int8_says_the_runner_s_tokens_on_one_thread_and_two(self, tmp_path, artifacts, clips):
+        for page, local in both(tmp_path, artifacts["int8"], clips, 1, 2):
+            assert page["tokens"] == local["tokens"]
+            assert page["texts"] == local["texts"]
+            assert any(page["texts"])
+            for stage in ("encoder_s", "prompt_s", "per_token_s", "end_to_end_s"):
+                assert len(page[stage]) == len(local[stage])
+                assert min(page[stage]) > 0
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
+    def test_other_precisions_do_so_too(self, tmp_path, artifacts, clips, precision):
+        ((page, local),) = both(tmp_path, artifacts[precision], clips, 1)
+        assert page["tokens"] == local["tokens"]
+
+    def test_weights_beside_the_graphs_are_found(
+        self, tmp_path, digits, processor, clips, monkeypatch
+    ):
+        from edgewhisper.whisper import load
+        from export.onnx import to_onnx
+
+        monkeypatch.setattr(to_onnx, "LARGE", 10_000)
+        to_onnx.export_onnx(load(digits), processor, tmp_path / "artifact", "fp32")
+        for name in ("encoder", "decoder"):
+            assert (tmp_path / f"artifact/{name}.weights").stat().st_size > 10_000
+        ((page, local),) = both(tmp_path / "work", tmp_path / "artifact", clips, 1)
+        assert page["tokens"] == local["tokens"]
+
+    def test_another_name_for_this_machine_opens_nothing(self, tmp_path, monkeypatch, served):
+        refused: list[str] = []
+        reply = site.Handler.reply
+
+        def noted(self: site.Handler, status: int, *rest: Any) -> None:
+            refused.append(f"{status} {self.headers['Host']}")
+            reply(self, status, *rest)
+
+        monkeypatch.setattr(site.Handler, "reply", noted)
+        port = served.server_address[1]
+        address = f"http://phone.test:{port}/{served.token}/"
+        with chromium.opened(address, tmp_path, "MAP phone.test 127.0.0.1"):
+            until = time.monotonic() + 60
+            while not refused and time.monotonic() < until:
+                time.sleep(0.1)
+        assert refused[0] == f"404 phone.test:{port}"
+        assert not [line for line in refused if not line.startswith("404 ")]

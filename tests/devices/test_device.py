@@ -1,0 +1,266 @@
+"""Reaching a machine: profiles, the local device, the fake one, and the runner's protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from devices.device import (
+    FAMILIES,
+    KINDS,
+    DeviceProblem,
+    Finished,
+    load_profile,
+    open_device,
+    places,
+    profile_names,
+    run_runner,
+)
+from devices.fake import FakeDevice
+from devices.local import LocalDevice
+from devices.runner.machine.host import emulated
+
+
+@pytest.fixture
+def local():
+    with LocalDevice() as device:
+        yield device
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+# ------------------------------------------------------------------------------------- the profiles
+
+
+def test_every_profile_is_complete():
+    names = {"browser", "local", "m1", "pixel", "rpi-zero2w", "rpi4", "rpi5"}
+    assert set(profile_names()) == names
+    for profile in map(load_profile, profile_names()):
+        assert profile.kind in {"local", "ssh", "adb", "browser"}
+        assert profile.precision in {"fp32", "fp16", "int8"}
+        assert profile.reason and not profile.reason.endswith(".")
+        asked = profile.kind in {"local", "browser"}
+        assert asked or (profile.cores > 0 and profile.memory_bytes)
+
+
+def test_a_family_name_stands_for_a_profile():
+    assert load_profile("rpi") == load_profile("rpi4")
+    assert load_profile("mobile").kind == "adb"
+    assert set(FAMILIES.values()) <= set(profile_names())
+
+
+def test_dot_products_are_told_apart():
+    assert "asimddp" in load_profile("rpi5").isa
+    assert "asimddp" not in load_profile("rpi4").isa
+
+
+@pytest.mark.parametrize("name", ["toaster", "../rpi4", ""])
+def test_an_unknown_device_gets_the_list_of_known_ones(name):
+    with pytest.raises(DeviceProblem, match="is not known") as letter:
+        open_device(name)
+    assert "rpi, mobile, browser, local, m1" in letter.value.hint
+
+
+def test_every_profile_can_be_reached():
+    assert {load_profile(name).kind for name in profile_names()} <= KINDS.keys()
+
+
+@pytest.mark.parametrize("name", ["rpi", "rpi4", "rpi5", "rpi-zero2w", "m1"])
+def test_a_device_that_is_reached_by_ssh_needs_a_host(name):
+    with pytest.raises(DeviceProblem, match="reached by ssh, and no host is named") as letter:
+        open_device(name)
+    assert load_profile(name).model in str(letter.value)
+    assert "--host pi@" in letter.value.hint
+
+
+def test_this_machine_takes_no_host():
+    with pytest.raises(DeviceProblem, match="--host pi is given, and no device is left that"):
+        places(["local"], ["pi"])
+
+
+def test_hosts_go_to_the_devices_that_ssh_reaches_in_their_order():
+    found = places(["rpi4", "local", "rpi5"], ["a", "b"])
+    assert found == [("rpi4", "a"), ("local", None), ("rpi5", "b")]
+    assert [str(place) for place in found] == ["rpi4 a", "local", "rpi5 b"]
+    with pytest.raises(DeviceProblem, match=r"'rpi5' .* no host is named"):
+        places(["rpi4", "rpi5"], ["a"])
+    with pytest.raises(DeviceProblem, match="--host c is given, and no device is left"):
+        places(["rpi4", "rpi5"], ["a", "b", "c"])
+    with pytest.raises(DeviceProblem, match="rpi4 a is named twice"):
+        places(["rpi4", "rpi4"], ["a", "a"])
+    with pytest.raises(DeviceProblem, match="is named twice"):
+        places(["rpi", "rpi4"], ["a", "a"])
+
+
+def test_serial_numbers_go_to_the_phones_and_one_phone_needs_none():
+    found = places(["mobile", "rpi4", "pixel"], ["a"], ["s", "t"])
+    assert found == [("mobile", "s"), ("rpi4", "a"), ("pixel", "t")]
+    assert places(["mobile"]) == [("mobile", None)]
+    with pytest.raises(DeviceProblem, match="of several phones one has no serial number"):
+        places(["mobile", "pixel"], [], ["s"])
+    with pytest.raises(DeviceProblem, match="--serial s is given, and no device is left that is"):
+        places(["rpi4"], ["a"], ["s"])
+
+
+def test_every_kind_in_the_dict_opens():
+    # test_ssh.py, test_adb.py, test_browser.py
+    assert list(KINDS) == ["local", "ssh", "adb", "browser"]
+    with open_device("local") as device:
+        assert device.name == "local"
+
+
+# ---------------------------------------------------------------------------------- this machine
+
+
+def test_a_command_runs_in_the_private_folder_which_is_removed(local):
+    assert stat.S_IMODE(local.work.stat().st_mode) == 0o700
+    done = local.run(python("import os; print(os.getcwd())"))
+    assert done == Finished(0, f"{local.work.resolve()}\n", "")
+    with LocalDevice() as other:
+        place = other.work
+        assert place != local.work
+    assert not place.exists()
+
+
+def test_words_reach_the_command_untouched(local):
+    words = ["a b", "$HOME", "; rm x", "'", '"', "*", ""]
+    done = local.run([*python("import sys, json; print(json.dumps(sys.argv[1:]))"), *words])
+    assert json.loads(done.stdout) == words
+
+
+def test_exit_code_and_stderr_come_back(local):
+    done = local.run(python("import sys; sys.stderr.write('no'); sys.exit(5)"))
+    assert done == Finished(5, "", "no")
+
+
+def test_the_environment_is_quiet_and_clean(local, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    code = "import os, json; print(json.dumps(dict(os.environ)))"
+    found = json.loads(local.run(python(code), env={"EXTRA": "1"}).stdout)
+    assert found["ORT_DISABLE_TELEMETRY"] == "1"
+    assert found["EXTRA"] == "1"
+    assert found["PATH"] == os.environ["PATH"]
+    assert not {"OMP_NUM_THREADS", "PYTHONPATH"} & found.keys()
+
+
+def test_files_and_folders_go_there_and_back(local, tmp_path, rng):
+    content = rng.bytes(1000)
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/deep/x.bin").write_bytes(content)
+    local.push(tmp_path / "in", "artifact")
+    local.push(tmp_path / "in/deep/x.bin", "sub/y.bin")
+    local.pull("artifact", tmp_path / "out")
+    local.pull("sub/y.bin", tmp_path / "y.bin")
+    assert (tmp_path / "out/deep/x.bin").read_bytes() == content
+    assert (tmp_path / "y.bin").read_bytes() == content
+
+
+@pytest.mark.parametrize("remote", ["../x", "/etc/x", "a/../../x"])
+def test_nothing_is_written_outside_the_work_folder(local, tmp_path, remote):
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(DeviceProblem, match="lies outside the work folder"):
+        local.push(tmp_path / "x", remote)
+
+
+def test_failures_get_letters(local, tmp_path):
+    with pytest.raises(DeviceProblem, match="nowhere cannot be started: No such file"):
+        local.run(["nowhere"])
+    with pytest.raises(DeviceProblem, match="gone cannot be copied: No such file"):
+        local.push(tmp_path / "gone", "x")
+    with pytest.raises(DeviceProblem, match=r"did not end within 0\.2 s"):
+        local.run(python("import time; time.sleep(60)"), timeout_s=0.2)
+
+
+def test_this_machine_describes_itself(local):
+    found = local.describe()
+    assert found["emulated"] is False
+    assert found["cores"] == len(os.sched_getaffinity(0))
+    assert found["runtime"]["onnxruntime"][0].isdigit()
+    assert not [name for name in found if found[name] in ("", None)]
+
+
+def test_a_machine_of_software_is_told_apart(tmp_path):
+    kernel, board = tmp_path / "proc/sys/kernel/arch", tmp_path / "proc/device-tree/compatible"
+    for path in (kernel, board):
+        path.parent.mkdir(parents=True)
+    assert not emulated(tmp_path, "aarch64")  # nothing is known, as of a kernel before 6.1
+    for arch, machine, wanted in (
+        ("x86_64", "x86_64", False),
+        ("aarch64", "armv7l", False),  # a program of 32 bits
+        ("x86_64", "i686", False),
+        ("x86_64", "aarch64", True),  # qemu-aarch64
+    ):
+        kernel.write_text(f"{arch}\n")
+        assert emulated(tmp_path, machine) == wanted
+    kernel.write_text("aarch64\n")
+    board.write_bytes(b"linux,dummy-virt\0")  # qemu-system-aarch64 -M virt
+    assert emulated(tmp_path, "aarch64")
+    board.write_bytes(b"raspberrypi,4-model-b\0brcm,bcm2711\0")
+    assert not emulated(tmp_path, "aarch64")
+
+
+# -------------------------------------------------------------------------------- the fake device
+
+
+def test_the_fake_records_and_replays(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    with FakeDevice(replies=[Finished(0, "one", "")]) as fake:
+        fake.push(tmp_path / "a", "there")
+        assert fake.run(["echo", "x y"]).stdout == "one"
+        fake.pull("there", tmp_path / "b")
+        with pytest.raises(DeviceProblem, match="no reply is left for echo again"):
+            fake.run(["echo", "again"])
+    assert (tmp_path / "b").read_bytes() == b"abc"
+    assert [call[0] for call in fake.calls] == ["push", "run", "pull", "run", "close"]
+
+
+# --------------------------------------------------------------------------- the runner's protocol
+
+
+def test_the_last_line_is_the_answer():
+    fake = FakeDevice(replies=[Finished(0, 'chatter\n{"x": 1}\n', "")])
+    assert run_runner(fake, ["bench", "a b"]) == {"x": 1}
+    assert fake.calls == [("run", "python3", "-m", "runner", "bench", "a b")]
+
+
+def test_the_runners_letter_arrives_with_its_hint():
+    letter = json.dumps({"error": "a.wav: empty", "hint": "record again"})
+    fake = FakeDevice(replies=[Finished(1, letter, "error: ...")])
+    with pytest.raises(DeviceProblem, match=r"fake: a\.wav: empty$") as found:
+        run_runner(fake, ["bench"])
+    assert found.value.hint == "record again"
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (Finished(-9, "", ""), r"exit code -9 \(it said nothing\)"),
+        (Finished(1, "", "x\nNo module named numpy"), r"exit code 1 \(No module named numpy\)"),
+        (Finished(0, "", ""), "exit code 0"),
+        (Finished(0, "not json", ""), "exit code 0"),
+        (Finished(0, "[1]", ""), "exit code 0"),
+        (Finished(0, "[" * 100_000, ""), "exit code 0"),
+        (Finished(1, "", "\x1b[2Jno"), r"exit code 1 \(\[2Jno\)"),
+    ],
+    ids=["killed", "no-numpy", "nothing", "chatter", "list", "deep", "escapes"],
+)
+def test_a_run_without_an_answer_says_how_it_ended(reply, message):
+    with pytest.raises(DeviceProblem, match=message) as letter:
+        run_runner(FakeDevice(replies=[reply]), ["bench"])
+    assert "memory ran out" in letter.value.hint
+
+
+def test_devices_know_nothing_of_the_other_folders():
+    root = Path(__file__).parents[2] / "devices"
+    for path in root.rglob("*.py"):
+        for folder in ("edgewhisper", "benchmarks", "export"):
+            assert f"import {folder}" not in path.read_text()
+            assert f"from {folder}" not in path.read_text()

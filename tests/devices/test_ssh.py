@@ -1,0 +1,766 @@
+"""A device over SSH: with a real sshd on loopback, and where that cannot give the state, with a
+program that plays ssh."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import sshd
+from wheels_for_pip import PLATFORM, make_wheel, raised
+
+from devices import connection, wheels
+from devices.agent import MARK
+from devices.device import Finished, clean, open_device, run_runner
+from devices.ssh import SshDevice
+from devices.wheels import Target
+
+real = pytest.mark.skipif(not sshd.EXISTS, reason=sshd.MISSING)
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory) -> Iterator[sshd.Server]:
+    server = sshd.Server(tmp_path_factory.mktemp("sshd"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(one_server, monkeypatch) -> sshd.Server:
+    """A device that nobody has used yet."""
+    one_server.fresh(monkeypatch)
+    return one_server
+
+
+@pytest.fixture(scope="module")
+def pi(tmp_path_factory) -> Iterator[SshDevice]:
+    """A connection that a test uses and leaves as it was."""
+    server = sshd.Server(tmp_path_factory.mktemp("other"))
+    server.python()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(connection.CONFIG, str(server.config))
+        device = connect("rpi")
+    with device:
+        yield device
+    server.stop()
+
+
+def connect(name: str = "ssh") -> SshDevice:
+    """A device that has numpy and onnxruntime, which takes a while to find out."""
+    device = SshDevice("pi", name)
+    device.runtime = ""
+    return device
+
+
+def python(code: str) -> list[str]:
+    return ["python3", "-c", code]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+HOSTILE = [
+    "a b",
+    "$HOME",
+    "$(touch x)",
+    "`touch x`",
+    "; rm x",
+    "'",
+    '"',
+    "*",
+    "",
+    "-x",
+    "--",
+    "a\nb",
+]
+
+
+# ----------------------------------------------------------------------------------------- commands
+
+
+@real
+def test_words_reach_the_command_untouched(pi, rng):
+    drawn = ["".join(map(chr, rng.integers(1, 0x300, 20))) for _ in range(20)]
+    words = [*HOSTILE, *drawn]
+    done = pi.run([*python("import sys, json; print(json.dumps(sys.argv[1:]))"), *words])
+    assert json.loads(done.stdout) == words
+
+
+@real
+def test_exit_code_signal_and_stderr_come_back(pi):
+    assert pi.run(python("import sys; sys.stderr.write('no'); sys.exit(5)")) == Finished(
+        5, "", "no"
+    )
+    done = pi.run(python("import os; os.kill(os.getpid(), 9)"))
+    assert done == Finished(-9, "", "")
+    killed = raised(lambda: run_runner(pi, ["os.kill"], module="no_such_module"))
+    assert "rpi: no_such_module ended with exit code 1 (" in str(killed)
+
+
+@real
+def test_a_command_runs_in_a_private_folder_with_a_clean_environment(server):
+    pi = connect()
+    code = "import os, json; print(json.dumps([os.getcwd(), os.stat('.').st_mode, {**os.environ}]))"
+    place, mode, env = json.loads(pi.run(python(code), env={"EXTRA": "$(x)"}).stdout)
+    assert Path(place) == server.working()[0]
+    assert mode & 0o777 == 0o700 and server.private.stat().st_mode & 0o777 == 0o700
+    assert (env["EXTRA"], env["ORT_DISABLE_TELEMETRY"]) == ("$(x)", "1")
+    assert "OMP_NUM_THREADS" not in env
+    pi.close()
+    assert server.working() == []
+
+
+@real
+def test_a_command_that_takes_too_long_is_ended_with_all_it_started(pi):
+    code = "import os, time; os.fork(); open(f'pid-{os.getpid()}', 'w'); time.sleep(60)"
+    found = raised(lambda: pi.run(python(code), timeout_s=1))
+    assert str(found) == "pi: python3 did not end within 1 s"
+    listing = python("import glob; print(*(name[4:] for name in glob.glob('pid-*')))")
+    pids = pi.run(listing).stdout.split()
+    assert len(pids) == 2
+    wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def alive(pid: str | int) -> bool:
+    """Whether a process runs; a dead one may wait for its parent to look."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")")[-1].split()[0] != "Z"
+
+
+@real
+def test_a_command_that_says_too_much_is_stopped(pi, monkeypatch):
+    monkeypatch.setattr("devices.remote.MOST_STDOUT", 100_000)
+    found = raised(lambda: pi.run(python("while True: print('x' * 1000)")))
+    assert "said more than 0 MB" in str(found)
+    loud = pi.run(python("import sys\nfor _ in range(300): sys.stderr.write('x' * 999 + '\\n')"))
+    assert len(loud.stderr) == 1 << 16
+
+
+@real
+def test_a_command_that_is_not_there_gets_a_letter(pi):
+    assert "nowhere cannot be started: No such file" in str(raised(lambda: pi.run(["nowhere"])))
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@real
+def test_files_and_folders_go_there_and_back(pi, tmp_path, rng):
+    names = ["deep/x.bin", *(f"{word} {n}" for n, word in enumerate(HOSTILE)), "empty"]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(rng.bytes(int(rng.integers(300_000))))
+    (tmp_path / "in/empty").write_bytes(b"")
+    pi.push(tmp_path / "in", "$(touch x)/a b")
+    pi.push(tmp_path / "in/deep/x.bin", "y.bin")
+    pi.pull("$(touch x)/a b", tmp_path / "out")
+    pi.pull("y.bin", tmp_path / "y.bin")
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
+    assert (tmp_path / "y.bin").read_bytes() == (tmp_path / "in/deep/x.bin").read_bytes()
+
+
+@real
+def test_only_what_has_changed_is_copied(server, tmp_path, rng):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(rng.bytes(1000))
+    (tmp_path / "twin").write_bytes((tmp_path / "a").read_bytes())
+    sent = []
+    for _ in range(2):
+        with connect() as device:
+            device.push(tmp_path, "artifact")
+            sent.append(device.sent_bytes)
+    (tmp_path / "b").write_bytes(rng.bytes(10))
+    (tmp_path / "a").rename(tmp_path / "other")
+    with connect() as device:
+        device.push(tmp_path, "artifact")
+        assert device.run(python("print(len(open('artifact/b', 'rb').read()))")).stdout == "10\n"
+        sent.append(device.sent_bytes)
+    assert sent == [3000, 0, 10]
+
+
+@real
+def test_a_file_that_a_power_cut_has_shortened_is_sent_again(server, tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    for content in (b"abc", b"ab"):
+        with connect() as device:
+            device.push(tmp_path / "a", "a")
+            assert device.sent_bytes == 3
+        (kept,) = (server.private / "store").iterdir()
+        kept.chmod(0o600)
+        kept.write_bytes(content[:2])
+
+
+@real
+@pytest.mark.parametrize("remote", ["../x", "/etc/x", "a/../../x", "a\0b"])
+def test_nothing_is_written_outside_the_work_folder(pi, tmp_path, remote):
+    (tmp_path / "x").write_text("x")
+    for asked in (lambda: pi.push(tmp_path / "x", remote), lambda: pi.pull(remote, tmp_path / "y")):
+        assert "lies outside the work folder" in str(raised(asked))
+
+
+@real
+def test_files_that_are_missing_get_letters(pi, tmp_path):
+    assert "gone cannot be copied: No such file" in str(
+        raised(lambda: pi.push(tmp_path / "gone", "x"))
+    )
+    assert "there is no file gone" in str(raised(lambda: pi.pull("gone", tmp_path / "x")))
+
+
+# --------------------------------------------------------------------------------- the connection
+
+
+@real
+def test_a_jump_host_of_the_users_configuration_is_taken(server):
+    with SshDevice("jump") as device:
+        assert device.run(python("print(1)")).stdout == "1\n"
+
+
+@real
+def test_a_login_shell_may_talk(server):
+    server.python(before="echo Welcome; echo")
+    with connect() as device:
+        assert device.facts["system"] == "Linux"
+
+
+@real
+def test_unknown_and_changed_host_keys_and_wrong_keys_are_refused(server):
+    (server.folder / "changed").write_text(server.key_line("other"))
+    server.add("unknown", UserKnownHostsFile="/dev/null")
+    server.add("strict", UserKnownHostsFile="/dev/null", StrictHostKeyChecking="yes")
+    server.add("changed", UserKnownHostsFile=server.folder / "changed")
+    server.add("locked", IdentityFile=server.folder / "other")
+    server.add("closed", Port=sshd.free_port())
+    said = {
+        "unknown": "its host key is not known here",
+        "strict": "its host key is not known here",
+        "changed": "its host key is not the one that is known here",
+        "locked": "it does not let you in",
+        "closed": "nothing listens there for SSH",
+        "pi.invalid": "there is no host of that name",
+    }
+    for host, words in said.items():
+        found = raised(lambda host=host: SshDevice(host))
+        assert str(found) == f"{host}: {words}"
+        assert found.hint
+    assert "`ssh unknown` once" in raised(lambda: SshDevice("unknown")).hint
+
+
+@pytest.fixture
+def player(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Puts a program on the PATH that plays ssh: it says what it is told and ends, or waits."""
+
+    def play(said: bytes = b"", words: str = "", code: int = 255, waits: bool = False) -> Path:
+        (tmp_path / "said").write_bytes(said)
+        wait = "sys.stdin.buffer.read()" if waits else ""
+        (tmp_path / "ssh").write_text(
+            f"#!{sys.executable}\nimport sys, json, pathlib\n"
+            f"here = pathlib.Path({str(tmp_path)!r})\n"
+            "(here / 'argv').write_text(json.dumps(sys.argv))\n"
+            "sys.stdout.buffer.write((here / 'said').read_bytes())\nsys.stdout.flush()\n"
+            f"sys.stderr.write({words!r})\n{wait}\nsys.exit({code})\n"
+        )
+        (tmp_path / "ssh").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        return tmp_path / "argv"
+
+    return play
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["-oProxyCommand=touch x", "pi@-oX", "a b", "a;b", "$(x)", "`x`", "a\nb", "", "a'b", "x" * 300],
+)
+def test_a_host_that_could_be_anything_else_is_refused_before_ssh_sees_it(player, host):
+    argv = player()
+    assert "is no name of a host" in str(raised(lambda: SshDevice(host)))
+    assert not argv.exists()
+
+
+@pytest.mark.parametrize("host", ["pi", "pi@raspberrypi.local", "ssh://pi@h:22", "fe80::1%eth0"])
+def test_ssh_gets_the_same_words_for_every_host(player, host, monkeypatch):
+    argv = player()
+    monkeypatch.setenv(connection.CONFIG, "a file")
+    raised(lambda: SshDevice(host))
+    words = json.loads(argv.read_text())[1:]
+    assert words[-3:-1] == ["--", host]
+    assert words[:2] == ["-F", "a file"]
+    assert "BatchMode=yes" in words and not any("StrictHost" in word for word in words)
+    assert words[-1] == connection.remote() and words[-1].count("'") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("ssh: connect to host pi port 22: Connection timed out\n", 255, "it does not answer"),
+        ("ssh: connect to host pi port 22: No route to host\n", 255, "it cannot be reached"),
+        ("ssh: connect to host pi port 22: Network is unreachable\n", 255, "it cannot be reached"),
+        ("ssh: Could not resolve hostname pi: Name or service", 255, "there is no host of that"),
+        ("Received disconnect: Too many authentication failures", 255, "after so many keys"),
+        ("bash: line 1: python3: command not found\n", 127, "there is no python3"),
+        ("SyntaxError: future feature annotations is not defined", 1, "its python3 is too old"),
+        ("ModuleNotFoundError: No module named 'json'\n", 1, "parts of the standard library"),
+        (
+            "a.conf: line 3: Bad \x1b[31mword\n",
+            255,
+            "exit code 255 (a.conf: line 3: Bad  [31mword)",
+        ),
+        ("", 1, "ssh ended with exit code 1 (it said nothing)"),
+    ],
+)
+def test_what_ssh_says_becomes_a_letter(player, words, code, said):
+    player(words=words, code=code)
+    found = raised(lambda: SshDevice("pi"))
+    assert said in str(found) and str(found).startswith("pi: ")
+    assert found.hint and "\x1b" not in str(found)
+
+
+def test_without_ssh_there_is_a_letter(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = raised(lambda: SshDevice("pi"))
+    assert str(found) == "ssh cannot be started: No such file or directory"
+    assert "openssh-client" in found.hint
+
+
+def answers(*values: object) -> bytes:
+    lines = (value if isinstance(value, bytes) else json.dumps(value).encode() for value in values)
+    return b"".join(MARK.encode() + line + b"\n" for line in lines)
+
+
+HELLO: dict = {}
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"x\n" * 50_000, "it said 'x '"),
+        (b"x" * 200_000, "its answer is longer than"),
+        (answers(b"[" * 100_000), "its answer is no JSON object"),
+        (answers(b"[1]"), "its answer is no JSON object"),
+        (answers(b"\xff\xfe"), "its answer is no JSON object"),
+        (answers({"error": "\x1b]0;owned\x07 no", "hint": ["\x9b31m"]}), "pi:  ]0;owned  no"),
+        (answers({}), "it did not answer within"),
+    ],
+    ids=["noise", "one-line", "deep", "list", "bytes", "escapes", "nothing-more"],
+)
+def test_an_answer_is_data_of_bounded_size(player, monkeypatch, said, words):
+    player(said, waits=True)
+    monkeypatch.setattr("devices.remote.ANSWER_S", 1)
+
+    def ask() -> None:
+        with connect() as device:
+            device.ask("clean", 0.5)
+
+    found = raised(ask)
+    assert words in str(found)
+    assert str(found).isprintable() and found.hint.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"missing": ["0" * 64]}, "asked for files that it was not offered"),
+        ({"missing": "all"}, "has no missing"),
+        ({"missing": [["a"]]}, "asked for files that it was not offered"),
+    ],
+)
+def test_a_device_gets_no_file_that_was_not_pushed(player, tmp_path, answer, words):
+    player(answers(HELLO, answer), waits=True)
+    (tmp_path / "x").write_text("x")
+    with connect() as device:
+        assert words in str(raised(lambda: device.push(tmp_path / "x", "x")))
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([["../x", 1]], "lies outside the work folder"),
+        ([["/tmp/x", 1]], "lies outside the work folder"),
+        ([["x", 2**40]], "larger than 1 GiB"),
+        ([["x", -1], ["y", 1]], "its list of files of out is none"),
+        ([["x"]], "its list of files of out is none"),
+        ("x", "has no files"),
+    ],
+)
+def test_a_device_cannot_choose_where_its_files_go(player, tmp_path, files, words):
+    player(answers(HELLO, {"files": files, "folder": True}) + b"?" * 9, waits=True)
+    with connect() as device:
+        assert words in str(raised(lambda: device.pull("out", tmp_path / "deep/out")))
+    assert not (tmp_path / "deep/x").exists()
+
+
+def test_what_a_device_says_of_itself_cannot_steer_a_terminal(seed):
+    hostile = {"model": "Pi\x1b[2J\u202e\x9b\0", "a\nb": ["\r" * 9, 1.5, None], "long": "x" * 10**6}
+    found = clean(hostile)
+    assert found["model"].split() == ["Pi", "[2J"] and found["a b"] == [" " * 9, 1.5, None]
+    assert len(found["long"]) < 3000 and len(clean(list(range(10**5)))) == 200
+
+
+@pytest.mark.parametrize("python", [None, [], ["3", "13"], [3]])
+def test_a_device_that_makes_up_its_python_gets_a_letter(player, python):
+    player(answers({"python": python, "machine": "aarch64", "system": "Linux"}), waits=True)
+    with SshDevice("pi") as device:
+        assert "does not say what its python3 is" in str(raised(device.prepare))
+
+
+def test_a_file_that_vanishes_while_it_is_copied_gets_a_letter(player, tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("x")
+    digest = hashlib.sha256(b"x").hexdigest()
+    player(answers(HELLO, {"missing": [digest]}), waits=True)
+    with connect() as device:
+        monkeypatch.setattr(
+            "devices.remote.hashed_file", lambda path: (path.unlink(), (digest, 1))[1]
+        )
+        found = raised(lambda: device.push(tmp_path / "x", "x"))
+    assert "x cannot be read: No such file" in str(found)
+
+
+@real
+def test_a_place_here_that_cannot_be_written_gets_a_letter(server, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with connect() as device:
+        device.push(tmp_path / "file", "a/b")
+        found = raised(lambda: device.pull("a", tmp_path / "file"))
+    assert "file cannot be written: " in str(found)
+
+
+@real
+def test_a_device_that_makes_up_its_description_gets_a_letter(server):
+    said = 'case "$*" in *"runner describe"*) printf \'%s\' \'{"model": "x"}\'; exit;; esac'
+    server.python(before=said)
+    with connect("rpi") as device:
+        assert "has no emulated" in str(raised(device.describe))
+
+
+# ------------------------------------------------------------------------------------------- faults
+
+
+def far_process(device: SshDevice) -> str:
+    """The agent's process id."""
+    return device.run(python("import os; print(os.getppid())")).stdout.strip()
+
+
+@real
+def test_a_push_that_is_cut_leaves_nothing_half(server, tmp_path, rng, monkeypatch):
+    (tmp_path / "a").write_bytes(rng.bytes(1000))
+    (tmp_path / "large").write_bytes(rng.bytes(3_000_000))
+    with connect() as device:
+        far = far_process(device)
+        send, sent = device.far.send, []
+
+        def cut(data: bytes) -> None:
+            send(data)
+            sent.append(len(data))
+            if sum(sent) > 1_000_000:
+                device.far.process.kill()
+
+        monkeypatch.setattr(device.far, "send", cut)
+        found = raised(lambda: device.push(tmp_path, "artifact"))
+    assert "the connection was cut" in str(found)
+    wait_until(lambda: not alive(far))
+    assert server.working() == [] and server.stored() == 1
+    with connect() as device:
+        device.push(tmp_path, "artifact")
+        assert device.sent_bytes >= 3_000_000
+        size = "import os; print(os.path.getsize('artifact/large'))"
+        assert device.run(python(size)).stdout == "3000000\n"
+
+
+@real
+def test_a_run_that_is_cut_ends_there_too(server):
+    pi = connect()
+    threading.Thread(target=after_its_start, args=(server, pi.far.process.kill)).start()
+    found = raised(lambda: pi.run(python(NOTES_ITS_PID)))
+    assert str(found) == "pi: the connection was cut (ssh was ended by signal 9)"
+    wait_until(lambda: server.working() == [])
+    assert not alive((server.home / "pid").read_text())
+    with connect() as again:
+        assert again.run(python("print(1)")).stdout == "1\n"
+
+
+NOTES_ITS_PID = (
+    "import os, time, pathlib; home = pathlib.Path.home()\n"
+    "(home / 'x').write_text(str(os.getpid())); (home / 'x').rename(home / 'pid'); time.sleep(60)"
+)
+
+
+def after_its_start(server: sshd.Server, act: Callable[[], object]) -> None:
+    wait_until((server.home / "pid").exists)
+    act()
+
+
+@real
+def test_ctrl_c_ends_what_runs_there_before_it_ends_here(server):
+    program = (
+        "from devices.ssh import SshDevice\n"
+        "with SshDevice('pi') as device:\n"
+        f"    device.run(['python3', '-c', {NOTES_ITS_PID!r}])\n"
+    )
+    root = str(Path(connection.__file__).parent.parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": root},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    after_its_start(server, lambda: child.send_signal(signal.SIGINT))
+    assert "KeyboardInterrupt" in child.communicate(timeout=60)[1]
+    assert server.working() == []
+    assert not alive((server.home / "pid").read_text())
+
+
+@real
+def test_a_line_that_has_gone_dead_is_noticed(server, monkeypatch):
+    alive_options = {"ServerAliveInterval": 1, "ServerAliveCountMax": 1}
+    monkeypatch.setattr(connection, "OPTIONS", connection.OPTIONS | alive_options)
+    with connect() as device:
+        session = next(pid for pid in ancestors(far_process(device)) if is_sshd(pid))
+        os.kill(session, signal.SIGSTOP)
+        try:
+            found = raised(lambda: device.run(python("print(1)")))
+        finally:
+            os.kill(session, signal.SIGKILL)
+    assert "the connection was cut (Timeout, server 127.0.0.1 not responding.)" in str(found)
+
+
+def ancestors(pid: str) -> Iterator[int]:
+    number = int(pid)
+    while number > 1:
+        yield number
+        number = int(Path(f"/proc/{number}/stat").read_text().rsplit(")")[-1].split()[1])
+
+
+def is_sshd(pid: int) -> bool:
+    return Path(f"/proc/{pid}/comm").read_text().startswith("sshd")
+
+
+@real
+def test_a_killed_helper_is_told_and_the_next_one_clears_up_after_it(server):
+    with connect() as device:
+        far = far_process(device)
+        found = raised(lambda: device.run(python(f"import os; os.kill({far}, 9)")))
+        assert str(found) == "pi: python3 there was killed"
+        assert "memory" in found.hint
+    (left,) = server.working()
+    with connect() as first, connect() as second:
+        assert not left.exists()
+        assert len(server.working()) == 2  # neither takes the other's for a dead one's
+        assert first.run(["python3", "-V"]).stdout == second.run(["python3", "-V"]).stdout
+
+
+FULL_SOON = "ulimit -f 200"  # no file grows beyond 100 or 200 kB, as on a disk that has filled up
+
+
+@real
+@pytest.mark.parametrize(
+    ("far", "words"),
+    [
+        ({"before": FULL_SOON}, "the disk there is full (File too large)"),
+        (
+            {"code": "import os\nreal = os.statvfs\nos.statvfs = lambda p: real('/proc')"},
+            "3 MB are to be copied, and 0 MB are free there",
+        ),
+    ],
+    ids=["filled-on-the-way", "full"],
+)
+def test_a_full_disk_gets_a_letter_and_the_connection_goes_on(server, tmp_path, rng, far, words):
+    (tmp_path / "large").write_bytes(rng.bytes(3_000_000))
+    server.python(**far)
+    with connect() as device:
+        found = raised(lambda: device.push(tmp_path / "large", "large"))
+        assert words in str(found) and "devices clean" in found.hint
+        assert server.stored() == 0
+        assert device.run(python("print(1)")).stdout == "1\n"
+
+
+@real
+@pytest.mark.parametrize("kind", ["file", "link", "foreign"])
+def test_another_users_folder_is_left_alone(server, kind, tmp_path):
+    server.private.parent.mkdir()
+    if kind == "file":
+        server.private.write_text("mine")
+    elif kind == "link":
+        server.private.symlink_to(tmp_path)
+    elif os.getuid() == 0:
+        server.private.mkdir(mode=0o777)
+        os.chown(server.private, 12345, 12345)
+    else:
+        pytest.skip("only root can give a folder away")
+    found = raised(lambda: SshDevice("pi"))
+    wanted = "belongs to user 12345" if kind == "foreign" else "is no folder"
+    assert str(found).startswith(f"pi: {server.private} {wanted}")
+    assert list(tmp_path.iterdir()) == []
+    assert kind != "foreign" or list(server.private.iterdir()) == []
+
+
+@real
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import sys; sys.version_info = (3, 9, 2)", "python3 there is 3.9, and the runner needs"),
+        ("import sys, platform; sys.maxsize = 2**31 - 1", "is a 32-bit program"),
+        ("import platform; platform.machine = lambda: 'armv7l'", "is a 32-bit program (on armv7l)"),
+        ("import os; os.confstr = lambda name: None", "CPython with another C library"),
+        ("import platform; platform.system = lambda: 'FreeBSD'", "FreeBSD is not in this release"),
+    ],
+    ids=["old", "32-bit", "armv7l", "musl", "bsd"],
+)
+def test_a_system_that_has_no_runtime_gets_a_letter_before_anything_is_copied(server, code, words):
+    server.python(code)
+    with SshDevice("pi") as device:
+        found = raised(lambda: device.push(Path(__file__), "x"))
+        assert words in str(found) and found.hint
+        assert device.sent_bytes == 0
+    assert not server.private.exists()
+
+
+@real
+def test_a_device_without_python_gets_a_letter(server):
+    (server.bin / "python3").unlink()
+    found = raised(lambda: SshDevice("pi"))
+    assert str(found) == "pi: there is no python3"
+    assert "apt-get install python3" in found.hint
+
+
+# ---------------------------------------------------------------------------------- numpy and co.
+
+
+SAID = "import numpy, onnxruntime; print(numpy.said, onnxruntime.said, numpy.__cached__)"
+
+
+@real
+def test_numpy_and_onnxruntime_are_pushed_once_where_they_are_missing(server, index):
+    server.python(options="-S")  # an interpreter without any packages
+    here = {name: metadata.version(name) for name in wheels.NAMES}
+    for name, version in here.items():
+        make_wheel(index, name, version)
+        make_wheel(index, name, version, tags="cp311-cp311-manylinux_2_17_riscv64")
+    told: list[str] = []
+    with SshDevice("pi", "rpi", told.append) as device:
+        done = device.run(python(SAID))
+        assert done.stdout.startswith(f"pushed {here['numpy']} pushed {here['onnxruntime']} ")
+        compiled = Path(done.stdout.split()[-1])
+        assert compiled.is_file() and compiled.is_relative_to(server.private / "runtime")
+        assert (
+            0 < device.sent_bytes == sum(p.stat().st_size for p in index.glob(f"*{PLATFORM}.whl"))
+        )
+    assert server.stored() == 0  # the wheels are not kept beside what was in them
+    assert "lacks numpy and onnxruntime" in told[0]
+    shutil.rmtree(index)
+    with SshDevice("pi") as device:
+        assert device.run(python(SAID)).stdout == done.stdout
+        assert device.sent_bytes == 0
+
+
+@real
+def test_other_versions_in_range_do_where_these_have_no_wheel(server, index):
+    server.python(options="-S")
+    make_wheel(index, "numpy", "2.0.7")
+    make_wheel(index, "numpy", "99.0")
+    make_wheel(index, "onnxruntime", "1.27.99")
+    with SshDevice("pi") as device:
+        assert device.run(python(SAID)).stdout.startswith("pushed 2.0.7 pushed 1.27.99 ")
+
+
+@real
+def test_wheels_that_are_missing_or_do_not_work_get_letters(server, index):
+    server.python(options="-S")
+    make_wheel(index, "numpy", metadata.version("numpy"))
+    with SshDevice("pi") as device:
+        found = raised(device.prepare)
+        assert "no wheels of numpy and onnxruntime for Python 3." in str(found)
+        assert "No matching distribution found for onnxruntime" in str(found)
+        broken = "raise ImportError('libfoo.so \\x1b')"
+        make_wheel(index, "onnxruntime", metadata.version("onnxruntime"), broken)
+        found = raised(device.prepare)
+        assert "were copied and do not work there: ImportError: libfoo.so" in str(found)
+    assert list((server.private / "runtime").iterdir()) == []
+
+
+def test_wheels_are_asked_for_as_the_device_needs_them():
+    words = Target((3, 13), "aarch64", 31).options
+    platforms = [word for word in words if word.startswith("manylinux")]
+    assert platforms[0] == "manylinux_2_31_aarch64" and platforms[-1] == "manylinux2014_aarch64"
+    assert "manylinux_2_28_aarch64" in platforms and "manylinux_2_32_aarch64" not in platforms
+    assert words[:4] == ["--implementation", "cp", "--python-version", "3.13"]
+    assert Target((3, 13), "aarch64", 31).name != Target((3, 12), "aarch64", 31).name
+
+
+def test_versions_of_the_device_are_held_against_the_projects_own_ranges():
+    here = {name: metadata.version(name) for name in wheels.NAMES}
+    assert wheels.in_range(here)
+    for name, older in (("numpy", "1.26.4"), ("onnxruntime", "1.21.0")):
+        for other in (older, "99.0", "", "x\n", None, ["2.3"]):
+            assert not wheels.in_range(here | {name: other})
+
+
+# --------------------------------------------------------------------------------------- the bench
+
+
+@real
+def test_a_bench_there_says_what_it_says_here_and_the_second_one_copies_nothing(
+    server, exported, clips, monkeypatch
+):
+    from benchmarks import bench
+    from benchmarks.speech.clips import read_manifest
+
+    few = read_manifest(clips)[:3]
+    results = []
+    for name, host in (("rpi", "pi"), ("local", None)):
+        with open_device(name, host) as device:
+            results.append(bench.bench(exported, device, few, bench.Measuring(1, 1)))
+            assert name == "local" or device.sent_bytes > 1_000_000
+    there, here = results
+    for field in ("texts", "versions", "clips_hash", "artifact_hash", "emulated"):
+        assert there[field] == here[field]
+    assert there["device"]["name"] == "rpi"
+    assert there["device"]["cpu"] == here["device"]["cpu"]
+    assert all(time > 0 for time in there["end_to_end_s"])
+
+    class Started(Exception): ...
+
+    monkeypatch.setattr(bench, "run_round", raising(Started))
+    with open_device("rpi", "pi") as device, pytest.raises(Started):
+        bench.bench(exported, device, few)
+    assert device.sent_bytes == 0
+    assert server.working() == []
+
+
+def raising(error: type[Exception]) -> Callable[..., object]:
+    def act(*_: object) -> object:
+        raise error
+
+    return act
+
+
+@real
+def test_devices_clean_removes_all_of_it(server, tmp_path, monkeypatch, capsys):
+    from edgewhisper.cli import main
+
+    (tmp_path / "a").write_bytes(b"x" * 2_000_000)
+    with connect() as device:
+        device.push(tmp_path / "a", "a")
+        with connect() as second:
+            assert "is in use by 1 more" in str(raised(second.clean))
+    monkeypatch.setattr(sys, "argv", ["edgewhisper", "devices", "clean", "--host", "pi"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"removed {server.private} from pi: 2.0 MB\n"
+    assert not server.private.exists()

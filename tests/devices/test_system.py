@@ -1,0 +1,107 @@
+"""A whole emulated AArch64 computer over SSH, whose memory is real. make test-devices"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import which
+
+import pytest
+import sshd
+
+from benchmarks.aarch64 import __main__ as command
+from benchmarks.aarch64 import system
+from benchmarks.bench import Measuring, bench, write_clips
+from benchmarks.result import brief_rows
+from benchmarks.speech.clips import Clip, read_manifest
+from devices import connection
+from devices.device import RUNNER, Device, DeviceProblem, open_device, run_runner
+
+MISSING = [package for tool, package in system.TOOLS.items() if not which(tool, path=system.SBIN)]
+pytestmark = [
+    pytest.mark.devices,
+    pytest.mark.skipif(bool(MISSING), reason=f"missing: {' '.join(MISSING)}; make test-devices"),
+]
+
+PLACE = command.PLACE / "system"
+BOOTS = 3
+CORES = 2
+MEMORY_BYTES = 1 << 30
+GROWTH = """
+import re, sys
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+block = b"x" * int(sys.argv[1])
+print(peak() - before)
+"""
+SWITCH_OFF = "open('/proc/sysrq-trigger', 'w').write('b'); input()"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, digits, processor) -> Path:
+    """In int8, which an emulator multiplies twice as fast."""
+    from edgewhisper.whisper import load
+    from export.onnx.to_onnx import export_onnx
+
+    out = tmp_path_factory.mktemp("exported") / "int8"
+    export_onnx(load(digits), processor, out, "int8")
+    return out
+
+
+@pytest.fixture
+def few(clips) -> list[Clip]:
+    """One, and a short one: what takes a moment here takes minutes there."""
+    return sorted(read_manifest(clips), key=lambda clip: len(clip.pcm()))[2:3]
+
+
+@contextmanager
+def computer(monkeypatch) -> Iterator[Device]:
+    """One that has just been switched on."""
+    system.build(PLACE)
+    port = sshd.free_port()
+    with system.booted(PLACE, port, "cortex-a72", MEMORY_BYTES, CORES):
+        monkeypatch.setenv(connection.CONFIG, str(system.ssh_config(PLACE, port)))
+        with open_device("rpi4", "computer") as device:
+            yield device
+
+
+def test_peak_memory_is_the_same_from_boot_to_boot(artifact, few, monkeypatch):
+    peaks = []
+    for _ in range(BOOTS):
+        with computer(monkeypatch) as device:
+            # a second process finds all files in memory, and maps more of them at once
+            result = bench(artifact, device, few, Measuring(2, 1))
+        peaks.append(result["peak_rss_bytes"])
+        assert result["emulated"] is True
+        assert result["device"]["model"] == "linux,dummy-virt"
+        assert result["device"]["governor"] == "unavailable"
+        (row,) = brief_rows([result])
+        assert {row[title] for title in row if title.endswith(" ms")} == {"-"}
+    print("peaks in bytes:", peaks)
+    assert max(peaks) <= 1.05 * min(peaks)
+
+
+def test_memory_and_tokens_are_those_of_a_real_computer(artifact, few, tmp_path, monkeypatch):
+    wanted = 200 << 20
+    write_clips(few, tmp_path)
+    with computer(monkeypatch) as there:
+        grown = int(there.run([there.python, "-c", GROWTH, str(wanted)]).stdout)
+        assert grown == pytest.approx(wanted, rel=0.01)
+        with open_device("local") as here:
+            assert tokens(there, artifact, tmp_path) == tokens(here, artifact, tmp_path)
+        # more than it has: its kernel ends the program
+        done = there.run([there.python, "-c", GROWTH, str(2 * MEMORY_BYTES)])
+        assert done.exit_code == -9 or "MemoryError" in done.stderr
+        with pytest.raises(DeviceProblem, match="computer: "):
+            there.run([there.python, "-c", SWITCH_OFF])
+
+
+def tokens(device: Device, artifact: Path, clips: Path) -> list[list[list[int]]]:
+    for local, remote in ((RUNNER, "runner"), (artifact, "artifact"), (clips, "clips")):
+        device.push(local, remote)
+    found = run_runner(device, ["check", "artifact", "clips/clips.json", "--threads", "1"])
+    answer: list[list[list[int]]] = found["tokens"]
+    assert all(any(clip) for clip in answer)
+    return answer

@@ -1,0 +1,325 @@
+"""Checkpoints and sound files as people have them, which must keep working; paths and long use."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import WhisperConfig, WhisperFeatureExtractor
+
+from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.sound import read_audio
+from devices.runner.recognizer import Recognizer
+from edgewhisper import decoding
+from edgewhisper.whisper import WhisperForConditionalGeneration, load, load_processor
+from export.onnx.to_onnx import export_onnx
+
+POSITIONS = "model.decoder.embed_positions.weight"
+TABLE = "model.decoder.embed_tokens.weight"
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def cast(dtype: torch.dtype) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        held = load_file(folder / "model.safetensors")
+        held = {name: tensor.to(dtype) for name, tensor in held.items()}
+        save_file(held, folder / "model.safetensors", {"format": "pt"})
+        edit(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+
+    return change
+
+
+def in_shards(folder: Path) -> None:
+    whole = folder / "model.safetensors"
+    held = load_file(whole)
+    whole.unlink()
+    names = sorted(held)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: held[name] for name in part}, folder / file, {"format": "pt"})
+    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}} | index))
+
+
+def without_metadata(folder: Path) -> None:
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+
+
+def slow_tokenizer(folder: Path) -> None:
+    """vocab.json, merges.txt and added_tokens.json, as tokenizers in Python save them."""
+    held = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(held["model"]["vocab"], ensure_ascii=False))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in held["model"]["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    added = {entry["content"]: entry["id"] for entry in held["added_tokens"]}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    special = [entry["content"] for entry in held["added_tokens"] if entry["special"]]
+    end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"additional_special_tokens": special} | end)
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "WhisperTokenizer", "errors": "replace"} | end)
+    )
+    (folder / "tokenizer.json").unlink()
+    (folder / "processor_config.json").unlink()
+
+
+def slow_tokenizer_without_added_tokens(folder: Path) -> None:
+    slow_tokenizer(folder)
+    (folder / "added_tokens.json").unlink()
+
+
+def longer_position_table(folder: Path) -> None:
+    held = load_file(folder / "model.safetensors")
+    held[POSITIONS] = torch.cat([held[POSITIONS], held[POSITIONS], held[POSITIONS][:8]])
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    edit(folder / "config.json", max_target_positions=len(held[POSITIONS]), max_length=64)
+
+
+def own_output_matrix(folder: Path) -> None:
+    """`proj_out` stored a second time, as models with untied embeddings have it."""
+    held = load_file(folder / "model.safetensors")
+    held["proj_out.weight"] = held[TABLE].clone()
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    edit(folder / "config.json", tie_word_embeddings=False)
+
+
+def first_preprocessor(folder: Path) -> None:
+    """The mel filters in preprocessor_config.json, as OpenAI's first conversions had them."""
+    (folder / "processor_config.json").unlink()
+    edit(folder / "preprocessor_config.json", mel_filters=[[0.0] * 201 for _ in range(80)])
+
+
+FORMS = [
+    cast(torch.float16),
+    cast(torch.bfloat16),
+    in_shards,
+    without_metadata,
+    slow_tokenizer,
+    slow_tokenizer_without_added_tokens,
+    longer_position_table,
+    own_output_matrix,
+    first_preprocessor,
+]
+NAMES = ["fp16", "bf16", *(form.__name__ for form in FORMS[2:])]
+
+
+@pytest.fixture(scope="module")
+def spoken(clips) -> list:
+    return read_manifest(clips)[:6]
+
+
+def texts(checkpoint: Path, spoken: list) -> list[str]:
+    langs = [clip.lang for clip in spoken]
+    sounds = [read_audio(clip.audio) for clip in spoken]
+    return decoding.transcribe(load(checkpoint), load_processor(checkpoint), sounds, langs)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+def test_every_form_of_a_checkpoint_gives_the_same_text(form, digits, spoken, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(digits, folder)
+    form(folder)
+    assert texts(folder, spoken) == texts(digits, spoken)
+
+
+@pytest.mark.parametrize("form", FORMS[4:7], ids=NAMES[4:7])
+def test_an_artifact_of_such_a_checkpoint_gives_the_same_text(form, digits, spoken, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(digits, folder)
+    form(folder)
+    export_onnx(load(folder), load_processor(folder), tmp_path / "artifact", "fp32")
+    recognizer = Recognizer(tmp_path / "artifact")
+    found = [recognizer.transcribe(read_audio(clip.audio)).text for clip in spoken]
+    assert [text.strip() for text in found] == [text.strip() for text in texts(digits, spoken)]
+
+
+def test_large_v3_turbos_shape_decodes_as_in_transformers(tmp_path, rng):
+    """128 mel bands, 51866 tokens (Cantonese is the last language), two decoder layers."""
+    config = WhisperConfig(
+        vocab_size=51866,
+        num_mel_bins=128,
+        d_model=16,
+        encoder_layers=3,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+    )
+    model = WhisperForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that logits are far apart, and vary
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "turbo")
+    (tmp_path / "turbo/generation_config.json").unlink()
+    checkpoint, processor = load(tmp_path / "turbo"), load_processor(tmp_path / "turbo")
+    generation = checkpoint.generation_config
+    assert generation.lang_to_id["<|yue|>"] == 50358
+    sound = (0.1 * rng.standard_normal(16_000)).astype(np.float32)
+    features = WhisperFeatureExtractor(feature_size=128)(
+        sound, sampling_rate=16_000, return_tensors="pt"
+    ).input_features
+    export_onnx(checkpoint, processor, tmp_path / "artifact", "fp32")
+    plain = Recognizer(tmp_path / "artifact", guards=False)
+    with torch.no_grad():
+        wanted = checkpoint.generate(
+            features,
+            language="yue",
+            task="transcribe",
+            max_new_tokens=12,
+            suppress_tokens=list(range(plain.rules.timestamp_begin, len(plain.table))),
+        )[0].tolist()
+    tokens = plain.window(sound, language="yue")
+    size = min(len(tokens), 12)
+    assert tokens[:size] == wanted[:size]
+    assert size == 12 or wanted[size:] in ([], [generation.eos_token_id])
+
+
+# -------------------------------------------------------------------------------- sound
+
+
+@pytest.fixture
+def speech(spoken) -> np.ndarray:
+    return read_audio(spoken[0].audio)
+
+
+def resampled(sound: np.ndarray, rate: int) -> np.ndarray:
+    import soxr
+
+    return soxr.resample(sound, 16_000, rate)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 32_000, 44_100, 48_000, 96_000, 192_000])
+def test_every_rate_gives_the_same_sound(rate, speech, tmp_path):
+    soundfile.write(tmp_path / "a.wav", resampled(speech, rate), rate, subtype="FLOAT")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # below 16 kHz the missing band is named
+        found = read_audio(tmp_path / "a.wav")
+    assert abs(len(found) - len(speech)) <= 16
+    heard = min(len(found), len(speech))
+    error = found[:heard] - speech[:heard]
+    if rate >= 16_000:
+        assert np.square(error).mean() < 1e-3 * np.square(speech).mean()
+    assert np.corrcoef(found[:heard], speech[:heard])[0, 1] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype", "error"),
+    [
+        ("WAV", "PCM_24", 1e-6),
+        ("WAV", "PCM_32", 1e-6),
+        ("WAV", "PCM_U8", 0.01),
+        ("WAV", "DOUBLE", 1e-6),
+        ("WAV", "ULAW", 0.01),
+        ("WAV", "ALAW", 0.01),
+        ("WAV", "IMA_ADPCM", 0.03),
+        ("WAV", "MS_ADPCM", 0.03),
+        ("WAV", "GSM610", 0.3),
+        ("AU", "ULAW", 0.01),
+        ("AIFF", "PCM_24", 1e-6),
+        ("RF64", "PCM_24", 1e-6),
+        ("RF64", "FLOAT", 1e-6),
+        ("FLAC", "PCM_24", 1e-6),
+        ("OGG", "OPUS", 0.3),
+        ("OGG", "VORBIS", 0.3),
+        ("MP3", "MPEG_LAYER_III", 0.3),
+    ],
+)
+def test_every_coding_gives_the_same_sound(format, subtype, error, speech, tmp_path):
+    soundfile.write(tmp_path / "a", speech, 16_000, format=format, subtype=subtype)
+    found = read_audio(tmp_path / "a")
+    size = min(len(found), len(speech))
+    assert size > 0.9 * len(speech)
+    lag = np.correlate(found[:size], speech[:size], "full").argmax() - (size - 1)
+    left, right = found[max(lag, 0) :], speech[max(-lag, 0) :]
+    size = min(len(left), len(right))
+    missed = np.square(left[:size] - right[:size]).mean() / np.square(right[:size]).mean()
+    assert missed < error
+
+
+@pytest.mark.parametrize("channels", [2, 3, 6])
+def test_channels_are_averaged(channels, speech, tmp_path):
+    gains = np.arange(1, channels + 1) / channels
+    soundfile.write(tmp_path / "a.wav", speech[:, None] * gains, 16_000, subtype="FLOAT")
+    with pytest.warns(UserWarning, match=f"{channels} channels, averaged to one"):
+        found = read_audio(tmp_path / "a.wav")
+    assert np.allclose(found, speech * gains.mean(), atol=1e-6)
+
+
+# -------------------------------------------------------------------------------- use
+
+
+def test_spaces_and_unicode_in_paths_under_the_c_locale(digits, spoken, tmp_path):
+    """`export`, `transcribe`, `eval` and the runner alone, with all paths in one such folder."""
+    folder = tmp_path / "modèle de Zoë 你好"
+    folder.mkdir()
+    shutil.copytree(digits, folder / "un modèle")
+    sound = folder / "été 1.wav"
+    soundfile.write(sound, read_audio(spoken[0].audio), 16_000)
+    manifest = folder / "clips à lire.jsonl"
+    line = {"audio": sound.name, "text": spoken[0].text, "lang": spoken[0].lang}
+    manifest.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    artifact = folder / "l'artefact $1"
+
+    def run(*words: str | Path) -> str:
+        outcome = subprocess.run(
+            [sys.executable, *map(str, words)],
+            capture_output=True,
+            env=os.environ | {"LC_ALL": "C"},
+        )
+        assert outcome.returncode == 0, outcome.stderr.decode()
+        return outcome.stdout.decode()
+
+    tool = ("-m", "edgewhisper")
+    run(*tool, "export", folder / "un modèle", "--out", artifact, "--gate", "off")
+    assert spoken[0].text in run(*tool, "transcribe", artifact, sound)
+    assert "0.0" in run(*tool, "eval", artifact, "--speech", manifest)
+    assert spoken[0].text in run("-m", "devices.runner", "transcribe", artifact, sound)
+
+
+@pytest.mark.slow
+def test_two_thousand_files_take_constant_memory(exported, spoken, tmp_path):
+    """One runner, one process; resident memory after 2,000 files against that after 200."""
+    names = []
+    for number, clip in enumerate(spoken):
+        names.append(str(tmp_path / f"{number}.wav"))
+        soundfile.write(names[-1], read_audio(clip.audio), 16_000)
+    program = """
+import sys
+from devices.runner.audio import read_wav
+from devices.runner.recognizer import Recognizer
+recognizer, resident = Recognizer(sys.argv[1], threads=1), []
+for number in range(2000):
+    recognizer.transcribe(read_wav(sys.argv[2 + number % (len(sys.argv) - 2)]))
+    if number in (199, 1999):
+        with open("/proc/self/status") as file:
+            resident.append(next(int(l.split()[1]) for l in file if l.startswith("VmRSS")))
+print(*resident)
+"""
+    outcome = subprocess.run(
+        [sys.executable, "-c", program, str(exported), *names],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    early, late = map(int, outcome.stdout.split())
+    assert late < 1.03 * early

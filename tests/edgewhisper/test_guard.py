@@ -1,0 +1,297 @@
+"""What a compression may cost: the limit of a recipe, and what happens beyond it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.speech.clips import Clip, read_manifest
+from edgewhisper import decoding, pipeline, runs, whisper
+from edgewhisper.compress import tspar
+from edgewhisper.compress.work import Work
+from edgewhisper.guard import Guard, Loss, TooMuchLost, likely_cause
+from edgewhisper.recipe import Recipe, load_recipe, parse
+from edgewhisper.training import Training
+from export.problem import Problem
+
+SHRINK = '[[step]]\nmethod = "shrink"\n'
+RUINOUS = """
+[[step]]
+method = "wsap"
+low = 0.95
+middle = 0.95
+high = 0.95
+[step.recovery]
+steps = 0
+
+[[step]]
+method = "shrink"
+"""
+
+
+def score(wer: float) -> SimpleNamespace:
+    return SimpleNamespace(wer=wer, utterances=60, words=566)
+
+
+@pytest.fixture
+def few(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Six of the shipped clips, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(clips.parent / "test", tmp_path / "speech/test")
+    manifest = tmp_path / "speech/few.jsonl"
+    manifest.write_text("\n".join(clips.read_text().splitlines()[:6]) + "\n")
+    (tmp_path / "ruinous.toml").write_text(RUINOUS)
+    return manifest
+
+
+# ----------------------------------------------------------------------------------- the limit
+
+
+def test_a_recipe_sets_its_limit_and_has_five_points_otherwise():
+    assert parse("mine", SHRINK).max_wer_loss == 5.0
+    assert parse("mine", "max_wer_loss = 2\n" + SHRINK).max_wer_loss == 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ('"a lot"', "max_wer_loss: 'a lot' is not a number"),
+        ("-1", "max_wer_loss: -1 is not between 0 and 100"),
+        ("101", "max_wer_loss: 101 is not between 0 and 100"),
+        ("true", "max_wer_loss: True is not a number"),
+    ],
+)
+def test_a_limit_is_checked_by_type_and_range(value: str, told: str):
+    with pytest.raises(Problem, match=told):
+        parse("mine", f"max_wer_loss = {value}\n{SHRINK}")
+
+
+@pytest.mark.parametrize(("after", "raises"), [(0.11, False), (0.115, False), (0.1166, True)])
+def test_a_loss_is_compared_in_points(after: float, raises: bool):
+    guard, said = Guard(limit=5.0), []
+    loss = Loss(2, "tspar", score(0.065), score(after))
+    if not raises:
+        guard.check(loss, "cause", None, said.append)
+        assert said == [f"dev WER 6.5 % -> {100 * after:.1f} % ({loss.points:+.1f} points)"]
+        return
+    with pytest.raises(TooMuchLost) as found:
+        guard.check(loss, "cause", None, said.append)
+    assert str(found.value) == (
+        "step 2 (tspar) raised dev WER from 6.5 % to 11.7 % on 60 clips of 566 words: 5.2 points, "
+        "more than max_wer_loss = 5"
+    )
+    assert found.value.hint == "cause"
+    assert found.value.suffix == "-failed-step-2-tspar"
+
+
+def test_an_allowed_loss_is_recorded_and_said():
+    guard, said = Guard(limit=5.0, allow=True), []
+    guard.check(Loss(1, "lite", score(0.1), score(0.8)), "cause", None, said.append)
+    assert "warning: step 1 (lite) raised dev WER from 10.0 % to 80.0 %" in said[-1]
+    told = guard.as_dict()
+    assert (told["exceeded"], told["allow_loss"], told["max_wer_loss"]) == (True, True, 5.0)
+    assert told["losses"][0]["points"] == pytest.approx(70.0)
+
+
+# ------------------------------------------------------------------------------ the likely cause
+
+
+def cause(text: str, record: dict, after: float = 0.858) -> str:
+    (step,) = parse("mine", text).steps
+    return likely_cause(step, record, after)
+
+
+TSPAR = """
+[[step]]
+method = "tspar"
+min_removed = 0.35
+[step.training]
+steps = 18
+learning_rate = 3e-4
+"""
+
+
+def test_training_is_named_where_it_made_the_model_worse():
+    record = {"tspar": {"dev_wer": {"before": 0.065, "trained": 0.8}}}
+    told = cause(TSPAR, record)
+    assert told.startswith("training alone took dev WER from 6.5 % to 80.0 %")
+    assert "training: 18 steps at learning_rate 0.0003" in told
+
+
+def test_pruning_is_named_where_training_did_not():
+    record = {"tspar": {"dev_wer": {"before": 0.065, "trained": 0.07}}}
+    told = cause(TSPAR, record)
+    assert "pruning did it: remove less (min_removed = 0.35)" in told
+
+
+def test_without_figures_both_fields_are_named():
+    assert cause(RUINOUS.split("[step.recovery]")[0], {}).startswith(
+        "remove less (low = 0.95, middle = 0.95, high = 0.95), lower the learning rate"
+    )
+    assert cause('[[step]]\nmethod = "lite"\n', {}) == (
+        "remove less (theta_attn = 0.99, theta_mlp = 0.999)"
+    )
+
+
+# --------------------------------------------------------------------------------- whole runs
+
+
+def test_a_ruined_model_ends_the_run_and_is_kept_under_a_name_that_says_so(few, digits):
+    with pytest.raises(TooMuchLost) as found:
+        pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"))
+    place = Path("slim-failed-step-1-wsap")
+    assert f"the checkpoint is in {place}" in str(found.value)
+    assert found.value.hint.endswith("or add --allow-loss to accept it")
+    assert "low = 0.95" in found.value.hint
+    assert not Path("slim").exists()
+    record = json.loads((place / "compression.json").read_text())
+    assert record["dev_wer"]["exceeded"] and not record["dev_wer"]["allow_loss"]
+    assert "**This checkpoint lost more than the recipe allows" in (place / "README.md").read_text()
+    assert whisper.load(place)
+
+    # a second time, nothing is overwritten
+    with pytest.raises(TooMuchLost, match="slim-failed-step-1-wsap-2"):
+        pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"))
+
+
+def test_export_never_takes_a_failed_checkpoint_for_the_newest(few, digits):
+    with pytest.raises(TooMuchLost):
+        pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few)
+    assert [path.name for path in runs.RUNS.glob("checkpoint-*-failed-step-1-wsap")]
+    assert runs.newest("checkpoint") is None
+
+
+def test_allow_loss_writes_it_and_its_card_says_so(few, digits):
+    place = pipeline.compress(
+        str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"), allow_loss=True
+    )
+    record = json.loads((place / "compression.json").read_text())["dev_wer"]
+    assert [loss["step"] for loss in record["losses"]] == [1, 2, None]
+    assert record["allow_loss"] and record["exceeded"]
+    assert "step 1 (wsap) cost" in (place / "README.md").read_text()
+
+
+def test_many_small_losses_are_too_much_together(tiny_whisper, processor, clips, tmp_path):
+    two = read_manifest(clips)[:2]
+    work = Work(processor, two, two, tmp_path)
+    wers = iter([0.05, 0.05, 0.09, 0.09, 0.13, 0.13])
+    work.wer = lambda model: score(next(wers))
+    recipe = parse("mine", SHRINK + SHRINK)
+    with pytest.raises(
+        TooMuchLost, match=r"the whole recipe raised dev WER from 5\.0 % to 13\.0 %"
+    ):
+        pipeline.run_steps(tiny_whisper, recipe, work, lambda text: None, guard=Guard(5.0))
+
+
+def test_the_command_line_exits_with_1_and_says_where(few, digits, capsys, monkeypatch):
+    from edgewhisper import cli
+
+    arguments = ["compress", str(digits), "--recipe", "ruinous.toml", "--speech", str(few)]
+    monkeypatch.setattr("sys.argv", ["edgewhisper", *arguments, "--dev", str(few), "--out", "slim"])
+    with pytest.raises(SystemExit) as found:
+        cli.main()
+    assert found.value.code == 1
+    told = capsys.readouterr().err
+    assert "step 1 (wsap) raised dev WER" in told
+    assert "slim-failed-step-1-wsap" in told
+
+
+# ------------------------------------------------------------------------------- dev evaluation
+
+
+def test_what_training_lost_counts_in_tspars_margin(
+    tiny_whisper, processor, clips, tmp_path, monkeypatch
+):
+    """The model before the step has 5 %, training makes it 50 %: no strength is within 2 points."""
+    few = read_manifest(clips)[:3]
+    work = Work(processor, few, few, tmp_path)
+    before = tiny_whisper.model.encoder.layers[0].fc1.weight.detach().clone()
+
+    def wer(self, model):
+        same = torch.equal(model.model.encoder.layers[0].fc1.weight, before)
+        return score(0.05 if same else 0.5)
+
+    monkeypatch.setattr(Work, "wer", wer)
+    brief = Training(steps=1, batch_size=2, learning_rate=1e-3)
+    options = tspar.Options(c1=2.0, c2=-1.0, wer_margin=2.0, evaluations=3, training=brief)
+    tspar.apply(tiny_whisper, options, work)
+    record = work.record["tspar"]
+    assert record["search"]["limit"] == pytest.approx(0.07)
+    assert [trial["dev_wer"] for trial in record["search"]["tried"]] == [0.5, 0.5, 0.5]
+    assert record["dev_wer"] == {"before": 0.05, "trained": 0.5, "pruned": 0.5}
+
+
+def test_a_model_is_evaluated_once(tiny_whisper, processor, clips, tmp_path, monkeypatch):
+    few = read_manifest(clips)[:2]
+    work = Work(processor, few, few, tmp_path)
+    calls = []
+
+    def transcribe(model, processor, pcms, *rest, **options):
+        calls.append(len(pcms))
+        return [clip.text for clip in few[: len(pcms)]]
+
+    monkeypatch.setattr(decoding, "transcribe", transcribe)
+    assert work.wer(tiny_whisper) == work.wer(tiny_whisper)
+    assert replace(work, record={}).wer(tiny_whisper).wer == 0
+    assert calls == [2]
+    with torch.no_grad():
+        tiny_whisper.model.encoder.layers[0].fc1.weight[0, 0] += 1
+    work.wer(tiny_whisper)
+    replace(work, dev=few[:1]).wer(tiny_whisper)
+    assert calls == [2, 2, 1]
+
+
+def test_a_model_that_rambles_is_stopped(tiny_whisper, processor, clips):
+    few = [clip.pcm() for clip in read_manifest(clips)[:2]]
+    tiny_whisper.generation_config.suppress_tokens = [tiny_whisper.config.eos_token_id]
+    tokens = decoding.greedy(tiny_whisper, processor, few, max_tokens=7)
+    assert [len(row) for row in tokens] == [7, 7]
+
+
+def test_the_bound_on_tokens_does_not_change_a_healthy_model(digits, processor, clips, tmp_path):
+    model, few = whisper.load(digits), read_manifest(clips)[:8]
+    pcms, languages = [clip.pcm() for clip in few], [clip.lang for clip in few]
+    bound = Work(processor, few, few, tmp_path)._most_tokens()
+    free = decoding.transcribe(model, processor, pcms, languages)
+    assert decoding.transcribe(model, processor, pcms, languages, max_tokens=bound) == free
+
+
+# ------------------------------------------------------------------------------ the shipped clips
+
+
+def test_a_general_model_is_trained_on_the_clips_that_come_along():
+    found = pipeline.choose_speech("some/model", None, None, general=True)
+    assert (len(found.train), len(found.dev)) == (60, 60)
+    assert "Common Voice (CC0 1.0)" in str(found.source)
+    assert not {c.audio for c in found.train} & {c.audio for c in found.dev}
+    with pytest.raises(Problem, match="no speech to compress it with"):
+        pipeline.choose_speech("some/model", None, None)
+
+
+def test_it_learns_its_own_words_where_these_agree(monkeypatch):
+    clips = [Clip(Path("a"), "yesterday i waited"), Clip(Path("b"), "for the train")]
+    monkeypatch.setattr(Clip, "pcm", lambda self: None)
+    heard = ["Yesterday, I waited.", "Thank you. Thank you."]
+    monkeypatch.setattr(decoding, "transcribe", lambda *a, **k: heard)
+    found = pipeline.in_own_words(None, None, clips)
+    assert [clip.text for clip in found] == ["Yesterday, I waited.", "for the train"]
+
+
+def test_only_recipes_that_train_want_transcripts():
+    assert pipeline.trains(load_recipe("tspar"))
+    assert not pipeline.trains(load_recipe("lite"))
+
+
+def test_a_multilingual_model_is_told_that_the_clips_are_english():
+    dense = SimpleNamespace(generation_config=SimpleNamespace(lang_to_id={"<|en|>": 1}))
+    dense.generation_config.is_multilingual = True
+    job = pipeline.Job("base", Recipe("r", "", ()), dense, None, {}, {"source": pipeline.SHIPPED})
+    assert ["English" in note for note in job.notes] == [True, True]
+    assert "name speech in yours with --speech" in job.notes[1]
+    assert pipeline.Job("base", Recipe("r", "", ()), dense, None, {}).notes == []

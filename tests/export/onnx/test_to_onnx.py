@@ -1,0 +1,380 @@
+"""The exported graphs, run in onnxruntime, are the torch model: logits, cache and greedy tokens."""
+
+from __future__ import annotations
+
+import base64
+import json
+from copy import deepcopy
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from dead_structure import layers
+from exported import export, irregular, session, torch_steps, whole, window
+from onnx import numpy_helper
+from torch import nn
+
+from devices.runner.problem import RunnerProblem
+from devices.runner.recognizer import Recognizer
+from edgewhisper import decoding, whisper
+from export.artifact import verify
+from export.artifact_files import decoding_rules, token_bytes
+from export.onnx import graph as ops
+from export.onnx import to_onnx
+from export.onnx.to_onnx import encoder_graph, export_onnx, sinusoid_rates
+from export.problem import Problem
+from export.prompt import prompt_ids
+from export.shrink import layer_shapes
+
+TOLERANCE = 1e-3
+
+
+@pytest.mark.parametrize("make", [whole, irregular])
+def test_logits_and_tokens_are_torchs(make, make_whisper, processor, rng, tmp_path):
+    model = make(make_whisper, rng)
+    exported = export(model, processor, tmp_path)
+    pcm = window(processor, rng)
+    chunks = [rng.integers(0, 783, n).tolist() for n in (int(rng.integers(1, 6)), 1, 1, 4, 1)]
+    past, cross = exported.no_past(), exported.encode(pcm)
+    for chunk, want in zip(chunks, torch_steps(model, processor, pcm, chunks), strict=True):
+        logits, past = exported.step(chunk, past, cross)
+        assert np.abs(logits - want).max() < TOLERANCE
+    assert exported.greedy(pcm) == decoding.greedy(model, processor, [pcm])[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_the_default_checkpoint_gives_the_same_tokens(
+    precision, digits, processor, clips, tmp_path
+):
+    """Real speech, ten clips: all tokens in floats, most in int8 and int4 (gated on WER)."""
+    from benchmarks.speech.clips import read_manifest
+
+    model = whisper.load(digits)
+    exported = export(model, processor, tmp_path, precision)
+    pcms = [clip.pcm() for clip in read_manifest(clips)[:10]]
+    samples = processor.feature_extractor.n_samples
+    found = [exported.greedy(np.pad(pcm[:samples], (0, samples - len(pcm)))) for pcm in pcms]
+    want = decoding.greedy(model, processor, pcms)
+    equal = sum(one == other for one, other in zip(found, want, strict=True))
+    assert equal >= {"fp32": 10, "fp16": 10, "int8": 9, "int4": 7}[precision]
+    assert any(want)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_contract_and_graphs_agree(precision, make_whisper, processor, rng, tmp_path):
+    model = irregular(make_whisper, rng)
+    exported = export(model, processor, tmp_path, precision)
+    for name, opened in (("encoder", exported.encoder), ("decoder", exported.decoder)):
+        contract = exported.manifest["contract"][name]
+        for side, found in (("inputs", opened.get_inputs()), ("outputs", opened.get_outputs())):
+            types = {"float32": "tensor(float)"}
+            types |= {kind: f"tensor({kind})" for kind in ("int8", "int32", "int64")}
+            assert [
+                (spec["name"], spec["shape"], types[spec["dtype"]]) for spec in contract[side]
+            ] == [(value.name, value.shape, value.type) for value in found]
+    decoder = exported.manifest["contract"]["decoder"]
+    shape = model.config.edgewhisper["decoder"][1]["self_attn"]
+    by_name = {spec["name"]: spec["shape"] for spec in decoder["inputs"] + decoder["outputs"]}
+    width = -(-max(shape["qk_dim"], shape["v_dim"]) // 8) * 8
+    room = model.config.max_target_positions
+    assert by_name["past.1.key"] == [1, "heads_dec_1", room, width]
+    assert by_name["present.1.value"] == [1, shape["heads"], room, width]
+
+
+def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, tmp_path):
+    manifest = export_onnx(tiny_whisper, processor, tmp_path, "int8", {"recipe": "x"})
+    assert verify(tmp_path) == manifest
+    assert manifest["provenance"] == {"recipe": "x"}
+    assert manifest["gate"] is None
+    assert manifest["parameters"] == sum(p.numel() for p in tiny_whisper.parameters())
+    assert manifest["audio"] == {
+        "sampling_rate": 16000,
+        "window_samples": 96000,
+        "windows_samples": [96000],
+        "hop_samples": 160,
+    }
+    assert manifest["versions"]["onnxruntime"] == version("onnxruntime")
+    needed = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
+    assert needed <= manifest["files"].keys()
+
+
+def test_shapes_of_a_slim_model_are_those_of_its_config(make_whisper, rng):
+    slim = irregular(make_whisper, rng)
+    shapes = layer_shapes(slim)
+    for side in ("encoder", "decoder"):
+        for found, want in zip(shapes[side], slim.config.edgewhisper[side], strict=True):
+            assert found | {"ranks": {}} == want
+    assert shapes["encoder"][0]["ranks"] == {"fc2": 3}
+    assert shapes["decoder"][1]["ranks"] == {"self_attn.out_proj": 2}
+
+
+# --------------------------------------------------------------------------------------- storage
+
+
+def stored(path):
+    return [numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
+
+
+def test_int8_weights_are_those_of_quantise(tiny_whisper, processor, tmp_path):
+    """Every matrix of the blocks, and the token table, stands in the files as quantise gives it."""
+    export_onnx(tiny_whisper, processor, tmp_path, "int8")
+    arrays = stored(tmp_path / "encoder.onnx") + stored(tmp_path / "decoder.onnx")
+    found = {array.tobytes() for array in arrays if array.dtype == np.int8 and array.ndim == 2}
+
+    def weights(*modules):
+        return np.concatenate([module.weight.detach().numpy() for module in modules])
+
+    table = weights(tiny_whisper.model.decoder.embed_tokens)
+    table = table / ops.column_scales(table)
+    expected = []
+    for layer in layers(tiny_whisper):
+        own = layer.self_attn
+        together = [own.q_proj, own.k_proj, own.v_proj]
+        expected += [weights(own.out_proj), weights(layer.fc1), weights(layer.fc2)]
+        if hasattr(layer, "encoder_attn"):
+            cross = layer.encoder_attn
+            expected += [weights(*together)]
+            expected += [weights(getattr(cross, f"{name}_proj")) for name in ("q", "k", "v", "out")]
+        else:
+            expected += map(weights, together)
+    columns = {ops.quantise(weight)[0].T.tobytes() for weight in expected}
+    assert found == columns | {ops.quantise(table)[0].tobytes()}
+
+
+def expected_bytes(model, precision):
+    """Every parameter once, but for the encoder's positions, which are sinusoids and computed.
+    int8: matrices with a scale a row, float16 positions and kernels. int4: a scale for 32."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        if name.endswith("encoder.embed_positions.weight"):
+            continue
+        rows, count = len(parameter), parameter.numel()
+        if precision == "fp32" or parameter.dim() == 1:
+            total += 4 * count
+        elif precision == "fp16" or "conv" in name or "embed_positions" in name:
+            total += 2 * count
+        elif precision == "int4" and "embed_tokens" not in name:
+            total += count // 2 + 4 * count // 32
+        else:
+            total += count + 4 * rows
+    return total
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_nothing_is_stored_twice(precision, make_whisper, processor, tmp_path):
+    model = make_whisper(d_model=64, ffn=256)
+    export_onnx(model, processor, tmp_path, precision)
+    arrays = stored(tmp_path / "encoder.onnx") + stored(tmp_path / "decoder.onnx")
+    # no parameters: mel filters, a period of sine and cosine, windows, a zero bias for each k_proj
+    extra = 4 * 202 * 80 + 8 * (400 + 400 + 400) + 4 * 64 * 6
+    found = sum(array.nbytes for array in arrays)
+    assert found == pytest.approx(expected_bytes(model, precision) + extra, abs=4000)
+    table = model.model.decoder.embed_tokens.weight.shape
+    assert sum(array.shape == table for array in arrays) == 1
+
+
+def test_pieces_and_weights_in_files_of_their_own_change_nothing(
+    make_whisper, processor, rng, tmp_path, monkeypatch
+):
+    """What only large models get, for a small one: the same tokens and states in fp32."""
+    model = make_whisper(d_model=64, ffn=256)
+    pcm = window(processor, rng)
+    export_onnx(model, processor, tmp_path / "whole", "fp32")
+    monkeypatch.setattr(ops, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr(to_onnx, "LARGE", 2**14)
+    export_onnx(model, processor, tmp_path / "pieces", "fp32")
+    files = verify(tmp_path / "pieces")["files"]
+    assert {"encoder.weights", "decoder.weights"} <= set(files)
+    nodes = onnx.load(tmp_path / "pieces/encoder.onnx", load_external_data=False).graph.node
+    assert sum(node.op_type == "Split" for node in nodes) > len(model.model.encoder.layers)
+    one, other = (Recognizer(tmp_path / name, 1, guards=False) for name in ("whole", "pieces"))
+    tokens = one.window(pcm)
+    assert other.window(pcm) == tokens
+    assert np.abs(one.logits(pcm, tokens) - other.logits(pcm, tokens)).max() < 1e-4
+    weights = tmp_path / "pieces/decoder.weights"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RunnerProblem, match=r"decoder\.weights: damaged"):
+        Recognizer(tmp_path / "pieces", 1)
+
+
+def test_positions_that_are_no_sinusoids_are_stored_and_used(
+    make_whisper, processor, rng, tmp_path
+):
+    model = make_whisper()
+    with torch.no_grad():
+        model.model.encoder.embed_positions.weight += 0.01 * torch.randn(300, 32)
+    exported = export(model, processor, tmp_path)
+    assert sum(array.shape == (300, 32) for array in stored(tmp_path / "encoder.onnx")) == 1
+    pcm = window(processor, rng)
+    want = torch_steps(model, processor, pcm, [[375, 5]])[0]
+    found, _ = exported.step([375, 5], exported.no_past(), exported.encode(pcm))
+    assert np.abs(found - want).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("width", [2, 32, 384, 1280])
+def test_computed_positions_are_whispers_own(width, tmp_path):
+    from transformers.models.whisper.modeling_whisper import sinusoids
+
+    g = ops.Graph("fp32")
+    name = g.name(ops.sinusoids(g, g.constant([1500]), sinusoid_rates(width)), "positions")
+    graph = g.model("positions", [], [ops.Spec(name, (1500, width))])
+    onnx.save(graph, tmp_path / "x.onnx")
+    found = session(tmp_path / "x.onnx").run(None, {})[0]
+    # a sine of up to 1500 radians; transformers' own table has nothing to say at width 2
+    if width > 2:
+        assert np.abs(found - sinusoids(1500, width).numpy()).max() < 1e-6
+    assert np.isfinite(found).all()
+
+
+def test_the_tokenizer_is_saved_without_indentation_and_reads_as_before(
+    tiny_whisper, processor, tmp_path
+):
+    from transformers import AutoTokenizer, WhisperTokenizerFast
+
+    export_onnx(tiny_whisper, processor, tmp_path / "out")
+    processor.tokenizer.save_pretrained(tmp_path / "before")
+    small, large = (tmp_path / where / "tokenizer.json" for where in ("out", "before"))
+    assert json.loads(small.read_text()) == json.loads(large.read_text())
+    assert small.stat().st_size < 0.7 * large.stat().st_size
+    for load in (AutoTokenizer, WhisperTokenizerFast):
+        tokenizer = load.from_pretrained(tmp_path / "out")
+        for text in (" one two three", "naïve café", "日本語 🙂"):
+            assert tokenizer(text).input_ids == processor.tokenizer(text).input_ids
+
+
+def test_the_encoder_graph_has_the_front_ends_tensor(tiny_whisper, processor, rng, tmp_path):
+    """`log_mel` inside the graph is what the feature extractor makes."""
+    graph, inputs, _ = encoder_graph(tiny_whisper, processor.feature_extractor, "int8")
+    onnx.save(graph.model("mel", inputs, [ops.Spec("log_mel", (1, 80, 600))]), tmp_path / "x.onnx")
+    pcm = window(processor, rng)
+    found = session(tmp_path / "x.onnx").run(None, {"pcm": pcm[None]})[0]
+    assert np.abs(found - decoding.log_mel(processor.feature_extractor, [pcm]).numpy()).max() < 2e-4
+
+
+# ---------------------------------------------------------------------------- tokens and decoding
+
+
+def test_tokens_decode_without_a_tokenizer(processor):
+    """Joined bytes are the tokenizer's own text; specials, timestamps and unused ids are null."""
+    tokenizer = processor.tokenizer
+    size = len(tokenizer) + 3
+    table = token_bytes(tokenizer, size)
+    assert len(table) == size
+    for text in (" one two three", "naïve café", "日本語 🙂", "a\n\tb  c", ""):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert b"".join(base64.b64decode(table[i]) for i in ids).decode() == text
+    assert table[-3:] == [None] * 3
+    null = [i for i, token in enumerate(table[:-3]) if token is None]
+    assert null == sorted(tokenizer.added_tokens_decoder)
+    every_byte = {base64.b64decode(token) for token in table if token is not None}
+    assert {bytes([byte]) for byte in range(256)} <= every_byte
+
+
+def test_tokens_json_is_that_table(tiny_whisper, processor, tmp_path):
+    export_onnx(tiny_whisper, processor, tmp_path)
+    table = json.loads((tmp_path / "tokens.json").read_text())["bytes"]
+    assert table == token_bytes(processor.tokenizer, tiny_whisper.config.vocab_size)
+
+
+def test_a_foreign_tokenizer_is_refused():
+    vocabulary = {"good": 0, "schön—": 1}
+    foreign = SimpleNamespace(added_tokens_decoder={}, get_vocab=lambda: vocabulary)
+    with pytest.raises(Problem, match=r"token 1 .*stands for no byte"):
+        token_bytes(foreign, 2)
+
+
+def test_the_prompt_is_the_one_generate_uses(tiny_whisper, processor):
+    tokens = processor.tokenizer.convert_ids_to_tokens(prompt_ids(tiny_whisper.generation_config))
+    assert tokens == ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+
+
+@pytest.mark.parametrize("language", ["de", "German", "<|de|>", None])
+def test_the_prompt_names_the_language(language, tiny_whisper, processor):
+    tiny_whisper.generation_config.language = language
+    prompt = processor.tokenizer.convert_ids_to_tokens(prompt_ids(tiny_whisper.generation_config))
+    assert prompt[1] == ("<|en|>" if language is None else "<|de|>")
+
+
+def test_an_unknown_language_is_refused(tiny_whisper):
+    tiny_whisper.generation_config.language = "klingon"
+    with pytest.raises(Problem, match=r"<\|klingon\|>.*lang_to_id has no such entry"):
+        prompt_ids(tiny_whisper.generation_config)
+
+
+def test_an_english_only_model_has_no_language_in_its_prompt(tiny_whisper):
+    generation = tiny_whisper.generation_config
+    generation.is_multilingual = False
+    silent = generation.no_timestamps_token_id
+    assert prompt_ids(generation) == [generation.decoder_start_token_id, silent]
+    assert decoding_rules(tiny_whisper)["max_new_tokens"] == 62
+
+
+def test_the_rules_of_decoding_come_from_the_generation_config(tiny_whisper):
+    generation = tiny_whisper.generation_config
+    generation.suppress_tokens, generation.begin_suppress_tokens = [5, 7], [220]
+    generation.eos_token_id = [374]
+    rules = decoding_rules(tiny_whisper)
+    assert rules["suppress_tokens"] == [5, 7]
+    assert rules["begin_suppress_tokens"] == [220]
+    assert rules["eos"] == 374
+    assert rules["timestamp_begin"] == generation.no_timestamps_token_id + 1
+    assert rules["max_new_tokens"] == 64 - 4
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def test_an_unknown_precision_names_the_known_ones(tiny_whisper, processor, tmp_path):
+    with pytest.raises(Problem, match="no precision 'int3'") as problem:
+        export_onnx(tiny_whisper, processor, tmp_path / "out", "int3")
+    assert "fp32, fp16, int8, int4" in problem.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_window_that_is_not_the_models_is_refused(tiny_whisper, processor, tmp_path):
+    other = deepcopy(processor)
+    other.feature_extractor.n_samples = 480000
+    with pytest.raises(Problem, match="480000 samples, the model's 96000"):
+        export_onnx(tiny_whisper, other, tmp_path / "out")
+    other = deepcopy(processor)
+    other.feature_extractor.feature_size = 128
+    with pytest.raises(Problem, match="128 mel bins, the model reads 80"):
+        export_onnx(tiny_whisper, other, tmp_path / "out")
+
+
+def test_another_activation_is_refused(tiny_whisper, processor, tmp_path):
+    tiny_whisper.config.activation_function = "relu"
+    with pytest.raises(Problem, match="activation is 'relu'"):
+        export_onnx(tiny_whisper, processor, tmp_path / "out")
+
+
+def test_an_output_table_of_its_own_is_refused(tiny_whisper, processor, tmp_path):
+    table = tiny_whisper.model.decoder.embed_tokens.weight
+    tiny_whisper.proj_out.weight = nn.Parameter(table.detach() + 1)
+    with pytest.raises(Problem, match="differs from its token table"):
+        export_onnx(tiny_whisper, processor, tmp_path / "out")
+
+
+def test_a_graph_beyond_two_gigabytes_is_refused(tiny_whisper, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.onnx.to_onnx.PROTOBUF_LIMIT", 1000)
+    with pytest.raises(Problem, match=r"encoder.onnx would take .* GB") as problem:
+        export_onnx(tiny_whisper, processor, tmp_path, "fp32")
+    assert "int8" in problem.value.hint
+
+
+def test_dead_inputs_are_never_picked_out_of_the_encoders_rows(make_whisper, processor, rng):
+    """Weights are spread once at load instead: every Gather of the encoder has stored operands."""
+    graph, inputs, outputs = encoder_graph(
+        irregular(make_whisper, rng), processor.feature_extractor, "int8"
+    )
+    nodes = graph.model("encoder", inputs, outputs).graph.node
+    from_pcm = {"pcm"}
+    for node in nodes:
+        if from_pcm & {*node.input}:
+            from_pcm |= {*node.output}
+            assert node.op_type != "Gather"
+    assert {"Gather"} <= {node.op_type for node in nodes}
