@@ -234,7 +234,7 @@ def test_a_wall_clock_that_jumps_changes_no_time(monkeypatch, rng):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_parent_leaves_no_sampler(end):
     code = (
-        "import time; from devices.runner.telemetry import Sampler; "
+        "import time; from devices.runner.measure.telemetry import Sampler; "
         "print(Sampler().beside.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen(
@@ -289,8 +289,9 @@ def test_a_governor_is_set_and_put_back(pi):
 def test_a_killed_runner_leaves_the_governor_as_it_was(pi, end):
     """Killed with all that it has started, as the agent does it over SSH."""
     code = (
-        "import sys, time; from pathlib import Path; from devices.runner.tuning import governed\n"
-        "from devices.runner.telemetry import Sampler\n"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from devices.runner.machine.tuning import governed\n"
+        "from devices.runner.measure.telemetry import Sampler\n"
         "with governed('performance', Path(sys.argv[1])) as name:\n"
         "    sampler = Sampler(); print(name, flush=True); time.sleep(600)"
     )
@@ -352,7 +353,7 @@ def test_a_core_that_is_not_there_gets_a_letter():
 @linux
 def test_memory_peaks_are_those_of_each_phase():
     code = (
-        "from devices.runner.machine import peak_of_phase, peak_rss_bytes\n"
+        "from devices.runner.machine.host import peak_of_phase, peak_rss_bytes\n"
         "peak_of_phase(); block = bytearray(200 << 20); block = None; high = peak_of_phase()\n"
         "print(high, peak_of_phase(), peak_rss_bytes())"
     )

@@ -653,7 +653,7 @@ def test_large_blocks_go_back_when_they_are_freed(returned):
     """A block that lies under a smaller one stays where glibc has learnt to keep such blocks."""
     program = f"""
 import ctypes, re
-from devices.runner.machine import return_large_blocks
+from devices.runner.machine.host import return_large_blocks
 libc = ctypes.CDLL(None)
 if not hasattr(libc, "mallopt"): raise SystemExit("no glibc")
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
