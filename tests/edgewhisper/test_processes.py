@@ -20,7 +20,7 @@ def shared(module_seed: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have taken all steps, in one launch: starting takes longer than they."""
     place = tmp_path_factory.mktemp("two")
     make_teacher(module_seed, place)
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    path = os.pathsep.join([str(TESTS.parents[1]), str(TESTS)])
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [*launch, str(TESTS / "small_steps.py"), str(module_seed), str(place)],
