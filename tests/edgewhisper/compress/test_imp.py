@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import imp, shrink
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.imp import Options, kept_after, prune
 from edgewhisper.compress.masks import smallest, weights_of
-from edgewhisper.compress.work import Work
 from edgewhisper.resume import Interrupted
 from edgewhisper.training import Training, train
 from export.problem import Problem
@@ -28,13 +27,10 @@ AT_ONCE = Options(share=1.0, target=0.5, start=NONE, training=NONE, recovery=NON
 
 
 @pytest.fixture
-def few(clips: Path) -> list[Clip]:
-    return read_manifest(clips)[:3]
-
-
-@pytest.fixture
-def work(few, processor, tmp_path: Path, seed: int) -> Work:
-    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run", seed=seed % 1000)
+def context(few, processor, tmp_path: Path, seed: int) -> Context:
+    return Context(
+        processor=processor, train=few, dev=few, run_dir=tmp_path / "run", seed=seed % 1000
+    )
 
 
 @pytest.fixture
@@ -129,7 +125,7 @@ def test_masks_only_lose_and_lose_exactly_their_share(scope, drawn, rng):
 
 
 @pytest.mark.parametrize("scope", ["global", "per_matrix"])
-def test_the_masks_are_those_of_torchs_own_pruning(scope, model, work):
+def test_the_masks_are_those_of_torchs_own_pruning(scope, model, context):
     from torch.nn.utils import prune as torchs
 
     twin = copy.deepcopy(model)
@@ -146,7 +142,7 @@ def test_the_masks_are_those_of_torchs_own_pruning(scope, model, work):
         for module in linears:
             torchs.l1_unstructured(module, "weight", amount=0.25)
             torchs.l1_unstructured(module, "weight", amount=0.25)
-    imp.apply(model, options, work)
+    imp.apply(model, options, context)
     for (_, ours), theirs in zip(whisper.linears(model), linears, strict=True):
         # the two round the number of weights in their own ways
         assert ((ours.weight != 0) != (theirs.weight != 0)).sum() <= (0 if scope == "global" else 1)
@@ -155,16 +151,18 @@ def test_the_masks_are_those_of_torchs_own_pruning(scope, model, work):
 # -------------------------------------------------------------------------------------- the step
 
 
-def test_it_is_plain_fine_tuning_when_told_to_prune_nothing(model, work, few, processor):
+def test_it_is_plain_fine_tuning_when_told_to_prune_nothing(model, context, few, processor):
     plain = copy.deepcopy(model)
-    train(plain, processor, few, BRIEF, run_dir=work.run_dir / "plain", seed=work.seed)
-    imp.apply(model, replace(AT_ONCE, target=0.0, start=BRIEF), work)
+    train(plain, processor, few, BRIEF, run_dir=context.run_dir / "plain", seed=context.seed)
+    imp.apply(model, replace(AT_ONCE, target=0.0, start=BRIEF), context)
     assert same_bits(bits(plain), bits(model))
-    assert work.record["imp"]["rounds"] == []
+    assert context.record["imp"]["rounds"] == []
 
 
 @pytest.mark.parametrize("scope", ["global", "per_matrix"])
-def test_zeros_grow_from_round_to_round_and_stay_through_recovery(scope, model, work, monkeypatch):
+def test_zeros_grow_from_round_to_round_and_stay_through_recovery(
+    scope, model, context, monkeypatch
+):
     seen = []
     original = imp.train_masked
 
@@ -176,16 +174,16 @@ def test_zeros_grow_from_round_to_round_and_stay_through_recovery(scope, model, 
         return told
 
     monkeypatch.setattr(imp, "train_masked", watched)
-    imp.apply(model, replace(THREE_ROUNDS, scope=scope), work)
+    imp.apply(model, replace(THREE_ROUNDS, scope=scope), context)
     total = sum(w.numel() for w in weights_of(model).values())
     assert [n / total for n in seen] == pytest.approx([0, 0, 0.3, 0.51, 0.6], abs=0.01)
-    record = work.record["imp"]
+    record = context.record["imp"]
     assert record["pruned"]["zero_elements"] == pytest.approx(0.6, abs=0.01)
     assert [entry["left"] for entry in record["rounds"]] == pytest.approx([0.7, 0.49, 0.4])
     assert record["recovery"]["steps"] == 2
 
 
-def test_what_is_pruned_has_no_part_in_the_gradients_norm(model, work):
+def test_what_is_pruned_has_no_part_in_the_gradients_norm(model, context):
     """Steps of a model are the same whether gradients of its pruned weights are huge or absent."""
     options = replace(AT_ONCE, recovery=replace(BRIEF, steps=1, clip_norm=1e-3, weight_decay=0.1))
     norms = []
@@ -207,13 +205,13 @@ def test_what_is_pruned_has_no_part_in_the_gradients_norm(model, work):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.nn.utils.clip_grad_norm_", watched)
-        imp.apply(model, options, work)
+        imp.apply(model, options, context)
     assert len(norms) == 2 and norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_rewinding_takes_survivors_back_to_where_the_rounds_began(model, work):
+def test_rewinding_takes_survivors_back_to_where_the_rounds_began(model, context):
     start = copy.deepcopy(model)
-    imp.apply(model, replace(THREE_ROUNDS, rewind=True, start=NONE, recovery=NONE), work)
+    imp.apply(model, replace(THREE_ROUNDS, rewind=True, start=NONE, recovery=NONE), context)
     trained = weights_of(model)
     for name, weight in weights_of(start).items():
         alive = trained[name] != 0
@@ -230,26 +228,26 @@ def test_rewinding_takes_survivors_back_to_where_the_rounds_began(model, work):
             assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_rewinding_starts_behind_the_fine_tuning_that_comes_first(model, work, few, processor):
+def test_rewinding_starts_behind_the_fine_tuning_that_comes_first(model, context, few, processor):
     plain = copy.deepcopy(model)
-    train(plain, processor, few, BRIEF, run_dir=work.run_dir / "plain", seed=work.seed)
-    imp.apply(model, replace(THREE_ROUNDS, rewind=True, recovery=NONE), work)
+    train(plain, processor, few, BRIEF, run_dir=context.run_dir / "plain", seed=context.seed)
+    imp.apply(model, replace(THREE_ROUNDS, rewind=True, recovery=NONE), context)
     for name, weight in weights_of(plain).items():
         found = weights_of(model)[name]
         assert torch.equal(found, weight * (found != 0))
 
 
-def test_only_layers_that_match_are_pruned(model, work):
-    imp.apply(model, replace(AT_ONCE, layers="*decoder*.fc1", target=0.5), work)
+def test_only_layers_that_match_are_pruned(model, context):
+    imp.apply(model, replace(AT_ONCE, layers="*decoder*.fc1", target=0.5), context)
     for name, weight in weights_of(model).items():
         share = (weight == 0).float().mean()
         assert share == (0.5 if name.endswith("decoder.layers.0.fc1") else 0)
 
 
-def test_a_pattern_that_matches_nothing_is_a_letter_before_any_training(model, work):
-    with pytest.raises(Problem, match=r"no linear layer is called '\*.fc3'"):
-        imp.apply(model, replace(THREE_ROUNDS, layers="*.fc3"), work)
-    assert not work.run_dir.exists()
+def test_a_pattern_that_matches_nothing_is_a_letter_before_any_training(model, context):
+    with pytest.raises(Problem, match=r"no linear layer matches '\*.fc3'"):
+        imp.apply(model, replace(THREE_ROUNDS, layers="*.fc3"), context)
+    assert not context.run_dir.exists()
 
 
 # ------------------------------------------------------------------------------- stop and resume
@@ -311,19 +309,19 @@ def trainings(monkeypatch) -> list[tuple[str, int]]:
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits_and_repeats_no_finished_round(
-    part, how, rewind, model, work, tmp_path, monkeypatch
+    part, how, rewind, model, context, tmp_path, monkeypatch
 ):
     options = replace(THREE_ROUNDS, training=replace(BRIEF, steps=3), rewind=rewind)
     unbroken, stopped = copy.deepcopy(model), copy.deepcopy(model)
-    imp.apply(unbroken, options, replace(work, run_dir=tmp_path / "unbroken", record={}))
+    imp.apply(unbroken, options, replace(context, run_dir=tmp_path / "unbroken", record={}))
     with monkeypatch.context() as patch:
         stop_in(patch, part, how)
         with pytest.raises(Interrupted if how == "interrupted" else Killed):
-            imp.apply(stopped, options, work)
+            imp.apply(stopped, options, context)
     done = trainings(monkeypatch)
-    imp.apply(model, options, work)  # a new process begins with the base model again
+    imp.apply(model, options, context)  # a new process begins with the base model again
     assert same_bits(bits(model), bits(unbroken))
-    assert len(work.record["imp"]["rounds"]) == 3
+    assert len(context.record["imp"]["rounds"]) == 3
     names = ["imp-start", "training-0001", "training-0002", "training-0003", "imp-recovery"]
     steps = dict(zip(names, [2, 3, 3, 3, 2], strict=True))
     again = {name: count for name, count in done if count}
@@ -333,9 +331,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_repeats_no_finished_round(
     )
 
 
-def test_of_finished_rounds_one_set_of_weights_is_kept_and_no_training(model, work):
-    imp.apply(model, THREE_ROUNDS, work)
-    (part,) = (work.run_dir / "imp-rounds").iterdir()
+def test_of_finished_rounds_one_set_of_weights_is_kept_and_no_training(model, context):
+    imp.apply(model, THREE_ROUNDS, context)
+    (part,) = (context.run_dir / "imp-rounds").iterdir()
     assert part.name == "part-0003"
     assert sorted(path.name for path in part.iterdir()) == ["part.json", "tensors.safetensors"]
 
@@ -353,53 +351,53 @@ def test_of_finished_rounds_one_set_of_weights_is_kept_and_no_training(model, wo
     ],
     ids=lambda other: next(iter(other)),
 )
-def test_rounds_of_other_options_are_not_gone_on_with(other, model, work):
+def test_rounds_of_other_options_are_not_gone_on_with(other, model, context):
     options = replace(THREE_ROUNDS, start=NONE) if "start" not in other else THREE_ROUNDS
-    imp.apply(copy.deepcopy(model), options, work)
+    imp.apply(copy.deepcopy(model), options, context)
     with pytest.raises(Problem, match="imp-rounds holds the state of another training"):
-        imp.apply(model, replace(options, **other), work)
+        imp.apply(model, replace(options, **other), context)
 
 
 def test_rounds_of_another_model_or_seed_or_other_speech_are_not_gone_on_with(
-    model, make_whisper, work, few
+    model, make_whisper, context, few
 ):
     options = replace(THREE_ROUNDS, start=NONE)
-    imp.apply(copy.deepcopy(model), options, work)
+    imp.apply(copy.deepcopy(model), options, context)
     other = make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=1)
-    for model_, work_ in (
-        (other, work),
-        (model, replace(work, seed=work.seed + 1)),
-        (model, replace(work, train=few[:2])),
-        (model, replace(work, train=[replace(few[0], text="nine"), *few[1:]])),
+    for model_, context_ in (
+        (other, context),
+        (model, replace(context, seed=context.seed + 1)),
+        (model, replace(context, train=few[:2])),
+        (model, replace(context, train=[replace(few[0], text="nine"), *few[1:]])),
     ):
         with pytest.raises(Problem, match="imp-rounds holds the state of another training"):
-            imp.apply(model_, options, work_)
+            imp.apply(model_, options, context_)
 
 
-def test_more_data_workers_or_checkpoints_are_no_other_training(model, work):
-    imp.apply(copy.deepcopy(model), THREE_ROUNDS, work)
-    imp.apply(model, replace(THREE_ROUNDS, training=replace(BRIEF, checkpoint_steps=1)), work)
-    assert len(work.record["imp"]["rounds"]) == 3
+def test_more_data_workers_or_checkpoints_are_no_other_training(model, context):
+    imp.apply(copy.deepcopy(model), THREE_ROUNDS, context)
+    imp.apply(model, replace(THREE_ROUNDS, training=replace(BRIEF, checkpoint_steps=1)), context)
+    assert len(context.record["imp"]["rounds"]) == 3
 
 
-def test_a_damaged_round_is_named(model, work):
-    imp.apply(copy.deepcopy(model), THREE_ROUNDS, work)
-    file = work.run_dir / "imp-rounds" / "part-0003" / "tensors.safetensors"
+def test_a_damaged_round_is_named(model, context):
+    imp.apply(copy.deepcopy(model), THREE_ROUNDS, context)
+    file = context.run_dir / "imp-rounds" / "part-0003" / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(Problem, match="part-0003 cannot be read as the state of a training"):
-        imp.apply(model, THREE_ROUNDS, work)
+        imp.apply(model, THREE_ROUNDS, context)
 
 
 # ------------------------------------------------------------------------------- save and export
 
 
 @pytest.fixture
-def sparse(make_whisper, work):
+def sparse(make_whisper, context):
     """A pruned model that utters no timestamps, as random ones may."""
     model = make_whisper()
     stamps = range(model.generation_config.no_timestamps_token_id + 1, model.config.vocab_size)
     model.generation_config.suppress_tokens = list(stamps)
-    return imp.apply(model, AT_ONCE, work)
+    return imp.apply(model, AT_ONCE, context)
 
 
 def test_a_pruned_model_survives_save_and_load(sparse, processor, tmp_path):
@@ -407,11 +405,11 @@ def test_a_pruned_model_survives_save_and_load(sparse, processor, tmp_path):
     assert same_bits(bits(whisper.load(tmp_path / "sparse")), bits(sparse))
 
 
-def test_a_pruned_model_survives_shrinking_and_export(sparse, work, processor, few, tmp_path):
+def test_a_pruned_model_survives_shrinking_and_export(sparse, context, processor, few, tmp_path):
     from devices.runner.recognizer import Recognizer
     from export.onnx.to_onnx import export_onnx
 
-    slim = shrink.apply(sparse, shrink.Options(), work)
+    slim = shrink.apply(sparse, shrink.Options(), context)
     (tmp_path / "artifact").mkdir()
     export_onnx(slim, processor, tmp_path / "artifact", precision="fp32")
     recognizer = Recognizer(tmp_path / "artifact", guards=False)

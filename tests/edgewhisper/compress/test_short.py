@@ -26,9 +26,9 @@ from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import calibration, decoding, pipeline, whisper
 from edgewhisper.compress import short
-from edgewhisper.compress.near import Teacher
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.short import Lengths, Options, drawn_length, windows_for
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.teacher import Teacher
 from edgewhisper.examples import Examples
 from edgewhisper.pipeline import SPEECH
 from edgewhisper.recipe import parse
@@ -420,8 +420,8 @@ NOTHING = Training(steps=0)
 
 
 @pytest.fixture
-def work(processor, few, tmp_path, seed) -> Work:
-    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run", seed=seed)
+def context(processor, few, tmp_path, seed) -> Context:
+    return Context(processor=processor, train=few, dev=few, run_dir=tmp_path / "run", seed=seed)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -432,29 +432,29 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-def test_zero_steps_record_the_windows_and_change_nothing(tiny_whisper, work):
+def test_zero_steps_record_the_windows_and_change_nothing(tiny_whisper, context):
     before = weights(tiny_whisper)
-    model = short.apply(tiny_whisper, Options(training=NOTHING), work)
+    model = short.apply(tiny_whisper, Options(training=NOTHING), context)
     assert same_bits(weights(model), before)
     assert windows_of(model.config) == WINDOWS
-    assert work.record["short"]["windows_s"] == pytest.approx([2.0, 4.0, 6.0])
-    assert work.record["short"]["macs"].keys() == {"100", "200", "300"}
+    assert context.record["short"]["windows_s"] == pytest.approx([2.0, 4.0, 6.0])
+    assert context.record["short"]["macs"].keys() == {"100", "200", "300"}
     assert model.config.output_hidden_states is False
 
 
 @pytest.mark.parametrize("lengths", ["windows", "jitter"])
-def test_hearing_everything_it_is_the_teacher_and_stays_so(lengths, tiny_whisper, work):
+def test_hearing_everything_it_is_the_teacher_and_stays_so(lengths, tiny_whisper, context):
     """n = N: (2) is zero, and so is every gradient."""
     before = weights(tiny_whisper)
     options = Options(windows_s=(6.0,), lengths=lengths, margin=300, reach=0)
-    model = short.apply(tiny_whisper, replace(options, training=BRIEF), work)
-    assert work.record["short"]["training"]["last_loss"] == 0
+    model = short.apply(tiny_whisper, replace(options, training=BRIEF), context)
+    assert context.record["short"]["training"]["last_loss"] == 0
     assert same_bits(weights(model), before)
     assert not hasattr(model.config, "edgewhisper")
 
 
 def test_it_learns_to_say_in_short_windows_what_it_says_in_the_full_one(
-    tiny_whisper, work, few, processor
+    tiny_whisper, context, few, processor
 ):
     teacher = copy.deepcopy(tiny_whisper)
     whisper.set_windows(tiny_whisper.config, WINDOWS)
@@ -472,8 +472,8 @@ def test_it_learns_to_say_in_short_windows_what_it_says_in_the_full_one(
 
     before = distance(tiny_whisper)
     training = Training(steps=40, batch_size=2, learning_rate=1e-3)
-    work.train = few[:2]
-    short.apply(tiny_whisper, Options(lengths="windows", training=training), work)
+    context.train = few[:2]
+    short.apply(tiny_whisper, Options(lengths="windows", training=training), context)
     assert distance(tiny_whisper) < 0.7 * before
 
 
@@ -603,9 +603,9 @@ def test_windows_are_named_in_seconds(seconds, full, windows):
 @pytest.mark.parametrize(
     "seconds", [(4.0, 2.0), (2.0, 2.0), (0.0, 2.0), (-1.0,), (6.1,), (np.inf,), (np.nan,)]
 )
-def test_windows_that_cannot_be_are_a_letter(seconds, tiny_whisper, work):
-    with pytest.raises(Problem, match=r"short: windows_s is .* ascending, and between 0.02") as e:
-        short.apply(tiny_whisper, Options(windows_s=seconds), work)
+def test_windows_that_cannot_be_are_a_letter(seconds, tiny_whisper, context):
+    with pytest.raises(Problem, match=r"short: windows_s is .* ascending and between 0.02") as e:
+        short.apply(tiny_whisper, Options(windows_s=seconds), context)
     assert "windows_s = [2, 4]" in e.value.hint
 
 
@@ -636,26 +636,26 @@ def test_passes_of_one_step_add_up_to_the_step(tiny_whisper, processor, clips, t
     for passes in (1, 2):
         model = copy.deepcopy(tiny_whisper)
         training = replace(options.training, accumulate=passes, learning_rate=1e-3)
-        run = Work(processor, eight, eight, tmp_path / str(passes), seed)
+        run = Context(processor, eight, eight, tmp_path / str(passes), seed)
         short.apply(model, replace(options, training=training), run)
         results.append(weights(model))
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-4)
 
 
-def test_it_comes_before_and_after_other_methods(tiny_whisper, work):
-    """TSPAR, removal, and a low-rank encoder on a model that has windows: they stay, and work."""
+def test_it_comes_before_and_after_other_methods(tiny_whisper, context):
+    """TSPAR, removal and a low-rank encoder keep the windows of a model."""
     from edgewhisper.compress import lite, shrink, tspar
 
-    model = short.apply(tiny_whisper, Options(training=BRIEF), work)
+    model = short.apply(tiny_whisper, Options(training=BRIEF), context)
     pruned = tspar.Options(
         layers="*.fc2", c2=0.0, search=False, evaluations=1, training=replace(BRIEF, steps=1)
     )
-    model = tspar.apply(model, pruned, replace(work, run_dir=work.run_dir / "tspar"))
-    model = shrink.apply(model, shrink.Options(), work)
-    model = lite.apply(model, lite.Options(), replace(work, run_dir=work.run_dir / "lite"))
+    model = tspar.apply(model, pruned, replace(context, run_dir=context.run_dir / "tspar"))
+    model = shrink.apply(model, shrink.Options(), context)
+    model = lite.apply(model, lite.Options(), replace(context, run_dir=context.run_dir / "lite"))
     assert windows_of(model.config) == WINDOWS
-    again = replace(work, run_dir=work.run_dir / "again")
+    again = replace(context, run_dir=context.run_dir / "again")
     model = short.apply(model, Options(windows_s=(3.0,), training=BRIEF), again)
     assert windows_of(model.config) == [150, 300]
 
@@ -668,10 +668,10 @@ def test_calibration_hears_what_decoding_hears(short_whisper, processor, few):
     assert [w.positions for w in masked.windows(short_whisper)] == [47, 76, 176, 205]
 
 
-def test_what_was_taught_survives_export_and_its_gate(digits, work, few, clips, tmp_path):
+def test_what_was_taught_survives_export_and_its_gate(digits, context, few, clips, tmp_path):
     """The whole road on the embedded model: short, saved, exported in fp32, exact in the gate."""
-    model = short.apply(whisper.load(digits), Options(training=BRIEF), work)
-    whisper.save(model, work.processor, tmp_path / "taught", {})
+    model = short.apply(whisper.load(digits), Options(training=BRIEF), context)
+    whisper.save(model, context.processor, tmp_path / "taught", {})
     manifest_file = tmp_path / "few.jsonl"
     lines = clips.read_text().splitlines()
     absolute = [json.loads(lines[i]) for i in (0, 2, 4, 5)]
@@ -728,7 +728,9 @@ def test_short_windows_lose_less_than_a_point_and_fall_into_no_loop(digits, proc
     assert wer(with_windows(model)) > full + 0.01
     training = Training(steps=40, batch_size=8, learning_rate=1e-4, warmup=0.1)
     options = Options(lengths="windows", full_share=0.2, kl=1.0, training=training)
-    work = Work(processor, read_manifest(SPEECH / "train.jsonl"), [], tmp_path / "run", seed=0)
-    model = short.apply(whisper.load(digits), options, work)
+    context = Context(
+        processor, read_manifest(SPEECH / "train.jsonl"), [], tmp_path / "run", seed=0
+    )
+    model = short.apply(whisper.load(digits), options, context)
     assert windows_of(model.config) == WINDOWS
     assert wer(model) < wer(with_windows(model, [300])) + 0.01

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import graph_macs
@@ -14,9 +13,11 @@ import torch
 from same_function import largest_difference
 from scipy.optimize import minimize
 
-from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import shrink, tspar
+from edgewhisper.compress.context import Context
+from edgewhisper.compress.masks import guards, removed_share, weights_of
+from edgewhisper.compress.pruning_strength import SHARES, largest, refuse_unreachable
 from edgewhisper.compress.tspar import (
     Options,
     Thresholds,
@@ -24,15 +25,11 @@ from edgewhisper.compress.tspar import (
     element_penalty,
     keep_columns,
     keep_elements,
-    largest,
     proximal,
-    removed_share,
     shrink_columns,
     soft_threshold,
     two_pass,
-    weights_of,
 )
-from edgewhisper.compress.work import Work
 from edgewhisper.training import Training, train
 from edgewhisper.whisper import linears
 from export.cost import macs
@@ -54,16 +51,6 @@ NOTHING = Options(
 )
 SCOPES = ["per_matrix", "per_layer", "global"]
 ORDERS = ["element_then_column", "statistics_then_apply"]
-
-
-@pytest.fixture
-def few(clips: Path) -> list[Clip]:
-    return read_manifest(clips)[:3]
-
-
-@pytest.fixture
-def work(few, processor, tmp_path: Path) -> Work:
-    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run")
 
 
 @pytest.fixture
@@ -175,21 +162,21 @@ def test_a_step_of_size_zero_changes_no_bit(step, rng):
     assert torch.equal(step(weight, 0.0), weight)
 
 
-def test_at_the_start_each_penalty_weighs_lambda_times_the_cross_entropy(tiny_whisper, work):
+def test_at_the_start_each_penalty_weighs_lambda_times_the_cross_entropy(tiny_whisper, context):
     from edgewhisper.training import loss_before
 
     options = Options(encoder_element=0.5, decoder_element=2, encoder_column=0, decoder_column=3)
-    term, hook, scales = tspar.regulariser(tiny_whisper, options, work)
-    loss = loss_before(tiny_whisper, work.processor, work.train, options.training)
+    term, hook, scales = tspar.regulariser(tiny_whisper, options, context)
+    loss = loss_before(tiny_whisper, context.processor, context.train, options.training)
     assert hook is None and set(scales) == {
         f"{side}_{kind}" for side in tspar.SIDES for kind in ("element", "column")
     }
     assert term(tiny_whisper, None, None).item() == pytest.approx(5.5 * loss, rel=1e-5)
 
 
-def test_the_penalties_touch_the_linear_layers_of_the_blocks_only(tiny_whisper, work):
+def test_the_penalties_touch_the_linear_layers_of_the_blocks_only(tiny_whisper, context):
     options = replace(NOTHING, encoder_element=1e9, decoder_column=1e9, reg_mode="proximal")
-    _, hook, _ = tspar.regulariser(tiny_whisper, options, work)
+    _, hook, _ = tspar.regulariser(tiny_whisper, options, context)
     before = {name: p.clone() for name, p in tiny_whisper.named_parameters()}
     with torch.no_grad():
         hook(tiny_whisper, 0, 1e-3)
@@ -202,7 +189,7 @@ def test_the_penalties_touch_the_linear_layers_of_the_blocks_only(tiny_whisper, 
             assert torch.equal(parameter, before[name])
 
 
-def test_subgradient_training_shrinks_and_proximal_training_zeroes_columns(make_whisper, work):
+def test_subgradient_training_shrinks_and_proximal_training_zeroes_columns(make_whisper, context):
     base = make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=1)
     sizes, zeros = {}, {}
     for mode, strength in (("none", 0.0), ("subgradient", 300.0), ("proximal", 120.0)):
@@ -214,7 +201,7 @@ def test_subgradient_training_shrinks_and_proximal_training_zeroes_columns(make_
             reg_mode="subgradient" if mode == "none" else mode,
             training=Training(steps=8, batch_size=2, learning_rate=3e-3),
         )
-        own = replace(work, run_dir=work.run_dir / mode, record={})
+        own = replace(context, run_dir=context.run_dir / mode, record={})
         tspar.apply(model, options, own)
         weights = weights_of(model).values()
         sizes[mode] = sum(column_penalty(w).item() for w in weights)
@@ -408,33 +395,33 @@ def test_bisection_takes_the_whole_recipe_where_it_is_good():
 
 
 @pytest.fixture
-def work_with_known_wer(work, monkeypatch):
+def context_with_known_wer(context, monkeypatch):
     """Dev WER is 5 % and grows by one point for every tenth of the weights that is zero."""
 
     def wer(self, model):
         weights = torch.cat([w.flatten() for w in weights_of(model).values()])
         return SimpleNamespace(wer=0.05 + 0.1 * (weights == 0).double().mean().item())
 
-    monkeypatch.setattr(Work, "wer", wer)
-    return work
+    monkeypatch.setattr(Context, "wer", wer)
+    return context
 
 
-def test_the_search_prunes_as_far_as_the_margin_allows(tiny_whisper, work_with_known_wer):
+def test_the_search_prunes_as_far_as_the_margin_allows(tiny_whisper, context_with_known_wer):
     options = Options(c1=2.0, c2=-1.0, wer_margin=2.0, evaluations=12, training=Training(steps=0))
-    tspar.apply(tiny_whisper, options, work_with_known_wer)
-    record = work_with_known_wer.record["tspar"]
+    tspar.apply(tiny_whisper, options, context_with_known_wer)
+    record = context_with_known_wer.record["tspar"]
     assert 0.15 < record["pruned"]["zero_elements"] <= 0.2 + 1e-9
     assert len(record["search"]["tried"]) == 12
     assert record["search"]["limit"] == pytest.approx(0.07)
 
 
-def test_min_removed_is_reached_whatever_the_margin(tiny_whisper, work_with_known_wer):
+def test_min_removed_is_reached_whatever_the_margin(tiny_whisper, context_with_known_wer):
     options = Options(
         c2=-2.0, wer_margin=0.0, min_removed=0.3, evaluations=2, training=Training(steps=0)
     )
-    tspar.apply(tiny_whisper, options, work_with_known_wer)
-    slim = shrink.apply(tiny_whisper, shrink.Options(), work_with_known_wer)
-    record = work_with_known_wer.record
+    tspar.apply(tiny_whisper, options, context_with_known_wer)
+    slim = shrink.apply(tiny_whisper, shrink.Options(), context_with_known_wer)
+    record = context_with_known_wer.record
     assert 0.3 <= record["shrink"]["removed_outside_token_table"] < 0.4
     assert record["shrink"]["removed_outside_token_table"] == pytest.approx(
         record["tspar"]["pruned"]["removable_parameters"]
@@ -445,14 +432,14 @@ def test_min_removed_is_reached_whatever_the_margin(tiny_whisper, work_with_know
 
 
 @pytest.mark.parametrize("layers", ["*", "*.fc2"])
-def test_min_zero_is_reached_without_any_search(layers, tiny_whisper, work, rng):
+def test_min_zero_is_reached_without_any_search(layers, tiny_whisper, context, rng):
     share = float(rng.uniform(0.05, 0.15))
     options = Options(
         layers=layers, c2=-2.0, search=False, min_zero=share, training=Training(steps=0)
     )
-    tspar.apply(tiny_whisper, options, work)
-    assert "search" not in work.record["tspar"]
-    slim = shrink.apply(tiny_whisper, shrink.Options(), work)
+    tspar.apply(tiny_whisper, options, context)
+    assert "search" not in context.record["tspar"]
+    slim = shrink.apply(tiny_whisper, shrink.Options(), context)
     table = slim.model.decoder.embed_tokens.weight.numel()
     left = sum(int((p != 0).sum()) for p in slim.parameters()) - table
     dense = sum(p.numel() for p in tiny_whisper.parameters()) - table
@@ -462,77 +449,76 @@ def test_min_zero_is_reached_without_any_search(layers, tiny_whisper, work, rng)
 @pytest.mark.parametrize("name", ["min_removed", "min_zero"])
 @pytest.mark.parametrize("search", [True, False], ids=["searched", "as given"])
 def test_a_share_beyond_full_strength_is_a_letter_with_what_it_reaches(
-    name, search, tiny_whisper, work, rng
+    name, search, tiny_whisper, context, rng
 ):
     values = {"c1": float(rng.uniform(0, 0.3)), "c2": float(rng.uniform(0.2, 0.5)), "rho": 0.0}
     options = Options(search=search, training=NO_TRAINING, **values)
-    own = replace(work, record={})
+    own = replace(context, record={})
     pruned = tspar.apply(copy.deepcopy(tiny_whisper), replace(options, search=False), own)
-    reached = tspar.SHARES[name](pruned)
+    reached = SHARES[name](pruned)
     with pytest.raises(Problem, match=f"tspar: {name} asks for 0.500 of the parameters") as told:
-        tspar.apply(copy.deepcopy(tiny_whisper), replace(options, **{name: 0.5}), work)
+        tspar.apply(copy.deepcopy(tiny_whisper), replace(options, **{name: 0.5}), context)
     assert f"c2 = {values['c2']:g} and rho = 0 reach {reached:.3f}" in str(told.value)
     assert "raise c1 or rho, lower c2" in told.value.hint
-    assert not work.record
+    assert not context.record
 
 
-def test_what_full_strength_just_reaches_is_no_letter(tiny_whisper, work, rng):
+def test_what_full_strength_just_reaches_is_no_letter(tiny_whisper, context, rng):
     options = Options(c1=float(rng.uniform(0, 0.3)), c2=0.3, search=False, training=NO_TRAINING)
-    reached = removed_share(tspar.apply(copy.deepcopy(tiny_whisper), options, work))
-    found = tspar.apply(tiny_whisper, replace(options, min_removed=reached), work)
+    reached = removed_share(tspar.apply(copy.deepcopy(tiny_whisper), options, context))
+    found = tspar.apply(tiny_whisper, replace(options, min_removed=reached), context)
     assert removed_share(found) >= reached > 0
 
 
 @pytest.mark.parametrize("name", ["min_removed", "min_zero"])
 def test_a_share_that_the_layers_do_not_make_up_is_refused_before_the_training(
-    name, tiny_whisper, work, monkeypatch
+    name, tiny_whisper, context, monkeypatch
 ):
     monkeypatch.setattr(tspar, "train", None)
     before = {n: tensor.clone() for n, tensor in tiny_whisper.state_dict().items()}
     options = Options(layers="*.decoder.*.fc2", **{name: 0.5})
-    with pytest.raises(Problem, match=rf"{name} asks for 0.500 .* makes up 0\.[01]\d\d") as told:
-        tspar.apply(tiny_whisper, options, work)
-    assert "let `layers` name more" in told.value.hint
+    with pytest.raises(Problem, match=rf"{name} asks for 0.500 .* have only 0\.[01]\d\d ") as told:
+        tspar.apply(tiny_whisper, options, context)
+    assert "extend `layers`" in told.value.hint
     assert all(torch.equal(before[n], t) for n, t in tiny_whisper.state_dict().items())
 
 
-def test_what_is_protected_cannot_be_asked_for(make_whisper, work):
+def test_what_is_protected_cannot_be_asked_for(make_whisper, context):
     """Of attention's two heads a layer one is guarded; without guards the share would be there."""
     model = make_whisper(ffn=4)
     model.generation_config.alignment_heads = [[0, 0], [1, 0]]
-    options = Options(layers="*.encoder_attn.*", training=NO_TRAINING)
-    options = replace(options, min_removed=0.12)
-    tspar.refuse_unreachable(model, options)
+    asked = {"min_removed": 0.12}, "*.encoder_attn.*"
+    refuse_unreachable(model, *asked, {})
     with pytest.raises(Problem, match=r"min_removed asks for 0.120"):
-        tspar.refuse_unreachable(model, replace(options, protect_alignment=True))
+        refuse_unreachable(model, *asked, guards(model, True))
 
 
-def test_without_a_share_to_reach_the_recipes_values_are_applied(tiny_whisper, work):
-    tspar.apply(tiny_whisper, Options(search=False, training=Training(steps=0)), work)
-    assert work.record["tspar"]["thresholds"]["strength"] == 1.0
+def test_without_a_share_to_reach_the_recipes_values_are_applied(tiny_whisper, context):
+    tspar.apply(tiny_whisper, Options(search=False, training=Training(steps=0)), context)
+    assert context.record["tspar"]["thresholds"]["strength"] == 1.0
 
 
 # --------------------------------------------------------------------------------- the whole step
 
 
-def test_it_is_plain_fine_tuning_when_told_to_do_nothing(tiny_whisper, work, few, processor):
+def test_it_is_plain_fine_tuning_when_told_to_do_nothing(tiny_whisper, context, few, processor):
     plain = copy.deepcopy(tiny_whisper)
-    train(plain, processor, few, BRIEF, run_dir=work.run_dir / "plain", seed=work.seed)
-    tspar.apply(tiny_whisper, NOTHING, work)
+    train(plain, processor, few, BRIEF, run_dir=context.run_dir / "plain", seed=context.seed)
+    tspar.apply(tiny_whisper, NOTHING, context)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tiny_whisper.state_dict()[name], tensor)
     assert removed_share(tiny_whisper) == 0
 
 
-def test_what_was_pruned_stays_zero_through_recovery(tiny_whisper, work):
+def test_what_was_pruned_stays_zero_through_recovery(tiny_whisper, context):
     options = replace(NOTHING, c1=0.5, c2=0.5, training=Training(steps=0), recovery=BRIEF, keep=0.1)
     pruned = two_pass(weights_of(tiny_whisper), Thresholds(0.5, 0.5, 0.0), options)
     before = {name: w.clone() for name, w in weights_of(tiny_whisper).items()}
-    tspar.apply(tiny_whisper, options, work)
+    tspar.apply(tiny_whisper, options, context)
     for name, weight in weights_of(tiny_whisper).items():
         assert (weight[~pruned[name]] == 0).all()
         assert not torch.equal(weight, before[name] * pruned[name])
-    assert work.record["tspar"]["recovery"]["steps"] == 2
+    assert context.record["tspar"]["recovery"]["steps"] == 2
 
 
 def test_the_proximal_step_is_as_large_as_the_learning_rate_says(make_whisper, rng):
@@ -562,11 +548,11 @@ def test_the_proximal_step_is_as_large_as_the_learning_rate_says(make_whisper, r
         assert not module.weight.equal(before[name])
 
 
-def test_only_layers_that_match_are_penalised_and_pruned(tiny_whisper, work):
+def test_only_layers_that_match_are_penalised_and_pruned(tiny_whisper, context):
     before = weights_of(tiny_whisper)
     before = {name: weight.clone() for name, weight in before.items()}
     options = replace(NOTHING, layers="*encoder.layers.1.fc2", c2=0.0, training=Training(steps=0))
-    tspar.apply(tiny_whisper, options, work)
+    tspar.apply(tiny_whisper, options, context)
     changed = [n for n, w in weights_of(tiny_whisper).items() if not torch.equal(w, before[n])]
     assert changed == ["model.encoder.layers.1.fc2"]
     assert set(tspar.penalties(tiny_whisper, options)) == {
@@ -575,14 +561,14 @@ def test_only_layers_that_match_are_penalised_and_pruned(tiny_whisper, work):
     }
 
 
-def test_a_pattern_that_matches_no_layer_is_a_letter(tiny_whisper, work):
-    with pytest.raises(Problem, match=r"no linear layer is called '\*.fc3'") as caught:
-        tspar.apply(tiny_whisper, replace(NOTHING, layers="*.fc3"), work)
+def test_a_pattern_that_matches_no_layer_is_a_letter(tiny_whisper, context):
+    with pytest.raises(Problem, match=r"no linear layer matches '\*.fc3'") as caught:
+        tspar.apply(tiny_whisper, replace(NOTHING, layers="*.fc3"), context)
     assert "fc1, fc2" in caught.value.hint
 
 
 @pytest.fixture
-def pruned(tiny_whisper, work) -> tuple:
+def pruned(tiny_whisper, context) -> tuple:
     """A pruned model, and the same one after the dead columns were removed."""
     stamps = range(
         tiny_whisper.generation_config.no_timestamps_token_id + 1, tiny_whisper.config.vocab_size
@@ -590,8 +576,8 @@ def pruned(tiny_whisper, work) -> tuple:
     # a random model utters them, and generate() then begins a second segment
     tiny_whisper.generation_config.suppress_tokens = list(stamps)
     options = replace(NOTHING, c1=0.3, c2=0.2, training=Training(steps=0))
-    masked = tspar.apply(tiny_whisper, options, work)
-    return masked, shrink.apply(masked, shrink.Options(), work)
+    masked = tspar.apply(tiny_whisper, options, context)
+    return masked, shrink.apply(masked, shrink.Options(), context)
 
 
 def test_pruned_and_shrunk_models_have_the_same_logits(pruned, processor):
@@ -607,7 +593,7 @@ def test_pruned_and_shrunk_models_have_the_same_logits(pruned, processor):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_pruned_and_shrunk_models_of_random_shapes_agree_with_and_without_the_cache(
-    scope, order, make_whisper, work, rng
+    scope, order, make_whisper, context, rng
 ):
     heads = int(rng.integers(1, 4))
     masked = make_whisper(
@@ -621,8 +607,8 @@ def test_pruned_and_shrunk_models_of_random_shapes_agree_with_and_without_the_ca
     options = replace(
         NOTHING, c1=c1, c2=c2, rho=rho, stats_scope=scope, pass_order=order, training=NO_TRAINING
     )
-    tspar.apply(masked, options, work)
-    slim = shrink.apply(masked, shrink.Options(), work)
+    tspar.apply(masked, options, context)
+    slim = shrink.apply(masked, shrink.Options(), context)
     assert largest_difference(masked, slim, rng) < 1e-4
 
 
@@ -633,40 +619,38 @@ def test_pruned_and_shrunk_models_say_the_same_with_their_caches(pruned, process
 
 
 @pytest.mark.parametrize("layers", ["*.fc2", "*.fc1"])
-def test_the_columns_counted_as_zero_are_the_parameters_that_go(layers, make_whisper, work, rng):
+def test_the_columns_counted_as_zero_are_the_parameters_that_go(layers, make_whisper, context, rng):
     d_model, ffn = 2 * int(rng.integers(4, 20)), int(rng.integers(8, 60))
     model = make_whisper(d_model=d_model, heads=2, ffn=ffn)
     options = replace(
         NOTHING, layers=layers, c2=float(rng.uniform(-0.5, 0.5)), training=NO_TRAINING
     )
-    tspar.apply(model, options, work)
-    slim = shrink.apply(model, shrink.Options(min_saving=0.0), work)
-    zero = sum(work.record["tspar"]["pruned"]["zero_columns"].values())
+    tspar.apply(model, options, context)
+    slim = shrink.apply(model, shrink.Options(min_saving=0.0), context)
+    zero = sum(context.record["tspar"]["pruned"]["zero_columns"].values())
     assert zero > 0
     # a unit: its row and bias of fc1 and its column of fc2; an input of fc1: its column
     each = 2 * d_model + 1 if layers == "*.fc2" else ffn
     counts = [sum(p.numel() for p in m.parameters()) for m in (model, slim)]
     assert counts[0] - counts[1] == zero * each
-    share = work.record["tspar"]["pruned"]["removable_parameters"]
+    share = context.record["tspar"]["pruned"]["removable_parameters"]
     if layers == "*.fc2":  # of fc1's inputs, those of layers that lose few stay
-        assert work.record["shrink"]["removed_outside_token_table"] == pytest.approx(share)
+        assert context.record["shrink"]["removed_outside_token_table"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize("layers", ["*.fc2", "*"], ids=["units", "everything"])
 def test_a_shrunk_graph_multiplies_as_often_as_its_shapes_say(
-    layers, make_whisper, work, processor, rng, tmp_path
+    layers, make_whisper, context, processor, rng, tmp_path
 ):
     model = make_whisper(
         heads=2, d_model=2 * int(rng.integers(8, 20)), ffn=int(rng.integers(20, 60))
     )
     options = replace(NOTHING, layers=layers, c2=-0.3, training=NO_TRAINING)
     dense = macs(model)
-    slim = shrink.apply(tspar.apply(model, options, work), shrink.Options(), work)
-    context = int(rng.integers(2, 20))
-    told, (encoder, step) = (
-        macs(slim, context),
-        graph_macs.of_exported(slim, processor, tmp_path, context),
-    )
+    slim = shrink.apply(tspar.apply(model, options, context), shrink.Options(), context)
+    tokens = int(rng.integers(2, 20))
+    told = macs(slim, tokens)
+    encoder, step = graph_macs.of_exported(slim, processor, tmp_path, tokens)
     zeros = multiplied_zeros(slim)
     assert encoder == told["encoder"] + told["cross"] + zeros["encoder"]
     assert step == told["decoder_per_token"] + zeros["decoder"]
@@ -713,8 +697,8 @@ def test_a_shrunk_model_survives_export(pruned, processor, few, tmp_path):
     assert recognizer.window(pcm) == decoding.greedy(pruned[0], processor, [pcm])[0]
 
 
-def test_a_shrunk_model_can_be_pruned_again(pruned, work, make_whisper: Callable):
+def test_a_shrunk_model_can_be_pruned_again(pruned, context, make_whisper: Callable):
     slim = pruned[1]
     options = replace(NOTHING, c2=0.0, training=replace(BRIEF, steps=1))
-    again = tspar.apply(slim, options, replace(work, run_dir=work.run_dir / "again"))
+    again = tspar.apply(slim, options, replace(context, run_dir=context.run_dir / "again"))
     assert removed_share(again) > 0.05

@@ -4,34 +4,21 @@ import copy
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import variation as scipys_variation
 
-from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import shrink, wsap
 from edgewhisper.compress.masks import weights_of
-from edgewhisper.compress.work import Work
 from edgewhisper.compress.wsap import Options, bounds, keep_largest, ratios, variation
 from edgewhisper.training import Training, train
 from export.problem import Problem
 
 BRIEF = Training(steps=2, batch_size=2, learning_rate=1e-3)
 NONE = Training(steps=0)
-
-
-@pytest.fixture
-def few(clips: Path) -> list[Clip]:
-    return read_manifest(clips)[:3]
-
-
-@pytest.fixture
-def work(few, processor, tmp_path: Path) -> Work:
-    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------- the arithmetic
@@ -94,18 +81,18 @@ def test_exactly_the_ratio_goes_and_it_is_the_smallest(rng):
 # -------------------------------------------------------------------------------------- the step
 
 
-def test_it_is_plain_fine_tuning_when_told_to_prune_nothing(tiny_whisper, work, few, processor):
+def test_it_is_plain_fine_tuning_when_told_to_prune_nothing(tiny_whisper, context, few, processor):
     plain = copy.deepcopy(tiny_whisper)
-    train(plain, processor, few, BRIEF, run_dir=work.run_dir / "plain", seed=work.seed)
-    wsap.apply(tiny_whisper, Options(low=0, middle=0, high=0, recovery=BRIEF), work)
+    train(plain, processor, few, BRIEF, run_dir=context.run_dir / "plain", seed=context.seed)
+    wsap.apply(tiny_whisper, Options(low=0, middle=0, high=0, recovery=BRIEF), context)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tiny_whisper.state_dict()[name], tensor)
 
 
-def test_every_matrix_loses_its_ratio_and_keeps_it_through_recovery(tiny_whisper, work):
+def test_every_matrix_loses_its_ratio_and_keeps_it_through_recovery(tiny_whisper, context):
     before = {name: w.clone() for name, w in weights_of(tiny_whisper).items()}
-    wsap.apply(tiny_whisper, Options(recovery=BRIEF), work)
-    record = work.record["wsap"]
+    wsap.apply(tiny_whisper, Options(recovery=BRIEF), context)
+    record = context.record["wsap"]
     json.dumps(record, allow_nan=False)
     assert set(record["ratios"].values()) == {0.3, 0.5, 0.7}
     for name, weight in weights_of(tiny_whisper).items():
@@ -115,24 +102,24 @@ def test_every_matrix_loses_its_ratio_and_keeps_it_through_recovery(tiny_whisper
         assert not torch.equal(weight, before[name] * ~zero)  # what is left was trained
 
 
-def test_a_pattern_that_matches_nothing_is_a_letter(tiny_whisper, work):
-    with pytest.raises(Problem, match=r"no linear layer is called '\*.fc3'"):
-        wsap.apply(tiny_whisper, Options(layers="*.fc3"), work)
+def test_a_pattern_that_matches_nothing_is_a_letter(tiny_whisper, context):
+    with pytest.raises(Problem, match=r"no linear layer matches '\*.fc3'"):
+        wsap.apply(tiny_whisper, Options(layers="*.fc3"), context)
 
 
-def test_a_recovery_after_other_ratios_is_another_training(tiny_whisper, work):
-    wsap.apply(copy.deepcopy(tiny_whisper), Options(recovery=BRIEF), work)
+def test_a_recovery_after_other_ratios_is_another_training(tiny_whisper, context):
+    wsap.apply(copy.deepcopy(tiny_whisper), Options(recovery=BRIEF), context)
     with pytest.raises(Problem, match="wsap-recovery holds the state of another training"):
-        wsap.apply(tiny_whisper, Options(low=0.2, recovery=BRIEF), work)
+        wsap.apply(tiny_whisper, Options(low=0.2, recovery=BRIEF), context)
 
 
 @pytest.fixture
-def sparse(tiny_whisper, work):
+def sparse(tiny_whisper, context):
     """A pruned model that utters no timestamps, as random ones may."""
     generation = tiny_whisper.generation_config
     stamps = range(generation.no_timestamps_token_id + 1, tiny_whisper.config.vocab_size)
     generation.suppress_tokens = list(stamps)
-    return wsap.apply(tiny_whisper, Options(recovery=NONE), work)
+    return wsap.apply(tiny_whisper, Options(recovery=NONE), context)
 
 
 def test_a_pruned_model_survives_save_and_load(sparse, processor, tmp_path):
@@ -141,11 +128,11 @@ def test_a_pruned_model_survives_save_and_load(sparse, processor, tmp_path):
     assert all(torch.equal(loaded[name], t) for name, t in sparse.state_dict().items())
 
 
-def test_a_pruned_model_survives_shrinking_and_export(sparse, work, processor, few, tmp_path):
+def test_a_pruned_model_survives_shrinking_and_export(sparse, context, processor, few, tmp_path):
     from devices.runner.recognizer import Recognizer
     from export.onnx.to_onnx import export_onnx
 
-    slim = shrink.apply(sparse, shrink.Options(), replace(work, record={}))
+    slim = shrink.apply(sparse, shrink.Options(), replace(context, record={}))
     (tmp_path / "artifact").mkdir()
     export_onnx(slim, processor, tmp_path / "artifact", precision="fp32")
     recognizer = Recognizer(tmp_path / "artifact", guards=False)

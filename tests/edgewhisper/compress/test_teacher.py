@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from edgewhisper.compress.near import distance, keep_term, total
+from edgewhisper.compress.teacher import distance, distance_term, total
 from edgewhisper.examples import Batch
 
 
@@ -25,7 +25,7 @@ def batch() -> Batch:
 
 
 def test_the_term_remembers_the_model_as_it_was(tiny_whisper, batch):
-    term = keep_term(tiny_whisper, 3.0)
+    term = distance_term(tiny_whisper, 3.0)
     before = copy.deepcopy(tiny_whisper)
     with torch.no_grad():
         tiny_whisper.model.encoder.layers[0].fc1.weight.add_(0.5)
@@ -41,4 +41,4 @@ def test_the_term_remembers_the_model_as_it_was(tiny_whisper, batch):
 def test_terms_add_up_and_none_is_no_term(tiny_whisper, batch):
     two = total(lambda *_: torch.tensor(2.0), None, lambda *_: torch.tensor(0.5))
     assert two(tiny_whisper, batch, None).item() == 2.5
-    assert total(None, keep_term(tiny_whisper, 0)) is None
+    assert total(None, distance_term(tiny_whisper, 0)) is None
