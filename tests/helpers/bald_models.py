@@ -30,7 +30,7 @@ SHEAR = shear.Options(rank=8, training=NONE, calibration=2)
 
 @torch.no_grad()
 def logits(model, ids=None):
-    """Logits of the same two sounds and texts, whatever the model."""
+    """Logits of the model for two fixed random inputs."""
     generator = torch.Generator().manual_seed(5)
     features = torch.randn(2, 80, 600, generator=generator)
     ids = torch.randint(0, 300, (2, 7), generator=generator) if ids is None else ids
@@ -38,7 +38,7 @@ def logits(model, ids=None):
 
 
 def keeping(model, layers):
-    """The model with some of its decoder layers, by the shortest way; it cannot use a cache."""
+    """A copy with only these decoder layers; it does not support a cache."""
     model = copy.deepcopy(model)
     model.model.decoder.layers = nn.ModuleList(model.model.decoder.layers[i] for i in layers)
     return model
@@ -53,8 +53,8 @@ def pairs(model):
     return parse_groups("", model.config.decoder_layers)
 
 
-def silent(layer) -> None:
-    """A layer that hands on what it is given."""
+def make_identity(layer) -> None:
+    """Make a layer the identity."""
     for linear in (layer.self_attn.out_proj, layer.encoder_attn.out_proj, layer.fc2):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -64,7 +64,7 @@ def silent(layer) -> None:
 
 
 def without_units(model, layer: int, count: int):
-    """The model with fewer units in one decoder layer."""
+    """The model without `count` units of one decoder layer."""
     with torch.no_grad():
         model.model.decoder.layers[layer].fc2.weight[:, :count] = 0
     return shrink.apply(model, shrink.Options(), Context(None, [], [], Path()))
@@ -85,7 +85,7 @@ def a_batch(model) -> Batch:
 
 
 def base(decoder_layers=6, **shapes):
-    """Whisper-base's dimensions, without its memory."""
+    """A Whisper with the dimensions of base, on the meta device."""
     config = WhisperConfig(
         d_model=512,
         encoder_layers=6,

@@ -11,11 +11,12 @@ from edgewhisper.whisper import LowRank
 
 FINE = Options(round_to=4, theta_attn=0.9, theta_mlp=0.95)
 
-"""Ranks of a model 32 wide."""
+"""Options for a model of width 32."""
 
 
 @torch.no_grad()
 def narrowed(model: nn.Module) -> nn.Module:
+    """Give all linear layers falling singular values, in place."""
     for _, linear in whisper.linears(model):
         u, s, v = torch.linalg.svd(linear.weight, full_matrices=False)
         linear.weight.copy_(u * (s * torch.logspace(0, -3, len(s))) @ v)
@@ -23,7 +24,7 @@ def narrowed(model: nn.Module) -> nn.Module:
 
 
 def draw_layer(rng):
-    """A linear layer of random shape and what it reads: weight, bias, rows with a mean."""
+    """Return a random weight, bias, and input rows with a nonzero mean, float64."""
     d_in, d_out = (int(n) for n in rng.integers(2, 40, size=2))
     mixing = rng.standard_normal((d_in, d_in)) * np.geomspace(1, 1e-2, d_in)
     rows = rng.standard_normal((400, d_in)) @ mixing.T + rng.standard_normal(d_in) * 2
@@ -32,7 +33,7 @@ def draw_layer(rng):
 
 
 def split_layer(weight, bias, rows, rank):
-    """The factors that the moments of the rows give, and what the dense layer writes."""
+    """Return the factors for the rows' moments, and the outputs of the dense layer."""
     written = rows @ weight.T + (0 if bias is None else bias)
     root = weight @ square_root(rows.T.cov(correction=0))
     return split(weight, bias, written.mean(dim=0), principal_axes(root, rank)), written

@@ -27,7 +27,7 @@ from edgewhisper.training import Training
 from export.cost import count_parameters
 from export.problem import Problem
 
-# ------------------------------------------------------------------------ the new layers' numbers
+# -------------------------------------------------------------------------- the new layers' numbers
 
 
 def both_stages(model, context):
@@ -48,21 +48,21 @@ def bald(request, deep, context):
     return STAGES[request.param](deep, context)
 
 
-def test_greedy_decoding_with_the_cache_is_that_without(bald, processor, rng):
+def test_greedy_decoding_is_the_same_with_and_without_a_cache(bald, processor, rng):
     pcm = window(processor, rng)
     features = decoding.log_mel(processor.feature_extractor, [pcm])
-    found = []
+    result = []
     for cached in (True, False):
         with torch.no_grad():
-            found.append(
+            result.append(
                 bald.generate(
                     features, do_sample=False, num_beams=1, max_new_tokens=12, use_cache=cached
                 ).tolist()
             )
-    assert found[0] == found[1]
+    assert result[0] == result[1]
 
 
-def test_logits_with_the_cache_are_those_without(bald, processor, rng):
+def test_logits_are_the_same_with_and_without_a_cache(bald, processor, rng):
     pcm, ids = window(processor, rng), rng.integers(0, 783, 9).tolist()
     steps = np.stack(torch_steps(bald, processor, pcm, [[i] for i in ids]))
     np.testing.assert_allclose(steps, decoding.logits(bald, processor, pcm, ids), atol=1e-3)
@@ -77,21 +77,21 @@ def test_a_round_trip_is_bit_exact(bald, processor, tmp_path):
         assert getattr(loaded.config, key, None) == getattr(bald.config, key, None)
 
 
-def test_onnx_logits_and_tokens_are_torchs(bald, processor, rng, tmp_path):
+def test_onnx_logits_and_tokens_agree_with_torch(bald, processor, rng, tmp_path):
     exported = export(bald, processor, tmp_path)
     pcm = window(processor, rng)
     chunks = [rng.integers(0, 783, n).tolist() for n in (int(rng.integers(1, 6)), 1, 3)]
     past, cross = exported.no_past(), exported.encode(pcm)
     for chunk, want in zip(chunks, torch_steps(bald, processor, pcm, chunks), strict=True):
-        found, past = exported.step(chunk, past, cross)
-        assert np.abs(found - want).max() < 1e-3
+        result, past = exported.step(chunk, past, cross)
+        assert np.abs(result - want).max() < 1e-3
     assert exported.greedy(pcm) == decoding.greedy(bald, processor, [pcm])[0]
 
 
-# ------------------------------------------------------------------ the factorised model at large
+# -------------------------------------------------------------------- the factorised model at large
 
 
-def test_whisper_base_gets_the_papers_sizes():
+def test_sizes_of_whisper_base_are_the_papers():
     with torch.device("meta"):
         merged, _ = regroup(base(), pairs(base()), 0.1, 1.0)
     assert count_parameters(merged)["total"] == pytest.approx(59.98e6, abs=5e3)
@@ -100,10 +100,10 @@ def test_whisper_base_gets_the_papers_sizes():
     assert count_parameters(final)["token_table"] == 51865 * 96 + 96 * 512
 
 
-# ---------------------------------------------------------------------------------- the recipe
+# --------------------------------------------------------------------------------------- the recipe
 
 
-def test_the_recipe_is_the_papers():
+def test_bald_paper_has_the_published_values():
     stages = load_recipe("bald-paper").steps
     assert [step.method for step in stages] == ["merge", "shear"]
     one, two = (step.options for step in stages)
@@ -113,14 +113,14 @@ def test_the_recipe_is_the_papers():
         assert (training.epochs, training.learning_rate) == (20.0, 5e-5)
 
 
-def test_the_recipe_for_minutes_merges_the_pair_in_the_middle():
+def test_recipe_bald_merges_the_pair_in_the_middle():
     (merging, shearing) = (step.options for step in load_recipe("bald").steps)
     assert merge.plan_of(merging, 4) == [(0,), (1, 2), (3,)]
     assert merge.plan_of(merging, 6) == [(0,), (1,), (2, 3), (4,), (5,)]
     assert not merging.training.encoder and not shearing.training.encoder
 
 
-def test_so_many_pairs_are_merged_in_the_middle():
+def test_pairs_sets_the_number_of_merged_pairs_in_the_middle():
     assert merge.plan_of(merge.Options(pairs=2), 5) == [(0,), (1, 2), (3, 4)]
     assert merge.plan_of(merge.Options(), 4) == [(0, 1), (2, 3)]
     with pytest.raises(Problem, match="pairs is set to 3 for a decoder of 4 layers"):
@@ -129,7 +129,7 @@ def test_so_many_pairs_are_merged_in_the_middle():
         merge.plan_of(merge.Options(pairs=1, groups="0+1"), 2)
 
 
-def test_epochs_are_counted_in_steps(context, tiny_whisper):
+def test_epochs_are_converted_to_steps(context, tiny_whisper):
     from edgewhisper.training import counted
 
     twenty = Training(epochs=20.0, batch_size=16, steps=7)

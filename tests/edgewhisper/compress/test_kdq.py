@@ -1,4 +1,4 @@
-"""Whisper-KDQ: distances, matching, guidance, what is trained and what is left of it."""
+"""Whisper-KDQ: distances, matching, guidance, training, and export."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def batch(rng) -> Batch:
 
 @pytest.fixture
 def teacher(make_whisper, processor, tmp_path) -> str:
-    """A larger one: wider, and with twice the decoder layers."""
+    """A larger teacher: wider, with twice the decoder layers."""
     model = make_whisper(d_model=48, ffn=80, decoder_layers=4, encoder_layers=3)
     whisper.save(model, processor, tmp_path / "teacher", {})
     return str(tmp_path / "teacher")
@@ -75,10 +75,10 @@ def draw(rng, *shape: int) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal(shape)).float()
 
 
-# ------------------------------------------------------------------------- distances, (1) (2) (5)
+# --------------------------------------------------------------------------- distances, (1) (2) (5)
 
 
-def test_distance_of_two_features_whose_answer_is_known():
+def test_distances_of_small_features_by_hand():
     one, other = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 3.0]]).log1p()
     # softmax: (1/2, 1/2) and (1/5, 4/5)
     counts = torch.tensor([1.0])
@@ -106,8 +106,8 @@ def test_distances_agree_with_numpy(features, rng):
     else:
         off = normalised(a) - normalised(b)
         square, whole = (off**2).mean(-1), np.abs(off).mean()
-    found = feature_distance(one, other, counts, *form)
-    assert found.item() == pytest.approx((counts.numpy() * square).sum(), rel=1e-3, abs=1e-6)
+    result = feature_distance(one, other, counts, *form)
+    assert result.item() == pytest.approx((counts.numpy() * square).sum(), rel=1e-3, abs=1e-6)
     assert weight_distance(one, other, *form).item() == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
@@ -119,12 +119,12 @@ def test_the_divergence_agrees_with_numpy(rng):
     temperature = float(rng.uniform(0.3, 4))
     theirs, ours = draw(rng, 7, 11), draw(rng, 7, 11)
     p, q = (log_softmax(z.double().numpy() / temperature, -1) for z in (theirs, ours))
-    wanted = (np.exp(p) * (p - q)).sum(-1).mean()
-    assert divergence(theirs, ours, temperature).item() == pytest.approx(wanted, rel=1e-4)
+    expected = (np.exp(p) * (p - q)).sum(-1).mean()
+    assert divergence(theirs, ours, temperature).item() == pytest.approx(expected, rel=1e-4)
     assert divergence(ours, ours, temperature).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_rounding_loss_of_a_layer_whose_answer_is_known():
+def test_rounding_loss_of_a_small_layer_by_hand():
     layer = torch.nn.Linear(3, 1)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[127.0, 1.25, -2.5]]))  # rounded: 127, 1, -2
@@ -133,7 +133,7 @@ def test_rounding_loss_of_a_layer_whose_answer_is_known():
     assert kdq.rounding_loss({}).item() == 0
 
 
-# ----------------------------------------------------------------------------------- matching, (4)
+# ------------------------------------------------------------------------------------ matching, (4)
 
 
 @pytest.fixture
@@ -145,23 +145,23 @@ def price(cost: torch.Tensor, matches: list[int]) -> float:
     return float(cost[range(len(matches)), matches].sum())
 
 
-def test_dynamic_programming_finds_the_best_of_all_monotone_matches(cost):
+def test_monotone_finds_the_best_of_all_monotone_matches(cost):
     layers, count = cost.shape
     every = itertools.combinations_with_replacement(range(count), layers)
     assert price(cost, monotone(cost)) == pytest.approx(min(price(cost, list(m)) for m in every))
 
 
-def test_limited_matches_do_not_go_back_and_cost_more_than_free_ones(cost):
+def test_limited_matches_are_monotone_and_cost_more_than_free_ones(cost):
     for match in (limit, monotone, static):
-        found = match(cost)
-        assert found == sorted(found) and len(found) == len(cost)
-        assert set(found) <= set(range(cost.shape[1]))
+        result = match(cost)
+        assert result == sorted(result) and len(result) == len(cost)
+        assert set(result) <= set(range(cost.shape[1]))
     free, best, greedy = (price(cost, m(cost)) for m in (nolimit, monotone, limit))
     assert free <= best + 1e-12 and best <= greedy + 1e-12
     assert best <= price(cost, static(cost)) + 1e-12
 
 
-def test_greedy_matching_is_stuck_where_one_layer_picks_the_last():
+def test_greedy_matching_is_stuck_after_the_last_layer_is_matched():
     cost = torch.tensor([[0.5, 0.6, 0.4], [0.1, 0.2, 0.9], [0.1, 0.1, 0.9]])
     assert limit(cost) == [2, 2, 2]
     assert monotone(cost) == [0, 0, 0]
@@ -170,7 +170,7 @@ def test_greedy_matching_is_stuck_where_one_layer_picks_the_last():
 
 
 @pytest.mark.parametrize(
-    ("layers", "count", "wanted"),
+    ("layers", "count", "expected"),
     [
         (6, 12, [1, 3, 5, 7, 9, 11]),
         (4, 12, [2, 5, 8, 11]),
@@ -179,20 +179,20 @@ def test_greedy_matching_is_stuck_where_one_layer_picks_the_last():
         (4, 2, [0, 0, 0, 1]),
     ],
 )
-def test_static_matches_are_evenly_spaced_and_end_together(layers, count, wanted):
-    assert static(torch.zeros(layers, count)) == wanted
+def test_static_matches_are_evenly_spaced_and_end_together(layers, count, expected):
+    assert static(torch.zeros(layers, count)) == expected
 
 
-# --------------------------------------------------------------------------- what the loss sees
+# ------------------------------------------------------------------------------- inputs of the loss
 
 
 def lesson_of(model, teacher, options):
-    """A Lesson whose models have just passed over the batch."""
+    """A Lesson without activations."""
     return Lesson(teacher, model, {}, {}, schemes(model), options)
 
 
 def loss_of(model, teacher, batch, options, context):
-    """(3) without the cross entropy, outputs, and the distiller."""
+    """Return (3) minus the cross entropy, the outputs, and the distiller."""
     with (
         distilling(model, teacher, options, context) as distiller,
         hidden_of(model, kdq.sides(options)) as ours,
@@ -207,7 +207,7 @@ def loss_of(model, teacher, batch, options, context):
 @pytest.mark.parametrize("matching", ["limit", "nolimit", "dp", "static"])
 @GUIDED
 @FEATURES
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(
+def test_the_loss_is_zero_if_student_and_teacher_are_equal(
     features, guided, matching, encoder, make_whisper, batch, context
 ):
     model = make_whisper(decoder_layers=3)
@@ -215,14 +215,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(
         features=features, guided_mode=guided, matching=matching, encoder=encoder, alpha=0.7
     )
     loss, outputs, distiller = loss_of(model, copy.deepcopy(model), batch, options, context)
-    wanted = -0.7 * cross_entropy(outputs.logits, batch.labels)  # K and all D are zero
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    expected = -0.7 * cross_entropy(outputs.logits, batch.labels)  # K and all D are zero
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert distiller.decoder_matches.tolist() == [0, 1, 2]
     assert distiller.decoder_losses.abs().max() < 1e-6
     assert not encoder or distiller.encoder_matches.tolist() == [0, 1]
 
 
-def test_hidden_features_are_those_of_the_forward_pass_and_see_no_later_token(tiny_whisper, batch):
+def test_hidden_features_are_causal_activations_of_the_forward_pass(tiny_whisper, batch):
     layer = tiny_whisper.model.decoder.layers[1]
     outputs = []
     hook = layer.final_layer_norm.register_forward_hook(lambda m, a, output: outputs.append(output))
@@ -238,7 +238,7 @@ def test_hidden_features_are_those_of_the_forward_pass_and_see_no_later_token(ti
     assert not torch.equal(first[:, 3:], hidden["decoder"][1][:, 3:])
 
 
-def test_rows_count_by_tokens_on_both_sides(batch):
+def test_rows_are_weighted_by_labelled_tokens(batch):
     hidden = torch.randn(2, 5, 4)
     rows, counts = rows_of(hidden, batch.labels, "decoder")
     assert torch.equal(rows, torch.cat([hidden[0, 1:], hidden[1, 1:3]]))
@@ -249,9 +249,11 @@ def test_rows_count_by_tokens_on_both_sides(batch):
 
 
 @GUIDED
-def test_a_batch_may_be_split_without_changing_the_loss(guided, make_whisper, batch, context):
-    """Each part counts by its tokens, as the training loop has it; nothing may go by batches.
-    Static matches, for the others are chosen anew for every part."""
+def test_splitting_a_batch_does_not_change_the_loss(guided, make_whisper, batch, context):
+    """Each part counts by its tokens, as in the training loop.
+
+    Matches are static, because the others are chosen separately for every part.
+    """
     options = Options(matching="static", encoder=True, guided_mode=guided)
     model, teacher = make_whisper(), make_whisper(decoder_layers=4)
     whole, _, _ = loss_of(model, teacher, batch, options, context)
@@ -264,34 +266,37 @@ def test_a_batch_may_be_split_without_changing_the_loss(guided, make_whisper, ba
 
 
 def test_only_the_matched_terms_have_gradients(make_whisper, batch, context):
-    """(3) written out by hand from all pairs."""
+    """(3) computed directly from the matched pairs."""
     model, teacher = make_whisper(), make_whisper(decoder_layers=3, ffn=40)
     options = Options(alpha=1.0)
     loss, _, distiller = loss_of(model, teacher, batch, options, context)
-    told = batch.labels != -100
+    labelled = batch.labels != -100
     with (
         hidden_of(model, kdq.sides(options)) as ours,
         hidden_of(teacher, kdq.sides(options)) as theirs,
     ):
         again = model(batch.input_features, decoder_input_ids=batch.decoder_input_ids)
         with torch.no_grad():
-            wanted = teacher(batch.input_features, decoder_input_ids=batch.decoder_input_ids)
+            target = teacher(batch.input_features, decoder_input_ids=batch.decoder_input_ids)
     (adapter,) = distiller.adapters.values()
     pairs = [
-        (ours["decoder"][i][told].softmax(-1) - adapter(theirs["decoder"][j][told]).softmax(-1))
+        (
+            ours["decoder"][i][labelled].softmax(-1)
+            - adapter(theirs["decoder"][j][labelled]).softmax(-1)
+        )
         for i, j in enumerate(distiller.decoder_matches.tolist())
     ]
     by_hand = sum(pair.square().sum(-1).mean() for pair in pairs) / 2
-    by_hand = by_hand + divergence(wanted.logits[told], again.logits[told], 1.0)
+    by_hand = by_hand + divergence(target.logits[labelled], again.logits[labelled], 1.0)
     by_hand = by_hand - cross_entropy(again.logits, batch.labels)
     torch.testing.assert_close(loss, by_hand)
     weights = [layer.fc1.weight for layer in model.model.decoder.layers]
-    found, expected = (torch.autograd.grad(x, weights) for x in (loss, by_hand))
-    for one, other in zip(found, expected, strict=True):
+    result, expected = (torch.autograd.grad(x, weights) for x in (loss, by_hand))
+    for one, other in zip(result, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
-def test_fc1_of_a_slim_model_is_its_dense_weight(make_whisper, rng):
+def test_fc1_weight_is_dense_for_slim_and_low_rank_layers(make_whisper, rng):
     model = irregular(make_whisper, rng)
     whisper_layers = [*model.model.encoder.layers, *model.model.decoder.layers]
     layer = whisper_layers[0]
@@ -309,27 +314,27 @@ def gathered(dense, rng) -> GatherLinear:
     return made
 
 
-# --------------------------------------------------------------------------------------- guidance
+# ----------------------------------------------------------------------------------------- guidance
 
 
-def test_the_layers_that_rounding_hurts_most_are_distilled(make_whisper, batch, context):
+def test_layers_with_the_largest_rounding_loss_are_distilled(make_whisper, batch, context):
     model, teacher = make_whisper(decoder_layers=4), make_whisper(decoder_layers=4)
     layer = model.model.decoder.layers[2]
-    with torch.no_grad():  # one outlier a row leaves the rest with few codes
+    with torch.no_grad():  # with one outlier per row, the other weights get few codes
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight[:, 0] = 50
     qat.note_bits(model, Precision())
-    some = Options(distil_share=0.25, matching="static", alpha=1.0)
-    lesson = lesson_of(model, teacher, some)
+    options = Options(distil_share=0.25, matching="static", alpha=1.0)
+    lesson = lesson_of(model, teacher, options)
     assert imitating("decoder", lesson) == [2]
-    loss, outputs, distiller = loss_of(model, teacher, batch, some, context)
+    loss, outputs, distiller = loss_of(model, teacher, batch, options, context)
     by_hand = distiller.decoder_losses[2] / 4 - cross_entropy(outputs.logits, batch.labels)
     with torch.no_grad():
         ids = batch.decoder_input_ids
-        wanted = teacher(batch.input_features, decoder_input_ids=ids).logits
-    told = batch.labels != -100
-    by_hand = by_hand + divergence(wanted[told], outputs.logits[told], 1.0)
+        expected = teacher(batch.input_features, decoder_input_ids=ids).logits
+    labelled = batch.labels != -100
+    by_hand = by_hand + divergence(expected[labelled], outputs.logits[labelled], 1.0)
     torch.testing.assert_close(loss, by_hand)
     assert imitating("decoder", replace(lesson, options=Options())) == [0, 1, 2, 3]
 
@@ -351,7 +356,7 @@ def test_the_layers_nearest_to_the_teacher_are_quantised(make_whisper, context):
         assert ready("decoder", model, Options()) == [0, 1, 2, 3]
 
 
-def test_what_did_not_become_ready_is_stored_in_sixteen_bits(make_whisper, context):
+def test_layers_that_are_not_ready_are_stored_in_16_bits(make_whisper, context):
     model = make_whisper(decoder_layers=4)
     options = Options(quantise_share=0.5, training=BRIEF, matching="dp")
     model = kdq.apply(model, options, context)
@@ -368,10 +373,10 @@ def test_guidance_without_distances_is_refused(tiny_whisper, context):
         kdq.apply(tiny_whisper, Options(distill_mode="logits", quantise_share=0.5), context)
 
 
-# --------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 
-def test_with_nothing_to_do_no_bit_changes(tiny_whisper, context):
+def test_without_quantisation_and_training_no_bit_changes(tiny_whisper, context):
     before = copy.deepcopy(tiny_whisper.state_dict())
     after = kdq.apply(tiny_whisper, Options(quantise=FLOAT, training=NONE), context).state_dict()
     assert after.keys() == before.keys()
@@ -394,9 +399,7 @@ def test_alpha_of_zero_is_plain_fine_tuning(tiny_whisper, context):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_the_encoder_has_no_gradients_unless_it_is_asked_to_learn(
-    tiny_whisper, teacher, batch, context
-):
+def test_the_encoder_has_gradients_only_if_it_is_trained(tiny_whisper, teacher, batch, context):
     for encoder in (False, True):
         model = copy.deepcopy(tiny_whisper)
         before = copy.deepcopy(model.model.encoder.state_dict())
@@ -428,15 +431,15 @@ def context_in(context: Context, place: str) -> Context:
 def test_a_small_student_learns_from_a_large_teacher(
     features, guided, make_whisper, teacher, context, monkeypatch
 ):
-    """Adapters learn beside it and leave no trace; the loss falls."""
+    """Adapters are trained and then removed; the loss falls."""
     model = make_whisper(decoder_layers=2)
     names = set(model.state_dict())
-    seen: list[kdq.Distiller] = []
+    distillers: list[kdq.Distiller] = []
     make = kdq.Distiller.__init__
 
     def remember(self, *args):
         make(self, *args)
-        seen.append(self)
+        distillers.append(self)
         self.before = copy.deepcopy(self.adapters.state_dict())
 
     monkeypatch.setattr(kdq.Distiller, "__init__", remember)
@@ -449,12 +452,12 @@ def test_a_small_student_learns_from_a_large_teacher(
     )
     model = kdq.apply(model, options, context)
     assert set(model.state_dict()) == names
-    after = seen[0].adapters.state_dict()
-    assert all(not torch.equal(after[name], seen[0].before[name]) for name in after)
-    told = context.record["kdq"]
-    assert told["training"]["last_loss"] < told["training"]["first_loss"]
-    assert told["matches"]["decoder"] == sorted(told["matches"]["decoder"])
-    assert told["published_bytes"]["student"] < told["published_bytes"]["teacher, 16 bits"]
+    after = distillers[0].adapters.state_dict()
+    assert all(not torch.equal(after[name], distillers[0].before[name]) for name in after)
+    record = context.record["kdq"]
+    assert record["training"]["last_loss"] < record["training"]["first_loss"]
+    assert record["matches"]["decoder"] == sorted(record["matches"]["decoder"])
+    assert record["published_bytes"]["student"] < record["published_bytes"]["teacher, 16 bits"]
     for module, scheme in schemes(model).items():
         assert same_bits(fake_quantise(module.weight, scheme), module.weight)
 
@@ -468,7 +471,7 @@ def test_a_slim_student_learns_too(make_whisper, teacher, context, rng):
         assert np.isfinite(context.record["kdq"]["training"]["last_loss"])
 
 
-def test_the_student_survives_save_and_load_and_its_artifact_has_its_weights(
+def test_saving_and_export_keep_the_quantised_weights(
     tiny_whisper, teacher, context, processor, tmp_path
 ):
     options = Options(teacher=teacher, training=BRIEF, quantise=Precision(encoder=4, stem=8))
@@ -481,25 +484,25 @@ def test_the_student_survives_save_and_load_and_its_artifact_has_its_weights(
     export_onnx(again, processor, tmp_path / "artifact", "int8")
     rows = stored_rows(*(tmp_path / f"artifact/{n}.onnx" for n in ("encoder", "decoder")))
     for name, module in linears(model):
-        wanted = "MatMulNBits" if ".encoder." in name else "int8"
+        expected = "MatMulNBits" if ".encoder." in name else "int8"
         for row in module.weight.detach():
-            assert wanted in rows[(row + 0.0).numpy().tobytes()], name
+            assert expected in rows[(row + 0.0).numpy().tobytes()], name
 
 
 @pytest.mark.parametrize("name", ["kdq", "digits-kdq"])
 def test_the_recipe_has_the_published_values(name):
     (step,) = load_recipe(name).steps
-    found = step.options
-    assert (found.matching, found.features, found.guided_mode) == ("limit", "softmax", "KD")
-    assert (found.alpha, found.temperature, found.training.learning_rate) == (0.9, 1.0, 3e-5)
-    assert (found.quantise.encoder, found.quantise.decoder, found.encoder) == (16, 8, False)
+    result = step.options
+    assert (result.matching, result.features, result.guided_mode) == ("limit", "softmax", "KD")
+    assert (result.alpha, result.temperature, result.training.learning_rate) == (0.9, 1.0, 3e-5)
+    assert (result.quantise.encoder, result.quantise.decoder, result.encoder) == (16, 8, False)
 
 
-# ---------------------------------------------------------------------------------- who may teach
+# ----------------------------------------------------------------------------------------- teachers
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("vocab_size", 51865, "has 51865 tokens, the student 783"),
         ("num_mel_bins", 128, "has 128 mel bins, the student 80"),
@@ -507,26 +510,26 @@ def test_the_recipe_has_the_published_values(name):
         ("max_target_positions", 8, "reads at most 8 text tokens, the student 64"),
     ],
 )
-def test_a_teacher_that_does_not_fit_is_refused_with_both_numbers(key, value, told, tiny_whisper):
+def test_the_error_for_a_mismatched_teacher_has_both_numbers(key, value, message, tiny_whisper):
     other = copy.deepcopy(tiny_whisper)
     setattr(other.config, key, value)
-    with pytest.raises(Problem, match=f"kdq: the teacher big {told}") as problem:
+    with pytest.raises(Problem, match=f"kdq: the teacher big {message}") as problem:
         check_teacher(other, tiny_whisper, "big")
     assert problem.value.hint
 
 
-def test_a_teacher_that_spells_otherwise_is_refused():
+def test_a_teacher_with_another_vocabulary_is_refused():
     check_vocabulary({"a": 0, "b": 1}, {"b": 1, "a": 0}, "big")
     with pytest.raises(Problem, match="of 2 tokens of the teacher and 3 of the student, 3 differ"):
         check_vocabulary({"a": 0, "b": 1}, {"a": 0, "b": 2, "c": 1}, "big")
 
 
-def test_a_teacher_that_is_nowhere_is_refused(tiny_whisper, context):
+def test_a_missing_teacher_is_refused(tiny_whisper, context):
     with pytest.raises(Problem, match="there is no such checkpoint"):
         kdq.apply(tiny_whisper, Options(teacher="./nowhere"), context)
 
 
-# ---------------------------------------------------------------------------------- size, as told
+# ----------------------------------------------------------------------------------- size, as error
 
 
 def of_size(d_model: int, layers: int, heads: int):
@@ -552,10 +555,10 @@ def test_sizes_are_those_of_the_paper():
     assert (small / base, small / tiny) == pytest.approx((5.17, 10.47), abs=0.005)
 
 
-# -------------------------------------------------------------------------- what becomes of it
+# ------------------------------------------------------------------------------------------- export
 
 
-def test_the_exported_graph_says_what_the_student_says(
+def test_the_exported_graph_transcribes_like_the_student(
     tiny_whisper, teacher, context, processor, few, tmp_path
 ):
     options = Options(teacher=teacher, training=BRIEF, quantise=Precision(encoder=4, stem=8))
@@ -566,6 +569,6 @@ def test_the_exported_graph_says_what_the_student_says(
     export_onnx(again, processor, tmp_path / "artifact", "fp32")
     recognizer = Recognizer(tmp_path / "artifact", threads=1, guards=False)
     pcms = [clip.pcm() for clip in few]
-    wanted = decoding.greedy(again, processor, pcms)
-    assert any(wanted)
-    assert [recognizer.window(pcm) for pcm in pcms] == wanted
+    expected = decoding.greedy(again, processor, pcms)
+    assert any(expected)
+    assert [recognizer.window(pcm) for pcm in pcms] == expected

@@ -24,13 +24,11 @@ from export.problem import Problem
 ENCODER = "model.encoder.layers.0"
 
 
-# -------------------------------------------------------------------------------------- rank rule
+# --------------------------------------------------------------------------- flat spectra and sizes
 
 
-def test_a_model_whose_layers_have_flat_spectra_stays_as_it_is(
-    make_whisper, context, rng, monkeypatch
-):
-    """White noise through orthogonal matrices: no rank below the full one keeps 0.999."""
+def test_a_model_with_flat_spectra_does_not_change(make_whisper, context, rng, monkeypatch):
+    """Orthogonal weights and white noise: only the full rank keeps 0.999 of the variance."""
     model = make_whisper(d_model=2 * int(rng.integers(17, 60)), ffn=int(rng.integers(33, 150)))
 
     def white(model, points, *_) -> dict[Point, Moments]:
@@ -56,7 +54,7 @@ def test_a_model_whose_layers_have_flat_spectra_stays_as_it_is(
 
 
 def test_parameters_of_large_v3_are_counted_from_its_ranks():
-    """635 M in the dense encoder; one rank for all attention layers and one for all others."""
+    """The dense encoder has 635 M parameters; attention and feed-forward have one rank each."""
     config = WhisperConfig(
         d_model=1280,
         encoder_layers=32,
@@ -83,7 +81,7 @@ def test_parameters_of_large_v3_are_counted_from_its_ranks():
     dense = copy.deepcopy(config)
     del dense.edgewhisper
     with torch.device("meta"):
-        found, before = (
+        result, before = (
             sum(
                 p.numel()
                 for p in whisper.WhisperForConditionalGeneration(c).model.encoder.parameters()
@@ -92,24 +90,24 @@ def test_parameters_of_large_v3_are_counted_from_its_ranks():
         )
     assert before == pytest.approx(635e6, rel=0.005)
     saved = 4 * (1280**2 - attention * 2560) + 2 * (1280 * 5120 - mlp * 6400) - 1280
-    assert found == before - 32 * saved
+    assert result == before - 32 * saved
 
 
-# ----------------------------------------------------------------------------------------- budget
+# ------------------------------------------------------------------------------------------- budget
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
-def test_a_budget_is_what_remains_of_the_layers(share, narrow_whisper, context):
+def test_the_budget_is_the_remaining_share_of_weights(share, narrow_whisper, context):
     options = replace(FINE, budget=share, round_to=1)
     before = narrow_whisper.model.encoder.layers
     dense = sum(p.numel() for p in before.parameters() if p.dim() == 2)
     slim = lite.apply(narrow_whisper, options, context)
-    left = sum(p.numel() for p in slim.model.encoder.layers.parameters() if p.dim() == 2)
-    assert share - 0.02 < left / dense <= share
+    remaining = sum(p.numel() for p in slim.model.encoder.layers.parameters() if p.dim() == 2)
+    assert share - 0.02 < remaining / dense <= share
 
 
 def test_a_budget_in_macs_counts_positions_and_tokens(tiny_whisper, few, processor):
-    """300 positions, 32 tokens; cross-attention's keys and values run on positions."""
+    """Layers run on 300 positions or 32 tokens; keys and values of cross-attention on positions."""
     names = lite.chosen(tiny_whisper, "*")
     outputs = calibrate(tiny_whisper, names, Speech(few[:1], processor))
     parameters, in_macs = (
@@ -124,7 +122,7 @@ def test_a_budget_in_macs_counts_positions_and_tokens(tiny_whisper, few, process
             assert (one.rank, one.loss, one.cost * runs) == (other.rank, other.loss, other.cost)
 
 
-# --------------------------------------------------------------------------------- the whole step
+# ----------------------------------------------------------------------------------- the whole step
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["at-once", "sequential"])
@@ -134,10 +132,10 @@ def test_thresholds_of_one_change_no_bit(sequential, tiny_whisper, context):
     same = lite.apply(tiny_whisper, options, context)
     assert all(torch.equal(same.state_dict()[name], before[name]) for name in before)
     assert not hasattr(same.config, "edgewhisper")
-    assert {told["rank"] for told in context.record["lite"]["layers"].values()} == {None}
+    assert {record["rank"] for record in context.record["lite"]["layers"].values()} == {None}
 
 
-def test_it_is_training_free_and_touches_the_encoder_only(narrow_whisper, context):
+def test_only_the_encoder_changes_and_nothing_is_trained(narrow_whisper, context):
     before = copy.deepcopy(narrow_whisper.state_dict())
     slim = lite.apply(narrow_whisper, FINE, context)
     assert low_rank_layers(slim)
@@ -153,8 +151,10 @@ def test_it_is_training_free_and_touches_the_encoder_only(narrow_whisper, contex
     assert record["macs"]["after"]["cross"] == record["macs"]["before"]["cross"]
 
 
-def test_each_layer_writes_its_mean_and_keeps_its_energy(narrow_whisper, context, few, processor):
-    """On the calibration speech, with the original's inputs, and for key projections too."""
+def test_split_layers_keep_the_mean_and_the_recorded_energy(
+    narrow_whisper, context, few, processor
+):
+    """Measured on the calibration speech with the original inputs, also for key projections."""
     dense = copy.deepcopy(narrow_whisper)
     slim = lite.apply(narrow_whisper, FINE, context)
     speech = Speech(few, processor)
@@ -169,36 +169,36 @@ def test_each_layer_writes_its_mean_and_keeps_its_energy(narrow_whisper, context
                 dense.model.encoder(window.features)
             hook.remove()
             read = torch.cat(rows)
-            wanted, found = linear(read).double(), layer(read).double()
-        centred = wanted - wanted.mean(dim=0)
+            expected, result = linear(read).double(), layer(read).double()
+        centred = expected - expected.mean(dim=0)
         size = centred.square().mean().sqrt()
         torch.testing.assert_close(
-            found.mean(dim=0), wanted.mean(dim=0), rtol=0, atol=float(1e-4 * size + 1e-5)
+            result.mean(dim=0), expected.mean(dim=0), rtol=0, atol=float(1e-4 * size + 1e-5)
         )
-        lost = float((found - wanted).square().sum() / centred.square().sum())
-        told = context.record["lite"]["layers"][name]
-        assert lost == pytest.approx(1 - told["energy"], abs=1e-4)
-        assert told["rank"] == layer.down.out_features
+        lost = float((result - expected).square().sum() / centred.square().sum())
+        record = context.record["lite"]["layers"][name]
+        assert lost == pytest.approx(1 - record["energy"], abs=1e-4)
+        assert record["rank"] == layer.down.out_features
 
 
-def test_plain_decomposition_keeps_the_bias_and_the_best_of_the_weight(rng):
-    """The same as numpy's truncated SVD of W, and nearer to W than the activations' axes."""
+def test_basis_weights_is_the_truncated_svd_and_keeps_the_bias(rng):
+    """The error of W is at most that of the activations' axes."""
     weight, bias, rows = draw_layer(rng)
     rank = int(rng.integers(1, min(weight.shape) + 1))
     for own in (bias, None):
         mean, root = lite.white_noise(weight, own)
         factors = split(weight, own, mean, principal_axes(root, rank))
         u, s, v = np.linalg.svd(weight.numpy(), full_matrices=False)
-        wanted = torch.from_numpy(u[:, :rank] * s[:rank] @ v[:rank])
-        torch.testing.assert_close(factors.up @ factors.down, wanted, rtol=0, atol=1e-9)
+        expected = torch.from_numpy(u[:, :rank] * s[:rank] @ v[:rank])
+        torch.testing.assert_close(factors.up @ factors.down, expected, rtol=0, atol=1e-9)
         kept = torch.zeros(len(weight)).double() if own is None else own
         torch.testing.assert_close(factors.shift, kept, rtol=0, atol=1e-12)
-    heard, _ = split_layer(weight, bias, rows, rank)
-    error = (heard.up @ heard.down - weight).norm()
-    assert (wanted - weight).norm() <= error + 1e-9
+    by_activations, _ = split_layer(weight, bias, rows, rank)
+    error = (by_activations.up @ by_activations.down - weight).norm()
+    assert (expected - weight).norm() <= error + 1e-9
 
 
-def test_plain_decomposition_takes_the_same_ranks(narrow_whisper, context):
+def test_basis_weights_has_the_same_ranks(narrow_whisper, context):
     ranks = []
     for basis in ("activations", "weights"):
         model = lite.apply(copy.deepcopy(narrow_whisper), replace(FINE, basis=basis), context)
@@ -211,13 +211,13 @@ def test_plain_decomposition_takes_the_same_ranks(narrow_whisper, context):
     assert ranks[0] == ranks[1]
 
 
-def test_plain_decomposition_cannot_be_sequential(tiny_whisper, context):
+def test_basis_weights_cannot_be_sequential(tiny_whisper, context):
     with pytest.raises(Problem, match="basis"):
         lite.apply(tiny_whisper, Options(basis="weights", sequential=True), context)
 
 
-def test_a_full_subspace_is_the_same_model(narrow_whisper, context, few, processor):
-    """Every layer split at k = d_out: the same words."""
+def test_full_ranks_do_not_change_the_outputs(narrow_whisper, context, few, processor):
+    """Every layer is split with k = d_out."""
     dense = copy.deepcopy(narrow_whisper)
     names = lite.chosen(narrow_whisper, Options().layers)
     outputs = calibrate(narrow_whisper, names, Speech(few, processor))
@@ -226,10 +226,10 @@ def test_a_full_subspace_is_the_same_model(narrow_whisper, context, few, process
     assert len(low_rank_layers(narrow_whisper)) == len(names) == 12
     features = torch.randn(1, 80, 600)
     with torch.no_grad():
-        wanted, found = (
+        expected, result = (
             m.model.encoder(features).last_hidden_state for m in (dense, narrow_whisper)
         )
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
     pcms = [clip.pcm() for clip in few]
     assert decoding.greedy(narrow_whisper, processor, pcms) == decoding.greedy(
         dense, processor, pcms
@@ -237,27 +237,25 @@ def test_a_full_subspace_is_the_same_model(narrow_whisper, context, few, process
 
 
 def test_covariances_of_inputs_and_outputs_agree(narrow_whisper, context, few, processor):
-    """fc2 is listened to where it writes; what it reads would tell the same."""
+    """The outputs of fc2 are observed; its inputs give the same statistics."""
     name = f"{ENCODER}.fc2"
     model = narrow_whisper
     speech = Speech(few, processor)
     points = where_to_listen(model, lite.chosen(model, Options().layers))
     assert points[name] == Point(name, "output")
     assert points[f"{ENCODER}.self_attn.v_proj"] == Point(f"{ENCODER}.self_attn.q_proj")
-    found = {}
+    result = {}
     for point in (Point(name), Point(name, "output")):
         outputs = OutputStatistics(model, collect(model, [point], speech), {name: point})
-        found[point.side] = outputs.of(model, name).mean, outputs.variances[name]
-    torch.testing.assert_close(found["input"][0], found["output"][0], rtol=0, atol=1e-4)
-    largest = float(found["input"][1][0])
+        result[point.side] = outputs.of(model, name).mean, outputs.variances[name]
+    torch.testing.assert_close(result["input"][0], result["output"][0], rtol=0, atol=1e-4)
+    largest = float(result["input"][1][0])
     torch.testing.assert_close(
-        found["input"][1], found["output"][1], rtol=1e-4, atol=1e-5 * largest
+        result["input"][1], result["output"][1], rtol=1e-4, atol=1e-5 * largest
     )
 
 
-def test_sequential_is_nearer_to_the_original_at_the_same_size(
-    narrow_whisper, context, few, processor
-):
+def test_sequential_has_a_lower_error_at_the_same_size(narrow_whisper, context, few, processor):
     options = replace(FINE, theta_attn=0.7, theta_mlp=0.7, sequential=True)
     speech = Speech(few, processor)
     names = lite.chosen(narrow_whisper, options.layers)
@@ -281,12 +279,12 @@ def encoder_error(dense, slim, speech) -> float:
         [m.model.encoder(w.features).last_hidden_state for m in (dense, slim)]
         for w in speech.windows(dense)
     ]
-    lost = sum((found - wanted).square().sum() for wanted, found in pairs)
-    return float(lost / sum((wanted - wanted.mean()).square().sum() for wanted, _ in pairs))
+    lost = sum((result - expected).square().sum() for expected, result in pairs)
+    return float(lost / sum((expected - expected.mean()).square().sum() for expected, _ in pairs))
 
 
-def test_groups_are_fitted_to_what_they_read_then(narrow_whisper, context, few, processor):
-    """The last layer of the chain, checked against least squares on stored rows."""
+def test_sequential_refits_layers_by_least_squares(narrow_whisper, context, few, processor):
+    """The last layer agrees with least squares on the moments."""
     options = replace(FINE, theta_mlp=1.0, sequential=True, ridge=1e-8)
     dense = copy.deepcopy(narrow_whisper)
     slim = lite.apply(narrow_whisper, options, context)
@@ -321,13 +319,13 @@ def test_the_decoders_layers_can_be_split_too(narrow_whisper, context, few, proc
     assert all(name.startswith("model.decoder") for name in low_rank_layers(slim))
     for window in Speech(few, processor).windows(dense, decoder=True):
         with torch.no_grad():
-            wanted, found = (
+            expected, result = (
                 m(window.features, decoder_input_ids=window.tokens).logits for m in (dense, slim)
             )
-        assert (found - wanted).norm() < 0.5 * wanted.norm()
+        assert (result - expected).norm() < 0.5 * expected.norm()
 
 
-def test_masking_the_padding_looks_at_fewer_positions(narrow_whisper, context):
+def test_mask_padding_uses_fewer_positions(narrow_whisper, context):
     lite.apply(copy.deepcopy(narrow_whisper), FINE, context)
     everything = context.record["lite"]["calibration"]["positions"]
     lite.apply(narrow_whisper, replace(FINE, mask_padding=True), context)
@@ -345,12 +343,12 @@ def test_calibration_clips_are_drawn_by_the_seed(context):
     assert len(lite.calibration_speech(Options(clips=10**6), many).clips) == 50
 
 
-def test_a_pattern_that_matches_no_layer_is_a_letter(tiny_whisper, context):
+def test_a_pattern_without_a_match_is_refused(tiny_whisper, context):
     with pytest.raises(Problem, match=r"'\*.fc3' matches none of the 32 linear layers"):
         lite.apply(tiny_whisper, replace(FINE, layers="*.fc3"), context)
 
 
-def test_no_clips_is_a_letter(tiny_whisper, context):
+def test_calibration_without_clips_is_refused(tiny_whisper, context):
     with pytest.raises(Problem, match="no clips to calibrate on"):
         lite.apply(tiny_whisper, FINE, replace(context, train=[]))
 
@@ -359,7 +357,7 @@ def test_no_clips_is_a_letter(tiny_whisper, context):
 
 
 @pytest.mark.parametrize("factors_only", [True, False], ids=["factors", "everything"])
-def test_recovery_trains_what_it_should(factors_only, narrow_whisper, context):
+def test_recovery_trains_the_factors_or_everything(factors_only, narrow_whisper, context):
     plain = lite.apply(copy.deepcopy(narrow_whisper), FINE, context)
     training = Training(steps=2, batch_size=2, learning_rate=1e-3)
     options = replace(FINE, recovery=training, factors_only=factors_only)
@@ -374,7 +372,7 @@ def test_recovery_trains_what_it_should(factors_only, narrow_whisper, context):
     assert all(p.requires_grad for n, p in trained.named_parameters() if "embed_positions" not in n)
 
 
-def test_recovery_brings_the_encoder_nearer(narrow_whisper, context, few, processor):
+def test_recovery_lowers_the_error_of_the_encoder(narrow_whisper, context, few, processor):
     dense = copy.deepcopy(narrow_whisper)
     rough = replace(FINE, theta_attn=0.0, theta_mlp=0.0, round_to=1)
     plain = lite.apply(copy.deepcopy(narrow_whisper), rough, context)
@@ -386,7 +384,7 @@ def test_recovery_brings_the_encoder_nearer(narrow_whisper, context, few, proces
     assert encoder_error(dense, trained, speech) < encoder_error(dense, plain, speech)
 
 
-# -------------------------------------------------------------------- save, shrink, export, cost
+# ----------------------------------------------------------------------- save, shrink, export, cost
 
 
 @pytest.fixture
@@ -414,32 +412,32 @@ def test_it_survives_save_and_load(slim, processor, tmp_path):
     ["self_attn.k_proj", ["fc1"], ["self_attn.q_proj"], [3], {"self_attn.k_proj": 1}],
     ids=str,
 )
-def test_biases_that_no_layer_may_gain_are_refused(biases, slim):
+def test_recorded_biases_of_other_layers_are_refused(biases, slim):
     shapes = copy.deepcopy(slim.config.edgewhisper)
     shapes["encoder"][1]["biases"] = biases
     with pytest.raises(Problem, match=r"encoder\.layers\.1\.biases is .*\(self_attn\.k_proj\)"):
         whisper.check_shapes(shapes, slim.config)
 
 
-def test_a_dense_key_projection_may_not_gain_a_bias(slim):
+def test_a_recorded_bias_of_a_dense_key_projection_is_refused(slim):
     shapes = copy.deepcopy(slim.config.edgewhisper)
     shapes["decoder"][0]["biases"] = ["self_attn.k_proj"]
     with pytest.raises(Problem, match=r"decoder\.layers\.0\.biases is .*this layer has none"):
         whisper.check_shapes(shapes, slim.config)
 
 
-def test_shrink_takes_the_bias_of_keys_and_nothing_changes(slim, context):
+def test_shrink_removes_key_biases_and_keeps_the_outputs(slim, context):
     with torch.no_grad():
         for name, layer in low_rank_layers(slim).items():
             if name.endswith("k_proj"):
-                layer.up.bias.add_(3.0)  # far from zero, so that it would show
+                layer.up.bias.add_(3.0)  # large enough to change outputs that depend on it
     smaller = shrink.apply(slim, shrink.Options(), context)
     assert not any(name.endswith("k_proj.up.bias") for name in smaller.state_dict())
     assert "biases" not in smaller.config.edgewhisper["encoder"][0]
     features, ids = torch.randn(2, 80, 600), torch.randint(0, 300, (2, 7))
     with torch.no_grad():
-        wanted, found = (m(features, decoder_input_ids=ids).logits for m in (slim, smaller))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+        expected, result = (m(features, decoder_input_ids=ids).logits for m in (slim, smaller))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shrunk", [False, True], ids=["with-biases", "shrunk"])
@@ -458,8 +456,8 @@ def test_it_survives_export(shrunk, slim, context, processor, few, tmp_path):
     assert recognizer.window(pcm) == decoding.greedy(slim, processor, [pcm])[0]
 
 
-def test_it_follows_pruning(narrow_whisper, context, rng):
-    """Layers that read some of their inputs only are split as well."""
+def test_layers_with_gathered_inputs_are_split(narrow_whisper, context, rng):
+    """The factor `down` then reads the selected inputs."""
     pruned = shrink.apply(kill(narrow_whisper, "input_columns", rng), shrink.Options(), context)
     dense = copy.deepcopy(pruned)
     slim = lite.apply(pruned, replace(FINE, theta_attn=0.999, theta_mlp=0.999, round_to=1), context)
@@ -467,17 +465,17 @@ def test_it_follows_pruning(narrow_whisper, context, rng):
     assert any(name.endswith(".down") for name in gathered)
     features = torch.randn(1, 80, 600)
     with torch.no_grad():
-        wanted, found = (m.model.encoder(features).last_hidden_state for m in (dense, slim))
-    assert (found - wanted).norm() < 0.3 * (wanted - wanted.mean()).norm()
+        expected, result = (m.model.encoder(features).last_hidden_state for m in (dense, slim))
+    assert (result - expected).norm() < 0.3 * (expected - expected.mean()).norm()
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["at-once", "sequential"])
-def test_what_is_split_already_is_left_alone(sequential, narrow_whisper, context):
+def test_layers_that_are_already_split_do_not_change(sequential, narrow_whisper, context):
     slim = lite.apply(narrow_whisper, replace(FINE, layers="model.encoder.*.fc1"), context)
     before = {name: copy.deepcopy(m.state_dict()) for name, m in low_rank_layers(slim).items()}
     assert set(before) == {f"model.encoder.layers.{n}.fc1" for n in (0, 1)}
     again = lite.apply(slim, replace(FINE, theta_attn=0.3, sequential=sequential), context)
     assert len(low_rank_layers(again)) == 12
     for name, tensors in before.items():
-        found = low_rank_layers(again)[name].state_dict()
-        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+        result = low_rank_layers(again)[name].state_dict()
+        assert all(torch.equal(result[key], tensor) for key, tensor in tensors.items())

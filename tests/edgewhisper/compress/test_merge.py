@@ -14,9 +14,9 @@ from bald_models import (
     a_batch,
     keeping,
     logits,
+    make_identity,
     pairs,
     same_tensors,
-    silent,
     without_units,
 )
 from exported import low_rank
@@ -41,26 +41,26 @@ from export.problem import Problem
 
 @pytest.fixture
 def deep(make_whisper, rng):
-    """A random Whisper with an even number of decoder layers, two pairs or three."""
+    """A random Whisper with two or three pairs of decoder layers."""
     return make_whisper(decoder_layers=2 * int(rng.integers(2, 4)), encoder_layers=1)
 
 
 @pytest.fixture
 def weights(rng) -> tuple[float, float]:
-    """alpha, beta."""
+    """Random alpha and beta."""
     return tuple(float(x) for x in rng.uniform(0.01, 10, size=2))
 
 
-# ------------------------------------------------------------------------------------- merging
+# ------------------------------------------------------------------------------------------ merging
 
 
-def test_a_merger_whose_answer_is_known():
+def test_merging_of_small_tensors_by_hand():
     lower, upper = torch.tensor([[1.0, 2.0], [0.0, -4.0]]), torch.tensor([[5.0, 2.0], [8.0, 4.0]])
-    wanted = torch.tensor([[4.0, 2.0], [6.0, 2.0]])
-    torch.testing.assert_close(merge_tensor(lower, upper, 1.0, 3.0), wanted)
+    expected = torch.tensor([[4.0, 2.0], [6.0, 2.0]])
+    torch.testing.assert_close(merge_tensor(lower, upper, 1.0, 3.0), expected)
 
 
-def test_merged_layers_are_numpys_weighted_average(deep, weights):
+def test_merged_layers_agree_with_numpy(deep, weights):
     merged, _ = regroup(deep, pairs(deep), *weights)
     old, new = deep.state_dict(), merged.state_dict()
     alpha, beta = weights
@@ -72,8 +72,8 @@ def test_merged_layers_are_numpys_weighted_average(deep, weights):
         k, rest = name.removeprefix(LAYERS).split(".", 1)
         both = (old[f"{LAYERS}{2 * int(k) + i}.{rest}"].double().numpy() for i in (0, 1))
         lower, upper = both
-        wanted = (alpha * lower + beta * upper) / (alpha + beta)
-        np.testing.assert_allclose(tensor.numpy(), wanted, rtol=1e-5, atol=1e-6)
+        expected = (alpha * lower + beta * upper) / (alpha + beta)
+        np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-6)
         checked += 1
     per_layer = sum(name.startswith(f"{LAYERS}0.") for name in new)
     assert checked == per_layer * merged.config.decoder_layers > 0
@@ -110,7 +110,7 @@ def test_only_the_ratio_of_the_weights_matters(deep, weights, rng):
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
 
 
-def test_mergers_of_twins_are_the_model_with_one_of_each(deep, weights):
+def test_merging_equal_layers_keeps_one_of_each(deep, weights):
     layers = deep.model.decoder.layers
     for lower, upper in pairs(deep):
         layers[upper].load_state_dict(layers[lower].state_dict())
@@ -118,21 +118,21 @@ def test_mergers_of_twins_are_the_model_with_one_of_each(deep, weights):
     assert torch.equal(logits(regroup(deep, pairs(deep), *weights)[0]), logits(kept))
 
 
-def test_layers_that_stay_alone_are_left_as_they_are(deep, context):
+def test_single_layers_do_not_change(deep, context):
     groups = " ".join(str(i) for i in range(deep.config.decoder_layers))
     assert same_tensors(merge.apply(deep, replace(MERGE, groups=groups), context), deep)
 
 
 def test_any_layers_may_be_grouped(make_whisper, weights):
     model = make_whisper(decoder_layers=5, encoder_layers=1)
-    merged, told = regroup(model, parse_groups("1+4 0 2+3", 5), *weights)
-    assert told["layers"] == [[1, 4], [0], [2, 3]]
-    wanted = layer_tensors(model.state_dict(), 0)
-    found = layer_tensors(merged.state_dict(), 1)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    merged, record = regroup(model, parse_groups("1+4 0 2+3", 5), *weights)
+    assert record["layers"] == [[1, 4], [0], [2, 3]]
+    expected = layer_tensors(model.state_dict(), 0)
+    result = layer_tensors(merged.state_dict(), 1)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
-def test_adjacent_layers_are_paired_where_nothing_is_said():
+def test_adjacent_layers_are_paired_by_default():
     assert parse_groups("", 6) == [(0, 1), (2, 3), (4, 5)]
     assert parse_groups("", 5) == [(0, 1), (2, 3), (4,)]
     assert parse_groups("", 1) == [(0,)]
@@ -141,26 +141,26 @@ def test_adjacent_layers_are_paired_where_nothing_is_said():
 @pytest.mark.parametrize(
     "groups", ["0+1 2", "0+1 1+2 3", "0+1 2+3 4", "1+0 2+3", "0+1+2 3", "0+1, 2+3", "a+b"]
 )
-def test_groups_that_miss_or_repeat_layers_are_a_letter(groups):
+def test_groups_that_miss_or_repeat_layers_are_refused(groups):
     with pytest.raises(Problem, match="each of the 4 decoder layers once") as problem:
         parse_groups(groups, 4)
     assert "'0+1 2+3'" in problem.value.hint
 
 
-def test_two_weights_of_zero_are_a_letter(tiny_whisper, context):
+def test_two_weights_of_zero_are_refused(tiny_whisper, context):
     with pytest.raises(Problem, match="alpha 0 and beta 0 are both zero"):
         merge.apply(tiny_whisper, replace(MERGE, alpha=0.0, beta=0.0), context)
 
 
-def test_a_search_without_merging_is_a_letter(tiny_whisper, context):
+def test_a_search_without_merging_is_refused(tiny_whisper, context):
     with pytest.raises(Problem, match="start 'upper' has no weights to search"):
         merge.apply(tiny_whisper, replace(MERGE, start="upper", search="grid"), context)
 
 
-# ------------------------------------------------------------------- slim models and their shapes
+# --------------------------------------------------------------------- slim models and their shapes
 
 
-def test_layers_of_unequal_shapes_are_a_letter_before_anything_is_trained(tiny_whisper, context):
+def test_layers_of_unequal_shapes_are_refused_before_training(tiny_whisper, context):
     slim = without_units(tiny_whisper, 1, 3)
     options = replace(MERGE, baseline=BRIEF)
     with pytest.raises(
@@ -199,7 +199,7 @@ def test_factors_of_low_rank_layers_are_not_averaged(tiny_whisper):
         regroup(tiny_whisper, pairs(tiny_whisper), 1.0, 1.0)
 
 
-def test_layers_that_read_different_features_are_a_letter():
+def test_layers_that_read_different_features_are_refused():
     layers = [
         {"fc1.weight": torch.ones(4, 2), "fc1.inputs": torch.tensor(inputs)}
         for inputs in ([0, 1], [0, 2])
@@ -209,10 +209,10 @@ def test_layers_that_read_different_features_are_a_letter():
     assert torch.equal(merge_layers(layers[0], layers[0], 1.0, 2.0)["fc1.inputs"], torch.arange(2))
 
 
-# ------------------------------------------------------------------------ the new layers' numbers
+# ---------------------------------------------------------------------- numbers of layers and heads
 
 
-def test_layers_are_numbered_anew(deep, weights):
+def test_merged_layers_are_renumbered(deep, weights):
     merged, _ = regroup(deep, pairs(deep), *weights)
     layers = merged.model.decoder.layers
     assert len(layers) == merged.config.decoder_layers == deep.config.decoder_layers // 2
@@ -223,14 +223,14 @@ def test_layers_are_numbered_anew(deep, weights):
 @pytest.mark.parametrize(
     ("plan", "alpha", "beta", "went"),
     [
-        pytest.param([(0, 1), (2, 3)], 1.0, 1.0, [0, 0, 1, 1], id="equal shares"),
-        pytest.param([(0, 1), (2, 3)], 1e-6, 1.0, [None, 0, None, 1], id="the upper one's"),
-        pytest.param([(0, 1), (2, 3)], 3.0, 2.9, [0, None, 1, None], id="the lower one's"),
-        pytest.param([(1,), (3,)], 0.0, 1.0, [None, 0, None, 1], id="layers left out"),
-        pytest.param([(0,), (1, 2), (3,)], 0.1, 1.0, [0, None, 1, 2], id="layers alone"),
+        pytest.param([(0, 1), (2, 3)], 1.0, 1.0, [0, 0, 1, 1], id="equal weights"),
+        pytest.param([(0, 1), (2, 3)], 1e-6, 1.0, [None, 0, None, 1], id="upper layer"),
+        pytest.param([(0, 1), (2, 3)], 3.0, 2.9, [0, None, 1, None], id="lower layer"),
+        pytest.param([(1,), (3,)], 0.0, 1.0, [None, 0, None, 1], id="removed layers"),
+        pytest.param([(0,), (1, 2), (3,)], 0.1, 1.0, [0, None, 1, 2], id="single layers"),
     ],
 )
-def test_heads_go_with_their_layer_where_it_has_the_larger_share(plan, alpha, beta, went):
+def test_heads_move_with_the_layer_of_the_larger_weight(plan, alpha, beta, went):
     moved = head_moves(plan, alpha, beta, heads=[3, 3, 3, 3])
     for layer, number in enumerate(went):
         for head in range(3):
@@ -247,31 +247,31 @@ def test_heads_go_with_their_layer_where_it_has_the_larger_share(plan, alpha, be
         ([[0, 1]], (0.0, 1.0), None, [[0, 1]]),
     ],
 )
-def test_the_record_says_what_became_of_the_alignment_heads(
+def test_the_record_lists_moved_and_dropped_alignment_heads(
     named, weights, after, dropped, tiny_whisper, context
 ):
-    """Where none is left the upper half stands in, as wherever heads are lost."""
+    """If all heads are dropped, those of the upper half replace them."""
     tiny_whisper.generation_config.alignment_heads = named
     alpha, beta = weights
     merged = merge.apply(tiny_whisper, replace(MERGE, alpha=alpha, beta=beta), context)
-    found = merged.generation_config.alignment_heads
-    assert found == (after or [[0, 0], [0, 1]])
+    result = merged.generation_config.alignment_heads
+    assert result == (after or [[0, 0], [0, 1]])
     assert context.record["merge"]["alignment_heads"] == {
         "before": named,
-        "after": found,
+        "after": result,
         "stand_in": after is None,
         "dropped": dropped,
     }
 
 
-def test_a_model_without_alignment_heads_stays_without(tiny_whisper, context):
+def test_a_model_without_alignment_heads_gets_none(tiny_whisper, context):
     tiny_whisper.generation_config.alignment_heads = None
     merged = merge.apply(tiny_whisper, MERGE, context)
     assert merged.generation_config.alignment_heads is None
     assert context.record["merge"]["alignment_heads"] == {"dropped": []}
 
 
-# --------------------------------------------------------------------------------- distillation
+# ------------------------------------------------------------------------------------- distillation
 
 
 def draw_logits(rng, tokens=4, vocabulary=9):
@@ -283,51 +283,51 @@ def test_divergence_agrees_with_numpy(rng):
     temperature = float(rng.uniform(0.5, 5))
     p, q = (np.exp(x.numpy() / temperature) for x in (teacher, student))
     p, q = (x / x.sum(axis=1, keepdims=True) for x in (p, q))
-    wanted = (p * np.log(p / q)).sum(axis=1).mean()
-    found = divergence(teacher, student, torch.tensor(temperature))
-    assert found.item() == pytest.approx(wanted, rel=1e-4)
+    expected = (p * np.log(p / q)).sum(axis=1).mean()
+    result = divergence(teacher, student, torch.tensor(temperature))
+    assert result.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_model_does_not_diverge_from_itself(rng):
+def test_divergence_of_equal_logits_is_zero(rng):
     teacher, _ = draw_logits(rng)
     assert divergence(teacher, teacher, torch.tensor(2.0)).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_the_factor_keeps_the_gradient_as_the_temperature_grows(rng):
-    """Towards the difference of centred logits, over V: distillation by plain regression."""
+def test_t_squared_keeps_the_gradient_at_high_temperatures(rng):
+    """In the limit, the gradient is the difference of the centred logits divided by V."""
     teacher, student = draw_logits(rng, tokens=1)
     student.requires_grad_()
     (1000.0**2 * divergence(teacher, student, 1000.0)).backward()
     gap = (student - teacher).detach()
-    wanted = (gap - gap.mean()) / gap.shape[1]
+    expected = (gap - gap.mean()) / gap.shape[1]
     torch.testing.assert_close(
-        student.grad, wanted, rtol=0.05, atol=0.02 * wanted.abs().max().item()
+        student.grad, expected, rtol=0.05, atol=0.02 * expected.abs().max().item()
     )
 
 
-def test_training_adds_up_to_the_papers_loss(make_whisper, rng):
+def test_the_loss_is_the_papers(make_whisper, rng):
     teacher, student = make_whisper(), make_whisper()
     batch = a_batch(student)
     ce, kl = (float(x) for x in rng.uniform(0.1, 3, size=2))
     options = merge.Options(ce=ce, kl=kl, temperature=3.0)
     term = merge.distillation(teacher, options)
     outputs = student(batch.input_features, decoder_input_ids=batch.decoder_input_ids)
-    told = batch.labels != -100
-    cross = nn.functional.cross_entropy(outputs.logits[told], batch.labels[told])
-    wanted = forward(teacher, batch).logits[told]
-    far = 9 * divergence(wanted, outputs.logits[told], 3.0)
+    labelled = batch.labels != -100
+    cross = nn.functional.cross_entropy(outputs.logits[labelled], batch.labels[labelled])
+    expected = forward(teacher, batch).logits[labelled]
+    far = 9 * divergence(expected, outputs.logits[labelled], 3.0)
     with merge.temperature_in(student, options):
-        found = cross + term(student, batch, outputs)
-    torch.testing.assert_close(found, ce * cross + kl * far)
+        result = cross + term(student, batch, outputs)
+    torch.testing.assert_close(result, ce * cross + kl * far)
     assert merge.distillation(teacher, merge.Options(ce=1.0, kl=0.0)) is None
 
 
 @pytest.mark.parametrize("learnt", [True, False], ids=["learnt", "fixed"])
-def test_the_temperature_is_learnt_and_leaves_no_trace(learnt, tiny_whisper, context):
+def test_the_temperature_is_trained_and_then_removed(learnt, tiny_whisper, context):
     options = replace(MERGE, training=BRIEF, learn_temperature=learnt, temperature=3.0)
     student = merge.apply(tiny_whisper, options, context)
-    found = context.record["merge"]["training"]["temperature"]
-    assert (found != pytest.approx(3.0, rel=1e-6)) == learnt
+    result = context.record["merge"]["training"]["temperature"]
+    assert (result != pytest.approx(3.0, rel=1e-6)) == learnt
     assert "log_temperature" not in student.state_dict()
 
 
@@ -342,41 +342,41 @@ def test_distillation_trains_the_student_and_not_the_teacher(tiny_whisper, conte
     assert any("decoder.layers" in name for name in moved)
 
 
-def test_stage_0_trains_what_becomes_start_and_teacher(tiny_whisper, context):
+def test_stage_0_trains_the_model_that_is_merged(tiny_whisper, context):
     student = merge.apply(tiny_whisper, replace(MERGE, baseline=BRIEF), context)
     assert context.record["merge"]["baseline"]["steps"] == 2
     assert same_tensors(student, regroup(tiny_whisper, [(0, 1)], MERGE.alpha, MERGE.beta)[0])
 
 
-# ------------------------------------------------------------------- similarity, and other starts
+# --------------------------------------------------------------------- similarity, and other starts
 
 
-def test_a_layer_that_does_nothing_is_like_the_one_before(make_whisper, context):
+def test_an_identity_layer_is_similar_to_the_layer_before(make_whisper, context):
     model = make_whisper(decoder_layers=3, encoder_layers=1)
-    silent(model.model.decoder.layers[1])
-    found = np.array(similarities(model, merge.calibration(MERGE, context, model)))
-    np.testing.assert_allclose(found.diagonal(), 1, atol=1e-5)
-    np.testing.assert_allclose(found, found.T, atol=1e-6)
-    assert found[0, 1] == pytest.approx(1, abs=1e-5)
-    assert found[0, 2] < 0.999
+    make_identity(model.model.decoder.layers[1])
+    result = np.array(similarities(model, merge.calibration(MERGE, context, model)))
+    np.testing.assert_allclose(result.diagonal(), 1, atol=1e-5)
+    np.testing.assert_allclose(result, result.T, atol=1e-6)
+    assert result[0, 1] == pytest.approx(1, abs=1e-5)
+    assert result[0, 2] < 0.999
 
 
-def test_taylor_removes_the_layer_that_does_least(make_whisper, context):
+def test_taylor_removes_an_identity_layer(make_whisper, context):
     model = make_whisper(decoder_layers=4, encoder_layers=1)
-    silent(model.model.decoder.layers[2])
+    make_identity(model.model.decoder.layers[2])
     options = replace(MERGE, start="taylor", groups="0+1 2 3")
-    left = merge.apply(model, options, context)
+    smaller = merge.apply(model, options, context)
     assert context.record["merge"]["layers"] == [[0], [1], [3]]
     assert context.record["merge"]["taylor"][0]["2"] == 0
-    torch.testing.assert_close(logits(left), logits(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(smaller), logits(model), rtol=0, atol=1e-5)
 
 
-def test_scores_are_squared_slopes_of_the_loss_in_each_layers_gate(make_whisper):
+def test_scores_are_squared_slopes_of_the_loss_by_finite_differences(make_whisper):
     model = make_whisper(decoder_layers=2, encoder_layers=1).double()
     batch = a_batch(model)
     batch.input_features = batch.input_features.double()
     scores = layer_scores(model, [batch])
-    told = batch.labels != -100
+    labelled = batch.labels != -100
 
     def loss(number, gate):
         hook = model.model.decoder.layers[number].register_forward_hook(
@@ -384,16 +384,16 @@ def test_scores_are_squared_slopes_of_the_loss_in_each_layers_gate(make_whisper)
         )
         with torch.no_grad():
             ids = batch.decoder_input_ids
-            found = model(batch.input_features, decoder_input_ids=ids).logits[told]
+            result = model(batch.input_features, decoder_input_ids=ids).logits[labelled]
         hook.remove()
-        return nn.functional.cross_entropy(found, batch.labels[told]).item()
+        return nn.functional.cross_entropy(result, batch.labels[labelled]).item()
 
     for i in range(2):
         slope = (loss(i, 1.001) - loss(i, 0.999)) / 0.002
         assert scores[i].item() == pytest.approx(slope**2, rel=1e-3, abs=1e-12)
 
 
-def test_random_layers_follow_from_the_seed(deep, context):
+def test_random_layers_depend_only_on_the_seed(deep, context):
     options = replace(MERGE, start="random")
     kept = [merge.apply(deep, options, replace(context, seed=s)) for s in (3, 3)]
     assert same_tensors(*kept)
@@ -409,22 +409,22 @@ SEARCH = replace(MERGE, search="bayes", trials=3, trial=replace(BRIEF, steps=1))
 
 @pytest.fixture
 def by_weights(monkeypatch):
-    """Dev WER falls as the merged layer nears a quarter of the lower one; no training."""
-    found = []
+    """Replace training and WER: WER is lowest if the lower layer has a quarter of the weight."""
+    result = []
 
     def trained(student, teacher, options, training, context, place, label):
-        found.append(label)
+        result.append(label)
         return {}
 
     def regrouped(model, plan, alpha=1.0, beta=1.0, inner=regroup):
-        student, told = inner(model, plan, alpha, beta)
+        student, record = inner(model, plan, alpha, beta)
         student.distance = abs(alpha / (alpha + beta) - 0.25)
-        return student, told
+        return student, record
 
     monkeypatch.setattr(merge, "distil", trained)
     monkeypatch.setattr(merge, "regroup", regrouped)
     monkeypatch.setattr(Context, "wer", lambda self, model: _Wer(model.distance))
-    return found
+    return result
 
 
 class _Wer:
@@ -432,7 +432,7 @@ class _Wer:
         self.wer = wer
 
 
-def test_the_search_takes_the_weights_with_the_lowest_dev_wer(tiny_whisper, context, by_weights):
+def test_the_search_returns_the_weights_with_the_lowest_dev_wer(tiny_whisper, context, by_weights):
     merge.apply(tiny_whisper, replace(SEARCH, trials=12), context)
     record = context.record["merge"]
     tried = record["search"]["tried"]
@@ -448,10 +448,10 @@ def test_the_grid_tries_five_ratios(tiny_whisper, context, by_weights):
     merge.apply(tiny_whisper, replace(SEARCH, search="grid"), context)
     tried = context.record["merge"]["search"]["tried"]
     assert [(t["alpha"], t["beta"]) for t in tried] == [(a, 1) for a in (0, 0.1, 0.25, 0.5, 1)]
-    assert context.record["merge"]["alpha"] == 0.25  # 0.2 of the lower layer is nearest
+    assert context.record["merge"]["alpha"] == 0.25  # its share 0.2 is nearest to 0.25
 
 
-def test_trials_see_a_share_of_the_clips(few, rng):
+def test_trials_use_a_share_of_the_clips(few, rng):
     clips = few * 20
     for part, count in ((0.3, 18), (0.6, 36), (1.0, 60), (1e-6, 1)):
         assert len(merge.share(clips, part, 1)) == count
@@ -460,10 +460,10 @@ def test_trials_see_a_share_of_the_clips(few, rng):
     assert merge.share(range(9), 1.0, 1) == list(range(9))
 
 
-def test_an_interrupted_search_goes_on_with_the_trial_it_was_in(make_whisper, context, monkeypatch):
+def test_an_interrupted_search_resumes_its_current_trial(make_whisper, context, monkeypatch):
     model = make_whisper(d_model=16, ffn=16, encoder_layers=1)
     whole = merge.apply(model, SEARCH, replace(context, run_dir=context.run_dir / "whole"))
-    wanted = context.record.pop("merge")
+    expected = context.record.pop("merge")
     evaluated = []
 
     def stopped(self, model, inner=Context.wer):
@@ -479,11 +479,11 @@ def test_an_interrupted_search_goes_on_with_the_trial_it_was_in(make_whisper, co
     resumed = merge.apply(model, SEARCH, context)
     assert len(evaluated) == 4  # three trials, one of them twice
     assert same_tensors(resumed, whole)
-    assert context.record["merge"]["search"] == wanted["search"]
+    assert context.record["merge"]["search"] == expected["search"]
     assert not list((context.run_dir / "merge-trials").iterdir())
 
 
-def test_searches_share_trials_only_where_they_measure_the_same(tiny_whisper, context):
+def test_searches_share_a_name_only_if_their_trials_are_equal(tiny_whisper, context):
     plan = [(0, 1)]
 
     def name(options=SEARCH, model=tiny_whisper, plan=plan, context=context):

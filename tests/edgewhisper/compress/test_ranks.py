@@ -18,10 +18,10 @@ from edgewhisper.compress.ranks import (
 )
 from export.problem import Problem
 
-# -------------------------------------------------------------------------------------- rank rule
+# ---------------------------------------------------------------------------------------- rank rule
 
 
-def test_ranks_of_a_spectrum_whose_answer_is_known():
+def test_ranks_of_a_small_spectrum_by_hand():
     variances = torch.tensor([50.0, 30.0, 15.0, 4.0, 1.0, 0.0])
     assert energies(variances).tolist() == pytest.approx([0, 0.5, 0.8, 0.95, 0.99, 1, 1])
     assert rank_for(variances, 6, 0.7, round_to=1) == 2
@@ -36,7 +36,7 @@ def test_the_threshold_must_be_exceeded_not_met():
 
 
 def test_a_flat_spectrum_stays_dense():
-    """No multiple of 16 below 64 keeps more than 0.99 of it; the authors' code splits at 63."""
+    """No multiple of 16 below 64 keeps more than 0.99; the authors' code splits with rank 63."""
     assert rank_for(torch.ones(64), 64, 0.99) is None
     assert not worth_it(None, 64, 64)
 
@@ -48,7 +48,7 @@ def test_a_higher_threshold_never_lowers_a_rank(rng):
     assert ranks == sorted(ranks)
 
 
-def test_outputs_that_never_vary_take_the_lowest_rank():
+def test_constant_outputs_get_the_lowest_rank():
     assert rank_for(torch.zeros(64), 64, 0.99) == 16
 
 
@@ -63,7 +63,7 @@ def test_the_bounds_of_large_v3_are_the_papers(d_out, d_in, bound):
     assert not worth_it(bound, d_out, d_in, max_cost=0.99)
 
 
-# ----------------------------------------------------------------------------------------- budget
+# ------------------------------------------------------------------------------------------- budget
 
 
 def draw_choices(rng) -> dict[str, list[Choice]]:
@@ -84,7 +84,7 @@ def cost_and_loss(layers, ranks):
     return sum(c.cost for c in taken), sum(c.loss for c in taken)
 
 
-def test_allocation_of_two_layers_whose_answer_is_known():
+def test_allocation_of_two_layers_by_hand():
     layers = {
         "cheap": [Choice(None, 100, 0.0), Choice(4, 50, 0.1), Choice(2, 25, 1.0)],
         "dear": [Choice(None, 100, 0.0), Choice(4, 50, 5.0), Choice(2, 25, 6.0)],
@@ -97,8 +97,8 @@ def test_allocation_of_two_layers_whose_answer_is_known():
 
 def test_the_budget_is_kept_and_ranks_fall_with_it(rng):
     layers = draw_choices(rng)
-    dense = sum(found[0].cost for found in layers.values())
-    least = sum(found[-1].cost for found in layers.values()) / dense
+    dense = sum(result[0].cost for result in layers.values())
+    least = sum(result[-1].cost for result in layers.values()) / dense
     taken = []
     for budget in np.linspace(1, least + 1e-9, 20):
         ranks = allocate(layers, budget)
@@ -107,16 +107,16 @@ def test_the_budget_is_kept_and_ranks_fall_with_it(rng):
     assert all(less[n] <= more[n] for more, less in pairwise(taken) for n in layers)
 
 
-def test_no_better_allocation_exists_at_the_cost_of_a_bargain(rng):
-    """Against trying everything: where the budget is spent exactly, greedy is optimal."""
+def test_allocation_is_optimal_at_costs_on_the_hull(rng):
+    """Compared with exhaustive search: greedy is optimal if the budget is spent exactly."""
     from itertools import product
 
-    layers = {n: found[::4] for n, found in list(draw_choices(rng).items())[:3]}
-    hulls = {n: convex_hull(found) for n, found in layers.items()}
+    layers = {n: result[::4] for n, result in list(draw_choices(rng).items())[:3]}
+    hulls = {n: convex_hull(result) for n, result in layers.items()}
     steps = sorted(
         (price(a, b), a.cost - b.cost) for hull in hulls.values() for a, b in pairwise(hull)
     )
-    dense = sum(found[0].cost for found in layers.values())
+    dense = sum(result[0].cost for result in layers.values())
     spent = dense - sum(saved for _, saved in steps[: int(rng.integers(0, len(steps) + 1))])
     ranks = allocate(layers, spent / dense + 1e-12)
     _, loss = cost_and_loss(layers, ranks)
@@ -128,19 +128,19 @@ def test_no_better_allocation_exists_at_the_cost_of_a_bargain(rng):
     assert loss <= best + 1e-9
 
 
-def test_a_budget_that_no_rank_reaches_is_a_letter():
+def test_a_budget_that_no_rank_reaches_is_refused():
     layers = {"one": [Choice(None, 100, 0.0), Choice(16, 60, 0.1)]}
     with pytest.raises(Problem, match=r"budget is 0.5, .* already cost 0.600"):
         allocate(layers, 0.5)
 
 
-def test_a_theta_of_one_keeps_its_layers_out_of_the_budget():
+def test_layers_with_theta_one_stay_dense():
     variances = torch.ones(32)
-    found = choices(variances, 32, 32, unit=1, theta=1.0, round_to=4, max_cost=1)
-    assert found == [Choice(None, 1024, 0.0)]
+    result = choices(variances, 32, 32, unit=1, theta=1.0, round_to=4, max_cost=1)
+    assert result == [Choice(None, 1024, 0.0)]
 
 
-def test_of_two_equal_layers_the_one_that_runs_more_often_is_split_first():
+def test_a_layer_that_runs_more_often_is_split_first():
     variances = torch.logspace(0, -3, 32)
     often, seldom = (
         choices(variances, 32, 32, unit=unit, theta=0.99, round_to=4, max_cost=1)

@@ -23,8 +23,8 @@ from export.shrink import layer_shapes
 # ------------------------------------------------------- attention of reduced dimension, (12), (16)
 
 
-def test_terms_that_a_softmax_does_not_see_are_dropped(rng):
-    """Dense low-rank attention, (12) with all its terms, and what is left of it: the same."""
+def test_constant_terms_of_the_scores_can_be_dropped(rng):
+    """Low-rank attention, (12) with all terms, and (12) without constant terms are equal."""
     heads, d, rank_q, rank_k, rank_v, frames, d_out = (int(n) for n in rng.integers(2, 7, size=7))
     draw = lambda *shape: torch.from_numpy(rng.standard_normal(shape))  # noqa: E731
     a, b, c = draw(frames, rank_q), draw(frames, rank_k), draw(frames, rank_v)
@@ -52,12 +52,14 @@ def test_terms_that_a_softmax_does_not_see_are_dropped(rng):
     )
     torch.testing.assert_close(all_terms, dense)
     narrow, bias = queries_of_shared_key(up_q, bias_q, up_k, heads)
-    left = of_heads(a @ narrow.T + bias) @ b.T
-    torch.testing.assert_close(left.softmax(-1), dense.softmax(-1))
-    assert (left - dense).abs().max() > 1e-3
+    scores = of_heads(a @ narrow.T + bias) @ b.T
+    torch.testing.assert_close(scores.softmax(-1), dense.softmax(-1))
+    assert (scores - dense).abs().max() > 1e-3
 
     folded, constant = output_of_shared_value(out, up_v, bias_v, heads)
-    torch.testing.assert_close(mixed(left, c[None]) @ folded.T + constant, mixed(dense, v) @ out.T)
+    torch.testing.assert_close(
+        mixed(scores, c[None]) @ folded.T + constant, mixed(dense, v) @ out.T
+    )
 
 
 SHARED = replace(FINE, share=True)
@@ -65,7 +67,7 @@ SHARED = replace(FINE, share=True)
 
 @pytest.fixture
 def pair(narrow_whisper, context) -> tuple[nn.Module, nn.Module]:
-    """A low-rank model, and the same with shared keys and values in both encoder layers."""
+    """A low-rank model, and the same model with shared keys and values in the encoder."""
     stamps = range(
         narrow_whisper.generation_config.no_timestamps_token_id + 1,
         narrow_whisper.config.vocab_size,
@@ -80,11 +82,11 @@ def pair(narrow_whisper, context) -> tuple[nn.Module, nn.Module]:
 def same_encoding(one, other, atol=1e-4):
     features = torch.randn(2, 80, 600)
     with torch.no_grad():
-        wanted, found = (m.model.encoder(features).last_hidden_state for m in (one, other))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+        expected, result = (m.model.encoder(features).last_hidden_state for m in (one, other))
+    torch.testing.assert_close(result, expected, rtol=0, atol=atol)
 
 
-def test_shared_keys_and_values_are_the_same_function_and_cost_less(pair):
+def test_sharing_keeps_the_outputs_and_costs_less(pair):
     plain, narrow = pair
     same_encoding(plain, narrow)
     before, after = macs(plain)["encoder"], macs(narrow)["encoder"]
@@ -101,8 +103,8 @@ def encoder_names(model) -> list[str]:
 
 
 @pytest.mark.parametrize("dense", ["q_proj", "out_proj"])
-def test_keys_and_values_are_shared_beside_dense_layers(dense, narrow_whisper, context):
-    """Queries and outputs need not be low-rank."""
+def test_keys_and_values_are_shared_next_to_dense_layers(dense, narrow_whisper, context):
+    """Queries and outputs may be dense."""
     for parts in ("kv", "q"):
         if parts == "kv" or dense == "out_proj":
             options = replace(FINE, layers=f"model.encoder.*.self_attn.[{parts}]_proj")
@@ -118,11 +120,14 @@ def test_keys_and_values_are_shared_after_pruning(narrow_whisper, context, rng):
     slim = lite.apply(pruned, options, context)
     shared, numbers = share_attention(copy.deepcopy(slim))
     split_up = low_rank_layers(slim)
-    assert numbers == [  # a layer with very few inputs left is dearer as two
-        n
-        for n in (0, 1)
-        if all(f"model.encoder.layers.{n}.self_attn.{part}_proj" in split_up for part in "kv")
-    ]
+    assert (
+        numbers
+        == [  # a layer with very few inputs stays dense, because two factors would cost more
+            n
+            for n in (0, 1)
+            if all(f"model.encoder.layers.{n}.self_attn.{part}_proj" in split_up for part in "kv")
+        ]
+    )
     same_encoding(slim, shared)
 
 
@@ -159,7 +164,7 @@ def test_shared_attention_survives_export(pair, processor, few, tmp_path):
 @pytest.mark.parametrize(
     ("side", "shared"), [("encoder", 1), ("encoder", "yes"), ("decoder", True)], ids=str
 )
-def test_sharing_that_cannot_be_is_refused(side, shared, pair):
+def test_invalid_records_of_sharing_are_refused(side, shared, pair):
     shapes = copy.deepcopy(pair[1].config.edgewhisper)
     shapes[side][1]["self_attn"]["shared"] = shared
     with pytest.raises(Problem, match=rf"{side}\.layers\.1\.self_attn\.shared is {shared!r}"):

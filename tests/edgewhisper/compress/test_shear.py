@@ -41,12 +41,12 @@ from export.shrink import layer_shapes
 STARTS = ["svd", "frequency", "activation", "both", "mix"]
 
 
-# ------------------------------------------------------------------------ the token table's start
+# --------------------------------------------------------------------- factors before training, (6)
 
 
 @pytest.fixture
 def drawn(rng):
-    """A table of freshly drawn shape, token frequencies with some at the floor, and a metric."""
+    """A random table, token frequencies with some at the floor, and a metric."""
     vocabulary, width = int(rng.integers(12, 60)), int(rng.integers(4, 12))
     table = torch.from_numpy(rng.standard_normal((vocabulary, width)))
     frequencies = torch.from_numpy(rng.dirichlet(np.full(vocabulary, 0.3))).clamp_min(1e-6)
@@ -56,32 +56,32 @@ def drawn(rng):
     return table, frequencies, states.T @ states / len(states)
 
 
-def test_factors_of_a_table_whose_answer_is_known():
-    # rank one kept of diag(3, 1): the larger value stays, and is split evenly by mean squares
+def test_factors_of_a_small_table_by_hand():
+    # rank 1 of diag(3, 1) keeps the larger value, split evenly between the factors
     table = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     rows, basis = factorise(table, 1, torch.ones(2), torch.eye(2))
     torch.testing.assert_close(rows @ basis, torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
     assert rows.abs().max().item() == basis.abs().max().item() == pytest.approx(3**0.5)
-    # the first token is rare: the second's row is what counts now
+    # the first token is rare, so the row of the second is kept
     rows, basis = factorise(table, 1, torch.tensor([1e-6, 1.0]), torch.eye(2))
     torch.testing.assert_close(rows @ basis, torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
 
 
-def test_factors_agree_with_numpys_cholesky_form(drawn, rng):
-    """(6) as it is printed, S from Cholesky's decomposition; ours takes the symmetric root."""
+def test_factors_agree_with_the_cholesky_form_in_numpy(drawn, rng):
+    """(6) with S from the Cholesky decomposition; ours is the symmetric root."""
     table, frequencies, metric = (x.numpy() for x in drawn)
     rank = int(rng.integers(1, table.shape[1]))
     root = np.linalg.cholesky(metric)
     scale = np.sqrt(frequencies)[:, None]
     u, sigma, v = np.linalg.svd(scale * table @ root, full_matrices=False)
-    wanted = (u[:, :rank] / scale) @ (sigma[:rank, None] * v[:rank] @ np.linalg.inv(root))
+    expected = (u[:, :rank] / scale) @ (sigma[:rank, None] * v[:rank] @ np.linalg.inv(root))
     rows, basis = factorise(drawn[0], rank, *drawn[1:])
-    np.testing.assert_allclose((rows @ basis).numpy(), wanted, atol=1e-6)
+    np.testing.assert_allclose((rows @ basis).numpy(), expected, atol=1e-6)
     error = weighted_error(drawn[0], rows @ basis, *drawn[1:])
     assert error == pytest.approx((sigma[rank:] ** 2).sum() / (sigma**2).sum(), rel=1e-6)
 
 
-def test_no_other_factors_of_that_rank_are_nearer_where_it_counts(drawn, rng):
+def test_no_other_factors_have_a_smaller_weighted_error(drawn, rng):
     table, frequencies, metric = drawn
     rank = int(rng.integers(1, table.shape[1]))
     rows, basis = factorise(table, rank, frequencies, metric)
@@ -90,11 +90,13 @@ def test_no_other_factors_of_that_rank_are_nearer_where_it_counts(drawn, rng):
     assert least <= weighted_error(table, plain[0] @ plain[1], frequencies, metric) + 1e-12
     for size in (1e-1, 1e-3):
         for _ in range(100):
-            near = (rows + size * torch.randn_like(rows)) @ (basis + size * torch.randn_like(basis))
-            assert weighted_error(table, near, frequencies, metric) >= least - 1e-12
+            other = (rows + size * torch.randn_like(rows)) @ (
+                basis + size * torch.randn_like(basis)
+            )
+            assert weighted_error(table, other, frequencies, metric) >= least - 1e-12
 
 
-def test_balancing_leaves_the_product_and_evens_the_factors(rng):
+def test_balancing_keeps_the_product_and_equalises_the_factors(rng):
     rows, basis = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((20, 3), (3, 6)))
     rows[:, 1] *= 100
     even, level = balanced(rows, basis)
@@ -102,7 +104,7 @@ def test_balancing_leaves_the_product_and_evens_the_factors(rng):
     torch.testing.assert_close(even.square().mean(0), level.square().mean(1))
 
 
-def test_a_table_of_lower_rank_than_asked_for_gives_no_nan(rng):
+def test_a_table_of_lower_rank_gives_no_nan(rng):
     table = torch.zeros(9, 4)
     table[:, 0] = 1
     rows, basis = factorise(table, 3, torch.ones(9), torch.eye(4))
@@ -116,12 +118,16 @@ def test_the_full_rank_changes_neither_embeddings_nor_logits(start, tiny_whisper
     frequencies = shear.token_frequencies(tiny_whisper, context, options.floor)
     metric = shear.second_moment(tiny_whisper, options, context)
     factors = shear.factors_of(tiny_whisper, options, frequencies, metric)
-    full = shear.sheared(tiny_whisper, *factors)  # the step itself refuses it: nothing is saved
+    full = shear.sheared(
+        tiny_whisper, *factors
+    )  # apply refuses this rank, because it saves nothing
     ids = torch.arange(config.vocab_size)
     old, new = (m.model.decoder.embed_tokens(ids) for m in (tiny_whisper, full))
     torch.testing.assert_close(new, old, rtol=0, atol=1e-4)
-    wanted = logits(tiny_whisper)
-    torch.testing.assert_close(logits(full), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+    expected = logits(tiny_whisper)
+    torch.testing.assert_close(
+        logits(full), expected, rtol=0, atol=1e-4 * expected.abs().max().item()
+    )
     errors = shear.start_errors(tiny_whisper, full, frequencies, metric)
     assert max(errors.values()) < 1e-9
 
@@ -129,26 +135,26 @@ def test_the_full_rank_changes_neither_embeddings_nor_logits(start, tiny_whisper
 def test_theta_is_the_share_that_the_rank_must_exceed():
     sigma = torch.cat([torch.full((16,), 3.0), torch.full((16,), 1.0), torch.zeros(4)])
     assert [enough(sigma, theta) for theta in (0.1, 0.89, 0.91)] == [16, 16, 32]
-    assert enough(sigma, 1.0) == 36  # nothing exceeds all
+    assert enough(sigma, 1.0) == 36  # no share exceeds 1
 
 
-def test_theta_chooses_the_rank_by_what_the_start_weighs(make_whisper, context, rng):
+def test_theta_chooses_the_smallest_sufficient_rank(make_whisper, context, rng):
     model = make_whisper(d_model=48)
     theta = rng.uniform(0.3, 0.99)
-    found = shear.apply(model, replace(SHEAR, start="svd", theta=theta), context)
+    result = shear.apply(model, replace(SHEAR, start="svd", theta=theta), context)
     rank = context.record["shear"]["rank"]
-    if rank is None:  # 48 is all of it
-        assert found is model
+    if rank is None:  # the full rank 48 saves nothing
+        assert result is model
         rank = context.record["shear"]["kept_dense"]["rank_needed"]
     else:
-        assert rank == found.config.edgewhisper["token_rank"] < 48
+        assert rank == result.config.edgewhisper["token_rank"] < 48
     squares = np.linalg.svd(model.model.decoder.embed_tokens.weight.detach().numpy())[1] ** 2
     share = np.cumsum(squares) / squares.sum()
     assert rank % 16 == 0 and share[rank - 1] > theta
     assert rank == 16 or share[rank - 17] <= theta
 
 
-def test_each_start_is_best_by_its_own_measure(tiny_whisper, context):
+def test_each_start_minimises_its_own_error(tiny_whisper, context):
     table = tiny_whisper.model.decoder.embed_tokens.weight.detach()
     frequencies = shear.token_frequencies(tiny_whisper, context, SHEAR.floor)
     metric = shear.second_moment(tiny_whisper, SHEAR, context)
@@ -160,54 +166,54 @@ def test_each_start_is_best_by_its_own_measure(tiny_whisper, context):
     for start in STARTS:
         f, m = shear.powers(replace(SHEAR, start=start))
         by = frequencies**f, shear.power(metric, m)
-        errors = {name: weighted_error(table, found, *by) for name, found in products.items()}
+        errors = {name: weighted_error(table, result, *by) for name, result in products.items()}
         assert min(errors, key=errors.__getitem__) == start
 
 
 @pytest.mark.parametrize(("mix", "start"), [(1.0, "frequency"), (0.0, "activation")])
-def test_the_mix_ends_in_the_pure_starts(mix, start, tiny_whisper, context):
+def test_mix_at_0_and_1_equals_the_pure_starts(mix, start, tiny_whisper, context):
     one = shear.apply(tiny_whisper, replace(SHEAR, start="mix", mix=mix), context)
     assert same_tensors(one, shear.apply(tiny_whisper, replace(SHEAR, start=start), context))
 
 
-def test_tokens_are_counted_as_decoding_reads_them(tiny_whisper, context):
-    found = shear.token_frequencies(tiny_whisper, context, 1e-6)
+def test_token_frequencies_count_decoder_inputs(tiny_whisper, context):
+    result = shear.token_frequencies(tiny_whisper, context, 1e-6)
     begin = tiny_whisper.config.decoder_start_token_id
-    assert found.min().item() == pytest.approx(1e-6)
-    assert found[tiny_whisper.config.eos_token_id].item() == pytest.approx(1e-6)
+    assert result.min().item() == pytest.approx(1e-6)
+    assert result[tiny_whisper.config.eos_token_id].item() == pytest.approx(1e-6)
     spoken = [
         context.processor.tokenizer(" " + c.text, add_special_tokens=False).input_ids
         for c in context.train
     ]
     total = sum(4 + len(ids) for ids in spoken)
-    assert found[begin].item() == pytest.approx(len(context.train) / total)
+    assert result[begin].item() == pytest.approx(len(context.train) / total)
 
 
-def test_the_second_moment_is_that_of_the_states_before_the_logits(tiny_whisper, context):
-    found = shear.second_moment(tiny_whisper, SHEAR, context)
+def test_the_second_moment_uses_the_last_decoder_states(tiny_whisper, context):
+    result = shear.second_moment(tiny_whisper, SHEAR, context)
     batch = next(shear.batches(context.train[:2], tiny_whisper, context.processor, 2))
     with torch.no_grad():
         decoded = tiny_whisper.model(
             batch.input_features, decoder_input_ids=batch.decoder_input_ids
         )
     states = decoded.last_hidden_state[batch.labels != -100].double()
-    wanted = states.T @ states / len(states)
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
-    assert torch.linalg.eigvalsh(found).min() > 0
+    expected = states.T @ states / len(states)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+    assert torch.linalg.eigvalsh(result).min() > 0
 
 
-# ------------------------------------------------------------------------ feature distillation
+# ----------------------------------------------------------------------------- feature distillation
 
 
-def test_the_distance_is_that_of_its_definition(rng):
+def test_the_feature_distance_agrees_with_numpy(rng):
     a, b = (rng.standard_normal((5, 7)) for _ in range(2))
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    wanted = np.abs(a - b).mean(axis=1) + np.log(1 + np.exp(-cosine))
-    found = feature_distance(torch.from_numpy(a), torch.from_numpy(b))
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4)
+    expected = np.abs(a - b).mean(axis=1) + np.log(1 + np.exp(-cosine))
+    result = feature_distance(torch.from_numpy(a), torch.from_numpy(b))
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4)
 
 
-def test_equal_features_are_nearest(rng):
+def test_equal_features_have_the_smallest_distance(rng):
     a = torch.from_numpy(rng.standard_normal((5, 7)))
     nearest = float(np.log(1 + np.exp(-1)))
     torch.testing.assert_close(feature_distance(a, a), torch.full((5,), nearest), rtol=0, atol=1e-5)
@@ -216,7 +222,7 @@ def test_equal_features_are_nearest(rng):
 
 @pytest.fixture
 def sheared(make_whisper, context):
-    """A factorised model and the dense one it was made of."""
+    """A factorised model and its dense original."""
     teacher = make_whisper()
     return shear.apply(teacher, SHEAR, context), teacher
 
@@ -229,38 +235,38 @@ def term_of(student, teacher, batch, options, steps=10, done=0):
         return distillation.term(student, batch, outputs)
 
 
-def test_the_term_is_the_two_distances_of_the_paper(sheared):
+def test_the_loss_term_is_the_papers(sheared):
     student, teacher = sheared
     batch = a_batch(student)
     batch.labels[0, 5] = -100  # clips of unequal length
     factors, dense = student.model.decoder.embed_tokens, teacher.model.decoder.embed_tokens.weight
     product = factors.rows.weight @ factors.up.weight.T
     states = shear.states_of(teacher, batch)
-    told = batch.labels != -100
-    near = far = torch.zeros(())
+    labelled = batch.labels != -100
+    inputs = outputs = torch.zeros(())
     for clip, length in enumerate((5, 4)):
         ids = batch.decoder_input_ids[clip, :length]
-        share = told[clip].sum() / told.sum()
-        near = near + share * feature_distance(dense[ids], product[ids]).mean()
-        h = states[clip][told[clip]]
-        far = far + share * feature_distance(h @ dense.T, h @ product.T).mean()
+        share = labelled[clip].sum() / labelled.sum()
+        inputs = inputs + share * feature_distance(dense[ids], product[ids]).mean()
+        h = states[clip][labelled[clip]]
+        outputs = outputs + share * feature_distance(h @ dense.T, h @ product.T).mean()
     options = replace(SHEAR, input_weight=0.7, logit_weight=1.3)
-    found = term_of(student, teacher, batch, options)
-    torch.testing.assert_close(found, 0.7 * near + 1.3 * far, rtol=1e-4, atol=1e-5)
+    result = term_of(student, teacher, batch, options)
+    torch.testing.assert_close(result, 0.7 * inputs + 1.3 * outputs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_split_over_processes_adds_up(sheared):
+def test_the_loss_of_a_split_batch_adds_up(sheared):
     student, teacher = sheared
     batch = a_batch(student)
     options = replace(SHEAR, states="student")
     whole = term_of(student, teacher, batch, options)
-    told = (batch.labels != -100).sum(dim=1)
+    labelled = (batch.labels != -100).sum(dim=1)
     parts = torch.zeros(())
     for i in range(2):
         one = Batch(
             *(x[i : i + 1] for x in (batch.input_features, batch.decoder_input_ids, batch.labels))
         )
-        parts = parts + told[i] / told.sum() * term_of(student, teacher, one, options)
+        parts = parts + labelled[i] / labelled.sum() * term_of(student, teacher, one, options)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -276,8 +282,8 @@ def test_the_teachers_states_come_first_and_then_the_students(sheared):
     assert by["teacher"] != pytest.approx(by["student"], rel=1e-3)
     options = replace(SHEAR, states="teacher_then_student", switch=0.4)
     for done, states in ((0, "teacher"), (3, "teacher"), (4, "student"), (9, "student")):
-        found = term_of(student, teacher, batch, options, done=done).item()
-        assert found == pytest.approx(by[states], rel=1e-6)
+        result = term_of(student, teacher, batch, options, done=done).item()
+        assert result == pytest.approx(by[states], rel=1e-6)
 
 
 def test_gradients_reach_both_factors_from_both_uses(sheared):
@@ -292,7 +298,7 @@ def test_gradients_reach_both_factors_from_both_uses(sheared):
     assert student.proj_out.table is factors
 
 
-def test_training_the_factors_leaves_hooks_and_counters_behind_nowhere(make_whisper, context):
+def test_training_removes_its_hooks_and_counters(make_whisper, context):
     model = make_whisper()
     before = copy.deepcopy(model)
     student = shear.apply(model, replace(SHEAR, training=BRIEF), context)
@@ -306,14 +312,14 @@ def test_training_the_factors_leaves_hooks_and_counters_behind_nowhere(make_whis
     assert context.record["shear"]["training"]["steps"] == 2
 
 
-# ------------------------------------------------------------------ the factorised model at large
+# -------------------------------------------------------------------------------- factorised models
 
 
-def test_the_head_costs_what_the_factors_multiply():
+def test_macs_of_the_head_are_those_of_the_factors():
     dense, final = (macs(base(3, **more))["decoder_per_token"] for more in ({}, {"token_rank": 96}))
     head = 51865 * 96 + 96 * 512
     assert head / 1e6 == pytest.approx(5.03, abs=0.005)
-    assert dense - final == 51865 * 512 - head - 96 * 512  # the look-up multiplies, too
+    assert dense - final == 51865 * 512 - head - 96 * 512  # a look-up also multiplies
 
 
 def test_a_factorised_model_shrinks_and_a_shrunk_one_is_factorised(tiny_whisper, context):
@@ -337,7 +343,7 @@ def test_a_copy_of_a_factorised_model_has_factors_of_its_own(sheared):
     assert twin.proj_out.table is not student.model.decoder.embed_tokens
 
 
-def test_a_factorised_model_works_in_the_pipeline(sheared, processor, rng):
+def test_a_factorised_model_runs_in_a_transformers_pipeline(sheared, processor, rng):
     from transformers import pipeline
 
     recogniser = pipeline(
@@ -359,32 +365,34 @@ def test_a_table_is_factorised_once_and_within_its_rank(sheared, tiny_whisper, c
     assert "set rank to 8" in problem.value.hint
 
 
-def test_factors_that_save_nothing_are_a_letter(make_whisper, context, rng):
+def test_factors_that_save_nothing_are_refused(make_whisper, context, rng):
     model = make_whisper(d_model=16 * int(rng.integers(1, 5)))
     tokens, width = model.model.decoder.embed_tokens.weight.shape
     highest = (tokens * width - 1) // (tokens + width)
-    with pytest.raises(Problem, match=f"shear: two factors of rank {highest + 1} have") as told:
+    with pytest.raises(Problem, match=f"shear: two factors of rank {highest + 1} have") as error:
         shear.apply(model, replace(SHEAR, rank=highest + 1), context)
-    assert f"the token table has {tokens * width:,}; this saves nothing" in str(told.value)
+    assert f"the token table has {tokens * width:,}; this saves nothing" in str(error.value)
     small = shear.apply(model, replace(SHEAR, rank=highest), context)
     assert count_parameters(small)["token_table"] < tokens * width
 
 
 @pytest.mark.parametrize("theta", [0.999999, 1.0])
-def test_a_table_that_theta_would_make_larger_stays_as_it_is(theta, make_whisper, context):
+def test_a_table_that_theta_would_enlarge_does_not_change(theta, make_whisper, context):
     model = make_whisper(d_model=48)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options = replace(SHEAR, theta=theta, training=BRIEF)
-    found = shear.apply(model, options, context)
-    told = context.record["shear"]
-    assert told["kept_dense"] == {"rank_needed": 48, "parameters_of_factors": 48 * (783 + 48)}
-    assert told["parameters"]["before"] == told["parameters"]["after"] == count_parameters(found)
-    assert told["rank"] is None and not hasattr(found.config, "edgewhisper")
-    assert all(torch.equal(before[name], t) for name, t in found.state_dict().items())
+    result = shear.apply(model, options, context)
+    record = context.record["shear"]
+    assert record["kept_dense"] == {"rank_needed": 48, "parameters_of_factors": 48 * (783 + 48)}
+    assert (
+        record["parameters"]["before"] == record["parameters"]["after"] == count_parameters(result)
+    )
+    assert record["rank"] is None and not hasattr(result.config, "edgewhisper")
+    assert all(torch.equal(before[name], t) for name, t in result.state_dict().items())
 
 
 @pytest.mark.parametrize("rank", [0, -1, 33, 2.5, "8", True, None])
-def test_a_bad_rank_in_a_checkpoint_is_a_letter(rank, sheared, processor, tmp_path):
+def test_an_invalid_rank_in_a_checkpoint_is_refused(rank, sheared, processor, tmp_path):
     whisper.save(sheared[0], processor, tmp_path / "out", {})
     path = tmp_path / "out/config.json"
     config = json.loads(path.read_text())
@@ -394,7 +402,7 @@ def test_a_bad_rank_in_a_checkpoint_is_a_letter(rank, sheared, processor, tmp_pa
         whisper.load(tmp_path / "out")
 
 
-def test_a_rank_that_is_not_the_weights_is_a_letter(sheared, processor, tmp_path):
+def test_a_rank_that_differs_from_the_weights_is_refused(sheared, processor, tmp_path):
     whisper.save(sheared[0], processor, tmp_path / "out", {})
     path = tmp_path / "out/config.json"
     config = json.loads(path.read_text())
@@ -404,7 +412,7 @@ def test_a_rank_that_is_not_the_weights_is_a_letter(sheared, processor, tmp_path
         whisper.load(tmp_path / "out")
 
 
-# ---------------------------------------------------------------------------------- in ONNX
+# ------------------------------------------------------------------------------------------ in ONNX
 
 
 def stored(path):
@@ -430,7 +438,7 @@ def test_both_factors_are_stored_once(precision, sheared, processor, tmp_path):
 def test_int8_logits_are_those_of_the_quantised_factors(
     make_whisper, context, processor, rng, tmp_path
 ):
-    """The factors of the torch model set to what int8 stores: only activations are rounded now."""
+    """The torch model has the quantised factors, so that only activations differ."""
     model = shear.apply(make_whisper(d_model=64), replace(SHEAR, rank=16), context)
     factors = model.model.decoder.embed_tokens
     with torch.no_grad():
@@ -446,14 +454,17 @@ def test_int8_logits_are_those_of_the_quantised_factors(
     onnx.save(graph.model("table", inputs, outputs), tmp_path / "table.onnx")
     session = open_model(tmp_path / "table.onnx")
     ids, x = rng.integers(0, 783, (1, 5)), rng.standard_normal((1, 3, 64)).astype(np.float32)
-    found = session.run(None, {"ids": ids, "x": x})
+    result = session.run(None, {"ids": ids, "x": x})
     with torch.no_grad():
-        wanted = factors(torch.from_numpy(ids)).numpy(), factors.logits(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
-    assert np.abs(found[1] - wanted[1]).max() < 0.05 * np.abs(wanted[1]).max()
+        expected = (
+            factors(torch.from_numpy(ids)).numpy(),
+            factors.logits(torch.from_numpy(x)).numpy(),
+        )
+    np.testing.assert_allclose(result[0], expected[0], atol=1e-5)
+    assert np.abs(result[1] - expected[1]).max() < 0.05 * np.abs(expected[1]).max()
 
 
-def test_an_output_that_is_not_the_tables_is_refused(sheared, processor, tmp_path):
+def test_an_untied_output_layer_is_refused(sheared, processor, tmp_path):
     student = sheared[0]
     student.proj_out = whisper.TiedOutput(copy.deepcopy(student.model.decoder.embed_tokens))
     with pytest.raises(Problem, match="differs from its token table"):
