@@ -529,7 +529,7 @@ def test_a_missing_teacher_is_refused(tiny_whisper, context):
         kdq.apply(tiny_whisper, Options(teacher="./nowhere"), context)
 
 
-# ----------------------------------------------------------------------------------- size, as error
+# --------------------------------------------------------------------------------------------- size
 
 
 def of_size(d_model: int, layers: int, heads: int):

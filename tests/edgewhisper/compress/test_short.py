@@ -700,9 +700,8 @@ def test_macs_by_window_are_those_of_the_encoders_graph(make_whisper, processor,
         pcm = {"pcm": np.zeros((1, int(window) * SAMPLES), np.float32)}
         counted.append(graph_macs.count(tmp_path / "artifact" / "encoder.onnx", pcm))
         assert counted[-1] == costs["encoder"] + costs["cross"]
-    for window, count in zip(
-        expected, counted, strict=True
-    ):  # attention costs grow with the square
+    # attention costs grow with the square of the window
+    for window, count in zip(expected, counted, strict=True):
         assert count / counted[-1] <= int(window) / 300
 
 
