@@ -62,6 +62,7 @@ def refuse_unequal(lower: Mapping[str, Tensor], upper: Mapping[str, Tensor]) -> 
 
 
 def unmergeable(reason: str) -> Problem:
+    """Return the error for two layers that cannot be averaged."""
     return Problem(
         f"merge: two decoder layers of one pair cannot be averaged: {reason}",
         hint="put the step merge before steps that change single layers, or set start to 'upper'",

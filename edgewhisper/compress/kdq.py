@@ -129,6 +129,7 @@ class Options:
 
 
 def quantises(options: Options) -> bool:
+    """Whether the step stores any weight in fewer than 32 bits."""
     return options.quantise.quantised
 
 

@@ -225,7 +225,7 @@ def plan_of(options: Options, layers: int) -> Plan:
 
 
 def fine_tune(model: nn.Module, options: Options, context: Context, record: dict[str, Any]) -> None:
-    """Stage 0."""
+    """Fine-tune the model before merging (stage 0)."""
     log = train(
         model,
         context.processor,
@@ -244,7 +244,7 @@ def distil(
     options: Options,
     training: Training,
     context: Context,
-    place: str,
+    run_name: str,
     label: str,
 ) -> dict[str, Any]:
     """Train the student by (2); return the training's summary."""
@@ -256,7 +256,7 @@ def distil(
             context.processor,
             context.train,
             training,
-            run_dir=context.run_dir / place,
+            run_dir=context.run_dir / run_name,
             seed=context.seed + 1,
             identity=repr((loss, switches)),
             loss_term=distillation(teacher, options),
@@ -320,12 +320,12 @@ def search(
 
     def objective(point: Point, finished: Sequence[Tried]) -> Found:
         student, _ = regroup(teacher, plan, **point)
-        place = "merge-trials/{alpha!r}-{beta!r}".format(**point)
+        run_name = "merge-trials/{alpha!r}-{beta!r}".format(**point)
         label = f"merge: trial {len(finished) + 1} of {trials}"
-        distil(student, teacher, options, options.trial, subset, place, label)
+        distil(student, teacher, options, options.trial, subset, run_name, label)
         wer = subset.wer(student).wer
         if main_process():
-            shutil.rmtree(context.run_dir / place, ignore_errors=True)
+            shutil.rmtree(context.run_dir / run_name, ignore_errors=True)
         return Found((wer,))
 
     tried = minimise(

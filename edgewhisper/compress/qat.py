@@ -76,6 +76,7 @@ class Options(Precision):
 
 
 def quantises(options: Options) -> bool:
+    """Whether the step stores any weight in fewer than 32 bits."""
     return options.quantised
 
 

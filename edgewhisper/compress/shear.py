@@ -69,8 +69,8 @@ Captured = dict[str, Tensor]
 ROUND_TO = 16
 """Ranks chosen by `theta` are multiples of this."""
 RIDGE = 1e-6
-"""Ridge added to the diagonal of E[h h^T], as a share of its mean: few clips do not span all h
-directions."""
+"""Added to the diagonal of E[h h^T], as a share of its mean, because states of a few clips do not
+span all directions."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Options:
     rank: Annotated[int, Range(1)] = 96
     """r of (3)."""
     theta: Annotated[float, Range(0, 1)] = 0.0
-    """Ours: instead of `rank`, use the smallest multiple of 16 whose part of the squared norm of
-    the matrix in `start` exceeds this share. If that rank saves no parameters, the table is neither
-    factorised nor trained. 0 uses `rank`."""
+    """Ours: instead of `rank`, use the smallest multiple of 16 that keeps more than this share of
+    sum(Sigma^2) in (6). If that rank saves no parameters, the table is neither factorised nor
+    trained. 0 uses `rank`."""
     start: Literal["svd", "frequency", "activation", "both", "mix"] = "svd"
     """How the factors are computed before training, see (6)."""
     mix: Annotated[float, Range(0, 1)] = 0.5
