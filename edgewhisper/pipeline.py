@@ -33,9 +33,9 @@ from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.card import card_of
 from edgewhisper.checkpoints.openai import ENGLISH
 from edgewhisper.compress import METHODS
-from edgewhisper.compress.order import refuse_quantised
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.shrink import slimmed
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.guard import Guard, Loss, TooMuchLost, likely_cause, trainings_of
 from edgewhisper.languages import (
     refuse_other_than_english,
@@ -175,7 +175,7 @@ class Job:
     source: str
     recipe: Recipe
     dense: WhisperForConditionalGeneration
-    work: Work
+    work: Context
     before: dict[str, Any]
     speech: dict[str, str | None] = field(default_factory=dict)
     """Where the clips and their texts are from, where that is not the user's manifest."""
@@ -217,7 +217,7 @@ def prepare(
         refuse_quantised(dense, step.method, step.options)
     processor = whisper.load_processor(source, revision)
     learns = clips.source is not None and trains(recipe)
-    work = Work(
+    work = Context(
         processor=processor,
         train=in_own_words(dense, processor, clips.train) if learns else clips.train,
         dev=clips.dev,
@@ -264,7 +264,7 @@ def agrees(clip: Clip, text: str) -> bool:
 def run_steps(
     model: WhisperForConditionalGeneration,
     recipe: Recipe,
-    work: Work,
+    work: Context,
     say: Say,
     first: int = 0,
     last: int | None = None,
@@ -295,7 +295,7 @@ def run_steps(
 
 
 def finish(
-    model: WhisperForConditionalGeneration, work: Work
+    model: WhisperForConditionalGeneration, work: Context
 ) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
     """A compressed model as it will be saved, and what it is."""
     alignment.settle(model)
@@ -340,7 +340,7 @@ def with_texts(speech: Path) -> list[Clip]:
     return clips
 
 
-def measure(model: WhisperForConditionalGeneration, work: Work) -> dict[str, Any]:
+def measure(model: WhisperForConditionalGeneration, work: Context) -> dict[str, Any]:
     """Size, cost and dev error rate of a checkpoint, and how far off its timestamps are."""
     heads = alignment.heads_of(model)
     return {
@@ -370,7 +370,7 @@ def _run_dir(
 
 
 def record_of(
-    job: Job, work: Work, after: dict[str, Any], values: dict[str, Any] | None = None
+    job: Job, work: Context, after: dict[str, Any], values: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """compression.json: how this checkpoint came to be. `values` are those of a search, which
     stood in the place of the recipe's own."""

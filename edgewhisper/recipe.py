@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from edgewhisper.compress import METHODS
-from edgewhisper.compress.order import refuse_order
+from edgewhisper.compress.step_order import refuse_order
 from edgewhisper.search import Dimension, Value
 from export.problem import Problem
 

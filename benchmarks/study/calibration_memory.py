@@ -66,7 +66,8 @@ def measure(layers: int, positions: int) -> dict[str, float | int]:
     import torch
 
     from edgewhisper.calibration import Window, collect
-    from edgewhisper.compress.lite import chosen, where_to_listen
+    from edgewhisper.compress.lite import chosen
+    from edgewhisper.compress.output_statistics import where_to_listen
 
     model = model_of(layers, positions)
     window = Window(torch.randn(1, 128, 2 * positions), positions)

@@ -138,7 +138,7 @@ def run_one(key: Key, text: str, speech: Speech, base: str) -> Line:
 
     from benchmarks.metadata import clips_hash
     from edgewhisper import alignment, pipeline, recipe, whisper
-    from edgewhisper.compress.work import Work
+    from edgewhisper.compress.context import Context
     from export.cost import count_parameters, macs
     from export.versions import versions
 
@@ -146,7 +146,7 @@ def run_one(key: Key, text: str, speech: Speech, base: str) -> Line:
     started = time.monotonic()
     processor = whisper.load_processor(base)
     with tempfile.TemporaryDirectory() as place:
-        work = Work(processor, speech.train, speech.dev, Path(place), seed)
+        work = Context(processor, speech.train, speech.dev, Path(place), seed)
         steps = recipe.parse(f"{experiment}: {arm}", text)
         model = pipeline.run_steps(whisper.load(base), steps, work, say=lambda text: None)
     alignment.settle(model)

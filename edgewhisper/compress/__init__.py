@@ -1,7 +1,14 @@
-"""Compression methods, one file each. A recipe's step names one of them.
+"""Compression methods, one module each. A recipe's step names one of them.
 
-Each module has a frozen dataclass `Options` (the step's fields in the recipe) and
-`apply(model, options, work) -> model`; see work.py for what `work` holds.
+A method's module has a frozen dataclass `Options` (the step's fields in the recipe) and
+`apply(model, options, context) -> model`; context.py describes `context`. It may also state
+
+    quantises(options) -> bool                 the step quantises weights; default: False
+    allowed_after_quantisation(options) -> bool
+                                               the step keeps quantised weights on their grids, so
+                                               it may follow one that quantises; default: False
+
+which step_order.py reads.
 """
 
 METHODS: dict[str, str] = {
@@ -10,7 +17,7 @@ METHODS: dict[str, str] = {
     "wsap": "edgewhisper.compress.wsap",
     "lite": "edgewhisper.compress.lite",
     "merge": "edgewhisper.compress.merge",  # BaldWhisper, stage 1
-    "shear": "edgewhisper.compress.shear",  # and stage 2
+    "shear": "edgewhisper.compress.shear",  # BaldWhisper, stage 2
     "kdq": "edgewhisper.compress.kdq",
     "qat": "edgewhisper.compress.qat",
     "short": "edgewhisper.compress.short",

@@ -1,35 +1,36 @@
-"""Iterative magnitude pruning, the baseline that TSPAR is compared with. Its masks and rounds are
-those of Han et al. 2015 (arXiv:1506.02626), rewinding is Frankle and Carbin's 2019
-(arXiv:1803.03635); Kim et al. 2023 (MRL, 2023.mrl-1.7) prune Whisper in such rounds.
+"""Iterative magnitude pruning (IMP), the baseline that TSPAR is compared with.
 
-Train, prune the smallest weights by magnitude, train what is left, prune again. Every round takes
-the same share of the weights that are still there, so it takes fewer the later it comes. The last
-mask is kept while the model is fine-tuned.
+Masks and rounds follow Han et al. 2015 (arXiv:1506.02626), rewinding follows Frankle and Carbin
+2019 (arXiv:1803.03635). Kim et al. 2023 (MRL, 2023.mrl-1.7) prune Whisper in such rounds.
+
+A round trains the model and then prunes the smallest weights by magnitude. Every round prunes the
+same share of the remaining weights, so later rounds prune fewer. After the last round, the model is
+fine-tuned with its mask fixed.
 
     here             shape            meaning
     weight           (d_out, d_in)    W of one linear layer
-    keep             (d_out, d_in)    its mask m, bool: true where a weight is left
-    share            ()               p, what one round prunes of the weights left
-    target           ()               S, what all rounds together prune
+    mask             (d_out, d_in)    m, bool: true where a weight remains
+    share            ()               p, share of the remaining weights that a round prunes
+    target           ()               S, share of all weights pruned after the last round
     kept_after       (rounds,)        (1)
 
     kept after round r = max((1 - p)^r, 1 - S), for r = 1 ... R, the first r that reaches 1 - S  (1)
-    m <- m without the smallest |W|, as many as (1) says                                         (2)
+    m <- m without the smallest |W|, as many as (1) requires                                     (2)
     W <- m * W, or m * W0 with `rewind`                                                          (3)
     between prunings, AdamW on L_CE with m * gradient                                            (4)
 
-TSPAR's authors do not say which implementation they compared with; what we fill in:
+TSPAR's authors do not say which implementation they compared with. Our choices:
 
-- Matrices: as in TSPAR, every linear layer of the encoder and decoder blocks.
-- p, S and how long a round trains. The last round prunes just enough to end at S.
-- Magnitudes are ranked in each matrix by itself, or over all together (`scope = "global"`). The
-  default is the stronger baseline: of the embedded model, pruned by 60 % at once and not trained,
-  every matrix alike makes 6 % of the words of 20 dev clips wrong, all together 18 %.
-- Every round has its own learning rate schedule, from the start, and a new optimiser.
-- `rewind` takes every parameter, not only those of the masked matrices, back to W0: the weights
-  after `start`. None is the default: a round goes on from the weights the round before it found.
-- What is pruned is zero, element by element; hardly anything can be removed physically, which is
-  what structured methods are for. Counts of nonzero parameters compare with the paper's.
+- Matrices: every linear layer of the encoder and decoder blocks, as in TSPAR.
+- p, S and the length of a round. The last round prunes just enough to end at S.
+- Magnitudes are ranked within each matrix, or over all matrices (`scope = "global"`). The default
+  is the stronger baseline: pruning the embedded model by 60 % at once without training gives 6 %
+  WER on 20 dev clips with ranking per matrix, and 18 % with global ranking.
+- Every round has its own learning rate schedule and a new optimiser.
+- `rewind` resets every parameter, not only the masked matrices, to W0: the weights after `start`.
+  By default there is no rewinding: a round continues from the weights of the round before.
+- Pruned weights are zero, element by element. Hardly any structure can be removed physically; that
+  needs structured methods. Compare counts of nonzero parameters with the paper's.
 """
 
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.masks import (
     Masks,
     bookkeeping,
@@ -53,8 +55,7 @@ from edgewhisper.compress.masks import (
     smallest,
     weights_of,
 )
-from edgewhisper.compress.order import refuse_quantised
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.recipe import Range
 from edgewhisper.resume import Finished, decisive, digest
 from edgewhisper.training import Training, train
@@ -69,85 +70,95 @@ class Options:
     layers: str = "*"
     """Shell pattern of the linear layers that are pruned."""
     share: Annotated[float, Range(0.001, 1)] = 0.2
-    """p: what every round prunes of the weights left."""
+    """p: share of the remaining weights that each round prunes."""
     target: Annotated[float, Range(0, 0.99)] = 0.5
-    """S: what is pruned in the end; the number of rounds follows. 0 prunes nothing."""
+    """S: share of the weights that is pruned in total; it sets the number of rounds. 0 prunes
+    nothing."""
     scope: Literal["per_matrix", "global"] = "per_matrix"
-    """As large a share of every matrix, or the smallest weights of all matrices together."""
+    """per_matrix: prune the same share of every matrix. global: prune the smallest weights of all
+    matrices together."""
     rewind: bool = False
-    """After every pruning, go back to the weights after `start` instead of going on."""
+    """After each pruning, reset the remaining weights to their values after `start`."""
     protect_alignment: bool = False
-    """Ours: leave the cross-attention heads that token timestamps are read from as they are
+    """Ours: do not prune the cross-attention heads that token timestamps are read from
     (generation_config.alignment_heads)."""
 
     start: Training = field(default_factory=lambda: Training(steps=0))
-    """Before the first round, on all weights; 0 steps where the model is fine-tuned already."""
+    """Training before the first round, on all weights; 0 steps if the model is fine-tuned."""
     training: Training = field(default_factory=lambda: Training(steps=100, learning_rate=5e-4))
-    """One round's training, before its pruning."""
+    """Training of one round, before its pruning."""
     recovery: Training = field(default_factory=lambda: Training(steps=200, learning_rate=5e-4))
-    """After the last pruning, its mask held."""
+    """Training after the last pruning, with its mask fixed."""
 
 
 # ------------------------------------------------------------------------- rounds and magnitudes
 
 
 def kept_after(share: float, target: float) -> list[float]:
-    """(1): the share of the weights left after every round; empty where nothing is to go."""
+    """(1): the share of weights that remains after each round; empty if target is 0."""
     kept = [1.0]
-    while kept[-1] > 1 - target + 1e-9:  # 0.8 ** 2 is not quite 1 - 0.36
+    while kept[-1] > 1 - target + 1e-9:  # rounding: 0.8 ** 2 is not exactly 1 - 0.36
         kept.append(max((1 - share) ** len(kept), 1 - target))
     return kept[1:]
 
 
 def prune(
-    weights: Mapping[str, Tensor], keep: Masks, left: float, scope: str, guard: Masks | None = None
+    weights: Mapping[str, Tensor],
+    masks: Masks,
+    remaining: float,
+    scope: str,
+    protected: Masks | None = None,
 ) -> dict[str, Tensor]:
-    """(2): masks that leave this share of all weights, or of every matrix; none comes back, and
-    what is guarded stays."""
-    guard = guard or {}
+    """(2): return masks that keep the share `remaining` of every matrix, or of all weights.
+
+    Pruned weights stay pruned, and protected weights are kept.
+    """
+    protected = protected or {}
     sizes = {
-        name: never_smallest(masked_sizes(weight, keep[name]), guard.get(name))
+        name: never_smallest(masked_sizes(weight, masks[name]), protected.get(name))
         for name, weight in weights.items()
     }
     if scope == "per_matrix":
-        masks = {name: ~smallest(size, pruned(size, left)) for name, size in sizes.items()}
-        return guarded(masks, guard)
+        pruned = {n: ~smallest(size, pruned_count(size, remaining)) for n, size in sizes.items()}
+        return guarded(pruned, protected)
     joint = torch.cat([size.flatten() for size in sizes.values()])
-    parts = (~smallest(joint, pruned(joint, left))).split([s.numel() for s in sizes.values()])
-    masks = {n: part.view_as(sizes[n]) for n, part in zip(sizes, parts, strict=True)}
-    return guarded(masks, guard)
+    kept = ~smallest(joint, pruned_count(joint, remaining))
+    parts = kept.split([size.numel() for size in sizes.values()])
+    pruned = {n: part.view_as(sizes[n]) for n, part in zip(sizes, parts, strict=True)}
+    return guarded(pruned, protected)
 
 
-def masked_sizes(weight: Tensor, keep: Tensor) -> Tensor:
-    """|W|, and -1 where W is pruned already: smaller than all that is left."""
-    return weight.abs().masked_fill(~keep, -1.0)
+def masked_sizes(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return |W|, and -1 where W is pruned: smaller than every remaining weight."""
+    return weight.abs().masked_fill(~mask, -1.0)
 
 
-def pruned(sizes: Tensor, left: float) -> int:
-    """How many of so many weights are pruned when that share is left."""
-    return round((1 - left) * sizes.numel())
+def pruned_count(sizes: Tensor, remaining: float) -> int:
+    """Return how many weights are pruned if the share `remaining` of them is kept."""
+    return round((1 - remaining) * sizes.numel())
 
 
 # --------------------------------------------------------------------------- walking the model
 
 
 def apply(
-    model: "WhisperForConditionalGeneration", options: Options, work: Work
+    model: "WhisperForConditionalGeneration", options: Options, context: Context
 ) -> "WhisperForConditionalGeneration":
-    """Rounds of training and pruning, then fine-tuning; what is pruned is zero in the result.
+    """Run rounds of training and pruning, then fine-tune; pruned weights are zero in the result.
 
-    Interrupted and started again with the same options, it goes on in the round it was in, to the
-    same bits. `work.record["imp"]` says what every round did. Raises what training.train raises.
+    An interrupted run continues in its current round and gives the same bits as one without
+    interruption. `context.record["imp"]` describes every round. Raises Problem if no layer
+    matches, and what training.train raises.
     """
     refuse_quantised(model, "imp", options)
     weights = weights_of(model, options.layers)
-    guards(model, options.protect_alignment)  # refused now, not after the first training
-    keep: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
-    start = train_masked(model, keep, options.start, work, 0, work.run_dir / "imp-start")
-    keep, rounds = run_rounds(model, keep, options, work)
-    last, place = len(rounds) + 1, work.run_dir / "imp-recovery"
-    recovery = train_masked(model, keep, options.recovery, work, last, place)
-    work.record["imp"] = {
+    guards(model, options.protect_alignment)  # raises before the first training, not after it
+    masks: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+    start = train_masked(model, masks, options.start, context, 0, context.run_dir / "imp-start")
+    masks, rounds = run_rounds(model, masks, options, context)
+    last, run_dir = len(rounds) + 1, context.run_dir / "imp-recovery"
+    recovery = train_masked(model, masks, options.recovery, context, last, run_dir)
+    context.record["imp"] = {
         "start": start,
         "rounds": rounds,
         "recovery": recovery,
@@ -158,78 +169,83 @@ def apply(
 
 def train_masked(
     model: "WhisperForConditionalGeneration",
-    keep: Masks,
+    masks: Masks,
     training: Training,
-    work: Work,
+    context: Context,
     part: int,
     run_dir: Path,
 ) -> dict[str, Any]:
-    """(4). A training belongs to its mask as much as to the weights it starts from: a pruned zero
-    stays one, a zero that is left may grow. Parts differ in their seeds, so in their clips' order.
+    """(4): train with pruned weights at zero; return the training's summary.
+
+    The masks are part of the training's identity: a pruned zero stays zero, while any other zero
+    may change. Each part has its own seed, and so its own order of clips.
     """
-    with masked_gradients(model, keep):
+    with masked_gradients(model, masks):
         log = train(
             model,
-            work.processor,
-            work.train,
+            context.processor,
+            context.train,
             training,
             run_dir=run_dir,
-            seed=work.seed + part,
-            identity=digest(keep, "imp"),
-            after_step=hold(keep),
+            seed=context.seed + part,
+            identity=digest(masks, "imp"),
+            after_step=hold(masks),
             label=f"imp: training {part}",
         )
     return log.summary()
 
 
 def run_rounds(
-    model: "WhisperForConditionalGeneration", keep: Masks, options: Options, work: Work
+    model: "WhisperForConditionalGeneration", masks: Masks, options: Options, context: Context
 ) -> tuple[Masks, list[dict[str, Any]]]:
-    """Every round that is not finished yet: train, prune, perhaps rewind; the last mask, a log."""
-    finished = Finished(work.run_dir / "imp-rounds", identity(model, options, work))
+    """Run the rounds that are not finished; return the last masks and a record of every round."""
+    finished = Finished(context.run_dir / "imp-rounds", identity(model, options, context))
     start = copies(model) if options.rewind else {}
-    guard = guards(model, options.protect_alignment)
+    protected = guards(model, options.protect_alignment)
     done, tensors, rounds = finished.newest()
     if done:
-        keep = restore(model, tensors)
+        masks = restore(model, tensors)
     rounds = rounds or []
     schedule = kept_after(options.share, options.target)
-    for number, left in enumerate(schedule[done:], start=done + 1):
-        place = finished.training(number)
-        log = train_masked(model, keep, options.training, work, number, place)
-        keep = prune(weights_of(model, options.layers), keep, left, options.scope, guard)
+    for number, remaining in enumerate(schedule[done:], start=done + 1):
+        run_dir = finished.training(number)
+        log = train_masked(model, masks, options.training, context, number, run_dir)
+        weights = weights_of(model, options.layers)
+        masks = prune(weights, masks, remaining, options.scope, protected)
         put(model, start)
-        set_pruned(model, weights_of(model, options.layers), keep)  # (3)
-        rounds.append({"left": left, "training": log})
-        finished.save(number, copies(model) | named_masks(keep), rounds)
-    return keep, rounds
+        set_pruned(model, weights_of(model, options.layers), masks)  # (3)
+        rounds.append({"left": remaining, "training": log})
+        finished.save(number, copies(model) | named_masks(masks), rounds)
+    return masks, rounds
 
 
-def identity(model: nn.Module, options: Options, work: Work) -> str:
-    """What decides the rounds: the weights before them, their schedule and training, the speech."""
+def identity(model: nn.Module, options: Options, context: Context) -> str:
+    """Return a hash of what determines the rounds: start weights, options, speech and seed."""
     prompted = partial(language_for, model.generation_config)
-    clips = [(clip.audio.name, clip.text, prompted(clip.lang)) for clip in work.train]
+    clips = [(clip.audio.name, clip.text, prompted(clip.lang)) for clip in context.train]
     schedule = kept_after(options.share, options.target)
-    how = [options.layers, options.scope, options.rewind, decisive(options.training)]
-    how += [options.protect_alignment]
-    return digest(model.state_dict(), ["imp", schedule, how, clips, work.seed])
+    choices = [options.layers, options.scope, options.rewind, decisive(options.training)]
+    choices += [options.protect_alignment]
+    return digest(model.state_dict(), ["imp", schedule, choices, clips, context.seed])
 
 
-# -- a round's result on disk: every parameter once, and the masks under names of their own
+# -- the files of a round: every parameter once, and the masks under prefixed names
 
 MASK = "mask:"
 
 
 def copies(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all parameters, by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def named_masks(keep: Masks) -> dict[str, Tensor]:
-    return {MASK + name: mask for name, mask in keep.items()}
+def named_masks(masks: Masks) -> dict[str, Tensor]:
+    """Return the masks under the names that they are saved as."""
+    return {MASK + name: mask for name, mask in masks.items()}
 
 
 def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> Masks:
-    """Put a finished round's weights into the model; its masks."""
+    """Load the weights of a finished round into the model; return its masks."""
     put(model, {name: t for name, t in tensors.items() if not name.startswith(MASK)})
     masks = {n.removeprefix(MASK): t for n, t in tensors.items() if n.startswith(MASK)}
     device = next(model.parameters()).device
@@ -238,6 +254,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> Masks:
 
 @torch.no_grad()
 def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors into the model's parameters of the same names."""
     for name, parameter in model.named_parameters():
         if name in tensors:
             parameter.copy_(tensors[name])

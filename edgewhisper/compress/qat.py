@@ -1,22 +1,22 @@
-"""Quantisation-aware training: weights learn to stand on the grid that export stores them on.
+"""Quantisation-aware training (QAT): trains weights for the grids that export stores them on.
 
-Every forward pass sees the quantised weights; their gradients go to the float weights behind them,
-as if rounding were the identity (straight through: Bengio, Leonard and Courville 2013,
-arXiv:1308.3432). At the end the weights are what the passes saw, config.edgewhisper notes the bits,
-and export finds the very codes again, to the bit. The grids are export/quantise.py's, and nowhere
-else. Without steps this is plain rounding to nearest.
+Every forward pass uses the quantised weights. Gradients go to the float weights, as if rounding
+were the identity (straight-through estimator: Bengio, Leonard and Courville 2013,
+arXiv:1308.3432). Afterwards the weights are set to their quantised values and
+config.edgewhisper records the bits, so export recovers exactly the same integer codes. The grids
+are defined only in export/quantise.py. Without training steps, this is plain rounding to nearest.
 
     symbol   here             shape
-    W        module.weight    (d_out, d_in)   what the optimiser moves
-    Q(W)     fake_quantise    (d_out, d_in)   what the forward pass sees
+    W        module.weight    (d_out, d_in)   float weight, updated by the optimiser
+    Q(W)     fake_quantise    (d_out, d_in)   quantised weight, used in the forward pass
 
     forward   W + stopgrad(Q(W) - W)                                                       (1)
     backward  dL/dW = dL/dQ(W)                                                             (2)
 
-Weights only: activations are quantised as they come, in the runtime. What is dead is removed first,
-because scales belong to the rows and blocks that are there; so nothing can be shrunk afterwards. A
-step may quantise some layers and another one the rest: whatever is quantised already stays on its
-grid while the second one trains.
+Only weights are quantised here; the runtime quantises activations dynamically. Dead structure is
+removed first, because scales belong to rows and blocks, and a quantised model cannot be shrunk
+later. Two steps may quantise different layers: layers that are already quantised stay on their
+grids while the second step trains.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edgewhisper.compress.near import keep_term
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.shrink import slimmed
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.teacher import distance_term
 from edgewhisper.recipe import Range
 from edgewhisper.training import Training, train
 from edgewhisper.whisper import linear_names
@@ -48,33 +48,48 @@ Schemes = Mapping[nn.Module, Scheme]
 @dataclass(frozen=True)
 class Precision:
     encoder: Literal[4, 8, 16, 32] = 8
-    """Bits of the encoder's linear layers; 32 leaves them in float32, in an int8 artifact too."""
+    """Bits of the encoder's linear layers; 32 keeps them in float32, also in an int8 artifact."""
     decoder: Literal[4, 8, 16, 32] = 8
     layers: str = "*"
-    """Shell pattern of the linear layers that get these bits; others stay as they are."""
+    """Shell pattern of the linear layers that get these bits; other layers do not change."""
     token_table: Literal[8, 16, 32] = 8
     stem: Literal[8, 32] = 32
-    """The convolutions; at 32 an int8 artifact has them in float16."""
+    """Bits of the convolutions; with 32, an int8 artifact stores them in float16."""
     scales: Literal["channel", "tensor"] = "channel"
-    """One scale for every output (in 4 bits: for every block), or one for a whole weight."""
+    """channel: one scale per output (in 4 bits: per block). tensor: one scale per weight matrix."""
     block: Literal[16, 32, 64, 128, 256] = 32
-    """Neighbouring inputs that share a scale in 4 bits. Smaller is more exact and takes more room:
-    4 bytes a block."""
+    """Number of neighbouring inputs that share a scale in 4 bits. Smaller blocks are more accurate
+    and larger on disk: each scale takes 4 bytes."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any weight is stored in fewer than 32 bits."""
+        return min(self.encoder, self.decoder, self.token_table, self.stem) < 32
 
 
 @dataclass(frozen=True)
 class Options(Precision):
     keep: Annotated[float, Range(0)] = 0.0
-    """Weight of the distance to the model that the recipe began with (near.distance), added to the
-    cross entropy."""
+    """Weight of the distance to the model before the recipe (teacher.distance), added to the cross
+    entropy."""
     training: Training = field(default_factory=lambda: Training(steps=0))
+
+
+def quantises(options: Options) -> bool:
+    """Whether the step stores any weight in fewer than 32 bits."""
+    return options.quantised
+
+
+def allowed_after_quantisation(options: Options) -> bool:
+    """QAT trains under the rounding of all quantised weights and returns them to their grids."""
+    return True
 
 
 # ------------------------------------------------------------------------ straight through, (1, 2)
 
 
 class StraightThrough(torch.autograd.Function):
-    """W -> Q(W), to the bit; the gradient passes as it is."""
+    """W -> Q(W) exactly; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scheme: Scheme) -> Tensor:
@@ -87,10 +102,10 @@ class StraightThrough(torch.autograd.Function):
 
 @contextmanager
 def fake_quantised(model: nn.Module, chosen: Callable[[], Schemes]) -> Iterator[None]:
-    """Inside, every forward pass of `model` has Q(W) in place of W, and gradients go to W.
+    """Use Q(W) instead of W in every forward pass of `model`; gradients go to W.
 
-    The weights themselves stay in place before and after each pass: the optimiser, saved states
-    and the loss terms of methods find W. `chosen` is asked before each pass.
+    Outside the passes, modules hold W, for the optimiser, saved states and loss terms. `chosen` is
+    called before each pass and returns the modules to quantise.
     """
     users = _users(model)
     replaced: list[tuple[nn.Module, Tensor]] = []
@@ -98,9 +113,9 @@ def fake_quantised(model: nn.Module, chosen: Callable[[], Schemes]) -> Iterator[
     def quantise(module: nn.Module, args: Any) -> None:
         for layer, scheme in chosen().items():
             weight = layer.weight
-            seen = StraightThrough.apply(weight, scheme)
-            for user in users[layer]:  # the tied output shares the token table
-                user._parameters["weight"] = seen
+            quantised = StraightThrough.apply(weight, scheme)
+            for user in users[layer]:  # the output layer shares the token table
+                user._parameters["weight"] = quantised
                 replaced.append((user, weight))
 
     def restore(module: nn.Module, args: Any, output: Any) -> None:
@@ -120,7 +135,7 @@ def fake_quantised(model: nn.Module, chosen: Callable[[], Schemes]) -> Iterator[
 
 
 def _users(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
-    """Module -> all modules whose weight is the same parameter."""
+    """Return, for each module, all modules that share its weight parameter."""
     sharing: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         if (weight := module._parameters.get("weight")) is not None:
@@ -130,15 +145,17 @@ def _users(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
 
 @torch.no_grad()
 def settle(chosen: Schemes) -> None:
-    """Put the weights on their grids for good."""
+    """Set the weights to their quantised values."""
     for layer, scheme in chosen.items():
         layer.weight.copy_(fake_quantise(layer.weight, scheme))
 
 
 @contextmanager
 def settled_encoder(model: nn.Module, chosen: Schemes, frozen: bool) -> Iterator[None]:
-    """The encoder's weights on their grids for a block, where it does not learn: its states may be
-    computed outside the model's forward pass."""
+    """Quantise the weights of a frozen encoder during the block; do nothing unless `frozen`.
+
+    The states of a frozen encoder may be computed outside the model's forward pass.
+    """
     inside = set(model.model.encoder.modules()) if frozen else set()
     part = {layer: scheme for layer, scheme in chosen.items() if layer in inside}
     before = {layer: layer.weight.detach().clone() for layer in part}
@@ -154,15 +171,16 @@ def settled_encoder(model: nn.Module, chosen: Schemes, frozen: bool) -> Iterator
 
 
 def apply(
-    model: "WhisperForConditionalGeneration", options: Options, work: Work
+    model: "WhisperForConditionalGeneration", options: Options, context: Context
 ) -> "WhisperForConditionalGeneration":
-    """The model with quantised weights; `work.record["qat"]` counts them.
+    """Return the model with quantised weights; `context.record["qat"]` counts them.
 
-    Raises Problem where no layer matches, and what training.train raises.
+    Raises Problem if no layer matches, and what training.train raises.
     """
     if not is_quantised(model):
         model, _ = slimmed(model)
-    keep = keep_term(work.original or model, options.keep, options.training.cache_encoder)
+    original = context.original or model
+    term = distance_term(original, options.keep, options.training.cache_encoder)
     note_bits(model, options)
     chosen = schemes(model)
     with (
@@ -171,43 +189,46 @@ def apply(
     ):
         log = train(
             model,
-            work.processor,
-            work.train,
+            context.processor,
+            context.train,
             options.training,
-            run_dir=work.run_dir / "qat",
-            seed=work.seed,
+            run_dir=context.run_dir / "qat",
+            seed=context.seed,
             identity=repr(options),
-            loss_term=keep,
+            loss_term=term,
             label="qat: training",
         )
     record = {"training": log.summary(), "error": errors(chosen), "weights": counted(chosen)}
     settle(chosen)
-    work.record["qat"] = record
+    context.record["qat"] = record
     return model
 
 
 def note_bits(model: "WhisperForConditionalGeneration", options: Precision) -> None:
-    """Write the bits into config.edgewhisper, where schemes() and export read them."""
-    told = layer_shapes(model)
+    """Write the bits into config.edgewhisper, where schemes() and export read them.
+
+    Raises Problem if no layer matches.
+    """
+    shapes = layer_shapes(model)
     for side, attentions in ATTENTIONS.items():
         bits = getattr(options, side)
-        for number, shape in enumerate(told[side]):
+        for number, shape in enumerate(shapes[side]):
             names = {
                 name: f"model.{side}.layers.{number}.{name}" for name in linear_names(attentions)
             }
             new = {n: bits for n, full in names.items() if fnmatchcase(full, options.layers)}
             shape["bits"] = shape.get("bits", {}) | new
-    if not any(shape["bits"] for side in ATTENTIONS for shape in told[side]):
+    if not any(shape["bits"] for side in ATTENTIONS for shape in shapes[side]):
         raise Problem(
-            f"no linear layer is called {options.layers!r}",
+            f"no linear layer matches {options.layers!r}",
             hint="correct `layers` in the recipe; a name is model.decoder.layers.0.fc1",
         )
-    told |= {"token_bits": options.token_table, "block": options.block, "scales": options.scales}
-    model.config.edgewhisper = told | ({} if options.stem == 32 else {"stem_bits": options.stem})
+    shapes |= {"token_bits": options.token_table, "block": options.block, "scales": options.scales}
+    model.config.edgewhisper = shapes | ({} if options.stem == 32 else {"stem_bits": options.stem})
 
 
 def counted(chosen: Schemes) -> dict[str, int]:
-    """Bits -> weights that are stored so."""
+    """Return the number of weights for each number of bits."""
     counts: dict[str, int] = {}
     for layer, scheme in chosen.items():
         counts[str(scheme.bits)] = counts.get(str(scheme.bits), 0) + layer.weight.numel()
@@ -216,7 +237,7 @@ def counted(chosen: Schemes) -> dict[str, int]:
 
 @torch.no_grad()
 def errors(chosen: Schemes) -> dict[str, float]:
-    """Bits -> ||Q(W) - W|| / ||W|| over all weights of so many bits, before they settle."""
+    """Return ||Q(W) - W|| / ||W|| for each number of bits, over all weights with that number."""
     sums: dict[str, tuple[float, float]] = {}
     for layer, scheme in chosen.items():
         weight = layer.weight

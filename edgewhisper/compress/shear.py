@@ -1,44 +1,42 @@
 """BaldWhisper, stage 2: head shearing (Sy, Cerisara and Illina 2025, arXiv:2510.08599). Stage 1 is
 merge.py.
 
-In a small Whisper the token table, which is also the output layer ("LM head"), is the largest
-block. It becomes the product of two thin matrices, used for look-ups and logits alike, so that no
-word is lost, as it would be if the vocabulary were cut. The factors start from a singular value
-decomposition and learn from what really passes through them.
+In a small Whisper, the token table is the largest block; it is also the output layer ("LM head").
+Head shearing replaces it by the product of two thin matrices, used for look-ups and for logits.
+Unlike a reduced vocabulary, this loses no word. The factors start from a singular value
+decomposition and are then trained by distillation. No attention head is changed.
 
     paper        here            shape
-    E            table           (V, h)         the token table before, frozen
+    E            table           (V, h)         the original token table, frozen
     E1, E2       rows, basis     (V, r), (r, h) its factors; the model stores rows and basis.T
-    x            ids             (clips, n)     tokens that the decoder reads
-    h or s       states          (tokens, h)    what the decoder ends in, before the logits
+    x            ids             (clips, n)     input tokens of the decoder
+    h or s       states          (tokens, h)    last decoder states, before the logits
     d            feature_distance
 
     E ~ E1 E2:  inputs e(x) = E1[x] E2,  logits z = (s E2^T) E1^T                        (3)
     d(a, b) = mean |a - b| - log sigmoid(cos(a, b))                                      (4)
     L2 = CE(student, y) + d(E[x], E1[x] E2) + d(h E^T, (h E2^T) E1^T)                    (5)
 
-"Head shearing" is this; no attention head is touched. r = 96 is the paper's, for whisper-base.
+The paper has r = 96 for whisper-base. Differences and choices:
 
-What we fill in, and where we differ:
-
-- Weights of the terms of (5) are not published: 1. Its first d looks at every token of a clip, the
-  prompt too; its second at the positions whose next token is to be found.
-- Which h feeds (5) is not published either. `states`: the teacher's for a while, then the
-  student's own (as in Lillama, arXiv:2412.16719, by the same authors), without gradients into it:
-  the term teaches the factors, the cross entropy teaches the rest.
-- `start` = "svd" is the paper's. The others, ours, minimise the error where it counts. With token
+- The weights of the terms of (5) are not published; we use 1. The first d of (5) covers all input
+  tokens of a clip, including the prompt. The second covers the positions that have a label.
+- The paper does not say whose states h enter (5). `states`: first the teacher's, then the
+  student's (as in Lillama, arXiv:2412.16719, by the same authors), without gradients into h: this
+  term trains the factors, the cross entropy trains the rest.
+- `start` = "svd" is the paper's. The others (ours) minimise a weighted error. With token
   frequencies f and S S^T = E[h h^T] over calibration speech:
 
       U Sigma V^T = SVD(diag(f)^(1/2) E S),  E1 = diag(f)^(-1/2) U_r,  E2 = Sigma_r V_r^T S^-1  (6)
 
-  "both" is (6); "frequency" has S = I, and is best for look-ups; "activation" has f = 1, and is
-  best for logits; "mix" takes f to the power `mix` and E[h h^T] to the power 1 - mix, since one
-  table serves both. Frequencies below `floor` count as `floor`, so that no row dies. Measured on
-  the embedded model (30 dev clips, WER before 3.8 %), rank 8 and no training: svd 55 %, activation
-  23 %, frequency and mix beyond 100 %: tokens that are rarely read get logits far from their own,
-  and are uttered. A larger floor, or training, is needed there.
-- The product leaves the scale between E1 and E2 open. We give column k of E1 and row k of E2 equal
-  mean squares: steps of one size then suit both factors.
+  "both" is (6). "frequency" has S = I and is optimal for look-ups. "activation" has f = 1 and is
+  optimal for logits. "mix" uses f to the power `mix` and E[h h^T] to the power 1 - mix, because one
+  table serves both. Frequencies below `floor` are raised to it, so that no row is lost. WER of the
+  embedded model (30 dev clips, 3.8 % before) at rank 8 without training: svd 55 %, activation 23 %,
+  frequency and mix above 100 %: rare tokens get wrong logits and are decoded. These two need a
+  larger floor, or training.
+- The product does not fix the scale of E1 and E2. Column k of E1 and row k of E2 get equal mean
+  squares, so that one learning rate suits both factors.
 """
 
 from collections.abc import Iterator
@@ -51,9 +49,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper import whisper
-from edgewhisper.compress.near import Teacher, frozen_copy
-from edgewhisper.compress.order import refuse_quantised
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.context import Context
+from edgewhisper.compress.step_order import refuse_quantised
+from edgewhisper.compress.teacher import Teacher, forward, frozen_copy, mean_by_tokens
 from edgewhisper.examples import IGNORED, Batch, Examples, batches
 from edgewhisper.recipe import Range
 from edgewhisper.training import AfterStep, LossTerm, Training, counted, train
@@ -66,38 +64,40 @@ if TYPE_CHECKING:
 
 Weight = Annotated[float, Range(0)]
 TABLE = "model.decoder.embed_tokens"
-Seen = dict[str, Tensor]
+Captured = dict[str, Tensor]
+"""The key "states" holds the last decoder states before the logits, (clips, n, h)."""
 ROUND_TO = 16
-"""Ranks that `theta` chooses are multiples of this."""
-LISTENING = "shear: listening"
+"""Ranks chosen by `theta` are multiples of this."""
 RIDGE = 1e-6
-"""Of the mean square of a state's features, added to each: few clips span few directions."""
+"""Added to the diagonal of E[h h^T], as a share of its mean, because states of a few clips do not
+span all directions."""
 
 
 @dataclass(frozen=True)
 class Options:
     rank: Annotated[int, Range(1)] = 96
-    """r."""
+    """r of (3)."""
     theta: Annotated[float, Range(0, 1)] = 0.0
-    """Ours: not `rank`, but the smallest multiple of 16 that keeps more than this share of the
-    square that the start weighs. The table stays as it is, and is not trained, where that rank
-    saves no parameters. 0 switches it off."""
+    """Ours: instead of `rank`, use the smallest multiple of 16 that keeps more than this share of
+    sum(Sigma^2) in (6). If that rank saves no parameters, the table is neither factorised nor
+    trained. 0 uses `rank`."""
     start: Literal["svd", "frequency", "activation", "both", "mix"] = "svd"
+    """How the factors are computed before training, see (6)."""
     mix: Annotated[float, Range(0, 1)] = 0.5
-    """Of start = "mix": 1 is "frequency", 0 is "activation"."""
+    """For start = "mix": 1 is "frequency", 0 is "activation"."""
     floor: Annotated[float, Range(1e-12, 1)] = 1e-6
-    """Smallest frequency a token is taken to have."""
+    """Lower limit of a token's frequency."""
     calibration: Annotated[int, Range(1)] = 256
-    """Clips whose decoder states make up E[h h^T]."""
+    """Number of clips that E[h h^T] is computed from."""
 
     input_weight: Weight = 1.0
-    """Of the distance between embeddings in (5)."""
+    """Weight of the distance between embeddings in (5)."""
     logit_weight: Weight = 1.0
-    """Of the distance between logits."""
+    """Weight of the distance between logits in (5)."""
     states: Literal["teacher_then_student", "teacher", "student"] = "teacher_then_student"
-    """Whose states the logits of (5) are computed from."""
+    """The model whose states h are used in the second distance of (5)."""
     switch: Annotated[float, Range(0, 1)] = 0.5
-    """Share of the steps after which the student's follow the teacher's."""
+    """For "teacher_then_student": share of the steps that use the teacher's states."""
 
     training: Training = field(default_factory=lambda: Training(steps=400, learning_rate=5e-5))
 
@@ -106,7 +106,7 @@ class Options:
 
 
 def powers(options: Options) -> tuple[float, float]:
-    """Exponents of f and of E[h h^T]."""
+    """Return the exponents of f and of E[h h^T] in (6)."""
     fixed = {"svd": (0.0, 0.0), "frequency": (1.0, 0.0), "activation": (0.0, 1.0)}
     fixed |= {"both": (1.0, 1.0), "mix": (options.mix, 1 - options.mix)}
     return fixed[options.start]
@@ -115,7 +115,10 @@ def powers(options: Options) -> tuple[float, float]:
 def factorise(
     table: Tensor, rank: int, frequencies: Tensor, metric: Tensor, theta: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """(6): table (V, h), f (V,), E[h h^T] (h, h) -> rows (V, r), basis (r, h)."""
+    """(6): table (V, h), f (V,), E[h h^T] (h, h) -> rows (V, r), basis (r, h).
+
+    With `theta` above 0, the rank is chosen by `enough`.
+    """
     left = frequencies.double().sqrt()[:, None]  # (V, 1)
     right, back = square_root(metric)  # (h, h): S, S^-1
     u, sigma, v = torch.linalg.svd(left * table.double() @ right, full_matrices=False)
@@ -127,21 +130,24 @@ def factorise(
 
 
 def enough(sigma: Tensor, theta: float) -> int:
-    """The smallest multiple of 16 whose part of sigma^2 exceeds theta; all, if none does."""
+    """Return the smallest multiple of 16 whose share of sum(sigma^2) exceeds theta.
+
+    sigma (n,), largest first. Returns n if no multiple does.
+    """
     kept = (sigma.square().cumsum(0) / sigma.square().sum())[ROUND_TO - 1 :: ROUND_TO]
-    found = (kept > theta).nonzero()
-    return ROUND_TO * (int(found[0]) + 1) if len(found) else len(sigma)
+    above = (kept > theta).nonzero()
+    return ROUND_TO * (int(above[0]) + 1) if len(above) else len(sigma)
 
 
 def square_root(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric positive (h, h) -> S with S S = metric, and its inverse."""
+    """Return S (h, h) with S S = metric, which is symmetric positive definite, and its inverse."""
     values, vectors = torch.linalg.eigh(metric.double())
     roots = values.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
 def power(metric: Tensor, exponent: float) -> Tensor:
-    """Symmetric positive (h, h) to a power; the identity for 0."""
+    """Return a symmetric positive matrix (h, h) to a power; the identity for exponent 0."""
     if exponent == 0:
         return torch.eye(len(metric), dtype=torch.float64)
     values, vectors = torch.linalg.eigh(metric.double())
@@ -149,7 +155,10 @@ def power(metric: Tensor, exponent: float) -> Tensor:
 
 
 def balanced(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product; column k of rows and row k of basis have equal mean squares."""
+    """Rescale the factors so that column k of rows and row k of basis have equal mean squares.
+
+    Their product does not change.
+    """
     tall, wide = (x.square().mean(dim=d).sqrt() for x, d in ((rows, 0), (basis, 1)))  # (r,)
     scale = (wide / tall).sqrt()
     scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
@@ -157,7 +166,10 @@ def balanced(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weighted_error(table: Tensor, product: Tensor, frequencies: Tensor, metric: Tensor) -> float:
-    """|| diag(f)^(1/2) (E - E1 E2) S ||^2, relative to that of E; shapes as in factorise."""
+    """Return || diag(f)^(1/2) (E - E1 E2) S ||^2 / || diag(f)^(1/2) E S ||^2.
+
+    Shapes are those of `factorise`.
+    """
     sizes = []
     for matrix in (table.double() - product.double(), table.double()):
         square = torch.einsum("vh,hk,vk->v", matrix, metric.double(), matrix)
@@ -168,84 +180,79 @@ def weighted_error(table: Tensor, product: Tensor, frequencies: Tensor, metric: 
 # ----------------------------------------------------------------------- feature distillation, (4)
 
 
-def feature_distance(wanted: Tensor, found: Tensor) -> Tensor:
-    """(4), (n, features) -> (n,)."""
-    wanted, found = wanted.float(), found.float()
-    likeness = functional.cosine_similarity(wanted, found, dim=-1)
-    return (wanted - found).abs().mean(dim=-1) - functional.logsigmoid(likeness)
-
-
-def mean_by_tokens(values: Tensor, real: Tensor, told: Tensor) -> Tensor:
-    """values, real, told (clips, n) -> (): a clip's mean over its real positions counts by its
-    tokens to be found, so that batches can be split over processes."""
-    means = (values * real).sum(dim=1) / real.sum(dim=1)  # (clips,)
-    return (means * told.sum(dim=1)).sum() / told.sum()
+def feature_distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """(4) per row, both (..., features) -> (...,)."""
+    teacher, student = teacher.float(), student.float()
+    similarity = functional.cosine_similarity(teacher, student, dim=-1)
+    return (teacher - student).abs().mean(dim=-1) - functional.logsigmoid(similarity)
 
 
 class Distillation:
     """(5) without its cross entropy, as a loss term and a hook that counts the steps."""
 
-    def __init__(self, teacher: nn.Module, seen: Seen, options: Options, steps: int) -> None:
-        """`seen` is what the student's output is given, `steps` how many there will be."""
-        self.teacher, self.seen, self.options = teacher, seen, options
-        self.asked = Teacher(teacher, options.training.cache_encoder)
+    def __init__(
+        self, teacher: nn.Module, captured: Captured, options: Options, steps: int
+    ) -> None:
+        """`captured` holds the student's states, see `captured_states`; `steps` is the number of
+        training steps."""
+        self.teacher, self.captured, self.options = teacher, captured, options
+        self.cached = Teacher(teacher, options.training.cache_encoder)
         ends = {"teacher_then_student": options.switch, "teacher": 1.0, "student": 0.0}
         self.teacher_steps = round(ends[options.states] * steps)
 
     def term(self, model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
         self.teacher.to(batch.labels.device)
         old, new = (m.model.decoder.embed_tokens for m in (self.teacher, model))
-        told = batch.labels != IGNORED  # (clips, n)
-        real = told.flip(1).cumsum(1).flip(1) > 0  # everything up to the last that is told
         ids = batch.decoder_input_ids
-        near = feature_distance(old(ids), new(ids))  # (clips, n)
-        loss = self.options.input_weight * mean_by_tokens(near, real, told)
+        distances = feature_distance(old(ids), new(ids))  # (clips, n)
+        loss = self.options.input_weight * mean_by_tokens(distances, batch.labels)
         if self.options.logit_weight == 0:
             return loss
-        states = self.states(model, batch)[told].detach()  # (told, h)
-        wanted = functional.linear(states, old.weight)  # (told, V)
-        near = feature_distance(wanted, new.logits(states))
-        return loss + self.options.logit_weight * near.mean()
+        states = self.states(model, batch)[batch.labels != IGNORED].detach()  # (labelled, h)
+        target = functional.linear(states, old.weight)  # (labelled, V)
+        distances = feature_distance(target, new.logits(states))
+        return loss + self.options.logit_weight * distances.mean()
 
     def states(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(clips, n, h); `model` has just computed its own."""
+        """Return the states h (clips, n, h) of teacher or student, depending on the step.
+
+        The student's are those of its forward pass, which has just run.
+        """
         if int(model.shear_steps) >= self.teacher_steps:
-            return self.seen["states"]
-        with watched(self.teacher.proj_out) as seen:
-            self.asked(batch, batch.input_features)
-            return seen["states"]
+            return self.captured["states"]
+        with captured_states(self.teacher.proj_out) as captured:
+            self.cached(batch, batch.input_features)
+            return captured["states"]
 
     def after_step(self, model: nn.Module, step: int, learning_rate: float) -> None:
         model.shear_steps += 1
 
 
-@torch.no_grad()
 def states_of(model: nn.Module, batch: Batch) -> Tensor:
-    """What the decoder ends in, (clips, n, h)."""
-    with watched(model.proj_out) as seen:
-        ids = batch.decoder_input_ids
-        model(batch.input_features, decoder_input_ids=ids, use_cache=False)
-        return seen["states"]
+    """Return the decoder's states before the logits, (clips, n, h)."""
+    with captured_states(model.proj_out) as captured:
+        forward(model, batch)
+        return captured["states"]
 
 
 @contextmanager
-def watched(output: nn.Module) -> Iterator[Seen]:
-    """A dictionary whose entry "states" is what the module was given last, (clips, n, h)."""
-    seen: Seen = {}
+def captured_states(output_layer: nn.Module) -> Iterator[Captured]:
+    """Yield a dictionary whose entry "states" is the last input of the module, (clips, n, h)."""
+    captured: Captured = {}
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen["states"] = args[0]
+    def capture(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        captured["states"] = args[0]
 
-    hook = output.register_forward_pre_hook(keep)
+    hook = output_layer.register_forward_pre_hook(capture)
     try:
-        yield seen
+        yield captured
     finally:
         hook.remove()
 
 
 @contextmanager
 def step_counter(model: nn.Module) -> Iterator[None]:
-    """The number of steps done, as a buffer: it is saved and resumed with the weights."""
+    """Give the model a step counter: a buffer, saved and resumed with the weights."""
     device = next(model.parameters()).device
     model.register_buffer("shear_steps", torch.zeros((), dtype=torch.int64, device=device))
     try:
@@ -258,23 +265,23 @@ def step_counter(model: nn.Module) -> Iterator[None]:
 
 
 def apply(
-    model: "WhisperForConditionalGeneration", options: Options, work: Work
+    model: "WhisperForConditionalGeneration", options: Options, context: Context
 ) -> "WhisperForConditionalGeneration":
     """Factorise the token table, then train with feature distillation.
 
-    `work.record["shear"]` counts parameters and says how close the factors were at the start, in
-    the plain norm and in those of look-ups and logits; or that the table was kept as it is, because
-    the rank that theta needs saves nothing. Raises Problem for a `rank` that saves nothing, and
-    what training.train raises.
+    `context.record["shear"]` has parameter counts and the errors of the factors before training: in
+    the plain norm, and in the norms of look-ups and logits. If the rank that `theta` requires saves
+    no parameters, the model is returned unchanged, and the record says so. Raises Problem for a
+    `rank` that saves no parameters, and what training.train raises.
     """
     refuse_quantised(model, "shear", options)
     refuse_rank(model, 1 if options.theta else options.rank)
     teacher = frozen_copy(model)
-    frequencies = token_frequencies(model, work, options.floor)
-    metric = second_moment(teacher, options, work)
+    frequencies = token_frequencies(model, context, options.floor)
+    metric = second_moment(teacher, options, context)
     rows, basis = factors_of(model, options, frequencies, metric)
     if options.theta and not saves(len(basis), model):
-        work.record["shear"] = kept_dense(len(basis), model)
+        context.record["shear"] = kept_dense(len(basis), model)
         return model
     student = sheared(model, rows, basis)
     record: dict[str, Any] = {
@@ -283,59 +290,61 @@ def apply(
         "macs": {"before": macs(model), "after": macs(student)},
         "start_error": start_errors(model, student, frequencies, metric),
     }
-    record["training"] = distil(student, teacher, options, work)
-    work.record["shear"] = record
+    record["training"] = distil(student, teacher, options, context)
+    context.record["shear"] = record
     return student
 
 
 def refuse_rank(model: nn.Module, rank: int) -> None:
+    """Raise Problem if the table is factorised already, or factors of this rank save nothing."""
     table = model.model.decoder.embed_tokens
     if isinstance(table, whisper.FactorisedTable):
         raise Problem(
-            f"shear: the token table is factorised already, with rank {table.rows.embedding_dim}",
-            hint="leave this step out, or start from the model before",
+            f"shear: the token table is already factorised, with rank {table.rows.embedding_dim}",
+            hint="remove this step, or start from a model without a factorised table",
         )
     limit = min(table.weight.shape)
     if rank > limit:
         raise Problem(
-            f"shear: rank {rank} is more than a table of {table.weight.shape[0]} tokens by "
-            f"{table.weight.shape[1]} can have, {limit}",
-            hint=f"set rank to {limit // 4}, a quarter, or less",
+            f"shear: rank {rank} exceeds the highest rank {limit} of a table of "
+            f"{table.weight.shape[0]} tokens by {table.weight.shape[1]}",
+            hint=f"set rank to {limit // 4}, a quarter of it, or less",
         )
     if not saves(rank, model):
         raise Problem(
             f"shear: two factors of rank {rank} have {factor_parameters(rank, model):,} "
-            f"parameters, the token table has {table.weight.numel():,}: nothing would be saved",
+            f"parameters, the token table has {table.weight.numel():,}; this saves nothing",
             hint=f"set rank to {limit // 4}, a quarter of the width, or less",
         )
 
 
 def saves(rank: int, model: nn.Module) -> bool:
-    """Whether two factors of this rank have fewer parameters than the table."""
+    """Return whether two factors of this rank have fewer parameters than the table."""
     return factor_parameters(rank, model) < model.model.decoder.embed_tokens.weight.numel()
 
 
 def factor_parameters(rank: int, model: nn.Module) -> int:
+    """Return the number of parameters of both factors."""
     return rank * sum(model.model.decoder.embed_tokens.weight.shape)
 
 
 def kept_dense(rank: int, model: nn.Module) -> dict[str, Any]:
-    """What the record says of a table that stays as it is."""
-    counted = {"parameters": count_parameters(model), "macs": macs(model)}
+    """Return the record of a table that is not factorised."""
+    counts = {"parameters": count_parameters(model), "macs": macs(model)}
     return {
         "rank": None,
         "kept_dense": {
             "rank_needed": rank,
             "parameters_of_factors": factor_parameters(rank, model),
         },
-        **{what: {"before": value, "after": value} for what, value in counted.items()},
+        **{name: {"before": value, "after": value} for name, value in counts.items()},
     }
 
 
 def factors_of(
     model: nn.Module, options: Options, frequencies: Tensor, metric: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """rows (V, r) and basis (r, h) by the options."""
+    """Return rows (V, r) and basis (r, h) before training, see (6)."""
     table = model.model.decoder.embed_tokens.weight.detach()
     f, m = powers(options)
     weights = (frequencies.double() ** f, power(metric, m))
@@ -345,7 +354,7 @@ def factors_of(
 def sheared(
     model: "WhisperForConditionalGeneration", rows: Tensor, basis: Tensor
 ) -> "WhisperForConditionalGeneration":
-    """The model with a factorised table, before any training."""
+    """Return the model with the table replaced by its factors."""
     dense = {f"{TABLE}.weight", "proj_out.weight"}
     tensors = {name: t for name, t in model.state_dict().items() if name not in dense}
     tensors |= {f"{TABLE}.rows.weight": rows, f"{TABLE}.up.weight": basis.T.contiguous()}
@@ -353,21 +362,24 @@ def sheared(
     return whisper.rebuild(model, tensors, {**shapes, "token_rank": len(basis)})
 
 
-def token_frequencies(model: "WhisperForConditionalGeneration", work: Work, floor: float) -> Tensor:
-    """Share of each token among those that decoding reads on the training clips, (V,)."""
-    examples = Examples(work.train, model, work.processor, work.seed)
-    read = [token for given, found in examples.texts for token in [*given, *found[:-1]]]
-    counts = torch.bincount(torch.tensor(read), minlength=model.config.vocab_size).double()
+def token_frequencies(
+    model: "WhisperForConditionalGeneration", context: Context, floor: float
+) -> Tensor:
+    """Return each token's share of the decoder inputs in training, at least `floor`; (V,)."""
+    examples = Examples(context.train, model, context.processor, context.seed)
+    inputs = [token for prompt, text in examples.texts for token in [*prompt, *text[:-1]]]
+    counts = torch.bincount(torch.tensor(inputs), minlength=model.config.vocab_size).double()
     return (counts / counts.sum()).clamp_min(floor)
 
 
-def second_moment(model: nn.Module, options: Options, work: Work) -> Tensor:
-    """E[h h^T] over the positions whose next token is to be found, (h, h) float64."""
+def second_moment(model: nn.Module, options: Options, context: Context) -> Tensor:
+    """Return E[h h^T] over the positions that have a label, (h, h) float64."""
     width = model.config.d_model
     total, tokens = torch.zeros(width, width, dtype=torch.float64), 0
-    clips = work.train[: options.calibration]
-    for batch in batches(clips, model, work.processor, options.training.batch_size, LISTENING):
-        states = states_of(model, batch)[batch.labels != IGNORED].cpu().double()  # (told, h)
+    clips = context.train[: options.calibration]
+    size, label = options.training.batch_size, "shear: calibrating"
+    for batch in batches(clips, model, context.processor, size, label):
+        states = states_of(model, batch)[batch.labels != IGNORED].cpu().double()  # (labelled, h)
         total += states.T @ states
         tokens += len(states)
     moment = total / tokens
@@ -377,31 +389,35 @@ def second_moment(model: nn.Module, options: Options, work: Work) -> Tensor:
 def start_errors(
     before: nn.Module, after: nn.Module, frequencies: Tensor, metric: Tensor
 ) -> dict[str, float]:
+    """Return the relative squared errors of the factors, in the norms of start "svd" (table),
+    "frequency" (embeddings) and "activation" (logits)."""
     table = before.model.decoder.embed_tokens.weight.detach().cpu()
     factors = after.model.decoder.embed_tokens
     product = (factors.rows.weight @ factors.up.weight.T).detach().cpu()
-    even, plain = torch.ones(len(table)), torch.eye(table.shape[1])
+    ones, identity = torch.ones(len(table)), torch.eye(table.shape[1])
     return {
-        "table": weighted_error(table, product, even, plain),
-        "embeddings": weighted_error(table, product, frequencies, plain),
-        "logits": weighted_error(table, product, even, metric),
+        "table": weighted_error(table, product, ones, identity),
+        "embeddings": weighted_error(table, product, frequencies, identity),
+        "logits": weighted_error(table, product, ones, metric),
     }
 
 
-def distil(student: nn.Module, teacher: nn.Module, options: Options, work: Work) -> dict[str, Any]:
-    """Train the student by (5) -> how it went."""
-    training = counted(options.training, len(work.train))
-    asked = (options.input_weight, options.logit_weight, options.states, options.switch)
-    with watched(student.proj_out) as seen, step_counter(student):
-        loss_term, after_step = hooks(teacher, seen, options, training.steps)
+def distil(
+    student: nn.Module, teacher: nn.Module, options: Options, context: Context
+) -> dict[str, Any]:
+    """Train the student by (5); return the training's summary."""
+    training = counted(options.training, len(context.train))
+    weights = (options.input_weight, options.logit_weight, options.states, options.switch)
+    with captured_states(student.proj_out) as captured, step_counter(student):
+        loss_term, after_step = hooks(teacher, captured, options, training.steps)
         log = train(
             student,
-            work.processor,
-            work.train,
+            context.processor,
+            context.train,
             training,
-            run_dir=work.run_dir / "shear-training",
-            seed=work.seed + 2,
-            identity=repr(asked),
+            run_dir=context.run_dir / "shear-training",
+            seed=context.seed + 2,
+            identity=repr(weights),
             loss_term=loss_term,
             after_step=after_step,
             label="shear: distilling",
@@ -410,9 +426,10 @@ def distil(student: nn.Module, teacher: nn.Module, options: Options, work: Work)
 
 
 def hooks(
-    teacher: nn.Module, seen: Seen, options: Options, steps: int
+    teacher: nn.Module, captured: Captured, options: Options, steps: int
 ) -> tuple[LossTerm | None, AfterStep | None]:
+    """Return the loss term and the hook after each step; None if both weights of (5) are 0."""
     if options.input_weight == 0 and options.logit_weight == 0:
         return None, None
-    distillation = Distillation(teacher, seen, options, steps)
+    distillation = Distillation(teacher, captured, options, steps)
     return distillation.term, distillation.after_step

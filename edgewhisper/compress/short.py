@@ -1,35 +1,36 @@
-"""Shorter audio context: fine-tuning for windows that end where the speech ends (whisper-acft, FUTO
-2024, https://github.com/futo-org/whisper-acft; the switch that it made usable is `--audio-ctx` of
-whisper.cpp).
+"""Shorter audio context: fine-tunes Whisper for windows that end where the speech ends.
 
-Whisper hears 30 s however short the clip, and half of its encoder's work, or far more, is spent on
-silence. Given less, it falls into repetitions, for it never saw an end of its audio before. So a
-student that hears only the first n positions is taught to hold, in its decoder, the hidden states
-of a frozen copy that hears the full window.
+Published recipe: whisper-acft (FUTO 2024, https://github.com/futo-org/whisper-acft). It makes the
+option `--audio-ctx` of whisper.cpp usable.
+
+Whisper processes 30 s however short the clip is, so its encoder spends half of its time or more on
+silence. With a shorter input it falls into repetitions, because it was never trained on one. Here
+the student processes only the first n encoder positions. It is trained to reproduce, in its
+decoder, the hidden states of a frozen copy that processes the full window.
 
     recipe           here              shape
-    n_ctx            n                 ()              encoder positions that the student hears
-    m                reach             ()              how far n is drawn from the end of the clip
+    n_ctx            n                 ()              encoder positions of the student
+    m                reach             ()              largest distance of n from the clip's end
     hidden states    states            (clips, tokens, d_model) each: the embedding, every layer
 
     n = clip(50 * seconds + u, 1, N),  u uniform in [-m, m),  m = min(64, n / 3)                 (1)
     L = mean over states, tokens and features of (student(n) - teacher(N))^2                     (2)
 
-The mel frames are cut to 2 n, the table of positions to its first n rows; both decoders read the
-same text. Adam, learning rate 1e-6, one clip a step, eight epochs. At n = N the student is the
-teacher, and (2) is zero.
+The mel frames are cut to 2 n, and the table of positions to its first n rows. Both decoders read
+the same text. The optimiser is Adam with learning rate 1e-6, one clip per step, eight epochs. At
+n = N, student and teacher are equal and (2) is zero.
 
-The defaults are the published values. What differs, or is ours:
+The defaults are the published values. Differences and additions:
 
-- A step trains on one n. Where it holds several clips, that is the n of the longest, and each clip
-  counts in (2) by its tokens. 50 * seconds is rounded up, not to the nearest; the text is not
-  lowercased, and its end is no input. Clips up to the full window are used, not up to 29 s.
-- An exported model has a few windows, not any n: `windows_s`. With `lengths = "windows"` (ours) the
-  student is trained on these alone, and hears each clip through the very window that decoding will
-  take; no speech is ever cut away. The published draw (1) cuts up to a third of a clip.
+- All clips of a step share one n, that of the longest clip. Each clip counts in (2) by its tokens.
+- 50 * seconds is rounded up, not to nearest. The text is not lowercased, and the end-of-text token
+  is not an input. Clips up to the full window are used, not up to 29 s.
+- An exported model has a fixed set of windows instead of any n: `windows_s`. With
+  `lengths = "windows"` (ours), the student is trained on these only, each batch in the window that
+  decoding chooses for its longest clip. Speech is then never cut; (1) cuts up to a third of a clip.
 - `margin`, `full_share`, `kl`, `ce` (ours, off by default).
-- Afterwards the checkpoint records its windows. Everything that trains, calibrates, decodes or
-  exports it takes, for every clip, the shortest one that holds it.
+- The checkpoint records its windows. Training, calibration, decoding and export then use, for
+  every clip, the shortest window that holds it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,15 +42,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from devices.runner.audio import shortest
 from edgewhisper import whisper
 from edgewhisper.alignment import position_s
-from edgewhisper.compress.near import Teacher, frozen_copy
-from edgewhisper.compress.order import refuse_quantised
-from edgewhisper.compress.shear import mean_by_tokens
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.context import Context
+from edgewhisper.compress.step_order import refuse_quantised
+from edgewhisper.compress.teacher import Teacher, divergence, frozen_copy, mean_by_tokens
 from edgewhisper.examples import IGNORED, Batch
 from edgewhisper.recipe import Range
 from edgewhisper.training import LossTerm, Training, cross_entropy, train
@@ -65,20 +64,20 @@ Weight = Annotated[float, Range(0)]
 @dataclass(frozen=True)
 class Options:
     windows_s: tuple[float, ...] = ()
-    """Lengths of audio that the model is made for, in seconds, ascending; the full window is always
-    one more. Empty: a third of it and two thirds (ours)."""
+    """Window lengths in seconds, ascending; the full window is always added. Empty: one third and
+    two thirds of the full window (ours)."""
     lengths: Literal["jitter", "windows"] = "jitter"
-    """How much the student hears of a step's clips. jitter: (1), as published. windows (ours): the
-    window that decoding would take for the longest one: the shortest that holds it."""
+    """How long the student's window is in a step. jitter: (1), as published. windows (ours): the
+    window that decoding chooses for the longest clip, the shortest one that holds it."""
     reach: Annotated[int, Range(0)] = 64
-    """m in (1), at most; in encoder positions."""
+    """Upper limit of m in (1), in encoder positions."""
     margin: Annotated[int, Range(0)] = 0
-    """Ours: added to 50 * seconds in (1): positions of silence behind the end of the longest clip.
-    No matter for lengths = "windows"."""
+    """Ours: encoder positions of silence after the longest clip, added to 50 * seconds in (1). Not
+    used with lengths = "windows"."""
     full_share: Annotated[float, Range(0, 1)] = 0.0
-    """Ours: share of the steps in which the student hears the full window, lest it forget that."""
+    """Ours: share of the steps that use the full window, so that the student does not forget it."""
     kl: Weight = 0.0
-    """Ours: weight of the divergence of the student's next tokens from the teacher's."""
+    """Ours: weight of the KL divergence between the teacher's and the student's next tokens."""
     ce: Weight = 0.0
     """Ours: weight of the cross entropy with the text."""
 
@@ -95,11 +94,16 @@ class Options:
     """With steps = 0 and epochs = 0, the windows are recorded and nothing is trained."""
 
 
-# ------------------------------------------------------------------------- how much is heard, (1)
+def allowed_after_quantisation(options: Options) -> bool:
+    """Without training, the step only records the windows."""
+    return options.training.steps == 0 and options.training.epochs == 0
+
+
+# --------------------------------------------------------------------- length of a window, (1)
 
 
 def drawn_length(needed: int, reach: int, full: int, rng: np.random.Generator) -> int:
-    """(1): `needed` positions hold the clip, `full` is N."""
+    """Draw n by (1), where `needed` is 50 * seconds and `full` is N, both in encoder positions."""
     m = min(reach, needed // 3)
     u = int(rng.integers(-m, m)) if m else 0
     return min(max(1, needed + u), full)
@@ -107,14 +111,18 @@ def drawn_length(needed: int, reach: int, full: int, rng: np.random.Generator) -
 
 @dataclass(frozen=True)
 class Lengths:
-    """The rule by which a step's window is found: from the seed and the step alone, so that it is
-    the same on every process and after a stop."""
+    """Chooses the window of each training step.
+
+    The choice depends only on the seed, the step and the clips, so it is the same on every process
+    and in a resumed run.
+    """
 
     options: Options
     windows: tuple[int, ...]
     seed: int
 
     def __call__(self, step: int, needed: int) -> int:
+        """Return the window of a step whose longest clip fills `needed` encoder positions."""
         full = self.windows[-1]
         rng = np.random.default_rng([self.seed, 3, step])
         if rng.random() < self.options.full_share:
@@ -125,18 +133,18 @@ class Lengths:
 
 
 def windows_for(seconds: Sequence[float], full: int, step_s: float) -> list[int]:
-    """Windows in encoder positions of step_s each, with the full one.
+    """Return the windows in encoder positions, each `step_s` seconds long, with the full window.
 
-    Raises Problem where they are not ascending, or not within the full window.
+    Raises Problem if they are not ascending, or not within the full window.
     """
     if not seconds:
         return sorted({max(1, round(full / 3)), max(1, round(2 * full / 3)), full})
     windows = [round(s / step_s) if 0 < s < inf else 0 for s in seconds]
     if windows != sorted(set(windows)) or windows[0] < 1 or windows[-1] > full:
         raise Problem(
-            f"short: windows_s is {list(seconds)}; it must be ascending, and between {step_s:g} "
-            f"and the model's {full * step_s:g} s",
-            hint="name the lengths of most of your clips, such as "
+            f"short: windows_s is {list(seconds)}; windows must be ascending and between "
+            f"{step_s:g} and the model's {full * step_s:g} s",
+            hint="list the lengths of most of your clips, for example "
             f"windows_s = [{full * step_s / 3:g}, {2 * full * step_s / 3:g}]",
         )
     return windows if windows[-1] == full else [*windows, full]
@@ -145,41 +153,42 @@ def windows_for(seconds: Sequence[float], full: int, step_s: float) -> list[int]
 # ------------------------------------------------------------------------------------ the loss, (2)
 
 
-def state_distance(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
-    """(2) of each token: states (clips, tokens, d_model) of both -> (clips, tokens)."""
-    pairs = zip(wanted, found, strict=True)
+def state_distance(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+    """(2) per token: hidden states (clips, tokens, d_model) of both -> (clips, tokens)."""
+    pairs = zip(teacher, student, strict=True)
     errors = [(new.float() - old.float()).square().mean(dim=-1) for old, new in pairs]
     return torch.stack(errors).mean(dim=0)
 
 
 def distillation(teacher: nn.Module, options: Options) -> LossTerm:
-    """(2), with our terms; the loop's own cross entropy is taken away as far as `ce` asks."""
-    asked = Teacher(teacher, options.training.cache_encoder)
+    """Return the loss term: (2), `kl`, and (ce - 1) times the cross entropy.
+
+    The training loop adds the cross entropy with weight 1.
+    """
+    cached = Teacher(teacher, options.training.cache_encoder)
 
     def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
-        wanted = full_outputs(asked, batch)
-        told = batch.labels != IGNORED  # (clips, tokens)
-        real = told.flip(1).cumsum(1).flip(1) > 0  # everything up to the last that is told
-        near = state_distance(wanted.decoder_hidden_states, outputs.decoder_hidden_states)
-        loss = mean_by_tokens(near, real, told)
+        target = full_outputs(cached, batch)
+        distances = state_distance(target.decoder_hidden_states, outputs.decoder_hidden_states)
+        loss = mean_by_tokens(distances, batch.labels)
         if options.kl:
-            new, old = (x.logits[told].float().log_softmax(-1) for x in (outputs, wanted))
-            divergence = functional.kl_div(new, old, log_target=True, reduction="batchmean")
-            loss = loss + options.kl * divergence
+            labelled = batch.labels != IGNORED  # (clips, tokens)
+            kl = divergence(target.logits[labelled], outputs.logits[labelled])
+            loss = loss + options.kl * kl
         return loss + (options.ce - 1) * cross_entropy(outputs.logits, batch.labels)
 
     return term
 
 
 def full_outputs(teacher: Teacher, batch: Batch) -> Any:
-    """What the teacher makes of the whole window, with its hidden states."""
+    """Return the teacher's outputs for the full window, with its hidden states."""
     assert batch.whole_features is not None
     return teacher(batch, batch.whole_features, output_hidden_states=True)
 
 
 @contextmanager
-def telling_states(model: nn.Module) -> Iterator[None]:
-    """The model tells its hidden states unasked, for a block: the loop does not ask."""
+def with_hidden_states(model: nn.Module) -> Iterator[None]:
+    """Make the model return its hidden states, which the training loop does not request."""
     before = model.config.output_hidden_states
     model.config.output_hidden_states = True
     try:
@@ -192,32 +201,32 @@ def telling_states(model: nn.Module) -> Iterator[None]:
 
 
 def apply(
-    model: "WhisperForConditionalGeneration", options: Options, work: Work
+    model: "WhisperForConditionalGeneration", options: Options, context: Context
 ) -> "WhisperForConditionalGeneration":
-    """Record the windows, and teach the model to hear through them.
+    """Record the windows in the model's config, and train the model on them.
 
-    `work.record["short"]` has the windows and what the model costs in each. Raises Problem for
-    windows it cannot have, and what training.train raises.
+    `context.record["short"]` has the windows and the model's multiply-accumulates in each. Raises
+    Problem for invalid windows, and what training.train raises.
     """
     refuse_quantised(model, "short", options)
-    step_s, full = position_s(work.processor), model.config.max_source_positions
+    step_s, full = position_s(context.processor), model.config.max_source_positions
     windows = windows_for(options.windows_s, full, step_s)
     teacher = frozen_copy(model)
     whisper.set_windows(model.config, windows)
-    with telling_states(model):
+    with with_hidden_states(model):
         log = train(
             model,
-            work.processor,
-            work.train,
+            context.processor,
+            context.train,
             options.training,
-            run_dir=work.run_dir / "short-training",
-            seed=work.seed,
+            run_dir=context.run_dir / "short-training",
+            seed=context.seed,
             identity=repr(options),
             loss_term=distillation(teacher, options),
-            window=Lengths(options, tuple(windows), work.seed),
-            label="short: learning to hear less",
+            window=Lengths(options, tuple(windows), context.seed),
+            label="short: training",
         )
-    work.record["short"] = {
+    context.record["short"] = {
         "windows": windows,
         "windows_s": [n * step_s for n in windows],
         "macs": macs_by_window(model),

@@ -1,4 +1,4 @@
-"""Physical removal of what pruning left dead: zeros become smaller matrices, exactly.
+"""Removal of dead structure: zeros left by pruning become smaller matrices, with the same outputs.
 
 The arithmetic is in export/shrink.py; this is the recipe step that applies it.
 """
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from edgewhisper import alignment, whisper
-from edgewhisper.compress.order import refuse_quantised
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.context import Context
+from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.recipe import Range
 from export.cost import count_parameters
 from export.shrink import shrink
@@ -22,17 +22,20 @@ class Options:
     round_to: Annotated[int, Range(1)] = 1
     """Counts of channels, units and inputs are rounded up to a multiple of this."""
     min_saving: Annotated[float, Range(0, 1)] = 0.125
-    """A layer reads only its live inputs where at least this share of its columns is dead."""
+    """A layer reads only its live inputs if at least this share of its columns is dead."""
 
 
 def apply(
-    model: "WhisperForConditionalGeneration", options: Options, work: Work
+    model: "WhisperForConditionalGeneration", options: Options, context: Context
 ) -> "WhisperForConditionalGeneration":
-    """The same function in fewer parameters; `work.record["shrink"]` counts them."""
+    """Return a model with the same outputs and fewer parameters.
+
+    `context.record["shrink"]` has the counts. Raises Problem if the model is quantised.
+    """
     refuse_quantised(model, "shrink", options)
     slim, heads = slimmed(model, options.round_to, options.min_saving)
     before, after = count_parameters(model), count_parameters(slim)
-    work.record["shrink"] = {
+    context.record["shrink"] = {
         "parameters": {"before": before, "after": after},
         "removed_outside_token_table": 1 - after["rest"] / before["rest"],
         "alignment_heads": heads,
@@ -45,8 +48,8 @@ def slimmed(
     round_to: int = Options.round_to,
     min_saving: float = Options.min_saving,
 ) -> tuple["WhisperForConditionalGeneration", dict[str, Any]]:
-    """The model without its dead structure, and what became of its alignment heads."""
+    """Return the model without its dead structure, and the record of its alignment heads."""
     shrunk = shrink(model, round_to, min_saving)
     slim = whisper.rebuild(model, shrunk.tensors, shrunk.layers)
-    left = [layer["encoder_attn"] for layer in shrunk.heads["decoder"]]
-    return slim, alignment.carry(slim, alignment.moves(left))
+    kept_heads = [layer["encoder_attn"] for layer in shrunk.heads["decoder"]]
+    return slim, alignment.carry(slim, alignment.moves(kept_heads))

@@ -1,13 +1,12 @@
 """TSPAR: fine-tuning for structured sparsity and adaptive pruning (Mudi, Sachan, Devapriya and
 Kalyani 2025, arXiv:2510.12666).
 
-Fine-tune with a sparse group lasso, so that many weights, and whole columns of weights, become
-nearly zero while the speech is learnt. Then prune once, in two passes, with thresholds that follow
-the statistics of the weights instead of a fixed ratio. No rounds of pruning and retraining, and no
-adapters.
+TSPAR fine-tunes with a sparse group lasso, so that many weights and whole columns become nearly
+zero. It then prunes once, in two passes, with thresholds based on the statistics of the weights
+instead of a fixed ratio. There are no rounds of pruning and retraining, and no adapters.
 
     paper            here              shape
-    W_jl             weight            (d_out, d_in)   matrix j of layer l: a linear layer's weight
+    W_jl             weight            (d_out, d_in)   matrix j of layer l: weight of a linear layer
     W_jl[:, i]       weight[:, i]      (d_out,)        column i = one group = input feature i
     lambda_1..4      encoder_element, decoder_element, encoder_column, decoder_column
     L_L1             element_penalty   ()              (2)
@@ -17,58 +16,53 @@ adapters.
     L_L1 = sum over matrices of || W ||_1                                                  (2)
     L_L2 = sum over matrices and columns of || W[:, i] ||_2                                (3)
 
-The paper is not explicit everywhere; what we fill in:
+The paper leaves details open. Our choices:
 
-- Matrices: every linear layer of the encoder and decoder blocks. The convolution stem, LayerNorms,
-  biases and embeddings (the output is tied to the token table) are left out.
-- (3) is read as the group lasso, with Simon et al.'s factor sqrt(d_out); summaries of the paper
-  print the norm squared, which is ridge and selects no columns (`group_norm = "l2_squared"`).
-- The lambdas are free of scale: see Options.
-- `reg_mode = "subgradient"` differentiates (1) as it stands. Adam then makes weights flutter
-  around zero. `reg_mode = "proximal"` (ours) takes a step on L_CE and then the exact proximal
-  step of the penalty, which makes exact zeros.
-- The two passes and their order: see `two_pass`. c1, c2 and rho are not published; bisection finds
-  how far towards the values given here pruning may go before dev WER suffers.
-- Ours, off by default: `layers`, `min_removed`, `min_zero`, `recovery`, `keep`,
+- Matrices: every linear layer of the encoder and decoder blocks. Excluded are the convolutions,
+  LayerNorms, biases and embeddings (the output layer is tied to the token table).
+- (3) is the group lasso, with the factor sqrt(d_out) of Simon et al. Summaries of the paper print
+  the squared norm, which is ridge regression and selects no columns (`group_norm = "l2_squared"`).
+- `reg_mode = "subgradient"` differentiates (1) directly. With Adam, weights then oscillate around
+  zero. `reg_mode = "proximal"` (ours) takes a step on L_CE, followed by the exact proximal step of
+  the penalty, which produces exact zeros.
+- For the two passes and their order, see `two_pass`. c1, c2 and rho are not published. A search
+  finds how far pruning may go towards the values given here before dev WER rises too much; see
+  pruning_strength.py.
+- Ours, off by default: `layers`, `min_removed`, `min_zero`, `recovery`, `keep` and
   `protect_alignment`.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.masks import (
     Masks,
     bookkeeping,
-    chosen,
     guarded,
     guards,
     hold,
     masked_gradients,
-    removed_share,
+    matching,
     set_pruned,
     weights_of,
-    zero_share,
 )
-from edgewhisper.compress.near import keep_term, total
-from edgewhisper.compress.order import refuse_quantised
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.pruning_strength import (
+    SHARES,
+    largest_strength,
+    refuse_unreachable,
+    smallest_strength,
+)
+from edgewhisper.compress.step_order import refuse_quantised
+from edgewhisper.compress.teacher import distance_term, total
 from edgewhisper.examples import Batch
-from edgewhisper.progress import progress_bar
 from edgewhisper.recipe import Range
-from edgewhisper.runs import main_process
-from edgewhisper.training import (
-    AfterStep,
-    LossTerm,
-    Training,
-    loss_before,
-    train,
-)
-from export.problem import Problem
+from edgewhisper.training import AfterStep, LossTerm, Training, loss_before, train
+from edgewhisper.whisper import side_and_layer
 
 if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
@@ -80,99 +74,99 @@ Weight = Annotated[float, Range(0)]
 @dataclass(frozen=True)
 class Options:
     layers: str = "*"
-    """Shell pattern of the linear layers that are penalised and pruned: "*" is the paper's reading,
-    "*.fc2" (ours) takes the columns that leave the model with the rows of fc1 that feed them."""
+    """Shell pattern of the linear layers that are penalised and pruned. "*" is our reading of the
+    paper. "*.fc2" is ours: each pruned column also removes the row of fc1 that feeds it."""
 
     encoder_element: Weight = 1.0
-    """lambda_1. What 1.0 means depends on reg_mode. subgradient: the penalty weighs as much as the
-    cross entropy, both taken on the starting model. proximal: while the learning rates of all
-    steps add up to 1, an element of average size is pulled to zero if nothing opposes it."""
+    """lambda_1, relative to a scale that depends on reg_mode. subgradient: at 1.0, the penalty
+    equals the cross entropy, both of the initial model. proximal: at 1.0, steps whose learning
+    rates sum to 1 shrink an element of average size to zero if no gradient opposes it."""
     decoder_element: Weight = 1.0
     """lambda_2."""
     encoder_column: Weight = 1.0
-    """lambda_3; likewise, with a column of average norm in place of an element."""
+    """lambda_3, scaled like lambda_1, with a column of average norm instead of an element."""
     decoder_column: Weight = 1.0
     """lambda_4."""
     group_norm: Literal["l2", "l2_squared"] = "l2"
+    """The norm of a column in (3)."""
     reg_mode: Literal["subgradient", "proximal"] = "subgradient"
+    """How the penalties are minimised."""
 
     c1: Annotated[float, Range(0)] = 1.0
-    """Pass 1 zeroes elements closer to the mean than c1 standard deviations."""
+    """Pass 1 prunes elements closer to the mean than c1 standard deviations."""
     c2: Annotated[float, Range(-3)] = 0.0
-    """Pass 2 drops columns whose norm is more than c2 standard deviations below the mean."""
+    """Pass 2 prunes columns whose norm is more than c2 standard deviations below the mean."""
     rho: Annotated[float, Range(0, 1)] = 0.05
-    """Pass 2 also drops columns of which a smaller share than rho survived pass 1."""
+    """Pass 2 also prunes columns of which less than this share survived pass 1."""
     stats_scope: Literal["per_matrix", "per_layer", "global"] = "per_matrix"
-    """Means and deviations are taken over one matrix, all of its layer, or all of its side."""
+    """Means and deviations are taken over a matrix, its layer, or its side of the model."""
     centered: bool = True
-    """Distance to the mean element (true) or to zero (false) in pass 1."""
+    """Whether pass 1 uses the distance to the mean (true) or to zero (false)."""
     pass_order: Literal["element_then_column", "statistics_then_apply"] = "element_then_column"
-    """Column statistics from what pass 1 left, or all statistics from the unpruned weights."""
+    """Compute column statistics after pass 1, or all statistics from the unpruned weights."""
 
     search: bool = True
-    """Go towards c1, c2 and rho only as far as dev WER allows; false applies them as given, or
-    where `min_removed` or `min_zero` is set, goes just as far as that."""
+    """Approach c1, c2 and rho only as far as dev WER allows. false applies them as given, or, with
+    `min_removed` or `min_zero`, only as far as these require."""
     wer_margin: Annotated[float, Range(0)] = 0.5
-    """Points of dev WER that training and pruning together may cost against the model before the
-    step."""
+    """Highest increase of dev WER by training and pruning, in percentage points."""
     evaluations: Annotated[int, Range(1)] = 7
-    """Dev evaluations the search may spend."""
+    """Number of dev evaluations of the search."""
     min_removed: Annotated[float, Range(0, 1)] = 0.0
-    """Ours: prune at least until this share of the parameters outside the token table would go,
-    whatever wer_margin says (recovery then has to make up for it). 0 leaves it to the search. A
-    share that c1, c2 and rho do not reach at full strength is refused."""
+    """Ours: minimum share of the parameters outside the token table that step shrink can remove.
+    It takes precedence over wer_margin, and recovery must then restore the accuracy. 0 sets no
+    minimum. A share that c1, c2 and rho do not reach is an error."""
     min_zero: Annotated[float, Range(0, 1)] = 0.0
-    """Ours: likewise, until this share would go or is zero: what IMP's `target` says of its
-    matrices, so that the two can be compared at equal nonzero parameters."""
+    """Ours: like min_removed, for the share of parameters that are removable or zero. It allows a
+    comparison with IMP at an equal number of nonzero parameters."""
 
     keep: Weight = 0.0
-    """Ours: weight of the distance to the model before the step (near.distance), added to the
-    cross entropy in training and recovery. It says something about every frame of speech where
-    the text says a few words, so little speech goes a long way. 0 is the paper."""
+    """Ours: weight of the distance to the model before the step (teacher.distance), added to the
+    cross entropy in training and recovery. The paper has 0."""
 
     protect_alignment: bool = False
-    """Ours: leave the cross-attention heads that token timestamps are read from as they are
-    (generation_config.alignment_heads): neither penalised nor pruned."""
+    """Ours: neither penalise nor prune the cross-attention heads that token timestamps are read
+    from (generation_config.alignment_heads)."""
 
     training: Training = field(default_factory=lambda: Training(steps=400, learning_rate=5e-4))
     recovery: Training = field(default_factory=lambda: Training(steps=0))
-    """Ours: fine-tuning after pruning, with what was pruned held at zero; 0 steps is the paper."""
+    """Ours: fine-tuning after pruning, with pruned weights at zero. The paper has 0 steps."""
 
 
 # ---------------------------------------------------------------- sparse group lasso, (1) to (3)
 
 
 def element_penalty(weight: Tensor) -> Tensor:
-    """(d_out, d_in) -> (): one matrix's part of (2)."""
+    """The term of one matrix in (2), (d_out, d_in) -> ()."""
     return weight.abs().sum()
 
 
 def column_penalty(weight: Tensor, group_norm: str = "l2") -> Tensor:
-    """(d_out, d_in) -> (): one matrix's part of (3)."""
+    """The term of one matrix in (3), (d_out, d_in) -> ()."""
     if group_norm == "l2_squared":
         return weight.square().sum()
     return weight.shape[0] ** 0.5 * weight.norm(dim=0).sum()
 
 
 def soft_threshold(weight: Tensor, amount: float) -> Tensor:
-    """argmin_X of |X - W|^2 / 2 + amount |X|_1, any shape: every element nears zero by amount."""
+    """argmin_X of |X - W|^2 / 2 + amount |X|_1, any shape: shrinks every element by amount."""
     return weight.sign() * (weight.abs() - amount).clamp_min(0)
 
 
 def shrink_columns(weight: Tensor, amount: float, group_norm: str = "l2") -> Tensor:
     """argmin_X of |X - W|^2 / 2 + amount * column_penalty(X), (d_out, d_in) -> (d_out, d_in).
 
-    "l2": every column is shortened by amount * sqrt(d_out), or becomes zero.
+    "l2" shortens every column by amount * sqrt(d_out), at most to zero.
     """
     if group_norm == "l2_squared":
         return weight / (1 + 2 * amount)
     norms = weight.norm(dim=0)  # (d_in,)
-    kept = 1 - amount * weight.shape[0] ** 0.5 / norms.clamp_min(torch.finfo(weight.dtype).tiny)
-    return weight * kept.clamp_min(0)
+    factor = 1 - amount * weight.shape[0] ** 0.5 / norms.clamp_min(torch.finfo(weight.dtype).tiny)
+    return weight * factor.clamp_min(0)
 
 
 def proximal(weight: Tensor, element: float, column: float, group_norm: str = "l2") -> Tensor:
-    """The exact proximal step of both penalties. The order matters: elements, then columns."""
+    """The exact proximal step of both penalties: elements first, then columns."""
     return shrink_columns(soft_threshold(weight, element), column, group_norm)
 
 
@@ -186,7 +180,7 @@ class Thresholds:
     rho: float
 
     def at(self, strength: float) -> "Thresholds":
-        """The path of the search: 0 prunes nothing (c2 is infinite), 1 is the recipe's values."""
+        """Return the thresholds at a strength from 0 (prune nothing) to 1 (the recipe's values)."""
         if strength == 0:
             return Thresholds(0.0, float("inf"), 0.0)
         slack = (1 - strength) / strength
@@ -196,21 +190,21 @@ class Thresholds:
 def two_pass(
     weights: Mapping[str, Tensor], thresholds: Thresholds, options: Options
 ) -> dict[str, Tensor]:
-    """name -> weight (d_out, d_in), to name -> what to keep (d_out, d_in), bool."""
+    """Return the mask of each weight (d_out, d_in), by name."""
     elements = keep_elements(weights, thresholds.c1, options)
     columns = keep_columns(weights, elements, thresholds, options)
     return {name: elements[name] & columns[name] for name in weights}
 
 
 def keep_elements(weights: Mapping[str, Tensor], c1: float, options: Options) -> dict[str, Tensor]:
-    """Pass 1: |w - mean| >= c1 * sigma, statistics over the scope."""
+    """Pass 1: keep elements with |w - mean| >= c1 * sigma, with statistics over the scope."""
     statistics = scoped(weights, options.stats_scope)
-    keep = {}
+    masks = {}
     for name, weight in weights.items():
         mean, sigma = statistics[name]
         distance = (weight - mean).abs() if options.centered else weight.abs()
-        keep[name] = distance >= c1 * sigma
-    return keep
+        masks[name] = distance >= c1 * sigma
+    return masks
 
 
 def keep_columns(
@@ -219,27 +213,28 @@ def keep_columns(
     thresholds: Thresholds,
     options: Options,
 ) -> dict[str, Tensor]:
-    """Pass 2: n_i >= mean(n) - c2 * std(n), and enough survivors; n_i is a column's RMS.
+    """Pass 2: keep columns with n_i >= mean(n) - c2 * std(n) and enough elements left by pass 1.
 
-    Returns name -> (d_in,) bool. The largest column always stays: no matrix may vanish.
+    n_i is the RMS of a column. Returns name -> (d_in,) bool. The largest column is always kept, so
+    that no matrix disappears.
     """
     after = options.pass_order == "element_then_column"
-    left = {n: w * elements[n] if after else w for n, w in weights.items()}
-    rms = {n: w.norm(dim=0) / w.shape[0] ** 0.5 for n, w in left.items()}  # (d_in,)
+    pruned = {n: w * elements[n] if after else w for n, w in weights.items()}
+    rms = {n: w.norm(dim=0) / w.shape[0] ** 0.5 for n, w in pruned.items()}  # (d_in,)
     statistics = scoped(rms, options.stats_scope)
-    keep = {}
+    masks = {}
     for name, norms in rms.items():
         mean, sigma = statistics[name]
         survivors = elements[name].float().mean(dim=0)  # (d_in,)
         strong = (norms >= mean - thresholds.c2 * sigma) | (sigma == 0)
-        keep[name] = strong & (survivors >= thresholds.rho)
-        keep[name][norms.argmax()] = True
-    return keep
+        masks[name] = strong & (survivors >= thresholds.rho)
+        masks[name][norms.argmax()] = True
+    return masks
 
 
 def scoped(values: Mapping[str, Tensor], scope: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> mean and standard deviation of all values in that name's scope."""
-    groups: dict[str, list[Tensor]] = {}
+    """Return, for each name, mean and standard deviation of all values in its scope."""
+    groups: dict[Hashable, list[Tensor]] = {}
     for name, value in values.items():
         groups.setdefault(scope_of(name, scope), []).append(value.flatten())
     statistics = {key: torch.cat(parts) for key, parts in groups.items()}
@@ -247,53 +242,52 @@ def scoped(values: Mapping[str, Tensor], scope: str) -> dict[str, tuple[Tensor, 
     return {name: moments[scope_of(name, scope)] for name in values}
 
 
-def scope_of(name: str, scope: str) -> str:
-    """ "model.encoder.layers.3.fc1" belongs to itself, to "encoder.3", or to "encoder"."""
-    if scope == "per_matrix":
-        return name
-    layer = name.split(".layers.")[1].split(".")[0]
-    return f"{side_of(name)}.{layer}" if scope == "per_layer" else side_of(name)
+def scope_of(name: str, scope: str) -> Hashable:
+    """Return the matrix, layer or side that the name belongs to."""
+    side, layer = side_and_layer(name)
+    return {"per_matrix": name, "per_layer": (side, layer), "global": side}[scope]
 
 
 def side_of(name: str) -> str:
-    return next(side for side in SIDES if f"{side}.layers." in name)
+    """Return "encoder" or "decoder"."""
+    return side_and_layer(name)[0]
 
 
 # --------------------------------------------------------------------------- walking the model
 
 
 def apply(
-    model: "WhisperForConditionalGeneration", options: Options, work: Work
+    model: "WhisperForConditionalGeneration", options: Options, context: Context
 ) -> "WhisperForConditionalGeneration":
-    """Fine-tune with the penalties, then prune once; what is pruned is zero in the result.
+    """Fine-tune with the penalties, then prune once; pruned weights are zero in the result.
 
-    `work.record["tspar"]` says what was measured and decided. Physical removal is the step
-    "shrink". Raises Problem for shares that are out of reach, and what training.train raises.
+    The step "shrink" removes them physically. `context.record["tspar"]` has the thresholds and
+    their dev WER. Raises Problem for shares that cannot be reached, and what training.train raises.
     """
     refuse_quantised(model, "tspar", options)
     record: dict[str, Any] = {}
-    guards(model, options.protect_alignment)  # refused now, not after the training
-    refuse_unreachable(model, options)
-    before = work.wer(model).wer
-    penalty, after_step, record["scales"] = regulariser(model, options, work)
-    keep = keep_term(model, options.keep, options.training.cache_encoder)
+    protected = guards(model, options.protect_alignment)
+    refuse_unreachable(model, shares_of(options), options.layers, protected)
+    before = context.wer(model).wer
+    penalty, after_step, record["scales"] = regulariser(model, options, context)
+    distance = distance_term(model, options.keep, options.training.cache_encoder)
     log = train(
         model,
-        work.processor,
-        work.train,
+        context.processor,
+        context.train,
         options.training,
-        run_dir=work.run_dir / "tspar-training",
-        seed=work.seed,
+        run_dir=context.run_dir / "tspar-training",
+        seed=context.seed,
         identity=repr(options),
-        loss_term=total(penalty, keep),
+        loss_term=total(penalty, distance),
         after_step=after_step,
         label="tspar: fine-tuning",
     )
     record["training"] = log.summary()
-    record["dev_wer"] = {"before": before, "trained": work.wer(model).wer}
-    prune(model, options, work, record)
-    recover(model, keep, options, work, record)
-    work.record["tspar"] = record
+    record["dev_wer"] = {"before": before, "trained": context.wer(model).wer}
+    prune(model, options, context, record)
+    recover(model, distance, options, context, record)
+    context.record["tspar"] = record
     return model
 
 
@@ -304,78 +298,79 @@ Lambdas = dict[tuple[str, str], float]
 
 
 def lambdas_of(options: Options) -> Lambdas:
+    """Return the four lambdas of (1)."""
     kinds = ("element", "column")
     return {(side, kind): getattr(options, f"{side}_{kind}") for side in SIDES for kind in kinds}
 
 
 def regulariser(
-    model: "WhisperForConditionalGeneration", options: Options, work: Work
+    model: "WhisperForConditionalGeneration", options: Options, context: Context
 ) -> tuple[LossTerm | None, AfterStep | None, dict[str, float]]:
-    """The loss term, or the hook after the step, and the scales it was given."""
+    """Return the loss term or the hook after each step, and the scales of the lambdas."""
     if not any(lambdas_of(options).values()):
         return None, None, {}
-    guard = guards(model, options.protect_alignment)
+    protected = guards(model, options.protect_alignment)
     if options.reg_mode == "proximal":
         scales = average_sizes(weights_of(model, options.layers))
-        return None, proximal_hook(options, scales, guard), readable(scales)
-    loss = loss_before(model, work.processor, work.train, options.training, work.seed)
+        return None, proximal_hook(options, scales, protected), readable(scales)
+    loss = loss_before(model, context.processor, context.train, options.training, context.seed)
     with torch.no_grad():
-        start = penalties(model, options, guard)
+        start = penalties(model, options, protected)
     scales = {key: loss / float(penalty) for key, penalty in start.items()}
-    return penalty_term(options, scales, guard), None, readable(scales)
+    return penalty_term(options, scales, protected), None, readable(scales)
 
 
 def penalties(
-    model: nn.Module, options: Options, guard: Masks | None = None
+    model: nn.Module, options: Options, protected: Masks | None = None
 ) -> dict[tuple[str, str], Tensor]:
-    """The four sums of (1), without what is guarded."""
+    """Return the four sums of (1), without protected weights."""
     sums: dict[tuple[str, str], list[Tensor]] = {}
-    for name, module in chosen(model, options.layers):
-        weight = unguarded(module.weight, name, guard or {})
+    for name, module in matching(model, options.layers):
+        weight = unprotected(module.weight, name, protected or {})
         column = column_penalty(weight, options.group_norm)
         sums.setdefault((side_of(name), "element"), []).append(element_penalty(weight))
         sums.setdefault((side_of(name), "column"), []).append(column)
     return {key: torch.stack(parts).sum() for key, parts in sums.items()}
 
 
-def unguarded(weight: Tensor, name: str, guard: Masks) -> Tensor:
-    """The weight with zeros where it is guarded."""
-    return weight * ~guard[name].to(weight.device) if name in guard else weight
+def unprotected(weight: Tensor, name: str, protected: Masks) -> Tensor:
+    """Return the weight with protected elements set to zero."""
+    return weight * ~protected[name].to(weight.device) if name in protected else weight
 
 
-def penalty_term(options: Options, scales: Lambdas, guard: Masks) -> LossTerm:
-    """(1) without L_CE; a scale is (cross entropy / penalty) of the starting model."""
+def penalty_term(options: Options, scales: Lambdas, protected: Masks) -> LossTerm:
+    """Return (1) without L_CE; `scales` are cross entropy / penalty of the initial model."""
     lambdas = lambdas_of(options)
 
     def term(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
-        sums = penalties(model, options, guard)
+        sums = penalties(model, options, protected)
         return torch.stack([lambdas[key] * scales[key] * sums[key] for key in sums]).sum()
 
     return term
 
 
-def proximal_hook(options: Options, scales: Lambdas, guard: Masks) -> AfterStep:
-    """The proximal step after AdamW's, decoupled from the gradient as AdamW's weight decay is.
+def proximal_hook(options: Options, scales: Lambdas, protected: Masks) -> AfterStep:
+    """Return the hook that takes the proximal step after AdamW's, decoupled like weight decay.
 
-    AdamW moves an element by about the learning rate, whatever the size of its gradient; so the
-    effective step of the penalty is learning rate * scale, with the average size of an element,
-    or the average RMS of a column, of the starting model as its scale.
+    AdamW moves an element by about the learning rate, whatever its gradient's size, so the step of
+    the penalty is learning rate * scale. `scales` are the average size of an element and the
+    average RMS of a column in the initial model.
     """
     lambdas = lambdas_of(options)
 
     def hook(model: nn.Module, step: int, learning_rate: float) -> None:
         amounts = {key: learning_rate * lambdas[key] * scales[key] for key in scales}
-        for name, module in chosen(model, options.layers):
+        for name, module in matching(model, options.layers):
             amount = amounts[side_of(name), "element"], amounts[side_of(name), "column"]
-            free = unguarded(module.weight, name, guard)  # zeros stay zeros in the step
-            near = proximal(free, *amount, options.group_norm)
-            module.weight.copy_(near + (module.weight - free) if name in guard else near)
+            free = unprotected(module.weight, name, protected)  # the step keeps zeros at zero
+            new = proximal(free, *amount, options.group_norm)
+            module.weight.copy_(new + (module.weight - free) if name in protected else new)
 
     return hook
 
 
 def average_sizes(weights: Mapping[str, Tensor]) -> Lambdas:
-    """Mean |w| over a side's elements, and mean RMS over its columns."""
+    """Return, for each side, the mean |w| of its elements and the mean RMS of its columns."""
     elements: dict[str, list[Tensor]] = {}
     columns: dict[str, list[Tensor]] = {}
     for name, weight in weights.items():
@@ -386,164 +381,70 @@ def average_sizes(weights: Mapping[str, Tensor]) -> Lambdas:
 
 
 def readable(scales: Lambdas) -> dict[str, float]:
+    """Return the scales by the names of their options."""
     return {f"{side}_{kind}": scale for (side, kind), scale in scales.items()}
 
 
-# -- pruning
+# -- pruning and recovery
 
 
 def prune(
-    model: "WhisperForConditionalGeneration", options: Options, work: Work, record: dict[str, Any]
+    model: "WhisperForConditionalGeneration", options: Options, context: Context, record: dict
 ) -> None:
-    """Choose the strength, then zero what the two passes say, once."""
+    """Choose the strength, then prune once."""
     dense = {n: weight.clone() for n, weight in weights_of(model, options.layers).items()}
     full = Thresholds(options.c1, options.c2, options.rho)
-    guard = guards(model, options.protect_alignment)
+    protected = guards(model, options.protect_alignment)
 
     def prune_to(strength: float) -> None:
-        keep = two_pass(dense, full.at(strength), options)
-        set_pruned(model, dense, guarded(keep, guard))
+        masks = two_pass(dense, full.at(strength), options)
+        set_pruned(model, dense, guarded(masks, protected))
 
-    floor = max(strength_for(name, options, model, prune_to) for name in SHARES)
+    thresholds = f"c1 = {options.c1:g}, c2 = {options.c2:g} and rho = {options.rho:g}"
+    shares = shares_of(options).items()
+    floors = [smallest_strength(n, share, model, prune_to, thresholds) for n, share in shares]
+    floor = max(floors, default=0.0)
     strength = floor or 1.0
     if options.search:
-        strength = choose_strength(model, prune_to, floor, options, work, record)
+        limit = record["dev_wer"]["before"] + options.wer_margin / 100
+
+        def wer_at(strength: float) -> float:
+            prune_to(strength)
+            return context.wer(model).wer
+
+        strength, trials = largest_strength(wer_at, floor, limit, options.evaluations)
+        record["dev_wer"]["pruned"] = wer_at(strength)
+        record["search"] = {"limit": limit, "floor": floor, "tried": trials}
     prune_to(strength)
-    thresholds = full.at(strength)
-    record["thresholds"] = {"strength": strength, **asdict(thresholds)}
+    record["thresholds"] = {"strength": strength, **asdict(full.at(strength))}
     record["pruned"] = bookkeeping(model)
 
 
-def choose_strength(
-    model: "WhisperForConditionalGeneration",
-    prune_to: Callable[[float], None],
-    floor: float,
-    options: Options,
-    work: Work,
-    record: dict[str, Any],
-) -> float:
-    """The largest strength, at least `floor`, whose dev WER stays within the margin of that before
-    the step: what training lost counts as well."""
-    known = record["dev_wer"]
-    limit = known["before"] + options.wer_margin / 100
-    tried: list[dict[str, float]] = []
-
-    with progress_bar(
-        options.evaluations, None, main_process(), "tspar: choosing thresholds"
-    ) as show:
-
-        def good(strength: float) -> bool:
-            prune_to(strength)
-            wer = work.wer(model).wer
-            tried.append({"strength": strength, "dev_wer": wer})
-            show(len(tried), f"dev WER {100 * wer:.1f} %")
-            return wer <= limit
-
-        strength = largest(good, floor, options.evaluations)
-    prune_to(strength)
-    known["pruned"] = work.wer(model).wer
-    record["search"] = {
-        "limit": limit,
-        "floor": floor,
-        "tried": tried,
-    }
-    return strength
-
-
-def largest(good: Callable[[float], bool], low: float, evaluations: int) -> float:
-    """Bisection between `low`, which is accepted unseen, and 1, in so many evaluations.
-
-    It relies on more being pruned as the strength grows. That is certain, but for the largest
-    column, which always stays, where pass_order is "statistics_then_apply" or c2 is infinite. In
-    the default order a larger c1 moves the mean and the deviation that a finite c2 is measured
-    against, so that a column may come back; what is returned was found good, or is `low`, all the
-    same.
-    """
-    high = 1.0
-    if low >= high or good(high):
-        return high
-    for _ in range(evaluations - 1):
-        middle = (low + high) / 2
-        low, high = (middle, high) if good(middle) else (low, middle)
-    return low
-
-
-# -- shares that are asked for
-
-SHARES = {"min_removed": removed_share, "min_zero": zero_share}
-"""Options that ask for a share, and what counts it."""
-
-
-def strength_for(
-    name: str, options: Options, model: nn.Module, prune_to: Callable[[float], None]
-) -> float:
-    """The smallest strength at which the share that option `name` asks for counts; 0 for none.
-
-    Raises Problem where the recipe's own thresholds, at strength 1, do not reach it.
-    """
-    share, counted = getattr(options, name), SHARES[name]
-    low, high = 0.0, 1.0 if share > 0 else 0.0
-    while high - low > 1 / 256:
-        middle = (low + high) / 2
-        prune_to(middle)
-        low, high = (low, middle) if counted(model) >= share else (middle, high)
-    if high == 1:
-        prune_to(high)
-        if (reached := counted(model)) < share:
-            thresholds = f"c1 = {options.c1:g}, c2 = {options.c2:g} and rho = {options.rho:g}"
-            raise Problem(
-                f"tspar: {name} asks for {share:.3f} of the parameters outside the token table; "
-                f"at full strength, {thresholds} reach {reached:.3f}",
-                hint=f"raise c1 or rho, lower c2, let `layers` name more, or set {name} to "
-                f"{math.floor(1000 * reached) / 1000:g} or less",
-            )
-    return high
-
-
-def refuse_unreachable(model: "WhisperForConditionalGeneration", options: Options) -> None:
-    """Raise Problem, before anything is trained, for a share that all of `layers` together, without
-    what is guarded, do not make up."""
-    asked = {name: getattr(options, name) for name in SHARES if getattr(options, name) > 0}
-    if not asked:
-        return
-    dense = {name: weight.clone() for name, weight in weights_of(model, options.layers).items()}
-    nothing = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in dense.items()}
-    set_pruned(model, dense, guarded(nothing, guards(model, options.protect_alignment)))
-    there = {name: SHARES[name](model) for name in asked}
-    set_pruned(model, dense, {name: ~keep for name, keep in nothing.items()})
-    for name, share in asked.items():
-        if share > there[name]:
-            raise Problem(
-                f"tspar: {name} asks for {share:.3f} of the parameters outside the token table; "
-                f"all that is in the layers {options.layers!r} and may be pruned makes up "
-                f"{there[name]:.3f}",
-                hint=f"set {name} to less, or let `layers` name more",
-            )
-
-
-# -- recovery
+def shares_of(options: Options) -> dict[str, float]:
+    """Return the minimum shares that are set, by the names of their options."""
+    return {name: getattr(options, name) for name in SHARES if getattr(options, name) > 0}
 
 
 def recover(
     model: "WhisperForConditionalGeneration",
     loss_term: LossTerm | None,
     options: Options,
-    work: Work,
+    context: Context,
     record: dict[str, Any],
 ) -> None:
-    """Fine-tune without the penalties; what was pruned stays zero."""
-    alive = {name: weight != 0 for name, weight in weights_of(model).items()}
-    with masked_gradients(model, alive):
+    """Fine-tune without the penalties; pruned weights stay zero."""
+    masks = {name: weight != 0 for name, weight in weights_of(model).items()}
+    with masked_gradients(model, masks):
         log = train(
             model,
-            work.processor,
-            work.train,
+            context.processor,
+            context.train,
             options.recovery,
-            run_dir=work.run_dir / "tspar-recovery",
-            seed=work.seed + 1,
+            run_dir=context.run_dir / "tspar-recovery",
+            seed=context.seed + 1,
             identity=repr(options),
             loss_term=loss_term,
-            after_step=hold(alive),
+            after_step=hold(masks),
             label="tspar: recovering",
         )
     record["recovery"] = log.summary()

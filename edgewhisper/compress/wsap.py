@@ -1,23 +1,24 @@
 """Weight statistics aware pruning, WSAP (University of Surrey, Sedimark project; IEEE CSCN 2025).
 
-Matrices whose weights spread far from their mean are taken to hold more that can go. Rank the
-matrices by the coefficient of variation of their weights, prune the low third lightly and the high
-third hard, by magnitude; then fine-tune. A weak baseline: a linear layer's mean is nearly zero, so
-the coefficient is mostly noise.
+WSAP assumes that a matrix whose weights vary more, relative to their mean, has more weights to
+spare. It ranks the matrices by the coefficient of variation of their weights, prunes the low third
+lightly and the high third heavily, by magnitude, and then fine-tunes. It is a weak baseline: the
+mean of a linear layer's weights is nearly zero, so the coefficient is mostly noise.
 
     here             shape            meaning
-    weight           (d_out, d_in)    one linear layer's weight
-    variation        ()               (1), one number a matrix
-    ratio            ()               (2), the share of the matrix that is pruned
+    weight           (d_out, d_in)    weight of one linear layer
+    variation        ()               (1), one number per matrix
+    ratio            ()               (2), share of the matrix that is pruned
 
-    variation = std(W) / |mean(W)|, infinite where the mean is zero                        (1)
-    ratio = low where variation <= a, middle where it is <= b, high elsewhere              (2)
-    a, b = the 33rd and 66th percentile of all matrices' variations, infinite ones as 0    (3)
-    W <- W without its `ratio` smallest |W|                                                (4)
+    variation = std(W) / |mean(W)|, infinite if the mean is zero                           (1)
+    ratio = low if variation <= a, middle if variation <= b, else high                     (2)
+    a, b = 33rd and 66th percentile of all variations, infinite ones counted as 0          (3)
+    W <- W with its `ratio` smallest |W| set to zero                                       (4)
 
-The authors' older version has a = 150 and b = 600 instead of (3): `thresholds = "fixed"`. What we
-fill in: the matrices are TSPAR's, every linear layer of the blocks; std divides by the number of
-weights; percentiles are interpolated linearly; fine-tuning holds what was pruned at zero.
+An older version of the authors has a = 150 and b = 600 instead of (3): `thresholds = "fixed"`. The
+authors leave these open; our choices: the matrices are all linear layers of the blocks, as in
+TSPAR; std divides by the number of weights; percentiles are interpolated linearly; fine-tuning
+keeps pruned weights at zero.
 """
 
 import math
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from torch import Tensor
 
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.masks import (
     bookkeeping,
     guarded,
@@ -39,8 +41,7 @@ from edgewhisper.compress.masks import (
     smallest,
     weights_of,
 )
-from edgewhisper.compress.order import refuse_quantised
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.recipe import Range
 from edgewhisper.resume import digest
 from edgewhisper.training import Training, train
@@ -58,16 +59,16 @@ class Options:
     layers: str = "*"
     """Shell pattern of the linear layers that are pruned."""
     thresholds: Literal["percentiles", "fixed"] = "percentiles"
-    """(3), or the older 150 and 600."""
+    """percentiles: (3). fixed: 150 and 600."""
     low: Ratio = 0.3
-    """The share pruned of matrices whose weights vary least."""
+    """Share pruned of the matrices with the smallest variation."""
     middle: Ratio = 0.5
     high: Ratio = 0.7
     protect_alignment: bool = False
-    """Ours: leave the cross-attention heads that token timestamps are read from as they are
+    """Ours: do not prune the cross-attention heads that token timestamps are read from
     (generation_config.alignment_heads)."""
     recovery: Training = field(default_factory=lambda: Training(steps=400, learning_rate=5e-4))
-    """Fine-tuning after pruning, what was pruned held at zero."""
+    """Fine-tuning after pruning; pruned weights stay zero."""
 
 
 def variation(weight: Tensor) -> float:
@@ -77,7 +78,7 @@ def variation(weight: Tensor) -> float:
 
 
 def bounds(variations: Mapping[str, float], thresholds: str) -> tuple[float, float]:
-    """a and b, see (3)."""
+    """Return a and b, see (3)."""
     if thresholds == "fixed":
         return FIXED
     finite = [v if math.isfinite(v) else 0.0 for v in variations.values()]
@@ -86,7 +87,7 @@ def bounds(variations: Mapping[str, float], thresholds: str) -> tuple[float, flo
 
 
 def ratios(variations: Mapping[str, float], options: Options) -> dict[str, float]:
-    """(2), for every matrix."""
+    """Return the ratio (2) of every matrix, by name."""
     a, b = bounds(variations, options.thresholds)
     return {
         name: options.low if v <= a else options.middle if v <= b else options.high
@@ -94,42 +95,46 @@ def ratios(variations: Mapping[str, float], options: Options) -> dict[str, float
     }
 
 
-def keep_largest(weight: Tensor, ratio: float, guard: Tensor | None = None) -> Tensor:
-    """(4): what stays, (d_out, d_in) bool; all that is guarded does."""
-    sizes = never_smallest(weight.abs(), guard)
+def keep_largest(weight: Tensor, ratio: float, protected: Tensor | None = None) -> Tensor:
+    """Return the mask of (4), (d_out, d_in) bool: true where a weight is kept.
+
+    Weights that are protected, (d_out, d_in) bool, are pruned last.
+    """
+    sizes = never_smallest(weight.abs(), protected)
     return ~smallest(sizes, round(ratio * weight.numel()))
 
 
 def apply(
-    model: "WhisperForConditionalGeneration", options: Options, work: Work
+    model: "WhisperForConditionalGeneration", options: Options, context: Context
 ) -> "WhisperForConditionalGeneration":
-    """Prune once, then fine-tune; what was pruned is zero in the result.
+    """Prune once, then fine-tune; pruned weights are zero in the result.
 
-    `work.record["wsap"]` has every matrix's variation and ratio. Raises what training.train raises.
+    `context.record["wsap"]` has the variation and ratio of every matrix. Raises Problem if no layer
+    matches, and what training.train raises.
     """
     refuse_quantised(model, "wsap", options)
     weights = weights_of(model, options.layers)
     variations = {name: variation(weight) for name, weight in weights.items()}
     shares = ratios(variations, options)
-    guard = guards(model, options.protect_alignment)
-    keep = {n: keep_largest(weight, shares[n], guard.get(n)) for n, weight in weights.items()}
-    keep = guarded(keep, guard)
-    set_pruned(model, weights, keep)
-    with masked_gradients(model, keep):
+    protected = guards(model, options.protect_alignment)
+    masks = {n: keep_largest(w, shares[n], protected.get(n)) for n, w in weights.items()}
+    masks = guarded(masks, protected)
+    set_pruned(model, weights, masks)
+    with masked_gradients(model, masks):
         log = train(
             model,
-            work.processor,
-            work.train,
+            context.processor,
+            context.train,
             options.recovery,
-            run_dir=work.run_dir / "wsap-recovery",
-            seed=work.seed,
-            identity=digest(keep, "wsap"),
-            after_step=hold(keep),
+            run_dir=context.run_dir / "wsap-recovery",
+            seed=context.seed,
+            identity=digest(masks, "wsap"),
+            after_step=hold(masks),
             label="wsap: fine-tuning",
         )
-    work.record["wsap"] = {
+    context.record["wsap"] = {
         "bounds": bounds(variations, options.thresholds),
-        # an infinite variation is no number in JSON
+        # JSON has no infinity
         "variations": {n: v if math.isfinite(v) else None for n, v in variations.items()},
         "ratios": shares,
         "recovery": log.summary(),

@@ -372,14 +372,14 @@ def test_the_clips_that_come_with_the_product_have_a_normalizer_that_suits_them(
 )
 def test_thresholds_are_chosen_by_the_dev_clips_language(monkeypatch, tmp_path, lang, text, name):
     from edgewhisper import decoding
-    from edgewhisper.compress.work import Work
+    from edgewhisper.compress.context import Context
 
     monkeypatch.setattr(Clip, "pcm", lambda clip: None)
     monkeypatch.setattr(decoding, "transcribe", lambda *given, **options: [text])
     processor = SimpleNamespace(tokenizer=lambda *given, **options: SimpleNamespace(input_ids=[1]))
     model = torch.nn.Linear(1, 1)
     model.config = model.generation_config = SimpleNamespace()
-    found = Work(processor, [], clips_in((lang, text)), tmp_path).wer(model)
+    found = Context(processor, [], clips_in((lang, text)), tmp_path).wer(model)
     assert (found.normalizer, found.wer) == (name, 0)
 
 

@@ -36,9 +36,9 @@ from edgewhisper.alignment import (
     word_times,
 )
 from edgewhisper.compress import imp, tspar, wsap
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.masks import guards
 from edgewhisper.compress.shrink import slimmed
-from edgewhisper.compress.work import Work
 from edgewhisper.training import Training
 from export.problem import Problem
 
@@ -410,9 +410,9 @@ METHODS = {"tspar": tspar, "imp": imp, "wsap": wsap}
 
 
 @pytest.fixture
-def work(processor, clips, tmp_path) -> Work:
+def work(processor, clips, tmp_path) -> Context:
     two = read_manifest(clips)[:2]
-    return Work(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
+    return Context(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
 
 
 def zeros_of(model, heads) -> tuple[list[float], list[float]]:

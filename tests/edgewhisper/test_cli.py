@@ -395,9 +395,9 @@ def test_a_checkpoint_that_is_quantised_already(refused, processor, digits, tmp_
     """Before its dev clips are decoded."""
     from edgewhisper import whisper
     from edgewhisper.compress import qat
-    from edgewhisper.compress.work import Work
+    from edgewhisper.compress.context import Context
 
-    work = Work(processor, [], [], tmp_path)
+    work = Context(processor, [], [], tmp_path)
     model = qat.apply(whisper.load(digits), qat.Options(stem=8), work)
     whisper.save(model, processor, tmp_path / "quantised", {})
     text = refused('[[step]]\nmethod = "shrink"\n', {}, model=tmp_path / "quantised")

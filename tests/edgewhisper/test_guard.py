@@ -14,7 +14,7 @@ import torch
 from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, pipeline, runs, whisper
 from edgewhisper.compress import tspar
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.context import Context
 from edgewhisper.guard import Guard, Loss, TooMuchLost, likely_cause
 from edgewhisper.recipe import Recipe, load_recipe, parse
 from edgewhisper.training import Training
@@ -179,7 +179,7 @@ def test_allow_loss_writes_it_and_its_card_says_so(few, digits):
 
 def test_many_small_losses_are_too_much_together(tiny_whisper, processor, clips, tmp_path):
     two = read_manifest(clips)[:2]
-    work = Work(processor, two, two, tmp_path)
+    work = Context(processor, two, two, tmp_path)
     wers = iter([0.05, 0.05, 0.09, 0.09, 0.13, 0.13])
     work.wer = lambda model: score(next(wers))
     recipe = parse("mine", SHRINK + SHRINK)
@@ -210,14 +210,14 @@ def test_what_training_lost_counts_in_tspars_margin(
 ):
     """The model before the step has 5 %, training makes it 50 %: no strength is within 2 points."""
     few = read_manifest(clips)[:3]
-    work = Work(processor, few, few, tmp_path)
+    work = Context(processor, few, few, tmp_path)
     before = tiny_whisper.model.encoder.layers[0].fc1.weight.detach().clone()
 
     def wer(self, model):
         same = torch.equal(model.model.encoder.layers[0].fc1.weight, before)
         return score(0.05 if same else 0.5)
 
-    monkeypatch.setattr(Work, "wer", wer)
+    monkeypatch.setattr(Context, "wer", wer)
     brief = Training(steps=1, batch_size=2, learning_rate=1e-3)
     options = tspar.Options(c1=2.0, c2=-1.0, wer_margin=2.0, evaluations=3, training=brief)
     tspar.apply(tiny_whisper, options, work)
@@ -229,7 +229,7 @@ def test_what_training_lost_counts_in_tspars_margin(
 
 def test_a_model_is_evaluated_once(tiny_whisper, processor, clips, tmp_path, monkeypatch):
     few = read_manifest(clips)[:2]
-    work = Work(processor, few, few, tmp_path)
+    work = Context(processor, few, few, tmp_path)
     calls = []
 
     def transcribe(model, processor, pcms, *rest, **options):
@@ -257,7 +257,7 @@ def test_a_model_that_rambles_is_stopped(tiny_whisper, processor, clips):
 def test_the_bound_on_tokens_does_not_change_a_healthy_model(digits, processor, clips, tmp_path):
     model, few = whisper.load(digits), read_manifest(clips)[:8]
     pcms, languages = [clip.pcm() for clip in few], [clip.lang for clip in few]
-    bound = Work(processor, few, few, tmp_path)._most_tokens()
+    bound = Context(processor, few, few, tmp_path)._most_tokens()
     free = decoding.transcribe(model, processor, pcms, languages)
     assert decoding.transcribe(model, processor, pcms, languages, max_tokens=bound) == free
 

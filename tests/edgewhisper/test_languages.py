@@ -18,7 +18,7 @@ from benchmarks.speech.clips import read_manifest
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import alignment, decoding, pipeline, whisper
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.context import Context
 from edgewhisper.examples import token_ids
 from edgewhisper.languages import set_language, set_prompt
 from edgewhisper.recipe import parse
@@ -182,7 +182,7 @@ def test_dev_clips_are_judged_under_their_own_languages(
     tiny_whisper, processor, few, drawn, tmp_path
 ):
     clips = in_languages(few, drawn(4))
-    work = Work(processor, clips, clips, tmp_path)
+    work = Context(processor, clips, clips, tmp_path)
     prompts = heard(tiny_whisper, partial(work.wer, tiny_whisper))
     assert {named(processor, p) for p in prompts} == {clip.lang for clip in clips}
 
@@ -379,7 +379,7 @@ def test_speech_without_a_token_is_prompted_as_asked_from_training_to_the_artifa
 def test_every_step_keeps_the_language(tiny_whisper, processor, few, drawn, tmp_path):
     (code,) = drawn(1)
     tiny_whisper.generation_config.language = code
-    work = Work(processor, in_languages(few[:2], [code] * 2), few[:2], tmp_path, original=None)
+    work = Context(processor, in_languages(few[:2], [code] * 2), few[:2], tmp_path, original=None)
     recipe = parse("mine", STEPS.replace("rank = 96", "rank = 16"))
     model = pipeline.run_steps(tiny_whisper, recipe, work, say=lambda text: None)
     assert model.generation_config.language == code

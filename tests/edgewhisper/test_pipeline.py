@@ -12,7 +12,7 @@ from ctrl_c import count_calls, press_ctrl_c
 from benchmarks.bench import Measuring
 from benchmarks.speech.clips import read_manifest
 from edgewhisper import pipeline, runs, whisper
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.context import Context
 from edgewhisper.recipe import parse
 from edgewhisper.resume import Interrupted
 from edgewhisper.training import Loop
@@ -151,7 +151,7 @@ def random_start(make_whisper, processor, tmp_path) -> str:
     ("busy_with", "raised"),
     [
         pytest.param((Loop, "update"), Interrupted, id="in training"),
-        pytest.param((Work, "wer"), KeyboardInterrupt, id="while it judges"),
+        pytest.param((Context, "wer"), KeyboardInterrupt, id="while it judges"),
     ],
 )
 def test_the_same_command_after_ctrl_c_gives_the_same_weights(
@@ -217,7 +217,7 @@ def test_the_newest_output_is_found_by_name(empty):
 def test_a_method_may_come_twice_in_a_recipe(tiny_whisper, processor, clips, tmp_path):
     step = '[[step]]\nmethod = "wsap"\n[step.recovery]\nsteps = 1\nbatch_size = 2\n'
     two = read_manifest(clips)[:2]
-    work = Work(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
+    work = Context(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
     pipeline.run_steps(tiny_whisper, parse("twice", 2 * step), work, say=lambda text: None)
     assert set(work.record) == {"wsap", "wsap-2"}
     assert work.record["wsap"]["variations"] != work.record["wsap-2"]["variations"]

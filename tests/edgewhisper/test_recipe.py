@@ -115,7 +115,7 @@ QUANTISERS = ["qat", "kdq"]
 def test_a_step_that_changes_weights_may_not_follow_one_that_quantises(quantiser, method):
     text = refusal(in_order("shrink", quantiser, "qat", method))
     assert f"step 4 ({method}) would change weights that step 3 (qat) has quantised" in text
-    assert "put step 3 (qat) behind step 4" in text
+    assert "move step 3 (qat) after step 4" in text
     parse("mine", in_order("shrink", method, quantiser, "qat"))
 
 

@@ -18,7 +18,7 @@ from benchmarks import latency
 from benchmarks.latency import Cost
 from benchmarks.wer import Score
 from edgewhisper import pipeline, runs, search, targets
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.context import Context
 from edgewhisper.recipe import parse as parse_recipe
 from edgewhisper.resume import Interrupted
 from edgewhisper.search import Tried
@@ -191,13 +191,13 @@ def wer_by_size(monkeypatch) -> list[int]:
     """Dev WER grows as parameters go, 10 points from all of them to none; the sizes evaluated."""
     seen: list[int] = []
 
-    def wer(self: Work, model) -> Score:
+    def wer(self: Context, model) -> Score:
         size = count_parameters(model)["total"]
         seen.append(size)
         rate = 0.1 * (1 - size / DENSE)
         return Score(rate, rate, rate, (rate, rate + 0.01), 0, 0, 0, 100, 2, 0, "none")
 
-    monkeypatch.setattr(Work, "wer", wer)
+    monkeypatch.setattr(Context, "wer", wer)
     return seen
 
 
@@ -330,14 +330,14 @@ def test_an_interrupted_search_goes_on_and_repeats_no_finished_trial(
     made = len(wer_by_size) - 1  # the first is of the model before; a rank drawn twice is made once
     before, last = len(wer_by_size), int(rng.integers(1, made + 1))
 
-    def stopped(self, model, inner=Work.wer):
+    def stopped(self, model, inner=Context.wer):
         if len(wer_by_size) == before + last:
             wer_by_size.append(0)
             raise KeyboardInterrupt
         return inner(self, model)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "wer", stopped)
+        patch.setattr(Context, "wer", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(Targets(wer_loss=0.4), seed=3)
     assert not Path("out").exists()

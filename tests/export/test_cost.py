@@ -11,7 +11,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from benchmarks.speech.clips import read_manifest
 from edgewhisper import whisper
 from edgewhisper.compress import lite, merge, shear
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.context import Context
 from edgewhisper.training import Training
 from export.cost import count_parameters, macs, macs_by_window, window_macs
 from export.shrink import shrink
@@ -139,7 +139,7 @@ def test_graphs_of_low_rank_layers_merged_layers_and_a_factorised_table_cost_wha
 ):
     """Of LiteASR and BaldWhisper, as of TSPAR: the operators of the graphs, counted one by one."""
     two = read_manifest(clips)[:2]
-    work = Work(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
+    work = Context(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
     d_model = 2 * int(rng.integers(10, 20))
     model = make_whisper(d_model=d_model, ffn=int(rng.integers(30, 60)), decoder_layers=4)
     none = Training(steps=0)

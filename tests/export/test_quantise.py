@@ -18,8 +18,8 @@ from stored_weights import same_bits, stored_rows
 from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import pipeline, whisper
 from edgewhisper.compress import METHODS, lite, qat, shear, short, shrink
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.qat import StraightThrough, fake_quantised, settle
-from edgewhisper.compress.work import Work
 from edgewhisper.training import Training
 from edgewhisper.whisper import GatherLinear, linears
 from export.onnx import graph as ops
@@ -50,8 +50,8 @@ def few(clips: Path) -> list[Clip]:
 
 
 @pytest.fixture
-def work(few, processor, tmp_path: Path) -> Work:
-    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run")
+def work(few, processor, tmp_path: Path) -> Context:
+    return Context(processor=processor, train=few, dev=few, run_dir=tmp_path / "run")
 
 
 def draw_weight(rng) -> torch.Tensor:
@@ -319,7 +319,7 @@ def test_trained_weights_stand_on_their_grids_and_the_loss_falls(scales, tiny_wh
 
 def test_it_stays_near_the_model_that_the_recipe_began_with(make_whisper, work, monkeypatch):
     asked = []
-    monkeypatch.setattr(qat, "keep_term", lambda *given: asked.append(given[:2]))
+    monkeypatch.setattr(qat, "distance_term", lambda *given: asked.append(given[:2]))
     original, model = make_whisper(), make_whisper()
     options = qat.Options(keep=0.7, training=Training(steps=1, batch_size=2))
     qat.apply(model, options, replace(work, original=original))
@@ -339,7 +339,7 @@ def test_two_steps_share_the_work(tiny_whisper, work):
 
 
 def test_a_pattern_without_a_layer_is_refused(tiny_whisper, work):
-    with pytest.raises(Problem, match=r"no linear layer is called 'fc3'"):
+    with pytest.raises(Problem, match=r"no linear layer matches 'fc3'"):
         qat.apply(tiny_whisper, qat.Options(layers="fc3"), work)
 
 

@@ -19,7 +19,7 @@ from small_whisper import random_whisper
 from benchmarks.speech.clips import read_manifest
 from edgewhisper import pipeline, whisper
 from edgewhisper.compress import imp, kdq, lite, merge, qat, shear, short, tspar, wsap
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.context import Context
 from edgewhisper.training import Training, train
 
 RATE = 1e-3
@@ -31,12 +31,12 @@ TEACHER = "a teacher"
 
 @dataclass(frozen=True)
 class Step:
-    apply: Callable[[Any, Any, Work], Any]
+    apply: Callable[[Any, Any, Context], Any]
     options: Any
     decoder_layers: int = 2
 
 
-def fine_tune(model: Any, options: Training, work: Work) -> Any:
+def fine_tune(model: Any, options: Training, work: Context) -> Any:
     """The training loop alone."""
     log = train(
         model, work.processor, work.train, options, run_dir=work.run_dir / "loop", seed=work.seed
@@ -107,7 +107,7 @@ def take(name: str, seed: int, place: Path, train_clips: int = 7) -> tuple[Any, 
     if getattr(options, "teacher", ""):
         options = replace(options, teacher=str(place.parent / TEACHER))
     processor = whisper.load_processor(digits)
-    work = Work(processor, clips[:train_clips], clips[:2], place, seed, copy.deepcopy(model))
+    work = Context(processor, clips[:train_clips], clips[:2], place, seed, copy.deepcopy(model))
     return step.apply(model, options, work), work.record
 
 

@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning: the rounds, their masks, and going on where they were stopped."""
+"""Iterative magnitude pruning: rounds, masks, and resumed runs."""
 
 import copy
 import os
@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import imp, shrink
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.imp import Options, kept_after, prune
 from edgewhisper.compress.masks import smallest, weights_of
-from edgewhisper.compress.work import Work
 from edgewhisper.resume import Interrupted
 from edgewhisper.training import Training, train
 from export.problem import Problem
@@ -28,13 +27,10 @@ AT_ONCE = Options(share=1.0, target=0.5, start=NONE, training=NONE, recovery=NON
 
 
 @pytest.fixture
-def few(clips: Path) -> list[Clip]:
-    return read_manifest(clips)[:3]
-
-
-@pytest.fixture
-def work(few, processor, tmp_path: Path, seed: int) -> Work:
-    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run", seed=seed % 1000)
+def context(few, processor, tmp_path: Path, seed: int) -> Context:
+    return Context(
+        processor=processor, train=few, dev=few, run_dir=tmp_path / "run", seed=seed % 1000
+    )
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def model(make_whisper):
 
 @pytest.fixture
 def drawn(rng) -> dict[str, torch.Tensor]:
-    """Matrices of freshly drawn shapes and scales."""
+    """Random matrices of random shapes and scales."""
     shapes = rng.integers(1, 30, size=(int(rng.integers(1, 6)), 2)).tolist()
     return {f"{n}": torch.randn(*s) * float(rng.uniform(0.1, 3)) for n, s in enumerate(shapes)}
 
@@ -61,7 +57,7 @@ def same_bits(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-# ------------------------------------------------------------------------- rounds and magnitudes
+# ---------------------------------------------------------------------------- rounds and magnitudes
 
 
 def test_rounds_of_a_fifth_reach_the_target_and_end_there():
@@ -71,7 +67,7 @@ def test_rounds_of_a_fifth_reach_the_target_and_end_there():
     assert kept_after(0.2, 0.0) == []
 
 
-def test_every_round_takes_its_share_of_what_is_left(rng):
+def test_every_round_prunes_its_share_of_the_remaining_weights(rng):
     share, target = rng.uniform(0.01, 0.9), rng.uniform(0.01, 0.99)
     kept = [1.0, *kept_after(share, target)]
     assert kept[-1] == pytest.approx(1 - target)
@@ -81,7 +77,7 @@ def test_every_round_takes_its_share_of_what_is_left(rng):
     assert kept[-2] * (1 - share) <= kept[-1] * (1 + 1e-9)
 
 
-def test_pruning_matrices_whose_answer_is_known():
+def test_pruning_of_small_matrices_by_hand():
     weights = {"a": torch.tensor([[1.0, -8.0], [3.0, 0.5]]), "b": torch.tensor([[-0.1, 0.2]])}
     globally = prune(weights, whole(weights), 0.5, "global")
     assert globally["a"].tolist() == [[True, True], [True, False]]
@@ -91,32 +87,34 @@ def test_pruning_matrices_whose_answer_is_known():
     assert each["b"].tolist() == [[False, True]]
 
 
-def test_equal_weights_go_one_by_one():
+def test_equal_weights_are_pruned_in_order_of_index():
     assert smallest(torch.tensor([2.0, 1.0, 1.0, 1.0]), 2).tolist() == [False, True, True, False]
     assert not smallest(torch.ones(2, 2), 0).any()
     assert smallest(torch.ones(2, 2), 4).all()
 
 
-def test_the_smallest_are_those_of_a_sort(rng):
+def test_smallest_agrees_with_argsort(rng):
     values = torch.from_numpy(rng.integers(0, 9, size=tuple(rng.integers(1, 12, size=2)))).float()
     count = int(rng.integers(0, values.numel() + 1))
-    wanted = np.zeros(values.numel(), dtype=bool)
-    wanted[np.argsort(values.numpy().ravel(), kind="stable")[:count]] = True
-    assert smallest(values, count).numpy().ravel().tolist() == wanted.tolist()
+    expected = np.zeros(values.numel(), dtype=bool)
+    expected[np.argsort(values.numpy().ravel(), kind="stable")[:count]] = True
+    assert smallest(values, count).numpy().ravel().tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("scope", ["global", "per_matrix"])
-def test_masks_only_lose_and_lose_exactly_their_share(scope, drawn, rng):
+def test_masks_only_shrink_and_by_exactly_their_share(scope, drawn, rng):
     keep, total = whole(drawn), sum(w.numel() for w in drawn.values())
-    for left in sorted(rng.uniform(0, 1, size=4), reverse=True):
+    for remaining in sorted(rng.uniform(0, 1, size=4), reverse=True):
         weights = {name: torch.randn_like(w) for name, w in drawn.items()}  # as after training
-        before, keep = keep, prune(weights, keep, left, scope)
+        before, keep = keep, prune(weights, keep, remaining, scope)
         assert all((keep[name] <= before[name]).all() for name in keep)
         if scope == "global":
-            assert sum(int(m.sum()) for m in keep.values()) == total - round((1 - left) * total)
+            assert sum(int(m.sum()) for m in keep.values()) == total - round(
+                (1 - remaining) * total
+            )
         for mask in keep.values() if scope == "per_matrix" else ():
             size = mask.numel()
-            assert int(mask.sum()) == size - round((1 - left) * size)
+            assert int(mask.sum()) == size - round((1 - remaining) * size)
         gone = [weights[n].abs()[before[n] & ~keep[n]] for n in keep]
         stay = [weights[n].abs()[keep[n]] for n in keep]
         groups = (
@@ -129,7 +127,7 @@ def test_masks_only_lose_and_lose_exactly_their_share(scope, drawn, rng):
 
 
 @pytest.mark.parametrize("scope", ["global", "per_matrix"])
-def test_the_masks_are_those_of_torchs_own_pruning(scope, model, work):
+def test_masks_agree_with_torch_pruning(scope, model, context):
     from torch.nn.utils import prune as torchs
 
     twin = copy.deepcopy(model)
@@ -137,8 +135,8 @@ def test_the_masks_are_those_of_torchs_own_pruning(scope, model, work):
     options = replace(AT_ONCE, scope=scope, share=0.25, target=1 - 0.75**2)
     if scope == "global":
         total = sum(module.weight.numel() for module in linears)
-        left = total - round(0.25 * total)
-        for amount in (total - left, left - round(0.75**2 * total)):
+        remaining = total - round(0.25 * total)
+        for amount in (total - remaining, remaining - round(0.75**2 * total)):
             torchs.global_unstructured(
                 [(m, "weight") for m in linears], torchs.L1Unstructured, amount=amount
             )
@@ -146,52 +144,52 @@ def test_the_masks_are_those_of_torchs_own_pruning(scope, model, work):
         for module in linears:
             torchs.l1_unstructured(module, "weight", amount=0.25)
             torchs.l1_unstructured(module, "weight", amount=0.25)
-    imp.apply(model, options, work)
+    imp.apply(model, options, context)
     for (_, ours), theirs in zip(whisper.linears(model), linears, strict=True):
-        # the two round the number of weights in their own ways
+        # the two round the number of weights differently
         assert ((ours.weight != 0) != (theirs.weight != 0)).sum() <= (0 if scope == "global" else 1)
 
 
-# -------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 
-def test_it_is_plain_fine_tuning_when_told_to_prune_nothing(model, work, few, processor):
+def test_without_pruning_it_is_plain_fine_tuning(model, context, few, processor):
     plain = copy.deepcopy(model)
-    train(plain, processor, few, BRIEF, run_dir=work.run_dir / "plain", seed=work.seed)
-    imp.apply(model, replace(AT_ONCE, target=0.0, start=BRIEF), work)
+    train(plain, processor, few, BRIEF, run_dir=context.run_dir / "plain", seed=context.seed)
+    imp.apply(model, replace(AT_ONCE, target=0.0, start=BRIEF), context)
     assert same_bits(bits(plain), bits(model))
-    assert work.record["imp"]["rounds"] == []
+    assert context.record["imp"]["rounds"] == []
 
 
 @pytest.mark.parametrize("scope", ["global", "per_matrix"])
-def test_zeros_grow_from_round_to_round_and_stay_through_recovery(scope, model, work, monkeypatch):
-    seen = []
+def test_zeros_grow_with_each_round_and_stay_zero_in_recovery(scope, model, context, monkeypatch):
+    zeros = []
     original = imp.train_masked
 
-    def watched(model, keep, *rest):
-        told = original(model, keep, *rest)
+    def counting(model, keep, *rest):
+        record = original(model, keep, *rest)
         weights = weights_of(model)
         assert all((weights[name][~mask] == 0).all() for name, mask in keep.items())
-        seen.append(sum(int((~mask).sum()) for mask in keep.values()))
-        return told
+        zeros.append(sum(int((~mask).sum()) for mask in keep.values()))
+        return record
 
-    monkeypatch.setattr(imp, "train_masked", watched)
-    imp.apply(model, replace(THREE_ROUNDS, scope=scope), work)
+    monkeypatch.setattr(imp, "train_masked", counting)
+    imp.apply(model, replace(THREE_ROUNDS, scope=scope), context)
     total = sum(w.numel() for w in weights_of(model).values())
-    assert [n / total for n in seen] == pytest.approx([0, 0, 0.3, 0.51, 0.6], abs=0.01)
-    record = work.record["imp"]
+    assert [n / total for n in zeros] == pytest.approx([0, 0, 0.3, 0.51, 0.6], abs=0.01)
+    record = context.record["imp"]
     assert record["pruned"]["zero_elements"] == pytest.approx(0.6, abs=0.01)
     assert [entry["left"] for entry in record["rounds"]] == pytest.approx([0.7, 0.49, 0.4])
     assert record["recovery"]["steps"] == 2
 
 
-def test_what_is_pruned_has_no_part_in_the_gradients_norm(model, work):
-    """Steps of a model are the same whether gradients of its pruned weights are huge or absent."""
+def test_pruned_weights_do_not_count_in_the_gradient_norm(model, context):
+    """The clipped norm equals the norm over all other weights."""
     options = replace(AT_ONCE, recovery=replace(BRIEF, steps=1, clip_norm=1e-3, weight_decay=0.1))
     norms = []
     clip = torch.nn.utils.clip_grad_norm_
 
-    def watched(parameters, limit, **rest):
+    def recording(parameters, limit, **rest):
         parameters = list(parameters)
         norms.append(clip(parameters, 1e9).item())
         live = [
@@ -206,14 +204,14 @@ def test_what_is_pruned_has_no_part_in_the_gradients_norm(model, work):
         return clip(parameters, limit, **rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.nn.utils.clip_grad_norm_", watched)
-        imp.apply(model, options, work)
+        patch.setattr("torch.nn.utils.clip_grad_norm_", recording)
+        imp.apply(model, options, context)
     assert len(norms) == 2 and norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_rewinding_takes_survivors_back_to_where_the_rounds_began(model, work):
+def test_rewinding_resets_remaining_weights_to_the_start(model, context):
     start = copy.deepcopy(model)
-    imp.apply(model, replace(THREE_ROUNDS, rewind=True, start=NONE, recovery=NONE), work)
+    imp.apply(model, replace(THREE_ROUNDS, rewind=True, start=NONE, recovery=NONE), context)
     trained = weights_of(model)
     for name, weight in weights_of(start).items():
         alive = trained[name] != 0
@@ -230,29 +228,29 @@ def test_rewinding_takes_survivors_back_to_where_the_rounds_began(model, work):
             assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_rewinding_starts_behind_the_fine_tuning_that_comes_first(model, work, few, processor):
+def test_rewinding_resets_to_the_weights_after_start(model, context, few, processor):
     plain = copy.deepcopy(model)
-    train(plain, processor, few, BRIEF, run_dir=work.run_dir / "plain", seed=work.seed)
-    imp.apply(model, replace(THREE_ROUNDS, rewind=True, recovery=NONE), work)
+    train(plain, processor, few, BRIEF, run_dir=context.run_dir / "plain", seed=context.seed)
+    imp.apply(model, replace(THREE_ROUNDS, rewind=True, recovery=NONE), context)
     for name, weight in weights_of(plain).items():
-        found = weights_of(model)[name]
-        assert torch.equal(found, weight * (found != 0))
+        result = weights_of(model)[name]
+        assert torch.equal(result, weight * (result != 0))
 
 
-def test_only_layers_that_match_are_pruned(model, work):
-    imp.apply(model, replace(AT_ONCE, layers="*decoder*.fc1", target=0.5), work)
+def test_only_layers_that_match_are_pruned(model, context):
+    imp.apply(model, replace(AT_ONCE, layers="*decoder*.fc1", target=0.5), context)
     for name, weight in weights_of(model).items():
         share = (weight == 0).float().mean()
         assert share == (0.5 if name.endswith("decoder.layers.0.fc1") else 0)
 
 
-def test_a_pattern_that_matches_nothing_is_a_letter_before_any_training(model, work):
-    with pytest.raises(Problem, match=r"no linear layer is called '\*.fc3'"):
-        imp.apply(model, replace(THREE_ROUNDS, layers="*.fc3"), work)
-    assert not work.run_dir.exists()
+def test_a_pattern_without_a_match_is_refused_before_training(model, context):
+    with pytest.raises(Problem, match=r"no linear layer matches '\*.fc3'"):
+        imp.apply(model, replace(THREE_ROUNDS, layers="*.fc3"), context)
+    assert not context.run_dir.exists()
 
 
-# ------------------------------------------------------------------------------- stop and resume
+# ---------------------------------------------------------------------------------- stop and resume
 
 
 class Killed(Exception):
@@ -260,7 +258,7 @@ class Killed(Exception):
 
 
 def stop_in(monkeypatch, part: int, how: str) -> None:
-    """The training of that part (0 is `start`) is interrupted or killed in its first step."""
+    """Interrupt or kill the training of this part (0 is `start`) in its first step."""
     original = imp.hold
     calls = iter(range(100))
 
@@ -280,7 +278,7 @@ def stop_in(monkeypatch, part: int, how: str) -> None:
 
 
 def trainings(monkeypatch) -> list[tuple[str, int]]:
-    """Of every training from now on: its directory, and how many steps it did."""
+    """Return a list that receives the directory and number of steps of every training."""
     done = []
     original = imp.train
 
@@ -310,20 +308,20 @@ def trainings(monkeypatch) -> list[tuple[str, int]]:
         pytest.param(4, "killed", True, id="killed in the recovery, rewinding"),
     ],
 )
-def test_a_stopped_run_goes_on_to_the_same_bits_and_repeats_no_finished_round(
-    part, how, rewind, model, work, tmp_path, monkeypatch
+def test_a_resumed_run_gives_the_same_bits_and_repeats_no_finished_round(
+    part, how, rewind, model, context, tmp_path, monkeypatch
 ):
     options = replace(THREE_ROUNDS, training=replace(BRIEF, steps=3), rewind=rewind)
     unbroken, stopped = copy.deepcopy(model), copy.deepcopy(model)
-    imp.apply(unbroken, options, replace(work, run_dir=tmp_path / "unbroken", record={}))
+    imp.apply(unbroken, options, replace(context, run_dir=tmp_path / "unbroken", record={}))
     with monkeypatch.context() as patch:
         stop_in(patch, part, how)
         with pytest.raises(Interrupted if how == "interrupted" else Killed):
-            imp.apply(stopped, options, work)
+            imp.apply(stopped, options, context)
     done = trainings(monkeypatch)
-    imp.apply(model, options, work)  # a new process begins with the base model again
+    imp.apply(model, options, context)  # a new process starts from the base model
     assert same_bits(bits(model), bits(unbroken))
-    assert len(work.record["imp"]["rounds"]) == 3
+    assert len(context.record["imp"]["rounds"]) == 3
     names = ["imp-start", "training-0001", "training-0002", "training-0003", "imp-recovery"]
     steps = dict(zip(names, [2, 3, 3, 3, 2], strict=True))
     again = {name: count for name, count in done if count}
@@ -333,9 +331,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_repeats_no_finished_round(
     )
 
 
-def test_of_finished_rounds_one_set_of_weights_is_kept_and_no_training(model, work):
-    imp.apply(model, THREE_ROUNDS, work)
-    (part,) = (work.run_dir / "imp-rounds").iterdir()
+def test_only_the_last_finished_round_is_stored(model, context):
+    imp.apply(model, THREE_ROUNDS, context)
+    (part,) = (context.run_dir / "imp-rounds").iterdir()
     assert part.name == "part-0003"
     assert sorted(path.name for path in part.iterdir()) == ["part.json", "tensors.safetensors"]
 
@@ -353,53 +351,51 @@ def test_of_finished_rounds_one_set_of_weights_is_kept_and_no_training(model, wo
     ],
     ids=lambda other: next(iter(other)),
 )
-def test_rounds_of_other_options_are_not_gone_on_with(other, model, work):
+def test_rounds_of_other_options_are_not_resumed(other, model, context):
     options = replace(THREE_ROUNDS, start=NONE) if "start" not in other else THREE_ROUNDS
-    imp.apply(copy.deepcopy(model), options, work)
+    imp.apply(copy.deepcopy(model), options, context)
     with pytest.raises(Problem, match="imp-rounds holds the state of another training"):
-        imp.apply(model, replace(options, **other), work)
+        imp.apply(model, replace(options, **other), context)
 
 
-def test_rounds_of_another_model_or_seed_or_other_speech_are_not_gone_on_with(
-    model, make_whisper, work, few
-):
+def test_rounds_of_another_model_seed_or_speech_are_not_resumed(model, make_whisper, context, few):
     options = replace(THREE_ROUNDS, start=NONE)
-    imp.apply(copy.deepcopy(model), options, work)
+    imp.apply(copy.deepcopy(model), options, context)
     other = make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=1)
-    for model_, work_ in (
-        (other, work),
-        (model, replace(work, seed=work.seed + 1)),
-        (model, replace(work, train=few[:2])),
-        (model, replace(work, train=[replace(few[0], text="nine"), *few[1:]])),
+    for model_, context_ in (
+        (other, context),
+        (model, replace(context, seed=context.seed + 1)),
+        (model, replace(context, train=few[:2])),
+        (model, replace(context, train=[replace(few[0], text="nine"), *few[1:]])),
     ):
         with pytest.raises(Problem, match="imp-rounds holds the state of another training"):
-            imp.apply(model_, options, work_)
+            imp.apply(model_, options, context_)
 
 
-def test_more_data_workers_or_checkpoints_are_no_other_training(model, work):
-    imp.apply(copy.deepcopy(model), THREE_ROUNDS, work)
-    imp.apply(model, replace(THREE_ROUNDS, training=replace(BRIEF, checkpoint_steps=1)), work)
-    assert len(work.record["imp"]["rounds"]) == 3
+def test_the_interval_of_checkpoints_may_change_in_a_resumed_run(model, context):
+    imp.apply(copy.deepcopy(model), THREE_ROUNDS, context)
+    imp.apply(model, replace(THREE_ROUNDS, training=replace(BRIEF, checkpoint_steps=1)), context)
+    assert len(context.record["imp"]["rounds"]) == 3
 
 
-def test_a_damaged_round_is_named(model, work):
-    imp.apply(copy.deepcopy(model), THREE_ROUNDS, work)
-    file = work.run_dir / "imp-rounds" / "part-0003" / "tensors.safetensors"
+def test_the_error_names_a_damaged_round(model, context):
+    imp.apply(copy.deepcopy(model), THREE_ROUNDS, context)
+    file = context.run_dir / "imp-rounds" / "part-0003" / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(Problem, match="part-0003 cannot be read as the state of a training"):
-        imp.apply(model, THREE_ROUNDS, work)
+        imp.apply(model, THREE_ROUNDS, context)
 
 
-# ------------------------------------------------------------------------------- save and export
+# ---------------------------------------------------------------------------------- save and export
 
 
 @pytest.fixture
-def sparse(make_whisper, work):
-    """A pruned model that utters no timestamps, as random ones may."""
+def sparse(make_whisper, context):
+    """A pruned model whose timestamp tokens are suppressed."""
     model = make_whisper()
     stamps = range(model.generation_config.no_timestamps_token_id + 1, model.config.vocab_size)
     model.generation_config.suppress_tokens = list(stamps)
-    return imp.apply(model, AT_ONCE, work)
+    return imp.apply(model, AT_ONCE, context)
 
 
 def test_a_pruned_model_survives_save_and_load(sparse, processor, tmp_path):
@@ -407,11 +403,11 @@ def test_a_pruned_model_survives_save_and_load(sparse, processor, tmp_path):
     assert same_bits(bits(whisper.load(tmp_path / "sparse")), bits(sparse))
 
 
-def test_a_pruned_model_survives_shrinking_and_export(sparse, work, processor, few, tmp_path):
+def test_a_pruned_model_survives_shrinking_and_export(sparse, context, processor, few, tmp_path):
     from devices.runner.recognizer import Recognizer
     from export.onnx.to_onnx import export_onnx
 
-    slim = shrink.apply(sparse, shrink.Options(), work)
+    slim = shrink.apply(sparse, shrink.Options(), context)
     (tmp_path / "artifact").mkdir()
     export_onnx(slim, processor, tmp_path / "artifact", precision="fp32")
     recognizer = Recognizer(tmp_path / "artifact", guards=False)

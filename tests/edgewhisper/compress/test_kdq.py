@@ -1,11 +1,10 @@
-"""Whisper-KDQ: distances, matching, guidance, what is trained and what is left of it."""
+"""Whisper-KDQ: distances, matching, guidance, training, and export."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,32 +14,33 @@ from scipy.special import log_softmax, softmax
 from stored_weights import same_bits, stored_rows
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from benchmarks.speech.clips import Clip, read_manifest
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import kdq, qat
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.kdq import (
     Lesson,
     Options,
     Precision,
     distillation,
     distilling,
-    divergence,
     enabled,
+    imitating,
+    published_bytes,
+    ready,
+)
+from edgewhisper.compress.layer_matching import (
     fc1_weight,
     feature_distance,
     hidden_of,
-    in_need,
     limit,
     monotone,
     nolimit,
-    published_bytes,
-    ready,
     rows_of,
     static,
     weight_distance,
 )
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.teacher import check_teacher, check_vocabulary, divergence
 from edgewhisper.examples import Batch
 from edgewhisper.recipe import load_recipe
 from edgewhisper.training import Training, cross_entropy, train
@@ -58,16 +58,6 @@ FEATURES = pytest.mark.parametrize("features", ["softmax", "normalised"])
 
 
 @pytest.fixture
-def few(clips: Path) -> list[Clip]:
-    return read_manifest(clips)[:3]
-
-
-@pytest.fixture
-def work(few, processor, tmp_path: Path) -> Work:
-    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run")
-
-
-@pytest.fixture
 def batch(rng) -> Batch:
     labels = torch.tensor([[-100, 5, 6, 7, 8], [-100, 9, 10, -100, -100]])
     return Batch(torch.randn(2, 80, 600), labels.clamp_min(0), labels)
@@ -75,7 +65,7 @@ def batch(rng) -> Batch:
 
 @pytest.fixture
 def teacher(make_whisper, processor, tmp_path) -> str:
-    """A larger one: wider, and with twice the decoder layers."""
+    """A larger teacher: wider, with twice the decoder layers."""
     model = make_whisper(d_model=48, ffn=80, decoder_layers=4, encoder_layers=3)
     whisper.save(model, processor, tmp_path / "teacher", {})
     return str(tmp_path / "teacher")
@@ -85,27 +75,27 @@ def draw(rng, *shape: int) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal(shape)).float()
 
 
-# ------------------------------------------------------------------------- distances, (1) (2) (5)
+# --------------------------------------------------------------------------- distances, (1) (2) (5)
 
 
-def test_distance_of_two_features_whose_answer_is_known():
+def test_distances_of_small_features_by_hand():
     one, other = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 3.0]]).log1p()
     # softmax: (1/2, 1/2) and (1/5, 4/5)
     counts = torch.tensor([1.0])
-    assert feature_distance(one, other, counts, Options()).item() == pytest.approx(0.18)
-    assert weight_distance(one, other, Options()).item() == pytest.approx(0.6)
-    at_two = feature_distance(2 * one, 2 * other, counts, Options(temperature=2.0))
+    assert feature_distance(one, other, counts, "softmax", 1.0).item() == pytest.approx(0.18)
+    assert weight_distance(one, other, "softmax", 1.0).item() == pytest.approx(0.6)
+    at_two = feature_distance(2 * one, 2 * other, counts, "softmax", 2.0)
     assert at_two.item() == pytest.approx(4 * 0.18)
-    ours = Options(features="normalised")
-    assert feature_distance(-other, other, counts, ours).item() == pytest.approx(4, rel=1e-3)
-    assert weight_distance(-other, other, ours).item() == pytest.approx(2, rel=1e-3)
+    ours = "normalised", 1.0
+    assert feature_distance(-other, other, counts, *ours).item() == pytest.approx(4, rel=1e-3)
+    assert weight_distance(-other, other, *ours).item() == pytest.approx(2, rel=1e-3)
 
 
 @FEATURES
 def test_distances_agree_with_numpy(features, rng):
     n, f = (int(x) for x in rng.integers(1, 30, size=2))
     temperature = float(rng.uniform(0.3, 4))
-    options = Options(features=features, temperature=temperature)
+    form = features, temperature
     one, other = draw(rng, n, f), draw(rng, n, f)
     counts = torch.from_numpy(rng.dirichlet(np.ones(n))).float()
     a, b = one.double().numpy(), other.double().numpy()
@@ -116,9 +106,9 @@ def test_distances_agree_with_numpy(features, rng):
     else:
         off = normalised(a) - normalised(b)
         square, whole = (off**2).mean(-1), np.abs(off).mean()
-    found = feature_distance(one, other, counts, options)
-    assert found.item() == pytest.approx((counts.numpy() * square).sum(), rel=1e-3, abs=1e-6)
-    assert weight_distance(one, other, options).item() == pytest.approx(whole, rel=1e-3, abs=1e-6)
+    result = feature_distance(one, other, counts, *form)
+    assert result.item() == pytest.approx((counts.numpy() * square).sum(), rel=1e-3, abs=1e-6)
+    assert weight_distance(one, other, *form).item() == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
 def normalised(x):
@@ -129,12 +119,12 @@ def test_the_divergence_agrees_with_numpy(rng):
     temperature = float(rng.uniform(0.3, 4))
     theirs, ours = draw(rng, 7, 11), draw(rng, 7, 11)
     p, q = (log_softmax(z.double().numpy() / temperature, -1) for z in (theirs, ours))
-    wanted = temperature**2 * (np.exp(p) * (p - q)).sum(-1).mean()
-    assert divergence(theirs, ours, temperature).item() == pytest.approx(wanted, rel=1e-4)
+    expected = (np.exp(p) * (p - q)).sum(-1).mean()
+    assert divergence(theirs, ours, temperature).item() == pytest.approx(expected, rel=1e-4)
     assert divergence(ours, ours, temperature).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_rounding_loss_of_a_layer_whose_answer_is_known():
+def test_rounding_loss_of_a_small_layer_by_hand():
     layer = torch.nn.Linear(3, 1)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[127.0, 1.25, -2.5]]))  # rounded: 127, 1, -2
@@ -143,7 +133,7 @@ def test_rounding_loss_of_a_layer_whose_answer_is_known():
     assert kdq.rounding_loss({}).item() == 0
 
 
-# ----------------------------------------------------------------------------------- matching, (4)
+# ------------------------------------------------------------------------------------ matching, (4)
 
 
 @pytest.fixture
@@ -155,23 +145,23 @@ def price(cost: torch.Tensor, matches: list[int]) -> float:
     return float(cost[range(len(matches)), matches].sum())
 
 
-def test_dynamic_programming_finds_the_best_of_all_monotone_matches(cost):
+def test_monotone_finds_the_best_of_all_monotone_matches(cost):
     layers, count = cost.shape
     every = itertools.combinations_with_replacement(range(count), layers)
     assert price(cost, monotone(cost)) == pytest.approx(min(price(cost, list(m)) for m in every))
 
 
-def test_limited_matches_do_not_go_back_and_cost_more_than_free_ones(cost):
+def test_limited_matches_are_monotone_and_cost_more_than_free_ones(cost):
     for match in (limit, monotone, static):
-        found = match(cost)
-        assert found == sorted(found) and len(found) == len(cost)
-        assert set(found) <= set(range(cost.shape[1]))
+        result = match(cost)
+        assert result == sorted(result) and len(result) == len(cost)
+        assert set(result) <= set(range(cost.shape[1]))
     free, best, greedy = (price(cost, m(cost)) for m in (nolimit, monotone, limit))
     assert free <= best + 1e-12 and best <= greedy + 1e-12
     assert best <= price(cost, static(cost)) + 1e-12
 
 
-def test_greedy_matching_is_stuck_where_one_layer_picks_the_last():
+def test_greedy_matching_is_stuck_after_the_last_layer_is_matched():
     cost = torch.tensor([[0.5, 0.6, 0.4], [0.1, 0.2, 0.9], [0.1, 0.1, 0.9]])
     assert limit(cost) == [2, 2, 2]
     assert monotone(cost) == [0, 0, 0]
@@ -180,7 +170,7 @@ def test_greedy_matching_is_stuck_where_one_layer_picks_the_last():
 
 
 @pytest.mark.parametrize(
-    ("layers", "count", "wanted"),
+    ("layers", "count", "expected"),
     [
         (6, 12, [1, 3, 5, 7, 9, 11]),
         (4, 12, [2, 5, 8, 11]),
@@ -189,24 +179,24 @@ def test_greedy_matching_is_stuck_where_one_layer_picks_the_last():
         (4, 2, [0, 0, 0, 1]),
     ],
 )
-def test_static_matches_are_evenly_spaced_and_end_together(layers, count, wanted):
-    assert static(torch.zeros(layers, count)) == wanted
+def test_static_matches_are_evenly_spaced_and_end_together(layers, count, expected):
+    assert static(torch.zeros(layers, count)) == expected
 
 
-# --------------------------------------------------------------------------- what the loss sees
+# ------------------------------------------------------------------------------- inputs of the loss
 
 
 def lesson_of(model, teacher, options):
-    """A Lesson whose models have just passed over the batch."""
+    """A Lesson without activations."""
     return Lesson(teacher, model, {}, {}, schemes(model), options)
 
 
-def loss_of(model, teacher, batch, options, work):
-    """(3) without the cross entropy, outputs, and the distiller."""
+def loss_of(model, teacher, batch, options, context):
+    """Return (3) minus the cross entropy, the outputs, and the distiller."""
     with (
-        distilling(model, teacher, options, work) as distiller,
-        hidden_of(model, options) as ours,
-        hidden_of(teacher, options) as theirs,
+        distilling(model, teacher, options, context) as distiller,
+        hidden_of(model, kdq.sides(options)) as ours,
+        hidden_of(teacher, kdq.sides(options)) as theirs,
     ):
         lesson = Lesson(teacher, model, ours, theirs, schemes(model), options)
         outputs = model(batch.input_features, decoder_input_ids=batch.decoder_input_ids)
@@ -217,26 +207,26 @@ def loss_of(model, teacher, batch, options, work):
 @pytest.mark.parametrize("matching", ["limit", "nolimit", "dp", "static"])
 @GUIDED
 @FEATURES
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(
-    features, guided, matching, encoder, make_whisper, batch, work
+def test_the_loss_is_zero_if_student_and_teacher_are_equal(
+    features, guided, matching, encoder, make_whisper, batch, context
 ):
     model = make_whisper(decoder_layers=3)
     options = Options(
         features=features, guided_mode=guided, matching=matching, encoder=encoder, alpha=0.7
     )
-    loss, outputs, distiller = loss_of(model, copy.deepcopy(model), batch, options, work)
-    wanted = -0.7 * cross_entropy(outputs.logits, batch.labels)  # K and all D are zero
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    loss, outputs, distiller = loss_of(model, copy.deepcopy(model), batch, options, context)
+    expected = -0.7 * cross_entropy(outputs.logits, batch.labels)  # K and all D are zero
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert distiller.decoder_matches.tolist() == [0, 1, 2]
     assert distiller.decoder_losses.abs().max() < 1e-6
     assert not encoder or distiller.encoder_matches.tolist() == [0, 1]
 
 
-def test_hidden_features_are_those_of_the_forward_pass_and_see_no_later_token(tiny_whisper, batch):
+def test_hidden_features_are_causal_activations_of_the_forward_pass(tiny_whisper, batch):
     layer = tiny_whisper.model.decoder.layers[1]
     outputs = []
     hook = layer.final_layer_norm.register_forward_hook(lambda m, a, output: outputs.append(output))
-    with torch.no_grad(), hidden_of(tiny_whisper, Options()) as hidden:
+    with torch.no_grad(), hidden_of(tiny_whisper, ["decoder"]) as hidden:
         ids = batch.decoder_input_ids.clone()
         tiny_whisper(batch.input_features, decoder_input_ids=ids)
         first = hidden["decoder"][1]
@@ -248,7 +238,7 @@ def test_hidden_features_are_those_of_the_forward_pass_and_see_no_later_token(ti
     assert not torch.equal(first[:, 3:], hidden["decoder"][1][:, 3:])
 
 
-def test_rows_count_by_tokens_on_both_sides(batch):
+def test_rows_are_weighted_by_labelled_tokens(batch):
     hidden = torch.randn(2, 5, 4)
     rows, counts = rows_of(hidden, batch.labels, "decoder")
     assert torch.equal(rows, torch.cat([hidden[0, 1:], hidden[1, 1:3]]))
@@ -259,46 +249,54 @@ def test_rows_count_by_tokens_on_both_sides(batch):
 
 
 @GUIDED
-def test_a_batch_may_be_split_without_changing_the_loss(guided, make_whisper, batch, work):
-    """Each part counts by its tokens, as the training loop has it; nothing may go by batches.
-    Static matches, for the others are chosen anew for every part."""
+def test_splitting_a_batch_does_not_change_the_loss(guided, make_whisper, batch, context):
+    """Each part counts by its tokens, as in the training loop.
+
+    Matches are static, because the others are chosen separately for every part.
+    """
     options = Options(matching="static", encoder=True, guided_mode=guided)
     model, teacher = make_whisper(), make_whisper(decoder_layers=4)
-    whole, _, _ = loss_of(model, teacher, batch, options, work)
+    whole, _, _ = loss_of(model, teacher, batch, options, context)
     parts = []
     for clip, share in ((0, 4 / 6), (1, 2 / 6)):
         tensors = (batch.input_features, batch.decoder_input_ids, batch.labels)
         part = Batch(*(tensor[clip : clip + 1] for tensor in tensors))
-        parts.append(share * loss_of(model, teacher, part, options, work)[0])
+        parts.append(share * loss_of(model, teacher, part, options, context)[0])
     torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_matched_terms_have_gradients(make_whisper, batch, work):
-    """(3) written out by hand from all pairs."""
+def test_only_the_matched_terms_have_gradients(make_whisper, batch, context):
+    """(3) computed directly from the matched pairs."""
     model, teacher = make_whisper(), make_whisper(decoder_layers=3, ffn=40)
     options = Options(alpha=1.0)
-    loss, _, distiller = loss_of(model, teacher, batch, options, work)
-    told = batch.labels != -100
-    with hidden_of(model, options) as ours, hidden_of(teacher, options) as theirs:
+    loss, _, distiller = loss_of(model, teacher, batch, options, context)
+    labelled = batch.labels != -100
+    with (
+        hidden_of(model, kdq.sides(options)) as ours,
+        hidden_of(teacher, kdq.sides(options)) as theirs,
+    ):
         again = model(batch.input_features, decoder_input_ids=batch.decoder_input_ids)
         with torch.no_grad():
-            wanted = teacher(batch.input_features, decoder_input_ids=batch.decoder_input_ids)
+            target = teacher(batch.input_features, decoder_input_ids=batch.decoder_input_ids)
     (adapter,) = distiller.adapters.values()
     pairs = [
-        (ours["decoder"][i][told].softmax(-1) - adapter(theirs["decoder"][j][told]).softmax(-1))
+        (
+            ours["decoder"][i][labelled].softmax(-1)
+            - adapter(theirs["decoder"][j][labelled]).softmax(-1)
+        )
         for i, j in enumerate(distiller.decoder_matches.tolist())
     ]
     by_hand = sum(pair.square().sum(-1).mean() for pair in pairs) / 2
-    by_hand = by_hand + divergence(wanted.logits[told], again.logits[told], 1.0)
+    by_hand = by_hand + divergence(target.logits[labelled], again.logits[labelled], 1.0)
     by_hand = by_hand - cross_entropy(again.logits, batch.labels)
     torch.testing.assert_close(loss, by_hand)
     weights = [layer.fc1.weight for layer in model.model.decoder.layers]
-    found, expected = (torch.autograd.grad(x, weights) for x in (loss, by_hand))
-    for one, other in zip(found, expected, strict=True):
+    result, expected = (torch.autograd.grad(x, weights) for x in (loss, by_hand))
+    for one, other in zip(result, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
-def test_fc1_of_a_slim_model_is_its_dense_weight(make_whisper, rng):
+def test_fc1_weight_is_dense_for_slim_and_low_rank_layers(make_whisper, rng):
     model = irregular(make_whisper, rng)
     whisper_layers = [*model.model.encoder.layers, *model.model.decoder.layers]
     layer = whisper_layers[0]
@@ -316,36 +314,36 @@ def gathered(dense, rng) -> GatherLinear:
     return made
 
 
-# --------------------------------------------------------------------------------------- guidance
+# ----------------------------------------------------------------------------------------- guidance
 
 
-def test_the_layers_that_rounding_hurts_most_are_distilled(make_whisper, batch, work):
+def test_layers_with_the_largest_rounding_loss_are_distilled(make_whisper, batch, context):
     model, teacher = make_whisper(decoder_layers=4), make_whisper(decoder_layers=4)
     layer = model.model.decoder.layers[2]
-    with torch.no_grad():  # one outlier a row leaves the rest with few codes
+    with torch.no_grad():  # with one outlier per row, the other weights get few codes
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight[:, 0] = 50
     qat.note_bits(model, Precision())
-    some = Options(distil_share=0.25, matching="static", alpha=1.0)
-    lesson = lesson_of(model, teacher, some)
-    assert in_need("decoder", lesson) == [2]
-    loss, outputs, distiller = loss_of(model, teacher, batch, some, work)
+    options = Options(distil_share=0.25, matching="static", alpha=1.0)
+    lesson = lesson_of(model, teacher, options)
+    assert imitating("decoder", lesson) == [2]
+    loss, outputs, distiller = loss_of(model, teacher, batch, options, context)
     by_hand = distiller.decoder_losses[2] / 4 - cross_entropy(outputs.logits, batch.labels)
     with torch.no_grad():
         ids = batch.decoder_input_ids
-        wanted = teacher(batch.input_features, decoder_input_ids=ids).logits
-    told = batch.labels != -100
-    by_hand = by_hand + divergence(wanted[told], outputs.logits[told], 1.0)
+        expected = teacher(batch.input_features, decoder_input_ids=ids).logits
+    labelled = batch.labels != -100
+    by_hand = by_hand + divergence(expected[labelled], outputs.logits[labelled], 1.0)
     torch.testing.assert_close(loss, by_hand)
-    assert in_need("decoder", replace(lesson, options=Options())) == [0, 1, 2, 3]
+    assert imitating("decoder", replace(lesson, options=Options())) == [0, 1, 2, 3]
 
 
-def test_the_layers_nearest_to_the_teacher_are_quantised(make_whisper, work):
+def test_the_layers_nearest_to_the_teacher_are_quantised(make_whisper, context):
     model = make_whisper(decoder_layers=4)
     qat.note_bits(model, Precision(encoder=16, decoder=4))
     options = Options(quantise_share=0.5)
-    with distilling(model, copy.deepcopy(model), options, work) as distiller:
+    with distilling(model, copy.deepcopy(model), options, context) as distiller:
         quantised = schemes(model)
         decoder = {m for layer in model.model.decoder.layers for m in layer.modules()}
         before = enabled(model, quantised, options)
@@ -358,11 +356,11 @@ def test_the_layers_nearest_to_the_teacher_are_quantised(make_whisper, work):
         assert ready("decoder", model, Options()) == [0, 1, 2, 3]
 
 
-def test_what_did_not_become_ready_is_stored_in_sixteen_bits(make_whisper, work):
+def test_layers_that_are_not_ready_are_stored_in_16_bits(make_whisper, context):
     model = make_whisper(decoder_layers=4)
     options = Options(quantise_share=0.5, training=BRIEF, matching="dp")
-    model = kdq.apply(model, options, work)
-    kept = work.record["kdq"]["quantised"]["decoder"]
+    model = kdq.apply(model, options, context)
+    kept = context.record["kdq"]["quantised"]["decoder"]
     assert len(kept) == 2
     for number, shape in enumerate(model.config.edgewhisper["decoder"]):
         assert set(shape["bits"].values()) == {8 if number in kept else 16}
@@ -370,44 +368,51 @@ def test_what_did_not_become_ready_is_stored_in_sixteen_bits(make_whisper, work)
         assert same_bits(fake_quantise(module.weight, scheme), module.weight)
 
 
-def test_guidance_without_distances_is_refused(tiny_whisper, work):
-    with pytest.raises(Problem, match=r"quantise_share 0.5 .* 'logits' does not measure"):
-        kdq.apply(tiny_whisper, Options(distill_mode="logits", quantise_share=0.5), work)
+def test_guidance_without_distances_is_refused(tiny_whisper, context):
+    with pytest.raises(Problem, match=r"quantise_share is 0.5, .* 'logits' does not measure"):
+        kdq.apply(tiny_whisper, Options(distill_mode="logits", quantise_share=0.5), context)
 
 
-# --------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 
-def test_with_nothing_to_do_no_bit_changes(tiny_whisper, work):
+def test_without_quantisation_and_training_no_bit_changes(tiny_whisper, context):
     before = copy.deepcopy(tiny_whisper.state_dict())
-    after = kdq.apply(tiny_whisper, Options(quantise=FLOAT, training=NONE), work).state_dict()
+    after = kdq.apply(tiny_whisper, Options(quantise=FLOAT, training=NONE), context).state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_alpha_of_zero_is_plain_fine_tuning(tiny_whisper, work):
+def test_alpha_of_zero_is_plain_fine_tuning(tiny_whisper, context):
     plain = copy.deepcopy(tiny_whisper)
-    train(plain, work.processor, work.train, BRIEF, run_dir=work.run_dir / "plain", seed=work.seed)
+    train(
+        plain,
+        context.processor,
+        context.train,
+        BRIEF,
+        run_dir=context.run_dir / "plain",
+        seed=context.seed,
+    )
     options = Options(alpha=0.0, encoder=True, quantise=FLOAT, training=BRIEF)
-    model = kdq.apply(tiny_whisper, options, work)
+    model = kdq.apply(tiny_whisper, options, context)
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_the_encoder_has_no_gradients_unless_it_is_asked_to_learn(
-    tiny_whisper, teacher, batch, work
-):
+def test_the_encoder_has_gradients_only_if_it_is_trained(tiny_whisper, teacher, batch, context):
     for encoder in (False, True):
         model = copy.deepcopy(tiny_whisper)
         before = copy.deepcopy(model.model.encoder.state_dict())
         options = Options(encoder=encoder, teacher=teacher, quantise=FLOAT)
-        loss, _, _ = loss_of(model, whisper.load(teacher), batch, options, work)
+        loss, _, _ = loss_of(model, whisper.load(teacher), batch, options, context)
         loss.backward()
         grads = {n: p.grad for n, p in model.model.encoder.named_parameters() if "embed" not in n}
         assert all((grad is not None) == encoder for grad in grads.values())
         assert all(p.grad is not None for p in model.model.decoder.layers.parameters())
         model.zero_grad()
-        model = kdq.apply(model, replace(options, training=BRIEF), work_in(work, str(encoder)))
+        model = kdq.apply(
+            model, replace(options, training=BRIEF), context_in(context, str(encoder))
+        )
         moved = [
             name
             for name, tensor in model.model.encoder.state_dict().items()
@@ -417,24 +422,24 @@ def test_the_encoder_has_no_gradients_unless_it_is_asked_to_learn(
         assert all(p.requires_grad for p in model.model.encoder.layers.parameters())
 
 
-def work_in(work: Work, place: str) -> Work:
-    return replace(work, run_dir=work.run_dir / place)
+def context_in(context: Context, place: str) -> Context:
+    return replace(context, run_dir=context.run_dir / place)
 
 
 @GUIDED
 @FEATURES
 def test_a_small_student_learns_from_a_large_teacher(
-    features, guided, make_whisper, teacher, work, monkeypatch
+    features, guided, make_whisper, teacher, context, monkeypatch
 ):
-    """Adapters learn beside it and leave no trace; the loss falls."""
+    """Adapters are trained and then removed; the loss falls."""
     model = make_whisper(decoder_layers=2)
     names = set(model.state_dict())
-    seen: list[kdq.Distiller] = []
+    distillers: list[kdq.Distiller] = []
     make = kdq.Distiller.__init__
 
     def remember(self, *args):
         make(self, *args)
-        seen.append(self)
+        distillers.append(self)
         self.before = copy.deepcopy(self.adapters.state_dict())
 
     monkeypatch.setattr(kdq.Distiller, "__init__", remember)
@@ -445,32 +450,32 @@ def test_a_small_student_learns_from_a_large_teacher(
         matching="dp",
         training=Training(steps=8, batch_size=2, learning_rate=3e-3),
     )
-    model = kdq.apply(model, options, work)
+    model = kdq.apply(model, options, context)
     assert set(model.state_dict()) == names
-    after = seen[0].adapters.state_dict()
-    assert all(not torch.equal(after[name], seen[0].before[name]) for name in after)
-    told = work.record["kdq"]
-    assert told["training"]["last_loss"] < told["training"]["first_loss"]
-    assert told["matches"]["decoder"] == sorted(told["matches"]["decoder"])
-    assert told["published_bytes"]["student"] < told["published_bytes"]["teacher, 16 bits"]
+    after = distillers[0].adapters.state_dict()
+    assert all(not torch.equal(after[name], distillers[0].before[name]) for name in after)
+    record = context.record["kdq"]
+    assert record["training"]["last_loss"] < record["training"]["first_loss"]
+    assert record["matches"]["decoder"] == sorted(record["matches"]["decoder"])
+    assert record["published_bytes"]["student"] < record["published_bytes"]["teacher, 16 bits"]
     for module, scheme in schemes(model).items():
         assert same_bits(fake_quantise(module.weight, scheme), module.weight)
 
 
-def test_a_slim_student_learns_too(make_whisper, teacher, work, rng):
+def test_a_slim_student_learns_too(make_whisper, teacher, context, rng):
     model = irregular(make_whisper, rng)
     model = whisper.rebuild(model, model.state_dict(), layer_shapes(model))
     for guided in ("KD", "KDQ"):
         options = Options(teacher=teacher, guided_mode=guided, encoder=True, training=BRIEF)
-        kdq.apply(copy.deepcopy(model), options, work_in(work, guided))
-        assert np.isfinite(work.record["kdq"]["training"]["last_loss"])
+        kdq.apply(copy.deepcopy(model), options, context_in(context, guided))
+        assert np.isfinite(context.record["kdq"]["training"]["last_loss"])
 
 
-def test_the_student_survives_save_and_load_and_its_artifact_has_its_weights(
-    tiny_whisper, teacher, work, processor, tmp_path
+def test_saving_and_export_keep_the_quantised_weights(
+    tiny_whisper, teacher, context, processor, tmp_path
 ):
     options = Options(teacher=teacher, training=BRIEF, quantise=Precision(encoder=4, stem=8))
-    model = kdq.apply(tiny_whisper, options, work)
+    model = kdq.apply(tiny_whisper, options, context)
     whisper.save(model, processor, tmp_path / "student", {})
     again = whisper.load(tmp_path / "student")
     for name, tensor in model.state_dict().items():
@@ -479,52 +484,52 @@ def test_the_student_survives_save_and_load_and_its_artifact_has_its_weights(
     export_onnx(again, processor, tmp_path / "artifact", "int8")
     rows = stored_rows(*(tmp_path / f"artifact/{n}.onnx" for n in ("encoder", "decoder")))
     for name, module in linears(model):
-        wanted = "MatMulNBits" if ".encoder." in name else "int8"
+        expected = "MatMulNBits" if ".encoder." in name else "int8"
         for row in module.weight.detach():
-            assert wanted in rows[(row + 0.0).numpy().tobytes()], name
+            assert expected in rows[(row + 0.0).numpy().tobytes()], name
 
 
 @pytest.mark.parametrize("name", ["kdq", "digits-kdq"])
 def test_the_recipe_has_the_published_values(name):
     (step,) = load_recipe(name).steps
-    found = step.options
-    assert (found.matching, found.features, found.guided_mode) == ("limit", "softmax", "KD")
-    assert (found.alpha, found.temperature, found.training.learning_rate) == (0.9, 1.0, 3e-5)
-    assert (found.quantise.encoder, found.quantise.decoder, found.encoder) == (16, 8, False)
+    result = step.options
+    assert (result.matching, result.features, result.guided_mode) == ("limit", "softmax", "KD")
+    assert (result.alpha, result.temperature, result.training.learning_rate) == (0.9, 1.0, 3e-5)
+    assert (result.quantise.encoder, result.quantise.decoder, result.encoder) == (16, 8, False)
 
 
-# ---------------------------------------------------------------------------------- who may teach
+# ----------------------------------------------------------------------------------------- teachers
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("vocab_size", 51865, "has 51865 tokens, the student 783"),
         ("num_mel_bins", 128, "has 128 mel bins, the student 80"),
         ("max_source_positions", 1500, "has 1500 encoder positions, the student 300"),
-        ("max_target_positions", 8, "reads 8 text tokens, the student 64"),
+        ("max_target_positions", 8, "reads at most 8 text tokens, the student 64"),
     ],
 )
-def test_a_teacher_that_does_not_fit_is_refused_with_both_numbers(key, value, told, tiny_whisper):
+def test_the_error_for_a_mismatched_teacher_has_both_numbers(key, value, message, tiny_whisper):
     other = copy.deepcopy(tiny_whisper)
     setattr(other.config, key, value)
-    with pytest.raises(Problem, match=f"kdq: the teacher big {told}") as problem:
-        kdq.check_teacher(other, tiny_whisper, "big")
+    with pytest.raises(Problem, match=f"kdq: the teacher big {message}") as problem:
+        check_teacher(other, tiny_whisper, "big")
     assert problem.value.hint
 
 
-def test_a_teacher_that_spells_otherwise_is_refused():
-    kdq.check_vocabulary({"a": 0, "b": 1}, {"b": 1, "a": 0}, "big")
-    with pytest.raises(Problem, match="of 2 and 3 tokens, 3 are in one vocabulary only"):
-        kdq.check_vocabulary({"a": 0, "b": 1}, {"a": 0, "b": 2, "c": 1}, "big")
+def test_a_teacher_with_another_vocabulary_is_refused():
+    check_vocabulary({"a": 0, "b": 1}, {"b": 1, "a": 0}, "big")
+    with pytest.raises(Problem, match="of 2 tokens of the teacher and 3 of the student, 3 differ"):
+        check_vocabulary({"a": 0, "b": 1}, {"a": 0, "b": 2, "c": 1}, "big")
 
 
-def test_a_teacher_that_is_nowhere_is_refused(tiny_whisper, work):
+def test_a_missing_teacher_is_refused(tiny_whisper, context):
     with pytest.raises(Problem, match="there is no such checkpoint"):
-        kdq.apply(tiny_whisper, Options(teacher="./nowhere"), work)
+        kdq.apply(tiny_whisper, Options(teacher="./nowhere"), context)
 
 
-# ---------------------------------------------------------------------------------- size, as told
+# --------------------------------------------------------------------------------------------- size
 
 
 def of_size(d_model: int, layers: int, heads: int):
@@ -550,20 +555,20 @@ def test_sizes_are_those_of_the_paper():
     assert (small / base, small / tiny) == pytest.approx((5.17, 10.47), abs=0.005)
 
 
-# -------------------------------------------------------------------------- what becomes of it
+# ------------------------------------------------------------------------------------------- export
 
 
-def test_the_exported_graph_says_what_the_student_says(
-    tiny_whisper, teacher, work, processor, few, tmp_path
+def test_the_exported_graph_transcribes_like_the_student(
+    tiny_whisper, teacher, context, processor, few, tmp_path
 ):
     options = Options(teacher=teacher, training=BRIEF, quantise=Precision(encoder=4, stem=8))
-    model = kdq.apply(tiny_whisper, options, work)
+    model = kdq.apply(tiny_whisper, options, context)
     whisper.save(model, processor, tmp_path / "student", {})
     again = whisper.load(tmp_path / "student")
     (tmp_path / "artifact").mkdir()
     export_onnx(again, processor, tmp_path / "artifact", "fp32")
     recognizer = Recognizer(tmp_path / "artifact", threads=1, guards=False)
     pcms = [clip.pcm() for clip in few]
-    wanted = decoding.greedy(again, processor, pcms)
-    assert any(wanted)
-    assert [recognizer.window(pcm) for pcm in pcms] == wanted
+    expected = decoding.greedy(again, processor, pcms)
+    assert any(expected)
+    assert [recognizer.window(pcm) for pcm in pcms] == expected

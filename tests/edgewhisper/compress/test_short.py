@@ -1,4 +1,4 @@
-"""Windows of several lengths: recorded, heard, decoded, exported and run; and taught."""
+"""Windows of several lengths: the record, decoding, export, the runner, and training."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import calibration, decoding, pipeline, whisper
 from edgewhisper.compress import short
-from edgewhisper.compress.near import Teacher
+from edgewhisper.compress.context import Context
 from edgewhisper.compress.short import Lengths, Options, drawn_length, windows_for
-from edgewhisper.compress.work import Work
+from edgewhisper.compress.teacher import Teacher
 from edgewhisper.examples import Examples
 from edgewhisper.pipeline import SPEECH
 from edgewhisper.recipe import parse
@@ -41,7 +41,7 @@ from export.shrink import layer_shapes, shrink, windows_of
 
 WINDOWS = [100, 200, 300]
 SAMPLES = 320
-"""Of one encoder position."""
+"""Samples of one encoder position."""
 
 
 def with_windows(model, windows=WINDOWS):
@@ -56,19 +56,19 @@ def short_whisper(tiny_whisper):
 
 @pytest.fixture
 def few(clips: Path) -> list[Clip]:
-    """Of 0.9, 1.5, 3.5 and 4.1 s: one needs every window."""
+    """Clips of 0.9, 1.5, 3.5 and 4.1 s, which need all three windows."""
     every = read_manifest(clips)
     return [every[i] for i in (0, 2, 4, 5)]
 
 
 def sound(rng: np.random.Generator, positions: int) -> np.ndarray:
-    """Noise that rises and falls, as long as so many encoder positions."""
+    """Modulated noise as long as this many encoder positions."""
     samples = positions * SAMPLES
     level = 0.1 * (1 + np.sin(np.arange(samples) / rng.uniform(200, 2000)))
     return (level * rng.standard_normal(samples)).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------ the record
+# --------------------------------------------------------------------------------------- the record
 
 
 def test_a_model_without_a_record_has_the_full_window(tiny_whisper):
@@ -91,11 +91,11 @@ def test_windows_survive_save_and_load(kind, tiny_whisper, processor, rng, tmp_p
     features = torch.randn(1, 80, 200)
     ids = torch.tensor([[375, 1, 2]])
     with torch.no_grad():
-        wanted, found = (m(features, decoder_input_ids=ids).logits for m in (model, again))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+        expected, result = (m(features, decoder_input_ids=ids).logits for m in (model, again))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
 
-def test_a_method_that_knows_nothing_of_windows_hands_them_on(short_whisper):
+def test_rebuild_keeps_the_windows(short_whisper):
     state = short_whisper.state_dict()
     shapes = {k: v for k, v in layer_shapes(short_whisper).items() if k != "windows"}
     for layers in (None, shapes):
@@ -107,9 +107,7 @@ def test_a_method_that_knows_nothing_of_windows_hands_them_on(short_whisper):
     [[200, 100, 300], [100, 100, 300], [0, 300], [100, 400], [100, 200], [], [True, 300], "300"],
     ids=["falling", "twice", "zero", "beyond", "no-full", "empty", "bool", "text"],
 )
-def test_a_record_that_is_no_list_of_windows_is_a_letter(
-    windows, tiny_whisper, processor, tmp_path
-):
+def test_invalid_windows_in_a_checkpoint_are_refused(windows, tiny_whisper, processor, tmp_path):
     whisper.save(tiny_whisper, processor, tmp_path / "bad", {})
     path = tmp_path / "bad" / "config.json"
     config = json.loads(path.read_text())
@@ -118,96 +116,96 @@ def test_a_record_that_is_no_list_of_windows_is_a_letter(
         whisper.load(tmp_path / "bad")
 
 
-# -------------------------------------------------------------------------------------- in torch
+# ----------------------------------------------------------------------------------------- in torch
 
 
 @torch.no_grad()
-def independently(model, features: torch.Tensor) -> torch.Tensor:
-    """The encoder in a stock model whose whole window is that short."""
+def in_transformers(model, features: torch.Tensor) -> torch.Tensor:
+    """Encoder output of a transformers model whose full window has this length."""
     from transformers import WhisperForConditionalGeneration
 
     config = copy.deepcopy(model.config)
     config.max_source_positions = features.shape[-1] // 2
-    stock = WhisperForConditionalGeneration(config).eval()
+    reference = WhisperForConditionalGeneration(config).eval()
     state = model.state_dict()
     table = "model.encoder.embed_positions.weight"
-    stock.load_state_dict({**state, table: state[table][: config.max_source_positions]})
-    return stock.model.encoder(features).last_hidden_state
+    reference.load_state_dict({**state, table: state[table][: config.max_source_positions]})
+    return reference.model.encoder(features).last_hidden_state
 
 
-def test_a_short_window_is_a_stock_model_of_that_length(short_whisper, rng):
+def test_a_short_window_equals_a_transformers_model_of_that_length(short_whisper, rng):
     for positions in (100, 200):
         features = torch.randn(2, 80, 2 * positions)
         with torch.no_grad():
-            found = short_whisper.model.encoder(features).last_hidden_state
-        assert found.shape == (2, positions, 32)
-        torch.testing.assert_close(found, independently(short_whisper, features))
+            result = short_whisper.model.encoder(features).last_hidden_state
+        assert result.shape == (2, positions, 32)
+        torch.testing.assert_close(result, in_transformers(short_whisper, features))
 
 
-def test_the_full_window_is_bit_for_bit_transformers_own(short_whisper, rng):
+def test_the_full_window_is_bit_identical_to_transformers(short_whisper, rng):
     features = torch.randn(2, 80, 600)
     with torch.no_grad():
-        found = short_whisper.model.encoder(features).last_hidden_state
-    assert torch.equal(found, independently(short_whisper, features))
+        result = short_whisper.model.encoder(features).last_hidden_state
+    assert torch.equal(result, in_transformers(short_whisper, features))
 
 
-def test_hidden_states_and_attentions_of_a_short_window_are_told(short_whisper):
+def test_hidden_states_and_attentions_of_a_short_window_are_returned(short_whisper):
     short_whisper.set_attn_implementation("eager")
-    told = short_whisper(
+    outputs = short_whisper(
         torch.randn(1, 80, 200),
         decoder_input_ids=torch.tensor([[375]]),
         output_hidden_states=True,
         output_attentions=True,
     )
-    assert [x.shape for x in told.encoder_hidden_states] == [(1, 100, 32)] * 3
-    assert [x.shape for x in told.encoder_attentions] == [(1, 2, 100, 100)] * 2
-    assert told.cross_attentions[0].shape == (1, 2, 1, 100)
+    assert [x.shape for x in outputs.encoder_hidden_states] == [(1, 100, 32)] * 3
+    assert [x.shape for x in outputs.encoder_attentions] == [(1, 2, 100, 100)] * 2
+    assert outputs.cross_attentions[0].shape == (1, 2, 1, 100)
 
 
 @pytest.mark.parametrize("frames", [199, 202, 300, 700])
-def test_a_window_the_model_was_not_made_for_is_a_letter(frames, short_whisper):
+def test_an_unknown_window_is_refused(frames, short_whisper):
     with pytest.raises(Problem, match=rf"windows of 200, 400, 600 mel frames; {frames} were given"):
         short_whisper.model.encoder(torch.randn(1, 80, frames))
 
 
-def test_in_training_any_length_is_heard_up_to_the_full_one(tiny_whisper):
+def test_training_accepts_any_length_up_to_the_full_window(tiny_whisper):
     tiny_whisper.train()
     assert tiny_whisper.model.encoder(torch.randn(1, 80, 26)).last_hidden_state.shape[1] == 13
     with pytest.raises(Problem, match="602 were given"):
         tiny_whisper.model.encoder(torch.randn(1, 80, 602))
 
 
-def test_generate_takes_short_features_as_they_are(short_whisper):
+def test_generate_accepts_short_features(short_whisper):
     features = torch.randn(3, 80, 400)
     options = {"language": "en", "task": "transcribe", "max_new_tokens": 8}
     stamps = range(short_whisper.generation_config.no_timestamps_token_id + 1, 783)
-    options["suppress_tokens"] = list(stamps)  # a random model utters them: a second segment
+    options["suppress_tokens"] = list(stamps)  # otherwise a random model starts a second segment
     for beams in (1, 2):
-        found = short_whisper.generate(features, num_beams=beams, **options)
+        result = short_whisper.generate(features, num_beams=beams, **options)
         encoded = short_whisper.model.encoder(features)
-        wanted = short_whisper.generate(encoder_outputs=encoded, num_beams=beams, **options)
-        assert torch.equal(found, wanted)
+        expected = short_whisper.generate(encoder_outputs=encoded, num_beams=beams, **options)
+        assert torch.equal(result, expected)
     assert short_whisper.config.max_source_positions == 300
     alone = short_whisper.generate(features[1:2], **options)
     assert torch.equal(alone[0], short_whisper.generate(features, **options)[1][: alone.shape[1]])
 
 
-def test_every_clip_is_heard_through_the_shortest_window_that_holds_it(
+def test_every_clip_is_decoded_in_the_shortest_window_that_holds_it(
     short_whisper, processor, few, monkeypatch
 ):
-    heard = []
+    shapes = []
     forward = whisper.Encoder.forward
     monkeypatch.setattr(
         whisper.Encoder,
         "forward",
         lambda self, x=None, *, input_features=None, **k: (
-            heard.append((input_features if x is None else x).shape)
+            shapes.append((input_features if x is None else x).shape)
             or forward(self, input_features if x is None else x)
         ),
     )
     pcms = [clip.pcm() for clip in few]
     together = decoding.greedy(short_whisper, processor, pcms)
-    assert sorted(shape[0] * [shape[2]] for shape in heard) == [[200, 200], [400], [600]]
+    assert sorted(shape[0] * [shape[2]] for shape in shapes) == [[200, 200], [400], [600]]
     assert together == [decoding.greedy(short_whisper, processor, [pcm])[0] for pcm in pcms]
 
 
@@ -218,11 +216,11 @@ def test_the_shortest_window_is_the_first_that_holds_the_samples(samples, window
     assert shortest([32, 64, 96], samples) == window
 
 
-# -------------------------------------------------------------------------------------- exported
+# ----------------------------------------------------------------------------------------- exported
 
 
 def shared_heads(make_whisper, rng):
-    """Encoder attentions with one key and value for all heads."""
+    """A model whose encoder attentions have one key and value for all heads."""
     model = make_whisper(heads=4)
     shapes = layer_shapes(model)
     tensors = dict(model.state_dict())
@@ -240,7 +238,7 @@ def dense(make_whisper, rng):
 
 
 @pytest.mark.parametrize("make", [dense, irregular, shared_heads])
-def test_at_every_window_the_graphs_are_torch(make, make_whisper, processor, rng, tmp_path):
+def test_the_graphs_agree_with_torch_at_every_window(make, make_whisper, processor, rng, tmp_path):
     model = with_windows(make(make_whisper, rng))
     manifest = export_onnx(model, processor, tmp_path, "fp32")
     recognizer = Recognizer(tmp_path, threads=1, guards=False)
@@ -249,8 +247,8 @@ def test_at_every_window_the_graphs_are_torch(make, make_whisper, processor, rng
         pcm = sound(rng, window)[: -int(rng.integers(0, 90 * SAMPLES))]
         tokens = decoding.greedy(model, processor, [pcm])[0]
         assert recognizer.window(pcm) == tokens
-        wanted = decoding.logits(model, processor, pcm, [*prompt, *tokens])[len(prompt) - 1 :]
-        assert np.abs(recognizer.logits(pcm, tokens) - wanted).max() < 1e-3
+        expected = decoding.logits(model, processor, pcm, [*prompt, *tokens])[len(prompt) - 1 :]
+        assert np.abs(recognizer.logits(pcm, tokens) - expected).max() < 1e-3
 
 
 def test_the_contract_names_the_axes_that_follow_the_window(short_whisper, processor, tmp_path):
@@ -266,23 +264,23 @@ def test_the_contract_names_the_axes_that_follow_the_window(short_whisper, proce
     assert manifest["layers"]["windows"] == WINDOWS
 
 
-def test_a_model_of_one_window_keeps_its_static_axes(tiny_whisper, processor, tmp_path):
+def test_a_model_of_one_window_has_static_axes(tiny_whisper, processor, tmp_path):
     manifest = export_onnx(tiny_whisper, processor, tmp_path, "int8")
     assert manifest["contract"]["encoder"]["inputs"][0]["shape"] == [1, 96000]
     assert manifest["contract"]["encoder"]["outputs"][0]["shape"] == [1, 2, 332, 16]
 
 
-def test_int8_hears_short_windows_too(digits, processor, few, tmp_path):
-    """The naive model is no good in them; the two versions agree about what it says."""
+def test_int8_agrees_with_torch_in_short_windows(digits, processor, few, tmp_path):
+    """The untrained model transcribes badly, but both versions give the same tokens."""
     model = with_windows(whisper.load(digits))
     export_onnx(model, processor, tmp_path, "int8")
     recognizer = Recognizer(tmp_path, threads=1, guards=False)
-    wanted = decoding.greedy(model, processor, [clip.pcm() for clip in few])
-    found = [recognizer.window(clip.pcm()) for clip in few]
-    assert sum(one == other for one, other in zip(found, wanted, strict=True)) >= 3
+    expected = decoding.greedy(model, processor, [clip.pcm() for clip in few])
+    result = [recognizer.window(clip.pcm()) for clip in few]
+    assert sum(one == other for one, other in zip(result, expected, strict=True)) >= 3
 
 
-def test_the_gate_compares_through_the_same_windows(short_whisper, processor, few, tmp_path):
+def test_the_gate_uses_the_same_windows(short_whisper, processor, few, tmp_path):
     manifest = export_onnx(short_whisper, processor, tmp_path, "fp32")
     figures = run_gate(
         tmp_path,
@@ -296,7 +294,7 @@ def test_the_gate_compares_through_the_same_windows(short_whisper, processor, fe
     assert figures["max_logits_error"] < 1e-3
 
 
-# --------------------------------------------------------------------------------- in the runner
+# ------------------------------------------------------------------------------------ in the runner
 
 
 @pytest.fixture
@@ -307,17 +305,17 @@ def artifact(short_whisper, processor, tmp_path) -> Path:
 
 @pytest.fixture
 def lengths(monkeypatch) -> list[int]:
-    """Samples of every window that the runner's encoder was given."""
+    """The number of samples of every window that the runner encodes."""
     from devices.runner.engines import sessions
 
-    seen: list[int] = []
+    samples: list[int] = []
     encode = sessions.encode
     monkeypatch.setattr(
         sessions,
         "encode",
-        lambda session, window: seen.append(window.shape[1]) or encode(session, window),
+        lambda session, window: samples.append(window.shape[1]) or encode(session, window),
     )
-    return seen
+    return samples
 
 
 def test_the_runner_takes_the_shortest_window_that_holds_the_clip(artifact, lengths, rng):
@@ -333,9 +331,7 @@ def test_the_last_piece_of_a_long_clip_may_take_a_short_window(artifact, lengths
     assert lengths == [96000, 32000]
 
 
-def test_an_artifact_from_before_there_were_windows_is_read(
-    tiny_whisper, processor, tmp_path, lengths, rng
-):
+def test_an_old_artifact_without_windows_is_read(tiny_whisper, processor, tmp_path, lengths, rng):
     manifest = export_onnx(tiny_whisper, processor, tmp_path, "int8")
     del manifest["audio"]["windows_samples"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
@@ -344,7 +340,7 @@ def test_an_artifact_from_before_there_were_windows_is_read(
     assert "windows_samples" not in read_artifact(tmp_path)["audio"]
 
 
-def test_a_piece_beyond_the_largest_window_is_still_a_letter(artifact, rng):
+def test_audio_longer_than_the_largest_window_is_refused(artifact, rng):
     with pytest.raises(RunnerProblem, match="a window holds 96000 samples, 96001 were given"):
         Recognizer(artifact, threads=1).window(np.ones(96001, np.float32))
 
@@ -362,16 +358,16 @@ def test_timing_reads_an_artifact_of_several_windows(artifact, few, tmp_path):
     assert len(answer["encoder_s"]) == len(few)
 
 
-# ----------------------------------------------------------------------- in everybody's training
+# ------------------------------------------------------------------------ training of other methods
 
 
-def test_batches_hold_clips_of_one_window_and_are_cut_to_it(short_whisper, processor, clips, seed):
+def test_batches_are_grouped_by_window_and_cut_to_it(short_whisper, processor, clips, seed):
     every = read_manifest(clips)
     size = 4
     examples = Examples(every, short_whisper, processor, seed, batch_size=size)
     for epoch in range(3):
-        found = [examples.index(epoch * len(every) + i) for i in range(len(every))]
-        assert sorted(found) == list(range(len(every)))
+        result = [examples.index(epoch * len(every) + i) for i in range(len(every))]
+        assert sorted(result) == list(range(len(every)))
     mixed = 0
     batches = 2 * len(every) // size
     for number in range(batches):
@@ -383,12 +379,10 @@ def test_batches_hold_clips_of_one_window_and_are_cut_to_it(short_whisper, proce
         cut = batch.whole_features[..., : batch.input_features.shape[2]]
         assert torch.equal(cut, batch.input_features)
         mixed += len(windows) > 1
-    assert mixed <= 3 * 2 + 2  # at the seams of windows and of epochs
+    assert mixed <= 3 * 2 + 2  # batches at the borders of windows and epochs
 
 
-def test_passes_and_processes_of_one_batch_hear_the_same_window(
-    short_whisper, processor, clips, seed
-):
+def test_passes_and_processes_of_a_batch_use_the_same_window(short_whisper, processor, clips, seed):
     examples = Examples(read_manifest(clips), short_whisper, processor, seed, batch_size=6)
     for number in range(5):
         whole = examples[range(6 * number, 6 * number + 6)].input_features
@@ -396,13 +390,13 @@ def test_passes_and_processes_of_one_batch_hear_the_same_window(
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_a_clip_that_outlasts_its_manifest_is_a_letter(short_whisper, processor, few):
-    lied = [replace(few[2], duration_s=1.0)]
+def test_a_clip_longer_than_its_manifest_states_is_refused(short_whisper, processor, few):
+    wrong = [replace(few[2], duration_s=1.0)]
     with pytest.raises(Problem, match=r"lasts 3.5\d s, which is longer than its manifest says"):
-        Examples(lied, short_whisper, processor, seed=0)[[0]]
+        Examples(wrong, short_whisper, processor, seed=0)[[0]]
 
 
-def test_a_model_of_one_window_is_trained_in_the_order_of_old(
+def test_a_model_of_one_window_keeps_the_order_of_clips(
     tiny_whisper, processor, few: list[Clip], seed, make_whisper: Callable
 ):
     from edgewhisper.examples import permutation
@@ -413,15 +407,15 @@ def test_a_model_of_one_window_is_trained_in_the_order_of_old(
     assert examples[range(2)].input_features.shape[2] == 600
 
 
-# -------------------------------------------------------------------------------------- taught
+# ----------------------------------------------------------------------------------------- training
 
 BRIEF = Training(steps=2, batch_size=3, learning_rate=1e-3)
 NOTHING = Training(steps=0)
 
 
 @pytest.fixture
-def work(processor, few, tmp_path, seed) -> Work:
-    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run", seed=seed)
+def context(processor, few, tmp_path, seed) -> Context:
+    return Context(processor=processor, train=few, dev=few, run_dir=tmp_path / "run", seed=seed)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -432,29 +426,31 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-def test_zero_steps_record_the_windows_and_change_nothing(tiny_whisper, work):
+def test_zero_steps_record_the_windows_and_change_nothing(tiny_whisper, context):
     before = weights(tiny_whisper)
-    model = short.apply(tiny_whisper, Options(training=NOTHING), work)
+    model = short.apply(tiny_whisper, Options(training=NOTHING), context)
     assert same_bits(weights(model), before)
     assert windows_of(model.config) == WINDOWS
-    assert work.record["short"]["windows_s"] == pytest.approx([2.0, 4.0, 6.0])
-    assert work.record["short"]["macs"].keys() == {"100", "200", "300"}
+    assert context.record["short"]["windows_s"] == pytest.approx([2.0, 4.0, 6.0])
+    assert context.record["short"]["macs"].keys() == {"100", "200", "300"}
     assert model.config.output_hidden_states is False
 
 
 @pytest.mark.parametrize("lengths", ["windows", "jitter"])
-def test_hearing_everything_it_is_the_teacher_and_stays_so(lengths, tiny_whisper, work):
-    """n = N: (2) is zero, and so is every gradient."""
+def test_at_the_full_window_the_student_equals_the_teacher_and_does_not_change(
+    lengths, tiny_whisper, context
+):
+    """With n = N, (2) and all gradients are zero."""
     before = weights(tiny_whisper)
     options = Options(windows_s=(6.0,), lengths=lengths, margin=300, reach=0)
-    model = short.apply(tiny_whisper, replace(options, training=BRIEF), work)
-    assert work.record["short"]["training"]["last_loss"] == 0
+    model = short.apply(tiny_whisper, replace(options, training=BRIEF), context)
+    assert context.record["short"]["training"]["last_loss"] == 0
     assert same_bits(weights(model), before)
     assert not hasattr(model.config, "edgewhisper")
 
 
-def test_it_learns_to_say_in_short_windows_what_it_says_in_the_full_one(
-    tiny_whisper, work, few, processor
+def test_training_brings_short_windows_closer_to_the_full_one(
+    tiny_whisper, context, few, processor
 ):
     teacher = copy.deepcopy(tiny_whisper)
     whisper.set_windows(tiny_whisper.config, WINDOWS)
@@ -462,18 +458,18 @@ def test_it_learns_to_say_in_short_windows_what_it_says_in_the_full_one(
     @torch.no_grad()
     def distance(model) -> float:
         batch = Examples(few, model, processor, seed=0)[[0]]
-        told = model(
+        outputs = model(
             batch.whole_features[..., :200],
             decoder_input_ids=batch.decoder_input_ids,
             output_hidden_states=True,
         ).decoder_hidden_states
-        wanted = short.full_outputs(Teacher(teacher), batch).decoder_hidden_states
-        return float(short.state_distance(wanted, told).mean())
+        expected = short.full_outputs(Teacher(teacher), batch).decoder_hidden_states
+        return float(short.state_distance(expected, outputs).mean())
 
     before = distance(tiny_whisper)
     training = Training(steps=40, batch_size=2, learning_rate=1e-3)
-    work.train = few[:2]
-    short.apply(tiny_whisper, Options(lengths="windows", training=training), work)
+    context.train = few[:2]
+    short.apply(tiny_whisper, Options(lengths="windows", training=training), context)
     assert distance(tiny_whisper) < 0.7 * before
 
 
@@ -491,15 +487,15 @@ def test_the_published_values_are_the_defaults():
     assert (training.schedule, training.warmup, training.clip_norm) == ("constant", 0, np.inf)
 
 
-def test_the_distance_of_states_on_a_hand_made_example():
-    """Two states of two tokens and two features; squares are 0, 4 and 1, 1, then 0, 0 and 9, 1."""
-    wanted = [torch.zeros(1, 2, 2), torch.ones(1, 2, 2)]
-    found = [torch.tensor([[[0.0, 2], [1, -1]]]), torch.tensor([[[1.0, 1], [4, 0]]])]
-    assert short.state_distance(wanted, found).tolist() == [[(2 + 0) / 2, (1 + 5) / 2]]
+def test_the_distance_of_small_states_by_hand():
+    """Two states, tokens and features; squared errors 0, 4 and 1, 1, then 0, 0 and 9, 1."""
+    expected = [torch.zeros(1, 2, 2), torch.ones(1, 2, 2)]
+    result = [torch.tensor([[[0.0, 2], [1, -1]]]), torch.tensor([[[1.0, 1], [4, 0]]])]
+    assert short.state_distance(expected, result).tolist() == [[(2 + 0) / 2, (1 + 5) / 2]]
 
 
-def test_the_loss_of_one_clip_is_the_published_expression(short_whisper, processor, few, rng):
-    """All hidden states in one tensor, and torch's mean squared error: the recipe's own words."""
+def test_the_loss_of_one_clip_is_the_published_one(short_whisper, processor, few, rng):
+    """The published loss is the mean squared error over all hidden states in one tensor."""
     teacher, student = short_whisper, copy.deepcopy(short_whisper).train()
     with torch.no_grad():
         for parameter in student.parameters():
@@ -507,41 +503,41 @@ def test_the_loss_of_one_clip_is_the_published_expression(short_whisper, process
     batch = Examples(few, student, processor, seed=0, window=lambda number, needed: 57)[[0]]
     assert batch.input_features.shape[2] == 114
     ids = batch.decoder_input_ids
-    told = student(batch.input_features, decoder_input_ids=ids, output_hidden_states=True)
-    wanted = teacher(batch.whole_features, decoder_input_ids=ids, output_hidden_states=True)
-    pair = (torch.cat(x.decoder_hidden_states) for x in (told, wanted))
+    outputs = student(batch.input_features, decoder_input_ids=ids, output_hidden_states=True)
+    expected = teacher(batch.whole_features, decoder_input_ids=ids, output_hidden_states=True)
+    pair = (torch.cat(x.decoder_hidden_states) for x in (outputs, expected))
     published = torch.nn.functional.mse_loss(*pair)
-    term = short.distillation(teacher, Options())(student, batch, told)
-    found = term + torch.nn.functional.cross_entropy(told.logits[0], batch.labels[0])
-    assert found.item() == pytest.approx(published.item(), rel=1e-4)
+    term = short.distillation(teacher, Options())(student, batch, outputs)
+    result = term + torch.nn.functional.cross_entropy(outputs.logits[0], batch.labels[0])
+    assert result.item() == pytest.approx(published.item(), rel=1e-4)
 
 
-def test_cross_entropy_counts_as_much_as_it_is_asked_to(short_whisper, processor, few):
+def test_ce_is_the_weight_of_the_cross_entropy(short_whisper, processor, few):
     batch = Examples(few, short_whisper, processor, seed=0)[[0]]
-    told = short_whisper(
+    outputs = short_whisper(
         batch.input_features, decoder_input_ids=batch.decoder_input_ids, output_hidden_states=True
     )
     terms = [
-        short.distillation(short_whisper, Options(ce=ce))(short_whisper, batch, told).item()
+        short.distillation(short_whisper, Options(ce=ce))(short_whisper, batch, outputs).item()
         for ce in (0.0, 1.0, 3.0)
     ]
-    entropy = torch.nn.functional.cross_entropy(told.logits[0], batch.labels[0]).item()
+    entropy = torch.nn.functional.cross_entropy(outputs.logits[0], batch.labels[0]).item()
     assert terms[1] - terms[0] == pytest.approx(entropy, rel=1e-3)
     assert terms[2] - terms[0] == pytest.approx(3 * entropy, rel=1e-3)
 
 
 @pytest.mark.parametrize("needed", [1, 2, 3, 50, 191, 200, 1000, 1490, 1500])
 def test_lengths_are_drawn_around_the_end_of_the_clip(needed, rng):
-    """(1): uniform over [-m, m), m = min(64, n / 3), within the model's positions."""
+    """(1): u is uniform over [-m, m), m = min(64, n / 3), and n is at most N."""
     m = min(64, needed // 3)
     drawn = {drawn_length(needed, 64, 1500, rng) for _ in range(3000)}
-    wanted = {min(needed + u, 1500) for u in range(-m, m)} or {needed}
-    assert drawn <= wanted
-    assert {min(wanted), max(wanted)} <= drawn or m > 50
-    assert len(drawn) > 0.9 * len(wanted)
+    expected = {min(needed + u, 1500) for u in range(-m, m)} or {needed}
+    assert drawn <= expected
+    assert {min(expected), max(expected)} <= drawn or m > 50
+    assert len(drawn) > 0.9 * len(expected)
 
 
-def test_a_length_follows_from_the_seed_and_the_step_alone(seed):
+def test_lengths_depend_only_on_the_seed_and_the_step(seed):
     options = Options(full_share=0.3)
     one, other = (Lengths(options, (100, 200, 300), seed) for _ in range(2))
     assert [one(s, 80) for s in range(50)] == [other(s, 80) for s in range(50)]
@@ -553,35 +549,35 @@ def test_a_length_follows_from_the_seed_and_the_step_alone(seed):
     ]
 
 
-def test_windows_never_cut_speech_away(seed):
-    """And no margin takes a longer one than decoding would."""
+def test_windows_never_cut_speech(seed):
+    """The margin is ignored."""
     rule = Lengths(Options(lengths="windows", margin=5), (100, 200, 300), seed)
     needed = (1, 95, 96, 100, 101, 200, 201, 300)
     assert [rule(0, n) for n in needed] == [100, 100, 100, 100, 200, 200, 300, 300]
 
 
-def test_the_margin_is_kept_behind_the_clip_in_the_published_draw(seed):
+def test_the_margin_is_added_after_the_clip(seed):
     rule = Lengths(Options(reach=0, margin=5), (100, 200, 300), seed)
     assert [rule(0, needed) for needed in (1, 95, 298, 300)] == [6, 100, 300, 300]
 
 
-def test_training_on_the_windows_takes_those_that_decoding_takes(
+def test_training_uses_the_windows_that_decoding_uses(
     short_whisper, processor, seed, rng, tmp_path
 ):
-    """One rule: clips of drawn lengths, some to the very sample at the border of a window."""
+    """Clips have random lengths, and lengths within one sample of a window."""
     borders = [w * SAMPLES + extra for w in WINDOWS[:2] for extra in (-1, 0, 1)]
     lengths = [*borders, *rng.integers(1600, 300 * SAMPLES, size=10).tolist()]
     for number, samples in enumerate(lengths):
         soundfile.write(tmp_path / f"{number}.wav", np.full(samples, 0.1), 16000)
-    some = [Clip(tmp_path / f"{n}.wav", "one", "en") for n in range(len(lengths))]
+    drawn = [Clip(tmp_path / f"{n}.wav", "one", "en") for n in range(len(lengths))]
     rule = Lengths(Options(lengths="windows", margin=int(rng.integers(64))), tuple(WINDOWS), seed)
-    examples = Examples(some, short_whisper, processor, seed, window=rule)
+    examples = Examples(drawn, short_whisper, processor, seed, window=rule)
     decoded = {}
     for indices, features in decoding._batches(
-        short_whisper, processor, [clip.pcm() for clip in some], 4
+        short_whisper, processor, [clip.pcm() for clip in drawn], 4
     ):
         decoded |= dict.fromkeys(indices, features.shape[-1] // 2)
-    for position in range(len(some)):
+    for position in range(len(drawn)):
         assert examples.window(position) == decoded[examples.index(position)]
 
 
@@ -603,14 +599,14 @@ def test_windows_are_named_in_seconds(seconds, full, windows):
 @pytest.mark.parametrize(
     "seconds", [(4.0, 2.0), (2.0, 2.0), (0.0, 2.0), (-1.0,), (6.1,), (np.inf,), (np.nan,)]
 )
-def test_windows_that_cannot_be_are_a_letter(seconds, tiny_whisper, work):
-    with pytest.raises(Problem, match=r"short: windows_s is .* ascending, and between 0.02") as e:
-        short.apply(tiny_whisper, Options(windows_s=seconds), work)
+def test_invalid_windows_are_refused(seconds, tiny_whisper, context):
+    with pytest.raises(Problem, match=r"short: windows_s is .* ascending and between 0.02") as e:
+        short.apply(tiny_whisper, Options(windows_s=seconds), context)
     assert "windows_s = [2, 4]" in e.value.hint
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("windows_s = 5.0", "windows_s: 5.0 is not a list"),
         ('windows_s = [5.0, "ten"]', "windows_s: 'ten' is not a number"),
@@ -618,67 +614,67 @@ def test_windows_that_cannot_be_are_a_letter(seconds, tiny_whisper, work):
         ('lengths = "random"', "lengths: 'random' is not one of 'jitter', 'windows'"),
     ],
 )
-def test_a_recipe_with_wrong_windows_is_a_letter(text, told):
+def test_a_recipe_with_invalid_options_is_refused(text, message):
     with pytest.raises(Problem) as caught:
         parse("mine", f'[[step]]\nmethod = "short"\n{text}\n')
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_recipe_names_windows_in_a_list():
+def test_a_recipe_lists_windows_in_seconds():
     step = parse("mine", '[[step]]\nmethod = "short"\nwindows_s = [5, 10.0]\n').steps[0]
     assert step.options.windows_s == (5.0, 10.0)
 
 
-def test_passes_of_one_step_add_up_to_the_step(tiny_whisper, processor, clips, tmp_path, seed):
+def test_accumulated_passes_equal_one_step(tiny_whisper, processor, clips, tmp_path, seed):
     eight = read_manifest(clips)[:8]
     options = Options(full_share=0.3, kl=0.5, ce=0.2, training=Training(steps=3, batch_size=4))
     results = []
     for passes in (1, 2):
         model = copy.deepcopy(tiny_whisper)
         training = replace(options.training, accumulate=passes, learning_rate=1e-3)
-        run = Work(processor, eight, eight, tmp_path / str(passes), seed)
+        run = Context(processor, eight, eight, tmp_path / str(passes), seed)
         short.apply(model, replace(options, training=training), run)
         results.append(weights(model))
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, rtol=1e-4, atol=1e-4)
 
 
-def test_it_comes_before_and_after_other_methods(tiny_whisper, work):
-    """TSPAR, removal, and a low-rank encoder on a model that has windows: they stay, and work."""
+def test_other_methods_keep_the_windows(tiny_whisper, context):
+    """TSPAR, removal and a low-rank encoder keep the windows of a model."""
     from edgewhisper.compress import lite, shrink, tspar
 
-    model = short.apply(tiny_whisper, Options(training=BRIEF), work)
+    model = short.apply(tiny_whisper, Options(training=BRIEF), context)
     pruned = tspar.Options(
         layers="*.fc2", c2=0.0, search=False, evaluations=1, training=replace(BRIEF, steps=1)
     )
-    model = tspar.apply(model, pruned, replace(work, run_dir=work.run_dir / "tspar"))
-    model = shrink.apply(model, shrink.Options(), work)
-    model = lite.apply(model, lite.Options(), replace(work, run_dir=work.run_dir / "lite"))
+    model = tspar.apply(model, pruned, replace(context, run_dir=context.run_dir / "tspar"))
+    model = shrink.apply(model, shrink.Options(), context)
+    model = lite.apply(model, lite.Options(), replace(context, run_dir=context.run_dir / "lite"))
     assert windows_of(model.config) == WINDOWS
-    again = replace(work, run_dir=work.run_dir / "again")
+    again = replace(context, run_dir=context.run_dir / "again")
     model = short.apply(model, Options(windows_s=(3.0,), training=BRIEF), again)
     assert windows_of(model.config) == [150, 300]
 
 
-def test_calibration_hears_what_decoding_hears(short_whisper, processor, few):
+def test_calibration_uses_the_windows_of_decoding(short_whisper, processor, few):
     speech = calibration.Speech(few, processor)
-    found = [(w.features.shape[2], w.positions) for w in speech.windows(short_whisper)]
-    assert found == [(200, 100), (200, 100), (400, 200), (600, 300)]
+    result = [(w.features.shape[2], w.positions) for w in speech.windows(short_whisper)]
+    assert result == [(200, 100), (200, 100), (400, 200), (600, 300)]
     masked = replace(speech, mask_padding=True)
     assert [w.positions for w in masked.windows(short_whisper)] == [47, 76, 176, 205]
 
 
-def test_what_was_taught_survives_export_and_its_gate(digits, work, few, clips, tmp_path):
-    """The whole road on the embedded model: short, saved, exported in fp32, exact in the gate."""
-    model = short.apply(whisper.load(digits), Options(training=BRIEF), work)
-    whisper.save(model, work.processor, tmp_path / "taught", {})
+def test_a_trained_model_survives_export_and_its_gate(digits, context, few, clips, tmp_path):
+    """On the embedded model: train, save, export in fp32, and compare tokens in the gate."""
+    model = short.apply(whisper.load(digits), Options(training=BRIEF), context)
+    whisper.save(model, context.processor, tmp_path / "trained", {})
     manifest_file = tmp_path / "few.jsonl"
     lines = clips.read_text().splitlines()
     absolute = [json.loads(lines[i]) for i in (0, 2, 4, 5)]
     for entry in absolute:
         entry["audio"] = str(clips.parent / entry["audio"])
     manifest_file.write_text("\n".join(map(json.dumps, absolute)) + "\n")
-    place = pipeline.export(str(tmp_path / "taught"), "fp32", manifest_file, tmp_path / "out")
+    place = pipeline.export(str(tmp_path / "trained"), "fp32", manifest_file, tmp_path / "out")
     manifest = read_artifact(place)
     assert manifest["audio"]["windows_samples"] == [32000, 64000, 96000]
     assert manifest["gate"]["identical_tokens"] == 1
@@ -687,30 +683,31 @@ def test_what_was_taught_survives_export_and_its_gate(digits, work, few, clips, 
     assert manifest["macs_by_window"]["300"] == manifest["macs"]
 
 
-# ------------------------------------------------------------------ what it is for: speed and text
+# ------------------------------------------------------------------------------- speed and accuracy
 
 
-def test_the_encoders_graph_multiplies_as_often_as_each_window_says(
-    make_whisper, processor, rng, tmp_path
-):
+def test_macs_by_window_are_those_of_the_encoders_graph(make_whisper, processor, rng, tmp_path):
     heads = int(rng.integers(1, 4))
     model = make_whisper(
         d_model=2 * heads * int(rng.integers(4, 12)), heads=heads, ffn=int(rng.integers(20, 80))
     )
     with_windows(model, sorted({*rng.integers(1, 300, size=2).tolist(), 300}))
     manifest = export_onnx(model, processor, tmp_path / "artifact", "fp32")
-    told = macs_by_window(model)
-    assert manifest["audio"]["windows_samples"] == [int(window) * SAMPLES for window in told]
+    expected = macs_by_window(model)
+    assert manifest["audio"]["windows_samples"] == [int(window) * SAMPLES for window in expected]
     counted = []
-    for window, costs in told.items():
+    for window, costs in expected.items():
         pcm = {"pcm": np.zeros((1, int(window) * SAMPLES), np.float32)}
         counted.append(graph_macs.count(tmp_path / "artifact" / "encoder.onnx", pcm))
         assert counted[-1] == costs["encoder"] + costs["cross"]
-    for window, count in zip(told, counted, strict=True):  # attention grows with the square
+    # attention costs grow with the square of the window
+    for window, count in zip(expected, counted, strict=True):
         assert count / counted[-1] <= int(window) / 300
 
 
-def test_short_windows_lose_less_than_a_point_and_fall_into_no_loop(digits, processor, tmp_path):
+def test_trained_short_windows_lose_less_than_one_point_and_do_not_loop(
+    digits, processor, tmp_path
+):
     """On the embedded model, which loses more than that before it is taught. 346 words: a point is
     three of them."""
     judged = [clip for part in ("test", "dev") for clip in read_manifest(SPEECH / f"{part}.jsonl")]
@@ -728,7 +725,9 @@ def test_short_windows_lose_less_than_a_point_and_fall_into_no_loop(digits, proc
     assert wer(with_windows(model)) > full + 0.01
     training = Training(steps=40, batch_size=8, learning_rate=1e-4, warmup=0.1)
     options = Options(lengths="windows", full_share=0.2, kl=1.0, training=training)
-    work = Work(processor, read_manifest(SPEECH / "train.jsonl"), [], tmp_path / "run", seed=0)
-    model = short.apply(whisper.load(digits), options, work)
+    context = Context(
+        processor, read_manifest(SPEECH / "train.jsonl"), [], tmp_path / "run", seed=0
+    )
+    model = short.apply(whisper.load(digits), options, context)
     assert windows_of(model.config) == WINDOWS
     assert wer(model) < wer(with_windows(model, [300])) + 0.01

@@ -1,4 +1,4 @@
-"""Removed equals masked: what shrink takes away was doing nothing, or is folded into a bias."""
+"""Removal of dead structure: a shrunk model has the outputs of the masked one."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_removed_equals_masked_on_random_shapes(draw, make_whisper, rng):
 
 
 @pytest.mark.parametrize("kind", ["fc1_rows", "value_rows"])
-def test_without_the_fold_the_error_is_large(kind, tiny_whisper, rng):
-    """The constants matter: with the old biases, the removal is not the same function at all."""
+def test_without_folded_biases_the_error_is_large(kind, tiny_whisper, rng):
+    """Constant outputs of dead units must be folded into biases."""
     masked = kill(tiny_whisper, kind, rng)
     shrunk = shrink(masked)
     for name, tensor in masked.state_dict().items():
@@ -62,7 +62,7 @@ def test_without_the_fold_the_error_is_large(kind, tiny_whisper, rng):
     assert largest_difference(masked, unfolded, rng) > 0.01
 
 
-def test_nothing_dead_comes_back_unchanged(tiny_whisper, rng):
+def test_a_model_without_dead_structure_does_not_change(tiny_whisper, rng):
     shrunk = shrink(tiny_whisper)
     assert same_tensors(shrunk.tensors, tiny_whisper.state_dict())
     attention = {"heads": 2, "qk_dim": 16, "v_dim": 16}
@@ -74,7 +74,7 @@ def test_nothing_dead_comes_back_unchanged(tiny_whisper, rng):
     }
 
 
-def test_the_model_itself_is_left_as_it_is(tiny_whisper, rng):
+def test_the_input_model_does_not_change(tiny_whisper, rng):
     kill(tiny_whisper, "all_kinds", rng)
     before = copy.deepcopy(tiny_whisper.state_dict())
     rebuilt(tiny_whisper)
@@ -119,17 +119,17 @@ def test_a_low_rank_layer_loses_its_dead_outputs_and_inputs(tiny_whisper, rng):
         layer.self_attn.v_proj.up.weight[[0, 16]] = 0
     shrunk = shrink(tiny_whisper)
     slim = whisper.rebuild(tiny_whisper, shrunk.tensors, shrunk.layers)
-    found = shrunk.layers["encoder"][0]
-    assert (found["ffn"], found["self_attn"]["v_dim"]) == (38, 15)
-    assert found["ranks"] == {
+    result = shrunk.layers["encoder"][0]
+    assert (result["ffn"], result["self_attn"]["v_dim"]) == (38, 15)
+    assert result["ranks"] == {
         name: 5 for name in ("self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
     }
-    assert found["inputs"] == {"fc1": 20}
+    assert result["inputs"] == {"fc1": 20}
     assert largest_difference(tiny_whisper, slim, rng) < TOLERANCE
 
 
-def test_a_query_channel_with_a_bias_stays(tiny_whisper):
-    """q = bias still multiplies the key: only a zero bias makes a zero query row removable."""
+def test_a_query_channel_with_a_bias_is_kept(tiny_whisper):
+    """A zero query row is removable only with a zero bias, because q = bias multiplies the key."""
     attention = tiny_whisper.model.encoder.layers[0].self_attn
     with torch.no_grad():
         attention.q_proj.weight[[3, 20]] = 0
@@ -140,7 +140,7 @@ def test_a_query_channel_with_a_bias_stays(tiny_whisper):
     assert shrink(tiny_whisper).layers["encoder"][0]["self_attn"]["qk_dim"] == 15
 
 
-def test_heads_are_filled_up_to_the_richest_one_with_their_largest_dead_channels(tiny_whisper):
+def test_heads_keep_as_many_channels_as_the_largest_head(tiny_whisper):
     attention = tiny_whisper.model.decoder.layers[0].encoder_attn
     with torch.no_grad():
         attention.out_proj.weight[:, 0:10] = 0  # head 0 keeps 6 channels
@@ -181,8 +181,8 @@ def test_one_of_everything_remains_when_all_is_dead(tiny_whisper, rng):
     assert largest_difference(tiny_whisper, slim, rng) < TOLERANCE
 
 
-def test_an_input_goes_when_its_only_readers_go(tiny_whisper, rng):
-    """A cascade: fc2 ignores ten units, and only they read features 0 to 9."""
+def test_inputs_of_removed_units_are_removed(tiny_whisper, rng):
+    """fc2 ignores ten units, and only these read features 0 to 9."""
     layer = tiny_whisper.model.encoder.layers[1]
     with torch.no_grad():
         layer.fc1.weight[10:, :10] = 0
@@ -191,21 +191,21 @@ def test_an_input_goes_when_its_only_readers_go(tiny_whisper, rng):
     assert (shape["ffn"], shape["inputs"]) == (38, {"fc1": 22})
 
 
-def test_a_gather_that_saves_little_is_left_out(tiny_whisper):
+def test_a_gather_that_saves_little_is_not_made(tiny_whisper):
     fc1 = tiny_whisper.model.encoder.layers[0].fc1
     with torch.no_grad():
         fc1.weight[:, :3] = 0
     assert shrink(tiny_whisper).layers["encoder"][0]["inputs"] == {}
     assert shrink(tiny_whisper, min_saving=0).layers["encoder"][0]["inputs"] == {"fc1": 29}
     with torch.no_grad():
-        fc1.weight[:, 31] = 0  # now 4 of 32, an eighth
+        fc1.weight[:, 31] = 0  # 4 of 32 columns are an eighth
     shrunk = shrink(tiny_whisper)
     assert shrunk.layers["encoder"][0]["inputs"] == {"fc1": 28}
     name = "model.encoder.layers.0.fc1.inputs"
     assert shrunk.tensors[name].tolist() == list(range(3, 31))
 
 
-def test_the_parameters_left_are_those_of_the_shapes(tiny_whisper, rng):
+def test_the_parameter_count_follows_from_the_shapes(tiny_whisper, rng):
     slim = rebuilt(kill(tiny_whisper, "all_kinds", rng))
     d = slim.config.d_model
     expected = sum(

@@ -1,10 +1,9 @@
-"""TSPAR: the penalties and their proximal step, the two passes, the search, and what is left."""
+"""TSPAR: penalties, proximal step, the two passes, the search, and the pruned model."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import graph_macs
@@ -14,9 +13,11 @@ import torch
 from same_function import largest_difference
 from scipy.optimize import minimize
 
-from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import shrink, tspar
+from edgewhisper.compress.context import Context
+from edgewhisper.compress.masks import guards, removed_share, weights_of
+from edgewhisper.compress.pruning_strength import SHARES, largest, refuse_unreachable
 from edgewhisper.compress.tspar import (
     Options,
     Thresholds,
@@ -24,15 +25,11 @@ from edgewhisper.compress.tspar import (
     element_penalty,
     keep_columns,
     keep_elements,
-    largest,
     proximal,
-    removed_share,
     shrink_columns,
     soft_threshold,
     two_pass,
-    weights_of,
 )
-from edgewhisper.compress.work import Work
 from edgewhisper.training import Training, train
 from edgewhisper.whisper import linears
 from export.cost import macs
@@ -57,18 +54,8 @@ ORDERS = ["element_then_column", "statistics_then_apply"]
 
 
 @pytest.fixture
-def few(clips: Path) -> list[Clip]:
-    return read_manifest(clips)[:3]
-
-
-@pytest.fixture
-def work(few, processor, tmp_path: Path) -> Work:
-    return Work(processor=processor, train=few, dev=few, run_dir=tmp_path / "run")
-
-
-@pytest.fixture
 def drawn(rng) -> dict[str, torch.Tensor]:
-    """Weights of two layers a side, of freshly drawn shapes, with the names of a real model."""
+    """Random weights of two layers per side, with the names of a real model."""
     names = [f"model.{side}.layers.{n}.fc1" for side in ("encoder", "decoder") for n in (0, 1)]
     sizes = rng.integers(3, 40, size=(len(names), 2)).tolist()
     scales = rng.uniform(0.1, 3, size=len(names)).tolist()
@@ -79,22 +66,22 @@ def draw_matrix(rng, dtype=torch.float64) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal(tuple(rng.integers(1, 12, size=2)))).to(dtype)
 
 
-# -------------------------------------------------------------------------- sparse group lasso
+# ------------------------------------------------------------------------------- sparse group lasso
 
 
-def test_penalties_of_a_matrix_whose_answer_is_known():
+def test_penalties_of_a_small_matrix_by_hand():
     weight = torch.tensor([[3.0, 0.0, -1.0], [-4.0, 0.0, 0.0]])
     assert element_penalty(weight) == 8.0
     assert column_penalty(weight).item() == pytest.approx(2**0.5 * (5 + 0 + 1))
     assert column_penalty(weight, "l2_squared") == 26.0
 
 
-def test_proximal_step_of_a_matrix_whose_answer_is_known():
+def test_proximal_step_of_a_small_matrix_by_hand():
     weight = torch.tensor([[3.0, 0.5, -1.5], [-4.0, -0.2, 0.0]])
-    # elements: [2, 0, -0.5], [-3, 0, 0]; then every column is shortened by 0.5 * sqrt(2) / sqrt(2)
+    # elements: [2, 0, -0.5], [-3, 0, 0]; then 0.5 is subtracted from the norm of every column
     columns = torch.tensor([13**0.5, 1.0, 0.5])
-    wanted = torch.tensor([[2.0, 0.0, -0.5], [-3.0, 0.0, 0.0]]) * (1 - 0.5 / columns)
-    torch.testing.assert_close(proximal(weight, 1.0, 0.5 / 2**0.5), wanted)
+    expected = torch.tensor([[2.0, 0.0, -0.5], [-3.0, 0.0, 0.0]]) * (1 - 0.5 / columns)
+    torch.testing.assert_close(proximal(weight, 1.0, 0.5 / 2**0.5), expected)
 
 
 @pytest.mark.parametrize("norm", ["l2", "l2_squared"])
@@ -103,8 +90,8 @@ def test_no_perturbation_of_the_proximal_step_is_better(norm, rng):
     element, column = rng.uniform(0, 0.5, size=2)
 
     def objective(x):
-        near = (x - weight).square().sum() / 2
-        return near + element * element_penalty(x) + column * column_penalty(x, norm)
+        distance = (x - weight).square().sum() / 2
+        return distance + element * element_penalty(x) + column * column_penalty(x, norm)
 
     best = proximal(weight, element, column, norm)
     floor = objective(best) - 1e-12
@@ -119,7 +106,7 @@ def test_the_proximal_step_agrees_with_a_numerical_solver(norm, rng):
     element, column = (float(x) for x in rng.uniform(0, 0.4, size=2))
 
     def smooth(x: np.ndarray, rounding: float = 1e-9) -> tuple[float, np.ndarray]:
-        """The objective and its gradient, with |x| rounded off at zero."""
+        """The objective, smoothed at zero, and its gradient."""
         point = torch.from_numpy(x.reshape(weight.shape)).requires_grad_()
         absolute = (point.square() + rounding).sqrt()
         groups = point.square().sum(dim=0)
@@ -151,8 +138,8 @@ def test_the_squared_norm_is_weight_decay_and_selects_no_column(rng):
     assert (shrink_columns(weight.detach(), 5.0, "l2") == 0).all(dim=0).any()
 
 
-def test_the_squared_norm_trains_as_adams_coupled_weight_decay_does(rng):
-    """Whichever way Adam is told lambda: as a penalty, or as decay of 2 lambda in the gradient."""
+def test_the_squared_norm_equals_adams_coupled_weight_decay(rng):
+    """A penalty with lambda equals a weight decay of 2 lambda in the gradient."""
     start, target = draw_matrix(rng), draw_matrix(rng).mean()
     amount = float(rng.uniform(0.01, 1))
     ends = []
@@ -175,21 +162,21 @@ def test_a_step_of_size_zero_changes_no_bit(step, rng):
     assert torch.equal(step(weight, 0.0), weight)
 
 
-def test_at_the_start_each_penalty_weighs_lambda_times_the_cross_entropy(tiny_whisper, work):
+def test_each_penalty_starts_at_lambda_times_the_cross_entropy(tiny_whisper, context):
     from edgewhisper.training import loss_before
 
     options = Options(encoder_element=0.5, decoder_element=2, encoder_column=0, decoder_column=3)
-    term, hook, scales = tspar.regulariser(tiny_whisper, options, work)
-    loss = loss_before(tiny_whisper, work.processor, work.train, options.training)
+    term, hook, scales = tspar.regulariser(tiny_whisper, options, context)
+    loss = loss_before(tiny_whisper, context.processor, context.train, options.training)
     assert hook is None and set(scales) == {
         f"{side}_{kind}" for side in tspar.SIDES for kind in ("element", "column")
     }
     assert term(tiny_whisper, None, None).item() == pytest.approx(5.5 * loss, rel=1e-5)
 
 
-def test_the_penalties_touch_the_linear_layers_of_the_blocks_only(tiny_whisper, work):
+def test_penalties_apply_only_to_linear_layers_of_the_blocks(tiny_whisper, context):
     options = replace(NOTHING, encoder_element=1e9, decoder_column=1e9, reg_mode="proximal")
-    _, hook, _ = tspar.regulariser(tiny_whisper, options, work)
+    _, hook, _ = tspar.regulariser(tiny_whisper, options, context)
     before = {name: p.clone() for name, p in tiny_whisper.named_parameters()}
     with torch.no_grad():
         hook(tiny_whisper, 0, 1e-3)
@@ -202,7 +189,7 @@ def test_the_penalties_touch_the_linear_layers_of_the_blocks_only(tiny_whisper, 
             assert torch.equal(parameter, before[name])
 
 
-def test_subgradient_training_shrinks_and_proximal_training_zeroes_columns(make_whisper, work):
+def test_subgradient_training_shrinks_and_proximal_training_zeroes_columns(make_whisper, context):
     base = make_whisper(d_model=16, ffn=16, encoder_layers=1, decoder_layers=1)
     sizes, zeros = {}, {}
     for mode, strength in (("none", 0.0), ("subgradient", 300.0), ("proximal", 120.0)):
@@ -214,7 +201,7 @@ def test_subgradient_training_shrinks_and_proximal_training_zeroes_columns(make_
             reg_mode="subgradient" if mode == "none" else mode,
             training=Training(steps=8, batch_size=2, learning_rate=3e-3),
         )
-        own = replace(work, run_dir=work.run_dir / mode, record={})
+        own = replace(context, run_dir=context.run_dir / mode, record={})
         tspar.apply(model, options, own)
         weights = weights_of(model).values()
         sizes[mode] = sum(column_penalty(w).item() for w in weights)
@@ -223,7 +210,7 @@ def test_subgradient_training_shrinks_and_proximal_training_zeroes_columns(make_
     assert zeros["none"] == zeros["subgradient"] == 0 < zeros["proximal"]
 
 
-# ------------------------------------------------------------------------- two passes of pruning
+# ---------------------------------------------------------------------------- two passes of pruning
 
 
 def removed(keep: dict[str, torch.Tensor]) -> set[tuple[str, int]]:
@@ -239,7 +226,7 @@ def test_nothing_is_removed_at_the_neutral_thresholds(scope, order, drawn):
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("order", ORDERS)
-def test_lowering_c2_removes_ever_more_columns(scope, order, drawn):
+def test_a_lower_c2_removes_more_columns(scope, order, drawn):
     options = Options(stats_scope=scope, pass_order=order)
     sets = [removed(two_pass(drawn, Thresholds(0, c2, 0), options)) for c2 in (9, 2, 1, 0, -1)]
     assert all(less <= more for less, more in pairwise(sets))
@@ -248,7 +235,7 @@ def test_lowering_c2_removes_ever_more_columns(scope, order, drawn):
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("centered", [True, False], ids=["centered", "absolute"])
-def test_raising_c1_removes_ever_more_elements(scope, centered, drawn):
+def test_a_higher_c1_removes_more_elements(scope, centered, drawn):
     options = Options(stats_scope=scope, centered=centered)
     sets = [removed(keep_elements(drawn, c1, options)) for c1 in (0, 0.1, 0.5, 1, 2)]
     assert not sets[0]
@@ -256,8 +243,8 @@ def test_raising_c1_removes_ever_more_elements(scope, centered, drawn):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_harder_pairs_of_thresholds_remove_ever_more_where_statistics_come_first(scope, drawn, rng):
-    """Then c1 cannot change what c2 is measured against."""
+def test_stricter_thresholds_remove_more_if_statistics_come_first(scope, drawn, rng):
+    """Then c1 does not change the statistics that c2 refers to."""
     options = Options(stats_scope=scope, pass_order="statistics_then_apply")
     c1s, c2s = sorted(rng.uniform(0, 2, 4)), sorted(rng.uniform(-1, 2, 4), reverse=True)
     pairs = zip(c1s, c2s, strict=True)
@@ -266,8 +253,8 @@ def test_harder_pairs_of_thresholds_remove_ever_more_where_statistics_come_first
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_without_c2_raising_c1_removes_ever_more_in_the_default_order_too(scope, drawn, rng):
-    """All but the column that always stays, the largest: with other elements, it may be another."""
+def test_without_c2_a_higher_c1_removes_more_in_the_default_order(scope, drawn, rng):
+    """An exception is the largest column, which is always kept and may change with c1."""
     options, rho = Options(stats_scope=scope), float(rng.uniform(0, 0.6))
     c1s = sorted(float(c1) for c1 in rng.uniform(0, 2, 5))
     passes = [two_pass(drawn, Thresholds(c1, float("inf"), rho), options) for c1 in c1s]
@@ -281,7 +268,7 @@ def test_without_c2_raising_c1_removes_ever_more_in_the_default_order_too(scope,
 
 
 def rewritten(weights, thresholds, options) -> dict[str, np.ndarray]:
-    """Section 1.4's two passes in numpy; the largest column stays, which is our rule."""
+    """The two passes in numpy, keeping the largest column."""
     group = {
         "per_matrix": lambda name: name,
         "per_layer": lambda name: name.rpartition(".")[0],
@@ -298,8 +285,8 @@ def rewritten(weights, thresholds, options) -> dict[str, np.ndarray]:
 
     mask = {name: far(name, weight) for name, weight in weights.items()}
     after = options.pass_order == "element_then_column"
-    left = {name: weight * mask[name] if after else weight for name, weight in weights.items()}
-    rms = {name: np.sqrt((weight**2).mean(axis=0)) for name, weight in left.items()}
+    pruned = {name: weight * mask[name] if after else weight for name, weight in weights.items()}
+    rms = {name: np.sqrt((weight**2).mean(axis=0)) for name, weight in pruned.items()}
     for name, sizes in rms.items():
         mean, sigma = moments(rms, name)
         drop = (sizes < mean - thresholds.c2 * sigma) | (mask[name].mean(axis=0) < thresholds.rho)
@@ -314,7 +301,7 @@ def test_the_two_passes_agree_with_numpy(scope, order, rng):
     shapes = rng.integers(3, 40, size=(8, 2)).tolist()
     names = [f"model.{side}.layers.{n}.fc{m}" for side in tspar.SIDES for n in "01" for m in "12"]
     weights = {
-        name: rng.normal(rng.normal(), rng.uniform(0.1, 3), shape)  # in float64: no ties
+        name: rng.normal(rng.normal(), rng.uniform(0.1, 3), shape)  # float64 avoids ties
         for name, shape in zip(names, shapes, strict=True)
     }
     for centered in (True, False):
@@ -325,7 +312,7 @@ def test_the_two_passes_agree_with_numpy(scope, order, rng):
             np.testing.assert_array_equal(ours[name].numpy(), keep)
 
 
-def test_raising_rho_removes_ever_more_columns(drawn):
+def test_a_higher_rho_removes_more_columns(drawn):
     options = Options()
     sets = [
         removed(two_pass(drawn, Thresholds(0.7, float("inf"), rho), options))
@@ -342,7 +329,7 @@ def test_c2_of_zero_drops_exactly_the_columns_below_the_mean(drawn):
         assert torch.equal(keep[name][0], rms >= rms.mean())
 
 
-def test_the_two_passes_on_a_matrix_whose_answer_is_known():
+def test_the_two_passes_on_a_small_matrix_by_hand():
     weight = torch.tensor([[4.0, 0.1, 1.0], [-4.0, 0.1, 0.1], [0.1, -0.1, -1.2], [-0.1, -0.1, 0.1]])
     weights = {"model.encoder.layers.0.fc1": weight}
     sigma = weight.std(correction=0)  # 1.72; the mean is 0
@@ -355,7 +342,7 @@ def test_the_two_passes_on_a_matrix_whose_answer_is_known():
     assert columns["model.encoder.layers.0.fc1"].tolist() == [True, False, False]  # c2
 
 
-def test_the_scope_decides_whose_statistics_count():
+def test_statistics_are_taken_over_the_scope():
     weights = {
         "model.encoder.layers.0.fc1": torch.full((2, 3), 1.0),
         "model.encoder.layers.0.fc2": torch.full((2, 3), 2.0),
@@ -371,13 +358,13 @@ def test_the_scope_decides_whose_statistics_count():
     assert means["global"] == pytest.approx([7 / 3, 7 / 3, 7 / 3, 0.1])
 
 
-def test_no_matrix_vanishes_however_hard_it_is_pruned(drawn):
+def test_every_matrix_keeps_a_column_at_extreme_thresholds(drawn):
     keep = two_pass(drawn, Thresholds(50.0, -3.0, 1.0), Options(stats_scope="global"))
     columns = keep_columns(drawn, keep, Thresholds(50.0, -3.0, 1.0), Options(stats_scope="global"))
     assert all(kept.any() for kept in columns.values())
 
 
-# -------------------------------------------------------------------------------------- the search
+# --------------------------------------------------------------------------------------- the search
 
 
 def test_strength_zero_is_neutral_and_strength_one_is_the_recipe():
@@ -392,49 +379,49 @@ def test_strength_zero_is_neutral_and_strength_one_is_the_recipe():
 @pytest.mark.parametrize("evaluations", [1, 4, 9])
 def test_bisection_finds_the_edge_and_stays_within_its_evaluations(evaluations, rng):
     edge = float(rng.uniform(0.02, 0.98))
-    asked: list[float] = []
+    evaluated: list[float] = []
 
-    def good(strength: float) -> bool:
-        asked.append(strength)
+    def acceptable(strength: float) -> bool:
+        evaluated.append(strength)
         return strength <= edge
 
-    found = largest(good, 0.0, evaluations)
-    assert found <= edge <= found + 2 ** (1 - evaluations)
-    assert len(asked) == evaluations
+    result = largest(acceptable, 0.0, evaluations)
+    assert result <= edge <= result + 2 ** (1 - evaluations)
+    assert len(evaluated) == evaluations
 
 
-def test_bisection_takes_the_whole_recipe_where_it_is_good():
+def test_bisection_returns_one_if_it_is_acceptable():
     assert largest(lambda strength: True, 0.0, 5) == 1.0
 
 
 @pytest.fixture
-def work_with_known_wer(work, monkeypatch):
-    """Dev WER is 5 % and grows by one point for every tenth of the weights that is zero."""
+def context_with_known_wer(context, monkeypatch):
+    """A context whose dev WER is 5 % plus one point per tenth of zero weights."""
 
     def wer(self, model):
         weights = torch.cat([w.flatten() for w in weights_of(model).values()])
         return SimpleNamespace(wer=0.05 + 0.1 * (weights == 0).double().mean().item())
 
-    monkeypatch.setattr(Work, "wer", wer)
-    return work
+    monkeypatch.setattr(Context, "wer", wer)
+    return context
 
 
-def test_the_search_prunes_as_far_as_the_margin_allows(tiny_whisper, work_with_known_wer):
+def test_the_search_prunes_up_to_the_margin(tiny_whisper, context_with_known_wer):
     options = Options(c1=2.0, c2=-1.0, wer_margin=2.0, evaluations=12, training=Training(steps=0))
-    tspar.apply(tiny_whisper, options, work_with_known_wer)
-    record = work_with_known_wer.record["tspar"]
+    tspar.apply(tiny_whisper, options, context_with_known_wer)
+    record = context_with_known_wer.record["tspar"]
     assert 0.15 < record["pruned"]["zero_elements"] <= 0.2 + 1e-9
     assert len(record["search"]["tried"]) == 12
     assert record["search"]["limit"] == pytest.approx(0.07)
 
 
-def test_min_removed_is_reached_whatever_the_margin(tiny_whisper, work_with_known_wer):
+def test_min_removed_takes_precedence_over_the_margin(tiny_whisper, context_with_known_wer):
     options = Options(
         c2=-2.0, wer_margin=0.0, min_removed=0.3, evaluations=2, training=Training(steps=0)
     )
-    tspar.apply(tiny_whisper, options, work_with_known_wer)
-    slim = shrink.apply(tiny_whisper, shrink.Options(), work_with_known_wer)
-    record = work_with_known_wer.record
+    tspar.apply(tiny_whisper, options, context_with_known_wer)
+    slim = shrink.apply(tiny_whisper, shrink.Options(), context_with_known_wer)
+    record = context_with_known_wer.record
     assert 0.3 <= record["shrink"]["removed_outside_token_table"] < 0.4
     assert record["shrink"]["removed_outside_token_table"] == pytest.approx(
         record["tspar"]["pruned"]["removable_parameters"]
@@ -445,98 +432,97 @@ def test_min_removed_is_reached_whatever_the_margin(tiny_whisper, work_with_know
 
 
 @pytest.mark.parametrize("layers", ["*", "*.fc2"])
-def test_min_zero_is_reached_without_any_search(layers, tiny_whisper, work, rng):
+def test_min_zero_is_reached_without_a_search(layers, tiny_whisper, context, rng):
     share = float(rng.uniform(0.05, 0.15))
     options = Options(
         layers=layers, c2=-2.0, search=False, min_zero=share, training=Training(steps=0)
     )
-    tspar.apply(tiny_whisper, options, work)
-    assert "search" not in work.record["tspar"]
-    slim = shrink.apply(tiny_whisper, shrink.Options(), work)
+    tspar.apply(tiny_whisper, options, context)
+    assert "search" not in context.record["tspar"]
+    slim = shrink.apply(tiny_whisper, shrink.Options(), context)
     table = slim.model.decoder.embed_tokens.weight.numel()
-    left = sum(int((p != 0).sum()) for p in slim.parameters()) - table
+    nonzero = sum(int((p != 0).sum()) for p in slim.parameters()) - table
     dense = sum(p.numel() for p in tiny_whisper.parameters()) - table
-    assert share <= 1 - left / dense == pytest.approx(share, abs=0.05)
+    assert share <= 1 - nonzero / dense == pytest.approx(share, abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["min_removed", "min_zero"])
 @pytest.mark.parametrize("search", [True, False], ids=["searched", "as given"])
-def test_a_share_beyond_full_strength_is_a_letter_with_what_it_reaches(
-    name, search, tiny_whisper, work, rng
+def test_the_error_for_an_unreachable_share_has_the_reached_share(
+    name, search, tiny_whisper, context, rng
 ):
     values = {"c1": float(rng.uniform(0, 0.3)), "c2": float(rng.uniform(0.2, 0.5)), "rho": 0.0}
     options = Options(search=search, training=NO_TRAINING, **values)
-    own = replace(work, record={})
+    own = replace(context, record={})
     pruned = tspar.apply(copy.deepcopy(tiny_whisper), replace(options, search=False), own)
-    reached = tspar.SHARES[name](pruned)
-    with pytest.raises(Problem, match=f"tspar: {name} asks for 0.500 of the parameters") as told:
-        tspar.apply(copy.deepcopy(tiny_whisper), replace(options, **{name: 0.5}), work)
-    assert f"c2 = {values['c2']:g} and rho = 0 reach {reached:.3f}" in str(told.value)
-    assert "raise c1 or rho, lower c2" in told.value.hint
-    assert not work.record
+    reached = SHARES[name](pruned)
+    with pytest.raises(Problem, match=f"tspar: {name} asks for 0.500 of the parameters") as error:
+        tspar.apply(copy.deepcopy(tiny_whisper), replace(options, **{name: 0.5}), context)
+    assert f"c2 = {values['c2']:g} and rho = 0 reach {reached:.3f}" in str(error.value)
+    assert "raise c1 or rho, lower c2" in error.value.hint
+    assert not context.record
 
 
-def test_what_full_strength_just_reaches_is_no_letter(tiny_whisper, work, rng):
+def test_a_share_that_full_strength_just_reaches_is_accepted(tiny_whisper, context, rng):
     options = Options(c1=float(rng.uniform(0, 0.3)), c2=0.3, search=False, training=NO_TRAINING)
-    reached = removed_share(tspar.apply(copy.deepcopy(tiny_whisper), options, work))
-    found = tspar.apply(tiny_whisper, replace(options, min_removed=reached), work)
-    assert removed_share(found) >= reached > 0
+    reached = removed_share(tspar.apply(copy.deepcopy(tiny_whisper), options, context))
+    result = tspar.apply(tiny_whisper, replace(options, min_removed=reached), context)
+    assert removed_share(result) >= reached > 0
 
 
 @pytest.mark.parametrize("name", ["min_removed", "min_zero"])
-def test_a_share_that_the_layers_do_not_make_up_is_refused_before_the_training(
-    name, tiny_whisper, work, monkeypatch
+def test_a_share_larger_than_the_layers_is_refused_before_training(
+    name, tiny_whisper, context, monkeypatch
 ):
     monkeypatch.setattr(tspar, "train", None)
     before = {n: tensor.clone() for n, tensor in tiny_whisper.state_dict().items()}
     options = Options(layers="*.decoder.*.fc2", **{name: 0.5})
-    with pytest.raises(Problem, match=rf"{name} asks for 0.500 .* makes up 0\.[01]\d\d") as told:
-        tspar.apply(tiny_whisper, options, work)
-    assert "let `layers` name more" in told.value.hint
+    with pytest.raises(Problem, match=rf"{name} asks for 0.500 .* have only 0\.[01]\d\d ") as error:
+        tspar.apply(tiny_whisper, options, context)
+    assert "extend `layers`" in error.value.hint
     assert all(torch.equal(before[n], t) for n, t in tiny_whisper.state_dict().items())
 
 
-def test_what_is_protected_cannot_be_asked_for(make_whisper, work):
-    """Of attention's two heads a layer one is guarded; without guards the share would be there."""
+def test_protected_weights_do_not_count_as_available(make_whisper, context):
+    """One of two heads per layer is protected; without protection the share is available."""
     model = make_whisper(ffn=4)
     model.generation_config.alignment_heads = [[0, 0], [1, 0]]
-    options = Options(layers="*.encoder_attn.*", training=NO_TRAINING)
-    options = replace(options, min_removed=0.12)
-    tspar.refuse_unreachable(model, options)
+    required = {"min_removed": 0.12}, "*.encoder_attn.*"
+    refuse_unreachable(model, *required, {})
     with pytest.raises(Problem, match=r"min_removed asks for 0.120"):
-        tspar.refuse_unreachable(model, replace(options, protect_alignment=True))
+        refuse_unreachable(model, *required, guards(model, True))
 
 
-def test_without_a_share_to_reach_the_recipes_values_are_applied(tiny_whisper, work):
-    tspar.apply(tiny_whisper, Options(search=False, training=Training(steps=0)), work)
-    assert work.record["tspar"]["thresholds"]["strength"] == 1.0
+def test_without_a_search_the_recipes_thresholds_are_applied(tiny_whisper, context):
+    tspar.apply(tiny_whisper, Options(search=False, training=Training(steps=0)), context)
+    assert context.record["tspar"]["thresholds"]["strength"] == 1.0
 
 
-# --------------------------------------------------------------------------------- the whole step
+# ----------------------------------------------------------------------------------- the whole step
 
 
-def test_it_is_plain_fine_tuning_when_told_to_do_nothing(tiny_whisper, work, few, processor):
+def test_with_neutral_options_it_is_plain_fine_tuning(tiny_whisper, context, few, processor):
     plain = copy.deepcopy(tiny_whisper)
-    train(plain, processor, few, BRIEF, run_dir=work.run_dir / "plain", seed=work.seed)
-    tspar.apply(tiny_whisper, NOTHING, work)
+    train(plain, processor, few, BRIEF, run_dir=context.run_dir / "plain", seed=context.seed)
+    tspar.apply(tiny_whisper, NOTHING, context)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tiny_whisper.state_dict()[name], tensor)
     assert removed_share(tiny_whisper) == 0
 
 
-def test_what_was_pruned_stays_zero_through_recovery(tiny_whisper, work):
+def test_pruned_weights_stay_zero_in_recovery(tiny_whisper, context):
     options = replace(NOTHING, c1=0.5, c2=0.5, training=Training(steps=0), recovery=BRIEF, keep=0.1)
     pruned = two_pass(weights_of(tiny_whisper), Thresholds(0.5, 0.5, 0.0), options)
     before = {name: w.clone() for name, w in weights_of(tiny_whisper).items()}
-    tspar.apply(tiny_whisper, options, work)
+    tspar.apply(tiny_whisper, options, context)
     for name, weight in weights_of(tiny_whisper).items():
         assert (weight[~pruned[name]] == 0).all()
         assert not torch.equal(weight, before[name] * pruned[name])
-    assert work.record["tspar"]["recovery"]["steps"] == 2
+    assert context.record["tspar"]["recovery"]["steps"] == 2
 
 
-def test_the_proximal_step_is_as_large_as_the_learning_rate_says(make_whisper, rng):
-    """Section 5.5: scaled with the rate, so that a schedule ends it with the training."""
+def test_the_proximal_step_scales_with_the_learning_rate(make_whisper, rng):
+    """Its size is learning rate * lambda * scale."""
     model = make_whisper(d_model=8 * int(rng.integers(1, 5)), ffn=int(rng.integers(9, 40)))
     element, column, rate = (float(x) for x in rng.uniform(0.1, 2.0, size=3))
     options = replace(
@@ -554,19 +540,19 @@ def test_the_proximal_step_is_as_large_as_the_learning_rate_says(make_whisper, r
     for name, module in linears(model):
         if ".encoder." in name:
             amount = 0.01 * rate * element * scales["encoder", "element"]
-            wanted = soft_threshold(before[name], amount)
+            expected = soft_threshold(before[name], amount)
         else:
             amount = 0.01 * rate * column * scales["decoder", "column"]
-            wanted = shrink_columns(before[name], amount)
-        torch.testing.assert_close(module.weight.detach(), wanted)
+            expected = shrink_columns(before[name], amount)
+        torch.testing.assert_close(module.weight.detach(), expected)
         assert not module.weight.equal(before[name])
 
 
-def test_only_layers_that_match_are_penalised_and_pruned(tiny_whisper, work):
+def test_only_layers_that_match_are_penalised_and_pruned(tiny_whisper, context):
     before = weights_of(tiny_whisper)
     before = {name: weight.clone() for name, weight in before.items()}
     options = replace(NOTHING, layers="*encoder.layers.1.fc2", c2=0.0, training=Training(steps=0))
-    tspar.apply(tiny_whisper, options, work)
+    tspar.apply(tiny_whisper, options, context)
     changed = [n for n, w in weights_of(tiny_whisper).items() if not torch.equal(w, before[n])]
     assert changed == ["model.encoder.layers.1.fc2"]
     assert set(tspar.penalties(tiny_whisper, options)) == {
@@ -575,23 +561,23 @@ def test_only_layers_that_match_are_penalised_and_pruned(tiny_whisper, work):
     }
 
 
-def test_a_pattern_that_matches_no_layer_is_a_letter(tiny_whisper, work):
-    with pytest.raises(Problem, match=r"no linear layer is called '\*.fc3'") as caught:
-        tspar.apply(tiny_whisper, replace(NOTHING, layers="*.fc3"), work)
+def test_a_pattern_without_a_match_is_refused(tiny_whisper, context):
+    with pytest.raises(Problem, match=r"no linear layer matches '\*.fc3'") as caught:
+        tspar.apply(tiny_whisper, replace(NOTHING, layers="*.fc3"), context)
     assert "fc1, fc2" in caught.value.hint
 
 
 @pytest.fixture
-def pruned(tiny_whisper, work) -> tuple:
-    """A pruned model, and the same one after the dead columns were removed."""
+def pruned(tiny_whisper, context) -> tuple:
+    """A pruned model, and the same model after shrinking."""
     stamps = range(
         tiny_whisper.generation_config.no_timestamps_token_id + 1, tiny_whisper.config.vocab_size
     )
-    # a random model utters them, and generate() then begins a second segment
+    # otherwise a random model predicts timestamps, and generate() starts a second segment
     tiny_whisper.generation_config.suppress_tokens = list(stamps)
     options = replace(NOTHING, c1=0.3, c2=0.2, training=Training(steps=0))
-    masked = tspar.apply(tiny_whisper, options, work)
-    return masked, shrink.apply(masked, shrink.Options(), work)
+    masked = tspar.apply(tiny_whisper, options, context)
+    return masked, shrink.apply(masked, shrink.Options(), context)
 
 
 def test_pruned_and_shrunk_models_have_the_same_logits(pruned, processor):
@@ -599,15 +585,15 @@ def test_pruned_and_shrunk_models_have_the_same_logits(pruned, processor):
     features = torch.randn(2, 80, 600)
     prompt = torch.randint(0, 300, (2, 7))
     with torch.no_grad():
-        wanted, found = (m(features, decoder_input_ids=prompt).logits for m in (masked, slim))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+        expected, result = (m(features, decoder_input_ids=prompt).logits for m in (masked, slim))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in masked.parameters())
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_pruned_and_shrunk_models_of_random_shapes_agree_with_and_without_the_cache(
-    scope, order, make_whisper, work, rng
+    scope, order, make_whisper, context, rng
 ):
     heads = int(rng.integers(1, 4))
     masked = make_whisper(
@@ -621,62 +607,63 @@ def test_pruned_and_shrunk_models_of_random_shapes_agree_with_and_without_the_ca
     options = replace(
         NOTHING, c1=c1, c2=c2, rho=rho, stats_scope=scope, pass_order=order, training=NO_TRAINING
     )
-    tspar.apply(masked, options, work)
-    slim = shrink.apply(masked, shrink.Options(), work)
+    tspar.apply(masked, options, context)
+    slim = shrink.apply(masked, shrink.Options(), context)
     assert largest_difference(masked, slim, rng) < 1e-4
 
 
-def test_pruned_and_shrunk_models_say_the_same_with_their_caches(pruned, processor, few):
+def test_pruned_and_shrunk_models_decode_the_same_tokens(pruned, processor, few):
     pcms = [clip.pcm() for clip in few[:2]]
-    wanted, found = (decoding.greedy(model, processor, pcms) for model in pruned)
-    assert found == wanted
+    expected, result = (decoding.greedy(model, processor, pcms) for model in pruned)
+    assert result == expected
 
 
 @pytest.mark.parametrize("layers", ["*.fc2", "*.fc1"])
-def test_the_columns_counted_as_zero_are_the_parameters_that_go(layers, make_whisper, work, rng):
+def test_zero_columns_give_the_number_of_removed_parameters(layers, make_whisper, context, rng):
     d_model, ffn = 2 * int(rng.integers(4, 20)), int(rng.integers(8, 60))
     model = make_whisper(d_model=d_model, heads=2, ffn=ffn)
     options = replace(
         NOTHING, layers=layers, c2=float(rng.uniform(-0.5, 0.5)), training=NO_TRAINING
     )
-    tspar.apply(model, options, work)
-    slim = shrink.apply(model, shrink.Options(min_saving=0.0), work)
-    zero = sum(work.record["tspar"]["pruned"]["zero_columns"].values())
+    tspar.apply(model, options, context)
+    slim = shrink.apply(model, shrink.Options(min_saving=0.0), context)
+    zero = sum(context.record["tspar"]["pruned"]["zero_columns"].values())
     assert zero > 0
-    # a unit: its row and bias of fc1 and its column of fc2; an input of fc1: its column
+    # a unit has a row and bias of fc1 and a column of fc2; an input of fc1 has a column
     each = 2 * d_model + 1 if layers == "*.fc2" else ffn
     counts = [sum(p.numel() for p in m.parameters()) for m in (model, slim)]
     assert counts[0] - counts[1] == zero * each
-    share = work.record["tspar"]["pruned"]["removable_parameters"]
-    if layers == "*.fc2":  # of fc1's inputs, those of layers that lose few stay
-        assert work.record["shrink"]["removed_outside_token_table"] == pytest.approx(share)
+    share = context.record["tspar"]["pruned"]["removable_parameters"]
+    if layers == "*.fc2":  # inputs of fc1 are kept in layers that would lose only a few
+        assert context.record["shrink"]["removed_outside_token_table"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize("layers", ["*.fc2", "*"], ids=["units", "everything"])
-def test_a_shrunk_graph_multiplies_as_often_as_its_shapes_say(
-    layers, make_whisper, work, processor, rng, tmp_path
+def test_macs_of_a_shrunk_model_are_those_of_its_graph(
+    layers, make_whisper, context, processor, rng, tmp_path
 ):
     model = make_whisper(
         heads=2, d_model=2 * int(rng.integers(8, 20)), ffn=int(rng.integers(20, 60))
     )
     options = replace(NOTHING, layers=layers, c2=-0.3, training=NO_TRAINING)
     dense = macs(model)
-    slim = shrink.apply(tspar.apply(model, options, work), shrink.Options(), work)
-    context = int(rng.integers(2, 20))
-    told, (encoder, step) = (
-        macs(slim, context),
-        graph_macs.of_exported(slim, processor, tmp_path, context),
-    )
+    slim = shrink.apply(tspar.apply(model, options, context), shrink.Options(), context)
+    tokens = int(rng.integers(2, 20))
+    expected = macs(slim, tokens)
+    encoder, step = graph_macs.of_exported(slim, processor, tmp_path, tokens)
     zeros = multiplied_zeros(slim)
-    assert encoder == told["encoder"] + told["cross"] + zeros["encoder"]
-    assert step == told["decoder_per_token"] + zeros["decoder"]
-    assert told["encoder"] + told["cross"] < dense["encoder"] + dense["cross"]
+    assert encoder == expected["encoder"] + expected["cross"] + zeros["encoder"]
+    assert step == expected["decoder_per_token"] + zeros["decoder"]
+    assert expected["encoder"] + expected["cross"] < dense["encoder"] + dense["cross"]
     assert layers == "*" or zeros == {"encoder": 0, "decoder": 0}
 
 
 def multiplied_zeros(model) -> dict[str, int]:
-    """Products with inputs that a layer does not read, which our graphs make where that is faster
-    than picking the others: all but those of the decoder's fc1 and cross-attention's q_proj."""
+    """Count multiplications with inputs that a layer does not read.
+
+    Graphs make them if that is faster than a gather: in all layers except the decoder's fc1 and the
+    q_proj of cross-attention.
+    """
     d_model, positions = model.config.d_model, model.config.max_source_positions
     zeros = {"encoder": 0, "decoder": 0}
     for side in ("encoder", "decoder"):
@@ -713,8 +700,8 @@ def test_a_shrunk_model_survives_export(pruned, processor, few, tmp_path):
     assert recognizer.window(pcm) == decoding.greedy(pruned[0], processor, [pcm])[0]
 
 
-def test_a_shrunk_model_can_be_pruned_again(pruned, work, make_whisper: Callable):
+def test_a_shrunk_model_can_be_pruned_again(pruned, context, make_whisper: Callable):
     slim = pruned[1]
     options = replace(NOTHING, c2=0.0, training=replace(BRIEF, steps=1))
-    again = tspar.apply(slim, options, replace(work, run_dir=work.run_dir / "again"))
+    again = tspar.apply(slim, options, replace(context, run_dir=context.run_dir / "again"))
     assert removed_share(again) > 0.05

@@ -1,4 +1,4 @@
-"""What a method is given besides the model and its options."""
+"""The context of a compression step: its speech, its directory, and the record it fills."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Work:
-    """The speech, the place to keep state in, and the record of what was done.
+class Context:
+    """What a step receives in addition to the model and its options.
 
-    `dev` is what thresholds are chosen on; clips that judge the result are not in here.
+    Thresholds are chosen on `dev`. Test clips are not part of the context.
     """
 
     processor: "WhisperProcessor"
@@ -26,17 +26,17 @@ class Work:
     run_dir: Path
     seed: int = 0
     original: "WhisperForConditionalGeneration | None" = None
-    """The model that the recipe began with, where it is at hand: a teacher for later steps."""
+    """The model before the first step of the recipe, if available: a teacher for later steps."""
     record: dict[str, Any] = field(default_factory=dict)
-    """Figures that a step adds; they end up in compression.json."""
+    """Results that a step adds; they are saved in compression.json."""
     timed: "Reference | None" = None
-    """Dev speech with the times of its words, which timestamps are judged by."""
+    """Dev speech with known word times, against which token timestamps are evaluated."""
 
     scores: "dict[str, Score]" = field(default_factory=dict)
-    """Dev scores by a hash of the model and the clips: what was evaluated once is not again."""
+    """Cached dev scores, by a hash of the model and the clips."""
 
     def wer(self, model: "WhisperForConditionalGeneration") -> "Score":
-        """The model's greedy transcripts of the dev clips against their texts."""
+        """Return the dev score of the model: greedy transcripts against the clips' texts."""
         key = self._key(model)
         if key not in self.scores:
             self.scores[key] = self._evaluate(model)
@@ -51,7 +51,7 @@ class Work:
         from edgewhisper.runs import main_process
 
         pcms, languages = Samples(self.dev), [clip.lang for clip in self.dev]
-        limit = self._most_tokens()
+        limit = self._token_limit()
         with progress_bar(len(pcms), None, main_process(), "dev WER") as show:
             texts = decoding.transcribe(
                 model,
@@ -64,9 +64,11 @@ class Work:
         labels = [clip.text for clip in self.dev]
         return score(labels, texts, name_for(self.dev, otherwise="none"), languages)
 
-    def _most_tokens(self) -> int:
-        """Tokens that a dev clip may take: twice the longest reference and 32 more. A model that
-        repeats itself is stopped there instead of at 444 tokens a clip."""
+    def _token_limit(self) -> int:
+        """Return the token limit of a dev clip: twice the longest reference plus 32.
+
+        It stops a model that repeats itself earlier than Whisper's limit of 444 tokens.
+        """
         tokenizer = self.processor.tokenizer
         lengths = [len(tokenizer(c.text, add_special_tokens=False).input_ids) for c in self.dev]
         return 2 * max(lengths) + 32

@@ -1,15 +1,15 @@
-"""The loss term that keeps a model near what it was."""
+"""The distance to a teacher as a loss term."""
 
 import copy
 
 import pytest
 import torch
 
-from edgewhisper.compress.near import distance, keep_term, total
+from edgewhisper.compress.teacher import distance, distance_term, total
 from edgewhisper.examples import Batch
 
 
-def test_a_model_is_at_distance_zero_from_itself_and_farther_from_others(make_whisper):
+def test_a_model_has_distance_zero_from_itself_only(make_whisper):
     one, other = make_whisper(), make_whisper()
     labels = torch.tensor([[5, 6, 7], [8, -100, -100]])
     features = torch.randn(2, 80, 600)
@@ -24,8 +24,8 @@ def batch() -> Batch:
     return Batch(torch.randn(2, 80, 600), labels.clamp_min(0), labels)
 
 
-def test_the_term_remembers_the_model_as_it_was(tiny_whisper, batch):
-    term = keep_term(tiny_whisper, 3.0)
+def test_the_term_measures_the_distance_to_the_original_weights(tiny_whisper, batch):
+    term = distance_term(tiny_whisper, 3.0)
     before = copy.deepcopy(tiny_whisper)
     with torch.no_grad():
         tiny_whisper.model.encoder.layers[0].fc1.weight.add_(0.5)
@@ -33,12 +33,12 @@ def test_the_term_remembers_the_model_as_it_was(tiny_whisper, batch):
             m(batch.input_features, decoder_input_ids=batch.decoder_input_ids)
             for m in (tiny_whisper, before)
         )
-    wanted = 3 * distance(old, new, batch.labels)
-    assert wanted > 0.01
-    torch.testing.assert_close(term(tiny_whisper, batch, new), wanted)
+    expected = 3 * distance(old, new, batch.labels)
+    assert expected > 0.01
+    torch.testing.assert_close(term(tiny_whisper, batch, new), expected)
 
 
-def test_terms_add_up_and_none_is_no_term(tiny_whisper, batch):
+def test_total_adds_terms_and_ignores_none(tiny_whisper, batch):
     two = total(lambda *_: torch.tensor(2.0), None, lambda *_: torch.tensor(0.5))
     assert two(tiny_whisper, batch, None).item() == 2.5
-    assert total(None, keep_term(tiny_whisper, 0)) is None
+    assert total(None, distance_term(tiny_whisper, 0)) is None
