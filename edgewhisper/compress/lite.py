@@ -79,10 +79,11 @@ from edgewhisper.compress.near import keep_term
 from edgewhisper.compress.order import refuse_quantised
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import permutation
+from edgewhisper.model_modes import without_gradients
 from edgewhisper.progress import progress_bar
 from edgewhisper.recipe import Range
 from edgewhisper.runs import main_process
-from edgewhisper.training import Training, train, without_gradients
+from edgewhisper.training import Training, train
 from edgewhisper.whisper import (
     GatherLinear,
     LowRank,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper.examples import IGNORED, Batch
-from edgewhisper.training import FrozenEncoder, LossTerm
+from edgewhisper.frozen_encoder import FrozenEncoder
+from edgewhisper.training import LossTerm
 
 
 def keep_term(model: nn.Module, weight: float, cache: bool = False) -> LossTerm | None:

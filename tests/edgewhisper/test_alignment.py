@@ -39,6 +39,7 @@ from edgewhisper.compress import imp, tspar, wsap
 from edgewhisper.compress.masks import guards
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.work import Work
+from edgewhisper.quiet import quiet
 from edgewhisper.training import Training
 from export.problem import Problem
 
@@ -152,7 +153,7 @@ def test_token_times_of_pruned_and_shrunk_models_are_the_same(make_whisper, proc
     times = []
     for one in (model, slim):
         one.set_attn_implementation("eager")
-        with whisper.quiet():
+        with quiet():
             out = one.generate(
                 features,
                 language="en",

@@ -645,7 +645,7 @@ def test_export_walks_the_road_on_the_embedded_default(edgewhisper, few, tmp_pat
     [
         ({"stateful": True}, ["float16"], "iOS18, specification 9: the oldest that has a cache in"),
         ({}, ["int8", "int4"], "iOS18, specification 9: the oldest that has 4-bit weights"),
-        ({"asked": "iOS18"}, ["int8"], "iOS18, specification 9: as asked"),
+        ({"asked": "iOS18"}, ["int8"], "iOS18, specification 9: as requested"),
     ],
     ids=["states", "blocks", "asked"],
 )

@@ -120,7 +120,7 @@ learning_rate = 3e-4
 def test_training_is_named_where_it_made_the_model_worse():
     record = {"tspar": {"dev_wer": {"before": 0.065, "trained": 0.8}}}
     told = cause(TSPAR, record)
-    assert told.startswith("training alone took dev WER from 6.5 % to 80.0 %")
+    assert told.startswith("training alone raised dev WER from 6.5 % to 80.0 %")
     assert "training: 18 steps at learning_rate 0.0003" in told
 
 

@@ -75,10 +75,10 @@ def test_a_file_loads_like_a_shipped_recipe(tmp_path: Path):
         ),
         pytest.param('[[step]]\nmethod = "tspr"', "did you mean 'tspar'?", id="nearest method"),
         pytest.param('[[step]]\nmethod = "os.system"', "no method 'os.system'", id="not a method"),
-        pytest.param("[[step]]\nc1 = 1.0", "it names no method", id="no method"),
+        pytest.param("[[step]]\nc1 = 1.0", "it has no method", id="no method"),
         pytest.param('[[stp]]\nmethod = "tspar"', "did you mean 'step'?", id="nearest table"),
         pytest.param("step = 3", "it has no [[step]]", id="step is a number"),
-        pytest.param("", "nothing to do", id="empty"),
+        pytest.param("", r"it has no \[\[step\]\]", id="empty"),
         pytest.param(TSPAR + 'c1 = "1.0"', "c1: '1.0' is not a number", id="text"),
         pytest.param(TSPAR + "c1 = true", "c1: True is not a number", id="bool for float"),
         pytest.param(
@@ -186,7 +186,7 @@ def test_other_values_change_what_they_name_and_nothing_else():
         ),
         pytest.param(dict(feld='"step.1.c1"'), "did you mean 'field'?", id="unknown key"),
         pytest.param(dict(low="0", high="1"), "field is None, which names no", id="no field"),
-        pytest.param(dict(field='"c1"', low="0"), "which names no field of a step", id="no step"),
+        pytest.param(dict(field='"c1"', low="0"), "which is not a field of a step", id="no step"),
         pytest.param(
             dict(field='"step.2.c1"', low="0", high="1"),
             "there is no step 2, the recipe has 1",
@@ -199,7 +199,7 @@ def test_other_values_change_what_they_name_and_nothing_else():
             dict(field='"step.1.training"', low="0", high="1"), "training is a table", id="table"
         ),
         pytest.param(
-            dict(field='"step.1.c1.low"', low="0", high="1"), "goes too deep", id="too deep"
+            dict(field='"step.1.c1.low"', low="0", high="1"), "is nested too deeply", id="too deep"
         ),
         pytest.param(
             dict(field='"step.1.rho"', low="0", high="1.5"),
@@ -224,14 +224,16 @@ def test_other_values_change_what_they_name_and_nothing_else():
         ),
         pytest.param(dict(field='"step.1.c1"', low="0"), "high missing", id="no high"),
         pytest.param(
-            dict(field='"step.1.group_norm"', low="0", high="1"), "it is no number", id="text"
+            dict(field='"step.1.group_norm"', low="0", high="1"),
+            "the field is not a number",
+            id="text",
         ),
         pytest.param(
             dict(field='"step.1.group_norm"', choices='["l3"]'), "'l3' is not one of", id="choice"
         ),
         pytest.param(dict(field='"step.1.c1"', choices="[]"), "choices are []", id="no choices"),
         pytest.param(
-            dict(field='"step.1.c1"', choices="[1.0]", low="0"), "low beside choices", id="both"
+            dict(field='"step.1.c1"', choices="[1.0]", low="0"), "choices and low given", id="both"
         ),
     ],
 )
@@ -243,8 +245,8 @@ def test_a_wrong_search_is_refused_and_the_place_is_named(told: dict, words: str
 
 def test_a_field_is_searched_once():
     once = '[[search]]\nfield = "step.1.c1"\nlow = 0\nhigh = 1\n'
-    assert "search 2: step.1.c1 is searched already" in refusal(TSPAR + once + once)
-    assert "search is no list of tables" in refusal("search = 3\n" + TSPAR)
+    assert "search 2: step.1.c1 has an earlier [[search]]" in refusal(TSPAR + once + once)
+    assert "search is not a list of tables" in refusal("search = 3\n" + TSPAR)
 
 
 def test_shipped_recipes_that_can_be_searched_say_so():

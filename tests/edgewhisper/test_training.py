@@ -358,7 +358,7 @@ def test_a_cached_training_resumes_to_the_same_bits(model, processor, few, tmp_p
 
 
 def test_windows_of_speech_end_a_second_behind_it_and_every_eighth_is_whole(model):
-    from edgewhisper.training import SpeechWindows
+    from edgewhisper.examples import SpeechWindows
 
     rule = SpeechWindows(model)  # 300 positions of 6 s in all, in units of 5
     assert [rule(step, 100) for step in range(8)] == [105] * 7 + [300]

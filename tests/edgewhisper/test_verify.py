@@ -54,7 +54,7 @@ def test_an_artifact_is_verified_against_its_gates_record(exported, few, monkeyp
 def test_with_the_checkpoint_the_gate_is_run_anew(exported, few, digits):
     report = verify(exported, few, str(digits))
     assert report.letter is None
-    assert "anew: 100% of 3 clips get the checkpoint's tokens" in report.rows[-1]["found"]
+    assert "repeated: 100% of 3 clips get the checkpoint's tokens" in report.rows[-1]["found"]
 
 
 def test_another_checkpoint_than_its_own_is_refused(exported, few, digits, tmp_path, seed):
@@ -114,7 +114,9 @@ def test_other_layouts_are_verified_too(layout, digits, few, tmp_path, monkeypat
     report = verify(place, few)
     assert report.letter is None
     assert "the tokens of all 3 clips are those of the gate" in report.rows[-1]["found"]
-    assert "anew: 100% of 3 clips" in verify(place, few, str(tmp_path / "two")).rows[-1]["found"]
+    assert (
+        "repeated: 100% of 3 clips" in verify(place, few, str(tmp_path / "two")).rows[-1]["found"]
+    )
 
     manifest = json.loads((place / "manifest.json").read_text())
     manifest["gate"] |= {"tokens_hash": "0" * 64, "exact": True}
