@@ -61,10 +61,8 @@ def remap(heads: Sequence[Sequence[int]], moved: Moves) -> list[list[int]]:
 
 
 def carry(model: nn.Module, moved: Moves) -> dict[str, Any]:
-    """Update the alignment heads of `model` after its heads were moved.
-
-    Returns the entry for compression.json, or {} if the model has no alignment heads.
-    """
+    """Update the alignment heads of `model` after its heads were moved. Returns the entry for
+    compression.json, or {} if the model has no alignment heads."""
     old = getattr(model.generation_config, "alignment_heads", None)
     if not old:
         return {}
@@ -72,10 +70,8 @@ def carry(model: nn.Module, moved: Moves) -> dict[str, Any]:
 
 
 def settle(model: nn.Module) -> dict[str, Any]:
-    """Remove alignment heads that the model does not have: transformers would fail on them.
-
-    Returns the entry for compression.json, or {} if the model has no alignment heads.
-    """
+    """Remove alignment heads that the model does not have: transformers would fail on them. Returns
+    the entry for compression.json, or {} if the model has no alignment heads."""
     old = getattr(model.generation_config, "alignment_heads", None)
     if not old:
         return {}
@@ -85,10 +81,8 @@ def settle(model: nn.Module) -> dict[str, Any]:
 def replace_heads(
     model: nn.Module, old: Sequence[Sequence[int]], new: list[list[int]]
 ) -> dict[str, Any]:
-    """Set the alignment heads to `new`, or to those of the upper half if `new` is empty.
-
-    Returns the entry for compression.json.
-    """
+    """Set the alignment heads to `new`, or to those of the upper half if `new` is empty. Returns
+    the entry for compression.json."""
     model.generation_config.alignment_heads = new or upper_half(model)
     return {
         "before": [list(head) for head in old],
@@ -298,9 +292,7 @@ def timestamp_error_s(
     heads: Sequence[Sequence[int]],
 ) -> float:
     """Return the mean absolute error of word starts and ends in seconds, timed with these heads.
-
-    The first start of a clip is not counted: it is 0 for all heads.
-    """
+    The first start of a clip is not counted: it is 0 for all heads."""
     check_clips(model, processor, clips)
     errors = []
     for clip in clips:

@@ -217,9 +217,7 @@ def collect(
     heard: Callable[[], None] = lambda: None,
 ) -> dict[Point, Moments]:
     """Return the moments of every point over all windows. `heard` is called after each window.
-
-    Raises Problem if no clip is usable for a point in the decoder.
-    """
+    Raises Problem if no clip is usable for a point in the decoder."""
     points = list(points)
     moments: dict[Point, Moments] = {}
 
@@ -244,9 +242,7 @@ def collect_together(
     heard: Callable[[], None] = lambda: None,
 ) -> Moments:
     """Return the moments of concatenated rows: all points of model 0, then those of model 1, ...
-
-    Their covariance includes the cross-covariance between the models.
-    """
+    Their covariance includes the cross-covariance between the models."""
     rows: dict[tuple[int, Point], Tensor] = {}
     columns = [(number, point) for number, of_model in enumerate(points) for point in of_model]
     moments: Moments | None = None

@@ -71,10 +71,8 @@ def package_bytes(manifest: dict[str, Any], name: str) -> int:
 
 
 def read_packages(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the contents of each package of an artifact (see export/coreml/contents.py).
-
-    They are read in a separate process with a memory limit, because coremltools parses the files.
-    """
+    """Return the contents of each package of an artifact (see export/coreml/contents.py). They are
+    read in a separate process with a memory limit, because coremltools parses the files."""
     with LocalDevice() as device:
         words = [str(folder.resolve())]
         answer = run_runner(device, words, "benchmarks.reference_runtimes", OURS, READING_S)
@@ -85,10 +83,8 @@ def read_packages(folder: Path) -> dict[str, dict[str, Any]]:
 def packed_caches(
     model: WhisperForConditionalGeneration, manifest: dict[str, Any]
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Return a function that arranges a checkpoint's caches as in a package.
-
-    The caches of a package may have unused channels, which are zero.
-    """
+    """Return a function that arranges a checkpoint's caches as in a package. The caches of a
+    package may have unused channels, which are zero."""
     from export.coreml.to_coreml import cache_channels
 
     channels = cache_channels(model, bool((manifest.get("coreml") or {}).get("neural_engine")))
@@ -104,10 +100,8 @@ def packed_caches(
 
 
 class OwnDecoder:
-    """The encoder of a package with the checkpoint's decoder, as whisper.cpp combines them.
-
-    The gate compares its tokens as those of any other artifact.
-    """
+    """The encoder of a package with the checkpoint's decoder, as whisper.cpp combines them. The
+    gate compares its tokens as those of any other artifact."""
 
     def __init__(
         self,

@@ -42,10 +42,8 @@ def windows_samples(model: nn.Module, extractor: Any) -> list[int]:
 
 
 def log_mel(extractor: Any, pcms: Sequence[np.ndarray], samples: int | None = None) -> Tensor:
-    """Return the log-mel features (batch, n_mels, frames) of 16 kHz mono clips.
-
-    Clips are zero-padded to a window of `samples` (None: the full window).
-    """
+    """Return the log-mel features (batch, n_mels, frames) of 16 kHz mono clips. Clips are
+    zero-padded to a window of `samples` (None: the full window)."""
     features = extractor(
         list(pcms),
         sampling_rate=extractor.sampling_rate,
@@ -123,10 +121,8 @@ def prompt_languages(
 
 
 def sounding(pcm: np.ndarray, samples: int) -> list[np.ndarray]:
-    """Return the windows with more than silence and hum.
-
-    If there are none, returns the windows that are not silent, and if there are none, the first.
-    """
+    """Return the windows with more than silence and hum. If there are none, returns the windows
+    that are not silent, and if there are none, the first."""
     windows = [pcm[piece] for piece in split(pcm, samples)]
     for empty in (is_hum, is_silent):
         if kept := [window for window in windows if not empty(window)]:
@@ -141,10 +137,8 @@ def detect(
     pcms: Sequence[np.ndarray],
     batch_size: int = 16,
 ) -> list[tuple[str, float]]:
-    """Return the most likely language code of each clip, and the probability of no speech.
-
-    Clips may be up to one window long.
-    """
+    """Return the most likely language code of each clip, and the probability of no speech. Clips
+    may be up to one window long."""
     silence = no_speech_id(model.generation_config)
     codes = language_ids(model.generation_config)
     start = model.generation_config.decoder_start_token_id
@@ -167,10 +161,8 @@ def _batches(
     size: int,
     prompts: Languages = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield batches of clips that share a window and a prompt: their indices and features.
-
-    The window of a clip is the shortest one that holds it.
-    """
+    """Yield batches of clips that share a window and a prompt: their indices and features. The
+    window of a clip is the shortest one that holds it."""
     extractor = processor.feature_extractor
     windows = windows_samples(model, extractor)
     groups: dict[tuple[int, str | None], list[int]] = {}

@@ -72,9 +72,7 @@ class Batch:
 
 class SpeechWindows:
     """The window rule `windows = "speech"`: the longest clip of a step and up to a second more.
-
-    Every eighth step uses the window of decoding.
-    """
+    Every eighth step uses the window of decoding."""
 
     def __init__(self, model: nn.Module) -> None:
         self.windows = windows_of(model.config)
@@ -88,10 +86,8 @@ class SpeechWindows:
 
 
 class Examples:
-    """An endless stream of shuffled clips as features and labels.
-
-    A position of the stream always returns the same clip with the same augmentation.
-    """
+    """An endless stream of shuffled clips as features and labels. A position of the stream always
+    returns the same clip with the same augmentation."""
 
     def __init__(
         self,
@@ -252,11 +248,8 @@ def padded(rows: list[list[int]], filler: int) -> Tensor:
 def token_ids(
     clip: "Clip", model: "WhisperForConditionalGeneration", tokenizer: Any
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt and of the text.
-
-    The prompt is in the clip's language and begins with the start token. The text is spaced as
-    Whisper writes it and ends with the end token.
-    """
+    """Return the ids of the prompt and of the text. The prompt is in the clip's language and begins
+    with the start token. The text is spaced as Whisper writes it and ends with the end token."""
     text = clip.text.strip()
     spaced = f" {text}" if text and language_code(clip.lang) not in UNSPACED else text
     ids = tokenizer(spaced, add_special_tokens=False).input_ids
@@ -300,10 +293,8 @@ def batches(
     size: int,
     label: str = "listening",
 ) -> Iterator[Batch]:
-    """Yield batches of all clips in order, without augmentation, on the model's device.
-
-    `label` is shown with the progress.
-    """
+    """Yield batches of all clips in order, without augmentation, on the model's device. `label` is
+    shown with the progress."""
     examples = Examples(clips, model, processor, seed=0)
     device = next(model.parameters()).device
     with progress_bar(len(examples), None, main_process(), label) as show:

@@ -128,11 +128,8 @@ def signed(loss: Loss) -> str:
 
 
 def likely_cause(step: Step, record: dict[str, Any], after: float) -> str:
-    """Return a hint what to change in a step that lost too much.
-
-    It uses the dev WER after each stage if the step recorded it under "dev_wer", and otherwise the
-    step's options.
-    """
+    """Return a hint what to change in a step that lost too much. It uses the dev WER after each
+    stage if the step recorded it under "dev_wer", and otherwise the step's options."""
     stages = record.get(step.method, {}).get("dev_wer", {})
     rates, shares = trained_with(step.options), removed_by(step)
     if "trained" in stages and rates:

@@ -39,10 +39,8 @@ TIMEOUT_S = 600.0
 
 
 def inspect(source: str) -> dict[str, Any]:
-    """Return the layer shapes, bytes of every part, parameters and multiply-accumulates.
-
-    `source` is an artifact's directory, or a checkpoint as in `whisper.load`.
-    """
+    """Return the layer shapes, bytes of every part, parameters and multiply-accumulates. `source`
+    is an artifact's directory, or a checkpoint as in `whisper.load`."""
     if (Path(source) / artifact.MANIFEST).exists():
         return inspect_artifact(Path(source))
     return inspect_checkpoint(source)
@@ -106,10 +104,8 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return the manifest of an artifact of any layout.
-
-    Raises Problem if an entry that `inspect` shows is missing or invalid.
-    """
+    """Return the manifest of an artifact of any layout. Raises Problem if an entry that `inspect`
+    shows is missing or invalid."""
     path = folder / artifact.MANIFEST
     manifest = contract.read_json(path)
     if isinstance(manifest, dict) and manifest.get("layout", "native") in contract.LAYOUTS.values():
@@ -133,11 +129,8 @@ def graph_files(manifest: dict[str, Any]) -> list[str]:
 
 
 def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
-    """Return the bytes of the graphs.
-
-    The native layout has entries for encoder, decoder and token table. Core ML artifacts have one
-    for each package, and other layouts one for all graphs.
-    """
+    """Return the bytes of the graphs. The native layout has entries for encoder, decoder and token
+    table. Core ML artifacts have one for each package, and other layouts one for all graphs."""
     sizes = {name: manifest["files"][name]["bytes"] for name in graph_files(manifest)}
     if manifest.get("layout") in artifact.PACKAGED:
         from edgewhisper.coreml import package_bytes
@@ -157,10 +150,8 @@ def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
 
 
 def token_table(parts: Parts, manifest: dict[str, Any]) -> list[Constant]:
-    """Return the constants of the token table.
-
-    These have a row or a scale for each token, or are shared by embedding and logits.
-    """
+    """Return the constants of the token table. These have a row or a scale for each token, or are
+    shared by embedding and logits."""
     outputs = manifest["contract"]["decoder"]["outputs"]
     vocabulary = next(spec["shape"][-1] for spec in outputs if spec["name"] == "logits")
     readers = {

@@ -34,10 +34,8 @@ from export.shrink import ATTENTIONS, windows_of
 
 
 class GatherLinear(nn.Linear):
-    """A linear layer over a subset of its input features: y = W x[inputs] + b.
-
-    x (..., d_in) -> (..., out_features); `inputs` (in_features,) holds ascending feature indices.
-    """
+    """A linear layer over a subset of its input features: y = W x[inputs] + b. x (..., d_in) ->
+    (..., out_features); `inputs` (in_features,) holds ascending feature indices."""
 
     inputs: Tensor
 
@@ -62,10 +60,8 @@ class LowRank(nn.Module):
 
 
 class FactorisedTable(nn.Module):
-    """The tied token table factorised into two: E = rows @ up.T, (V, r) (r, d_model).
-
-    ids (..., n) -> (..., n, d_model). `logits` uses the transposes of the same two factors.
-    """
+    """The tied token table factorised into two: E = rows @ up.T, (V, r) (r, d_model). ids (..., n)
+    -> (..., n, d_model). `logits` uses the transposes of the same two factors."""
 
     def __init__(self, rows: nn.Embedding, up: nn.Linear) -> None:
         super().__init__()
@@ -287,10 +283,8 @@ def _linear(
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield every nn.Linear of the encoder and decoder blocks with its name, in model order.
-
-    The convolutions, layer norms, embeddings and the tied output are not included.
-    """
+    """Yield every nn.Linear of the encoder and decoder blocks with its name, in model order. The
+    convolutions, layer norms, embeddings and the tied output are not included."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".layers." in name:
             yield name, module

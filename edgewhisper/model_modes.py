@@ -77,10 +77,7 @@ def checkpointing(model: WhisperForConditionalGeneration, enabled: bool) -> Iter
 
 
 def unwrap(model: nn.Module) -> None:
-    """Remove accelerate's wrapper of mixed precision.
-
-    Accelerate's own unwrapping keeps a bound method, which a deep copy of the model would share
-    with the original.
-    """
+    """Remove accelerate's wrapper of mixed precision. Accelerate's own unwrapping keeps a bound
+    method, which a deep copy of the model would share with the original."""
     for name in ("forward", "_original_forward"):
         vars(model).pop(name, None)

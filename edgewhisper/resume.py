@@ -48,10 +48,8 @@ class State:
         return states[-1] if states else None
 
     def save(self, step: int, log: dict[str, Any]) -> None:
-        """Save the state after `step` steps, then remove older states.
-
-        The state is written to a temporary directory, which is renamed when it is complete.
-        """
+        """Save the state after `step` steps, then remove older states. The state is written to a
+        temporary directory, which is renamed when it is complete."""
         final = self.directory / f"step-{step:09d}"
         partial = final.with_suffix(".partial")
         main = self.accelerator.is_main_process
@@ -76,10 +74,8 @@ class State:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> tuple[int, dict[str, Any]]:
-        """Load the newest state and return its number of steps and its log, or 0 and {}.
-
-        Raises Problem if the state cannot be read or belongs to another training.
-        """
+        """Load the newest state and return its number of steps and its log, or 0 and {}. Raises
+        Problem if the state cannot be read or belongs to another training."""
         newest = self.newest()
         if newest is None:
             return 0, {}
@@ -127,10 +123,8 @@ class Finished:
         return part, tensors, data
 
     def save(self, part: int, tensors: Mapping[str, Tensor], record: Any) -> None:
-        """Save a part with its record (any JSON) on the first process.
-
-        Older parts and the training state of this part are deleted afterwards.
-        """
+        """Save a part with its record (any JSON) on the first process. Older parts and the training
+        state of this part are deleted afterwards."""
         from accelerate import PartialState
 
         processes = PartialState()
@@ -168,10 +162,8 @@ def of_another(directory: Path) -> Problem:
 def fingerprint(
     model: nn.Module, examples: "Examples", options: Any, others: list[int | str]
 ) -> str:
-    """Return a hash of everything that determines the result of a training.
-
-    These are the initial weights, the clips, the options (`Training`) and `others`: seed and hooks.
-    """
+    """Return a hash of everything that determines the result of a training. These are the initial
+    weights, the clips, the options (`Training`) and `others`: seed and hooks."""
     names = [str(clip.audio.name) for clip in examples.clips]
     return digest(
         model.state_dict(), [decisive(options), others, names, examples.texts, examples.windows]

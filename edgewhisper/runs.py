@@ -23,9 +23,7 @@ def new_path(noun: str, suffix: str) -> Path:
 
 def newest(noun: str, without: str = "") -> Path | None:
     """Return the newest output of this noun whose name does not contain `without`, or None.
-
-    Checkpoints that `compress` refused ("-failed") are skipped.
-    """
+    Checkpoints that `compress` refused ("-failed") are skipped."""
     paths = [
         path
         for path in RUNS.glob(f"{noun}-*")

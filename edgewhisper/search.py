@@ -190,10 +190,8 @@ RECORD = "told"
 
 
 def prepare(study: optuna.Study, shared: bool) -> None:
-    """Queue the points of trials that were running when the search was killed.
-
-    In a shared database, a running trial may belong to another machine and is left unchanged.
-    """
+    """Queue the points of trials that were running when the search was killed. In a shared
+    database, a running trial may belong to another machine and is left unchanged."""
     from optuna.trial import TrialState
 
     if not shared:
@@ -225,10 +223,8 @@ def give_up(study: optuna.Study, number: int, point: Point) -> None:
 
 
 def sampler(study: optuna.Study, seed: int, startup: int, shared: bool) -> Any:
-    """Return a sampler seeded with the seed and the number of finished trials.
-
-    In a shared search it is not seeded, because all machines would draw the same points.
-    """
+    """Return a sampler seeded with the seed and the number of finished trials. In a shared search
+    it is not seeded, because all machines would draw the same points."""
     from optuna.samplers import TPESampler
 
     seed_now = None if shared else seed + len(complete(study))

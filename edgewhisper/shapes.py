@@ -64,10 +64,8 @@ def linear_names(attentions: Sequence[str]) -> list[str]:
 
 
 def set_windows(config: WhisperConfig, windows: Sequence[int]) -> None:
-    """Store the audio lengths that the model was trained for, in encoder positions.
-
-    The full window alone is not stored. Raises Problem for an invalid list.
-    """
+    """Store the audio lengths that the model was trained for, in encoder positions. The full window
+    alone is not stored. Raises Problem for an invalid list."""
     check_windows(list(windows), config.max_source_positions)
     shapes = dict(getattr(config, "edgewhisper", None) or {"format": FORMAT})
     shapes.pop("windows", None)
@@ -80,10 +78,8 @@ def set_windows(config: WhisperConfig, windows: Sequence[int]) -> None:
 
 
 def forget_short_windows(model: nn.Module, but_s: float | None = None) -> None:
-    """Remove the model's short windows, except the one of `but_s` seconds.
-
-    A length that is not among the model's windows changes nothing; the export refuses it.
-    """
+    """Remove the model's short windows, except the one of `but_s` seconds. A length that is not
+    among the model's windows changes nothing; the export refuses it."""
     windows = windows_of(model.config)
     kept = windows[-1] if but_s is None else round(but_s / POSITION_S)
     if kept in windows:
@@ -104,11 +100,8 @@ def check_windows(windows: Any, positions: int) -> None:
 
 
 def check_shapes(shapes: Any, config: WhisperConfig) -> None:
-    """Check that per-layer shapes describe this model.
-
-    Raises Problem: unknown format, wrong number of layers, or a count that is not an integer
-    between 1 and the dense model's.
-    """
+    """Check that per-layer shapes describe this model. Raises Problem: unknown format, wrong number
+    of layers, or a count that is not an integer between 1 and the dense model's."""
     if not isinstance(shapes, dict) or shapes.get("format") != FORMAT:
         actual = shapes.get("format") if isinstance(shapes, dict) else type(shapes).__name__
         raise Problem(

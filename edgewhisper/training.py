@@ -290,10 +290,8 @@ class Loop:
         return iter(loader)
 
     def passes(self, step: int) -> list[list[int]]:
-        """Return this process's positions in the stream of clips for each pass of a step.
-
-        Pass i of all processes together has the same clips as pass i of a single process.
-        """
+        """Return this process's positions in the stream of clips for each pass of a step. Pass i of
+        all processes together has the same clips as pass i of a single process."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         passes, batch = self.options.accumulate, self.batch_positions(step)
         return [list(batch[i::passes][rank::processes]) for i in range(passes)]
@@ -345,8 +343,7 @@ class Loop:
 
     def agree(self, loss: Tensor, stopping: bool, due: bool) -> tuple[float, bool, bool]:
         """Return the mean loss, whether any process was asked to stop, and whether the main process
-        is due to save its state. All processes must act alike, or they would deadlock.
-        """
+        is due to save its state. All processes must act alike, or they would deadlock."""
         due = due and self.accelerator.is_main_process
         flags = torch.tensor([float(stopping), float(due)], device=loss.device)
         values = torch.cat([loss.reshape(1), flags])
@@ -364,10 +361,8 @@ class Loop:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross entropy over the tokens whose label is not IGNORED.
-
-    logits (clips, tokens, vocabulary), labels (clips, tokens).
-    """
+    """Return the mean cross entropy over the tokens whose label is not IGNORED. logits (clips,
+    tokens, vocabulary), labels (clips, tokens)."""
     return functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED
     )

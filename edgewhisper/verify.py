@@ -199,10 +199,8 @@ def run_graphs(
     threads: int | None,
     timeout_s: float,
 ) -> str:
-    """Run the graphs in a separate process and store the runner's answer for the gate.
-
-    Other layouts than native are run by their reference runtimes (benchmarks/reference_runtimes).
-    """
+    """Run the graphs in a separate process and store the runner's answer for the gate. Other
+    layouts than native are run by their reference runtimes (benchmarks/reference_runtimes)."""
     clips = clips_to_run(results["manifest"], named, checkpoint)
     native = results["manifest"].get("layout", "native") == "native"
     with LocalDevice() as device:

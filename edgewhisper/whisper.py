@@ -8,6 +8,7 @@
 Other modules import these names from here; the modules above do not import this one.
 """
 
+# ruff: noqa: F401 - all names are re-exports
 from edgewhisper.checkpoints.processors import load_processor, load_tokenizer
 from edgewhisper.checkpoints.store import (
     as_directory,
@@ -32,30 +33,3 @@ from edgewhisper.model import (
     side_and_layer,
 )
 from edgewhisper.shapes import check_shapes, forget_short_windows, linear_names, set_windows
-
-__all__ = [
-    "Encoder",
-    "FactorisedTable",
-    "GatherLinear",
-    "LowRank",
-    "SlimAttention",
-    "TiedOutput",
-    "WhisperForConditionalGeneration",
-    "as_directory",
-    "check_shapes",
-    "compression_record",
-    "forget_short_windows",
-    "input_of",
-    "linear_names",
-    "linears",
-    "load",
-    "load_processor",
-    "load_tokenizer",
-    "load_with_processor",
-    "reads_sound",
-    "rebuild",
-    "resolved",
-    "save",
-    "set_windows",
-    "side_and_layer",
-]

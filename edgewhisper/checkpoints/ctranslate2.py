@@ -60,10 +60,8 @@ def is_folder(path: Path) -> bool:
 
 
 def read(folder: Path) -> Model:
-    """Return the model of a folder. Its weights are read on access.
-
-    Raises Problem if the file is damaged, or of another architecture or version.
-    """
+    """Return the model of a folder. Its weights are read on access. Raises Problem if the file is
+    damaged, or of another architecture or version."""
     path = folder / WEIGHTS
     with path.open("rb") as file:
         if path.stat().st_size == 0:

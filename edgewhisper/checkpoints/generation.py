@@ -104,10 +104,8 @@ def made(named: dict[str, Any]) -> GenerationConfig:
 
 
 def special_ids(tokenizer: WhisperTokenizer | None) -> dict[str, int]:
-    """Return name -> id of all tokens like <|this|>, except timestamps.
-
-    It is empty if the tokenizer has no <|startoftranscript|>.
-    """
+    """Return name -> id of all tokens like <|this|>, except timestamps. It is empty if the
+    tokenizer has no <|startoftranscript|>."""
     if tokenizer is None:
         return {}
     special = {
@@ -157,10 +155,8 @@ def languages_among(special: Mapping[str, int]) -> list[str]:
 
 
 def timestamp_end(tokenizer: WhisperTokenizer, silent: int | None, vocab_size: int) -> int:
-    """Return the id after the last timestamp, where fine-tuning may have added words.
-
-    If the tokenizer does not name its timestamps, as early ones, this is the vocabulary's end.
-    """
+    """Return the id after the last timestamp, where fine-tuning may have added words. If the
+    tokenizer does not name its timestamps, as early ones, this is the vocabulary's end."""
     if silent is None:
         return vocab_size
     names = tokenizer.convert_ids_to_tokens(

@@ -35,10 +35,8 @@ MOST = {
 def read(
     source: str | Path, revision: str | None = None
 ) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
-    """Return the model in float32, and the content of config.json.
-
-    Raises Problem if the checkpoint does not exist, is not a Whisper, or is damaged.
-    """
+    """Return the model in float32, and the content of config.json. Raises Problem if the checkpoint
+    does not exist, is not a Whisper, or is damaged."""
     config, stored = read_config(source, revision)
     try:
         with quiet():

@@ -44,11 +44,8 @@ def base_is_missing(folder: Path, base: str, error: Problem) -> Problem:
 
 
 def merged(folder: Path, model: nn.Module) -> nn.Module:
-    """Return the base with the adapter merged into its weights.
-
-    Raises Problem if the adapter is not a LoRA, its weights are pickled, damaged or of another
-    model, or PEFT is not installed.
-    """
+    """Return the base with the adapter merged into its weights. Raises Problem if the adapter is
+    not a LoRA, its weights are pickled, damaged or of another model, or PEFT is not installed."""
     kind = _config(folder).get("peft_type")
     if kind != "LORA":
         raise Problem(

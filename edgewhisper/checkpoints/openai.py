@@ -120,10 +120,8 @@ def ordinary_tokens(english: bool) -> list[str]:
 
 @lru_cache(maxsize=2)
 def merges_of(english: bool) -> list[tuple[str, str]]:
-    """Return the merges of the byte-pair encoding in their order.
-
-    The merge that makes a token joins the two parts into which the earlier merges split it.
-    """
+    """Return the merges of the byte-pair encoding in their order. The merge that makes a token
+    joins the two parts into which the earlier merges split it."""
     tokens = ordinary_tokens(english)
     rank = {token: number for number, token in enumerate(tokens)}
     never = len(tokens)
@@ -158,11 +156,8 @@ NOTES = "♩♪♫♬♭♮♯"
 
 
 def suppressed_tokens(tokenizer: WhisperTokenizer, special: Mapping[str, int]) -> list[int]:
-    """Return the ids that OpenAI's decoding suppresses, ascending.
-
-    These are tokens that do not transcribe speech, such as brackets and music symbols, and the
-    special tokens of a prompt.
-    """
+    """Return the ids that OpenAI's decoding suppresses, ascending. These are tokens that do not
+    transcribe speech, such as brackets and music symbols, and the special tokens of a prompt."""
 
     def ids_of(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)

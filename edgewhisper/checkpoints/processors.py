@@ -23,10 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise tokenizers
 
 
 def load_processor(source: str | Path, revision: str | None = None) -> WhisperProcessor:
-    """Load tokenizer and feature extractor of a checkpoint, or OpenAI's if it has none.
-
-    Raises Problem if they cannot be read, or if there is no tokenizer for the vocabulary.
-    """
+    """Load tokenizer and feature extractor of a checkpoint, or OpenAI's if it has none. Raises
+    Problem if they cannot be read, or if there is no tokenizer for the vocabulary."""
     source = resolved(source)
     if lora.is_folder(Path(source)):
         return load_processor(lora.base_of(Path(source)))

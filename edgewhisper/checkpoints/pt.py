@@ -64,10 +64,8 @@ def is_file(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
-    """Return the config, and the float32 tensors under Hugging Face's names.
-
-    Raises Problem if the file is not openai-whisper's, is damaged, or needs code to be run.
-    """
+    """Return the config, and the float32 tensors under Hugging Face's names. Raises Problem if the
+    file is not openai-whisper's, is damaged, or needs code to be run."""
     content = load(path)
     dims = content.get("dims") if isinstance(content, dict) else None
     state = content.get("model_state_dict") if isinstance(content, dict) else None

@@ -173,10 +173,8 @@ def save(
 
 
 def as_directory(source: str | Path, folder: Path) -> Path:
-    """Return the checkpoint as a complete Hugging Face directory in float32.
-
-    This is `source` if it is one already, otherwise a copy inside `folder`. Raises as `load`.
-    """
+    """Return the checkpoint as a complete Hugging Face directory in float32. This is `source` if it
+    is one already, otherwise a copy inside `folder`. Raises as `load`."""
     path = Path(source)
     if all((path / name).is_file() for name in COMPLETE) and not _is_generated(path):
         return path
