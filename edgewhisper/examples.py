@@ -291,7 +291,7 @@ def batches(
     model: "WhisperForConditionalGeneration",
     processor: "WhisperProcessor",
     size: int,
-    label: str = "listening",
+    label: str = "processing clips",
 ) -> Iterator[Batch]:
     """Yield batches of all clips in order, without augmentation, on the model's device. `label` is
     shown with the progress."""

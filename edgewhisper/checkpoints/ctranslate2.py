@@ -256,17 +256,17 @@ class Model:
 
     def layer(self, side: str, number: int) -> Variables:
         to, at = f"model.{side}.layers.{number}", f"{side}/layer_{number}"
-        found = self.split(f"{to}.self_attn", f"{at}/self_attention/linear_0", "qkv")
-        found |= self.linear(f"{to}.self_attn.out_proj", f"{at}/self_attention/linear_1")
-        found |= self.norm(f"{to}.self_attn_layer_norm", f"{at}/self_attention/layer_norm")
+        arrays = self.split(f"{to}.self_attn", f"{at}/self_attention/linear_0", "qkv")
+        arrays |= self.linear(f"{to}.self_attn.out_proj", f"{at}/self_attention/linear_1")
+        arrays |= self.norm(f"{to}.self_attn_layer_norm", f"{at}/self_attention/layer_norm")
         if side == "decoder":
-            found |= self.linear(f"{to}.encoder_attn.q_proj", f"{at}/attention/linear_0")
-            found |= self.split(f"{to}.encoder_attn", f"{at}/attention/linear_1", "kv")
-            found |= self.linear(f"{to}.encoder_attn.out_proj", f"{at}/attention/linear_2")
-            found |= self.norm(f"{to}.encoder_attn_layer_norm", f"{at}/attention/layer_norm")
-        found |= self.linear(f"{to}.fc1", f"{at}/ffn/linear_0")
-        found |= self.linear(f"{to}.fc2", f"{at}/ffn/linear_1")
-        return found | self.norm(f"{to}.final_layer_norm", f"{at}/ffn/layer_norm")
+            arrays |= self.linear(f"{to}.encoder_attn.q_proj", f"{at}/attention/linear_0")
+            arrays |= self.split(f"{to}.encoder_attn", f"{at}/attention/linear_1", "kv")
+            arrays |= self.linear(f"{to}.encoder_attn.out_proj", f"{at}/attention/linear_2")
+            arrays |= self.norm(f"{to}.encoder_attn_layer_norm", f"{at}/attention/layer_norm")
+        arrays |= self.linear(f"{to}.fc1", f"{at}/ffn/linear_0")
+        arrays |= self.linear(f"{to}.fc2", f"{at}/ffn/linear_1")
+        return arrays | self.norm(f"{to}.final_layer_norm", f"{at}/ffn/layer_norm")
 
     def norm(self, to: str, at: str) -> Variables:
         return {f"{to}.weight": self.get(f"{at}/gamma"), f"{to}.bias": self.get(f"{at}/beta")}
@@ -279,17 +279,17 @@ class Model:
         weight, bias = self.get(f"{at}/weight"), self.get(f"{at}/bias")
         if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(weight) % len(parts):
             raise damaged(self.path, f"{at} has shapes {weight.shape} and {bias.shape}")
-        found: Variables = {}
+        arrays: Variables = {}
         pairs = zip(np.split(weight, len(parts)), np.split(bias, len(parts)), strict=True)
         for part, (rows, offsets) in zip(parts, pairs, strict=True):
-            found[f"{to}.{part}_proj.weight"] = rows
+            arrays[f"{to}.{part}_proj.weight"] = rows
             if part != "k":
-                found[f"{to}.{part}_proj.bias"] = offsets
+                arrays[f"{to}.{part}_proj.bias"] = offsets
             elif offsets.any():
                 raise damaged(
                     self.path, f"{at}: its keys have a bias, but Whisper's keys have none"
                 )
-        return found
+        return arrays
 
 
 def damaged(path: Path, reason: str) -> Problem:

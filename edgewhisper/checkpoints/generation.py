@@ -62,42 +62,42 @@ def complete(
     """
     special = special_ids(tokenizer)
     generated = bool(generation._from_model_config)
-    named = {} if generated else values_of(generation)
-    refuse_types(source, named)
+    values = {} if generated else values_of(generation)
+    refuse_types(source, values)
     if tokenizer is None or not special:
-        refuse_underivable(source, named, config)
-        return made(named)
+        refuse_underivable(source, values, config)
+        return build(values)
     refuse_other_tokenizer(source, special, config)
     derived = derive(special, config)
     derived["alignment_heads"] = stored.get("alignment_heads") or alignment_heads(config)
     if generated:
         derived |= suppressed(special, stored, tokenizer, config)
-    named = derived | named
-    end = timestamp_end(tokenizer, named["no_timestamps_token_id"], config.vocab_size)
-    named["timestamp_end"] = None if end == config.vocab_size else end
-    refuse_contradictions(source, named, derived, config)
+    values = derived | values
+    end = timestamp_end(tokenizer, values["no_timestamps_token_id"], config.vocab_size)
+    values["timestamp_end"] = None if end == config.vocab_size else end
+    refuse_contradictions(source, values, derived, config)
     for key in ("suppress_tokens", "begin_suppress_tokens"):
-        refuse_beyond(source, key, named.get(key) or [], config.vocab_size)
-    refuse_heads(source, named["alignment_heads"] or [])
-    add_prompt(named, stored)
-    return made(named)
+        refuse_beyond(source, key, values.get(key) or [], config.vocab_size)
+    refuse_heads(source, values["alignment_heads"] or [])
+    add_prompt(values, stored)
+    return build(values)
 
 
 def values_of(generation: GenerationConfig) -> dict[str, Any]:
     """Return the values of the file that decoding uses."""
-    values = generation.to_dict()
-    return {
-        key: values[key] for key in (*KEPT, "forced_decoder_ids") if values.get(key) is not None
-    }
+    stored = generation.to_dict()
+    keys = (*KEPT, "forced_decoder_ids")
+    return {key: stored[key] for key in keys if stored.get(key) is not None}
 
 
-def made(named: dict[str, Any]) -> GenerationConfig:
+def build(values: dict[str, Any]) -> GenerationConfig:
+    """Return a generation config of these values, without languages and tasks if English-only."""
     from transformers import GenerationConfig
 
-    multilingual = named.get("is_multilingual", True)
+    multilingual = values.get("is_multilingual", True)
     dropped = () if multilingual else MULTILINGUAL_ONLY
-    keys = [key for key in KEPT if named.get(key) is not None and key not in dropped]
-    return GenerationConfig(**{key: named[key] for key in keys})
+    keys = [key for key in KEPT if values.get(key) is not None and key not in dropped]
+    return GenerationConfig(**{key: values[key] for key in keys})
 
 
 # ------------------------------------------------------------------------ derived from the tokens
@@ -182,22 +182,22 @@ def suppressed(
     return tokens | {key: stored[key] for key in keys if key in stored}
 
 
-def add_prompt(named: dict[str, Any], stored: Mapping[str, Any]) -> None:
+def add_prompt(values: dict[str, Any], stored: Mapping[str, Any]) -> None:
     """Add language and task, which older checkpoints store as `forced_decoder_ids` in either file.
 
     transformers reads these ids if neither language nor task is set. If the id of the language is
     null, the language is detected.
     """
-    if not named["is_multilingual"]:
+    if not values["is_multilingual"]:
         return
-    if named.get("language") is None and named.get("task") is None:
+    if values.get("language") is None and values.get("task") is None:
         key = "forced_decoder_ids"
-        forced = forced_ids(named.get(key) or stored.get(key))
-        names = {number: token.strip("<|>") for token, number in named["lang_to_id"].items()}
-        tasks = {number: task for task, number in named["task_to_id"].items()}
-        named["language"] = names.get(forced.get(LANGUAGE_POSITION))
-        named["task"] = tasks.get(forced.get(TASK_POSITION))
-    named["task"] = named.get("task") or "transcribe"
+        forced = forced_ids(values.get(key) or stored.get(key))
+        names = {number: token.strip("<|>") for token, number in values["lang_to_id"].items()}
+        tasks = {number: task for task, number in values["task_to_id"].items()}
+        values["language"] = names.get(forced.get(LANGUAGE_POSITION))
+        values["task"] = tasks.get(forced.get(TASK_POSITION))
+    values["task"] = values.get("task") or "transcribe"
 
 
 def alignment_heads(config: WhisperConfig) -> list[list[int]] | None:
@@ -209,9 +209,9 @@ def alignment_heads(config: WhisperConfig) -> list[list[int]] | None:
 # ------------------------------------------------------------------------------- contradictions
 
 
-def refuse_underivable(source: object, named: Mapping[str, Any], config: WhisperConfig) -> None:
+def refuse_underivable(source: object, values: Mapping[str, Any], config: WhisperConfig) -> None:
     needed = ("is_multilingual", "decoder_start_token_id", "eos_token_id")
-    missing = [key for key in needed if named.get(key) is None]
+    missing = [key for key in needed if values.get(key) is None]
     if missing:
         raise Problem(
             f"{source}: {FILE} lacks {' and '.join(missing)}, there is no tokenizer to derive them "
@@ -221,19 +221,19 @@ def refuse_underivable(source: object, named: Mapping[str, Any], config: Whisper
 
 
 def refuse_contradictions(
-    source: object, named: Mapping[str, Any], derived: Mapping[str, Any], config: WhisperConfig
+    source: object, values: Mapping[str, Any], derived: Mapping[str, Any], config: WhisperConfig
 ) -> None:
     """Raise Problem if an id in the file differs from the tokenizer's id of that name."""
     for key in ("decoder_start_token_id", "no_timestamps_token_id", "prev_sot_token_id"):
-        if derived[key] is not None and named[key] != derived[key]:
-            raise contradiction(source, key, named[key], derived[key])
-    ends = named["eos_token_id"]
+        if derived[key] is not None and values[key] != derived[key]:
+            raise contradiction(source, key, values[key], derived[key])
+    ends = values["eos_token_id"]
     if derived["eos_token_id"] not in (ends if isinstance(ends, list) else [ends]):
         raise contradiction(source, "eos_token_id", ends, derived["eos_token_id"])
-    if named["is_multilingual"] and not derived["is_multilingual"]:
+    if values["is_multilingual"] and not derived["is_multilingual"]:
         raise contradiction(source, "is_multilingual", True, False)
     for table in ("lang_to_id", "task_to_id"):
-        for name, number in (named.get(table) or {}).items():
+        for name, number in (values.get(table) or {}).items():
             expected = (derived.get(table) or {}).get(name, number)
             if number != expected:
                 raise contradiction(source, f"{table}[{name!r}]", number, expected)
@@ -267,9 +267,9 @@ def contradiction(source: object, key: str, actual: Any, expected: Any) -> Probl
     )
 
 
-def refuse_types(source: object, named: Mapping[str, Any]) -> None:
+def refuse_types(source: object, values: Mapping[str, Any]) -> None:
     """Raise Problem if a value is not of its type."""
-    for key, value in named.items():
+    for key, value in values.items():
         kind = TYPES.get(key, int)
         right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if key == "eos_token_id" and isinstance(value, list) and value:
