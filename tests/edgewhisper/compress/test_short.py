@@ -114,7 +114,7 @@ def test_a_record_that_is_no_list_of_windows_is_a_letter(
     path = tmp_path / "bad" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "edgewhisper": {"format": 1, "windows": windows}}))
-    with pytest.raises(Problem, match=r"windows is .*ascending, of which the last is .* 300"):
+    with pytest.raises(Problem, match=r"windows is .*ascending list of encoder positions .* 300"):
         whisper.load(tmp_path / "bad")
 
 
