@@ -274,6 +274,7 @@ def storer(rows: dict[tuple[int, Point], Tensor], number: int) -> Callable[[Poin
 
 
 def refuse_unseen(point: Point, moments: Moments | None, speech: Speech) -> None:
+    """Raise Problem if no rows were collected for a point."""
     if moments is None:
         raise Problem(
             f"calibration: none of {len(speech.clips)} clips could be used for {point.module}",

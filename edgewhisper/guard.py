@@ -108,6 +108,7 @@ class Guard:
 
 
 def described(loss: Loss, limit: float) -> str:
+    """Return the message for a loss above the limit."""
     what = "the whole recipe" if loss.step is None else f"step {loss.step} ({loss.method})"
     return (
         f"{what} raised dev WER from {percent(loss.before.wer)} to {percent(loss.after.wer)} on "

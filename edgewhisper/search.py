@@ -137,6 +137,7 @@ def best(tried: Sequence[Tried]) -> Tried:
 
 
 def open_study(run_dir: Path, name: str, values: int) -> optuna.Study:
+    """Open or create the search of this name. Raises Problem if the database cannot be opened."""
     optuna = import_optuna()
     url = address(run_dir)
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from edgewhisper.checkpoints.huggingface import first_line
 from export.problem import Problem
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -73,7 +74,7 @@ def merged(folder: Path, model: nn.Module) -> nn.Module:
         raise
     except Exception as error:  # PEFT raises many classes
         raise Problem(
-            f"{folder}: the adapter does not fit its base ({str(error).strip().splitlines()[0]})",
+            f"{folder}: the adapter does not fit its base ({first_line(error)})",
             hint=f"check base_model_name_or_path in {CONFIG}, or merge it where it was trained",
         ) from error
 

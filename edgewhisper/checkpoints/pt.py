@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import WhisperConfig
 
+from edgewhisper.checkpoints.huggingface import first_line
 from export.problem import Problem
 
 SUFFIXES = (".pt", ".pth")
@@ -84,8 +85,7 @@ def load(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = lines[0][:160].rstrip(". ")
+            reason = first_line(error)
     raise Problem(
         f"{path}: the file cannot be read as plain tensors ({reason})",
         hint="it is cut short, or needs code to be run, which is refused: copy it again, or use a "
