@@ -1,4 +1,4 @@
-"""EdgeWhisper: make a Whisper checkpoint small, export it, and measure it on the device.
+"""EdgeWhisper compresses a Whisper checkpoint, exports it and measures it on the device.
 
 import edgewhisper
 model = edgewhisper.load("openai/whisper-tiny")
@@ -13,9 +13,9 @@ __all__ = ["load", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `save` on first use: importing edgewhisper must not import torch."""
+    """Import `load` and `save` on first use: importing edgewhisper must not import torch."""
     if name in __all__:
-        from edgewhisper import whisper
+        from edgewhisper.checkpoints import store
 
-        return getattr(whisper, name)
+        return getattr(store, name)
     raise AttributeError(f"module 'edgewhisper' has no attribute {name!r}")

@@ -1,17 +1,16 @@
-"""Alignment heads: the few cross-attention heads of the decoder that know when a word was said.
+"""Alignment heads: the cross-attention heads of the decoder that follow the spoken words.
 
-Whisper times its words with them: their attention, token by token over the sound, is averaged, and
-dynamic time warping finds the one way through it from start to end (transformers does this, with
-`generation_config.alignment_heads`, a list of [layer, head]). Three things are done here:
+Whisper computes word timestamps from them: the attention of these heads over the audio is averaged
+for each token, and dynamic time warping finds the monotonic path through it. transformers
+implements this; `generation_config.alignment_heads` is a list of [layer, head].
 
-- `carry` follows the heads where compression moved them, so that the list names the same heads
-  after it. Pruning and merging may take all of them; then every head of the decoder's upper half
-  stands in, as in Whisper where nobody knows better.
-- `find_heads` discovers them anew on speech whose word times are known, for compression or
-  fine-tuning may have changed what a head does. `compose` makes such speech from single words.
-- `timestamp_error_s` says how far from the truth the words are timed with a set of heads, and
-  `reference` gives compression some speech to say it of: the truth where the clips hold single
-  words, which can be put together, and otherwise what the model said before.
+- `carry` updates the list when compression moves heads. If pruning or merging removes all of them,
+  all heads of the decoder's upper half replace them, as in OpenAI's Whisper for unknown models.
+- `find_heads` searches the heads on speech with known word times, because compression or
+  fine-tuning may change what a head attends to. `compose` makes such speech from single words.
+- `timestamp_error_s` measures the error of the word times that a set of heads gives. `reference`
+  prepares speech for it: clips with single words are concatenated, which gives true times;
+  otherwise the times of the uncompressed model are used.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ if TYPE_CHECKING:
     from benchmarks.speech.clips import Clip
 
 Head = tuple[int, int]
-"""A decoder layer, and a head of its cross-attention, both from 0."""
+"""A decoder layer and a head of its cross-attention, both counted from 0."""
 
 Moves = Mapping[Head, Head | None]
-"""Where each head went; None, or no entry, where it is gone."""
+"""Old head -> new head. Removed heads map to None or are missing."""
 
 
 # ------------------------------------------------------------------------- heads that were moved
 
 
 def moves(left: Sequence[Sequence[int]]) -> dict[Head, Head | None]:
-    """Of each decoder layer the heads that are left, by their old numbers in their new order."""
+    """Return the moves. `left` has the remaining heads of each decoder layer in their new order."""
     return {
         (layer, old): (layer, new)
         for layer, heads in enumerate(left)
@@ -56,16 +55,14 @@ def moves(left: Sequence[Sequence[int]]) -> dict[Head, Head | None]:
 
 
 def remap(heads: Sequence[Sequence[int]], moved: Moves) -> list[list[int]]:
-    """The heads that are left, as generation_config writes them: ascending, none twice."""
-    found = {moved.get((layer, head)) for layer, head in heads}
-    return sorted(list(head) for head in found if head is not None)
+    """Return the remaining heads as in generation_config: ascending, without duplicates."""
+    remaining = {moved.get((layer, head)) for layer, head in heads}
+    return sorted(list(head) for head in remaining if head is not None)
 
 
 def carry(model: nn.Module, moved: Moves) -> dict[str, Any]:
-    """Let `model`, whose heads were moved, name the alignment heads it had; what it names now.
-
-    Its generation_config still has the old list; a model without one stays without.
-    """
+    """Update the alignment heads of `model` after its heads were moved. Returns the entry for
+    compression.json, or {} if the model has no alignment heads."""
     old = getattr(model.generation_config, "alignment_heads", None)
     if not old:
         return {}
@@ -73,7 +70,8 @@ def carry(model: nn.Module, moved: Moves) -> dict[str, Any]:
 
 
 def settle(model: nn.Module) -> dict[str, Any]:
-    """Name no head that the model does not have: transformers would fail on it."""
+    """Remove alignment heads that the model does not have: transformers would fail on them. Returns
+    the entry for compression.json, or {} if the model has no alignment heads."""
     old = getattr(model.generation_config, "alignment_heads", None)
     if not old:
         return {}
@@ -83,7 +81,8 @@ def settle(model: nn.Module) -> dict[str, Any]:
 def replace_heads(
     model: nn.Module, old: Sequence[Sequence[int]], new: list[list[int]]
 ) -> dict[str, Any]:
-    """Heads `new`, or where there are none, the upper half's; said as compression.json has it."""
+    """Set the alignment heads to `new`, or to those of the upper half if `new` is empty. Returns
+    the entry for compression.json."""
     model.generation_config.alignment_heads = new or upper_half(model)
     return {
         "before": [list(head) for head in old],
@@ -93,14 +92,14 @@ def replace_heads(
 
 
 def upper_half(model: nn.Module) -> list[list[int]]:
-    """Every head of the last half of the decoder layers."""
+    """Return all heads of the upper half of the decoder layers."""
     counts = head_counts(model)
     first = len(counts) // 2
     return [[n, head] for n in range(first, len(counts)) for head in range(counts[n])]
 
 
 def head_counts(model: nn.Module) -> list[int]:
-    """Cross-attention heads of every decoder layer."""
+    """Return the number of cross-attention heads of every decoder layer."""
     return [layer.encoder_attn.num_heads for layer in model.model.decoder.layers]
 
 
@@ -109,6 +108,8 @@ def head_counts(model: nn.Module) -> list[int]:
 
 @dataclass(frozen=True)
 class Word:
+    """A word with its time in the clip, in seconds."""
+
     text: str
     start_s: float
     end_s: float
@@ -116,6 +117,8 @@ class Word:
 
 @dataclass(frozen=True)
 class TimedClip:
+    """A clip with the times of its words."""
+
     pcm: np.ndarray
     """(samples,) float32, 16 kHz"""
     words: tuple[Word, ...]
@@ -125,7 +128,7 @@ class TimedClip:
 def compose(
     words: Sequence[tuple[str, np.ndarray]], pauses_s: Sequence[float], lang: str = "en"
 ) -> TimedClip:
-    """Single words (text, samples) one after the other, a pause before each and behind the last."""
+    """Concatenate single words (text, samples) with a pause before each and after the last."""
     parts, timed, now = [], [], 0
     for (text, samples), pause_s in zip(words, pauses_s[:-1], strict=True):
         silence = np.zeros(round(pause_s * SAMPLE_RATE))
@@ -140,7 +143,7 @@ def compose(
 def spell(
     clip: TimedClip, model: nn.Module, processor: WhisperProcessor
 ) -> tuple[list[int], list[list[int]]]:
-    """What decoding is given, and every word's tokens."""
+    """Return the token ids of the prompt, and those of every word."""
     space = "" if language_code(clip.lang) in UNSPACED else " "
     return prompt_ids(model.generation_config, clip.lang), [
         processor.tokenizer(space + word.text, add_special_tokens=False).input_ids
@@ -148,74 +151,81 @@ def spell(
     ]
 
 
-# ---------------------------------------------------------------------- speech to be judged by
+# --------------------------------------------------------- reference speech for timestamps
 
 REFERENCE_CLIPS = 8
 WORDS = 4
-"""Of a clip that is put together, with pauses of PAUSE_S."""
+"""Number of words in a concatenated clip."""
 PAUSE_S = 0.2
+"""Pause between the words of a concatenated clip, in seconds."""
 QUIET = 0.01
-"""Of the loudest 20 ms: what is softer, before and behind a word, is not part of it."""
+"""Samples around a word whose power is below this share of its loudest 20 ms are trimmed."""
 
 
 @dataclass(frozen=True)
 class Reference:
+    """Speech on which the error of word timestamps is measured."""
+
     clips: tuple[TimedClip, ...]
     source: str
-    """Where the times of the words are from."""
+    """Where the word times come from."""
 
 
 def reference(
     model: nn.Module, processor: WhisperProcessor, clips: Sequence[Clip]
 ) -> Reference | None:
-    """Some of the clips with the times of their words: true ones where at least four clips hold a
-    single word, otherwise those that `model` gives; None where no clip can be used."""
-    ready = [clip for clip in clips if can_be_timed(clip)]
-    made = composed([clip for clip in ready if len(clip.text.split()) == 1], processor)
-    if made:
-        return Reference(tuple(made), "single words put together, whose times are known")
-    told = [self_timed(clip, model, processor) for clip in fitting(ready, model, processor)]
-    return Reference(tuple(told), "the model before compression") if told else None
+    """Return clips with word times, or None if no clip is usable.
+
+    If at least four clips hold a single word, these are concatenated and the times are exact.
+    Otherwise they are the times that `model` gives.
+    """
+    usable = [clip for clip in clips if can_be_timed(clip)]
+    concatenated = composed([clip for clip in usable if len(clip.text.split()) == 1], processor)
+    if concatenated:
+        return Reference(tuple(concatenated), "single words put together, whose times are known")
+    timed = [self_timed(clip, model, processor) for clip in fitting(usable, model, processor)]
+    return Reference(tuple(timed), "the model before compression") if timed else None
 
 
 def can_be_timed(clip: Clip) -> bool:
-    """Whether it has words that can be told apart."""
+    """Return whether the clip has a text with spaces between its words."""
     return language_code(clip.lang) not in UNSPACED and bool(clip.text.strip())
 
 
 def composed(single: Sequence[Clip], processor: WhisperProcessor) -> list[TimedClip]:
-    """Clips of four words each from clips of one, as many as fit into the window."""
-    made = []
+    """Concatenate clips of one word to clips of four; those longer than the window are dropped."""
+    timed = []
     for first in range(0, min(len(single), REFERENCE_CLIPS * WORDS) - WORDS + 1, WORDS):
         words = [(c.text.strip(), without_silence(c.pcm())) for c in single[first : first + WORDS]]
         clip = compose(words, [PAUSE_S] * (WORDS + 1), single[first].lang)
         if len(clip.pcm) <= processor.feature_extractor.n_samples:
-            made.append(clip)
-    return made
+            timed.append(clip)
+    return timed
 
 
 def without_silence(pcm: np.ndarray) -> np.ndarray:
+    """Trim the silence at the start and the end."""
     power = np.convolve(pcm**2, np.ones(320) / 320, mode="same")
     loud = np.flatnonzero(power >= QUIET * power.max())
     return pcm[loud[0] : loud[-1] + 1]
 
 
 def fitting(clips: Sequence[Clip], model: Any, processor: WhisperProcessor) -> list[Clip]:
-    """The first few of two words or more that the model can hear and write at once."""
-    found: list[Clip] = []
+    """Return the first clips of at least two words that fit the window and the token limit."""
+    chosen: list[Clip] = []
     for clip in clips:
         ids = processor.tokenizer(f" {clip.text}", add_special_tokens=False).input_ids
         room = model.config.max_target_positions - 5  # start, language, task, no timestamps, end
         short = len(clip.pcm()) <= processor.feature_extractor.n_samples
         if len(clip.text.split()) > 1 and len(ids) <= room and short:
-            found.append(clip)
-        if len(found) == REFERENCE_CLIPS:
+            chosen.append(clip)
+        if len(chosen) == REFERENCE_CLIPS:
             break
-    return found
+    return chosen
 
 
 def self_timed(clip: Clip, model: nn.Module, processor: WhisperProcessor) -> TimedClip:
-    """A clip with the times that the model itself gives to its words."""
+    """Return the clip with the word times that the model gives with its alignment heads."""
     words = clip.text.split()
     untimed = TimedClip(clip.pcm(), tuple(Word(word, 0.0, 0.0) for word in words), clip.lang)
     times = word_times(model, processor, untimed, heads_of(model))
@@ -224,10 +234,10 @@ def self_timed(clip: Clip, model: nn.Module, processor: WhisperProcessor) -> Tim
 
 
 def heads_of(model: Any) -> list[list[int]]:
-    """The alignment heads that the model names and has, or those that stand in for them."""
+    """Return the valid alignment heads of generation_config, or those of the upper half."""
     named = getattr(model.generation_config, "alignment_heads", None) or []
-    there = moves([range(count) for count in head_counts(model)])
-    return remap(named, there) or upper_half(model)
+    existing = moves([range(count) for count in head_counts(model)])
+    return remap(named, existing) or upper_half(model)
 
 
 # ------------------------------------------------------------------------------- what heads do
@@ -236,23 +246,28 @@ def heads_of(model: Any) -> list[list[int]]:
 def head_scores(
     model: nn.Module, processor: WhisperProcessor, clips: Sequence[TimedClip]
 ) -> dict[Head, float]:
-    """For every head, the share of its attention that lies within the time of the word whose
-    tokens are next, averaged over all tokens of the clips: 1 for a head that follows perfectly."""
+    """Return a score from 0 to 1 for every head: how much of its attention follows the words.
+
+    It is the share of the attention that lies within the time of the word whose token is predicted,
+    averaged over all tokens of the clips.
+    """
     check_clips(model, processor, clips)
     total: list[Tensor] = []
     tokens = 0
     for clip in clips:
-        given, words = spell(clip, model, processor)
+        prompt, words = spell(clip, model, processor)
         spans = [
             span for word, ids in zip(clip.words, words, strict=True) for span in [word] * len(ids)
         ]
         inside = within(spans, model.config.max_source_positions, position_s(processor))
-        rows = slice(len(given) - 1, len(given) - 1 + len(spans))  # these predict the words' tokens
-        found = [
+        rows = slice(
+            len(prompt) - 1, len(prompt) - 1 + len(spans)
+        )  # these predict the words' tokens
+        scores = [
             (attention[:, rows] * inside).sum(dim=(1, 2))
             for attention in cross_attentions(model, processor, clip)
         ]
-        total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        total = [a + b for a, b in zip(total, scores, strict=True)] if total else scores
         tokens += len(spans)
     return {
         (layer, head): float(score) / tokens
@@ -264,7 +279,7 @@ def head_scores(
 def find_heads(
     model: nn.Module, processor: WhisperProcessor, clips: Sequence[TimedClip], count: int
 ) -> list[list[int]]:
-    """The `count` heads that follow the words best, as generation_config writes them."""
+    """Return the `count` heads with the best scores, as in generation_config."""
     scores = head_scores(model, processor, clips)
     best = sorted(scores, key=lambda head: (-scores[head], head))[:count]
     return sorted([layer, head] for layer, head in best)
@@ -276,32 +291,30 @@ def timestamp_error_s(
     clips: Sequence[TimedClip],
     heads: Sequence[Sequence[int]],
 ) -> float:
-    """Mean distance of word starts and ends from the truth, in seconds, timed with these heads.
-
-    The first start of a clip does not count: it is 0 whatever the heads say.
-    """
+    """Return the mean absolute error of word starts and ends in seconds, timed with these heads.
+    The first start of a clip is not counted: it is 0 for all heads."""
     check_clips(model, processor, clips)
     errors = []
     for clip in clips:
-        told = word_times(model, processor, clip, heads)
+        times = word_times(model, processor, clip, heads)
         true = [(word.start_s, word.end_s) for word in clip.words]
-        errors += np.abs(np.subtract(told, true)).ravel()[1:].tolist()
+        errors += np.abs(np.subtract(times, true)).ravel()[1:].tolist()
     return float(np.mean(errors))
 
 
 def word_times(
     model: Any, processor: WhisperProcessor, clip: TimedClip, heads: Sequence[Sequence[int]]
 ) -> list[tuple[float, float]]:
-    """Start and end of every word in seconds, as Whisper finds them where the words are known.
+    """Return start and end of every word in seconds, computed as Whisper does for known words.
 
-    A token ends where the warped path enters the row behind it; rows count from the last token of
-    the prompt, as in OpenAI's own timing. A word starts where the one before it ends.
+    A token ends where the warped path enters the next row; rows count from the last token of the
+    prompt, as in OpenAI's code. A word starts where the previous one ends.
     """
-    given, words = spell(clip, model, processor)
+    prompt, words = spell(clip, model, processor)
     attentions = cross_attentions(model, processor, clip)
     tokens = sum(map(len, words))
     step = GenerateEncoderDecoderOutput(
-        sequences=torch.zeros(1, len(given) + tokens),  # only its device and length are read
+        sequences=torch.zeros(1, len(prompt) + tokens),  # only its device and length are read
         cross_attentions=(tuple(attention[None] for attention in attentions),),
     )
     ends = model._extract_token_timestamps(
@@ -309,9 +322,9 @@ def word_times(
         heads,
         time_precision=position_s(processor),
         num_frames=2 * min(-(-len(clip.pcm) // samples_of(processor)), attentions[0].shape[-1]),
-        num_input_ids=len(given) - 1,
+        num_input_ids=len(prompt) - 1,
     )[0].tolist()
-    borders = np.cumsum([len(given) - 1, *map(len, words)])
+    borders = np.cumsum([len(prompt) - 1, *map(len, words)])
     return [(ends[a], ends[b]) for a, b in pairwise(borders)]
 
 
@@ -319,9 +332,9 @@ def word_times(
 def cross_attentions(
     model: nn.Module, processor: WhisperProcessor, clip: TimedClip
 ) -> list[Tensor]:
-    """Of every decoder layer, (heads, tokens of prompt and words, positions)."""
-    given, words = spell(clip, model, processor)
-    ids = [*given, *(token for word in words for token in word)]
+    """Return the attention weights of every decoder layer: (heads, prompt and words, positions)."""
+    prompt, words = spell(clip, model, processor)
+    ids = [*prompt, *(token for word in words for token in word)]
     device = next(model.parameters()).device
     features = log_mel(processor.feature_extractor, [clip.pcm]).to(device)
     with eager(model):
@@ -336,7 +349,7 @@ def cross_attentions(
 
 @contextmanager
 def eager(model: Any) -> Iterator[None]:
-    """The attention that can tell its weights, for a block."""
+    """Use the eager attention, the only one that returns its weights."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -346,7 +359,7 @@ def eager(model: Any) -> Iterator[None]:
 
 
 def within(spans: Sequence[Word], positions: int, step_s: float) -> Tensor:
-    """(spans, positions): how much of each encoder position lies within the word, from 0 to 1."""
+    """Return (spans, positions): the share of each encoder position that lies within the word."""
     starts = torch.tensor([[span.start_s] for span in spans]) / step_s
     ends = torch.tensor([[span.end_s] for span in spans]) / step_s
     left = torch.arange(positions)[None]
@@ -354,25 +367,26 @@ def within(spans: Sequence[Word], positions: int, step_s: float) -> Tensor:
 
 
 def position_s(processor: WhisperProcessor) -> float:
+    """Return the duration of one encoder position in seconds."""
     return samples_of(processor) / processor.feature_extractor.sampling_rate
 
 
 def samples_of(processor: WhisperProcessor) -> int:
-    """Samples of one encoder position: two mel frames."""
+    """Return the number of samples of one encoder position, which is two mel frames."""
     return 2 * processor.feature_extractor.hop_length
 
 
 def check_clips(model: nn.Module, processor: WhisperProcessor, clips: Sequence[TimedClip]) -> None:
-    """Raises Problem where there is no clip, one without words, or one longer than the window."""
+    """Raise Problem if there is no clip, or a clip without words or longer than the window."""
     if not clips:
-        raise Problem("alignment: there are no clips", hint="give clips with the times of words")
+        raise Problem("alignment: there are no clips", hint="pass clips with word times")
     window = processor.feature_extractor.n_samples
     for number, clip in enumerate(clips, start=1):
         if not clip.words:
-            raise Problem(f"alignment: clip {number} has no words", hint="leave it out")
+            raise Problem(f"alignment: clip {number} has no words", hint="remove it")
         if len(clip.pcm) > window:
             raise Problem(
                 f"alignment: clip {number} lasts {len(clip.pcm) / SAMPLE_RATE:.2f} s, the model's "
                 f"window {window / SAMPLE_RATE:g} s",
-                hint="compose it of fewer words",
+                hint="use fewer words per clip",
             )

@@ -1,17 +1,17 @@
-"""Statistics of what a model's layers read and write, from one pass of speech.
+"""Mean and covariance of the inputs and outputs of a model's layers, from one pass over speech.
 
     here          shape    meaning
-    rows          (n, d)   what a module reads (or writes) at n positions
+    rows          (n, d)   input (or output) of a module at n positions
     mean          (d,)     sum x / n
     covariance    (d, d)   sum x x^T / n - mean mean^T
 
-Both sums are float64 and grow as the speech goes by, one window at a time: memory is one (d, d)
-matrix for every point watched, whatever the length of the speech. Several layers that read the same
-tensor need one point only, see whisper.input_of.
+Both sums are accumulated in float64, one window at a time. Memory is one (d, d) matrix for each
+point, independent of the amount of speech. Layers that read the same tensor share a point, see
+whisper.input_of.
 
-A window is as long as in decoding: the shortest of the model's that holds the clip, which for most
-models is the full one. The end of most is padding. Every position counts, as in the methods that
-were published; with `mask_padding` those of the padding do not.
+Windows are as in decoding: the shortest window of the model that holds the clip. Most clips are
+padded at the end. All positions are counted, as in the published methods; `mask_padding` excludes
+those of the padding.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """Where rows are taken: what that module reads, or what it writes."""
+    """A place where rows are collected: the input or the output of a module."""
 
     module: str
     side: Literal["input", "output"] = "input"
@@ -46,7 +46,7 @@ class Point:
 
 
 class Moments:
-    """Count, mean and covariance of rows that come a few at a time."""
+    """Streaming count, mean and covariance of rows."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
@@ -54,7 +54,7 @@ class Moments:
         self.products = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """rows (n, width), of any floating type."""
+        """Add rows (n, width) of any floating type."""
         rows = exact(rows)
         self.count += len(rows)
         self.total += rows.sum(dim=0)
@@ -62,17 +62,17 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """(width,)"""
+        """The mean of all rows, (width,)."""
         return self.total / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """(width, width)"""
+        """The covariance of all rows, (width, width)."""
         return self.products / self.count - torch.outer(self.mean, self.mean)
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """In float64; on the CPU where its device (Apple's MPS) has none."""
+    """Return the tensor in float64, on the CPU if its device (Apple's MPS) has no float64."""
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
@@ -82,18 +82,20 @@ def exact(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Window:
+    """The model's input for one window of speech."""
+
     features: Tensor
     """(1, mels, frames)"""
     positions: int
-    """The encoder's positions that count: the first ones."""
+    """Number of encoder positions that are counted, from the start."""
     tokens: Tensor | None = None
-    """(1, tokens) what the decoder reads; None where it need not run, or where the clip was cut
-    into several windows and it is not known which words are in which."""
+    """Decoder input (1, tokens). None if the decoder is not needed, or if the clip was cut into
+    several windows, because the words of each are then unknown."""
 
 
 @dataclass(frozen=True)
 class Speech:
-    """Clips as windows, made anew in every pass: nothing is kept."""
+    """Clips as windows, computed in every pass and not stored."""
 
     clips: "Sequence[Clip]"
     processor: "WhisperProcessor"
@@ -102,7 +104,7 @@ class Speech:
     def windows(
         self, model: "WhisperForConditionalGeneration", decoder: bool = False
     ) -> Iterator[Window]:
-        """Each clip's windows, in order; long clips are cut in pauses, as in transcription."""
+        """Yield the windows of each clip. Long clips are cut at pauses, as in transcription."""
         extractor = self.processor.feature_extractor
         windows = windows_samples(model, extractor)
         for clip in self.clips:
@@ -118,13 +120,13 @@ class Speech:
                 yield Window(log_mel(extractor, [piece], window), positions, tokens)
 
     def _tokens(self, clip: "Clip", model: "WhisperForConditionalGeneration") -> Tensor | None:
-        given, found = token_ids(clip, model, self.processor.tokenizer)
-        ids = [*given, *found[:-1]]
+        prompt, text = token_ids(clip, model, self.processor.tokenizer)
+        ids = [*prompt, *text[:-1]]
         return torch.tensor([ids]) if len(ids) <= model.config.max_target_positions else None
 
 
 def sounding(samples: int, hop: int, positions: int) -> int:
-    """How many encoder positions (two mel frames each) a clip of so many samples reaches into."""
+    """Return the number of encoder positions (two mel frames each) that `samples` extend into."""
     return min(max(1, -(-samples // (2 * hop))), positions)
 
 
@@ -132,9 +134,10 @@ def sounding(samples: int, hop: int, positions: int) -> int:
 
 
 class Listener:
-    """Hooks on a model: of every window that it hears, `seen(point, rows)` gets what counts.
+    """Forward hooks on a model that call `seen(point, rows)` for every window it processes.
 
-    A context: inside it the model is in evaluation mode, and layers behind the last point are gone.
+    A context manager. Inside it, the model is in evaluation mode and has no layers after the last
+    point.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class Listener:
 
     @torch.no_grad()
     def hear(self, window: Window) -> None:
+        """Run the model on a window."""
         self._window = window
         device = next(self.model.parameters()).device
         encoded = self.model.model.encoder(window.features.to(device))
@@ -185,14 +189,14 @@ class Listener:
 
 @contextmanager
 def without_later_layers(model: nn.Module, points: Iterable[Point]) -> Iterator[None]:
-    """The model without the layers that no point needs: a pass for early layers is short."""
+    """Remove the layers after the last point, so that a pass for early layers is short."""
     last = {"encoder": -1, "decoder": -1}
     for point in points:
         side, layer = side_and_layer(point.module)
         last[side] = max(last[side], layer)
     stacks = {side: getattr(model.model, side) for side in last}
     whole = {side: stack.layers for side, stack in stacks.items()}
-    if last["decoder"] >= 0:  # which reads the encoder's output
+    if last["decoder"] >= 0:  # the decoder reads the output of the whole encoder
         last["encoder"] = len(whole["encoder"]) - 1
     for side, stack in stacks.items():
         stack.layers = whole[side][: last[side] + 1]
@@ -212,10 +216,8 @@ def collect(
     speech: Speech,
     heard: Callable[[], None] = lambda: None,
 ) -> dict[Point, Moments]:
-    """The moments of every point over all windows; `heard` is called after each.
-
-    Raises Problem where a decoder's point saw nothing.
-    """
+    """Return the moments of every point over all windows. `heard` is called after each window.
+    Raises Problem if no clip is usable for a point in the decoder."""
     points = list(points)
     moments: dict[Point, Moments] = {}
 
@@ -239,12 +241,10 @@ def collect_together(
     speech: Speech,
     heard: Callable[[], None] = lambda: None,
 ) -> Moments:
-    """Moments of rows put side by side: model 0's points in their order, then model 1's, ...
-
-    Their covariance holds those between one model's rows and another's.
-    """
+    """Return the moments of concatenated rows: all points of model 0, then those of model 1, ...
+    Their covariance includes the cross-covariance between the models."""
     rows: dict[tuple[int, Point], Tensor] = {}
-    order = [(number, point) for number, of_model in enumerate(points) for point in of_model]
+    columns = [(number, point) for number, of_model in enumerate(points) for point in of_model]
     moments: Moments | None = None
     with ExitStack() as stack:
         listeners = [
@@ -256,8 +256,8 @@ def collect_together(
             rows.clear()
             for listener in listeners:
                 listener.hear(window)
-            if rows:  # none where the decoder had nothing to read
-                joint = torch.cat([exact(rows[key]) for key in order], dim=1)
+            if rows:  # empty if the decoder did not run
+                joint = torch.cat([exact(rows[key]) for key in columns], dim=1)
                 moments = moments or Moments(joint.shape[1], joint.device)
                 moments.add(joint)
             heard()
@@ -267,15 +267,16 @@ def collect_together(
 
 
 def storer(rows: dict[tuple[int, Point], Tensor], number: int) -> Callable[[Point, Tensor], None]:
-    def store(point: Point, found: Tensor) -> None:
-        rows[number, point] = found
+    def store(point: Point, tensor: Tensor) -> None:
+        rows[number, point] = tensor
 
     return store
 
 
 def refuse_unseen(point: Point, moments: Moments | None, speech: Speech) -> None:
+    """Raise Problem if no rows were collected for a point."""
     if moments is None:
         raise Problem(
             f"calibration: none of {len(speech.clips)} clips could be used for {point.module}",
-            hint="give some clips that are shorter than the model's window, with their texts",
+            hint="add clips that are shorter than the model's window, with their texts",
         )

@@ -1,4 +1,4 @@
-"""The model card of a compressed checkpoint: README.md, in the form of the Hugging Face hub."""
+"""The model card of a compressed checkpoint: a README.md for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def card_of(record: Mapping[str, Any]) -> str:
-    """README.md from compression.json."""
+    """Return the text of README.md for a compression.json."""
     base, recipe = record["base"]["source"], record["recipe"]["name"]
     before, after = record["before"], record["after"]
     lines = [
@@ -18,7 +18,7 @@ def card_of(record: Mapping[str, Any]) -> str:
         "",
         f"# {base}, compressed with the recipe {recipe}",
         "",
-        "Made by `edgewhisper compress`; compression.json says how, with the recipe's full text.",
+        "Made by `edgewhisper compress`. compression.json records how, with the full recipe.",
         "",
         "| | before | after |",
         "|---|---|---|",
@@ -52,12 +52,12 @@ def speech_lines(speech: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def loss_lines(told: Mapping[str, Any]) -> list[str]:
-    """What was lost where that is more than the recipe allows."""
-    if not told.get("exceeded"):
+def loss_lines(dev_wer: Mapping[str, Any]) -> list[str]:
+    """Return a warning if a step lost more dev WER than the recipe allows."""
+    if not dev_wer.get("exceeded"):
         return []
-    limit = told["max_wer_loss"]
-    worst = max(told["losses"], key=lambda loss: loss["points"])
+    limit = dev_wer["max_wer_loss"]
+    worst = max(dev_wer["losses"], key=lambda loss: loss["points"])
     what = "the whole recipe" if worst["step"] is None else f"step {worst['step']}"
     return [
         "",

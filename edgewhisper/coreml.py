@@ -1,5 +1,4 @@
-"""Core ML artifacts: what export says of one, what it is made of, and how the gate hears an encoder
-without a decoder."""
+"""Core ML artifacts: their summary after export, their contents, and decoding for the gate."""
 
 from __future__ import annotations
 
@@ -21,37 +20,38 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 READING_S = 600.0
+"""Time limit for reading the packages of an artifact, in seconds."""
 
 
 def chosen(manifest: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
-    """What was decided where nothing was asked for, and what it comes to; line by line."""
-    told = manifest["coreml"]
-    why = "as asked" if options.get("deployment_target") else reason(manifest)
+    """Yield the lines of the export's summary: the deployment target with its reason, and sizes."""
+    record = manifest["coreml"]
+    why = "as requested" if options.get("deployment_target") else reason(manifest)
     yield (
-        f"deployment target {told['deployment_target']}, specification "
-        f"{told['specification_version']}: {why}"
+        f"deployment target {record['deployment_target']}, specification "
+        f"{record['specification_version']}: {why}"
     )
     for name in manifest["contract"]:
-        weights = told["weights"].get(name) or {"float32": None}
+        weights = record["weights"].get(name) or {"float32": None}
         size = package_bytes(manifest, name) / 1e6
         yield f"{name:16} {size:8.2f} MB   weights in {listed(weights)}"
     if manifest["layout"] == "encoder":
         yield (
             "on a Mac, `xcrun coremlcompiler compile coreml-encoder.mlpackage .` compiles it; "
-            "whisper.cpp looks for it as ggml-NAME-encoder.mlmodelc beside ggml-NAME.bin"
+            "whisper.cpp loads it as ggml-NAME-encoder.mlmodelc from the folder of ggml-NAME.bin"
         )
-    elif told["word_timestamps"]:
-        yield "TextDecoder: gives the alignment heads' weights, so WhisperKit can time words"
-    yield from told["said"]
+    elif record["word_timestamps"]:
+        yield "TextDecoder: outputs the alignment heads' weights, for word timestamps in WhisperKit"
+    yield from record["said"]
 
 
 def reason(manifest: dict[str, Any]) -> str:
-    """Why no older deployment target will do."""
+    """Return why an older deployment target is not possible."""
     if manifest["coreml"]["deployment_target"] != "iOS18":
-        return "the oldest that will do, macOS 13 likewise"
+        return "the oldest that is supported, equal to macOS 13"
     stateful = manifest["coreml"]["stateful"]
     needs = [*(["a cache in the package"] if stateful else []), *uses_blocks(manifest)]
-    return f"the oldest that has {' and '.join(needs)}, macOS 15 likewise"
+    return f"the oldest that has {' and '.join(needs)}, equal to macOS 15"
 
 
 def uses_blocks(manifest: dict[str, Any]) -> list[str]:
@@ -60,7 +60,7 @@ def uses_blocks(manifest: dict[str, Any]) -> list[str]:
 
 
 def listed(weights: dict[str, int | None]) -> str:
-    """int8 812,544 and float16 45,193: numbers in each form."""
+    """Format the number of weights of each type: "int8 812,544 and float16 45,193"."""
     both = (form if count is None else f"{form} {count:,}" for form, count in weights.items())
     return " and ".join(both)
 
@@ -71,36 +71,37 @@ def package_bytes(manifest: dict[str, Any], name: str) -> int:
 
 
 def read_packages(folder: Path) -> dict[str, dict[str, Any]]:
-    """What each package of an artifact is made of (export/coreml/contents.py), read in a process
-    under a limit of memory: the reader of the format is not ours."""
+    """Return the contents of each package of an artifact (see export/coreml/contents.py). They are
+    read in a separate process with a memory limit, because coremltools parses the files."""
     with LocalDevice() as device:
         words = [str(folder.resolve())]
         answer = run_runner(device, words, "benchmarks.reference_runtimes", OURS, READING_S)
-    found: dict[str, dict[str, Any]] = answer["packages"]
-    return found
+    packages: dict[str, dict[str, Any]] = answer["packages"]
+    return packages
 
 
 def packed_caches(
     model: WhisperForConditionalGeneration, manifest: dict[str, Any]
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """What lays a checkpoint's caches out as those of a package, which may have zeros between."""
+    """Return a function that arranges a checkpoint's caches as in a package. The caches of a
+    package may have unused channels, which are zero."""
     from export.coreml.to_coreml import cache_channels
 
     channels = cache_channels(model, bool((manifest.get("coreml") or {}).get("neural_engine")))
 
-    def packed(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        laid = {}
+    def packed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        caches = {}
         for name, places in zip(CACHES, channels, strict=True):
-            laid[name] = np.zeros((max(places) + 1, found[name].shape[1]), np.float32)
-            laid[name][places] = found[name]
-        return laid
+            caches[name] = np.zeros((max(places) + 1, tensors[name].shape[1]), np.float32)
+            caches[name][places] = tensors[name]
+        return caches
 
     return packed
 
 
 class OwnDecoder:
-    """As whisper.cpp has it: the package encodes, the checkpoint's own decoder writes. What it
-    writes of the package's states is judged as any artifact's text."""
+    """The encoder of a package with the checkpoint's decoder, as whisper.cpp combines them. The
+    gate compares its tokens as those of any other artifact."""
 
     def __init__(
         self,
@@ -122,8 +123,8 @@ class OwnDecoder:
         def step(ids: Sequence[int]) -> Logits:
             fed.extend(ids)
             output = self.model(encoder_outputs=(states,), decoder_input_ids=torch.tensor([fed]))
-            found: Logits = output.logits[0, -1].float().numpy()
-            return found
+            logits: Logits = output.logits[0, -1].float().numpy()
+            return logits
 
         return greedy(step, self.rules, stop_loops=False)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says: speech -> log-mel features -> greedy tokens -> text, in torch."""
+"""Transcribe with a checkpoint in torch: speech -> log-mel features -> greedy tokens -> text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import WhisperProcessor
 
 from devices.runner.audio import is_hum, is_silent, shortest, split
 from devices.runner.decode.rules import MOST_NO_SPEECH
-from edgewhisper.whisper import quiet
+from edgewhisper.quiet import quiet
 from export.prompt import (
     AUTO,
     language_ids,
@@ -25,27 +25,25 @@ from export.prompt import (
 from export.shrink import windows_of
 
 Languages = Sequence[str | None] | None
-"""What is spoken in each clip, where it is known."""
-
+"""Language of each clip, if known."""
 
 CLIPS_AT_ONCE = 64
+"""Clips whose audio is in memory at the same time."""
 
 
 def window_samples(processor: WhisperProcessor) -> int:
-    """Length of the model's window in samples at 16 kHz (480000 for stock Whisper)."""
+    """Return the model's window in samples at 16 kHz (480000 for OpenAI's models)."""
     return processor.feature_extractor.n_samples
 
 
 def windows_samples(model: nn.Module, extractor: Any) -> list[int]:
-    """The model's windows, ascending; a clip is heard through the first that holds it."""
+    """Return the model's windows in samples, ascending. A clip uses the first that holds it."""
     return [2 * positions * extractor.hop_length for positions in windows_of(model.config)]
 
 
 def log_mel(extractor: Any, pcms: Sequence[np.ndarray], samples: int | None = None) -> Tensor:
-    """Clips of up to one window, 16 kHz mono -> (batch, n_mels, frames), zero-padded as trained.
-
-    The window has so many samples; None: the full one.
-    """
+    """Return the log-mel features (batch, n_mels, frames) of 16 kHz mono clips. Clips are
+    zero-padded to a window of `samples` (None: the full window)."""
     features = extractor(
         list(pcms),
         sampling_rate=extractor.sampling_rate,
@@ -65,12 +63,13 @@ def greedy(
     max_tokens: int | None = None,
     done: Callable[[int], None] = lambda clips: None,
 ) -> list[list[int]]:
-    """Greedy tokens of clips of up to one window each, without prompt and end of text.
+    """Return the greedy tokens of clips of up to one window, without prompt and end token.
 
-    A clip gets at most `max_tokens`; None: as many as the model has room for. `done` is called
-    with the number of clips that are finished. Each clip is decoded under the prompt of its
-    language; where that is not known, or the model has no token for it, under the one that
-    generation_config names, or else the one that the model detects (export/prompt.py).
+    - `max_tokens` limits the tokens of a clip; None uses the limit of the model.
+    - `done` is called with the number of finished clips.
+    - `languages` sets the prompt of each clip. If the language is unknown, or the model has no
+      token for it, the language of generation_config is used, or else the one that the model
+      detects (see export/prompt.py).
     """
     finished = 0
     tokens: list[list[int]] = [[] for _ in pcms]
@@ -86,7 +85,7 @@ def greedy(
                 num_beams=1,
                 max_new_tokens=limit,
                 suppress_tokens=_suppressed(model),
-                **_told(model, prompts[indices[0]]),
+                **_prompt_options(model, prompts[indices[0]]),
             )
         for index, row in zip(indices, output.tolist(), strict=True):
             tokens[index] = _until_end(row, model.generation_config.eos_token_id)
@@ -102,9 +101,11 @@ def prompt_languages(
     languages: Languages = None,
     batch_size: int = 16,
 ) -> list[str | None]:
-    """The code of the language that prompts the model for each clip; None where it knows English
-    only. Languages that are to be detected are those of the clip's first window with speech, or of
-    its first one with sound."""
+    """Return the language code of each clip's prompt; None for English-only models.
+
+    Unknown languages are detected in the clip's first window with speech, or in its first window
+    with sound if none has speech.
+    """
     generation = model.generation_config
     prompts = [language_or_auto(generation, spoken) for spoken in _each(pcms, languages)]
     unknown = [i for i, prompt in enumerate(prompts) if prompt == AUTO]
@@ -120,12 +121,12 @@ def prompt_languages(
 
 
 def sounding(pcm: np.ndarray, samples: int) -> list[np.ndarray]:
-    """The windows with more than silence and hum; without any such, those that are not silent, and
-    without these the first one."""
+    """Return the windows with more than silence and hum. If there are none, returns the windows
+    that are not silent, and if there are none, the first."""
     windows = [pcm[piece] for piece in split(pcm, samples)]
     for empty in (is_hum, is_silent):
-        if left := [window for window in windows if not empty(window)]:
-            return left
+        if kept := [window for window in windows if not empty(window)]:
+            return kept
     return windows[:1]
 
 
@@ -136,21 +137,21 @@ def detect(
     pcms: Sequence[np.ndarray],
     batch_size: int = 16,
 ) -> list[tuple[str, float]]:
-    """The code of the likeliest language of clips of up to one window each, and the probability
-    that nobody speaks there."""
+    """Return the most likely language code of each clip, and the probability of no speech. Clips
+    may be up to one window long."""
     silence = no_speech_id(model.generation_config)
     codes = language_ids(model.generation_config)
     start = model.generation_config.decoder_start_token_id
-    found = [("", 0.0)] * len(pcms)
+    results = [("", 0.0)] * len(pcms)
     for indices, features in _batches(model, processor, pcms, batch_size):
         inputs = torch.full((len(indices), 1), start, device=next(model.parameters()).device)
         output = model(input_features=features.to(inputs.device), decoder_input_ids=inputs)
         scores = output.logits[:, -1, list(codes.values())]  # (batch, languages)
-        shares = output.logits[:, -1].softmax(dim=-1)
-        none = shares[:, silence] if silence is not None else torch.zeros(len(indices))
+        probabilities = output.logits[:, -1].softmax(dim=-1)
+        none = probabilities[:, silence] if silence is not None else torch.zeros(len(indices))
         for index, best, share in zip(indices, scores.argmax(dim=-1).tolist(), none, strict=True):
-            found[index] = list(codes)[best], float(share)
-    return found
+            results[index] = list(codes)[best], float(share)
+    return results
 
 
 def _batches(
@@ -160,8 +161,8 @@ def _batches(
     size: int,
     prompts: Languages = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Clips of one window and one prompt together: their indices, and their features in the
-    shortest window that holds them."""
+    """Yield batches of clips that share a window and a prompt: their indices and features. The
+    window of a clip is the shortest one that holds it."""
     extractor = processor.feature_extractor
     windows = windows_samples(model, extractor)
     groups: dict[tuple[int, str | None], list[int]] = {}
@@ -176,7 +177,7 @@ def _batches(
 def logits(
     model: nn.Module, processor: WhisperProcessor, pcm: np.ndarray, ids: Sequence[int]
 ) -> np.ndarray:
-    """Logits after each of the decoder's input ids on one window, (ids, vocab) float32."""
+    """Return the logits (ids, vocab) float32 after each of the decoder's input ids."""
     return parts(model, processor, pcm, ids)["logits"]
 
 
@@ -184,25 +185,30 @@ def logits(
 def parts(
     model: nn.Module, processor: WhisperProcessor, pcm: np.ndarray, ids: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """The same logits and what comes before them: log-mel features (n_mels, frames), the encoder's
-    states (d_model, positions), all layers' keys and values of the ids, (channels, ids)."""
+    """Return the tensors of one window and the decoder's input ids, in float32.
+
+    - `mel`: log-mel features (n_mels, frames)
+    - `states`: the encoder's output (d_model, positions)
+    - `key_cache`, `value_cache`: all layers' keys and values (channels, ids)
+    - `logits`: (ids, vocab)
+    """
     device = next(model.parameters()).device
     (_, features), *_ = _batches(model, processor, [pcm], size=1)
     inputs = torch.tensor([list(ids)], device=device)
     output = model(input_features=features.to(device), decoder_input_ids=inputs, use_cache=True)
     caches = output.past_key_values.self_attention_cache.layers
-    found = {
+    tensors = {
         "mel": features[0],
         "states": output.encoder_last_hidden_state[0].T,
         "key_cache": torch.cat([_channels(layer.keys) for layer in caches]),
         "value_cache": torch.cat([_channels(layer.values) for layer in caches]),
         "logits": output.logits[0],
     }
-    return {name: part.float().cpu().numpy() for name, part in found.items()}
+    return {name: part.float().cpu().numpy() for name, part in tensors.items()}
 
 
 def _channels(cache: Tensor) -> Tensor:
-    """One layer's (1, heads, ids, width) -> (heads * width, ids)."""
+    """Reshape one layer's cache (1, heads, ids, width) -> (heads * width, ids)."""
     return cache[0].transpose(1, 2).flatten(0, 1)
 
 
@@ -215,24 +221,26 @@ def transcribe(
     max_tokens: int | None = None,
     done: Callable[[int], None] = lambda clips: None,
 ) -> list[str]:
-    """Text of clips of any length, 16 kHz mono float32; long ones are cut at quiet places. See
-    greedy() for the other arguments; a language that is detected is that of the first window with
-    speech. At most CLIPS_AT_ONCE clips are taken out of `pcms` at a time."""
+    """Return the texts of clips of any length, 16 kHz mono float32.
+
+    Long clips are cut at quiet places. See `greedy` for the other arguments. A detected language is
+    that of the first window with speech. `pcms` is read in slices of CLIPS_AT_ONCE clips.
+    """
     texts: list[str] = []
     for start in range(0, len(pcms), CLIPS_AT_ONCE):
-        some = slice(start, start + CLIPS_AT_ONCE)
+        group = slice(start, start + CLIPS_AT_ONCE)
 
-        def shown(clips: int, before: int = start) -> None:
+        def done_in_all(clips: int, before: int = start) -> None:
             done(min(before + clips, len(pcms)))
 
         texts += _transcribe(
             model,
             processor,
-            list(pcms[some]),
-            None if languages is None else languages[some],
+            list(pcms[group]),
+            None if languages is None else languages[group],
             batch_size,
             max_tokens,
-            shown,
+            done_in_all,
         )
     return texts
 
@@ -246,7 +254,7 @@ def _transcribe(
     max_tokens: int | None,
     done: Callable[[int], None],
 ) -> list[str]:
-    """Text of clips that are all in memory; the arguments are those of transcribe()."""
+    """Return the texts of clips that are all in memory. For the arguments see `transcribe`."""
     prompts = prompt_languages(model, processor, pcms, languages, batch_size)
     pieces = [[pcm[cut] for cut in split(pcm, window_samples(processor))] for pcm in pcms]
     spoken = [language for clip, language in zip(pieces, prompts, strict=True) for _ in clip]
@@ -260,16 +268,19 @@ def _each(pcms: Sequence[np.ndarray], languages: Languages) -> Sequence[str | No
     return [None] * len(pcms) if languages is None else languages
 
 
-def _told(model: nn.Module, language: str | None) -> dict[str, str]:
-    """The prompt, as generate() wants to hear of it."""
+def _prompt_options(model: nn.Module, language: str | None) -> dict[str, str]:
+    """Return the arguments of generate() that set the prompt."""
     if language is None:
         return {}
     return {"language": language, "task": task_of(model.generation_config)}
 
 
 def _suppressed(model: nn.Module) -> list[int]:
-    """Suppressed tokens, and all timestamps: the prompt forbids them, and a weakened model that
-    utters one anyway makes generate() decode the rest of the window a second time."""
+    """Return the suppressed tokens and all timestamp tokens.
+
+    The prompt forbids timestamps. If a compressed model predicts one anyway, generate() decodes the
+    rest of the window a second time.
+    """
     generation = model.generation_config
     stamps = timestamp_ids(generation, model.config.vocab_size)
     return [*(generation.suppress_tokens or []), *stamps]

@@ -1,9 +1,9 @@
-"""Clips as training takes them: features, what decoding is given and what it shall find.
+"""Training examples: log-mel features, decoder inputs and labels of clips.
 
-A model made for windows of several lengths (config.edgewhisper, "windows") is trained as it will
-decode: a batch is cut to the shortest window that holds its longest clip, and clips of one window
-come together. That is also the cheaper way: an encoder at a third of its length does less than a
-third of the work. A batch here is the whole one of a step, over all processes and passes.
+A model with several windows (config.edgewhisper, "windows") is trained as it decodes: a batch is
+cut to the shortest window that holds its longest clip, and clips of the same window are batched
+together. This is also cheaper, because the encoder's cost grows faster than its length. A batch
+here is the global batch of a step, over all processes and passes.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from devices.runner.audio import shortest
 from edgewhisper.decoding import log_mel
@@ -31,34 +31,36 @@ if TYPE_CHECKING:
     from benchmarks.speech.clips import Clip
 
 IGNORED = -100
-"""Label of a padding position: it counts nowhere."""
+"""Label of positions that the loss ignores."""
 
 SAMPLE_RATE = 16_000
 CACHED_BYTES = 512_000_000
-"""Features of clips that are used again are kept in memory up to this."""
+"""Memory limit for cached features."""
 
 WindowRule = Callable[[int, int], int]
-"""Number of a batch, and encoder positions that its longest clip needs -> the batch's positions."""
+"""(number of the batch, encoder positions that its longest clip needs) -> encoder positions."""
 
 UNSPACED = ("zh", "ja", "th", "lo", "my", "yue")
-"""Languages whose transcripts Whisper does not begin with a space."""
+"""Languages written without spaces: Whisper starts their transcripts without a space."""
 
 
 @dataclass
 class Batch:
+    """The inputs and labels of clips."""
+
     input_features: Tensor
-    """(clips, mels, frames) of the batch's window."""
+    """(clips, mels, frames) in the batch's window."""
     decoder_input_ids: Tensor
-    """(clips, tokens): start, prompt, text; the end token as padding."""
+    """(clips, tokens): start, prompt and text, padded with the end token."""
     labels: Tensor
-    """(clips, tokens): what comes next; IGNORED in the prompt, which decoding is given and does
-    not have to find, and in the padding."""
+    """(clips, tokens): the next token of each input, IGNORED in the prompt and the padding."""
     whole_features: Tensor | None = None
-    """(clips, mels, frames) of the model's full window."""
+    """(clips, mels, frames) in the model's full window."""
     clips: tuple[int, ...] | None = None
-    """Numbers of the clips, where nothing augments them: the same number, the same features."""
+    """Indices of the clips, if they are not augmented: equal indices have equal features."""
 
     def to(self, device: torch.device) -> "Batch":
+        """Return a copy of the batch on this device."""
         return Batch(
             self.input_features.to(device),
             self.decoder_input_ids.to(device),
@@ -68,9 +70,24 @@ class Batch:
         )
 
 
+class SpeechWindows:
+    """The window rule `windows = "speech"`: the longest clip of a step and up to a second more.
+    Every eighth step uses the window of decoding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.windows = windows_of(model.config)
+        self.unit = max(1, self.windows[-1] // 60)
+
+    def __call__(self, step: int, needed: int) -> int:
+        decoding = shortest(self.windows, needed)
+        # a multiple of the unit, so that cached states of a clip are reused
+        units = math.ceil(needed / self.unit) + 1
+        return decoding if step % 8 == 7 else min(units * self.unit, decoding)
+
+
 class Examples:
-    """Clips as features and labels. Position p of the endless stream of shuffled clips is always
-    the same clip with the same augmentation, whoever asks for it and whenever."""
+    """An endless stream of shuffled clips as features and labels. A position of the stream always
+    returns the same clip with the same augmentation."""
 
     def __init__(
         self,
@@ -83,20 +100,20 @@ class Examples:
         batch_size: int = 1,
         window: WindowRule | None = None,
     ) -> None:
-        """`window` decides how long each batch is; None: the shortest window that holds it."""
+        """`window` sets the length of each batch; None: the shortest window for its clips."""
         self.extractor = processor.feature_extractor
         self.windows, self.batch_size = windows_of(model.config), batch_size
         self.rule = window
         self.seed, self.noise_snr_db, self.mask_mels = seed, noise_snr_db, mask_mels
         if not clips:
             raise Problem("training: there are no clips to train on", hint="name a speech manifest")
-        spelled = [(clip, *token_ids(clip, model, processor.tokenizer)) for clip in clips]
+        tokenized = [(clip, *token_ids(clip, model, processor.tokenizer)) for clip in clips]
         window_s = self.extractor.n_samples / self.extractor.sampling_rate
         room = model.config.max_target_positions
         fitting = [
-            (clip, given, found)
-            for clip, given, found in spelled
-            if seconds(clip) <= window_s and len(given) + len(found) - 1 <= room
+            (clip, prompt, text)
+            for clip, prompt, text in tokenized
+            if seconds(clip) <= window_s and len(prompt) + len(text) - 1 <= room
         ]
         self.skipped = len(clips) - len(fitting)
         if not fitting:
@@ -112,7 +129,7 @@ class Examples:
                 stacklevel=4,
             )
         self.clips = [clip for clip, _, _ in fitting]
-        self.texts = [(given, found) for _, given, found in fitting]
+        self.texts = [(prompt, text) for _, prompt, text in fitting]
         self.needed = [needed_positions(clip, self.extractor, self.windows) for clip in self.clips]
         self._orders: dict[int, tuple[int, ...]] = {}
         self._kept: dict[int, Tensor] = {}
@@ -123,11 +140,12 @@ class Examples:
         return len(self.clips)
 
     def index(self, position: int) -> int:
-        """The clip at a position of the stream: each epoch is one permutation of all clips."""
+        """Return the clip at a position of the stream. Each epoch is a permutation of all clips."""
         epoch, place = divmod(position, len(self))
         return self.order(epoch)[place]
 
     def order(self, epoch: int) -> tuple[int, ...]:
+        """Return the permutation of an epoch."""
         if len(self.windows) == 1:
             return permutation(self.seed, epoch, len(self))
         if epoch not in self._orders:
@@ -137,27 +155,27 @@ class Examples:
         return self._orders[epoch]
 
     def _by_window(self, epoch: int) -> tuple[int, ...]:
-        """A permutation whose batches hold clips of one window each, but for those at a seam."""
+        """Return a permutation whose batches have clips of one window, except between epochs."""
         shuffled = permutation(self.seed, epoch, len(self))
         ordered = sorted(shuffled, key=lambda i: shortest(self.windows, self.needed[i]))
-        head = -epoch * len(self) % self.batch_size  # they fill the last batch of the epoch before
+        head = -epoch * len(self) % self.batch_size  # they complete the previous epoch's last batch
         batches = [
             ordered[i : i + self.batch_size] for i in range(head, len(self), self.batch_size)
         ]
         full = sum(len(batch) == self.batch_size for batch in batches)
-        turns = np.random.default_rng([self.seed, 2, epoch]).permutation(full).tolist()
-        mixed = [batches[i] for i in turns] + batches[full:]
-        return (*ordered[:head], *(i for batch in mixed for i in batch))
+        sequence = np.random.default_rng([self.seed, 2, epoch]).permutation(full).tolist()
+        batches = [batches[i] for i in sequence] + batches[full:]
+        return (*ordered[:head], *(i for batch in batches for i in batch))
 
     def window(self, position: int) -> int:
-        """Encoder positions of the batch that this position of the stream belongs to."""
+        """Return the encoder positions of the batch that contains this position of the stream."""
         number = position // self.batch_size
         members = range(number * self.batch_size, (number + 1) * self.batch_size)
         needed = max(self.needed[self.index(p)] for p in members)
         return self.rule(number, needed) if self.rule else shortest(self.windows, needed)
 
     def tokens(self, positions: Sequence[int]) -> int:
-        """How many tokens are to be found there."""
+        """Return the number of target tokens at these positions of the stream."""
         return sum(len(self.texts[self.index(p)][1]) for p in positions)
 
     def __getitem__(self, positions: Sequence[int]) -> Batch:
@@ -171,21 +189,21 @@ class Examples:
         return self.noise_snr_db != math.inf or self.mask_mels > 0
 
     def plain(self, indices: Sequence[int]) -> Batch:
-        """These clips as they are, in the shortest window that holds them."""
+        """Return a batch of these clips without augmentation, in the shortest window for them."""
         features = torch.stack([self._plain(i) for i in indices])
         needed = max(self.needed[i] for i in indices)
         return self.batch(indices, features, shortest(self.windows, needed))
 
     def batch(self, indices: Sequence[int], features: Tensor, positions: int) -> Batch:
-        """Clips by their features (clips, mels, frames), cut to so many encoder positions."""
+        """Return a batch of features (clips, mels, frames), cut to `positions` of the encoder."""
         texts = [self.texts[i] for i in indices]
-        inputs = padded([given + found[:-1] for given, found in texts], texts[0][1][-1])
-        labels = [[IGNORED] * (len(given) - 1) + found for given, found in texts]
-        heard = features[..., : 2 * positions]  # two mel frames make a position
-        return Batch(heard, inputs, padded(labels, IGNORED), features)
+        inputs = padded([prompt + text[:-1] for prompt, text in texts], texts[0][1][-1])
+        labels = [[IGNORED] * (len(prompt) - 1) + text for prompt, text in texts]
+        cut = features[..., : 2 * positions]  # two mel frames make a position
+        return Batch(cut, inputs, padded(labels, IGNORED), features)
 
     def features(self, position: int) -> Tensor:
-        """(mels, frames), augmented by random numbers of the seed and the position."""
+        """Return the features (mels, frames), augmented as the seed and the position determine."""
         rng = np.random.default_rng([self.seed, 1, position])
         index = self.index(position)
         if self.noise_snr_db == math.inf:
@@ -206,12 +224,12 @@ class Examples:
     def _pcm(self, index: int) -> np.ndarray:
         pcm = self.clips[index].pcm()
         window = 2 * self.extractor.hop_length * shortest(self.windows, self.needed[index])
-        # durations are rounded: what is over by less than a frame is no mistake
+        # durations are rounded, so an excess of less than a frame is accepted
         if len(pcm) > min(window + self.extractor.hop_length, self.extractor.n_samples):
             raise Problem(
                 f"training: {self.clips[index].audio} lasts {len(pcm) / SAMPLE_RATE:.2f} s, which "
                 "is longer than its manifest says and than the model's window",
-                hint="correct the duration in the manifest, or leave it out",
+                hint="correct the duration in the manifest, or remove it",
             )
         return pcm
 
@@ -222,7 +240,7 @@ def permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
 
 
 def padded(rows: list[list[int]], filler: int) -> Tensor:
-    """(rows, longest row) int64."""
+    """Return the rows as a tensor (rows, longest row) int64."""
     longest = max(map(len, rows))
     return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
 
@@ -230,8 +248,8 @@ def padded(rows: list[list[int]], filler: int) -> Tensor:
 def token_ids(
     clip: "Clip", model: "WhisperForConditionalGeneration", tokenizer: Any
 ) -> tuple[list[int], list[int]]:
-    """What decoding is given (start, and the prompt of the clip's language), and what it shall
-    find (the text as Whisper writes it, and the end)."""
+    """Return the ids of the prompt and of the text. The prompt is in the clip's language and begins
+    with the start token. The text is spaced as Whisper writes it and ends with the end token."""
     text = clip.text.strip()
     spaced = f" {text}" if text and language_code(clip.lang) not in UNSPACED else text
     ids = tokenizer(spaced, add_special_tokens=False).input_ids
@@ -239,23 +257,24 @@ def token_ids(
 
 
 def seconds(clip: "Clip") -> float:
+    """Return the clip's duration, from its manifest or its audio."""
     return clip.duration_s if clip.duration_s is not None else len(clip.pcm()) / SAMPLE_RATE
 
 
 def needed_positions(clip: "Clip", extractor: Any, windows: Sequence[int]) -> int:
-    """Encoder positions that a clip reaches into."""
+    """Return the number of encoder positions that a clip needs."""
     samples = seconds(clip) * extractor.sampling_rate
     return min(max(1, math.ceil(samples / (2 * extractor.hop_length))), windows[-1])
 
 
 def add_noise(pcm: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
-    """White noise between snr_db and 30 dB below that, relative to the clip's mean power."""
+    """Add white noise at a random signal-to-noise ratio from snr_db to snr_db + 30 dB."""
     level = math.sqrt(float(np.mean(pcm**2))) * 10 ** (-(snr_db + rng.uniform(0, 30)) / 20)
     return (pcm + level * rng.standard_normal(len(pcm))).astype(np.float32)
 
 
 def mask(features: Tensor, width: int, rng: np.random.Generator) -> Tensor:
-    """(mels, frames) with two bands and two stretches of up to `width` set to the mean."""
+    """Set two bands of mels and two spans of frames, each of up to `width`, to the mean."""
     if width == 0:
         return features
     features = features.clone()
@@ -272,10 +291,10 @@ def batches(
     model: "WhisperForConditionalGeneration",
     processor: "WhisperProcessor",
     size: int,
-    label: str = "listening",
+    label: str = "processing clips",
 ) -> Iterator[Batch]:
-    """Every clip once, as it is, in the manifest's order, on the model's device; progress is shown
-    under that label."""
+    """Yield batches of all clips in order, without augmentation, on the model's device. `label` is
+    shown with the progress."""
     examples = Examples(clips, model, processor, seed=0)
     device = next(model.parameters()).device
     with progress_bar(len(examples), None, main_process(), label) as show:

@@ -1,8 +1,8 @@
-"""The guard of `compress`: a step that costs too much dev WER ends the run.
+"""The accuracy limit of `compress`: a step that loses too much dev WER stops the run.
 
-Dev WER is measured before and after every step, and at the end against the model that the recipe
-began with. The loss is a plain difference in points: from 6.5 % to 8.0 % is 1.5 points. A recipe
-sets the limit with `max_wer_loss`; `--allow-loss` records the losses and goes on.
+Dev WER is measured before and after every step, and at the end against the model before the first
+step. The loss is the difference in percentage points: from 6.5 % to 8.0 % is 1.5 points. A recipe
+sets the limit with `max_wer_loss`. With `--allow-loss`, losses are recorded and the run continues.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REMOVES: dict[str, tuple[str, ...]] = {
     "kdq": ("quantise.encoder", "quantise.decoder"),
     "qat": ("encoder", "decoder"),
 }
-"""Method -> the fields that say how much it removes."""
+"""Method -> its options that determine how much it removes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Loss:
         return 100 * (self.after.wer - self.before.wer)
 
     def as_dict(self) -> dict[str, Any]:
-        """The entry in compression.json."""
+        """Return the entry for compression.json."""
         return {
             "step": self.step,
             "method": self.method,
@@ -68,7 +68,7 @@ class TooMuchLost(Problem):
 
     @property
     def suffix(self) -> str:
-        """The end of the name of the failed checkpoint."""
+        """Suffix of the failed checkpoint's name."""
         if self.loss.step is None:
             return "-failed"
         return f"-failed-step-{self.loss.step}-{self.loss.method}"
@@ -76,29 +76,29 @@ class TooMuchLost(Problem):
 
 @dataclass
 class Guard:
-    """The limit of a run and the losses of its steps so far."""
+    """The limit of a run, and the losses of its steps so far."""
 
     limit: float
-    """Points of dev WER."""
+    """Maximum loss in points of dev WER."""
     allow: bool = False
     losses: list[Loss] = field(default_factory=list)
 
     def check(
         self, loss: Loss, cause: str, model: WhisperForConditionalGeneration, say: Any
     ) -> None:
-        """Record the loss. Raises TooMuchLost where it exceeds the limit and is not allowed."""
+        """Record a loss. Raises TooMuchLost if it exceeds the limit, unless losses are allowed."""
         self.losses.append(loss)
         say(f"dev WER {percent(loss.before.wer)} -> {percent(loss.after.wer)} ({signed(loss)})")
         if loss.points <= self.limit + 1e-9:
             return
-        told = described(loss, self.limit)
+        message = described(loss, self.limit)
         if self.allow:
-            say(f"warning: {told}; --allow-loss is given, so the run goes on")
+            say(f"warning: {message}; the run continues because of --allow-loss")
             return
-        raise TooMuchLost(told, cause, loss, model)
+        raise TooMuchLost(message, cause, loss, model)
 
     def as_dict(self) -> dict[str, Any]:
-        """The entry in compression.json."""
+        """Return the entry for compression.json."""
         return {
             "max_wer_loss": self.limit,
             "allow_loss": self.allow,
@@ -108,6 +108,7 @@ class Guard:
 
 
 def described(loss: Loss, limit: float) -> str:
+    """Return the message for a loss above the limit."""
     what = "the whole recipe" if loss.step is None else f"step {loss.step} ({loss.method})"
     return (
         f"{what} raised dev WER from {percent(loss.before.wer)} to {percent(loss.after.wer)} on "
@@ -128,30 +129,30 @@ def signed(loss: Loss) -> str:
 
 
 def likely_cause(step: Step, record: dict[str, Any], after: float) -> str:
-    """What to change, from the figures of the step's stages where it recorded them under
-    "dev_wer", and otherwise from its options."""
+    """Return a hint what to change in a step that lost too much. It uses the dev WER after each
+    stage if the step recorded it under "dev_wer", and otherwise the step's options."""
     stages = record.get(step.method, {}).get("dev_wer", {})
     rates, shares = trained_with(step.options), removed_by(step)
     if "trained" in stages and rates:
         by_training = stages["trained"] - stages["before"]
         if by_training >= (after - stages["before"]) / 2:
             return (
-                f"training alone took dev WER from {percent(stages['before'])} to "
+                f"training alone raised dev WER from {percent(stages['before'])} to "
                 f"{percent(stages['trained'])}: lower the learning rate ({rates})"
             )
         return (
-            f"training alone left dev WER at {percent(stages['trained'])}, so pruning did it: "
-            f"remove less ({shares}), or train longer ({rates})"
+            f"after training alone, dev WER was {percent(stages['trained'])}, so pruning is the "
+            f"cause: remove less ({shares}), or train longer ({rates})"
         )
     if rates and shares:
         return f"remove less ({shares}), lower the learning rate or train longer ({rates})"
     if rates:
         return f"the learning rate is probably too high, or the training too short ({rates})"
-    return f"remove less ({shares})" if shares else "leave this step out"
+    return f"remove less ({shares})" if shares else "remove this step from the recipe"
 
 
 def trained_with(options: Any) -> str:
-    """ "training: 240 steps at 0.0003, recovery: ..." """
+    """Describe the trainings of a step: "training: 240 steps at learning_rate 0.0003, ..."."""
     return ", ".join(
         f"{name}: {epochs_or_steps(table)} at learning_rate {table.learning_rate:g}"
         for name, table in trainings_of(options)
@@ -159,7 +160,7 @@ def trained_with(options: Any) -> str:
 
 
 def trainings_of(options: Any) -> Iterator[tuple[str, Any]]:
-    """The tables of an Options that train something."""
+    """Yield name and options of every training in a step's options."""
     if not is_dataclass(options):
         return
     for each in fields(options):
@@ -173,12 +174,12 @@ def epochs_or_steps(table: Any) -> str:
 
 
 def removed_by(step: Step) -> str:
-    """ "min_removed = 0.355" """
-    found = []
+    """Describe how much a step removes: "min_removed = 0.355"."""
+    settings = []
     for name in REMOVES.get(step.method, ()):
         value = step.options
         for part in name.split("."):
             value = getattr(value, part)
         if value not in (0.0, "", ()):
-            found.append(f"{name} = {value}")
-    return ", ".join(found)
+            settings.append(f"{name} = {value}")
+    return ", ".join(settings)

@@ -1,14 +1,14 @@
-"""What a checkpoint or an artifact is made of, what it costs, and where an artifact's time goes.
+"""Contents and cost of a checkpoint or an artifact, and the time profile of an artifact.
 
-Times stand beside a floor by arithmetic: what the same machine needs at least for the same work,
-given the products and the copies that it was just seen to do.
+Each measured time is compared with a floor: the minimum time for the same work on this machine,
+computed from its measured rates for matrix products and memory copies.
 
-    encoder   int8 products / rate of a large int8 product
+    encoder   int8 multiply-accumulates / rate of a large int8 product
               + all others / rate of a large float32 product
-    token     the longer of reading what a step reads (weights of the layers, the token table, keys
-              and values) at the rate of a copy of that size, and of its products
+    token     the larger of two times: to read the data of a step (weights, token table, keys and
+              values) at the rate of a copy of that size, and to compute its products
 
-The log-mel front end is not counted in the encoder's floor.
+The encoder's floor does not include the log-mel features.
 """
 
 from __future__ import annotations
@@ -30,25 +30,24 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
 
 TOKENIZER = ("token", "vocab", "merges", "normalizer", "added_tokens", "special_tokens")
-"""How the names of a tokenizer's files begin."""
+"""Prefixes of the names of tokenizer files."""
 INT8_TYPES, FLOAT16 = (2, 3), 10
 COSTS = {"encoder", "cross", "decoder_per_token"}
 PROBE = (1500, 1024)
-"""Rows and width of the product that is timed: (rows, width) (width, width)."""
+"""Rows and width of the timed matrix product (rows, width) (width, width)."""
 TIMEOUT_S = 600.0
 
 
 def inspect(source: str) -> dict[str, Any]:
-    """Shapes of every layer, bytes of every part, parameters and multiply-accumulates.
-
-    `source` is an artifact's directory, or a checkpoint as whisper.load() takes it.
-    """
+    """Return the layer shapes, bytes of every part, parameters and multiply-accumulates. `source`
+    is an artifact's directory, or a checkpoint as in `whisper.load`."""
     if (Path(source) / artifact.MANIFEST).exists():
         return inspect_artifact(Path(source))
     return inspect_checkpoint(source)
 
 
 def inspect_checkpoint(source: str) -> dict[str, Any]:
+    """Return the contents of a checkpoint, see `inspect`."""
     from edgewhisper import whisper
     from export.cost import count_parameters, macs_by_window
     from export.shrink import layer_shapes
@@ -70,7 +69,7 @@ def inspect_checkpoint(source: str) -> dict[str, Any]:
 
 
 def weight_bytes(model: WhisperForConditionalGeneration) -> dict[str, int]:
-    """Bytes of the weights of encoder, decoder and token table, each tensor once."""
+    """Return the bytes of the weights of encoder, decoder and token table, each tensor once."""
     inner = model.model
     total = {id(p): p.numel() * p.element_size() for p in inner.decoder.parameters()}
     table = sum(p.numel() * p.element_size() for p in inner.decoder.embed_tokens.parameters())
@@ -82,54 +81,56 @@ def weight_bytes(model: WhisperForConditionalGeneration) -> dict[str, int]:
 
 
 def inspect_artifact(folder: Path) -> dict[str, Any]:
-    """The same from an artifact's manifest and files, which are looked at and not run."""
-    told = read_facts(folder)
-    sizes = {name: entry["bytes"] for name, entry in told["files"].items()}
+    """Return the contents of an artifact, see `inspect`. Its graphs are read but not run."""
+    manifest = read_facts(folder)
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     sizes[artifact.MANIFEST] = (folder / artifact.MANIFEST).stat().st_size
     packages = {}
-    if told.get("layout") in artifact.PACKAGED:
+    if manifest.get("layout") in artifact.PACKAGED:
         from edgewhisper.coreml import read_packages
 
         packages = {"packages": read_packages(folder)}
     return packages | {
         "kind": "artifact",
         "source": str(folder),
-        "layout": told.get("layout", "native"),
-        "precision": told["precision"],
-        "parameters": told["parameters"],
-        "macs_by_window": told["macs_by_window"],
-        "layers": told["layers"],
-        "bytes": graph_bytes(folder, told) | file_bytes(sizes, tuple(graph_files(told))),
-        "gate": told.get("gate"),
+        "layout": manifest.get("layout", "native"),
+        "precision": manifest["precision"],
+        "parameters": manifest["parameters"],
+        "macs_by_window": manifest["macs_by_window"],
+        "layers": manifest["layers"],
+        "bytes": graph_bytes(folder, manifest) | file_bytes(sizes, tuple(graph_files(manifest))),
+        "gate": manifest.get("gate"),
     }
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The manifest of an artifact of any layout, with what there is to show in it."""
+    """Return the manifest of an artifact of any layout. Raises Problem if an entry that `inspect`
+    shows is missing or invalid."""
     path = folder / artifact.MANIFEST
-    told = contract.read_json(path)
-    if isinstance(told, dict) and told.get("layout", "native") in contract.LAYOUTS.values():
-        told = contract.read_manifest(folder)
+    manifest = contract.read_json(path)
+    if isinstance(manifest, dict) and manifest.get("layout", "native") in contract.LAYOUTS.values():
+        manifest = contract.read_manifest(folder)
     else:
-        told = artifact.read_manifest(folder)
-        contract.check_facts(contract.Told(path, told))
+        manifest = artifact.read_manifest(folder)
+        contract.check_facts(contract.Told(path, manifest))
     for name in ("precision", "parameters", "macs_by_window", "layers"):
-        if told.get(name) is None:
+        if manifest.get(name) is None:
             raise Problem(f"{path}: {name} is missing", hint=artifact.AGAIN)
-    for window, macs in told["macs_by_window"].items():
+    for window, macs in manifest["macs_by_window"].items():
         if not window.isdecimal() or not macs.keys() >= COSTS:
             raise Problem(f"{path}: no costs of the window {window[:40]!r}", hint=artifact.AGAIN)
-    return told
+    return manifest
 
 
 def graph_files(manifest: dict[str, Any]) -> list[str]:
-    """Names of the files that hold graphs and their weights."""
-    ends = (".weights", ".bin", ".mlmodel", "mlpackage/Manifest.json")
-    return [name for name in manifest["files"] if ".onnx" in name or name.endswith(ends)]
+    """Return the names of the files with graphs and their weights."""
+    suffixes = (".weights", ".bin", ".mlmodel", "mlpackage/Manifest.json")
+    return [name for name in manifest["files"] if ".onnx" in name or name.endswith(suffixes)]
 
 
 def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
-    """Bytes of the graphs; those of the native layout apart, and the token table for itself."""
+    """Return the bytes of the graphs. The native layout has entries for encoder, decoder and token
+    table. Core ML artifacts have one for each package, and other layouts one for all graphs."""
     sizes = {name: manifest["files"][name]["bytes"] for name in graph_files(manifest)}
     if manifest.get("layout") in artifact.PACKAGED:
         from edgewhisper.coreml import package_bytes
@@ -149,23 +150,24 @@ def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
 
 
 def token_table(parts: Parts, manifest: dict[str, Any]) -> list[Constant]:
-    """The constants that have a row or a scale a token, and those that look-up and logits share."""
+    """Return the constants of the token table. These have a row or a scale for each token, or are
+    shared by embedding and logits."""
     outputs = manifest["contract"]["decoder"]["outputs"]
     vocabulary = next(spec["shape"][-1] for spec in outputs if spec["name"] == "logits")
     readers = {
         part: {name for node in parts.nodes if node.name.startswith(part) for name in node.inputs}
         for part in ("look_up/", "logits/")
     }
-    both = readers["look_up/"] & readers["logits/"]
+    shared = readers["look_up/"] & readers["logits/"]
     return [
         constant
         for name, constant in parts.constants.items()
-        if vocabulary in constant.dims or (name in both and len(constant.dims) > 1)
+        if vocabulary in constant.dims or (name in shared and len(constant.dims) > 1)
     ]
 
 
 def file_bytes(sizes: dict[str, int], weights: tuple[str, ...]) -> dict[str, int]:
-    """Bytes of the tokenizer's files and of all others that hold no weights."""
+    """Return the bytes of the tokenizer's files, and of all other files without weights."""
     rest = {Path(name).name: size for name, size in sizes.items() if name not in weights}
     tokenizer = sum(size for name, size in rest.items() if name.startswith(TOKENIZER))
     return {"tokenizer": tokenizer, "other files": sum(rest.values()) - tokenizer}
@@ -174,11 +176,11 @@ def file_bytes(sizes: dict[str, int], weights: tuple[str, ...]) -> dict[str, int
 # ------------------------------------------------------------------------------------ the tables
 
 
-def layer_rows(found: dict[str, Any]) -> list[dict[str, str]]:
-    """One row a layer: heads, widths of keys and values, units, ranks, inputs and bits."""
+def layer_rows(contents: dict[str, Any]) -> list[dict[str, str]]:
+    """Return a row for each layer: heads, key and value widths, units, ranks, inputs and bits."""
     rows = []
     for side in ("encoder", "decoder"):
-        for number, shape in enumerate(found["layers"][side]):
+        for number, shape in enumerate(contents["layers"][side]):
             row = {"layer": f"{side} {number}", "self-attention": heads(shape["self_attn"])}
             row["cross-attention"] = heads(shape["encoder_attn"]) if side == "decoder" else ""
             row["units"] = str(shape["ffn"])
@@ -188,34 +190,34 @@ def layer_rows(found: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def heads(shape: dict[str, Any]) -> str:
-    """4 x 32 where keys and values are as wide, 4 x 24/32 where they are not."""
+    """Format heads and widths: 4 x 32, or 4 x 24/32 if keys and values differ in width."""
     widths = {shape["qk_dim"], shape["v_dim"]}
     each = f"{shape['qk_dim']}/{shape['v_dim']}" if len(widths) > 1 else f"{shape['qk_dim']}"
     return f"{shape['heads']} x {each}{' shared' if shape.get('shared') else ''}"
 
 
 def brief(sizes: dict[str, int]) -> str:
-    """q 8 fc1 4, or one number where all are the same."""
+    """Format sizes by layer: "q 8 fc1 4", or "all 8" if they are equal."""
     if len(sizes) > 1 and len(set(sizes.values())) == 1:
         return f"all {next(iter(sizes.values()))}"
     names = (name.split(".")[-1].removesuffix("_proj") for name in sizes)
     return " ".join(f"{name} {size}" for name, size in zip(names, sizes.values(), strict=True))
 
 
-def size_rows(found: dict[str, Any]) -> list[dict[str, str]]:
-    parts = found["bytes"]
+def size_rows(contents: dict[str, Any]) -> list[dict[str, str]]:
+    """Return a row for each part: size and share."""
+    parts = contents["bytes"]
     total = sum(parts.values())
-    shown = [*parts.items(), ("total", total)]
     return [
         {"part": name, "MB": f"{size / 1e6:.3f}", "share": f"{size / total:.1%}"}
-        for name, size in shown
+        for name, size in [*parts.items(), ("total", total)]
     ]
 
 
-def package_rows(found: dict[str, Any]) -> list[dict[str, str]]:
-    """Of each Core ML package how its numbers are stored, and its most frequent operations."""
+def package_rows(contents: dict[str, Any]) -> list[dict[str, str]]:
+    """Return a row for each Core ML package: weight types and most frequent operations."""
     rows = []
-    for name, package in found["packages"].items():
+    for name, package in contents["packages"].items():
         count = sum(package["weights"].values())
         operations = list(package["operations"].items())
         rows.append(
@@ -223,7 +225,7 @@ def package_rows(found: dict[str, Any]) -> list[dict[str, str]]:
                 "package": name,
                 "numbers": ", ".join(f"{n:,} {form}" for form, n in package["weights"].items()),
                 "specification": str(package["specification_version"]),
-                "bits each": f"{8 * found['bytes'][name] / max(1, count):.1f}",
+                "bits each": f"{8 * contents['bytes'][name] / max(1, count):.1f}",
                 "operations": str(sum(package["operations"].values())),
                 "mostly": ", ".join(f"{n} {kind}" for kind, n in operations[:4]),
             }
@@ -231,8 +233,8 @@ def package_rows(found: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def cost_rows(found: dict[str, Any]) -> list[dict[str, str]]:
-    """Multiply-accumulates of every window, in millions."""
+def cost_rows(contents: dict[str, Any]) -> list[dict[str, str]]:
+    """Return a row for each window: multiply-accumulates in millions."""
     return [
         {
             "window": f"{int(positions) / 50:g} s",
@@ -240,12 +242,12 @@ def cost_rows(found: dict[str, Any]) -> list[dict[str, str]]:
             "cross MMAC": f"{macs['cross'] / 1e6:.1f}",
             "token MMAC": f"{macs['decoder_per_token'] / 1e6:.3f}",
         }
-        for positions, macs in found["macs_by_window"].items()
+        for positions, macs in contents["macs_by_window"].items()
     ]
 
 
 def time_rows(timed: dict[str, Any]) -> list[dict[str, str]]:
-    """Every part of the encoder's window and of one token."""
+    """Return a row for each part of the encoder and of the decoder: time and share."""
     return [
         {
             "graph": stage,
@@ -259,12 +261,12 @@ def time_rows(timed: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def unsure(timed: dict[str, Any], stage: str) -> str:
-    """The mark of times that differ too much from window to window, as in tables of results."""
+    """Return "~" if the times vary too much between windows, as in tables of results."""
     return "~" if summarise(timed[stage]["samples_s"], timed["windows"]).unstable else ""
 
 
 def floor_rows(timed: dict[str, Any]) -> list[dict[str, str]]:
-    """Measured and least times of both graphs, and what the least is made of."""
+    """Return a row for each graph: measured time, floor, their ratio, and the floor's cause."""
     return [
         {
             "graph": stage,
@@ -277,60 +279,61 @@ def floor_rows(timed: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-# ------------------------------------------------------------------------------ time and its floor
+# -------------------------------------------------------------------------- times and floors
 
 
 def time_artifact(
     folder: Path, seconds: float, threads: int | None = None, timeout_s: float = TIMEOUT_S
 ) -> dict[str, Any]:
-    """Where the time of a window and of a token goes on this machine, and their floors.
+    """Profile an artifact of the native layout on this machine, with floors.
 
-    The window is the shortest that holds so many seconds of sound. Raises Problem for what is no
-    artifact of the native layout; the runner's letters for one that is damaged.
+    Returns the times of a window and of a token, their shares by part, and their floors in seconds.
+    The window is the shortest one for `seconds` of audio. Raises Problem if `folder` is not an
+    artifact, and RunnerProblem or DeviceProblem if the runner cannot run it.
     """
     folder = Path(folder)
     if not (folder / artifact.MANIFEST).exists():
         raise Problem(
-            f"{folder}: there are no graphs to time, it is not an artifact",
+            f"{folder}: there are no graphs to time, because it is not an artifact",
             hint="export the checkpoint first: edgewhisper export",
         )
-    from benchmarks.latency import probe  # with torch, which the shapes of an artifact do not need
+    from benchmarks.latency import probe  # imports torch, which inspect does not need otherwise
     from export.onnx.operators import Operator
 
-    told = read_facts(folder)
-    words = ["profile", str(folder.resolve()), "--seconds", str(seconds)]
-    words += ["--threads", str(threads)] if threads else []
+    manifest = read_facts(folder)
+    command = ["profile", str(folder.resolve()), "--seconds", str(seconds)]
+    command += ["--threads", str(threads)] if threads else []
     product = Operator("linear", (*PROBE, PROBE[-1]))
     with LocalDevice() as device:
         device.push(RUNNER, "runner")
-        answer = run_runner(device, words, timeout_s=timeout_s)
+        answer = run_runner(device, command, timeout_s=timeout_s)
         times = probe(device, {kind: (product, kind) for kind in ("fp32", "int8")}, threads)
-    fastest = {kind: min(found) for kind, found in times.items()}
-    return with_floors(folder, told, answer | {"probes": fastest})
+    fastest = {kind: min(samples) for kind, samples in times.items()}
+    return with_floors(folder, manifest, answer | {"probes": fastest})
 
 
-def with_floors(folder: Path, told: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-    """The runner's answer, with the least time that the same work takes on such a machine."""
-    positions = answer["samples"] // (2 * told["audio"].get("hop_samples", 160))
-    macs = told["macs_by_window"].get(str(positions))
+def with_floors(folder: Path, manifest: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the runner's measurements with the floors of both graphs, see the module docstring."""
+    positions = answer["samples"] // (2 * manifest["audio"].get("hop_samples", 160))
+    macs = manifest["macs_by_window"].get(str(positions))
     if macs is None:
         raise Problem(
-            f"{folder}: macs_by_window says nothing of {positions} positions",
+            f"{folder}: macs_by_window has no entry for {positions} positions",
             hint="export the checkpoint again",
         )
     rows, width = PROBE
     rates = {name: rows * width**2 / seconds for name, seconds in answer["probes"].items()}
-    files = told["files"].keys()
+    files = manifest["files"].keys()
     encoder, decoder = (read_graph(folder / f"{n}.onnx", files) for n in ("encoder", "decoder"))
 
     total = macs["encoder"] + macs["cross"]
     int8 = min(total, positions * integer_weights(encoder))
     encoder_floor = int8 / rates["int8"] + (total - int8) / rates["fp32"]
-    read = bytes_a_token(decoder, told, positions, answer["context"])
+    read = bytes_a_token(decoder, manifest, positions, answer["context"])
     kind = "int8" if integer_weights(decoder) else "fp32"
     reading, computing = read / answer["bytes_per_s"], macs["decoder_per_token"] / rates[kind]
     return {
-        "window_s": answer["samples"] / told["audio"]["sampling_rate"],
+        "window_s": answer["samples"] / manifest["audio"]["sampling_rate"],
         "threads": answer["threads"],
         "windows": len(answer["encoder_s"]),
         "machine": {"bytes_per_s": answer["bytes_per_s"], "macs_per_s": rates},
@@ -355,33 +358,36 @@ def with_floors(folder: Path, told: dict[str, Any], answer: dict[str, Any]) -> d
 
 
 def used(parts: Parts, prefixes: tuple[str, ...]) -> list[Constant]:
-    """Constants that are read by the nodes of these parts, each once."""
+    """Return the constants that the nodes with these name prefixes read, each once."""
     nodes = [node for node in parts.nodes if node.name.startswith(prefixes)]
     names = dict.fromkeys(name for node in nodes for name in node.inputs)
     return [parts.constants[name] for name in names if name in parts.constants]
 
 
 def integer_weights(parts: Parts) -> int:
-    """Weights of the layers that are multiplied as integers; two 4-bit ones stand in a byte."""
-    found = used(parts, ("layers.", "cross."))
-    matrices = [c for c in found if c.data_type in INT8_TYPES and len(c.dims) > 1]
+    """Return the number of integer weights in the layers; a byte holds two 4-bit weights."""
+    constants = used(parts, ("layers.", "cross."))
+    matrices = [c for c in constants if c.data_type in INT8_TYPES and len(c.dims) > 1]
     return sum(c.elements * (2 if len(c.dims) == 3 else 1) for c in matrices)
 
 
-def bytes_a_token(parts: Parts, told: dict[str, Any], positions: int, context: int) -> int:
-    """What one decoder step reads: its weights as they are at work, keys and values of the window
-    and of the tokens before."""
+def bytes_a_token(parts: Parts, manifest: dict[str, Any], positions: int, context: int) -> int:
+    """Return the bytes that a decoder step reads: weights, keys and values.
+
+    The caches hold `positions` of the encoder and `context` previous tokens. float16 weights are
+    read as float32.
+    """
     weights = used(parts, ("layers.", "logits/"))
-    table = [c for c in token_table(parts, told) if c not in weights]
+    table = [c for c in token_table(parts, manifest) if c not in weights]
     read = sum(c.elements * 4 if c.data_type == FLOAT16 else c.bytes for c in [*weights, *table])
-    outputs = {name: told["contract"][name]["outputs"] for name in ("encoder", "decoder")}
+    outputs = {name: manifest["contract"][name]["outputs"] for name in ("encoder", "decoder")}
     cross = [cache_bytes(spec, positions) for spec in outputs["encoder"]]
     own = [cache_bytes(s, context) for s in outputs["decoder"] if s["name"].startswith("present.")]
     return read + sum(cross) + sum(own)
 
 
 def cache_bytes(spec: dict[str, Any], filled: int) -> int:
-    """Bytes of so many positions of a cache (1, heads, room, width); of a scale, all."""
+    """Return the bytes of `filled` positions of a cache (1, heads, room, width), or of a scale."""
     shape = list(spec["shape"])
     if len(shape) == 4:
         shape[2] = filled

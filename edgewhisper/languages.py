@@ -1,7 +1,6 @@
-"""Which language a checkpoint and its artifacts are made for.
+"""Set the language that a checkpoint and its artifacts are prompted with.
 
-The prompt follows from it by one rule, see export/prompt.py. Here it is named in generation_config,
-where everything that reads a checkpoint finds it.
+It is stored in generation_config. See export/prompt.py for how the prompt follows from it.
 """
 
 from __future__ import annotations
@@ -28,12 +27,13 @@ if TYPE_CHECKING:
 def set_language(
     generation: Any, train: Sequence[Clip], dev: Sequence[Clip], language: str | None
 ) -> None:
-    """Name the language that prompts the model from here on, in the checkpoint and its artifacts
-    too: `language`, or the one that all clips to train on are in. Speech of several languages
-    changes nothing: each clip is prompted by its own.
+    """Set the language that prompts a checkpoint and its artifacts.
 
-    Raises Problem: speech in a language that the model has no token for, without a `language`
-    to prompt it by; a `language` that it has no token for, or that nothing would be prompted by.
+    It is `language`, or the language of all training clips. Training clips of several languages
+    change nothing: each clip is prompted with its own language.
+
+    Raises Problem if the model has no token for the language of a clip and `language` is None, if
+    it has no token for `language`, or if no clip would be prompted with `language`.
     """
     unknown = without_token(generation, [*train, *dev])
     if language is not None:
@@ -48,12 +48,12 @@ def set_language(
 
 
 def languages_of(clips: Sequence[Clip]) -> list[str]:
-    """Of every clip in which something is said."""
+    """Return the language of every clip that has a text."""
     return [clip.lang for clip in clips if clip.text.strip()]
 
 
 def without_token(generation: Any, clips: Sequence[Clip]) -> list[str]:
-    """The languages of the clips whose language the model cannot be told of."""
+    """Return the languages of the clips for which the model has no token."""
     return [lang for lang in languages_of(clips) if not has_token(generation, lang)]
 
 
@@ -62,9 +62,8 @@ def refuse_speech(generation: Any, unknown: Sequence[str]) -> None:
     raise Problem(
         f"the language of {len(unknown)} clips is {' and '.join(map(repr, sorted(set(unknown))))}, "
         "which the model has no token for",
-        hint="correct `lang` where it is wrong; otherwise add --language CODE, the one of the "
-        f"model's {len(known)} languages ({', '.join(known[:5])}, ...) whose token shall prompt it "
-        "there",
+        hint="correct `lang` if it is wrong; otherwise add --language CODE with one of the model's "
+        f"{len(known)} languages ({', '.join(known[:5])}, ...) to use as the prompt",
     )
 
 
@@ -73,31 +72,33 @@ def refuse_language(
 ) -> None:
     if not is_multilingual(generation):
         raise Problem(
-            f"--language {language}: the model knows English only, and is not told any language",
-            hint="leave it out, or start from a multilingual model",
+            f"--language {language}: the model knows English only and has no language tokens",
+            hint="omit it, or start from a multilingual model",
         )
     known = known_languages(generation)
     if not has_token(generation, language):
         raise Problem(
             f"--language {language}: the model has no token for it",
-            hint=f"name one of its {len(known)}, such as {', '.join(known[:5])}: for speech in "
-            "another language, one that sounds or is written alike",
+            hint=f"choose one of its {len(known)} languages, such as {', '.join(known[:5])}; for "
+            "speech in another language, choose one with a similar sound or script",
         )
     spoken = set(map(language_code, languages_of(train)))
     if not unknown and spoken != {language_code(language)}:
         raise Problem(
             f"--language {language}: the speech is in {', '.join(sorted(spoken))}, and the model "
-            "has tokens for that, which prompt it",
-            hint="leave it out, or correct `lang` in the manifest",
+            "has tokens for that, which are used as prompts",
+            hint="omit it, or correct `lang` in the manifest",
         )
 
 
 def set_prompt(generation: Any, language: str | None, one_prompt: bool) -> str | None:
-    """Set the language that prompts an artifact: `language`, or the one that generation_config
-    names. Where it names none, the artifact detects it; a layout with `one_prompt` takes English.
+    """Set the language that prompts an artifact.
 
-    Returns a note where English was taken so. Raises Problem for a language that the model does
-    not know, and for "auto" where it cannot be.
+    It is `language`, or the language of generation_config. If both are missing, the artifact
+    detects the language, or uses English if its layout has one fixed prompt (`one_prompt`).
+
+    Returns a note in that last case, otherwise None. Raises Problem if the model has no token for
+    the language, and for "auto" with a fixed prompt.
     """
     code = None if language is None else language_code(language)
     if not is_multilingual(generation):
@@ -107,7 +108,7 @@ def set_prompt(generation: Any, language: str | None, one_prompt: bool) -> str |
         raise Problem(
             "--language auto: this layout has one fixed prompt, so its artifacts cannot detect a "
             "language",
-            hint="name a code such as de, or use --layout native",
+            hint="choose a code such as de, or use --layout native",
         )
     if code == AUTO:
         generation.language = generation.forced_decoder_ids = None
@@ -117,18 +118,18 @@ def set_prompt(generation: Any, language: str | None, one_prompt: bool) -> str |
     elif one_prompt and named_language(generation) is None:
         generation.language = language_for(generation)
         return (
-            "the checkpoint names no language and this layout has one fixed prompt: the artifact "
-            "is prompted for English; choose another with --language"
+            "the checkpoint has no language and this layout has one fixed prompt: the artifact is "
+            "prompted for English; choose another with --language"
         )
     return None
 
 
 def refuse_other_than_english(code: str | None) -> None:
-    """Raise Problem where an English-only model is asked for another language."""
+    """Raise Problem for another language than English, which an English-only model cannot use."""
     if code not in (None, "en", AUTO):
         raise Problem(
             f"--language {code}: the model knows English only",
-            hint="leave it out, or start from a multilingual model",
+            hint="omit it, or start from a multilingual model",
         )
 
 
@@ -137,5 +138,5 @@ def refuse_without_token(generation: Any, code: str) -> None:
         known = known_languages(generation)
         raise Problem(
             f"--language {code}: the model has no token for it",
-            hint=f"name one of its {len(known)} languages, such as {', '.join(known[:5])}",
+            hint=f"choose one of its {len(known)} languages, such as {', '.join(known[:5])}",
         )

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, lines elsewhere."""
+"""Show progress on stderr: a bar on a terminal, otherwise lines."""
 
 import sys
 import time
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LINE_S = 10.0
-"""Without a terminal, progress is a line this often."""
+"""Seconds between two progress lines."""
 
 
 @contextmanager
 def progress_lines(steps: int, label: str) -> Iterator[Callable[[int, str], None]]:
-    """A function of (steps done, a note) that prints a line on stderr every LINE_S seconds."""
+    """Yield a function of (steps done, note) that prints a line to stderr every LINE_S seconds."""
     started = last = time.monotonic()
 
     def show(done: int, note: str) -> None:
@@ -20,8 +20,8 @@ def progress_lines(steps: int, label: str) -> Iterator[Callable[[int, str], None
         if now - last < LINE_S or not done:
             return
         last, left = now, (now - started) / done * (steps - done)
-        told = f"{label}: {done} of {steps}{', ' if note else ''}{note}, about {left:.0f} s left"
-        print(told, file=sys.stderr, flush=True)
+        line = f"{label}: {done} of {steps}{', ' if note else ''}{note}, about {left:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
 
     yield show
 
@@ -30,8 +30,11 @@ def progress_lines(steps: int, label: str) -> Iterator[Callable[[int, str], None
 def progress_bar(
     steps: int, wanted: bool | None, main: bool, label: str
 ) -> Iterator[Callable[[int, str], None]]:
-    """A function of (steps done, a note) that draws a bar on stderr; where that is no terminal, it
-    prints a line every ten seconds. `wanted`: False shows nothing, True always a bar."""
+    """Yield a function of (steps done, note) that shows the progress on stderr.
+
+    `wanted` None shows a bar on a terminal and otherwise lines, True always a bar, False nothing.
+    Only the `main` process shows progress.
+    """
     if wanted is False or not main:
         yield lambda done, note: None
         return

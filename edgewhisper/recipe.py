@@ -1,22 +1,21 @@
-"""Recipes: an ordered list of compression steps, written in TOML, read as data.
+"""Recipes: ordered lists of compression steps in TOML.
 
     [[step]]
-    method = "tspar"          # a name in edgewhisper.compress.METHODS, the only dispatch
-    c1 = 0.5                  # the fields of that method's Options, checked by type and range
+    method = "tspar"          # a key of edgewhisper.compress.METHODS
+    c1 = 0.5                  # a field of that method's Options, checked by type and range
 
     [step.training]           # a field that is itself a table
     steps = 200
 
-    max_wer_loss = 5.0        # before the first [[step]]: points of dev WER that a step may cost
+    max_wer_loss = 5.0        # before the first [[step]]: maximum loss of dev WER, in points
 
-    [[search]]                # what `compress --target-...` may change, and how far
+    [[search]]                # a field that `compress --target-...` may change
     field = "step.1.c1"       # step number and field; "step.1.training.steps" within a table
-    low = 0.1                 # with high, and log = true to draw over orders of magnitude;
+    low = 0.1                 # low and high; log = true draws over orders of magnitude;
     high = 2.0                # or choices = [...] instead
 
-A recipe may come from a stranger: it names methods and numbers, so reading one runs no code of its
-author and opens no file but the recipe. Importing this module is quick; the modules of the methods
-(and torch) are imported when a recipe that names them is loaded.
+Recipes from untrusted sources are safe to load: reading one runs no code and opens no other file.
+The modules of the methods, and torch, are imported when a recipe that uses them is loaded.
 """
 
 import difflib
@@ -35,15 +34,13 @@ from export.problem import Problem
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 MAX_BYTES = 100_000
-"""A recipe is a page of text; a longer file is something else."""
-
-
+"""Maximum size of a recipe."""
 NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a text in quotes"}
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a field, both allowed: `rho: Annotated[float, Range(0, 1)] = 0.1`."""
+    """Inclusive bounds of a field: `rho: Annotated[float, Range(0, 1)] = 0.1`."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -51,6 +48,8 @@ class Range:
 
 @dataclass(frozen=True)
 class Step:
+    """One compression step."""
+
     method: str
     options: Any
     """An instance of the method module's frozen `Options`."""
@@ -58,64 +57,67 @@ class Step:
 
 @dataclass(frozen=True)
 class Knob:
-    """A field that a search may change."""
+    """A field that a search may change, with its range."""
 
     field: str
-    """As the recipe writes it: "step.1.training.steps"."""
+    """Name in the recipe: "step.1.training.steps"."""
     dimension: Dimension
 
     @property
     def step(self) -> int:
-        """From 0."""
+        """Index of the step, from 0."""
         return int(self.field.split(".")[1]) - 1
 
     @property
     def path(self) -> list[str]:
-        """Names of the field within the step's options."""
+        """Path of the field in the step's options."""
         return self.field.split(".")[2:]
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """A recipe that has been read and checked."""
+
     name: str
     text: str
-    """The file, verbatim: it is copied into the checkpoint's compression.json."""
+    """The verbatim file, which is copied into the checkpoint's compression.json."""
     steps: tuple[Step, ...]
     knobs: tuple[Knob, ...] = ()
     max_wer_loss: float = 5.0
-    """Points of dev WER that one step, and the whole recipe, may cost; see edgewhisper/guard.py."""
+    """Maximum loss of dev WER of a step and of the recipe, in points; see edgewhisper/guard.py."""
 
 
 MaxWerLoss = Annotated[float, Range(0, 100)]
 
 
 def available() -> list[str]:
-    """Names of the shipped recipes: the listing of edgewhisper/recipes is the registry."""
+    """Return the names of the shipped recipes, which are the files in edgewhisper/recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def summary(name: str) -> str:
-    """The first comment line of a shipped recipe."""
+    """Return the first comment line of a shipped recipe."""
     return (RECIPES / f"{name}.toml").read_text("utf-8").splitlines()[0].lstrip("# ")
 
 
 def searchable(name: str) -> list[str]:
-    """Fields of a shipped recipe that a search may change."""
+    """Return the fields of a shipped recipe that a search may change."""
     tables = tomllib.loads((RECIPES / f"{name}.toml").read_text("utf-8")).get("search", [])
     return [table["field"] for table in tables]
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """The shipped recipe of that name, or the one in that .toml file.
+    """Load a shipped recipe by its name, or a recipe from a .toml file.
 
-    Raises Problem, naming the line, step and field, for a file that is missing, is not TOML, names
-    an unknown method or field, or gives a field a value of the wrong type or out of its range.
+    Raises Problem if the file is missing or not TOML, for an unknown method or field, and for a
+    value of the wrong type or out of range.
     """
     path = find(name_or_path)
     return parse(path.stem, read_text(path))
 
 
 def find(name_or_path: str | Path) -> Path:
+    """Return the path of a recipe. Raises Problem if there is no such recipe."""
     text = str(name_or_path)
     if text in available():
         return RECIPES / f"{text}.toml"
@@ -145,12 +147,12 @@ def read_text(path: Path) -> str:
 
 
 def parse(name: str, text: str) -> Recipe:
-    """TOML text -> Recipe; `name` is what messages call it."""
+    """Parse the text of a recipe. `name` is its name in error messages."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise Problem(
-            f"recipe {name}: not valid TOML: {error}", hint="mend that line and run again"
+            f"recipe {name}: not valid TOML: {error}", hint="correct that line and run again"
         ) from error
     refuse_unknown(table, ["max_wer_loss", "step", "search"], f"recipe {name}")
     limit = table.get("max_wer_loss", Recipe.max_wer_loss)
@@ -158,7 +160,7 @@ def parse(name: str, text: str) -> Recipe:
     steps = table.get("step")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
         raise Problem(
-            f"recipe {name}: it has no [[step]], so there is nothing to do",
+            f"recipe {name}: it has no [[step]]",
             hint=f"add a table [[step]] with method = one of {', '.join(map(quoted, METHODS))}",
         )
     read = tuple(read_step(name, i, step) for i, step in enumerate(steps, 1))
@@ -171,9 +173,9 @@ def read_step(recipe: str, number: int, table: dict[str, Any]) -> Step:
     values = dict(table)
     method = values.pop("method", None)
     if not isinstance(method, str) or method not in METHODS:
-        found = "it names no method" if method is None else f"there is no method {method!r}"
+        reason = "it has no method" if method is None else f"there is no method {method!r}"
         raise Problem(
-            f"{where}: {found}{did_you_mean(str(method), METHODS)}",
+            f"{where}: {reason}{did_you_mean(str(method), METHODS)}",
             hint=f"set method to one of {', '.join(map(quoted, METHODS))}",
         )
     options = importlib.import_module(METHODS[method]).Options
@@ -181,15 +183,18 @@ def read_step(recipe: str, number: int, table: dict[str, Any]) -> Step:
 
 
 def read_options(options: type, values: dict[str, Any], where: str) -> Any:
-    """`values` -> an instance of the dataclass `options`: nothing is coerced, nothing ignored."""
+    """Return an instance of the dataclass `options`. Values are not converted or ignored."""
     hints = get_type_hints(options, include_extras=True)
     refuse_unknown(values, list(hints), where)
     return options(**{k: read_value(hints[k], v, f"{where}, {k}") for k, v in values.items()})
 
 
 def read_value(hint: Any, value: Any, where: str) -> Any:
-    """One field. `hint` is its type: a dataclass (then `value` is a table), a Literal, a scalar
-    type, which may be Annotated with the Range it must keep, or a tuple of such scalars."""
+    """Check a value against its type and return it.
+
+    `hint` is a dataclass (then `value` is a table), a Literal, a scalar type that may be Annotated
+    with a Range, or a tuple of such scalars. Raises Problem if the value does not match.
+    """
     ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
     kind = get_args(hint)[0] if ranges else hint
     if is_dataclass(kind) and isinstance(kind, type):
@@ -219,7 +224,7 @@ def read_value(hint: Any, value: Any, where: str) -> Any:
 def read_knobs(recipe: str, tables: Any, steps: tuple[Step, ...]) -> tuple[Knob, ...]:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise Problem(
-            f"recipe {recipe}: search is no list of tables",
+            f"recipe {recipe}: search is not a list of tables",
             hint='write [[search]] with field = "step.1.FIELD", low and high',
         )
     knobs: list[Knob] = []
@@ -227,8 +232,8 @@ def read_knobs(recipe: str, tables: Any, steps: tuple[Step, ...]) -> tuple[Knob,
         knob = read_knob(f"recipe {recipe}, search {number}", table, steps)
         if knob.field in [other.field for other in knobs]:
             raise Problem(
-                f"recipe {recipe}, search {number}: {knob.field} is searched already",
-                hint="name every field once",
+                f"recipe {recipe}, search {number}: {knob.field} has an earlier [[search]]",
+                hint="use every field once",
             )
         knobs.append(knob)
     return tuple(knobs)
@@ -239,18 +244,16 @@ def read_knob(where: str, table: dict[str, Any], steps: tuple[Step, ...]) -> Kno
     field = table.get("field")
     hint = field_hint(where, field, steps)
     values = {key: value for key, value in table.items() if key != "field"}
-    wanted = f"{where}, {field}"
-    if "choices" in values:
-        return Knob(str(field), read_choices(wanted, values, hint))
-    return Knob(str(field), read_bounds(wanted, values, hint))
+    read = read_choices if "choices" in values else read_bounds
+    return Knob(str(field), read(f"{where}, {field}", values, hint))
 
 
 def field_hint(where: str, field: Any, steps: tuple[Step, ...]) -> Any:
-    """The type of a field that is named like "step.1.training.steps"."""
+    """Return the type of a field such as "step.1.training.steps"."""
     parts = field.split(".") if isinstance(field, str) else []
     if len(parts) < 3 or parts[0] != "step" or not parts[1].isdecimal():
         raise Problem(
-            f"{where}: field is {field!r}, which names no field of a step",
+            f"{where}: field is {field!r}, which is not a field of a step",
             hint='write it like "step.1.min_removed": the number of the step, then the field',
         )
     if not 1 <= int(parts[1]) <= len(steps):
@@ -261,7 +264,7 @@ def field_hint(where: str, field: Any, steps: tuple[Step, ...]) -> Any:
     kind: Any = type(steps[int(parts[1]) - 1].options)
     for name in parts[2:]:
         if not (isinstance(kind, type) and is_dataclass(kind)):
-            raise Problem(f"{where}: {field} goes too deep", hint=f"{name!r} is in no table")
+            raise Problem(f"{where}: {field} is nested too deeply", hint=f"remove {name!r}")
         hints = get_type_hints(kind, include_extras=True)
         refuse_unknown({name: None}, list(hints), f"{where}, {field}")
         kind = hints[name]
@@ -277,15 +280,15 @@ def read_choices(where: str, values: dict[str, Any], hint: Any) -> Dimension:
     others = [key for key in values if key != "choices"]
     choices = values["choices"]
     if others or not isinstance(choices, list) or not choices:
-        told = f"{', '.join(others)} beside choices" if others else f"choices are {choices!r}"
-        raise Problem(f"{where}: {told}", hint="give choices = [...], or low and high")
+        reason = f"choices and {', '.join(others)} given" if others else f"choices are {choices!r}"
+        raise Problem(f"{where}: {reason}", hint="give choices = [...], or low and high")
     return Dimension(choices=tuple(read_value(hint, choice, where) for choice in choices))
 
 
 def read_bounds(where: str, values: dict[str, Any], hint: Any) -> Dimension:
     scalar = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
     if scalar not in (int, float):
-        raise Problem(f"{where}: it is no number", hint="give choices = [...]")
+        raise Problem(f"{where}: the field is not a number", hint="give choices = [...]")
     missing = [bound for bound in ("low", "high") if bound not in values]
     if missing:
         raise Problem(
@@ -303,7 +306,7 @@ def read_bounds(where: str, values: dict[str, Any], hint: Any) -> Dimension:
 
 
 def value_at(recipe: Recipe, knob: Knob) -> Value:
-    """What the recipe itself says for a field that may be searched."""
+    """Return the recipe's own value of a field that may be searched."""
     value: Any = recipe.steps[knob.step].options
     for name in knob.path:
         value = getattr(value, name)
@@ -311,7 +314,7 @@ def value_at(recipe: Recipe, knob: Knob) -> Value:
 
 
 def with_values(recipe: Recipe, point: dict[str, Any]) -> Recipe:
-    """The recipe with other values for the fields that it lets be searched."""
+    """Return the recipe with the values of `point` for the fields that may be searched."""
     steps = list(recipe.steps)
     for knob in recipe.knobs:
         step = steps[knob.step]
@@ -321,15 +324,16 @@ def with_values(recipe: Recipe, point: dict[str, Any]) -> Recipe:
 
 
 def put(options: Any, path: list[str], value: Value) -> Any:
+    """Return a copy of the options with one field replaced."""
     first, *rest = path
     return replace(options, **{first: put(getattr(options, first), rest, value) if rest else value})
 
 
-# ------------------------------------------------------------------------------------- letters
+# -------------------------------------------------------------------------------------- errors
 
 
-def wrong(where: str, value: Any, told: str) -> Problem:
-    return Problem(f"{where}: {value!r} {told}", hint="correct it in the recipe")
+def wrong(where: str, value: Any, reason: str) -> Problem:
+    return Problem(f"{where}: {value!r} {reason}", hint="correct it in the recipe")
 
 
 def refuse_unknown(values: dict[str, Any], known: list[str], where: str) -> None:
@@ -337,7 +341,7 @@ def refuse_unknown(values: dict[str, Any], known: list[str], where: str) -> None
         if key not in known:
             raise Problem(
                 f"{where}: there is no field {key!r}{did_you_mean(key, known)}",
-                hint=f"its fields are {', '.join(known)}" if known else "it takes no fields",
+                hint=f"its fields are {', '.join(known)}" if known else "it has no fields",
             )
 
 

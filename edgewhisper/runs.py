@@ -1,4 +1,4 @@
-"""Where outputs go when the user names no place: ./edgewhisper-runs, newest last.
+"""Default paths of outputs, in ./edgewhisper-runs.
 
 edgewhisper-runs/checkpoint-20261120-174502-tspar/      compress
 edgewhisper-runs/artifact-20261120-174950-int8/         export
@@ -15,15 +15,15 @@ RUNS = Path("edgewhisper-runs")
 
 
 def new_path(noun: str, suffix: str) -> Path:
-    """A path that is not taken, for a `noun` (checkpoint, artifact, result) made now."""
+    """Return an unused path for a new output. `noun` is checkpoint, artifact or result."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     candidates = (RUNS / f"{noun}-{stamp}{again}{suffix}" for again in ["", *_again()])
     return next(path for path in candidates if not path.exists())
 
 
 def newest(noun: str, without: str = "") -> Path | None:
-    """The latest output of that noun, whose name does not have this in it, or None. Checkpoints
-    that `compress` refused ("-failed") do not count."""
+    """Return the newest output of this noun whose name does not contain `without`, or None.
+    Checkpoints that `compress` refused ("-failed") are skipped."""
     paths = [
         path
         for path in RUNS.glob(f"{noun}-*")
@@ -33,10 +33,10 @@ def newest(noun: str, without: str = "") -> Path | None:
 
 
 def main_process() -> bool:
-    """Under torchrun only the first process speaks and writes."""
+    """Return whether this is torchrun's first process, the only one that prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _again() -> list[str]:
-    """Tells apart outputs of one second; sorts behind the bare stamp."""
+    """Return suffixes that distinguish outputs of the same second and sort after none."""
     return [f".{number:02d}" for number in range(1, 100)]

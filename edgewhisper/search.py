@@ -1,10 +1,9 @@
-"""Searching a few options for the smallest values of a costly function, on Optuna.
+"""Minimise a costly function of a few options with Optuna.
 
-A function may have several values, and limits that they shall keep; then none is the best, and the
-caller takes its choice among the trials. Trials stand in a database: an SQLite file that an
-interrupted search goes on from, or one at a URL that several machines share. What trial n draws
-follows from the seed and the trials finished before it, so a search that was stopped makes the same
-trials as one that was not.
+A function may have several values with limits; the caller then chooses among the trials. Trials are
+stored in a database: an SQLite file, from which an interrupted search resumes, or a URL that
+several machines share. The point of trial n depends only on the seed and the trials finished
+before it, so an interrupted search makes the same trials as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,23 +28,25 @@ Point = dict[str, Any]
 """Name -> Value."""
 
 STORAGE = "EDGEWHISPER_STORAGE"
-"""Environment variable with the URL of a database that machines share. It is no field of a recipe:
-recipes may come from strangers, and are copied into checkpoints, where no password belongs."""
+"""Environment variable with the URL of a shared database. It is not a field of a recipe, because
+recipes are copied into checkpoints, which must not contain a password."""
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """What one name of a point may be: between two bounds, both allowed, or one of some values."""
+    """The range of an option: two inclusive bounds, or a list of choices."""
 
     low: float = 0.0
     high: float = 1.0
     log: bool = False
-    """Draw evenly over orders of magnitude."""
+    """Draw uniformly on a logarithmic scale."""
     whole: bool = False
+    """Draw integers only."""
     choices: tuple[Value, ...] = ()
-    """If there are any, low and high count for nothing."""
+    """If not empty, low and high are ignored."""
 
     def holds(self, value: Value) -> bool:
+        """Return whether the value is within the range."""
         if self.choices or isinstance(value, str):
             return value in self.choices
         return self.low <= value <= self.high
@@ -53,7 +54,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Found:
-    """What a function says of a point: its values, and what else is to be remembered (JSON)."""
+    """The result of the function at a point: its values, and a record (JSON) to store with them."""
 
     values: tuple[float, ...]
     told: dict[str, Any] = field(default_factory=dict)
@@ -61,18 +62,20 @@ class Found:
 
 @dataclass(frozen=True)
 class Tried:
+    """A finished trial: the point, the values and the record that was stored with them."""
+
     point: Point
     values: tuple[float, ...]
     told: dict[str, Any] = field(default_factory=dict)
 
     @property
     def value(self) -> float:
-        """The only one, or the first."""
+        """The first value."""
         return self.values[0]
 
 
 Objective = Callable[[Point, Sequence[Tried]], Found]
-"""A point and the trials finished before it -> what shall be small."""
+"""(point, trials finished before it) -> the values to minimise."""
 
 
 def minimise(
@@ -88,15 +91,19 @@ def minimise(
     seed: int,
     accelerator: Accelerator,
 ) -> list[Tried]:
-    """Try points of the box `space` until `trials` are finished -> all of them, oldest first.
+    """Run trials in `space` until `trials` are finished. Returns all of them, oldest first.
 
-    The points `first` are tried before the search draws its own: at random until `startup` trials
-    are finished, then by a tree of Parzen estimators. Each value of the objective has one of the
-    `limits`; where trials keep them all, the search goes on near those.
-    `name` must say all that decides an objective's value: trials of one name are one search,
-    whoever makes them. With several processes the first one keeps the database and tells the
-    others. Raises what `objective` raises, after noting that the point is to be tried again, and
-    Problem: no optuna, no such database.
+    - `first` are points to try before the search draws its own. It draws at random until `startup`
+      trials are finished, and then with a tree-structured Parzen estimator (TPE).
+    - `limits` has a limit for each value of the objective. The search prefers points near trials
+      within all limits.
+    - `name` identifies the search in the database. It must determine the objective's values, for
+      example by a hash.
+    - With several processes, the first one reads and writes the database and sends each point to
+      the others.
+
+    Raises Problem if Optuna is not installed or the database cannot be opened. An exception of
+    `objective` is raised again, and its point is tried again by the next search.
     """
     main = accelerator.is_main_process
     shared = bool(os.environ.get(STORAGE))
@@ -106,23 +113,23 @@ def minimise(
     while True:
         trial, asked = None, None
         if study is not None:
-            line_up(study, first)
+            queue_next(study, first)
             trial, asked = ask(study, space, trials, sampler(study, seed, startup, shared))
-        point, finished = tell_all(asked, accelerator)
+        point, finished = broadcast(asked, accelerator)
         if point is None:
             return finished
         try:
-            found = objective(point, finished)
+            result = objective(point, finished)
         except BaseException:
             if study is not None and trial is not None:
                 give_up(study, trial.number, point)
             raise
         if study is not None and trial is not None:
-            finish(study, trial, found, limits)
+            finish(study, trial, result, limits)
 
 
 def best(tried: Sequence[Tried]) -> Tried:
-    """The smallest value; of equal ones the oldest."""
+    """Return the trial with the smallest value, the oldest one of equal values."""
     return min(tried, key=lambda trial: trial.value)
 
 
@@ -130,6 +137,7 @@ def best(tried: Sequence[Tried]) -> Tried:
 
 
 def open_study(run_dir: Path, name: str, values: int) -> optuna.Study:
+    """Open or create the search of this name. Raises Problem if the database cannot be opened."""
     optuna = import_optuna()
     url = address(run_dir)
     try:
@@ -140,7 +148,8 @@ def open_study(run_dir: Path, name: str, values: int) -> optuna.Study:
         raise Problem(
             f"search: the storage {without_password(url)} cannot be opened "
             f"({type(error).__name__})",
-            hint="give a URL that SQLAlchemy knows, such as sqlite:///search.db, or leave it out",
+            hint=f"set {STORAGE} to a URL that SQLAlchemy supports, such as "
+            "sqlite:///search.db, or unset it",
         ) from error
 
 
@@ -156,6 +165,7 @@ def import_optuna() -> Any:
 
 
 def address(run_dir: Path) -> str:
+    """Return the URL of the database."""
     url = os.environ.get(STORAGE)
     if url:
         return url
@@ -174,17 +184,15 @@ def without_password(url: str) -> str:
 # --------------------------------------------------------------------------------------- one trial
 
 Asked = tuple[Point | None, list[Tried]]
-"""The point of a trial (None: the search is over), and the trials finished before it."""
+"""The point of a trial (None: the search is finished), and the trials finished before it."""
 
-TOLD = "told"
+RECORD = "told"
+"""Name of the record in the database."""
 
 
 def prepare(study: optuna.Study, shared: bool) -> None:
-    """Put in line what was being tried when the search was killed.
-
-    In a shared database a trial that runs may be another machine's, so it is left alone; a dead
-    one counts nowhere.
-    """
+    """Queue the points of trials that were running when the search was killed. In a shared
+    database, a running trial may belong to another machine and is left unchanged."""
     from optuna.trial import TrialState
 
     if not shared:
@@ -192,9 +200,8 @@ def prepare(study: optuna.Study, shared: bool) -> None:
             give_up(study, trial.number, trial.params)
 
 
-def line_up(study: optuna.Study, first: Sequence[Point]) -> None:
-    """Put the next of the first points in line, unless something waits there: one that was given
-    up keeps its turn."""
+def queue_next(study: optuna.Study, first: Sequence[Point]) -> None:
+    """Queue the next of the first points, unless an interrupted trial is queued already."""
     from optuna.trial import TrialState
 
     if study.get_trials(states=(TrialState.WAITING,)):
@@ -208,6 +215,7 @@ def line_up(study: optuna.Study, first: Sequence[Point]) -> None:
 
 
 def give_up(study: optuna.Study, number: int, point: Point) -> None:
+    """Mark a trial as failed and queue its point again."""
     from optuna.trial import TrialState
 
     study.tell(number, state=TrialState.FAIL)
@@ -216,8 +224,8 @@ def give_up(study: optuna.Study, number: int, point: Point) -> None:
 
 
 def sampler(study: optuna.Study, seed: int, startup: int, shared: bool) -> Any:
-    """Draws that follow from the seed and the number of trials finished; machines that share a
-    search would draw the same point from the same seed."""
+    """Return a sampler seeded with the seed and the number of finished trials. In a shared search
+    it is not seeded, because all machines would draw the same points."""
     from optuna.samplers import TPESampler
 
     seed_now = None if shared else seed + len(complete(study))
@@ -243,26 +251,30 @@ def draw(trial: optuna.Trial, name: str, of: Dimension) -> Value:
     return trial.suggest_float(name, of.low, of.high, log=of.log)
 
 
-def finish(study: optuna.Study, trial: optuna.Trial, found: Found, limits: Sequence[float]) -> None:
-    for number, (value, limit) in enumerate(zip(found.values, limits, strict=True)):
+def finish(
+    study: optuna.Study, trial: optuna.Trial, result: Found, limits: Sequence[float]
+) -> None:
+    """Store the result of a trial, and by how much each value exceeds its limit."""
+    for number, (value, limit) in enumerate(zip(result.values, limits, strict=True)):
         if limit < math.inf:
             trial.set_constraint(str(number), value - limit)
-    trial.set_user_attr(TOLD, found.told)
-    study.tell(trial, list(found.values))
+    trial.set_user_attr(RECORD, result.told)
+    study.tell(trial, list(result.values))
 
 
 def complete(study: optuna.Study) -> list[Tried]:
+    """Return the finished trials, oldest first."""
     from optuna.trial import TrialState
 
     trials = study.get_trials(states=(TrialState.COMPLETE,))
     return [
-        Tried(dict(trial.params), tuple(map(float, trial.values)), trial.user_attrs.get(TOLD, {}))
+        Tried(dict(trial.params), tuple(map(float, trial.values)), trial.user_attrs.get(RECORD, {}))
         for trial in trials
     ]
 
 
-def tell_all(asked: Asked | None, accelerator: Accelerator) -> Asked:
-    """What the first process asked for, on every process."""
+def broadcast(asked: Asked | None, accelerator: Accelerator) -> Asked:
+    """Send the next point of the first process to all processes."""
     if accelerator.num_processes == 1:
         assert asked is not None
         return asked

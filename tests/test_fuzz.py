@@ -1,4 +1,4 @@
-"""Mutated inputs for every reader of outside data: each is read, or refused by an error of ours."""
+"""Mutated inputs for all readers of external data: they read them or raise one of our errors."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ ODD = (None, -1, 0, 2**31, 2**63, 1e308, "", "x" * 300, [], {}, True, [None], {"
 
 
 def mutated(content: bytes, rng: np.random.Generator, within: int | None = None) -> bytes:
-    """Bytes with one to three faults in the first `within`: flipped, cut out, doubled, replaced by
-    extremes, or cut short."""
+    """Return bytes with one to three faults in the first `within` bytes.
+
+    A fault overwrites, deletes, duplicates, sets or clears bytes, or truncates the data.
+    """
     data = bytearray(content)
     for _ in range(int(rng.integers(1, 4))):
         size = max(1, min(len(data), within or len(data)))
@@ -58,7 +60,7 @@ def mutated(content: bytes, rng: np.random.Generator, within: int | None = None)
 
 
 def mutated_json(value: Any, rng: np.random.Generator) -> Any:
-    """One value somewhere replaced, removed or renamed."""
+    """Return the JSON value with one random entry replaced, removed or renamed."""
     value = json.loads(json.dumps(value))
     at = value
     while True:
@@ -81,8 +83,8 @@ def mutated_json(value: Any, rng: np.random.Generator) -> Any:
         return value
 
 
-def survives(read: Callable[[], Any]) -> Any:
-    """What a reader returns, or None where it raises an error of ours; any other is a failure."""
+def result_or_none(read: Callable[[], Any]) -> Any:
+    """Return the result of a reader, or None if it raises one of our errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -93,17 +95,17 @@ def survives(read: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3", "AIFF", "CAF", "W64", "RF64", "AU"])
-def test_headers_of_sound(kind, clips, rng, tmp_path):
+def test_mutated_audio_headers(kind, clips, rng, tmp_path):
     soundfile.write(tmp_path / "a", read_manifest(clips)[0].pcm(), 16_000, format=kind)
     content = (tmp_path / "a").read_bytes()
     for number in range(MUTATIONS):
         (tmp_path / "b").write_bytes(mutated(content, rng, 100 if number % 2 else None))
         for strict in (True, False):
-            found = survives(lambda strict=strict: read_audio(tmp_path / "b", strict))
-            if found is not None:
-                assert np.isfinite(found).all()
-                assert found.size
-        survives(lambda: read_wav(tmp_path / "b"))
+            pcm = result_or_none(lambda strict=strict: read_audio(tmp_path / "b", strict))
+            if pcm is not None:
+                assert np.isfinite(pcm).all()
+                assert pcm.size
+        result_or_none(lambda: read_wav(tmp_path / "b"))
 
 
 @pytest.fixture
@@ -114,8 +116,8 @@ def checkpoint(digits, tmp_path) -> Path:
 @pytest.mark.parametrize(
     "name", ["generation_config.json", "config.json", "preprocessor_config.json"]
 )
-def test_configs_of_checkpoints(name, checkpoint, clips, rng):
-    """What is accepted is decoded and exported, or refused then."""
+def test_mutated_checkpoint_configs(name, checkpoint, clips, rng):
+    """An accepted config must also work in decoding and export, or be refused there."""
     pcm = read_manifest(clips)[0].pcm()
     stored = json.loads((checkpoint / name).read_text())
     for number in range(MUTATIONS):
@@ -127,10 +129,10 @@ def test_configs_of_checkpoints(name, checkpoint, clips, rng):
             if thorough:
                 decoding.transcribe(model, processor, [pcm], max_tokens=5)
 
-        survives(read)
+        result_or_none(read)
 
 
-def test_tokenizers(checkpoint, rng):
+def test_mutated_tokenizers(checkpoint, rng):
     path = checkpoint / "tokenizer.json"
     stored, content = json.loads(path.read_text()), path.read_bytes()
     for number in range(MUTATIONS):
@@ -138,19 +140,19 @@ def test_tokenizers(checkpoint, rng):
             path.write_bytes(mutated(content, rng))
         else:
             path.write_text(json.dumps(mutated_json(stored, rng)))
-        survives(lambda: whisper.load_processor(checkpoint))
+        result_or_none(lambda: whisper.load_processor(checkpoint))
 
 
-def test_headers_of_safetensors(checkpoint, rng):
+def test_mutated_safetensors_headers(checkpoint, rng):
     path = checkpoint / "model.safetensors"
     content = path.read_bytes()
     header = int.from_bytes(content[:8], "little") + 8
     for _ in range(MUTATIONS):
         path.write_bytes(mutated(content, rng, header))
-        survives(lambda: whisper.load(checkpoint))
+        result_or_none(lambda: whisper.load(checkpoint))
 
 
-def test_binaries_of_ctranslate2(digits, checkpoint, rng, tmp_path):
+def test_mutated_ctranslate2_models(digits, checkpoint, rng, tmp_path):
     arrays = ctranslate2_arrays(whisper.load(digits))
     content = model_bin(arrays)
     folder = tmp_path / "ct2"
@@ -160,31 +162,31 @@ def test_binaries_of_ctranslate2(digits, checkpoint, rng, tmp_path):
     (folder / "config.json").write_text("{}")
     for _ in range(MUTATIONS):
         (folder / "model.bin").write_bytes(mutated(content, rng, 4000))
-        survives(lambda: whisper.load(folder))
+        result_or_none(lambda: whisper.load(folder))
 
 
-def test_manifests(exported, clips, rng, tmp_path):
+def test_mutated_manifests(exported, clips, rng, tmp_path):
     folder = Path(shutil.copytree(exported, tmp_path / "artifact"))
     stored = json.loads((folder / "manifest.json").read_text())
     pcm = read_manifest(clips)[0].pcm()
-    wanted = Recognizer(exported, threads=1).transcribe(pcm).text
-    inert = 0
+    expected = Recognizer(exported, threads=1).transcribe(pcm).text
+    unaffected = 0
     for _ in range(MUTATIONS):
         (folder / "manifest.json").write_text(json.dumps(mutated_json(stored, rng)))
-        found = survives(lambda: Recognizer(folder, threads=1).transcribe(pcm).text)
-        inert += found == wanted
-    assert inert > 0
+        text = result_or_none(lambda: Recognizer(folder, threads=1).transcribe(pcm).text)
+        unaffected += text == expected
+    assert unaffected > 0
 
 
-def test_results(rng, tmp_path):
+def test_mutated_results(rng, tmp_path):
     stored = make_result()
     for number in range(MUTATIONS):
         line = json.dumps(mutated_json(stored, rng)).encode()
         (tmp_path / "a.jsonl").write_bytes(mutated(line, rng) if number % 2 else line)
-        survives(lambda: result.read(tmp_path / "a.jsonl"))
+        result_or_none(lambda: result.read(tmp_path / "a.jsonl"))
 
 
-def test_output_of_devices(rng):
+def test_mutated_device_output(rng):
     answer = {"transcripts": [{"audio": "a.wav", "text": "one"}], "versions": {"numpy": "2"}}
     content = json.dumps(answer).encode() + b"\n"
 
@@ -194,12 +196,12 @@ def test_output_of_devices(rng):
         def __init__(self, done: Finished) -> None:
             self.done = done
 
-        def run(self, *given: Any, **options: Any) -> Finished:
+        def run(self, *command: Any, **options: Any) -> Finished:
             return self.done
 
     for _ in range(MUTATIONS):
-        said = mutated(content, rng).decode("utf-8", errors="replace")
+        stdout = mutated(content, rng).decode("utf-8", errors="replace")
         done = Finished(
-            int(rng.integers(-9, 3)), said, mutated(b"note: x\n", rng).decode(errors="replace")
+            int(rng.integers(-9, 3)), stdout, mutated(b"note: x\n", rng).decode(errors="replace")
         )
-        survives(lambda done=done: run_runner(Machine(done), ["check"]))
+        result_or_none(lambda done=done: run_runner(Machine(done), ["check"]))

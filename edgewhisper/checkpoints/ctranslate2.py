@@ -1,18 +1,18 @@
-"""Whisper in CTranslate2's form, the folders that faster-whisper uses: model.bin and config.json.
+"""Read Whisper models in CTranslate2's format, the folders that faster-whisper uses.
 
 `model.bin` is little-endian (CTranslate2's `model_spec.py`, binary versions 5 and 6):
 
     u32 version, string "WhisperSpec", u32 revision
     u32 count, then for each variable: string name, u8 rank, u32 sizes, u8 type, u32 bytes, data
     u32 count, then for each alias:    string alias, string name
-    string = u16 length, then so many bytes, the last of which is zero
+    string = u16 length, then this many bytes, the last of which is zero
 
-Self-attention stores queries, keys and values in one matrix, cross-attention keys and values. A
-weight in int8 or int16 comes with `weight_scale`, one for each row or one for all: float = integer
-/ scale.
+Self-attention stores queries, keys and values in one matrix, cross-attention keys and values.
+Weights in int8 or int16 have a `weight_scale`, one for each row or one in total: float = integer /
+scale.
 
-The file comes from strangers: every length is checked against the file before it is used, and
-nothing in the folder is executed.
+The file is not trusted: every length is checked against the file before it is used, and nothing in
+the folder is executed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WEIGHTS, CONFIG = "model.bin", "config.json"
 VERSIONS = (5, 6)
 SPECIFICATION = "WhisperSpec"
 BFLOAT16 = np.dtype("<u2")
-"""numpy has no such type; nothing else in the file is unsigned."""
+"""numpy has no bfloat16; no other type of the file is unsigned."""
 TYPES: dict[int, Any] = {
     0: np.dtype("<f4"),
     1: np.dtype("i1"),
@@ -47,34 +47,32 @@ TYPES: dict[int, Any] = {
 }
 MOST_VARIABLES = 100_000
 GELU = 3
-"""CTranslate2's number of the activation that Whisper has."""
+"""CTranslate2's number for Whisper's activation."""
 HEAD = 64
-"""The width of a head in every Whisper, where the file does not say."""
+"""Width of a head in all of OpenAI's models, used if the file has no number of heads."""
 
 Variables = dict[str, np.ndarray]
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a directory is in CTranslate2's form."""
+    """Return whether a directory is in CTranslate2's format."""
     return (path / WEIGHTS).is_file() and not any(path.glob("*.safetensors"))
 
 
 def read(folder: Path) -> Model:
-    """The model of a folder; the weights are read when they are asked for.
-
-    Raises Problem: damaged, or of another model or version.
-    """
+    """Return the model of a folder. Its weights are read on access. Raises Problem if the file is
+    damaged, or of another architecture or version."""
     path = folder / WEIGHTS
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             raise damaged(path, "the file is empty")
-        # not closed by hand: an error's traceback may still hold a view of it
+        # not closed explicitly: a traceback may still refer to a view of it
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return Model(path, dict(read_variables(path, memoryview(content))))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json: alignment heads and suppressed tokens; empty where there is none."""
+    """Return config.json: alignment heads and suppressed tokens; empty if there is no file."""
     path = folder / CONFIG
     if not path.is_file():
         return {}
@@ -91,7 +89,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class Cursor:
-    """A position in the file that never leaves it."""
+    """A position in the file, checked against its end."""
 
     def __init__(self, path: Path, content: memoryview) -> None:
         self.path, self.content, self.at = path, content, 0
@@ -100,8 +98,8 @@ class Cursor:
         if size > len(self.content) - self.at:
             raise damaged(
                 self.path,
-                f"{what} at byte {self.at} needs {size} bytes, and the file has "
-                f"{len(self.content) - self.at} more",
+                f"{what} at byte {self.at} needs {size} bytes, but only "
+                f"{len(self.content) - self.at} are left",
             )
         self.at += size
         return self.content[self.at - size : self.at]
@@ -117,21 +115,21 @@ class Cursor:
             raise damaged(self.path, f"{what} at byte {self.at} is not UTF-8 text") from None
 
     def count(self, what: str) -> int:
-        found = self.number("I", what)
-        if found > MOST_VARIABLES:
-            raise damaged(self.path, f"{what} is {found}, more than {MOST_VARIABLES}")
-        return found
+        count = self.number("I", what)
+        if count > MOST_VARIABLES:
+            raise damaged(self.path, f"{what} is {count}, more than {MOST_VARIABLES}")
+        return count
 
 
 def read_variables(path: Path, content: memoryview) -> Iterator[tuple[str, np.ndarray]]:
-    """Name -> array as it is in the file. Aliases come last."""
+    """Yield name and array of all variables, as stored. Aliases come last."""
     cursor = Cursor(path, content)
     version = cursor.number("I", "the version")
     if version not in VERSIONS:
         raise Problem(
             f"{path}: version {version} of CTranslate2's format; versions "
-            f"{' and '.join(map(str, VERSIONS))} are known",
-            hint="convert the model again with ctranslate2 3 or 4, or take the Hugging Face form",
+            f"{' and '.join(map(str, VERSIONS))} are supported",
+            hint="convert the model again with ctranslate2 3 or 4, or use a Hugging Face directory",
         )
     specification = cursor.text("the name of the model")
     if specification != SPECIFICATION:
@@ -148,10 +146,10 @@ def read_variables(path: Path, content: memoryview) -> Iterator[tuple[str, np.nd
     for _ in range(cursor.count("the number of aliases")):
         alias, name = cursor.text("an alias"), cursor.text("an alias")
         if name not in arrays:
-            raise damaged(path, f"the alias {alias!r} is of {name!r}, which is not there")
+            raise damaged(path, f"the alias {alias!r} refers to {name!r}, which does not exist")
         yield alias, arrays[name]
     if cursor.at != len(content):
-        raise damaged(path, f"{len(content) - cursor.at} bytes follow its end")
+        raise damaged(path, f"there are {len(content) - cursor.at} bytes after the end")
 
 
 def read_variable(cursor: Cursor) -> tuple[str, np.ndarray]:
@@ -161,7 +159,9 @@ def read_variable(cursor: Cursor) -> tuple[str, np.ndarray]:
     number = cursor.number("B", name)
     kind = TYPES.get(number)
     if kind is None:
-        raise damaged(cursor.path, f"{name} is of type {number}, known are 0 to {max(TYPES)}")
+        raise damaged(
+            cursor.path, f"{name} has type {number}; types 0 to {max(TYPES)} are supported"
+        )
     size = cursor.number("I", name)
     if size != prod(shape) * kind.itemsize:
         raise damaged(cursor.path, f"{name} of shape {shape} has {size} bytes")
@@ -178,7 +178,7 @@ class Model:
         self.path, self.variables = path, variables
 
     def get(self, name: str) -> np.ndarray:
-        """A variable in float32; integers are divided by their scales."""
+        """Return a variable in float32. Integers are divided by their scales."""
         if name not in self.variables:
             raise damaged(self.path, f"it has no variable {name!r}")
         array = self.variables[name]
@@ -205,6 +205,7 @@ class Model:
         return sum(number.isdecimal() for number in numbers)
 
     def config(self) -> WhisperConfig:
+        """Return the model's dimensions. Raises Problem for another architecture."""
         vocab_size, d_model = self.shape("decoder/embeddings/weight", 2)
         _, mels, _ = self.shape("encoder/conv1/weight", 3)
         self.refuse_other_architecture()
@@ -225,7 +226,9 @@ class Model:
         array = self.variables.get(f"{side}/num_heads")
         heads = d_model // HEAD if array is None else int(array.reshape(-1)[0])
         if heads < 1 or d_model % heads:
-            raise damaged(self.path, f"{side}/num_heads is {heads}, the width is {d_model}")
+            raise damaged(
+                self.path, f"{side}/num_heads is {heads}, which does not divide the width {d_model}"
+            )
         return heads
 
     def refuse_other_architecture(self) -> None:
@@ -235,35 +238,35 @@ class Model:
                 raise damaged(self.path, f"{side}/activation is not Whisper's GELU ({GELU})")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of a Hugging Face state dict but the tied proj_out.weight."""
-        found: dict[str, np.ndarray] = {
+        """Return all tensors of a Hugging Face state dict except the tied proj_out.weight."""
+        arrays: dict[str, np.ndarray] = {
             "model.decoder.embed_tokens.weight": self.get("decoder/embeddings/weight")
         }
         for number in (1, 2):
-            found |= self.linear(f"model.encoder.conv{number}", f"encoder/conv{number}")
+            arrays |= self.linear(f"model.encoder.conv{number}", f"encoder/conv{number}")
         for side in ("encoder", "decoder"):
             encodings = self.get(f"{side}/position_encodings/encodings")
-            found[f"model.{side}.embed_positions.weight"] = encodings
-            found |= self.norm(f"model.{side}.layer_norm", f"{side}/layer_norm")
+            arrays[f"model.{side}.embed_positions.weight"] = encodings
+            arrays |= self.norm(f"model.{side}.layer_norm", f"{side}/layer_norm")
             for layer in range(self.layers(side)):
-                found |= self.layer(side, layer)
+                arrays |= self.layer(side, layer)
         return {
-            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in found.items()
+            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
         }
 
     def layer(self, side: str, number: int) -> Variables:
         to, at = f"model.{side}.layers.{number}", f"{side}/layer_{number}"
-        found = self.split(f"{to}.self_attn", f"{at}/self_attention/linear_0", "qkv")
-        found |= self.linear(f"{to}.self_attn.out_proj", f"{at}/self_attention/linear_1")
-        found |= self.norm(f"{to}.self_attn_layer_norm", f"{at}/self_attention/layer_norm")
+        arrays = self.split(f"{to}.self_attn", f"{at}/self_attention/linear_0", "qkv")
+        arrays |= self.linear(f"{to}.self_attn.out_proj", f"{at}/self_attention/linear_1")
+        arrays |= self.norm(f"{to}.self_attn_layer_norm", f"{at}/self_attention/layer_norm")
         if side == "decoder":
-            found |= self.linear(f"{to}.encoder_attn.q_proj", f"{at}/attention/linear_0")
-            found |= self.split(f"{to}.encoder_attn", f"{at}/attention/linear_1", "kv")
-            found |= self.linear(f"{to}.encoder_attn.out_proj", f"{at}/attention/linear_2")
-            found |= self.norm(f"{to}.encoder_attn_layer_norm", f"{at}/attention/layer_norm")
-        found |= self.linear(f"{to}.fc1", f"{at}/ffn/linear_0")
-        found |= self.linear(f"{to}.fc2", f"{at}/ffn/linear_1")
-        return found | self.norm(f"{to}.final_layer_norm", f"{at}/ffn/layer_norm")
+            arrays |= self.linear(f"{to}.encoder_attn.q_proj", f"{at}/attention/linear_0")
+            arrays |= self.split(f"{to}.encoder_attn", f"{at}/attention/linear_1", "kv")
+            arrays |= self.linear(f"{to}.encoder_attn.out_proj", f"{at}/attention/linear_2")
+            arrays |= self.norm(f"{to}.encoder_attn_layer_norm", f"{at}/attention/layer_norm")
+        arrays |= self.linear(f"{to}.fc1", f"{at}/ffn/linear_0")
+        arrays |= self.linear(f"{to}.fc2", f"{at}/ffn/linear_1")
+        return arrays | self.norm(f"{to}.final_layer_norm", f"{at}/ffn/layer_norm")
 
     def norm(self, to: str, at: str) -> Variables:
         return {f"{to}.weight": self.get(f"{at}/gamma"), f"{to}.bias": self.get(f"{at}/beta")}
@@ -272,19 +275,21 @@ class Model:
         return {f"{to}.weight": self.get(f"{at}/weight"), f"{to}.bias": self.get(f"{at}/bias")}
 
     def split(self, to: str, at: str, parts: str) -> Variables:
-        """A fused projection as its parts, one below the other. Whisper's keys have no bias."""
+        """Split a fused projection into its parts. Whisper's keys have no bias."""
         weight, bias = self.get(f"{at}/weight"), self.get(f"{at}/bias")
         if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(weight) % len(parts):
-            raise damaged(self.path, f"{at} has the shapes {weight.shape} and {bias.shape}")
-        found: Variables = {}
+            raise damaged(self.path, f"{at} has shapes {weight.shape} and {bias.shape}")
+        arrays: Variables = {}
         pairs = zip(np.split(weight, len(parts)), np.split(bias, len(parts)), strict=True)
         for part, (rows, offsets) in zip(parts, pairs, strict=True):
-            found[f"{to}.{part}_proj.weight"] = rows
+            arrays[f"{to}.{part}_proj.weight"] = rows
             if part != "k":
-                found[f"{to}.{part}_proj.bias"] = offsets
+                arrays[f"{to}.{part}_proj.bias"] = offsets
             elif offsets.any():
-                raise damaged(self.path, f"{at}: its keys have a bias, which Whisper's have not")
-        return found
+                raise damaged(
+                    self.path, f"{at}: its keys have a bias, but Whisper's keys have none"
+                )
+        return arrays
 
 
 def damaged(path: Path, reason: str) -> Problem:

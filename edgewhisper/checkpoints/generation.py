@@ -1,11 +1,10 @@
-"""Complete and check the generation config of a checkpoint, whatever form it comes in.
+"""Complete and check the generation config of a checkpoint.
 
-Whether a model is multilingual, and the ids of its language, task and timestamp tokens, are in
-generation_config.json. Fine-tuning often leaves none, or one that transformers made up from
-config.json (`_from_model_config`). Nothing then says how the model is prompted, and transformers
-prompts a multilingual model without language and task. So what is missing is derived from the
-tokenizer, by the names of the special tokens, and from the vocabulary. What is there must agree
-with the tokenizer.
+generation_config.json stores whether a model is multilingual, and the ids of its language, task and
+timestamp tokens. Fine-tuned checkpoints often have no such file, or one that transformers generated
+from config.json (`_from_model_config`). transformers then prompts a multilingual model without
+language and task. Missing values are therefore derived from the names of the tokenizer's special
+tokens and from the vocabulary. Existing values must agree with the tokenizer.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ IN_CONFIG = (
     *("decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id"),
     *("suppress_tokens", "begin_suppress_tokens"),
 )
-"""The keys that config.json has as well."""
+"""Keys that config.json repeats."""
 KEPT = (
     *IN_CONFIG,
     *("max_length", "is_multilingual", "lang_to_id", "task_to_id", "language", "task"),
@@ -35,8 +34,8 @@ KEPT = (
     "alignment_heads",
     "timestamp_end",
 )
-"""The keys that decoding honours. Others, such as beams, penalties and `return_timestamps`, are
-left out: a checkpoint decodes as it does without them, here and in its artifacts."""
+"""Keys that decoding uses. Others, such as beams, penalties and `return_timestamps`, are ignored in
+checkpoints and artifacts."""
 TYPES = {
     **dict.fromkeys(("language", "task"), str),
     **dict.fromkeys(("lang_to_id", "task_to_id"), dict),
@@ -44,7 +43,7 @@ TYPES = {
     "is_multilingual": bool,
     "forced_decoder_ids": list,
 }
-"""Key -> type of its value. All other values are integers."""
+"""Key -> type of its value. All other keys have integers."""
 MULTILINGUAL_ONLY = ("lang_to_id", "task_to_id", "language", "task")
 
 
@@ -55,73 +54,73 @@ def complete(
     stored: Mapping[str, Any],
     tokenizer: WhisperTokenizer | None,
 ) -> GenerationConfig:
-    """The generation config with everything that decoding needs.
+    """Return the generation config with all values that decoding needs.
 
     `stored` is the content of config.json, and `source` the checkpoint's name in errors. Without a
-    tokenizer nothing can be derived, and the config must say everything itself.
-    Raises Problem: values that contradict the tokenizer or the vocabulary, or cannot be derived.
+    tokenizer nothing can be derived, so the config must be complete. Raises Problem if values
+    contradict the tokenizer or the vocabulary, or are missing and cannot be derived.
     """
     special = special_ids(tokenizer)
-    made_up = bool(generation._from_model_config)
-    named = {} if made_up else values_of(generation)
-    refuse_types(source, named)
+    generated = bool(generation._from_model_config)
+    values = {} if generated else values_of(generation)
+    refuse_types(source, values)
     if tokenizer is None or not special:
-        refuse_underivable(source, named, config)
-        return made(named)
+        refuse_underivable(source, values, config)
+        return build(values)
     refuse_other_tokenizer(source, special, config)
     derived = derive(special, config)
     derived["alignment_heads"] = stored.get("alignment_heads") or alignment_heads(config)
-    if made_up:
+    if generated:
         derived |= suppressed(special, stored, tokenizer, config)
-    named = derived | named
-    end = timestamp_end(tokenizer, named["no_timestamps_token_id"], config.vocab_size)
-    named["timestamp_end"] = None if end == config.vocab_size else end
-    refuse_contradictions(source, named, derived, config)
+    values = derived | values
+    end = timestamp_end(tokenizer, values["no_timestamps_token_id"], config.vocab_size)
+    values["timestamp_end"] = None if end == config.vocab_size else end
+    refuse_contradictions(source, values, derived, config)
     for key in ("suppress_tokens", "begin_suppress_tokens"):
-        refuse_beyond(source, key, named.get(key) or [], config.vocab_size)
-    refuse_heads(source, named["alignment_heads"] or [])
-    add_prompt(named, stored)
-    return made(named)
+        refuse_beyond(source, key, values.get(key) or [], config.vocab_size)
+    refuse_heads(source, values["alignment_heads"] or [])
+    add_prompt(values, stored)
+    return build(values)
 
 
 def values_of(generation: GenerationConfig) -> dict[str, Any]:
-    """What the file says, without keys that decoding does not honour."""
-    values = generation.to_dict()
-    return {
-        key: values[key] for key in (*KEPT, "forced_decoder_ids") if values.get(key) is not None
-    }
+    """Return the values of the file that decoding uses."""
+    stored = generation.to_dict()
+    keys = (*KEPT, "forced_decoder_ids")
+    return {key: stored[key] for key in keys if stored.get(key) is not None}
 
 
-def made(named: dict[str, Any]) -> GenerationConfig:
+def build(values: dict[str, Any]) -> GenerationConfig:
+    """Return a generation config of these values, without languages and tasks if English-only."""
     from transformers import GenerationConfig
 
-    multilingual = named.get("is_multilingual", True)
+    multilingual = values.get("is_multilingual", True)
     dropped = () if multilingual else MULTILINGUAL_ONLY
-    kept = {key: named[key] for key in KEPT if named.get(key) is not None and key not in dropped}
-    return GenerationConfig(**kept)
+    keys = [key for key in KEPT if values.get(key) is not None and key not in dropped]
+    return GenerationConfig(**{key: values[key] for key in keys})
 
 
 # ------------------------------------------------------------------------ derived from the tokens
 
 
 def special_ids(tokenizer: WhisperTokenizer | None) -> dict[str, int]:
-    """Name -> id of all tokens like <|this|>, without the timestamps. Empty for a tokenizer
-    without <|startoftranscript|>."""
+    """Return name -> id of all tokens like <|this|>, except timestamps. It is empty if the
+    tokenizer has no <|startoftranscript|>."""
     if tokenizer is None:
         return {}
-    found = {
+    special = {
         name: number
         for name, number in tokenizer.get_vocab().items()
         if name.startswith("<|") and name.endswith("|>") and not name[2:3].isdigit()
     }
-    return found if START in found and END in found else {}
+    return special if START in special and END in special else {}
 
 
 def derive(special: Mapping[str, int], config: WhisperConfig) -> dict[str, Any]:
-    """The values that follow from the names of the special tokens."""
+    """Return the values that follow from the names of the special tokens."""
     languages = {name: special[name] for name in languages_among(special)}
     tasks = {task: special[f"<|{task}|>"] for task in TASKS if f"<|{task}|>" in special}
-    # English-only tokenizers list languages and tasks, too; GPT-2's vocabulary tells them apart
+    # English-only tokenizers also have languages and tasks, but they use GPT-2's vocabulary
     english = special[END] == openai.ENGLISH_END
     multilingual = bool(languages) and bool(tasks) and not english
     return {
@@ -139,8 +138,11 @@ def derive(special: Mapping[str, int], config: WhisperConfig) -> dict[str, Any]:
 
 
 def languages_among(special: Mapping[str, int]) -> list[str]:
-    """The language tokens in the order of their ids: those between <|startoftranscript|> and the
-    first task, and any that a fine-tuned model has in another place."""
+    """Return the language tokens in the order of their ids.
+
+    These are the tokens between <|startoftranscript|> and the first task, and known languages that
+    a fine-tuned model has elsewhere.
+    """
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
     known = {f"<|{code}|>" for code in LANGUAGES}
@@ -153,8 +155,8 @@ def languages_among(special: Mapping[str, int]) -> list[str]:
 
 
 def timestamp_end(tokenizer: WhisperTokenizer, silent: int | None, vocab_size: int) -> int:
-    """The id behind the last timestamp. Fine-tuning may add words there; where the tokenizer names
-    no timestamps, as early ones do, they go on to the end of the vocabulary."""
+    """Return the id after the last timestamp, where fine-tuning may have added words. If the
+    tokenizer does not name its timestamps, as early ones, this is the vocabulary's end."""
     if silent is None:
         return vocab_size
     names = tokenizer.convert_ids_to_tokens(
@@ -171,35 +173,35 @@ def suppressed(
     tokenizer: WhisperTokenizer,
     config: WhisperConfig,
 ) -> dict[str, Any]:
-    """Suppressed tokens as config.json names them, otherwise OpenAI's for its vocabularies."""
-    found: dict[str, Any] = {}
+    """Return the suppressed tokens of config.json, or OpenAI's for its vocabularies."""
+    tokens: dict[str, Any] = {}
     if openai.vocabulary_of(config.vocab_size, special[START]) is not None:
-        found["suppress_tokens"] = openai.suppressed_tokens(tokenizer, special)
-        found["begin_suppress_tokens"] = openai.first_suppressed(tokenizer, special[END])
+        tokens["suppress_tokens"] = openai.suppressed_tokens(tokenizer, special)
+        tokens["begin_suppress_tokens"] = openai.first_suppressed(tokenizer, special[END])
     keys = ("suppress_tokens", "begin_suppress_tokens")
-    return found | {key: stored[key] for key in keys if key in stored}
+    return tokens | {key: stored[key] for key in keys if key in stored}
 
 
-def add_prompt(named: dict[str, Any], stored: Mapping[str, Any]) -> None:
-    """Add language and task, which older checkpoints name as `forced_decoder_ids` in either file.
+def add_prompt(values: dict[str, Any], stored: Mapping[str, Any]) -> None:
+    """Add language and task, which older checkpoints store as `forced_decoder_ids` in either file.
 
-    transformers reads these where neither language nor task is named. An id there may be null: the
-    language is then left to detection.
+    transformers reads these ids if neither language nor task is set. If the id of the language is
+    null, the language is detected.
     """
-    if not named["is_multilingual"]:
+    if not values["is_multilingual"]:
         return
-    if named.get("language") is None and named.get("task") is None:
+    if values.get("language") is None and values.get("task") is None:
         key = "forced_decoder_ids"
-        forced = forced_ids(named.get(key) or stored.get(key))
-        names = {number: token.strip("<|>") for token, number in named["lang_to_id"].items()}
-        tasks = {number: task for task, number in named["task_to_id"].items()}
-        named["language"] = names.get(forced.get(LANGUAGE_POSITION))
-        named["task"] = tasks.get(forced.get(TASK_POSITION))
-    named["task"] = named.get("task") or "transcribe"
+        forced = forced_ids(values.get(key) or stored.get(key))
+        names = {number: token.strip("<|>") for token, number in values["lang_to_id"].items()}
+        tasks = {number: task for task, number in values["task_to_id"].items()}
+        values["language"] = names.get(forced.get(LANGUAGE_POSITION))
+        values["task"] = tasks.get(forced.get(TASK_POSITION))
+    values["task"] = values.get("task") or "transcribe"
 
 
 def alignment_heads(config: WhisperConfig) -> list[list[int]] | None:
-    """The heads of OpenAI's model of these dimensions; a compressed model has lost some."""
+    """Return the heads of OpenAI's model with these dimensions; None for a compressed model."""
     size = None if getattr(config, "edgewhisper", None) else openai.size_of(config)
     return None if size is None else [list(head) for head in size.alignment_heads] or None
 
@@ -207,67 +209,67 @@ def alignment_heads(config: WhisperConfig) -> list[list[int]] | None:
 # ------------------------------------------------------------------------------- contradictions
 
 
-def refuse_underivable(source: object, named: Mapping[str, Any], config: WhisperConfig) -> None:
+def refuse_underivable(source: object, values: Mapping[str, Any], config: WhisperConfig) -> None:
     needed = ("is_multilingual", "decoder_start_token_id", "eos_token_id")
-    missing = [key for key in needed if named.get(key) is None]
+    missing = [key for key in needed if values.get(key) is None]
     if missing:
         raise Problem(
-            f"{source}: {FILE} does not say {' and '.join(missing)}, there is no tokenizer to "
-            f"derive it from, and a vocabulary of {config.vocab_size} tokens is none of OpenAI's",
+            f"{source}: {FILE} lacks {' and '.join(missing)}, there is no tokenizer to derive them "
+            f"from, and a vocabulary of {config.vocab_size} tokens is not one of OpenAI's",
             hint=f"copy the tokenizer files and {FILE} from the model that was fine-tuned",
         )
 
 
 def refuse_contradictions(
-    source: object, named: Mapping[str, Any], derived: Mapping[str, Any], config: WhisperConfig
+    source: object, values: Mapping[str, Any], derived: Mapping[str, Any], config: WhisperConfig
 ) -> None:
-    """Every id in the file must be the tokenizer's id of that name."""
+    """Raise Problem if an id in the file differs from the tokenizer's id of that name."""
     for key in ("decoder_start_token_id", "no_timestamps_token_id", "prev_sot_token_id"):
-        if derived[key] is not None and named[key] != derived[key]:
-            raise contradiction(source, key, named[key], derived[key])
-    ends = named["eos_token_id"]
+        if derived[key] is not None and values[key] != derived[key]:
+            raise contradiction(source, key, values[key], derived[key])
+    ends = values["eos_token_id"]
     if derived["eos_token_id"] not in (ends if isinstance(ends, list) else [ends]):
         raise contradiction(source, "eos_token_id", ends, derived["eos_token_id"])
-    if named["is_multilingual"] and not derived["is_multilingual"]:
+    if values["is_multilingual"] and not derived["is_multilingual"]:
         raise contradiction(source, "is_multilingual", True, False)
     for table in ("lang_to_id", "task_to_id"):
-        for name, number in (named.get(table) or {}).items():
-            wanted = (derived.get(table) or {}).get(name, number)
-            if number != wanted:
-                raise contradiction(source, f"{table}[{name!r}]", number, wanted)
+        for name, number in (values.get(table) or {}).items():
+            expected = (derived.get(table) or {}).get(name, number)
+            if number != expected:
+                raise contradiction(source, f"{table}[{name!r}]", number, expected)
             refuse_beyond(source, f"{table}[{name!r}]", [number], config.vocab_size)
 
 
 def refuse_other_tokenizer(
     source: object, special: Mapping[str, int], config: WhisperConfig
 ) -> None:
-    """The tokenizer must fit into the vocabulary; of one of OpenAI's it must have the ids."""
+    """Raise Problem if the tokenizer exceeds the vocabulary, or has other ids than OpenAI's."""
     sizes = (openai.ENGLISH, openai.MULTILINGUAL, openai.WITH_CANTONESE)
     known = openai.special_ids(config.vocab_size) if config.vocab_size in sizes else {}
     for name in (END, START, "<|transcribe|>", NO_TIMESTAMPS):
-        found, wanted = special.get(name), known.get(name)
-        if found is None or (found < config.vocab_size and wanted in (None, found)):
+        actual, expected = special.get(name), known.get(name)
+        if actual is None or (actual < config.vocab_size and expected in (None, actual)):
             continue
-        expected = "less than that" if wanted is None else str(wanted)
+        limit = "less than that" if expected is None else str(expected)
         raise Problem(
-            f"{source}: the tokenizer's id of {name} is {found}; with vocab_size "
-            f"{config.vocab_size} in config.json it must be {expected}",
+            f"{source}: the tokenizer's id of {name} is {actual}; with vocab_size "
+            f"{config.vocab_size} in config.json it must be {limit}",
             hint="the tokenizer is of another model: copy the one that belongs to these weights, "
-            "or remove its files, and OpenAI's own is taken",
+            "or remove its files, then OpenAI's own is used",
         )
 
 
-def contradiction(source: object, key: str, found: Any, wanted: Any) -> Problem:
+def contradiction(source: object, key: str, actual: Any, expected: Any) -> Problem:
     return Problem(
-        f"{source}: {FILE} has {key} = {found}, and by the tokenizer it is {wanted}",
+        f"{source}: {FILE} has {key} = {actual}, but according to the tokenizer it is {expected}",
         hint=f"one of the two files is of another model: copy {FILE} from the model that was "
-        "fine-tuned, or remove it and everything is derived from the tokenizer",
+        "fine-tuned, or remove it, then its values are derived from the tokenizer",
     )
 
 
-def refuse_types(source: object, named: Mapping[str, Any]) -> None:
-    """Every value that decoding honours is of its type."""
-    for key, value in named.items():
+def refuse_types(source: object, values: Mapping[str, Any]) -> None:
+    """Raise Problem if a value is not of its type."""
+    for key, value in values.items():
         kind = TYPES.get(key, int)
         right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if key == "eos_token_id" and isinstance(value, list) and value:
@@ -276,13 +278,13 @@ def refuse_types(source: object, named: Mapping[str, Any]) -> None:
             right = all(type(number) is int for number in value.values())
         if not right:
             raise Problem(
-                f"{source}: {FILE} has {key} = {value!r}, which is no {kind.__name__}",
+                f"{source}: {FILE} has {key} = {value!r}, which is not of type {kind.__name__}",
                 hint=f"copy {FILE} from the model that was fine-tuned, or remove {key}",
             )
 
 
 def refuse_heads(source: object, heads: Any) -> None:
-    """Alignment heads are pairs of a decoder layer and a head in it."""
+    """Raise Problem if alignment heads are not pairs of a decoder layer and a head."""
     for head in heads if isinstance(heads, list) else [heads]:
         pair = isinstance(head, list) and len(head) == 2
         if not pair or not all(type(number) is int and number >= 0 for number in head):
@@ -300,7 +302,7 @@ def refuse_beyond(source: object, key: str, ids: Any, vocab_size: int) -> None:
     )
     if wrong:
         raise Problem(
-            f"{source}: {FILE} (or config.json) has {wrong[0]!r} in {key}, and the ids of the "
-            f"model are 0 to {vocab_size - 1}",
+            f"{source}: {FILE} (or config.json) has {wrong[0]!r} in {key}; the ids of the model "
+            f"are 0 to {vocab_size - 1}",
             hint="correct the file, or copy it from the model that was fine-tuned",
         )

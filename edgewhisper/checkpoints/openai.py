@@ -3,7 +3,7 @@
 Sources: Radford et al. 2022 (arXiv:2212.04356) and the package openai-whisper 20250625 (MIT):
 `model.py` for the dimensions, `tokenizer.py` for the special tokens and the suppressed ones,
 `__init__.py` for the alignment heads. The token lists in assets/vocabularies are that package's
-`gpt2.tiktoken` and `multilingual.tiktoken` in the byte alphabet of GPT-2, one token a line.
+`gpt2.tiktoken` and `multilingual.tiktoken` in the byte alphabet of GPT-2, one token per line.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from transformers import WhisperConfig, WhisperTokenizer
 
 ENGLISH_END = 50_256
-"""The id of <|endoftext|> in GPT-2's vocabulary, which the English-only models have."""
+"""Id of <|endoftext|> in GPT-2's vocabulary, which the English-only models use."""
 VOCABULARIES = Path(__file__).resolve().parent.parent / "assets" / "vocabularies"
 BYTES = 256
 MAX_INITIAL_TIMESTAMP_INDEX = 50
 """The first timestamp is at most one second."""
 NO_SPEECH_NAMES = (vocabulary.NO_SPEECH, "<|nocaptions|>")
-"""The name of one token, in newer and in older tokenizers."""
+"""Names of the same token in newer and older tokenizers."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """The dimensions of a model, and where its cross-attention follows the words."""
+    """The dimensions and alignment heads of a model."""
 
     d_model: int
     encoder_layers: int
@@ -45,8 +45,7 @@ class Size:
 
 
 ENGLISH, MULTILINGUAL, WITH_CANTONESE = 51_864, 51_865, 51_866
-"""Vocabulary sizes. Models of the first kind know English only, and are not prompted with a
-language or a task."""
+"""Vocabulary sizes. English-only models (ENGLISH) have no language and task in the prompt."""
 
 # fmt: off
 SIZES = {
@@ -66,7 +65,7 @@ SIZES = {
         (17, 14), (18, 7), (18, 10), (18, 15), (20, 0), (20, 3), (20, 9), (20, 14), (21, 12))),
     "medium": Size(1024, 24, 24, MULTILINGUAL, (
         (13, 15), (15, 4), (15, 15), (16, 1), (20, 0), (23, 4))),
-    # v1 and v2 have the same dimensions and other heads: which one a file is cannot be derived
+    # no heads: v1 and v2 have the same dimensions but other heads, so a file does not show them
     "large-v1": Size(1280, 32, 32, MULTILINGUAL, ()),
     "large-v2": Size(1280, 32, 32, MULTILINGUAL, ()),
     "large-v3": Size(1280, 32, 32, WITH_CANTONESE, (
@@ -82,49 +81,47 @@ HUB_IDS = {
     "large": "openai/whisper-large-v3",
     "turbo": "openai/whisper-large-v3-turbo",
 }
-"""Size name -> hub id; `large` and `turbo` mean the models that openai-whisper means by them."""
+"""Size name -> hub id. `large` and `turbo` are the same models as in openai-whisper."""
 
 
 # -------------------------------------------------------------------------------- vocabularies
 
 
 def vocabulary_of(vocab_size: int, start: int | None = None) -> int | None:
-    """The vocabulary of OpenAI's that a model with so many tokens has; None where it has another.
+    """Return the size of OpenAI's vocabulary that a model uses; None if it uses another one.
 
-    A resized vocabulary is recognised by `start`, the id of <|startoftranscript|>: a fine-tuned
-    model may have more tokens behind OpenAI's.
+    A fine-tuned model may have additional tokens at the end. Its vocabulary is recognised by
+    `start`, the id of <|startoftranscript|>.
     """
     if vocab_size in (ENGLISH, MULTILINGUAL, WITH_CANTONESE):
         return vocab_size
     by_start = {ENGLISH_END + 1: ENGLISH, ENGLISH_END + 2: MULTILINGUAL}
-    found = by_start.get(start) if start is not None else None
-    return found if found is not None and vocab_size > WITH_CANTONESE else None
+    original = by_start.get(start) if start is not None else None
+    return original if original is not None and vocab_size > WITH_CANTONESE else None
 
 
 def special_ids(vocab_size: int) -> dict[str, int]:
-    """Name -> id of the special tokens."""
+    """Return name -> id of the special tokens."""
     first = len(ordinary_tokens(vocab_size == ENGLISH))
     return {name: first + number for number, name in enumerate(special_of(vocab_size))}
 
 
 def special_of(vocab_size: int) -> list[str]:
-    """The special tokens of one of OpenAI's vocabularies, in the order of their ids."""
+    """Return the special tokens of one of OpenAI's vocabularies, in the order of their ids."""
     return vocabulary.special_tokens(100 if vocab_size == WITH_CANTONESE else 99)
 
 
 @lru_cache(maxsize=2)
 def ordinary_tokens(english: bool) -> list[str]:
-    """The ordinary tokens in the order of their ids, in GPT-2's byte alphabet."""
+    """Return the ordinary tokens in the order of their ids, in GPT-2's byte alphabet."""
     path = VOCABULARIES / f"{'english' if english else 'multilingual'}.txt.xz"
     return lzma.decompress(path.read_bytes()).decode("utf-8").split("\n")
 
 
 @lru_cache(maxsize=2)
 def merges_of(english: bool) -> list[tuple[str, str]]:
-    """The merges of the byte-pair encoding in their order.
-
-    The last merge that makes a token joins the two parts that the merges before it leave of it.
-    """
+    """Return the merges of the byte-pair encoding in their order. The merge that makes a token
+    joins the two parts into which the earlier merges split it."""
     tokens = ordinary_tokens(english)
     rank = {token: number for number, token in enumerate(tokens)}
     never = len(tokens)
@@ -135,13 +132,13 @@ def merges_of(english: bool) -> list[tuple[str, str]]:
             ranks = [rank.get(left + right, never) for left, right in pairwise(parts)]
             first = ranks.index(min(ranks))
             parts[first : first + 2] = [parts[first] + parts[first + 1]]
-        if parts:  # the multilingual list ends in an empty token, which nothing makes
+        if parts:  # the multilingual list ends with an empty token, which has no merge
             merges.append((parts[0], parts[1]))
     return merges
 
 
 def tokenizer(vocab_size: int) -> WhisperTokenizer:
-    """The tokenizer of one of OpenAI's vocabularies, as its checkpoints on the hub have it."""
+    """Return the tokenizer of one of OpenAI's vocabularies, as in its checkpoints on the hub."""
     english = vocab_size == ENGLISH
     return vocabulary.tokenizer(
         ordinary_tokens(english), merges_of(english), special_of(vocab_size)
@@ -159,27 +156,28 @@ NOTES = "♩♪♫♬♭♮♯"
 
 
 def suppressed_tokens(tokenizer: WhisperTokenizer, special: Mapping[str, int]) -> list[int]:
-    """The ids that OpenAI's decoding never chooses, ascending: tokens that no speech is written
-    with, such as brackets and music signs, and the special tokens of a prompt."""
+    """Return the ids that OpenAI's decoding suppresses, ascending. These are tokens that do not
+    transcribe speech, such as brackets and music symbols, and the special tokens of a prompt."""
 
     def ids_of(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    found = {ids_of(" -")[0], ids_of(" '")[0]}
+    suppressed = {ids_of(" -")[0], ids_of(" '")[0]}
     for symbol in (*SYMBOLS, *NOTES):
         for ids in (ids_of(symbol), ids_of(f" {symbol}")):
             if len(ids) == 1 or symbol in NOTES:
-                found.add(ids[0])
-    return sorted(found | set(prompt_tokens(special)))
+                suppressed.add(ids[0])
+    return sorted(suppressed | set(prompt_tokens(special)))
 
 
 def prompt_tokens(special: Mapping[str, int]) -> Iterable[int]:
+    """Return the ids of the special tokens of a prompt."""
     names = (START, *(f"<|{task}|>" for task in TASKS), "<|startoflm|>", PREVIOUS, *NO_SPEECH_NAMES)
     return (special[name] for name in names if name in special)
 
 
 def first_suppressed(tokenizer: WhisperTokenizer, end: int) -> list[int]:
-    """The ids that may not begin a text: a space alone, and the end."""
+    """Return the ids that must not begin a text: a single space, and the end token."""
     return [*tokenizer.encode(" ", add_special_tokens=False), end]
 
 
@@ -187,16 +185,16 @@ def first_suppressed(tokenizer: WhisperTokenizer, end: int) -> list[int]:
 
 
 def size_of(config: WhisperConfig) -> Size | None:
-    """The size whose dimensions a model has."""
+    """Return the size with the dimensions of a model, or None."""
     for size in SIZES.values():
         dimensions = (size.d_model, size.encoder_layers, size.decoder_layers, size.num_mel_bins)
-        mine = (config.d_model, config.encoder_layers, config.decoder_layers, config.num_mel_bins)
+        actual = (config.d_model, config.encoder_layers, config.decoder_layers, config.num_mel_bins)
         english = size.vocab_size == ENGLISH
-        if dimensions == mine and english == (config.vocab_size == ENGLISH):
+        if dimensions == actual and english == (config.vocab_size == ENGLISH):
             return size
     return None
 
 
 def hub_id(name: str) -> str:
-    """The hub id of a size name; anything else stays as it is."""
+    """Return the hub id of a size name, or the unchanged name."""
     return HUB_IDS.get(name, name)

@@ -1,7 +1,7 @@
-"""Whisper as openai-whisper saves it: a .pt file of `dims` and `model_state_dict`.
+"""Read the .pt files of openai-whisper, which hold `dims` and `model_state_dict`.
 
-The file is a pickle, and it may come from a stranger: it is read with `weights_only=True`, which
-builds tensors and plain containers and runs no code.
+The file is a pickle and is not trusted: it is read with `weights_only=True`, which builds tensors
+and plain containers and runs no code.
 
     openai-whisper                      Hugging Face
     encoder.blocks.N.attn.query         model.encoder.layers.N.self_attn.q_proj
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import WhisperConfig
 
+from edgewhisper.checkpoints.huggingface import first_line
 from export.problem import Problem
 
 SUFFIXES = (".pt", ".pth")
@@ -55,42 +56,40 @@ DIMENSIONS = {
     "n_text_layer": "decoder_layers",
 }
 MOST = 1_000_000
-"""A dimension above this is not one of a model."""
+"""Largest accepted dimension."""
 
 
 def is_file(path: Path) -> bool:
+    """Return whether the path is a .pt or .pth file."""
     return path.suffix in SUFFIXES and path.is_file()
 
 
 def read(path: Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
-    """The config and the float32 tensors under Hugging Face's names.
-
-    Raises Problem: not a file of openai-whisper, damaged, or one that needs code to be run.
-    """
+    """Return the config, and the float32 tensors under Hugging Face's names. Raises Problem if the
+    file is not openai-whisper's, is damaged, or needs code to be run."""
     content = load(path)
     dims = content.get("dims") if isinstance(content, dict) else None
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(dims, dict) or not isinstance(state, dict):
         raise Problem(
-            f"{path}: it has no `dims` and `model_state_dict`, so openai-whisper did not save it",
-            hint="name a .pt file of openai-whisper, or a Hugging Face directory",
+            f"{path}: not a file of openai-whisper, it has no `dims` and `model_state_dict`",
+            hint="use a .pt file of openai-whisper, or a Hugging Face directory",
         )
     tensors = {renamed(name): tensor.float() for name, tensor in tensors_of(path, state).items()}
     return config_of(path, dims, tensors), tensors
 
 
 def load(path: Path) -> Any:
-    """The content of the file; its tensors are mapped where its format allows it."""
+    """Return the content of the file. Its tensors are memory-mapped if the format allows it."""
     for mapped in (True, False):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = lines[0][:160].rstrip(". ")
+            reason = first_line(error)
     raise Problem(
         f"{path}: the file cannot be read as plain tensors ({reason})",
-        hint="it may be cut short, or need code to be run, which is refused: copy it again, or "
-        "name a Hugging Face directory",
+        hint="it is cut short, or needs code to be run, which is refused: copy it again, or use a "
+        "Hugging Face directory",
     )
 
 
@@ -116,11 +115,11 @@ def config_of(path: Path, dims: Mapping[str, Any], tensors: Mapping[str, Tensor]
             )
     values = {ours: dims[theirs] for theirs, ours in DIMENSIONS.items()}
     table = tensors.get("model.decoder.embed_tokens.weight")
-    wanted = (values["vocab_size"], values["d_model"])
-    if table is None or tuple(table.shape) != wanted:
+    expected = (values["vocab_size"], values["d_model"])
+    if table is None or tuple(table.shape) != expected:
         shape = None if table is None else tuple(table.shape)
         raise Problem(
-            f"{path}: dims name a token table of {wanted}, the file has {shape}", hint=AGAIN
+            f"{path}: dims have a token table of {expected}, the file has {shape}", hint=AGAIN
         )
     ffn = {
         f"{side}_ffn_dim": len(tensors.get(f"model.{side}.layers.0.fc1.bias", ())) or 1

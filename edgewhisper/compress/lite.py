@@ -82,8 +82,9 @@ from edgewhisper.compress.shared_attention import share_attention
 from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import distance_term
 from edgewhisper.examples import permutation
+from edgewhisper.model_modes import without_gradients
 from edgewhisper.recipe import Range
-from edgewhisper.training import LossTerm, Training, train, without_gradients
+from edgewhisper.training import LossTerm, Training, train
 from edgewhisper.whisper import LowRank, input_of, linears, reads_sound, side_and_layer
 from export.cost import count_parameters, macs
 from export.problem import Problem

@@ -1,4 +1,4 @@
-"""Alignment heads: followed through compression, found on speech, judged by their times."""
+"""Alignment heads: updated by compression, found on speech, and their timestamp errors."""
 
 import copy
 import json
@@ -39,13 +39,14 @@ from edgewhisper.compress import imp, tspar, wsap
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.masks import guards
 from edgewhisper.compress.shrink import slimmed
+from edgewhisper.quiet import quiet
 from edgewhisper.training import Training
 from export.problem import Problem
 
 
 @pytest.fixture
 def spoken(rng) -> TimedClip:
-    """Noise where words would be; a few digits."""
+    """A clip of two to five words, which are noise."""
     words = rng.choice(DIGITS, size=int(rng.integers(2, 6)))
     sounds = [rng.standard_normal(int(rng.integers(4000, 9000))) * 0.1 for _ in words]
     pauses = rng.uniform(0.05, 0.4, size=len(words) + 1)
@@ -53,7 +54,7 @@ def spoken(rng) -> TimedClip:
 
 
 def kill_heads(model, heads) -> None:
-    """Heads (layer, head) of the decoder's cross-attention contribute nothing any more."""
+    """Zero the output of these heads (layer, head) of the decoder's cross-attention."""
     with torch.no_grad():
         for layer, head in heads:
             attention = model.model.decoder.layers[layer].encoder_attn
@@ -68,7 +69,7 @@ def all_heads(model) -> list[list[int]]:
 # ------------------------------------------------------------------------- heads that were moved
 
 
-def test_heads_keep_their_order_and_some_are_gone():
+def test_remaining_heads_keep_their_order():
     moved = moves([[1, 3], [0], [0, 1, 2, 3]])
     assert moved == {
         (0, 1): (0, 0), (0, 3): (0, 1), (1, 0): (1, 0),
@@ -82,21 +83,21 @@ def test_layers_may_be_merged_dropped_and_renumbered():
     assert remap([[0, 0], [1, 0], [1, 1], [2, 0], [3, 1]], moved) == [[0, 0], [1, 1]]
 
 
-def test_heads_that_stay_where_they_are_stay_in_the_list(tiny_whisper):
+def test_unchanged_heads_stay_in_the_list(tiny_whisper):
     tiny_whisper.generation_config.alignment_heads = [[1, 0], [1, 1]]
-    slim, told = slimmed(tiny_whisper)
+    slim, record = slimmed(tiny_whisper)
     assert slim.generation_config.alignment_heads == [[1, 0], [1, 1]]
-    assert not told["stand_in"]
+    assert not record["stand_in"]
 
 
-def test_a_model_without_alignment_heads_stays_without(tiny_whisper, rng):
-    slim, told = slimmed(kill(tiny_whisper, "whole_heads", rng))
-    assert told == {} == settle(slim)
+def test_a_model_without_alignment_heads_gets_none(tiny_whisper, rng):
+    slim, record = slimmed(kill(tiny_whisper, "whole_heads", rng))
+    assert record == {} == settle(slim)
     assert not hasattr(slim.generation_config, "alignment_heads")
 
 
-def test_the_heads_named_afterwards_are_those_named_before(make_whisper, processor, spoken, rng):
-    """What a surviving head attends to is the same, under its new number."""
+def test_the_list_refers_to_the_same_heads_after_compression(make_whisper, processor, spoken, rng):
+    """The attention of a remaining head is the same under its new number."""
     count, layers = int(rng.integers(2, 5)), int(rng.integers(1, 4))
     model = make_whisper(d_model=8 * count, heads=count, decoder_layers=layers)
     dead = [(n, h) for n in range(layers) for h in rng.permutation(count)[1:] if rng.random() < 0.6]
@@ -110,16 +111,16 @@ def test_the_heads_named_afterwards_are_those_named_before(make_whisper, process
         torch.testing.assert_close(after[m][new], before[n][old], rtol=0, atol=1e-5)
 
 
-def test_where_all_are_gone_the_upper_half_stands_in(make_whisper):
+def test_heads_of_the_upper_half_replace_removed_heads(make_whisper):
     model = make_whisper(heads=2, decoder_layers=3)
     model.generation_config.alignment_heads = [[1, 0], [2, 1]]
     kill_heads(model, [(1, 0), (2, 1)])
-    slim, told = slimmed(model)
-    assert told == {"before": [[1, 0], [2, 1]], "after": [[1, 0], [2, 0]], "stand_in": True}
+    slim, record = slimmed(model)
+    assert record == {"before": [[1, 0], [2, 1]], "after": [[1, 0], [2, 0]], "stand_in": True}
     assert slim.generation_config.alignment_heads == upper_half(slim) == [[1, 0], [2, 0]]
 
 
-def test_the_list_of_the_model_before_is_left_as_it_is(tiny_whisper):
+def test_the_list_of_the_original_model_is_not_changed(tiny_whisper):
     tiny_whisper.generation_config.alignment_heads = [[0, 0], [0, 1]]
     kill_heads(tiny_whisper, [(0, 0)])
     slim, _ = slimmed(tiny_whisper)
@@ -127,13 +128,13 @@ def test_the_list_of_the_model_before_is_left_as_it_is(tiny_whisper):
     assert tiny_whisper.generation_config.alignment_heads == [[0, 0], [0, 1]]
 
 
-def test_heads_that_do_not_exist_are_named_no_more(tiny_whisper):
+def test_heads_that_do_not_exist_are_removed_from_the_list(tiny_whisper):
     tiny_whisper.generation_config.alignment_heads = [[0, 1], [0, 2], [5, 0]]
     settle(tiny_whisper)
     assert tiny_whisper.generation_config.alignment_heads == [[0, 1]]
 
 
-def test_carrying_twice_is_carrying_once_by_both_moves(tiny_whisper):
+def test_two_carries_apply_both_moves(tiny_whisper):
     tiny_whisper.generation_config.alignment_heads = [[0, 1], [1, 0], [1, 1]]
     carry(tiny_whisper, {(0, 1): (1, 0), (1, 0): None, (1, 1): (1, 1)})
     carry(tiny_whisper, {(1, 0): (0, 1), (1, 1): (1, 0)})
@@ -141,7 +142,7 @@ def test_carrying_twice_is_carrying_once_by_both_moves(tiny_whisper):
 
 
 def test_token_times_of_pruned_and_shrunk_models_are_the_same(make_whisper, processor, clips):
-    """In transformers' own generate(), with the heads that its generation_config names."""
+    """In transformers' generate(), with the heads of generation_config."""
     model = make_whisper(heads=4, d_model=32)
     kill_heads(model, [(0, 0), (1, 2), (1, 3)])
     model.generation_config.alignment_heads = [[0, 1], [0, 3], [1, 1]]
@@ -152,7 +153,7 @@ def test_token_times_of_pruned_and_shrunk_models_are_the_same(make_whisper, proc
     times = []
     for one in (model, slim):
         one.set_attn_implementation("eager")
-        with whisper.quiet():
+        with quiet():
             out = one.generate(
                 features,
                 language="en",
@@ -166,7 +167,7 @@ def test_token_times_of_pruned_and_shrunk_models_are_the_same(make_whisper, proc
     assert max(times[0][1][0]) > 0
 
 
-def test_compress_saves_the_right_list(tmp_path, monkeypatch, make_whisper, processor, clips):
+def test_compress_saves_the_updated_list(tmp_path, monkeypatch, make_whisper, processor, clips):
     monkeypatch.chdir(tmp_path)
     model = make_whisper(heads=4, d_model=32)
     kill_heads(model, [(0, 0), (1, 1)])
@@ -179,15 +180,15 @@ def test_compress_saves_the_right_list(tmp_path, monkeypatch, make_whisper, proc
     slim = pipeline.compress("./base", "shrink.toml", manifest, manifest, Path("slim"))
     saved = json.loads((slim / "generation_config.json").read_text())
     assert saved["alignment_heads"] == [[0, 1], [1, 2]]
-    told = json.loads((slim / "compression.json").read_text())["steps"]["shrink"]
-    assert told["alignment_heads"]["before"] == [[0, 2], [1, 1], [1, 3], [7, 0]]
+    record = json.loads((slim / "compression.json").read_text())["steps"]["shrink"]
+    assert record["alignment_heads"]["before"] == [[0, 2], [1, 1], [1, 3], [7, 0]]
     assert whisper.load(slim).generation_config.alignment_heads == [[0, 1], [1, 2]]
 
 
 # ------------------------------------------------------------------- speech with known word times
 
 
-def test_words_lie_where_the_clip_says(rng):
+def test_composed_words_are_at_their_times(rng):
     sounds = [np.full(int(rng.integers(100, 5000)), n + 1.0) for n in range(4)]
     pauses = rng.uniform(0, 0.3, size=5).tolist()
     clip = compose([(str(n), s) for n, s in enumerate(sounds)], pauses)
@@ -198,25 +199,25 @@ def test_words_lie_where_the_clip_says(rng):
     assert (clip.pcm == 0).sum() == len(clip.pcm) - sum(map(len, sounds))
 
 
-def test_a_pause_too_few_is_refused():
+def test_a_missing_pause_is_refused():
     with pytest.raises(ValueError):
         compose([("one", np.ones(9)), ("two", np.ones(9))], [0.1, 0.1])
 
 
-def test_a_position_half_within_a_word_counts_half():
-    found = within([Word("a", 0.03, 0.06), Word("b", 0.0, 0.02)], 4, 0.02)
-    torch.testing.assert_close(found, torch.tensor([[0, 0.5, 1, 0], [1.0, 0, 0, 0]]))
+def test_a_position_half_inside_a_word_counts_half():
+    result = within([Word("a", 0.03, 0.06), Word("b", 0.0, 0.02)], 4, 0.02)
+    torch.testing.assert_close(result, torch.tensor([[0, 0.5, 1, 0], [1.0, 0, 0, 0]]))
 
 
 # ------------------------------------------------------------------------------- what heads do
 
 
 def planted(model, processor, clip, heads, rng, spread=0.15):
-    """Attentions as cross_attentions gives them: noise, but the given heads follow the words."""
-    given, words = alignment.spell(clip, model, processor)
+    """Attention weights of all heads: noise, except that the given heads follow the words."""
+    prompt, words = alignment.spell(clip, model, processor)
     spans = [w for w, ids in zip(clip.words, words, strict=True) for _ in ids]
     positions = model.config.max_source_positions
-    rows = len(given) + len(spans)
+    rows = len(prompt) + len(spans)
     made = [
         torch.from_numpy(rng.gamma(1.0, size=(count, rows, positions))).float()
         for count in head_counts(model)
@@ -225,22 +226,22 @@ def planted(model, processor, clip, heads, rng, spread=0.15):
     for layer, head in heads:
         for n, span in enumerate(spans):
             middle = (span.start_s + span.end_s) / 2
-            made[layer][head, len(given) - 1 + n] = torch.exp(-((times - middle) ** 2) / spread**2)
+            made[layer][head, len(prompt) - 1 + n] = torch.exp(-((times - middle) ** 2) / spread**2)
         end = clip.words[-1].end_s + 2 * spread
-        made[layer][head, len(given) - 1 + len(spans)] = torch.exp(
+        made[layer][head, len(prompt) - 1 + len(spans)] = torch.exp(
             -((times - end) ** 2) / spread**2
         )
     return [attention / attention.sum(dim=-1, keepdim=True) for attention in made]
 
 
-def test_the_score_of_heads_whose_answer_is_known(tiny_whisper, processor, monkeypatch):
+def test_head_scores_of_known_attention(tiny_whisper, processor, monkeypatch):
     clip = TimedClip(np.zeros(96000, np.float32), (Word("four", 0.5, 1.0), Word("six", 1.0, 2.5)))
-    given, words = alignment.spell(clip, tiny_whisper, processor)
+    prompt, words = alignment.spell(clip, tiny_whisper, processor)
     assert [len(ids) for ids in words] == [1, 1]
-    attention = torch.zeros(2, len(given) + 2, 300)
-    attention[0, len(given) - 1, 25:50] = 1 / 25  # the whole of "four"
-    attention[0, len(given), 100:150] = 1 / 50  # half of it in "six"
-    attention[1] = 1 / 300  # everywhere alike: 0.5 of 6 s, and 1.5 of 6 s
+    attention = torch.zeros(2, len(prompt) + 2, 300)
+    attention[0, len(prompt) - 1, 25:50] = 1 / 25  # the whole of "four"
+    attention[0, len(prompt), 100:150] = 1 / 50  # half of it in "six"
+    attention[1] = 1 / 300  # uniform: 0.5 of 6 s, and 1.5 of 6 s
     monkeypatch.setattr(alignment, "cross_attentions", lambda *_: [attention, attention.flip(0)])
     scores = head_scores(tiny_whisper, processor, [clip])
     assert scores[0, 0] == scores[1, 1] == pytest.approx((1 + 0.5) / 2)
@@ -259,14 +260,14 @@ def test_planted_heads_are_found_and_time_the_words(
     assert find_heads(model, processor, [spoken], len(chosen)) == chosen
     good = timestamp_error_s(model, processor, [spoken], chosen)
     longest = max(word.end_s - word.start_s for word in spoken.words)
-    assert good < 0.4 / 2 + 0.15 < longest + 0.4  # a border lies somewhere in the pause
+    assert good < 0.4 / 2 + 0.15 < longest + 0.4  # a word border may be anywhere in the pause
     others = [pair for pair in pairs if pair not in chosen]
     if others:
         assert timestamp_error_s(model, processor, [spoken], others) > good
 
 
 def dtw(cost):
-    """The cheapest monotone path, by the textbook's recursion; rows and columns of its steps."""
+    """Return the cheapest monotonic path as (row, column) steps, by dynamic programming."""
     rows, columns = cost.shape
     total = np.full((rows + 1, columns + 1), np.inf)
     total[0, 0] = 0
@@ -286,26 +287,26 @@ def dtw(cost):
     return path[::-1]
 
 
-def test_word_times_are_those_of_an_independent_alignment(tiny_whisper, processor, spoken, rng):
+def test_word_times_match_an_independent_alignment(tiny_whisper, processor, spoken, rng):
     heads = [[0, 1], [1, 0]]
-    given, words = alignment.spell(spoken, tiny_whisper, processor)
+    prompt, words = alignment.spell(spoken, tiny_whisper, processor)
     attentions = cross_attentions(tiny_whisper, processor, spoken)
     frames = -(-len(spoken.pcm) // 320)
-    rows = [attentions[layer][head, len(given) - 1 :, :frames].numpy() for layer, head in heads]
+    rows = [attentions[layer][head, len(prompt) - 1 :, :frames].numpy() for layer, head in heads]
     weights = np.stack([(row - row.mean(axis=0)) / row.std(axis=0) for row in rows])
     smooth = median_filter(weights.astype(np.float64), size=(1, 1, 7), mode="mirror").mean(axis=0)
     path = dtw(-smooth)
     entered = {row: 0.02 * min(j for i, j in path if i == row) for row in range(len(smooth))}
     borders = np.cumsum([0, *map(len, words)])
-    wanted = [(entered[a], entered[b]) for a, b in pairwise(borders)]
-    found = word_times(tiny_whisper, processor, spoken, heads)
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-    assert found[0][0] == 0
-    assert [end for _, end in found[:-1]] == [start for start, _ in found[1:]]
+    expected = [(entered[a], entered[b]) for a, b in pairwise(borders)]
+    times = word_times(tiny_whisper, processor, spoken, heads)
+    np.testing.assert_allclose(times, expected, atol=1e-6)
+    assert times[0][0] == 0
+    assert [end for _, end in times[:-1]] == [start for start, _ in times[1:]]
 
 
-def test_attention_that_is_told_is_attention_as_computed(tiny_whisper, processor, spoken):
-    """The weights sum to one, and the model's own attention is put back."""
+def test_returned_attention_is_normalised(tiny_whisper, processor, spoken):
+    """The weights sum to one, and the model's attention implementation is restored."""
     before = tiny_whisper.config._attn_implementation
     attentions = cross_attentions(tiny_whisper, processor, spoken)
     assert [len(attention) for attention in attentions] == head_counts(tiny_whisper)
@@ -314,10 +315,10 @@ def test_attention_that_is_told_is_attention_as_computed(tiny_whisper, processor
     assert tiny_whisper.config._attn_implementation == before
 
 
-def test_heads_found_on_the_embedded_model_time_words_better_than_the_others(
+def test_heads_found_on_the_embedded_model_have_a_lower_timestamp_error(
     digits, processor, clips, rng
 ):
-    """Real speech: single digits of the shipped clips, put together anew."""
+    """Real speech: clips composed of single digits."""
     model = whisper.load(digits)
     single = [c for c in read_manifest(clips.parent / "dev.jsonl") if " " not in c.text]
     made = []
@@ -335,40 +336,40 @@ def test_heads_found_on_the_embedded_model_time_words_better_than_the_others(
     assert errors[0] < 0.3
 
 
-def test_single_words_are_put_together_and_their_times_are_true(digits, processor, clips):
+def test_the_reference_concatenates_single_words(digits, processor, clips):
     model = whisper.load(digits)
-    found = alignment.reference(model, processor, read_manifest(clips.parent / "dev.jsonl"))
-    assert "single words" in found.source
-    assert found.clips and all(len(clip.words) == 4 for clip in found.clips)
-    error = timestamp_error_s(model, processor, found.clips, alignment.heads_of(model))
+    reference = alignment.reference(model, processor, read_manifest(clips.parent / "dev.jsonl"))
+    assert "single words" in reference.source
+    assert reference.clips and all(len(clip.words) == 4 for clip in reference.clips)
+    error = timestamp_error_s(model, processor, reference.clips, alignment.heads_of(model))
     assert 0 < error < 1
 
 
-def test_other_speech_is_timed_by_the_model_before_which_then_is_right(digits, processor, clips):
+def test_the_reference_of_other_speech_uses_the_models_own_times(digits, processor, clips):
     model = whisper.load(digits)
     longer = [clip for clip in read_manifest(clips) if " " in clip.text][:3]
-    found = alignment.reference(model, processor, longer)
-    assert found.source == "the model before compression"
-    assert [" ".join(w.text for w in clip.words) for clip in found.clips] == [
+    reference = alignment.reference(model, processor, longer)
+    assert reference.source == "the model before compression"
+    assert [" ".join(w.text for w in clip.words) for clip in reference.clips] == [
         clip.text for clip in longer
     ]
     heads = alignment.heads_of(model)
-    assert timestamp_error_s(model, processor, found.clips, heads) == 0
+    assert timestamp_error_s(model, processor, reference.clips, heads) == 0
     with torch.no_grad():
-        for layer, head in heads:  # they look anywhere now
+        for layer, head in heads:  # their attention becomes random
             attention = model.model.decoder.layers[layer].encoder_attn
             rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
             attention.q_proj.weight[rows].normal_()
-    assert timestamp_error_s(model, processor, found.clips, heads) > 0
+    assert timestamp_error_s(model, processor, reference.clips, heads) > 0
 
 
-def test_speech_that_tells_no_times_gives_no_reference(tiny_whisper, processor, clips):
+def test_unusable_speech_gives_no_reference(tiny_whisper, processor, clips):
     first = read_manifest(clips)[0]
     for change in (dict(text=" "), dict(lang="zh", text="a b")):
         assert alignment.reference(tiny_whisper, processor, [replace(first, **change)]) is None
 
 
-def test_compress_says_how_far_off_timestamps_are_before_and_after(
+def test_compress_records_the_timestamp_error_before_and_after(
     tmp_path, monkeypatch, digits, clips
 ):
     monkeypatch.chdir(tmp_path)
@@ -379,8 +380,8 @@ def test_compress_says_how_far_off_timestamps_are_before_and_after(
         "[step.recovery]\nsteps = 0\n"
     )
     manifest = Path("few.jsonl")
-    given = str(digits), "mine.toml", manifest, manifest, Path("slim")
-    slim = pipeline.compress(*given, allow_loss=True)
+    arguments = str(digits), "mine.toml", manifest, manifest, Path("slim")
+    slim = pipeline.compress(*arguments, allow_loss=True)
     record = json.loads((slim / "compression.json").read_text())
     assert record["timestamps"]["judged_by"] == "the model before compression"
     assert record["before"]["timestamp_error_s"] == 0
@@ -416,7 +417,7 @@ def work(processor, clips, tmp_path) -> Context:
 
 
 def zeros_of(model, heads) -> tuple[list[float], list[float]]:
-    """Shares of zeros in every cross-attention weight: of the heads' parts, and of the rest."""
+    """Return the share of zeros in cross-attention weights: of these heads, and of the others."""
     own, rest = [], []
     for number, layer in enumerate(model.model.decoder.layers):
         attention = layer.encoder_attn
@@ -435,10 +436,10 @@ def test_protected_heads_lose_no_weight(method, make_whisper, work, rng):
     every = all_heads(model)
     heads = sorted(every[i] for i in rng.permutation(len(every))[: int(rng.integers(1, 4))])
     model.generation_config.alignment_heads = heads
-    told = replace(HARD[method], protect_alignment=True)
+    options = replace(HARD[method], protect_alignment=True)
     METHODS[method].apply(copy.deepcopy(model), HARD[method], work)
     assert work.record[method]["pruned"]["zero_elements"] > 0.5
-    slim = METHODS[method].apply(model, told, replace(work, run_dir=work.run_dir / "protected"))
+    slim = METHODS[method].apply(model, options, replace(work, run_dir=work.run_dir / "protected"))
     own, rest = zeros_of(slim, heads)
     assert set(own) == {0.0}
     assert np.mean(rest) > 0.5
@@ -448,16 +449,16 @@ def test_protected_heads_lose_no_weight(method, make_whisper, work, rng):
 
 
 @pytest.mark.parametrize("method", HARD)
-def test_heads_that_nobody_names_cannot_be_protected(method, tiny_whisper, work, monkeypatch):
-    monkeypatch.setattr(METHODS[method], "train", None)  # nothing is trained first
-    told = replace(HARD[method], protect_alignment=True)
+def test_protection_requires_alignment_heads(method, tiny_whisper, work, monkeypatch):
+    monkeypatch.setattr(METHODS[method], "train", None)  # fails before any training
+    options = replace(HARD[method], protect_alignment=True)
     with pytest.raises(Problem, match="the model names no alignment heads"):
-        METHODS[method].apply(tiny_whisper, told, work)
+        METHODS[method].apply(tiny_whisper, options, work)
 
 
 @pytest.mark.parametrize("mode", ["proximal", "subgradient"])
-def test_penalties_leave_protected_weights_alone(mode, make_whisper, work):
-    """Trained with overwhelming penalties, they become what they do without any."""
+def test_penalties_do_not_change_protected_weights(mode, make_whisper, work):
+    """Even very large penalties have no effect on them."""
     model = make_whisper(heads=4)
     model.generation_config.alignment_heads = [[0, 1], [1, 3]]
     guard = guards(model, True)
@@ -468,8 +469,8 @@ def test_penalties_leave_protected_weights_alone(mode, make_whisper, work):
         with torch.no_grad():
             hook(model, 0, 1.0)
         for name, module in whisper.linears(model):
-            wanted = before[name] * guard[name] if name in guard else 0 * before[name]
-            assert module.weight.equal(wanted)
+            expected = before[name] * guard[name] if name in guard else 0 * before[name]
+            assert module.weight.equal(expected)
     else:
         sums = tspar.penalties(model, options, guard)
         torch.stack(list(sums.values())).sum().backward()
@@ -479,7 +480,7 @@ def test_penalties_leave_protected_weights_alone(mode, make_whisper, work):
             assert (module.weight.grad[~inside] != 0).all()
 
 
-def test_of_a_low_rank_layer_the_shared_factor_is_protected(make_whisper):
+def test_the_shared_factor_of_a_low_rank_layer_is_protected(make_whisper):
     model = make_whisper(heads=4)
     attention = model.model.decoder.layers[0].encoder_attn
     for part in ("k_proj", "out_proj"):
@@ -487,21 +488,21 @@ def test_of_a_low_rank_layer_the_shared_factor_is_protected(make_whisper):
         down, up = nn.Linear(32, 8, bias=False), nn.Linear(8, 32, bias=old.bias is not None)
         setattr(attention, part, whisper.LowRank(down, up))
     model.generation_config.alignment_heads = [[0, 2]]
-    found = guards(model, True)
-    assert {name.partition("encoder_attn.")[2] for name in found} == {
+    masks = guards(model, True)
+    assert {name.partition("encoder_attn.")[2] for name in masks} == {
         *("q_proj", "v_proj", "k_proj.down", "k_proj.up", "out_proj.down", "out_proj.up"),
     }
     prefix = "model.decoder.layers.0.encoder_attn."
-    assert found[prefix + "k_proj.down"].all() and found[prefix + "out_proj.up"].all()
-    assert found[prefix + "k_proj.up"].any(dim=1).nonzero().flatten().tolist() == [*range(16, 24)]
-    assert found[prefix + "out_proj.down"].any(dim=0).nonzero().flatten().tolist() == [
+    assert masks[prefix + "k_proj.down"].all() and masks[prefix + "out_proj.up"].all()
+    assert masks[prefix + "k_proj.up"].any(dim=1).nonzero().flatten().tolist() == [*range(16, 24)]
+    assert masks[prefix + "out_proj.down"].any(dim=0).nonzero().flatten().tolist() == [
         *range(16, 24)
     ]
-    assert set(found) <= {name for name, _ in whisper.linears(model)}
+    assert set(masks) <= {name for name, _ in whisper.linears(model)}
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         pytest.param({}, "there are no clips", id="none"),
         pytest.param(dict(words=()), "clip 1 has no words", id="no words"),
@@ -512,9 +513,9 @@ def test_of_a_low_rank_layer_the_shared_factor_is_protected(make_whisper):
         ),
     ],
 )
-def test_clips_that_cannot_be_used_are_letters(change, told, tiny_whisper, processor, spoken):
+def test_unusable_clips_raise_a_problem(change, message, tiny_whisper, processor, spoken):
     clips = [replace(spoken, **change)] if change else []
-    with pytest.raises(Problem, match=told):
+    with pytest.raises(Problem, match=message):
         head_scores(tiny_whisper, processor, clips)
-    with pytest.raises(Problem, match=told):
+    with pytest.raises(Problem, match=message):
         timestamp_error_s(tiny_whisper, processor, clips, [[0, 0]])

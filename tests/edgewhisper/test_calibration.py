@@ -1,4 +1,4 @@
-"""Calibration: sums of rows as they come, of the positions that count, and nothing left behind."""
+"""Calibration: streaming moments, the positions that are counted, and restored models."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def write_clip(tmp_path, rng):
 
 
 def activations(model, point: Point, speech: Speech) -> torch.Tensor:
-    """All rows of a point, stored: what calibration is there to avoid."""
+    """Return all rows of a point, stored at once."""
     rows = []
 
     def store(module, inputs, output):
@@ -69,16 +69,16 @@ def same_moments(moments: Moments, rows: torch.Tensor) -> None:
 # ----------------------------------------------------------------------------------- arithmetic
 
 
-def test_moments_of_rows_whose_answer_is_known():
+def test_moments_of_known_rows():
     moments = Moments(2)
     moments.add(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
     moments.add(torch.tensor([[2.0, 6.0]]))
     assert moments.mean.tolist() == [2, 2]
-    wanted = torch.tensor([[2 / 3, 0], [0, 8]], dtype=torch.float64)
-    torch.testing.assert_close(moments.covariance, wanted)
+    expected = torch.tensor([[2 / 3, 0], [0, 8]], dtype=torch.float64)
+    torch.testing.assert_close(moments.covariance, expected)
 
 
-def test_rows_may_come_in_any_portions(rng):
+def test_rows_may_be_added_in_any_portions(rng):
     rows = torch.from_numpy(rng.normal(30, 1, size=tuple(rng.integers(5, 60, size=2))))
     moments = Moments(rows.shape[1])
     for part in rows.split(int(rng.integers(1, len(rows)))):
@@ -96,21 +96,21 @@ def test_rows_may_come_in_any_portions(rng):
     ],
     ids=lambda point: f"{point.side}-of-{point.module}",
 )
-def test_streamed_moments_are_those_of_stored_activations(point, tiny_whisper, speech):
-    found = collect(tiny_whisper, [point], speech)[point]
-    same_moments(found, activations(tiny_whisper, point, speech))
+def test_streamed_moments_match_stored_activations(point, tiny_whisper, speech):
+    moments = collect(tiny_whisper, [point], speech)[point]
+    same_moments(moments, activations(tiny_whisper, point, speech))
 
 
-def test_several_points_are_listened_to_in_one_pass(tiny_whisper, speech, few):
+def test_several_points_need_one_pass(tiny_whisper, speech, few):
     points = [Point(FC1), Point(FC1, "output"), Point(TOKENS_READ)]
-    heard = []
-    moments = collect(tiny_whisper, points, speech, lambda: heard.append(1))
-    assert len(heard) == len(few)
+    calls = []
+    moments = collect(tiny_whisper, points, speech, lambda: calls.append(1))
+    assert len(calls) == len(few)
     for point in points:
         same_moments(moments[point], activations(tiny_whisper, point, speech))
 
 
-def test_memory_does_not_grow_with_the_speech(tiny_whisper, few, processor):
+def test_memory_is_independent_of_the_amount_of_speech(tiny_whisper, few, processor):
     def stored(clips):
         moments = collect(tiny_whisper, [Point(FC1)], Speech(clips, processor))[Point(FC1)]
         tensors = [x for x in vars(moments).values() if isinstance(x, torch.Tensor)]
@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_speech(tiny_whisper, few, processor):
     assert bytes_one == bytes_three == 8 * (32 * 32 + 32)
 
 
-def test_two_models_side_by_side(make_whisper, speech):
+def test_joint_moments_of_two_models(make_whisper, speech):
     first, second = make_whisper(), make_whisper()
     mine, theirs = Point(FC1), [Point(FC1, "output"), Point("model.encoder.layers.1.fc2")]
     joint = collect_together([first, second], [[mine], theirs], speech)
@@ -129,7 +129,7 @@ def test_two_models_side_by_side(make_whisper, speech):
     same_moments(joint, torch.cat(rows, dim=1))
 
 
-# -------------------------------------------------------------------------- positions that count
+# ------------------------------------------------------------------------- counted positions
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_position_is_320_samples(samples, positions):
     assert sounding(samples, 160, 300) == positions
 
 
-def test_masked_padding_counts_nowhere(tiny_whisper, write_clip, processor, rng):
+def test_masked_padding_is_not_counted(tiny_whisper, write_clip, processor, rng):
     clip = write_clip(float(rng.uniform(0.3, 5)))
     speech = Speech([clip], processor, mask_padding=True)
     point, cross, tokens = Point(FC1), Point(CROSS_KEY), Point(TOKENS_READ)
@@ -151,13 +151,13 @@ def test_masked_padding_counts_nowhere(tiny_whisper, write_clip, processor, rng)
     same_moments(moments[tokens], activations(tiny_whisper, tokens, speech))
 
 
-def test_long_clips_are_cut_and_all_of_them_is_heard(tiny_whisper, write_clip, processor):
-    speech = Speech([write_clip(8.0)], processor)  # of a window of 6 s
+def test_long_clips_are_cut_into_windows(tiny_whisper, write_clip, processor):
+    speech = Speech([write_clip(8.0)], processor)  # the window is 6 s
     assert len(list(speech.windows(tiny_whisper))) == 2
     assert collect(tiny_whisper, [Point(FC1)], speech)[Point(FC1)].count == 600
 
 
-def test_the_decoder_needs_a_clip_of_one_window(tiny_whisper, write_clip, processor):
+def test_the_decoder_needs_clips_of_one_window(tiny_whisper, write_clip, processor):
     speech = Speech([write_clip(8.0)], processor)
     with pytest.raises(Problem, match=r"none of 1 clips could be used for model\.decoder"):
         collect(tiny_whisper, [Point(TOKENS_READ)], speech)
@@ -165,10 +165,10 @@ def test_the_decoder_needs_a_clip_of_one_window(tiny_whisper, write_clip, proces
         collect_together([tiny_whisper], [[Point(TOKENS_READ)]], speech)
 
 
-# -------------------------------------------------------------------------- nothing left behind
+# --------------------------------------------------------------------------- restored models
 
 
-def test_later_layers_do_not_run_and_come_back(tiny_whisper, speech):
+def test_later_layers_do_not_run_and_are_restored(tiny_whisper, speech):
     ran = []
     for side in ("encoder", "decoder"):
         for number, layer in enumerate(getattr(tiny_whisper.model, side).layers):
@@ -185,16 +185,16 @@ def test_later_layers_do_not_run_and_come_back(tiny_whisper, speech):
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["whole", "interrupted"])
-def test_hooks_go_and_the_mode_stays(fails, tiny_whisper, speech):
+def test_hooks_are_removed_and_the_mode_is_restored(fails, tiny_whisper, speech):
     tiny_whisper.train()
 
-    def seen(point, rows):
+    def check(point, rows):
         assert not tiny_whisper.training
         if fails:
-            raise RuntimeError("enough")
+            raise RuntimeError("stopped")
 
     try:
-        with Listener(tiny_whisper, [Point(FC1)], seen) as listener:
+        with Listener(tiny_whisper, [Point(FC1)], check) as listener:
             listener.hear(next(speech.windows(tiny_whisper)))
     except RuntimeError:
         assert fails
@@ -205,7 +205,7 @@ def test_hooks_go_and_the_mode_stays(fails, tiny_whisper, speech):
 # -------------------------------------------------------------------------------- names of layers
 
 
-def test_layers_that_read_the_same_stand_for_each_other(tiny_whisper, speech):
+def test_layers_with_the_same_input_have_the_same_input_of(tiny_whisper, speech):
     read: dict[str, list] = {}
     ids = next(speech.windows(tiny_whisper, decoder=True))
     for name, module in linears(tiny_whisper):
@@ -224,7 +224,7 @@ def test_sides_and_layers_are_read_from_names():
     assert side_and_layer("model.encoder.layers.31.fc1") == ("encoder", 31)
 
 
-def test_means_far_from_zero_leave_the_covariance_intact(rng):
+def test_the_covariance_is_accurate_for_large_means(rng):
     rows = torch.from_numpy(rng.normal(1000, 1e-2, size=(5000, 3)))
     moments = Moments(3)
     moments.add(rows)

@@ -1,7 +1,7 @@
-"""A Core ML artifact in use: the decode loop, the gate, and the commands that take one.
+"""Core ML artifacts: the decoding loop, the gate, and the commands that use them.
 
-Packages run in the interpreter here. What Core ML itself would do with them is for a Mac to say;
-the way there is walked with coremltools' own classes replaced.
+Packages run in EdgeWhisper's interpreter. Tests of the code for Macs replace coremltools' classes,
+because Core ML itself only runs on Apple's systems.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from small_whisper import random_whisper
 from some_clips import manifest_of_some
 
 from benchmarks import bench as benching
-from benchmarks import reference_runtimes as stock
+from benchmarks import reference_runtimes
 from benchmarks.gate import (
     Bounds,
     GateFailure,
@@ -55,8 +55,8 @@ PARTS = ("mel", "states", "key_cache", "value_cache", "logits")
 
 @pytest.fixture(scope="module")
 def model(digits):
-    found, _, _ = pipeline.load_for("whisperkit", str(digits))
-    return found
+    loaded, _, _ = pipeline.load_for("whisperkit", str(digits))
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def few(clips, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def fp32(digits, few, tmp_path_factory) -> Path:
-    """The embedded default as a Core ML artifact in float32, which has passed its gate."""
+    """The embedded model as a Core ML artifact in float32 that has passed its gate."""
     out = tmp_path_factory.mktemp("coreml") / "fp32"
     options = {"precision": "fp32", "layout": "whisperkit", "target": "coreml"}
     return pipeline.export(str(digits), speech=few, out=out, say=lambda text: None, **options)
@@ -75,7 +75,7 @@ def fp32(digits, few, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recognizer(fp32) -> Recognizer:
-    return stock.recognizer(fp32, threads=None, guards=False)
+    return reference_runtimes.recognizer(fp32, threads=None, guards=False)
 
 
 @pytest.fixture(scope="module")
@@ -105,29 +105,29 @@ def long(clips) -> np.ndarray:
     ],
     ids=lambda options: " ".join(options) or "greedy",
 )
-def test_it_hears_what_the_onnx_runner_hears(options, recognizer, exported, pcms, long):
+def test_transcripts_equal_those_of_the_onnx_runner(options, recognizer, exported, pcms, long):
     onnx = Recognizer(exported, threads=1, guards=False)
     for pcm in [*pcms, long]:
-        found, wanted = (each.transcribe(pcm, **options) for each in (recognizer, onnx))
-        assert (found.text, found.tokens) == (wanted.text, wanted.tokens)
-        assert found.segments == wanted.segments
-        assert found.language == wanted.language
+        actual, expected = (each.transcribe(pcm, **options) for each in (recognizer, onnx))
+        assert (actual.text, actual.tokens) == (expected.text, expected.tokens)
+        assert actual.segments == expected.segments
+        assert actual.language == expected.language
 
 
-def test_every_step_is_fed_as_whisperkit_feeds_it(recognizer, pcms, monkeypatch):
-    """One token, where it stands, the caches up to it, and masks that say so."""
+def test_every_step_has_the_inputs_that_whisperkit_passes(recognizer, pcms, monkeypatch):
+    """A token, its position, the caches before it, and the masks for that position."""
     fed, package = [], recognizer.engine.decoder
     predict = package.predict
 
-    def noted(feed, state=None):
+    def record(feed, state=None):
         fed.append({name: array.copy() for name, array in feed.items()})
         return predict(feed, state)
 
-    monkeypatch.setattr(package, "predict", noted)
+    monkeypatch.setattr(package, "predict", record)
     tokens = recognizer.window(pcms[-1])
-    wanted = [*recognizer.rules.prompt, *tokens]
-    assert [int(feed["input_ids"][0]) for feed in fed] == wanted
-    assert [int(feed["cache_length"][0]) for feed in fed] == list(range(len(wanted)))
+    expected = [*recognizer.rules.prompt, *tokens]
+    assert [int(feed["input_ids"][0]) for feed in fed] == expected
+    assert [int(feed["cache_length"][0]) for feed in fed] == list(range(len(expected)))
     room = fed[0]["kv_cache_update_mask"].shape[1]
     for here, feed in enumerate(fed):
         assert np.array_equal(feed["kv_cache_update_mask"][0], np.eye(room)[here])
@@ -138,15 +138,15 @@ def test_every_step_is_fed_as_whisperkit_feeds_it(recognizer, pcms, monkeypatch)
             assert np.abs(feed[name][..., :here]).max(initial=1.0) > 0.1
 
 
-def test_a_text_leaves_nothing_behind_for_the_next(recognizer, fp32, pcms):
-    fresh = stock.recognizer(fp32, threads=None, guards=False)
+def test_transcripts_do_not_depend_on_earlier_ones(recognizer, fp32, pcms):
+    fresh = reference_runtimes.recognizer(fp32, threads=None, guards=False)
     memory = recognizer.engine.rooms(1)[0][0]["key_cache"]
     texts = [recognizer.transcribe(pcm, beams=2).text for pcm in reversed(pcms)]
     assert recognizer.engine.rooms(1)[0][0]["key_cache"] is memory
     assert texts == [fresh.transcribe(pcm).text for pcm in reversed(pcms)]
 
 
-def test_times_have_an_entry_a_window_and_one_a_token(recognizer, pcms):
+def test_times_have_one_entry_per_window_and_per_token(recognizer, pcms):
     times = Transcript()
     tokens = recognizer.window(pcms[0], times)
     assert [len(list_) for list_ in (times.graph_s, times.mel_s, times.prompt_s)] == [1, 1, 1]
@@ -155,21 +155,21 @@ def test_times_have_an_entry_a_window_and_one_a_token(recognizer, pcms):
 
 
 @pytest.mark.parametrize("stateful", [False, True], ids=["caches", "states"])
-def test_beams_go_on_from_their_parents(stateful, digits, processor, rng, tmp_path):
-    """Drawn parents and tokens: the logits are those of the same text, fed from the start."""
+def test_beams_continue_from_their_parents(stateful, digits, processor, rng, tmp_path):
+    """For random parents and tokens, the logits equal those of the whole text."""
     precision = "fp16" if stateful else "fp32"
     small = random_whisper(digits)
     export_coreml(small, processor, tmp_path / "a", precision, stateful=stateful)
-    recognizer = stock.recognizer(tmp_path / "a", threads=None, guards=False)
+    recognizer = reference_runtimes.recognizer(tmp_path / "a", threads=None, guards=False)
     decoder = recognizer.decoder_over(rng.standard_normal(16_000).astype("f4"), Transcript())
     texts = [list(recognizer.rules.prompt)] * 4
     decoder(recognizer.rules.prompt)
     branches, parents = Branches(decoder, 4), [0] * 4
     for _ in range(5):
         tokens = rng.integers(0, 370, 4).tolist()
-        found = branches(parents, tokens)
+        rows = branches(parents, tokens)
         texts = [[*texts[p], t] for p, t in zip(parents, tokens, strict=True)]
-        for text, logits in zip(texts, found, strict=True):
+        for text, logits in zip(texts, rows, strict=True):
             decoder.fed = 0
             assert np.allclose(decoder(text), logits, atol=2e-3)
         parents = rng.integers(0, 4, 4).tolist()
@@ -184,14 +184,14 @@ def copy(fp32, tmp_path) -> Path:
 
 
 def refused(folder: Path) -> str:
-    with pytest.raises((RunnerProblem, Problem)) as letter:
-        stock.recognizer(folder, threads=None)
-    assert letter.value.hint
-    return str(letter.value)
+    with pytest.raises((RunnerProblem, Problem)) as error:
+        reference_runtimes.recognizer(folder, threads=None)
+    assert error.value.hint
+    return str(error.value)
 
 
 def changed(folder: Path, change) -> Path:
-    """The artifact with another manifest."""
+    """Change the artifact's manifest."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest["contract"], manifest)
@@ -259,22 +259,22 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_manifest_that_promises_something_else_is_refused(kind, copy):
+def test_a_manifest_that_differs_from_the_packages_is_refused(kind, copy):
     import re
 
     change, message = CHANGES[kind]
-    letter = refused_by_runner(changed(copy, change))
-    assert re.search(message, letter), letter
+    error = refused_by_runner(changed(copy, change))
+    assert re.search(message, error), error
 
 
 def refused_by_runner(folder: Path) -> str:
-    with pytest.raises(RunnerProblem) as letter:
-        Recognizer(folder, open_package=stock.Interpreted)
-    assert letter.value.hint
-    return str(letter.value)
+    with pytest.raises(RunnerProblem) as error:
+        Recognizer(folder, open_package=reference_runtimes.Interpreted)
+    assert error.value.hint
+    return str(error.value)
 
 
-def test_files_of_a_package_that_are_not_as_written_are_refused(copy):
+def test_changed_files_of_a_package_are_refused(copy):
     weights = copy / "AudioEncoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -285,44 +285,47 @@ def test_files_of_a_package_that_are_not_as_written_are_refused(copy):
     (weights.parent / "more.bin").write_bytes(b"more")
     assert "the manifest does not list it" in refused(copy)
     (weights.parent / "more.bin").unlink()
-    assert stock.recognizer(copy, threads=None)
+    assert reference_runtimes.recognizer(copy, threads=None)
     shutil.move(copy / "AudioEncoder.mlpackage", copy.parent / "elsewhere")
     (copy / "AudioEncoder.mlpackage").symlink_to(copy.parent / "elsewhere")
     assert "a link, not a folder" in refused(copy)
 
 
-def test_off_a_mac_the_runner_says_where_core_ml_is(fp32, exported):
+def test_without_a_mac_the_runner_explains_where_core_ml_runs(fp32, exported):
     with pytest.raises(RunnerProblem, match="this machine runs Linux, and Core ML is on Apple's"):
         Recognizer(fp32)
     with pytest.raises(RunnerProblem, match="this machine runs Linux"):
-        stock.recognizer(fp32, None, compute_units="cpu-ane")
-    with pytest.raises(RunnerProblem, match="compute units 'gpu' are not known") as letter:
-        stock.recognizer(fp32, None, compute_units="gpu")
-    assert letter.value.hint == "name one of all, cpu, cpu-ane, cpu-gpu"
+        reference_runtimes.recognizer(fp32, None, compute_units="cpu-ane")
+    with pytest.raises(RunnerProblem, match="compute units 'gpu' are not known") as error:
+        reference_runtimes.recognizer(fp32, None, compute_units="gpu")
+    assert error.value.hint == "name one of all, cpu, cpu-ane, cpu-gpu"
     with pytest.raises(RunnerProblem, match="it is no Core ML artifact"):
         Recognizer(exported, compute_units="cpu")
 
 
-# -------------------------------------------------------------------- on a Mac, as far as it goes
+# ------------------------------------------------------- on a Mac, with replaced coremltools
 
 
 @pytest.fixture
 def mac(monkeypatch) -> list[tuple]:
-    """A Mac whose coremltools runs packages in the interpreter, in the way of the real one: given
-    arrays of float16 it widens them in the caller's dictionary. What was opened, and on what."""
+    """A Mac whose coremltools runs packages in the interpreter.
+
+    As the real one, it converts float16 arrays in the caller's dictionary to float32. Returns the
+    list of opened packages with their compute units.
+    """
     opened = []
 
     class Model:
         def __init__(self, path, compute_units):
             opened.append((type(self).__name__, Path(path).name, compute_units))
-            self.package = stock.Interpreted(Path(path).with_suffix(".mlpackage"))
+            self.package = reference_runtimes.Interpreted(Path(path).with_suffix(".mlpackage"))
             self.make_state = self.package.new_state
 
-        def predict(self, given, **more):
-            for name, array in given.items():
+        def predict(self, inputs, **more):
+            for name, array in inputs.items():
                 if array.dtype == np.float16:
-                    given[name] = array.astype(np.float32)
-            return self.package.predict(given, **more)
+                    inputs[name] = array.astype(np.float32)
+            return self.package.predict(inputs, **more)
 
     import coremltools
 
@@ -337,25 +340,25 @@ def mac(monkeypatch) -> list[tuple]:
 
 
 def test_on_a_mac_core_ml_runs_the_packages(mac, fp32, recognizer, pcms):
-    found = Recognizer(fp32, compute_units="cpu-ane")
+    on_mac = Recognizer(fp32, compute_units="cpu-ane")
     assert [(kind, name, units.name) for kind, name, units in mac] == [
         ("MLModel", f"{name}.mlpackage", "CPU_AND_NE")
         for name in ("MelSpectrogram", "AudioEncoder", "TextDecoder")
     ]
     for pcm in pcms:
-        assert found.transcribe(pcm).tokens == recognizer.transcribe(pcm).tokens
+        assert on_mac.transcribe(pcm).tokens == recognizer.transcribe(pcm).tokens
     mac.clear()
-    stock.open_artifact(fp32)
+    reference_runtimes.open_artifact(fp32)
     assert {units.name for _, _, units in mac} == {"ALL"}
 
 
-def test_what_was_compiled_before_is_not_compiled_again(mac, copy):
+def test_compiled_packages_are_not_compiled_again(mac, copy):
     (copy / "AudioEncoder.mlmodelc").mkdir()
     Recognizer(copy)
     assert [kind for kind, _, _ in mac] == ["MLModel", "CompiledMLModel", "MLModel"]
 
 
-def test_states_are_copied_by_reading_and_writing_them(mac, digits, processor, tmp_path, rng):
+def test_states_are_copied_by_reading_and_writing(mac, digits, processor, tmp_path, rng):
     export_coreml(random_whisper(digits), processor, tmp_path / "a", "fp16", stateful=True)
     package = coreml.Installed(tmp_path / "a" / "TextDecoder.mlpackage", "all")
     assert sorted(spec.name for spec in package.states) == ["key_cache", "value_cache"]
@@ -366,21 +369,21 @@ def test_states_are_copied_by_reading_and_writing_them(mac, digits, processor, t
     assert copied == drawn
 
 
-def test_a_bench_on_a_mac_times_log_mel_by_itself(mac, fp32, few, tmp_path):
+def test_a_bench_on_a_mac_times_log_mel_separately(mac, fp32, few, tmp_path):
     benching.write_clips(read_manifest(few), tmp_path)
-    found = measure.bench(fp32, tmp_path / "clips.json", 1, compute_units="cpu")
+    times = measure.bench(fp32, tmp_path / "clips.json", 1, compute_units="cpu")
     assert {units.name for _, _, units in mac} == {"CPU_ONLY"}
-    assert found["mel_share"] is None
-    assert len(found["mel_s"]) == len(found["encoder_s"]) == 4
-    assert min(*found["mel_s"], *found["encoder_s"]) > 0
-    assert found["versions"]["coremltools"] == "9.0"
-    assert found["texts"] == [clip.text for clip in read_manifest(few)]
+    assert times["mel_share"] is None
+    assert len(times["mel_s"]) == len(times["encoder_s"]) == 4
+    assert min(*times["mel_s"], *times["encoder_s"]) > 0
+    assert times["versions"]["coremltools"] == "9.0"
+    assert times["texts"] == [clip.text for clip in read_manifest(few)]
 
 
 # ------------------------------------------------------------------------------------------ gate
 
 
-def test_the_gate_holds_every_part_against_torch(fp32):
+def test_the_gate_compares_every_part_with_torch(fp32):
     gate = read_artifact(fp32)["gate"]
     assert gate["identical_tokens"] == 1
     assert gate["exact"] is True
@@ -394,26 +397,26 @@ def weights_of(folder: Path, package: str) -> Path:
 
 
 def damage(folder: Path, package: str, change) -> Path:
-    """Change the largest constant of a package; hashes are those of what it holds now."""
+    """Change the largest constant of a package, and update the hashes."""
     path = weights_of(folder, package)
-    held = bytearray(path.read_bytes())
-    marks = [at for at in range(0, len(held) - HEADER.size, 64) if is_header(held, at)]
-    at = max(marks, key=lambda at: HEADER.unpack_from(held, at)[2])
-    _, kind, size, begin, _ = HEADER.unpack_from(held, at)
-    values = np.frombuffer(held, {1: "<f2", 2: "<f4"}[kind], size // {1: 2, 2: 4}[kind], begin)
-    held[begin : begin + size] = change(values).astype(values.dtype).tobytes()
-    path.write_bytes(held)
+    content = bytearray(path.read_bytes())
+    marks = [at for at in range(0, len(content) - HEADER.size, 64) if is_header(content, at)]
+    at = max(marks, key=lambda at: HEADER.unpack_from(content, at)[2])
+    _, kind, size, begin, _ = HEADER.unpack_from(content, at)
+    values = np.frombuffer(content, {1: "<f2", 2: "<f4"}[kind], size // {1: 2, 2: 4}[kind], begin)
+    content[begin : begin + size] = change(values).astype(values.dtype).tobytes()
+    path.write_bytes(content)
     write_manifest(folder, read_artifact(folder))
     return folder
 
 
-def is_header(held: bytearray, at: int) -> bool:
-    return struct.unpack_from("<I", held, at)[0] == SENTINEL
+def is_header(content: bytearray, at: int) -> bool:
+    return struct.unpack_from("<I", content, at)[0] == SENTINEL
 
 
 @pytest.fixture(scope="module")
 def judged(model, processor, few, fp32):
-    """The gate of a folder under the bounds of a precision; torch is asked once."""
+    """The gate of a folder with the bounds of a precision. Torch's results are cached."""
     clips = read_manifest(few)
     reference = checkpoint_tokens(partial(decoding.greedy, model, processor), clips, 96_000)
     ask = pipeline.torch_parts(model, processor, read_artifact(fp32))
@@ -439,7 +442,7 @@ def judged(model, processor, few, fp32):
         ("MelSpectrogram", lambda w: w * 1.001, "log-mel features differ by .* allowed is 0.0001"),
         ("TextDecoder", lambda w: w * np.inf, "clips get other tokens"),
     ],
-    ids=["rolled", "encoder off", "mel off", "no numbers"],
+    ids=["rolled", "encoder scaled", "mel scaled", "infinite"],
 )
 def test_a_damaged_weight_fails_the_float32_gate(package, change, message, judged, copy):
     with np.errstate(invalid="ignore"), pytest.raises(GateFailure, match=message):
@@ -447,7 +450,7 @@ def test_a_damaged_weight_fails_the_float32_gate(package, change, message, judge
 
 
 def test_irregular_layers_pass_the_same_gate(digits, few, tmp_path):
-    """Other heads and units in every layer, with the zeros of the engine's form between them."""
+    """Layers of different heads and units, padded with zeros for the Neural Engine."""
     options = {"layout": "whisperkit", "target": "coreml", "neural_engine": True}
     source = irregular(digits, tmp_path / "irregular")
     place = pipeline.export(str(source), "fp32", few, tmp_path / "out", **options)
@@ -456,8 +459,8 @@ def test_irregular_layers_pass_the_same_gate(digits, few, tmp_path):
     assert all(0 < gate["max_errors"][part] <= 1e-4 for part in PARTS)
 
 
-def test_the_bounds_are_the_precisions(judged, copy):
-    """What fails float16 and int8 is told of a palette, and is no failure of it later."""
+def test_the_bounds_depend_on_the_precision(judged, copy):
+    """A loss that fails float16 and int8 is only a warning for a palette."""
     damage(copy, "TextDecoder", partial(np.roll, shift=1))
     with pytest.raises(GateFailure, match=r"clips get other tokens .*, 98% must get the same"):
         judged(copy, bounds_for("coreml", "fp16"))
@@ -469,8 +472,8 @@ def test_the_bounds_are_the_precisions(judged, copy):
     assert bounds_for("onnx", "int4").strict
 
 
-def test_one_window_of_several_is_exported_and_judged(digits, processor, few, tmp_path):
-    """Clips beyond it are cut, as the reference cuts them."""
+def test_one_of_several_windows_is_exported_and_gated(digits, processor, few, tmp_path):
+    """Longer clips are cut, as in the reference."""
     two = whisper.load(digits)
     whisper.set_windows(two.config, [100, 200, 300])
     whisper.save(two, processor, tmp_path / "two", {})
@@ -483,14 +486,14 @@ def test_one_window_of_several_is_exported_and_judged(digits, processor, few, tm
     assert manifest["gate"]["windows"] > manifest["gate"]["clips"]
     model, _, _ = pipeline.load_for("whisperkit", str(tmp_path / "two"), 2.0)
     assert windows_of(model.config) == [100, 300]
-    assert layer_shapes(model) == manifest["layers"]  # as `verify --checkpoint` asks for it
+    assert layer_shapes(model) == manifest["layers"]  # `verify --checkpoint` compares them
     with pytest.raises(Problem, match=r"no window of 3 s; it was made for 2 and 4 and 6 s"):
         pipeline.export(
             str(tmp_path / "two"), speech=few, out=tmp_path / "no", **options | {"window": 3.0}
         )
 
 
-# ------------------------------------------------------------------- whisper.cpp's lone encoder
+# ------------------------------------------------------------ the encoder for whisper.cpp
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +503,7 @@ def lone(digits, few, tmp_path_factory) -> Path:
     return pipeline.export(str(digits), speech=few, out=out, say=lambda text: None, **options)
 
 
-def test_an_encoder_is_judged_by_what_the_checkpoint_writes_of_its_states(lone, few, digits):
+def test_an_encoder_is_gated_with_the_checkpoints_decoder(lone, few, digits):
     gate = read_artifact(lone)["gate"]
     assert gate["identical_tokens"] == 1
     assert 0 < gate["max_errors"]["states"] < 1e-4
@@ -518,7 +521,7 @@ def test_a_damaged_encoder_fails_its_gate(lone, few, model, processor, tmp_path)
     with pytest.raises(GateFailure, match="clips get other tokens"):
         pipeline.gate(broken, manifest, model, processor, clips)
     benching.write_clips(clips, tmp_path)
-    now = stock.answer_of(broken, tmp_path / "clips.json", None)["states"]
+    now = reference_runtimes.answer_of(broken, tmp_path / "clips.json", None)["states"]
     with pytest.raises(GateFailure, match="states of 4 clips differ by"):
         states_again(manifest["gate"], clips, now)
 
@@ -529,10 +532,10 @@ def test_a_damaged_encoder_fails_its_gate(lone, few, model, processor, tmp_path)
 def test_a_package_is_verified(fp32, few, digits):
     report = verify(fp32, few, threads=1)
     assert report.letter is None, report.letter
-    found = {row["check"]: row["found"] for row in report.rows}
-    assert "specification 7" in found["graphs"]
-    assert found["contract"].startswith("14 inputs and outputs")
-    assert found["gate"] == "the tokens of all 4 clips are those of the gate"
+    rows = {row["check"]: row["found"] for row in report.rows}
+    assert "specification 7" in rows["graphs"]
+    assert rows["contract"].startswith("14 inputs and outputs")
+    assert rows["gate"] == "the tokens of all 4 clips are those of the gate"
 
 
 def failed_at(folder: Path, few: Path) -> tuple[str, str]:
@@ -541,8 +544,8 @@ def failed_at(folder: Path, few: Path) -> tuple[str, str]:
     return next((r["check"], r["found"]) for r in report.rows if r["result"] == "failed")
 
 
-def test_damage_is_found_by_the_check_that_can_see_it(copy, few, rng):
-    """With hashes that are right, as a stranger would send it."""
+def test_damage_fails_the_matching_check(copy, few, rng):
+    """The hashes are updated, as an attacker would do."""
     data = copy / "TextDecoder.mlpackage/Data/com.apple.CoreML"
     weights, model = data / "weights/weight.bin", data / "model.mlmodel"
     whole = weights.read_bytes(), model.read_bytes()
@@ -553,22 +556,23 @@ def test_damage_is_found_by_the_check_that_can_see_it(copy, few, rng):
 
     model.write_bytes(rng.bytes(len(whole[1])))
     write_manifest(copy, read_artifact(copy))
-    check, letter = failed_at(copy, few)
-    assert (check, "not a Core ML model" in letter) == ("graphs", True)
+    check, error = failed_at(copy, few)
+    assert (check, "not a Core ML model" in error) == ("graphs", True)
 
     model.write_bytes(whole[1])
     damage(copy, "TextDecoder", partial(np.roll, shift=1))
-    check, letter = failed_at(copy, few)
-    assert (check, "clips get other tokens than at the gate" in letter) == ("gate", True)
+    check, error = failed_at(copy, few)
+    assert (check, "clips get other tokens than at the gate" in error) == ("gate", True)
 
 
 @pytest.mark.parametrize("layout", ["whisperkit", "encoder"])
-def test_whatever_a_manifest_lacks_or_says_instead_gets_a_letter(layout, fp32, lone, tmp_path, rng):
-    """Fields of the first levels, taken out or replaced; what no reader needs may be."""
+def test_missing_and_wrong_manifest_entries_raise_problems(layout, fp32, lone, tmp_path, rng):
+    """Entries of the first two levels are removed or replaced. Some of them are not required."""
     whole = (fp32 if layout == "whisperkit" else lone) / "manifest.json"
-    told, refused = json.loads(whole.read_text()), 0
-    places = [(key,) for key in told]
-    places += [(key, sub) for key in told if isinstance(told[key], dict) for sub in told[key]]
+    manifest, refused = json.loads(whole.read_text()), 0
+    places = [(key,) for key in manifest]
+    tables = {key: value for key, value in manifest.items() if isinstance(value, dict)}
+    places += [(key, sub) for key, table in tables.items() for sub in table]
     places = [places[n] for n in rng.permutation(len(places))[:25]]
     for path in places:
         for value in ("gone", None, [], {}, -1, "text", [[]]):
@@ -579,25 +583,25 @@ def test_whatever_a_manifest_lacks_or_says_instead_gets_a_letter(layout, fp32, l
             (tmp_path / "manifest.json").write_text(json.dumps(changed))
             try:
                 check_manifest(tmp_path, {})
-            except (Problem, RunnerProblem) as letter:
-                assert letter.hint
+            except (Problem, RunnerProblem) as error:
+                assert error.hint
                 refused += 1
     assert refused > len(places)
 
 
-def test_inspect_tells_operations_sizes_and_bits(fp32, digits, processor, tmp_path, model):
+def test_inspect_shows_operations_sizes_and_bits(fp32, digits, processor, tmp_path, model):
     export_coreml(model, processor, tmp_path / "pal4", "pal4")
     for folder, version, form in ((fp32, 7, "float32"), (tmp_path / "pal4", 7, "palette4")):
-        found = inspect.inspect(str(folder))
-        held = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-        assert sum(found["bytes"].values()) == sum(held)
-        assert found["packages"].keys() == {"MelSpectrogram", "AudioEncoder", "TextDecoder"}
+        contents = inspect.inspect(str(folder))
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        assert sum(contents["bytes"].values()) == sum(sizes)
+        assert contents["packages"].keys() == {"MelSpectrogram", "AudioEncoder", "TextDecoder"}
         for name in ("AudioEncoder", "TextDecoder"):
-            package = found["packages"][name]
+            package = contents["packages"][name]
             assert package["specification_version"] == version
             assert next(iter(package["weights"])) == form
             assert package["operations"]["softmax"] == 4
-        rows = {row["package"]: row for row in inspect.package_rows(found)}
+        rows = {row["package"]: row for row in inspect.package_rows(contents)}
         assert rows["MelSpectrogram"]["numbers"].endswith(" float32")
     assert 4 < float(rows["AudioEncoder"]["bits each"]) < 6
 
@@ -622,7 +626,7 @@ def edgewhisper(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_export_walks_the_road_on_the_embedded_default(edgewhisper, few, tmp_path):
+def test_export_of_the_embedded_model(edgewhisper, few, tmp_path):
     code, out, err = edgewhisper("export", "--target", "coreml", "--speech", few)
     assert code == 0, err
     (place,) = (tmp_path / "edgewhisper-runs").iterdir()
@@ -641,21 +645,21 @@ def test_export_walks_the_road_on_the_embedded_default(edgewhisper, few, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("told", "forms", "line"),
+    ("changes", "forms", "line"),
     [
         ({"stateful": True}, ["float16"], "iOS18, specification 9: the oldest that has a cache in"),
         ({}, ["int8", "int4"], "iOS18, specification 9: the oldest that has 4-bit weights"),
-        ({"asked": "iOS18"}, ["int8"], "iOS18, specification 9: as asked"),
+        ({"asked": "iOS18"}, ["int8"], "iOS18, specification 9: as requested"),
     ],
     ids=["states", "blocks", "asked"],
 )
-def test_why_a_target_was_chosen_is_said(told, forms, line, fp32):
+def test_the_reason_for_a_deployment_target_is_shown(changes, forms, line, fp32):
     manifest = read_artifact(fp32)
-    manifest["coreml"] |= {"deployment_target": "iOS18", "specification_version": 9} | told
+    manifest["coreml"] |= {"deployment_target": "iOS18", "specification_version": 9} | changes
     manifest["coreml"]["weights"]["TextDecoder"] = dict.fromkeys(forms, 1000)
-    found = list(chosen(manifest, {"deployment_target": told.get("asked")}))
-    assert line in found[0]
-    assert found[3].endswith(f"weights in {' and '.join(f'{form} 1,000' for form in forms)}")
+    lines = list(chosen(manifest, {"deployment_target": changes.get("asked")}))
+    assert line in lines[0]
+    assert lines[3].endswith(f"weights in {' and '.join(f'{form} 1,000' for form in forms)}")
 
 
 @pytest.mark.parametrize(
@@ -675,7 +679,7 @@ def test_why_a_target_was_chosen_is_said(told, forms, line, fp32):
     ],
     ids=lambda text: text if text.startswith("--") else "",
 )
-def test_what_a_target_does_not_have_is_refused(words, message, edgewhisper, few, tmp_path):
+def test_options_of_another_target_are_refused(words, message, edgewhisper, few, tmp_path):
     code, _, err = edgewhisper("export", "--speech", few, *words.split())
     assert code == 1
     assert message in err
@@ -683,7 +687,7 @@ def test_what_a_target_does_not_have_is_refused(words, message, edgewhisper, few
     assert not list((tmp_path / "edgewhisper-runs").glob("*"))
 
 
-def test_a_package_is_heard_off_a_mac_and_it_is_said_who_runs_it(edgewhisper, fp32, few, tmp_path):
+def test_without_a_mac_the_interpreter_transcribes_and_is_named(edgewhisper, fp32, few, tmp_path):
     clips = read_manifest(few)
     for number, clip in enumerate(clips[:2]):
         soundfile.write(tmp_path / f"{number}.wav", clip.pcm(), 16_000)
@@ -698,18 +702,18 @@ def test_a_package_is_heard_off_a_mac_and_it_is_said_who_runs_it(edgewhisper, fp
         assert (code, "this machine runs Linux" in err) == (1, True)
 
 
-def test_compute_units_are_no_checkpoints(edgewhisper, digits, few):
+def test_a_checkpoint_has_no_compute_units(edgewhisper, digits, few):
     code, _, err = edgewhisper("eval", digits, "--speech", few, "--compute-units", "cpu")
     assert (code, "compute units 'cpu' are Core ML's" in err) == (1, True)
 
 
 def test_a_device_with_core_ml_benches_a_package(fp32, few):
-    """What is sent to a Mac, and what is asked of it."""
+    """The files and commands that are sent to a Mac."""
     clips = read_manifest(few)
-    told = {stage: [0.1] for stage in benching.STAGES} | {"peak_rss_bytes": 1, "mel_share": None}
-    told |= {"tokens": [], "texts": [clip.text for clip in clips], "versions": {}}
-    told["end_to_end_s"] = [0.1] * len(clips)
-    reply = SimpleNamespace(exit_code=0, stdout=json.dumps(told), stderr="")
+    answer = {stage: [0.1] for stage in benching.STAGES} | {"peak_rss_bytes": 1, "mel_share": None}
+    answer |= {"tokens": [], "texts": [clip.text for clip in clips], "versions": {}}
+    answer["end_to_end_s"] = [0.1] * len(clips)
+    reply = SimpleNamespace(exit_code=0, stdout=json.dumps(answer), stderr="")
     first = SimpleNamespace(exit_code=0, stdout='{"compile_s": [2], "cold_load_s": [1]}', stderr="")
     again = SimpleNamespace(exit_code=0, stdout='{"compile_s": [], "cold_load_s": [1]}', stderr="")
     replies = [first, again, reply, reply]

@@ -1,4 +1,4 @@
-"""What a compression may cost: the limit of a recipe, and what happens beyond it."""
+"""The accuracy limit of a recipe, and what happens if a step exceeds it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def score(wer: float) -> SimpleNamespace:
 
 @pytest.fixture
 def few(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Six of the shipped clips, in an empty working directory."""
+    """A manifest of six shipped clips in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(clips.parent / "test", tmp_path / "speech/test")
     manifest = tmp_path / "speech/few.jsonl"
@@ -53,13 +53,13 @@ def few(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ----------------------------------------------------------------------------------- the limit
 
 
-def test_a_recipe_sets_its_limit_and_has_five_points_otherwise():
+def test_the_default_limit_is_five_points():
     assert parse("mine", SHRINK).max_wer_loss == 5.0
     assert parse("mine", "max_wer_loss = 2\n" + SHRINK).max_wer_loss == 2.0
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         ('"a lot"', "max_wer_loss: 'a lot' is not a number"),
         ("-1", "max_wer_loss: -1 is not between 0 and 100"),
@@ -67,36 +67,36 @@ def test_a_recipe_sets_its_limit_and_has_five_points_otherwise():
         ("true", "max_wer_loss: True is not a number"),
     ],
 )
-def test_a_limit_is_checked_by_type_and_range(value: str, told: str):
-    with pytest.raises(Problem, match=told):
+def test_a_limit_is_checked_by_type_and_range(value: str, message: str):
+    with pytest.raises(Problem, match=message):
         parse("mine", f"max_wer_loss = {value}\n{SHRINK}")
 
 
 @pytest.mark.parametrize(("after", "raises"), [(0.11, False), (0.115, False), (0.1166, True)])
 def test_a_loss_is_compared_in_points(after: float, raises: bool):
-    guard, said = Guard(limit=5.0), []
+    guard, lines = Guard(limit=5.0), []
     loss = Loss(2, "tspar", score(0.065), score(after))
     if not raises:
-        guard.check(loss, "cause", None, said.append)
-        assert said == [f"dev WER 6.5 % -> {100 * after:.1f} % ({loss.points:+.1f} points)"]
+        guard.check(loss, "cause", None, lines.append)
+        assert lines == [f"dev WER 6.5 % -> {100 * after:.1f} % ({loss.points:+.1f} points)"]
         return
-    with pytest.raises(TooMuchLost) as found:
-        guard.check(loss, "cause", None, said.append)
-    assert str(found.value) == (
+    with pytest.raises(TooMuchLost) as error:
+        guard.check(loss, "cause", None, lines.append)
+    assert str(error.value) == (
         "step 2 (tspar) raised dev WER from 6.5 % to 11.7 % on 60 clips of 566 words: 5.2 points, "
         "more than max_wer_loss = 5"
     )
-    assert found.value.hint == "cause"
-    assert found.value.suffix == "-failed-step-2-tspar"
+    assert error.value.hint == "cause"
+    assert error.value.suffix == "-failed-step-2-tspar"
 
 
-def test_an_allowed_loss_is_recorded_and_said():
-    guard, said = Guard(limit=5.0, allow=True), []
-    guard.check(Loss(1, "lite", score(0.1), score(0.8)), "cause", None, said.append)
-    assert "warning: step 1 (lite) raised dev WER from 10.0 % to 80.0 %" in said[-1]
-    told = guard.as_dict()
-    assert (told["exceeded"], told["allow_loss"], told["max_wer_loss"]) == (True, True, 5.0)
-    assert told["losses"][0]["points"] == pytest.approx(70.0)
+def test_an_allowed_loss_is_recorded_and_printed():
+    guard, lines = Guard(limit=5.0, allow=True), []
+    guard.check(Loss(1, "lite", score(0.1), score(0.8)), "cause", None, lines.append)
+    assert "warning: step 1 (lite) raised dev WER from 10.0 % to 80.0 %" in lines[-1]
+    record = guard.as_dict()
+    assert (record["exceeded"], record["allow_loss"], record["max_wer_loss"]) == (True, True, 5.0)
+    assert record["losses"][0]["points"] == pytest.approx(70.0)
 
 
 # ------------------------------------------------------------------------------ the likely cause
@@ -117,20 +117,20 @@ learning_rate = 3e-4
 """
 
 
-def test_training_is_named_where_it_made_the_model_worse():
+def test_the_hint_names_training_if_training_lost_accuracy():
     record = {"tspar": {"dev_wer": {"before": 0.065, "trained": 0.8}}}
-    told = cause(TSPAR, record)
-    assert told.startswith("training alone took dev WER from 6.5 % to 80.0 %")
-    assert "training: 18 steps at learning_rate 0.0003" in told
+    hint = cause(TSPAR, record)
+    assert hint.startswith("training alone raised dev WER from 6.5 % to 80.0 %")
+    assert "training: 18 steps at learning_rate 0.0003" in hint
 
 
-def test_pruning_is_named_where_training_did_not():
+def test_the_hint_names_pruning_if_training_did_not_lose_accuracy():
     record = {"tspar": {"dev_wer": {"before": 0.065, "trained": 0.07}}}
-    told = cause(TSPAR, record)
-    assert "pruning did it: remove less (min_removed = 0.35)" in told
+    hint = cause(TSPAR, record)
+    assert "pruning is the cause: remove less (min_removed = 0.35)" in hint
 
 
-def test_without_figures_both_fields_are_named():
+def test_without_measurements_the_hint_names_both():
     assert cause(RUINOUS.split("[step.recovery]")[0], {}).startswith(
         "remove less (low = 0.95, middle = 0.95, high = 0.95), lower the learning rate"
     )
@@ -142,13 +142,13 @@ def test_without_figures_both_fields_are_named():
 # --------------------------------------------------------------------------------- whole runs
 
 
-def test_a_ruined_model_ends_the_run_and_is_kept_under_a_name_that_says_so(few, digits):
-    with pytest.raises(TooMuchLost) as found:
+def test_a_ruined_model_stops_the_run_and_is_saved_as_failed(few, digits):
+    with pytest.raises(TooMuchLost) as error:
         pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"))
     place = Path("slim-failed-step-1-wsap")
-    assert f"the checkpoint is in {place}" in str(found.value)
-    assert found.value.hint.endswith("or add --allow-loss to accept it")
-    assert "low = 0.95" in found.value.hint
+    assert f"the checkpoint is in {place}" in str(error.value)
+    assert error.value.hint.endswith("or add --allow-loss to accept it")
+    assert "low = 0.95" in error.value.hint
     assert not Path("slim").exists()
     record = json.loads((place / "compression.json").read_text())
     assert record["dev_wer"]["exceeded"] and not record["dev_wer"]["allow_loss"]
@@ -160,14 +160,14 @@ def test_a_ruined_model_ends_the_run_and_is_kept_under_a_name_that_says_so(few, 
         pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"))
 
 
-def test_export_never_takes_a_failed_checkpoint_for_the_newest(few, digits):
+def test_a_failed_checkpoint_is_never_the_newest(few, digits):
     with pytest.raises(TooMuchLost):
         pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few)
     assert [path.name for path in runs.RUNS.glob("checkpoint-*-failed-step-1-wsap")]
     assert runs.newest("checkpoint") is None
 
 
-def test_allow_loss_writes_it_and_its_card_says_so(few, digits):
+def test_allow_loss_saves_the_model_with_a_warning_in_its_card(few, digits):
     place = pipeline.compress(
         str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"), allow_loss=True
     )
@@ -177,7 +177,7 @@ def test_allow_loss_writes_it_and_its_card_says_so(few, digits):
     assert "step 1 (wsap) cost" in (place / "README.md").read_text()
 
 
-def test_many_small_losses_are_too_much_together(tiny_whisper, processor, clips, tmp_path):
+def test_the_sum_of_small_losses_is_limited(tiny_whisper, processor, clips, tmp_path):
     two = read_manifest(clips)[:2]
     work = Context(processor, two, two, tmp_path)
     wers = iter([0.05, 0.05, 0.09, 0.09, 0.13, 0.13])
@@ -189,26 +189,28 @@ def test_many_small_losses_are_too_much_together(tiny_whisper, processor, clips,
         pipeline.run_steps(tiny_whisper, recipe, work, lambda text: None, guard=Guard(5.0))
 
 
-def test_the_command_line_exits_with_1_and_says_where(few, digits, capsys, monkeypatch):
+def test_the_command_line_exits_with_1_and_names_the_failed_checkpoint(
+    few, digits, capsys, monkeypatch
+):
     from edgewhisper import cli
 
     arguments = ["compress", str(digits), "--recipe", "ruinous.toml", "--speech", str(few)]
     monkeypatch.setattr("sys.argv", ["edgewhisper", *arguments, "--dev", str(few), "--out", "slim"])
-    with pytest.raises(SystemExit) as found:
+    with pytest.raises(SystemExit) as error:
         cli.main()
-    assert found.value.code == 1
-    told = capsys.readouterr().err
-    assert "step 1 (wsap) raised dev WER" in told
-    assert "slim-failed-step-1-wsap" in told
+    assert error.value.code == 1
+    errors = capsys.readouterr().err
+    assert "step 1 (wsap) raised dev WER" in errors
+    assert "slim-failed-step-1-wsap" in errors
 
 
 # ------------------------------------------------------------------------------- dev evaluation
 
 
-def test_what_training_lost_counts_in_tspars_margin(
+def test_a_loss_by_training_counts_in_the_margin_of_tspar(
     tiny_whisper, processor, clips, tmp_path, monkeypatch
 ):
-    """The model before the step has 5 %, training makes it 50 %: no strength is within 2 points."""
+    """Training raises dev WER from 5 % to 50 %, so no strength is within the margin of 2 points."""
     few = read_manifest(clips)[:3]
     work = Context(processor, few, few, tmp_path)
     before = tiny_whisper.model.encoder.layers[0].fc1.weight.detach().clone()
@@ -247,14 +249,14 @@ def test_a_model_is_evaluated_once(tiny_whisper, processor, clips, tmp_path, mon
     assert calls == [2, 2, 1]
 
 
-def test_a_model_that_rambles_is_stopped(tiny_whisper, processor, clips):
+def test_max_tokens_stops_a_model_that_does_not_end(tiny_whisper, processor, clips):
     few = [clip.pcm() for clip in read_manifest(clips)[:2]]
     tiny_whisper.generation_config.suppress_tokens = [tiny_whisper.config.eos_token_id]
     tokens = decoding.greedy(tiny_whisper, processor, few, max_tokens=7)
     assert [len(row) for row in tokens] == [7, 7]
 
 
-def test_the_bound_on_tokens_does_not_change_a_healthy_model(digits, processor, clips, tmp_path):
+def test_the_token_limit_does_not_change_a_good_model(digits, processor, clips, tmp_path):
     model, few = whisper.load(digits), read_manifest(clips)[:8]
     pcms, languages = [clip.pcm() for clip in few], [clip.lang for clip in few]
     bound = Context(processor, few, few, tmp_path)._most_tokens()
@@ -265,30 +267,30 @@ def test_the_bound_on_tokens_does_not_change_a_healthy_model(digits, processor, 
 # ------------------------------------------------------------------------------ the shipped clips
 
 
-def test_a_general_model_is_trained_on_the_clips_that_come_along():
-    found = pipeline.choose_speech("some/model", None, None, general=True)
-    assert (len(found.train), len(found.dev)) == (60, 60)
-    assert "Common Voice (CC0 1.0)" in str(found.source)
-    assert not {c.audio for c in found.train} & {c.audio for c in found.dev}
+def test_a_general_model_is_trained_on_the_shipped_clips():
+    speech = pipeline.choose_speech("some/model", None, None, general=True)
+    assert (len(speech.train), len(speech.dev)) == (60, 60)
+    assert "Common Voice (CC0 1.0)" in str(speech.source)
+    assert not {c.audio for c in speech.train} & {c.audio for c in speech.dev}
     with pytest.raises(Problem, match="no speech to compress it with"):
         pipeline.choose_speech("some/model", None, None)
 
 
-def test_it_learns_its_own_words_where_these_agree(monkeypatch):
+def test_matching_transcripts_of_the_model_replace_the_texts(monkeypatch):
     clips = [Clip(Path("a"), "yesterday i waited"), Clip(Path("b"), "for the train")]
     monkeypatch.setattr(Clip, "pcm", lambda self: None)
-    heard = ["Yesterday, I waited.", "Thank you. Thank you."]
-    monkeypatch.setattr(decoding, "transcribe", lambda *a, **k: heard)
-    found = pipeline.in_own_words(None, None, clips)
-    assert [clip.text for clip in found] == ["Yesterday, I waited.", "for the train"]
+    texts = ["Yesterday, I waited.", "Thank you. Thank you."]
+    monkeypatch.setattr(decoding, "transcribe", lambda *a, **k: texts)
+    labelled = pipeline.in_own_words(None, None, clips)
+    assert [clip.text for clip in labelled] == ["Yesterday, I waited.", "for the train"]
 
 
-def test_only_recipes_that_train_want_transcripts():
+def test_only_recipes_that_train_need_transcripts():
     assert pipeline.trains(load_recipe("tspar"))
     assert not pipeline.trains(load_recipe("lite"))
 
 
-def test_a_multilingual_model_is_told_that_the_clips_are_english():
+def test_notes_for_a_multilingual_model_say_that_the_clips_are_english():
     dense = SimpleNamespace(generation_config=SimpleNamespace(lang_to_id={"<|en|>": 1}))
     dense.generation_config.is_multilingual = True
     job = pipeline.Job("base", Recipe("r", "", ()), dense, None, {}, {"source": pipeline.SHIPPED})

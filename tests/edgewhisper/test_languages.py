@@ -1,4 +1,4 @@
-"""Which language prompts a model: the same in training, decoding, export and the rivals."""
+"""The prompt language of a model is the same in training, decoding, export and rival engines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from export.prompt import known_languages, language_code, named_language, prompt
 
 WITHOUT_TOKEN = ("bm", "tlh", "xx-YY")
 
-# every kind of step that makes a model anew
+# all steps that build a new model
 STEPS = """
 [[step]]
 method = "merge"
@@ -65,7 +65,7 @@ def few(clips):
 
 @pytest.fixture
 def drawn(rng, tiny_whisper):
-    """A function that draws some of the languages that the model has tokens for."""
+    """A function that draws languages for which the model has tokens."""
     known = known_languages(tiny_whisper.generation_config)
 
     def draw(count: int) -> list[str]:
@@ -79,39 +79,39 @@ def in_languages(clips, languages):
 
 
 def named(processor, prompt) -> str:
-    """The language that a prompt is for, which also has to be a whole one."""
+    """Return the language of a prompt, and check that the prompt is complete."""
     start, language, *rest = processor.tokenizer.convert_ids_to_tokens(prompt)
     assert (start, rest) == ("<|startoftranscript|>", ["<|transcribe|>", "<|notimestamps|>"])
     return language.strip("<|>")
 
 
-def heard(model, decode) -> list[list[int]]:
-    """The prompts that a model's decoder gets in the first step of each batch of `decode()`."""
-    found = []
+def prompts_of(model, decode) -> list[list[int]]:
+    """Return the prompts in the first decoder step of each batch of `decode()`."""
+    prompts = []
 
     def hook(module, args, kwargs):
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids.shape[1] > 1:
-            found.extend(ids.tolist())
+            prompts.extend(ids.tolist())
 
     hooked = model.model.decoder.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         decode()
     finally:
         hooked.remove()
-    return found
+    return prompts
 
 
 # ------------------------------------------------------------------------------------- one rule
 
 
-def test_what_is_trained_is_what_is_decoded_timed_and_exported(
+def test_training_decoding_timing_and_export_have_the_same_prompt(
     tiny_whisper, processor, few, drawn, rng, tmp_path
 ):
     own, fallback = drawn(2)
     generation = tiny_whisper.generation_config
     without = str(rng.choice(WITHOUT_TOKEN))
-    for spoken, names, wanted in (
+    for spoken, names, expected in (
         (own, fallback, own),
         (f"{own}-XX", None, own),
         (own.upper(), fallback, own),
@@ -122,10 +122,10 @@ def test_what_is_trained_is_what_is_decoded_timed_and_exported(
         generation.language = names
         (clip,) = in_languages(few[:1], [spoken])
         trained, _ = token_ids(clip, tiny_whisper, processor.tokenizer)
-        assert named(processor, trained) == wanted
-        told = tiny_whisper, processor, [clip.pcm()], [clip.lang]
+        assert named(processor, trained) == expected
+        inputs = tiny_whisper, processor, [clip.pcm()], [clip.lang]
         if spoken != without or names is not None:  # otherwise decoding detects the language
-            assert heard(tiny_whisper, partial(decoding.greedy, *told)) == [trained]
+            assert prompts_of(tiny_whisper, partial(decoding.greedy, *inputs)) == [trained]
         timed = alignment.TimedClip(clip.pcm(), (alignment.Word("one", 0.0, 0.1),), clip.lang)
         assert alignment.spell(timed, tiny_whisper, processor)[0] == trained
         set_language(generation, [clip], [], fallback if spoken == without else None)
@@ -136,15 +136,13 @@ def test_what_is_trained_is_what_is_decoded_timed_and_exported(
         assert prompt == token_ids(clip, tiny_whisper, processor.tokenizer)[0]
 
 
-def test_clips_of_several_languages_are_each_decoded_under_their_own(
-    tiny_whisper, processor, few, drawn
-):
+def test_each_clip_is_decoded_with_its_own_language(tiny_whisper, processor, few, drawn):
     a, b = drawn(2)
     tiny_whisper.generation_config.language = b
     pcms = [clip.pcm() for clip in few]
     spoken = [a, b, "bm", a]
     decode = partial(decoding.greedy, tiny_whisper, processor, pcms, spoken)
-    prompts = [named(processor, prompt) for prompt in heard(tiny_whisper, decode)]
+    prompts = [named(processor, prompt) for prompt in prompts_of(tiny_whisper, decode)]
     assert sorted(prompts) == sorted([a, b, b, a])
     together = decode()
     for language, pcm, tokens in zip([a, b, b, a], pcms, together, strict=True):
@@ -155,13 +153,13 @@ def test_clips_of_several_languages_are_each_decoded_under_their_own(
 def test_a_long_clip_keeps_its_language_in_every_window(tiny_whisper, processor, clips, drawn):
     (language,) = drawn(1)
     (long,) = [c for c in read_manifest(clips.parent / "other.jsonl") if c.text]
-    told = tiny_whisper, processor, [long.pcm()], [language]
-    prompts = heard(tiny_whisper, partial(decoding.transcribe, *told))
+    inputs = tiny_whisper, processor, [long.pcm()], [language]
+    prompts = prompts_of(tiny_whisper, partial(decoding.transcribe, *inputs))
     assert len(prompts) > 1
     assert {named(processor, prompt) for prompt in prompts} == {language}
 
 
-def test_an_english_only_model_is_told_no_language(tiny_whisper, processor, few, drawn):
+def test_an_english_only_model_has_no_language_prompt(tiny_whisper, processor, few, drawn):
     generation = tiny_whisper.generation_config
     generation.is_multilingual, generation.language, generation.task = False, None, None
     clips = in_languages(few, drawn(4))
@@ -178,16 +176,18 @@ def test_an_english_only_model_is_told_no_language(tiny_whisper, processor, few,
         set_language(generation, clips, clips, "hi")
 
 
-def test_dev_clips_are_judged_under_their_own_languages(
+def test_dev_clips_are_evaluated_with_their_own_languages(
     tiny_whisper, processor, few, drawn, tmp_path
 ):
     clips = in_languages(few, drawn(4))
     work = Context(processor, clips, clips, tmp_path)
-    prompts = heard(tiny_whisper, partial(work.wer, tiny_whisper))
+    prompts = prompts_of(tiny_whisper, partial(work.wer, tiny_whisper))
     assert {named(processor, p) for p in prompts} == {clip.lang for clip in clips}
 
 
-def test_the_rival_is_prompted_for_the_clips_too(digits, processor, few, drawn, tmp_path):
+def test_the_rival_is_prompted_with_the_language_of_each_clip(
+    digits, processor, few, drawn, tmp_path
+):
     clips = in_languages(few, drawn(4))
     write_clips(clips, tmp_path)
     assert languages_of(tmp_path / "clips.json", 4) == [clip.lang for clip in clips]
@@ -195,20 +195,20 @@ def test_the_rival_is_prompted_for_the_clips_too(digits, processor, few, drawn, 
     soundfile.write(tmp_path / "a.wav", few[0].pcm(), 16_000, subtype="FLOAT")
     for clip in clips:
         decode = partial(rival.transcribe, tmp_path / "a.wav", clip.lang)
-        (prompt,) = heard(rival.model, decode)
+        (prompt,) = prompts_of(rival.model, decode)
         assert named(processor, prompt) == clip.lang
 
 
-def test_codes_are_understood_however_they_are_written():
+def test_all_spellings_of_a_language_give_its_code():
     written = ["hi", "hi_in", "hi-IN", "Hindi", " HI ", "<|hi|>"]
     assert {language_code(word) for word in written} == {"hi"}
     assert language_code("bm_ML") == "bm"
 
 
-# ------------------------------------------------------------------------- what is made for which
+# ------------------------------------------------------- language of checkpoints and artifacts
 
 
-def test_speech_of_one_language_names_it(tiny_whisper, few, drawn):
+def test_speech_of_one_language_sets_the_prompt_language(tiny_whisper, few, drawn):
     a, b = drawn(2)
     generation = tiny_whisper.generation_config
     generation.language, generation.task = b, None
@@ -217,7 +217,7 @@ def test_speech_of_one_language_names_it(tiny_whisper, few, drawn):
     assert (generation.language, generation.task) == (a, "transcribe")
 
 
-def test_speech_of_several_languages_names_none(tiny_whisper, few, drawn):
+def test_speech_of_several_languages_does_not_change_it(tiny_whisper, few, drawn):
     a, b, c = drawn(3)
     generation = tiny_whisper.generation_config
     generation.language = c
@@ -226,23 +226,23 @@ def test_speech_of_several_languages_names_none(tiny_whisper, few, drawn):
 
 
 @pytest.mark.parametrize("one_prompt", [False, True], ids=["a prompt a clip", "one prompt"])
-def test_an_artifact_is_prompted_as_asked_or_as_the_checkpoint_names(
+def test_an_artifact_uses_the_requested_language_or_the_checkpoints(
     tiny_whisper, drawn, one_prompt
 ):
     a, b = drawn(2)
     generation = tiny_whisper.generation_config
-    for names, asked, wanted in ((a, None, a), (a, b, b), (None, b, b), (f"<|{a}|>", None, a)):
+    for names, asked, expected in ((a, None, a), (a, b, b), (None, b, b), (f"<|{a}|>", None, a)):
         generation.language = names
         assert set_prompt(generation, asked, one_prompt) is None
-        assert named_language(generation) == wanted
+        assert named_language(generation) == expected
         assert "language" not in decoding_rules(tiny_whisper)
-    with pytest.raises(Problem, match="--language bm: the model has no token for it") as letter:
+    with pytest.raises(Problem, match="--language bm: the model has no token for it") as error:
         set_prompt(generation, "bm", one_prompt)
     assert a in known_languages(generation)
-    assert "languages, such as" in letter.value.hint
+    assert "languages, such as" in error.value.hint
 
 
-def test_an_artifact_of_a_checkpoint_that_names_no_language_detects_it(tiny_whisper, drawn):
+def test_an_artifact_of_a_checkpoint_without_a_language_detects_it(tiny_whisper, drawn):
     (a,) = drawn(1)
     generation = tiny_whisper.generation_config
     for names, asked in ((None, None), (None, "auto"), (a, "auto")):
@@ -257,8 +257,8 @@ def test_an_artifact_of_a_checkpoint_that_names_no_language_detects_it(tiny_whis
     assert generation.language == "en"
 
 
-def test_forced_decoder_ids_name_a_language_too(tiny_whisper, drawn):
-    """Older checkpoints name it so; OpenAI's own say null there, which names none."""
+def test_forced_decoder_ids_set_the_language(tiny_whisper, drawn):
+    """Older checkpoints use these ids. In OpenAI's own, the id of the language is null."""
     (a,) = drawn(1)
     generation = tiny_whisper.generation_config
     generation.language = None
@@ -274,13 +274,13 @@ def test_a_checkpoint_and_its_artifact_detect_the_same_languages(
     model = make_whisper()
     model.generation_config.language = None
     pcms = [clip.pcm() for clip in few]
-    wanted = [code for code, _ in decoding.detect(model, processor, pcms)]
-    assert decoding.prompt_languages(model, processor, pcms, ["bm"] * 4) == wanted
+    expected = [code for code, _ in decoding.detect(model, processor, pcms)]
+    assert decoding.prompt_languages(model, processor, pcms, ["bm"] * 4) == expected
     theirs = [
         model.detect_language(decoding.log_mel(processor.feature_extractor, [pcm])).item()
         for pcm in pcms
     ]
-    assert [model.generation_config.lang_to_id[f"<|{code}|>"] for code in wanted] == theirs
+    assert [model.generation_config.lang_to_id[f"<|{code}|>"] for code in expected] == theirs
 
     manifest = export_onnx(model, processor, tmp_path / "artifact", "fp32")
     write_manifest(tmp_path / "artifact", manifest)
@@ -288,10 +288,10 @@ def test_a_checkpoint_and_its_artifact_detect_the_same_languages(
     assert manifest["decoding"]["language"] == "auto"
     recognizer = Recognizer(tmp_path / "artifact", threads=1, guards=False)
     tokens = decoding.greedy(model, processor, pcms)
-    for pcm, code, said in zip(pcms, wanted, tokens, strict=True):
+    for pcm, code, row in zip(pcms, expected, tokens, strict=True):
         transcript = recognizer.transcribe(pcm)
-        assert (transcript.language, transcript.tokens) == (code, said)
-        assert recognizer.window(pcm) == recognizer.window(pcm, language="bm") == said
+        assert (transcript.language, transcript.tokens) == (code, row)
+        assert recognizer.window(pcm) == recognizer.window(pcm, language="bm") == row
         other = next(c for c in recognizer.rules.languages if c != code)
         assert recognizer.transcribe(pcm, language=other).language == other
 
@@ -309,13 +309,13 @@ def test_an_artifact_with_a_named_language_keeps_format_2(tiny_whisper, processo
             Recognizer(tmp_path / "named")
 
 
-def test_languages_that_cannot_prompt_get_letters(tiny_whisper, few, drawn):
+def test_unsupported_languages_raise_problems(tiny_whisper, few, drawn):
     a, b = drawn(2)
     generation = tiny_whisper.generation_config
     mixed = in_languages(few, [a, "bm", "bm", "tlh"])
-    with pytest.raises(Problem, match="of 3 clips is 'bm' and 'tlh', which the model") as letter:
+    with pytest.raises(Problem, match="of 3 clips is 'bm' and 'tlh', which the model") as error:
         set_language(generation, mixed, [], None)
-    assert "--language CODE" in letter.value.hint
+    assert "--language CODE" in error.value.hint
     with pytest.raises(Problem, match="of 3 clips"):
         set_language(generation, [], mixed, None)
     with pytest.raises(Problem, match="--language bm: the model has no token for it"):
@@ -327,12 +327,12 @@ def test_languages_that_cannot_prompt_get_letters(tiny_whisper, few, drawn):
     assert generation.language == b
 
 
-# --------------------------------------------------------------------------------- the whole road
+# ------------------------------------------------------------------------ from speech to artifact
 
 
 @pytest.fixture
 def bambara(tmp_path, monkeypatch, clips) -> Path:
-    """A manifest of two clips that are called Bambara, in the working directory."""
+    """A manifest of two clips labelled as Bambara, in the working directory."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(clips.parent / "test", tmp_path / "test")
     rows = [json.loads(line) | {"lang": "bm"} for line in clips.read_text().splitlines()[1:3]]
@@ -341,39 +341,40 @@ def bambara(tmp_path, monkeypatch, clips) -> Path:
     return Path("bm.jsonl")
 
 
-def test_speech_without_a_token_is_prompted_as_asked_from_training_to_the_artifact(
+def test_the_requested_prompt_is_used_from_training_to_the_artifact(
     bambara, digits, processor, clips, drawn, monkeypatch
 ):
     code, other = drawn(2)
-    quiet, heard, transcribe = {"say": lambda text: None}, [], Recognizer.transcribe
+    silent, transcripts = {"say": lambda text: None}, []
+    transcribe = Recognizer.transcribe
     monkeypatch.setattr(
         Recognizer,
         "transcribe",
-        lambda *given, **options: heard.append(transcribe(*given, **options)) or heard[-1],
+        lambda *args, **kw: transcripts.append(transcribe(*args, **kw)) or transcripts[-1],
     )
-    given = str(digits), "mine.toml", bambara, bambara
-    slim = pipeline.compress(*given, Path("slim"), language=code, allow_loss=True, **quiet)
+    arguments = str(digits), "mine.toml", bambara, bambara
+    slim = pipeline.compress(*arguments, Path("slim"), language=code, allow_loss=True, **silent)
     model = whisper.load(slim)
     assert model.generation_config.language == code
     record = json.loads((slim / "compression.json").read_text())
     assert record["language"] == code
     assert record["after"]["dev"]["normalizer"] == "bambara"
 
-    gating = pipeline.Gating("off")  # training of one step has left a model that says nothing
-    given = str(slim), "fp32", bambara, Path("artifact")
-    artifact = pipeline.export(*given, gating=gating, **quiet)
-    told = read_artifact(artifact)
-    assert told["gate"] == {"result": "not run"}
+    gating = pipeline.Gating("off")  # after one training step, the model outputs nothing
+    arguments = str(slim), "fp32", bambara, Path("artifact")
+    artifact = pipeline.export(*arguments, gating=gating, **silent)
+    manifest = read_artifact(artifact)
+    assert manifest["gate"] == {"result": "not run"}
     spoken = read_manifest(bambara)
-    assert told["decoding"]["prompt"] == token_ids(spoken[0], model, processor.tokenizer)[0]
-    assert named(processor, told["decoding"]["prompt"]) == code
+    assert manifest["decoding"]["prompt"] == token_ids(spoken[0], model, processor.tokenizer)[0]
+    assert named(processor, manifest["decoding"]["prompt"]) == code
 
     assert pipeline.evaluate("artifact", bambara).score.normalizer == "bambara"
-    assert [transcript.language for transcript in heard] == [code] * 2
+    assert [transcript.language for transcript in transcripts] == [code] * 2
     rows = [json.loads(line) | {"lang": other} for line in bambara.read_text().splitlines()]
     Path("other.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pipeline.evaluate("artifact", Path("other.jsonl"), "none")
-    assert [transcript.language for transcript in heard[2:]] == [other] * 2
+    assert [transcript.language for transcript in transcripts[2:]] == [other] * 2
 
 
 def test_every_step_keeps_the_language(tiny_whisper, processor, few, drawn, tmp_path):
@@ -385,9 +386,9 @@ def test_every_step_keeps_the_language(tiny_whisper, processor, few, drawn, tmp_
     assert model.generation_config.language == code
 
 
-def test_interrupted_work_is_not_shared_between_prompts(bambara, digits, drawn):
+def test_interrupted_runs_are_not_shared_between_prompt_languages(bambara, digits, drawn):
     a, b = drawn(2)
     recipe = parse("mine", STEPS)
-    given = recipe, str(digits), bambara, bambara, None, 0, None
-    places = {pipeline.prepare(*given, language=code).work.run_dir for code in (a, b, a)}
+    arguments = recipe, str(digits), bambara, bambara, None, 0, None
+    places = {pipeline.prepare(*arguments, language=code).work.run_dir for code in (a, b, a)}
     assert len(places) == 2

@@ -1,4 +1,4 @@
-"""Recipes: data from strangers. What is wrong is named, with the nearest right thing."""
+"""Recipes are read as data; errors name the place and the nearest valid name."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ TSPAR = '[[step]]\nmethod = "tspar"\n'
 
 
 def refusal(text: str) -> str:
-    """The letter that a recipe with this text gets: message and hint."""
+    """Return message and hint of the error for a recipe with this text."""
     with pytest.raises(Problem) as caught:
         parse("mine", text)
     return f"{caught.value} | {caught.value.hint}"
@@ -49,7 +49,7 @@ def test_a_nested_table_becomes_the_training():
     assert recipe.steps[0].options.training == Training(steps=7, learning_rate=1e-3)
 
 
-def test_every_shipped_recipe_loads_and_says_what_it_is():
+def test_every_shipped_recipe_loads_and_has_a_summary():
     assert "tspar" in available()
     for name in available():
         assert load_recipe(name).steps
@@ -64,7 +64,7 @@ def test_a_file_loads_like_a_shipped_recipe(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         pytest.param(TSPAR + "c3 = 1.0", "step 1 (tspar): there is no field 'c3'", id="unknown"),
         pytest.param(TSPAR + "reg_mod = 'l2'", "did you mean 'reg_mode'?", id="nearest field"),
@@ -75,10 +75,10 @@ def test_a_file_loads_like_a_shipped_recipe(tmp_path: Path):
         ),
         pytest.param('[[step]]\nmethod = "tspr"', "did you mean 'tspar'?", id="nearest method"),
         pytest.param('[[step]]\nmethod = "os.system"', "no method 'os.system'", id="not a method"),
-        pytest.param("[[step]]\nc1 = 1.0", "it names no method", id="no method"),
+        pytest.param("[[step]]\nc1 = 1.0", "it has no method", id="no method"),
         pytest.param('[[stp]]\nmethod = "tspar"', "did you mean 'step'?", id="nearest table"),
         pytest.param("step = 3", "it has no [[step]]", id="step is a number"),
-        pytest.param("", "nothing to do", id="empty"),
+        pytest.param("", "it has no [[step]]", id="empty"),
         pytest.param(TSPAR + 'c1 = "1.0"', "c1: '1.0' is not a number", id="text"),
         pytest.param(TSPAR + "c1 = true", "c1: True is not a number", id="bool for float"),
         pytest.param(
@@ -96,12 +96,12 @@ def test_a_file_loads_like_a_shipped_recipe(tmp_path: Path):
         pytest.param(TSPAR + "c1 = = 2", "not valid TOML: Invalid value (at line 3", id="broken"),
     ],
 )
-def test_a_wrong_recipe_is_refused_and_the_place_is_named(text: str, told: str):
-    assert told in refusal(text)
+def test_an_invalid_recipe_is_refused_with_its_place(text: str, message: str):
+    assert message in refusal(text)
 
 
 def in_order(*steps: str) -> str:
-    """A recipe of these methods, each with what is written behind its name."""
+    """Return a recipe of these methods. The text after a method's name is added to its table."""
     tables = [step.partition(" ") for step in steps]
     return "".join(f'[[step]]\nmethod = "{name}"\n{more}\n' for name, _, more in tables)
 
@@ -133,18 +133,18 @@ def test_a_step_that_changes_weights_may_not_follow_one_that_quantises(quantiser
         ),
     ],
 )
-def test_what_leaves_the_grids_alone_may_follow(steps):
+def test_steps_that_keep_the_quantised_weights_may_follow(steps):
     assert len(parse("mine", in_order(*steps)).steps) == len(steps)
 
 
-def test_one_quantised_weight_is_enough_to_come_last():
+def test_a_step_that_quantises_one_part_must_come_last():
     qat = "qat encoder = 32\ndecoder = 32\ntoken_table = 32\nstem = 8"
     assert "step 2 (lite) would change weights" in refusal(in_order(qat, "lite"))
 
 
-def searching(**told: str) -> str:
-    """A recipe with one [[search]]; values as TOML writes them."""
-    return TSPAR + "[[search]]\n" + "".join(f"{key} = {value}\n" for key, value in told.items())
+def searching(**fields: str) -> str:
+    """Return a recipe with one [[search]]; values are in TOML syntax."""
+    return TSPAR + "[[search]]\n" + "".join(f"{key} = {value}\n" for key, value in fields.items())
 
 
 def test_a_search_names_a_field_and_its_bounds():
@@ -162,7 +162,7 @@ def test_a_search_names_a_field_and_its_bounds():
     assert [value_at(recipe, knob) for knob in recipe.knobs] == [1.0, 400, "l2"]
 
 
-def test_other_values_change_what_they_name_and_nothing_else():
+def test_with_values_changes_only_the_given_fields():
     recipe = parse("mine", searching(field='"step.1.training.steps"', low="1", high="9"))
     changed = with_values(recipe, {"step.1.training.steps": 7})
     assert changed.steps[0].options.training.steps == 7
@@ -172,7 +172,7 @@ def test_other_values_change_what_they_name_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("fields", "message"),
     [
         pytest.param(
             dict(field='"step.1.min_remvoed"', low="0", high="1"),
@@ -185,8 +185,8 @@ def test_other_values_change_what_they_name_and_nothing_else():
             id="nearest nested field",
         ),
         pytest.param(dict(feld='"step.1.c1"'), "did you mean 'field'?", id="unknown key"),
-        pytest.param(dict(low="0", high="1"), "field is None, which names no", id="no field"),
-        pytest.param(dict(field='"c1"', low="0"), "which names no field of a step", id="no step"),
+        pytest.param(dict(low="0", high="1"), "field is None, which is not", id="no field"),
+        pytest.param(dict(field='"c1"', low="0"), "which is not a field of a step", id="no step"),
         pytest.param(
             dict(field='"step.2.c1"', low="0", high="1"),
             "there is no step 2, the recipe has 1",
@@ -199,7 +199,7 @@ def test_other_values_change_what_they_name_and_nothing_else():
             dict(field='"step.1.training"', low="0", high="1"), "training is a table", id="table"
         ),
         pytest.param(
-            dict(field='"step.1.c1.low"', low="0", high="1"), "goes too deep", id="too deep"
+            dict(field='"step.1.c1.low"', low="0", high="1"), "is nested too deeply", id="too deep"
         ),
         pytest.param(
             dict(field='"step.1.rho"', low="0", high="1.5"),
@@ -224,36 +224,38 @@ def test_other_values_change_what_they_name_and_nothing_else():
         ),
         pytest.param(dict(field='"step.1.c1"', low="0"), "high missing", id="no high"),
         pytest.param(
-            dict(field='"step.1.group_norm"', low="0", high="1"), "it is no number", id="text"
+            dict(field='"step.1.group_norm"', low="0", high="1"),
+            "the field is not a number",
+            id="text",
         ),
         pytest.param(
             dict(field='"step.1.group_norm"', choices='["l3"]'), "'l3' is not one of", id="choice"
         ),
         pytest.param(dict(field='"step.1.c1"', choices="[]"), "choices are []", id="no choices"),
         pytest.param(
-            dict(field='"step.1.c1"', choices="[1.0]", low="0"), "low beside choices", id="both"
+            dict(field='"step.1.c1"', choices="[1.0]", low="0"), "choices and low given", id="both"
         ),
     ],
 )
-def test_a_wrong_search_is_refused_and_the_place_is_named(told: dict, words: str):
-    text = refusal(searching(**told))
-    assert words in text
+def test_an_invalid_search_is_refused_with_its_place(fields: dict, message: str):
+    text = refusal(searching(**fields))
+    assert message in text
     assert "recipe mine, search 1" in text
 
 
-def test_a_field_is_searched_once():
+def test_a_field_may_be_searched_once():
     once = '[[search]]\nfield = "step.1.c1"\nlow = 0\nhigh = 1\n'
-    assert "search 2: step.1.c1 is searched already" in refusal(TSPAR + once + once)
-    assert "search is no list of tables" in refusal("search = 3\n" + TSPAR)
+    assert "search 2: step.1.c1 has an earlier [[search]]" in refusal(TSPAR + once + once)
+    assert "search is not a list of tables" in refusal("search = 3\n" + TSPAR)
 
 
-def test_shipped_recipes_that_can_be_searched_say_so():
+def test_searchable_lists_the_fields_of_shipped_recipes():
     assert {"quick", "tspar", "lite", "bald"} <= {name for name in available() if searchable(name)}
     for name in available():
         assert [knob.field for knob in load_recipe(name).knobs] == searchable(name)
 
 
-def test_a_missing_recipe_is_named_with_the_nearest_one():
+def test_an_unknown_recipe_is_refused_with_the_nearest_name():
     with pytest.raises(Problem, match=r"recipe tspra: there is no such file.*'tspar'") as caught:
         load_recipe("tspra")
     assert "tspar" in caught.value.hint
@@ -265,7 +267,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path):
         load_recipe(tmp_path / "weights.toml")
 
 
-def test_a_huge_file_is_refused_unread(tmp_path: Path):
+def test_a_huge_file_is_refused_without_reading_it(tmp_path: Path):
     (tmp_path / "huge.toml").write_bytes(b"#" * 200_000)
     with pytest.raises(Problem, match="200000 bytes"):
         load_recipe(tmp_path / "huge.toml")

@@ -1,4 +1,4 @@
-"""Every step, killed and taken again, gives the bits of one that was not."""
+"""Every step resumes bit for bit after it was killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Killed(Exception):
 
 
 def count_saves(patch: pytest.MonkeyPatch, last: int | None = None) -> list[int]:
-    """The states that are saved from now on; where a last one is named, the step dies after it."""
+    """Return the list of states saved from now on; the step is killed after state number `last`."""
     saved: list[int] = []
 
     def save(self, step, log, inner=State.save):
@@ -28,8 +28,8 @@ def count_saves(patch: pytest.MonkeyPatch, last: int | None = None) -> list[int]
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_killed_step_goes_on_to_the_same_bits(name, seed, rng, tmp_path, monkeypatch):
-    """It dies after any of its states: in training, in recovery, inside a trial of a search."""
+def test_a_killed_step_resumes_bit_for_bit(name, seed, rng, tmp_path, monkeypatch):
+    """It is killed after a random state: in training, in recovery, or in a trial of a search."""
     make_teacher(seed, tmp_path)
     with monkeypatch.context() as patch:
         saved = count_saves(patch)
@@ -38,13 +38,13 @@ def test_a_killed_step_goes_on_to_the_same_bits(name, seed, rng, tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(Killed):
         count_saves(patch, last)
         take(name, seed, tmp_path / "killed")
-    left = count_saves(monkeypatch)
+    remaining = count_saves(monkeypatch)
     resumed, _ = take(name, seed, tmp_path / "killed")
-    assert saved[last:] == left, "a state is saved after every step, and none is done again"
+    assert saved[last:] == remaining, "a state is saved after every step, and no step is repeated"
     assert getattr(resumed.config, "edgewhisper", None) == getattr(
         whole.config, "edgewhisper", None
     )
-    found, wanted = resumed.state_dict(), whole.state_dict()
-    assert found.keys() == wanted.keys()
-    for tensor_name, tensor in wanted.items():
-        assert torch.equal(found[tensor_name], tensor), tensor_name
+    actual, expected = resumed.state_dict(), whole.state_dict()
+    assert actual.keys() == expected.keys()
+    for tensor_name, tensor in expected.items():
+        assert torch.equal(actual[tensor_name], tensor), tensor_name

@@ -1,4 +1,4 @@
-"""Searches: what is tried, and going on after an interruption or beside another machine."""
+"""Searches: the points that are tried, resumption, and databases shared by machines."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def bowl(point, finished):
 
 @pytest.fixture
 def run(tmp_path, seed):
-    """minimise() with what is the same in all tests."""
+    """Run minimise() with the arguments that all tests share."""
 
     def run(objective=bowl, trials=14, where="run", **more):
-        told = {"run_dir": tmp_path / where, "name": "n", "seed": seed, "accelerator": ALONE}
-        return minimise(objective, SPACE, trials=trials, **(told | more))
+        options = {"run_dir": tmp_path / where, "name": "n", "seed": seed, "accelerator": ALONE}
+        return minimise(objective, SPACE, trials=trials, **(options | more))
 
     return run
 
 
-def test_a_search_tries_what_it_may_and_finds_low_ground(run):
+def test_a_search_stays_in_its_space_and_finds_low_values(run):
     tried = run(trials=30)
     assert len(tried) == 30
     for trial in tried:
@@ -42,49 +42,49 @@ def test_a_search_tries_what_it_may_and_finds_low_ground(run):
     assert best(tried).value == min(trial.value for trial in tried) < 2
 
 
-def test_the_first_points_are_tried_first_and_of_equals_the_oldest_is_best(run):
+def test_first_points_are_tried_first_and_the_oldest_of_equal_trials_is_best(run):
     first = [{"x": 2.0, "y": 0.5}, {"x": 0.0, "y": 0.5}]
     tried = run(first=first, trials=2)
     assert [trial.point for trial in tried] == first
     assert best(tried).point == first[0]
 
 
-def test_the_trials_done_are_told(run):
+def test_the_objective_gets_the_finished_trials(run):
     numbers = []
     run(lambda point, finished: numbers.append(len(finished)) or Found((0.0,)), trials=3)
     assert numbers == [0, 1, 2]
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_an_interrupted_search_makes_the_trials_of_one_that_was_not(how, run, rng, monkeypatch):
+def test_an_interrupted_search_makes_the_same_trials(how, run, rng, monkeypatch):
     first = [{"x": 2.0, "y": 0.5}, {"x": 1.0, "y": 0.0}, {"x": -4.0, "y": 1.0}]
     whole = run(where="whole", first=first)
     last = int(rng.integers(0, 13))
-    seen = []
+    points = []
 
     def interrupted(point, finished):
-        if len(finished) == last and not seen:
-            seen.append(point)
+        if len(finished) == last and not points:
+            points.append(point)
             raise KeyboardInterrupt
         return bowl(point, finished)
 
-    if how == "killed":  # nobody notes that the trial failed
+    if how == "killed":  # the trial is not marked as failed
         monkeypatch.setattr(search, "give_up", lambda study, number, point: None)
     with pytest.raises(KeyboardInterrupt):
         run(interrupted, first=first)
     monkeypatch.undo()
     resumed = run(interrupted, first=first)
     assert resumed == whole
-    assert resumed[last].point == seen[0]
+    assert resumed[last].point == points[0]
 
 
-def test_a_finished_search_is_not_made_again(run):
+def test_a_finished_search_is_not_repeated(run):
     tried = run(trials=4)
     assert run(lambda point, finished: pytest.fail("tried again"), trials=4) == tried
     assert len(run(trials=5)) == 5
 
 
-def test_searches_of_other_names_know_nothing_of_each_other(run):
+def test_searches_of_different_names_are_independent(run):
     run(trials=4)
     assert len(run(trials=2, name="other")) == 2
 
@@ -104,16 +104,16 @@ def test_machines_share_a_database(run, tmp_path, shared):
     assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
 
 
-def test_a_trial_that_runs_on_another_machine_is_left_alone(run, shared):
+def test_a_running_trial_of_another_machine_is_not_changed(run, shared):
     def meanwhile(point, finished):
-        if not finished:  # the other machine starts and finishes while this one is at work
+        if not finished:  # the other machine starts and finishes during this trial
             assert len(run(trials=2, where="two")) == 2
         return bowl(point, finished)
 
     assert len(run(meanwhile, trials=3, where="one")) == 3
 
 
-def test_a_database_that_is_none_is_a_letter_without_the_password(run, monkeypatch):
+def test_an_invalid_database_is_an_error_without_the_password(run, monkeypatch):
     monkeypatch.setenv(search.STORAGE, "nonsense")
     with pytest.raises(Problem, match="storage nonsense cannot be opened"):
         run()
@@ -123,7 +123,7 @@ def test_a_database_that_is_none_is_a_letter_without_the_password(run, monkeypat
     assert "secret" not in str(problem.value)
 
 
-def test_without_optuna_the_letter_names_the_extra(run, monkeypatch):
+def test_without_optuna_the_error_names_the_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(Problem, match="Optuna is not installed") as problem:
         run()
@@ -134,25 +134,25 @@ def test_without_optuna_the_letter_names_the_extra(run, monkeypatch):
 
 
 def lens(point, finished):
-    """Two values that pull apart: the front is where x lies between 0 and 2."""
+    """Two conflicting values: the Pareto front has x between 0 and 2."""
     return Found((point["x"] ** 2, (point["x"] - 2) ** 2), {"drawn": point["x"]})
 
 
-def test_several_values_come_back_with_what_was_told_of_them(run):
+def test_several_values_are_returned_with_their_record(run):
     tried = run(lens, trials=8, limits=(1.0, math.inf))
     assert all(trial.values == lens(trial.point, []).values for trial in tried)
     assert [trial.told["drawn"] for trial in tried] == [trial.point["x"] for trial in tried]
     assert run(lens, trials=8, limits=(1.0, math.inf)) == tried
 
 
-def test_the_search_is_told_how_far_a_trial_is_beyond_its_limits(run, tmp_path):
+def test_the_excess_over_the_limits_is_stored_as_constraints(run, tmp_path):
     tried = run(lens, trials=3, limits=(0.25, math.inf))
     study = optuna.load_study(study_name="n", storage=f"sqlite:///{tmp_path / 'run/search.db'}")
-    told = [trial.constraints for trial in study.get_trials()]
-    assert told == [{"0": trial.values[0] - 0.25} for trial in tried]
+    stored = [trial.constraints for trial in study.get_trials()]
+    assert stored == [{"0": trial.values[0] - 0.25} for trial in tried]
 
 
-def test_whole_numbers_magnitudes_and_choices_are_drawn(tmp_path, seed):
+def test_integers_logarithmic_ranges_and_choices_are_drawn(tmp_path, seed):
     space = {
         "rank": Dimension(2, 64, log=True, whole=True),
         "rate": Dimension(1e-5, 1e-1, log=True),
@@ -160,8 +160,8 @@ def test_whole_numbers_magnitudes_and_choices_are_drawn(tmp_path, seed):
         "on": Dimension(choices=(True, False)),
     }
     first = [{"rank": 9, "rate": 1e-2, "start": "mix", "on": False}]
-    told = dict(run_dir=tmp_path, name="n", seed=seed, accelerator=ALONE)
-    tried = minimise(lambda p, f: Found((p["rate"],)), space, trials=30, first=first, **told)
+    options = dict(run_dir=tmp_path, name="n", seed=seed, accelerator=ALONE)
+    tried = minimise(lambda p, f: Found((p["rate"],)), space, trials=30, first=first, **options)
     assert tried[0].point == first[0]
     for trial in tried:
         assert type(trial.point["rank"]) is int and type(trial.point["on"]) is bool

@@ -1,4 +1,4 @@
-"""The training loop: what it minimises, and the same bits after a stop."""
+"""The training loop: its loss, its options, and resumption bit for bit."""
 
 import copy
 import os
@@ -44,22 +44,22 @@ def twin(model):
     return copy.deepcopy(model)
 
 
-# ----------------------------------------------------------------------------------- what it does
+# -------------------------------------------------------------------------- loss and options
 
 
-def test_the_embedded_model_already_knows_what_it_is_trained_on(digits, processor, clips):
+def test_the_embedded_model_has_a_low_loss_on_its_training_speech(digits, processor, clips):
     loss = loss_before(whisper.load(digits), processor, read_manifest(clips), Training(), batches=1)
     assert loss < 1.0
 
 
-def test_the_loss_is_that_of_transformers_on_the_same_labels(model, processor, few, tmp_path):
+def test_the_loss_equals_that_of_transformers(model, processor, few, tmp_path):
     options = Training(steps=1, batch_size=4)
     batch = Examples(few, model, processor, seed=0)[range(4)]
-    wanted = model(
+    expected = model(
         batch.input_features, labels=batch.labels, decoder_input_ids=batch.decoder_input_ids
     )
     log = train(model, processor, few, options, run_dir=tmp_path)
-    assert log.losses[0] == pytest.approx(wanted.loss.item(), rel=1e-5)
+    assert log.losses[0] == pytest.approx(expected.loss.item(), rel=1e-5)
 
 
 def test_clips_longer_than_the_window_are_left_out_and_counted(model, processor, few, tmp_path):
@@ -88,7 +88,7 @@ def test_the_loss_falls(model, processor, few, tmp_path):
     assert log.summary()["steps"] == 20
 
 
-def test_one_seed_gives_one_result_and_another_seed_another(model, processor, few, tmp_path, seed):
+def test_the_result_depends_only_on_the_seed(model, processor, few, tmp_path, seed):
     results = []
     for number, chosen in enumerate((seed, seed, seed + 1)):
         copy = twin(model)
@@ -98,8 +98,10 @@ def test_one_seed_gives_one_result_and_another_seed_another(model, processor, fe
     assert not same_bits(results[0], results[2])
 
 
-def test_passes_of_one_batch_add_up_to_the_batch(model, processor, few, tmp_path, monkeypatch):
-    # Adam makes a whole step of what rounding leaves of a gradient that is near to none
+def test_passes_of_a_batch_give_the_gradient_of_the_batch(
+    model, processor, few, tmp_path, monkeypatch
+):
+    # SGD, because Adam amplifies the rounding of gradients near zero to whole steps
     monkeypatch.setattr(torch.optim, "AdamW", lambda p, weight_decay: torch.optim.SGD(p, lr=0))
     options = replace(SHORT, learning_rate=0.1)
     one, three = twin(model), twin(model)
@@ -127,7 +129,7 @@ def test_data_workers_do_not_change_the_result(model, processor, few, tmp_path, 
 
 
 def test_the_loss_term_is_added_and_the_hook_runs_after_every_step(model, processor, few, tmp_path):
-    seen = []
+    calls = []
     plain = train(twin(model), processor, few, SHORT, run_dir=tmp_path / "plain")
     log = train(
         model,
@@ -136,30 +138,30 @@ def test_the_loss_term_is_added_and_the_hook_runs_after_every_step(model, proces
         SHORT,
         run_dir=tmp_path / "hooked",
         loss_term=lambda model, batch, outputs: outputs.logits.sum() * 0 + 2.5,
-        after_step=lambda model, step, rate: seen.append((step, rate)),
+        after_step=lambda model, step, rate: calls.append((step, rate)),
     )
     assert log.losses == pytest.approx([loss + 2.5 for loss in plain.losses], rel=1e-5)
-    assert seen == [(step, learning_rate(step, SHORT)) for step in range(4)]
+    assert calls == [(step, learning_rate(step, SHORT)) for step in range(4)]
 
 
-def test_bf16_trains_and_leaves_a_float32_model_behind(model, processor, few, tmp_path):
+def test_training_in_bf16_returns_a_float32_model(model, processor, few, tmp_path):
     train(model, processor, few, replace(SHORT, precision="bf16"), run_dir=tmp_path)
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
-    assert "forward" not in vars(model)  # accelerate's wrapper is gone
+    assert "forward" not in vars(model)  # accelerate's wrapper was removed
 
 
-def test_the_models_own_dropout_is_set_aside_and_put_back(model, processor, few, tmp_path):
+def test_the_models_own_dropout_is_replaced_and_restored(model, processor, few, tmp_path):
     model.model.encoder.layers[0].dropout = 0.3
-    seen = []
+    rates = []
     train(
         model,
         processor,
         few,
         replace(SHORT, steps=1, dropout=0.1),
         run_dir=tmp_path,
-        after_step=lambda m, *_: seen.append(m.model.encoder.layers[0].dropout),
+        after_step=lambda m, *_: rates.append(m.model.encoder.layers[0].dropout),
     )
-    assert (seen, model.model.encoder.layers[0].dropout) == ([0.1], 0.3)
+    assert (rates, model.model.encoder.layers[0].dropout) == ([0.1], 0.3)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -175,7 +177,7 @@ def test_the_learning_rate_rises_then_falls(schedule):
 
 
 def stop_after(step: int):
-    """A hook that presses Ctrl-C once that step is done."""
+    """Return a hook that sends Ctrl-C after this step."""
 
     def hook(model, number, rate):
         if number == step:
@@ -184,9 +186,7 @@ def stop_after(step: int):
     return hook
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_the_same_bits(
-    model, processor, few, tmp_path, seed
-):
+def test_after_ctrl_c_the_training_resumes_bit_for_bit(model, processor, few, tmp_path, seed):
     whole, stopped = twin(model), twin(model)
     options = replace(SHORT, dropout=0.1)
     log = train(whole, processor, few, options, run_dir=tmp_path / "whole", seed=seed)
@@ -201,8 +201,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_has_the_same_bits(
     assert same_bits(weights(resumed), weights(whole))
 
 
-def test_ctrl_c_in_the_last_step_is_heard_too(model, processor, few, tmp_path):
-    """Or a recipe of short trainings could not be stopped."""
+def test_ctrl_c_in_the_last_step_stops_the_run(model, processor, few, tmp_path):
+    """Otherwise a recipe of short trainings could not be stopped."""
     whole = twin(model)
     train(whole, processor, few, SHORT, run_dir=tmp_path / "whole")
     with pytest.raises(Interrupted, match="stopped after step 4 of 4"):
@@ -211,10 +211,8 @@ def test_ctrl_c_in_the_last_step_is_heard_too(model, processor, few, tmp_path):
     assert same_bits(weights(model), weights(whole))
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(
-    model, processor, few, tmp_path
-):
-    def die(model, number, rate):
+def test_a_killed_training_resumes_from_its_last_state_bit_for_bit(model, processor, few, tmp_path):
+    def kill(model, number, rate):
         if number == 2:
             raise MemoryError("killed")
 
@@ -222,13 +220,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(
     whole = twin(model)
     train(whole, processor, few, options, run_dir=tmp_path / "whole")
     with pytest.raises(MemoryError):
-        train(twin(model), processor, few, options, run_dir=tmp_path / "run", after_step=die)
-    (tmp_path / "run" / "step-000000009.partial").mkdir()  # died while writing: is not looked at
+        train(twin(model), processor, few, options, run_dir=tmp_path / "run", after_step=kill)
+    (tmp_path / "run" / "step-000000009.partial").mkdir()  # an incomplete state is ignored
     assert train(model, processor, few, options, run_dir=tmp_path / "run").resumed_at == [2]
     assert same_bits(weights(model), weights(whole))
 
 
-def test_a_finished_training_is_not_done_again(model, processor, few, tmp_path):
+def test_a_finished_training_is_not_repeated(model, processor, few, tmp_path):
     again = twin(model)
     first = train(model, processor, few, SHORT, run_dir=tmp_path)
     second = train(again, processor, few, SHORT, run_dir=tmp_path, after_step=stop_after(0))
@@ -250,21 +248,21 @@ def test_a_state_that_cannot_be_read_is_named(model, processor, few, tmp_path):
         train(model, processor, few, SHORT, run_dir=tmp_path)
 
 
-# ---------------------------------------------------------------------------------- what it refuses
+# ----------------------------------------------------------------------------------------- errors
 
 
-def test_no_clips_is_a_letter(model, processor, tmp_path):
+def test_no_clips_raise_a_problem(model, processor, tmp_path):
     with pytest.raises(Problem, match="there are no clips to train on"):
         train(model, processor, [], SHORT, run_dir=tmp_path)
 
 
-def test_only_long_clips_is_a_letter(model, processor, few, tmp_path):
+def test_only_long_clips_raise_a_problem(model, processor, few, tmp_path):
     long = [replace(clip, duration_s=6.5) for clip in few]
     with pytest.raises(Problem, match="all 5 clips are longer than the window of 6 s"):
         train(model, processor, long, SHORT, run_dir=tmp_path)
 
 
-def test_a_loss_that_is_not_finite_is_a_letter_with_the_step(model, processor, few, tmp_path):
+def test_a_loss_that_is_not_finite_raises_a_problem_with_the_step(model, processor, few, tmp_path):
     def term(model, batch, outputs):
         return outputs.logits.sum() * float("nan")
 
@@ -273,12 +271,12 @@ def test_a_loss_that_is_not_finite_is_a_letter_with_the_step(model, processor, f
     assert "lower learning_rate" in e.value.hint
 
 
-def test_a_batch_too_small_to_share_is_a_letter(model, processor, few, tmp_path):
+def test_a_batch_that_is_too_small_to_split_raises_a_problem(model, processor, few, tmp_path):
     with pytest.raises(Problem, match="batch_size 3 cannot be shared by 1 processes in 4 passes"):
         train(model, processor, few, replace(SHORT, accumulate=4), run_dir=tmp_path)
 
 
-def test_a_precision_the_machine_lacks_is_a_letter(model, processor, few, tmp_path, monkeypatch):
+def test_an_unsupported_precision_raises_a_problem(model, processor, few, tmp_path, monkeypatch):
     def refuse(**options):
         raise ValueError("fp16 mixed precision requires a GPU")
 
@@ -287,12 +285,12 @@ def test_a_precision_the_machine_lacks_is_a_letter(model, processor, few, tmp_pa
         train(model, processor, few, replace(SHORT, precision="fp16"), run_dir=tmp_path)
 
 
-# -------------------------------------------------------- parts that are frozen, and cheaper steps
+# -------------------------------------------------------------- frozen parts and cheaper steps
 
 FEW_STEPS = Training(steps=3, batch_size=2, learning_rate=1e-3)
 
 
-def test_a_frozen_encoder_stays_as_it_is_and_the_rest_learns(model, processor, few, tmp_path):
+def test_a_frozen_encoder_does_not_change(model, processor, few, tmp_path):
     before = weights(model)
     train(model, processor, few, replace(FEW_STEPS, encoder=False), run_dir=tmp_path)
     changed = {name for name, tensor in weights(model).items() if not tensor.equal(before[name])}
@@ -301,7 +299,7 @@ def test_a_frozen_encoder_stays_as_it_is_and_the_rest_learns(model, processor, f
     assert all(p.requires_grad for p in model.model.encoder.layers.parameters())
 
 
-def test_a_frozen_token_table_stays_as_it_is(model, processor, few, tmp_path):
+def test_a_frozen_token_table_does_not_change(model, processor, few, tmp_path):
     before = weights(model)
     train(model, processor, few, replace(FEW_STEPS, token_table=False), run_dir=tmp_path)
     assert model.proj_out.weight.equal(before["proj_out.weight"])
@@ -311,9 +309,7 @@ def test_a_frozen_token_table_stays_as_it_is(model, processor, few, tmp_path):
     )
 
 
-def test_the_states_of_a_frozen_encoder_are_computed_once_for_each_clip(
-    model, processor, few, tmp_path
-):
+def test_the_states_of_a_frozen_encoder_are_computed_once_per_clip(model, processor, few, tmp_path):
     options = replace(FEW_STEPS, encoder=False, steps=10)
     plain = twin(model)
     train(plain, processor, few, options, run_dir=tmp_path / "plain")
@@ -329,7 +325,7 @@ def test_the_states_of_a_frozen_encoder_are_computed_once_for_each_clip(
         assert torch.allclose(tensor, weights(plain)[name], atol=1e-3), name
 
 
-def test_noise_is_never_cached(model, processor, few, tmp_path):
+def test_clips_with_noise_are_not_cached(model, processor, few, tmp_path):
     calls = []
     handle = model.model.encoder.register_forward_hook(lambda *a: calls.append(len(a[1][0])))
     options = replace(FEW_STEPS, encoder=False, cache_encoder=True, noise_snr_db=10.0, steps=4)
@@ -338,7 +334,7 @@ def test_noise_is_never_cached(model, processor, few, tmp_path):
     assert calls == [2] * 4
 
 
-def test_a_cached_training_resumes_to_the_same_bits(model, processor, few, tmp_path):
+def test_a_training_with_a_cached_encoder_resumes_bit_for_bit(model, processor, few, tmp_path):
     options = replace(
         FEW_STEPS, steps=6, encoder=False, cache_encoder=True, checkpoint_steps=1, windows="speech"
     )
@@ -357,10 +353,10 @@ def test_a_cached_training_resumes_to_the_same_bits(model, processor, few, tmp_p
     assert same_bits(weights(again), weights(whole))
 
 
-def test_windows_of_speech_end_a_second_behind_it_and_every_eighth_is_whole(model):
-    from edgewhisper.training import SpeechWindows
+def test_speech_windows_add_up_to_a_second_and_every_eighth_is_full(model):
+    from edgewhisper.examples import SpeechWindows
 
-    rule = SpeechWindows(model)  # 300 positions of 6 s in all, in units of 5
+    rule = SpeechWindows(model)  # the model has 300 positions of 6 s; the unit is 5
     assert [rule(step, 100) for step in range(8)] == [105] * 7 + [300]
     assert [rule(0, needed) for needed in (1, 5, 6, 296, 300)] == [10, 10, 15, 300, 300]
 
@@ -380,10 +376,10 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(capsys, monkeyp
 
     clock = iter([0.0, 4.0, 12.0, 13.0, 23.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    with progress.progress_bar(10, None, True, "lite: listening") as show:
+    with progress.progress_bar(10, None, True, "lite: calibrating") as show:
         for done in (1, 2, 3, 4):
             show(done, "loss 0.5")
     assert capsys.readouterr().err.splitlines() == [
-        "lite: listening: 2 of 10, loss 0.5, about 48 s left",
-        "lite: listening: 4 of 10, loss 0.5, about 34 s left",
+        "lite: calibrating: 2 of 10, loss 0.5, about 48 s left",
+        "lite: calibrating: 4 of 10, loss 0.5, about 34 s left",
     ]

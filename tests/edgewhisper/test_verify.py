@@ -1,4 +1,4 @@
-"""`verify` and `inspect` on the embedded model's artifact, as a user runs them."""
+"""`verify` and `inspect` on artifacts of the embedded model."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ def run(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
 # ----------------------------------------------------------------------------------------- verify
 
 
-def test_an_artifact_is_verified_against_its_gates_record(exported, few, monkeypatch, capsys):
+def test_an_artifact_is_verified_against_the_record_of_its_gate(exported, few, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "verify", exported, "--speech", few, "--json")
-    found = json.loads(out)
-    assert (code, found["ok"]) == (0, True)
-    assert [row["check"] for row in found["checks"]] == list(CHECKS)
-    assert {row["result"] for row in found["checks"]} == {"ok"}
-    assert "the tokens of all 3 clips are those of the gate" in found["checks"][-1]["found"]
+    report = json.loads(out)
+    assert (code, report["ok"]) == (0, True)
+    assert [row["check"] for row in report["checks"]] == list(CHECKS)
+    assert {row["result"] for row in report["checks"]} == {"ok"}
+    assert "the tokens of all 3 clips are those of the gate" in report["checks"][-1]["found"]
 
 
-def test_with_the_checkpoint_the_gate_is_run_anew(exported, few, digits):
+def test_with_a_checkpoint_the_gate_is_repeated(exported, few, digits):
     report = verify(exported, few, str(digits))
     assert report.letter is None
-    assert "anew: 100% of 3 clips get the checkpoint's tokens" in report.rows[-1]["found"]
+    assert "repeated: 100% of 3 clips get the checkpoint's tokens" in report.rows[-1]["found"]
 
 
-def test_another_checkpoint_than_its_own_is_refused(exported, few, digits, tmp_path, seed):
+def test_another_checkpoint_than_the_artifacts_is_refused(exported, few, digits, tmp_path, seed):
     import torch
 
     torch.manual_seed(seed)
@@ -67,7 +67,7 @@ def test_another_checkpoint_than_its_own_is_refused(exported, few, digits, tmp_p
     assert "its layers are not those of" in str(report.letter)
 
 
-def test_a_failed_check_is_a_letter_a_row_and_exit_code_1(
+def test_a_failed_check_prints_an_error_and_exits_with_1(
     exported, few, tmp_path, monkeypatch, capsys
 ):
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
@@ -83,8 +83,8 @@ def test_a_failed_check_is_a_letter_a_row_and_exit_code_1(
     assert "config.json: damaged" in json.loads(out)["error"]
 
 
-def test_tokens_that_are_not_those_of_the_gate_are_found(exported, few, tmp_path):
-    """The artifact is sound and signed, but its gate heard something else and was exact."""
+def test_other_tokens_than_the_gates_are_detected(exported, few, tmp_path):
+    """The artifact is valid, but its gate recorded other tokens and was exact."""
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
     manifest = json.loads((broken / "manifest.json").read_text())
     manifest["gate"] |= {"tokens_hash": "0" * 64, "exact": True}
@@ -96,15 +96,14 @@ def test_tokens_that_are_not_those_of_the_gate_are_found(exported, few, tmp_path
     assert re.search(r"\nclip: +001.ogg \(en\)\n", message)
 
 
-def test_clips_that_the_gate_did_not_hear_are_refused(exported, clips):
+def test_other_clips_than_the_gates_are_refused(exported, clips):
     report = verify(exported, clips)
     assert "the gate heard 3 other clips than these 40" in str(report.letter)
 
 
 @pytest.mark.parametrize("layout", ["transformers", "sherpa", "single"])
 def test_other_layouts_are_verified_too(layout, digits, few, tmp_path, monkeypatch, capsys):
-    """By our loops of their runtimes; a checkpoint with short windows is judged in its full one
-    where the runtime has only that."""
+    """Their reference runtimes run the graphs. Some of them only have the model's full window."""
     model, processor = whisper.load(digits), whisper.load_processor(digits)
     model.config.edgewhisper = {"format": 1, "windows": [150, 300]}
     whisper.save(model, processor, tmp_path / "two", {})
@@ -114,7 +113,9 @@ def test_other_layouts_are_verified_too(layout, digits, few, tmp_path, monkeypat
     report = verify(place, few)
     assert report.letter is None
     assert "the tokens of all 3 clips are those of the gate" in report.rows[-1]["found"]
-    assert "anew: 100% of 3 clips" in verify(place, few, str(tmp_path / "two")).rows[-1]["found"]
+    assert (
+        "repeated: 100% of 3 clips" in verify(place, few, str(tmp_path / "two")).rows[-1]["found"]
+    )
 
     manifest = json.loads((place / "manifest.json").read_text())
     manifest["gate"] |= {"tokens_hash": "0" * 64, "exact": True}
@@ -135,20 +136,20 @@ def test_other_layouts_are_verified_too(layout, digits, few, tmp_path, monkeypat
 
 
 def test_an_artifacts_parts_add_up_to_its_folder(exported):
-    found = inspect.inspect(str(exported))
-    assert found["kind"] == "artifact"
-    assert sum(found["bytes"].values()) == sum(p.stat().st_size for p in exported.iterdir())
+    contents = inspect.inspect(str(exported))
+    assert contents["kind"] == "artifact"
+    assert sum(contents["bytes"].values()) == sum(p.stat().st_size for p in exported.iterdir())
     vocabulary, width = 783, 128
-    assert found["bytes"]["token table"] == vocabulary * (width + 4)  # int8, a scale a token
-    assert min(found["bytes"].values()) > 0
+    assert contents["bytes"]["token table"] == vocabulary * (width + 4)  # int8, a scale per token
+    assert min(contents["bytes"].values()) > 0
 
 
 def test_a_checkpoints_parts_are_its_weights_and_files(digits):
-    found = inspect.inspect(str(digits))
-    parts = found["bytes"]
-    assert parts["encoder"] + parts["decoder"] + parts["token table"] == 4 * found["parameters"]
+    contents = inspect.inspect(str(digits))
+    parts = contents["bytes"]
+    assert parts["encoder"] + parts["decoder"] + parts["token table"] == 4 * contents["parameters"]
     assert parts["token table"] == 4 * 783 * 128
-    assert found["layers"]["encoder"][0]["self_attn"] == {"heads": 4, "qk_dim": 32, "v_dim": 32}
+    assert contents["layers"]["encoder"][0]["self_attn"] == {"heads": 4, "qk_dim": 32, "v_dim": 32}
 
 
 def test_a_checkpoint_and_its_artifact_have_the_same_layers_and_costs(digits, exported):
@@ -175,7 +176,7 @@ def test_irregular_layers_are_shown_one_by_one():
     ]
 
 
-def test_time_says_where_it_goes_and_what_the_floor_is(exported, monkeypatch, capsys):
+def test_time_is_split_by_part_and_compared_with_a_floor(exported, monkeypatch, capsys):
     words = ["inspect", exported, "--threads", 1, "--json", "--time"]
     code, out, _ = run(monkeypatch, capsys, *words)
     assert code == 0
@@ -192,9 +193,9 @@ def test_time_says_where_it_goes_and_what_the_floor_is(exported, monkeypatch, ca
     assert max(timed["encoder"]["shares"].get("other", 0), timed["token"]["shares"]["other"]) < 0.5
 
 
-def test_the_floor_counts_every_product_and_byte_once(exported):
-    """Against a count by hand at the embedded model's sizes, 300 positions and 32 tokens."""
-    told = json.loads((exported / "manifest.json").read_text())
+def test_the_floor_counts_every_multiplication_and_byte_once(exported):
+    """Compare with a manual count for the embedded model, 300 positions and 32 tokens."""
+    manifest = json.loads((exported / "manifest.json").read_text())
     from devices.runner.engines.graph_file import read_graph
 
     encoder, decoder = (read_graph(exported / f"{name}.onnx") for name in ("encoder", "decoder"))
@@ -203,16 +204,16 @@ def test_the_floor_counts_every_product_and_byte_once(exported):
     assert inspect.integer_weights(encoder) == 4 * block + 2 * 2 * d * d
     layers = 2 * (block + 2 * d * d)
     assert inspect.integer_weights(decoder) == layers
-    read = inspect.bytes_a_token(decoder, told, 300, 32)
+    read = inspect.bytes_a_token(decoder, manifest, 300, 32)
     keys = 2 * (2 * 300 * d + 2 * 32 * d * 4)
     floats = read - layers - keys - 783 * d
     assert 0 < floats < 40_000  # scales, biases, norms
 
 
 def test_a_checkpoint_has_no_graphs_to_time(digits):
-    with pytest.raises(Problem, match="there are no graphs to time") as letter:
+    with pytest.raises(Problem, match="there are no graphs to time") as error:
         inspect.time_artifact(digits, 5)
-    assert "edgewhisper export" in letter.value.hint
+    assert "edgewhisper export" in error.value.hint
 
 
 def test_tables_are_shown(exported, few, monkeypatch, capsys):
@@ -235,25 +236,25 @@ def test_tables_are_shown(exported, few, monkeypatch, capsys):
         ("layers", None, "layers is missing"),
     ],
 )
-def test_an_artifact_that_hides_what_it_is_gets_a_letter(name, value, message, exported, tmp_path):
+def test_missing_and_invalid_facts_raise_a_problem(name, value, message, exported, tmp_path):
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
     manifest = json.loads((broken / "manifest.json").read_text()) | {name: value}
     (broken / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=message) as letter:
+    with pytest.raises(ValueError, match=message) as error:
         inspect.inspect(str(broken))
-    assert letter.value.hint
+    assert error.value.hint
 
 
-def test_four_bits_are_as_many_weights_as_eight(digits, processor, tmp_path, rng):
-    """Two stand in a byte; blocks are of 32 inputs, which divide these widths."""
+def test_4_bit_and_8_bit_graphs_have_the_same_number_of_weights(digits, processor, tmp_path, rng):
+    """A byte holds two 4-bit weights. Blocks of 32 inputs divide these widths."""
     from devices.runner.engines.graph_file import read_graph
     from export.onnx.to_onnx import export_onnx
 
-    model, found = random_whisper(digits, ffn=64), {}
+    model, counts = random_whisper(digits, ffn=64), {}
     for precision in ("int8", "int4"):
         export_onnx(model, processor, tmp_path / precision, precision)
         for name in ("encoder", "decoder"):
             parts = read_graph(tmp_path / precision / f"{name}.onnx")
-            found[precision, name] = inspect.integer_weights(parts)
-    assert found["int8", "encoder"] == found["int4", "encoder"] > 0
-    assert found["int8", "decoder"] == found["int4", "decoder"] > 0
+            counts[precision, name] = inspect.integer_weights(parts)
+    assert counts["int8", "encoder"] == counts["int4", "encoder"] > 0
+    assert counts["int8", "decoder"] == counts["int4", "decoder"] > 0

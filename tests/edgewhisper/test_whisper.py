@@ -1,4 +1,4 @@
-"""Checkpoints: loading, saving, per-layer shapes, and what is refused."""
+"""Slim models and their checkpoints: loading, saving, per-layer shapes, and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from export.problem import Problem
 
 
 def random_shapes(model, rng, inputs=True, ranks=True) -> dict:
-    """Per-layer shapes drawn at random within the dense model's."""
+    """Return random per-layer shapes within those of the dense model."""
     config = model.config
     layers: dict = {"format": 1}
     for side in ("encoder", "decoder"):
@@ -47,7 +47,7 @@ def random_shapes(model, rng, inputs=True, ranks=True) -> dict:
 
 
 def slim(model, rng, **kinds):
-    """A random slim model: shapes drawn, weights random."""
+    """Return a slim model with random shapes and weights."""
     dense = model.state_dict()
     config_only = rebuild_shapes(model, random_shapes(model, rng, **kinds))
     kept = {n: t for n, t in dense.items() if n in config_only and t.shape == config_only[n].shape}
@@ -56,7 +56,7 @@ def slim(model, rng, **kinds):
 
 
 class rebuild_shapes(dict):
-    """Names and shapes of the tensors that `layers` asks for."""
+    """The names and shapes of the tensors for `layers`."""
 
     def __init__(self, model, layers):
         import copy
@@ -78,18 +78,18 @@ def same_tensors(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_stock_checkpoint_loads_and_says_what_is_spoken(digits, clips):
+def test_a_dense_checkpoint_loads_and_transcribes(digits, clips):
     model, processor = load(digits), load_processor(digits)
     spoken = read_manifest(clips)[:12]
     texts = transcribe(model, processor, [clip.pcm() for clip in spoken])
     assert score([clip.text for clip in spoken], texts).wer < 0.25
 
 
-def test_loading_equals_transformers_own_loading(digits):
+def test_loading_equals_loading_by_transformers(digits):
     import transformers
 
-    stock = transformers.WhisperForConditionalGeneration.from_pretrained(digits)
-    assert same_tensors(load(digits), stock)
+    reference = transformers.WhisperForConditionalGeneration.from_pretrained(digits)
+    assert same_tensors(load(digits), reference)
 
 
 @pytest.mark.parametrize("kind", ["dense", "slim", "slim-low-rank", "slim-gathered"])
@@ -141,7 +141,7 @@ def test_a_slim_model_decodes_with_cache_as_without(tiny_whisper, processor, rng
     assert (torch.cat(steps, 1) - whole).abs().max() < 1e-4
 
 
-def test_a_slim_model_works_in_the_pipeline(tiny_whisper, processor, rng):
+def test_a_slim_model_works_in_the_pipeline_of_transformers(tiny_whisper, processor, rng):
     from transformers import pipeline
 
     recogniser = pipeline(
@@ -153,12 +153,12 @@ def test_a_slim_model_works_in_the_pipeline(tiny_whisper, processor, rng):
     assert isinstance(recogniser(rng.standard_normal(8000).astype(np.float32))["text"], str)
 
 
-# ------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------- errors
 
 
 @pytest.fixture
 def copied(digits, tmp_path) -> Path:
-    """A copy of the embedded checkpoint that a test may damage."""
+    """A copy of the embedded checkpoint, for tests that damage it."""
     import shutil
 
     return Path(shutil.copytree(digits, tmp_path / "checkpoint"))
@@ -183,7 +183,7 @@ def test_another_architecture_is_refused(copied):
         load(copied)
 
 
-def test_missing_tensors_are_named_not_filled_with_noise(copied):
+def test_missing_tensors_are_an_error(copied):
     tensors = load_file(copied / "model.safetensors")
     del tensors["model.encoder.layers.0.fc1.weight"]
     save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
@@ -212,7 +212,7 @@ def test_a_missing_directory_is_named(tmp_path):
         load(tmp_path / "nowhere")
 
 
-def test_a_missing_tokenizer_is_said(copied):
+def test_a_missing_tokenizer_is_an_error(copied):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copied / name).unlink()
     with pytest.raises(Problem, match="no usable tokenizer"):
@@ -228,14 +228,14 @@ def test_a_missing_tokenizer_is_said(copied):
     ],
     ids=["unknown-format", "not-an-object", "no-layers"],
 )
-def test_bad_shapes_are_refused(copied, shapes, words):
+def test_invalid_shapes_are_refused(copied, shapes, words):
     edit_config(copied, edgewhisper=shapes)
     with pytest.raises(Problem, match=words):
         load(copied)
 
 
 @pytest.mark.parametrize("count", [0, -3, 10**9, 2.5, "7", True, None])
-def test_a_bad_count_is_refused_with_its_place(tiny_whisper, processor, tmp_path, rng, count):
+def test_an_invalid_count_is_refused_with_its_place(tiny_whisper, processor, tmp_path, rng, count):
     save(slim(tiny_whisper, rng), processor, tmp_path / "slim", {})
     shapes = json.loads((tmp_path / "slim/config.json").read_text())["edgewhisper"]
     shapes["decoder"][1]["encoder_attn"]["heads"] = count
@@ -244,7 +244,7 @@ def test_a_bad_count_is_refused_with_its_place(tiny_whisper, processor, tmp_path
         load(tmp_path / "slim")
 
 
-def test_saving_over_something_is_refused_and_leaves_it_alone(tiny_whisper, processor, tmp_path):
+def test_saving_to_an_existing_directory_is_refused(tiny_whisper, processor, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("keep")
     with pytest.raises(Problem, match="exists already"):
@@ -252,7 +252,7 @@ def test_saving_over_something_is_refused_and_leaves_it_alone(tiny_whisper, proc
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(digits, processor, tmp_path, full_disk):
+def test_a_full_disk_is_an_error_and_leaves_no_files(digits, processor, tmp_path, full_disk):
     model = load(digits)
     with pytest.raises(Problem, match=r"out cannot be written: .*too large") as problem:
         save(model, processor, tmp_path / "out", {})

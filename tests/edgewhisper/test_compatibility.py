@@ -1,4 +1,4 @@
-"""Checkpoints and sound files as people have them, which must keep working; paths and long use."""
+"""Compatibility: common forms of checkpoints and audio files, unusual paths, and long runs."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def edit(path: Path, **values: object) -> None:
 
 def cast(dtype: torch.dtype) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        held = load_file(folder / "model.safetensors")
-        held = {name: tensor.to(dtype) for name, tensor in held.items()}
-        save_file(held, folder / "model.safetensors", {"format": "pt"})
+        stored = load_file(folder / "model.safetensors")
+        stored = {name: tensor.to(dtype) for name, tensor in stored.items()}
+        save_file(stored, folder / "model.safetensors", {"format": "pt"})
         edit(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
 
     return change
@@ -48,12 +48,12 @@ def cast(dtype: torch.dtype) -> Callable[[Path], None]:
 
 def in_shards(folder: Path) -> None:
     whole = folder / "model.safetensors"
-    held = load_file(whole)
+    stored = load_file(whole)
     whole.unlink()
-    names = sorted(held)
+    names = sorted(stored)
     files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, part in files.items():
-        save_file({name: held[name] for name in part}, folder / file, {"format": "pt"})
+        save_file({name: stored[name] for name in part}, folder / file, {"format": "pt"})
     index = {"weight_map": {name: file for file, part in files.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}} | index))
 
@@ -63,14 +63,16 @@ def without_metadata(folder: Path) -> None:
 
 
 def slow_tokenizer(folder: Path) -> None:
-    """vocab.json, merges.txt and added_tokens.json, as tokenizers in Python save them."""
-    held = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "vocab.json").write_text(json.dumps(held["model"]["vocab"], ensure_ascii=False))
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in held["model"]["merges"]]
+    """Write vocab.json, merges.txt and added_tokens.json, as slow tokenizers save them."""
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(stored["model"]["vocab"], ensure_ascii=False))
+    merges = [
+        pair if isinstance(pair, str) else " ".join(pair) for pair in stored["model"]["merges"]
+    ]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    added = {entry["content"]: entry["id"] for entry in held["added_tokens"]}
+    added = {entry["content"]: entry["id"] for entry in stored["added_tokens"]}
     (folder / "added_tokens.json").write_text(json.dumps(added))
-    special = [entry["content"] for entry in held["added_tokens"] if entry["special"]]
+    special = [entry["content"] for entry in stored["added_tokens"] if entry["special"]]
     end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     (folder / "special_tokens_map.json").write_text(
         json.dumps({"additional_special_tokens": special} | end)
@@ -88,22 +90,22 @@ def slow_tokenizer_without_added_tokens(folder: Path) -> None:
 
 
 def longer_position_table(folder: Path) -> None:
-    held = load_file(folder / "model.safetensors")
-    held[POSITIONS] = torch.cat([held[POSITIONS], held[POSITIONS], held[POSITIONS][:8]])
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
-    edit(folder / "config.json", max_target_positions=len(held[POSITIONS]), max_length=64)
+    stored = load_file(folder / "model.safetensors")
+    stored[POSITIONS] = torch.cat([stored[POSITIONS], stored[POSITIONS], stored[POSITIONS][:8]])
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    edit(folder / "config.json", max_target_positions=len(stored[POSITIONS]), max_length=64)
 
 
 def own_output_matrix(folder: Path) -> None:
-    """`proj_out` stored a second time, as models with untied embeddings have it."""
-    held = load_file(folder / "model.safetensors")
-    held["proj_out.weight"] = held[TABLE].clone()
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    """Store `proj_out` as well, as models with untied embeddings do."""
+    stored = load_file(folder / "model.safetensors")
+    stored["proj_out.weight"] = stored[TABLE].clone()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
     edit(folder / "config.json", tie_word_embeddings=False)
 
 
 def first_preprocessor(folder: Path) -> None:
-    """The mel filters in preprocessor_config.json, as OpenAI's first conversions had them."""
+    """Store the mel filters in preprocessor_config.json, as OpenAI's first conversions do."""
     (folder / "processor_config.json").unlink()
     edit(folder / "preprocessor_config.json", mel_filters=[[0.0] * 201 for _ in range(80)])
 
@@ -142,17 +144,17 @@ def test_every_form_of_a_checkpoint_gives_the_same_text(form, digits, spoken, tm
 
 
 @pytest.mark.parametrize("form", FORMS[4:7], ids=NAMES[4:7])
-def test_an_artifact_of_such_a_checkpoint_gives_the_same_text(form, digits, spoken, tmp_path):
+def test_an_artifact_of_each_form_gives_the_same_text(form, digits, spoken, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(digits, folder)
     form(folder)
     export_onnx(load(folder), load_processor(folder), tmp_path / "artifact", "fp32")
     recognizer = Recognizer(tmp_path / "artifact")
-    found = [recognizer.transcribe(read_audio(clip.audio)).text for clip in spoken]
-    assert [text.strip() for text in found] == [text.strip() for text in texts(digits, spoken)]
+    actual = [recognizer.transcribe(read_audio(clip.audio)).text for clip in spoken]
+    assert [text.strip() for text in actual] == [text.strip() for text in texts(digits, spoken)]
 
 
-def test_large_v3_turbos_shape_decodes_as_in_transformers(tmp_path, rng):
+def test_the_shape_of_large_v3_turbo_decodes_as_in_transformers(tmp_path, rng):
     """128 mel bands, 51866 tokens (Cantonese is the last language), two decoder layers."""
     config = WhisperConfig(
         vocab_size=51866,
@@ -167,7 +169,7 @@ def test_large_v3_turbos_shape_decodes_as_in_transformers(tmp_path, rng):
     )
     model = WhisperForConditionalGeneration(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # so that logits are far apart, and vary
+        for parameter in model.parameters():  # so that logits differ clearly
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "turbo")
     (tmp_path / "turbo/generation_config.json").unlink()
@@ -181,7 +183,7 @@ def test_large_v3_turbos_shape_decodes_as_in_transformers(tmp_path, rng):
     export_onnx(checkpoint, processor, tmp_path / "artifact", "fp32")
     plain = Recognizer(tmp_path / "artifact", guards=False)
     with torch.no_grad():
-        wanted = checkpoint.generate(
+        expected = checkpoint.generate(
             features,
             language="yue",
             task="transcribe",
@@ -190,11 +192,11 @@ def test_large_v3_turbos_shape_decodes_as_in_transformers(tmp_path, rng):
         )[0].tolist()
     tokens = plain.window(sound, language="yue")
     size = min(len(tokens), 12)
-    assert tokens[:size] == wanted[:size]
-    assert size == 12 or wanted[size:] in ([], [generation.eos_token_id])
+    assert tokens[:size] == expected[:size]
+    assert size == 12 or expected[size:] in ([], [generation.eos_token_id])
 
 
-# -------------------------------------------------------------------------------- sound
+# -------------------------------------------------------------------------------- audio
 
 
 @pytest.fixture
@@ -209,17 +211,17 @@ def resampled(sound: np.ndarray, rate: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 32_000, 44_100, 48_000, 96_000, 192_000])
-def test_every_rate_gives_the_same_sound(rate, speech, tmp_path):
+def test_every_sampling_rate_gives_the_same_audio(rate, speech, tmp_path):
     soundfile.write(tmp_path / "a.wav", resampled(speech, rate), rate, subtype="FLOAT")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # below 16 kHz the missing band is named
-        found = read_audio(tmp_path / "a.wav")
-    assert abs(len(found) - len(speech)) <= 16
-    heard = min(len(found), len(speech))
-    error = found[:heard] - speech[:heard]
+        warnings.simplefilter("ignore")  # below 16 kHz, a warning names the missing band
+        actual = read_audio(tmp_path / "a.wav")
+    assert abs(len(actual) - len(speech)) <= 16
+    size = min(len(actual), len(speech))
+    error = actual[:size] - speech[:size]
     if rate >= 16_000:
         assert np.square(error).mean() < 1e-3 * np.square(speech).mean()
-    assert np.corrcoef(found[:heard], speech[:heard])[0, 1] > 0.8
+    assert np.corrcoef(actual[:size], speech[:size])[0, 1] > 0.8
 
 
 @pytest.mark.parametrize(
@@ -244,13 +246,13 @@ def test_every_rate_gives_the_same_sound(rate, speech, tmp_path):
         ("MP3", "MPEG_LAYER_III", 0.3),
     ],
 )
-def test_every_coding_gives_the_same_sound(format, subtype, error, speech, tmp_path):
+def test_every_encoding_gives_the_same_audio(format, subtype, error, speech, tmp_path):
     soundfile.write(tmp_path / "a", speech, 16_000, format=format, subtype=subtype)
-    found = read_audio(tmp_path / "a")
-    size = min(len(found), len(speech))
+    actual = read_audio(tmp_path / "a")
+    size = min(len(actual), len(speech))
     assert size > 0.9 * len(speech)
-    lag = np.correlate(found[:size], speech[:size], "full").argmax() - (size - 1)
-    left, right = found[max(lag, 0) :], speech[max(-lag, 0) :]
+    lag = np.correlate(actual[:size], speech[:size], "full").argmax() - (size - 1)
+    left, right = actual[max(lag, 0) :], speech[max(-lag, 0) :]
     size = min(len(left), len(right))
     missed = np.square(left[:size] - right[:size]).mean() / np.square(right[:size]).mean()
     assert missed < error
@@ -261,15 +263,15 @@ def test_channels_are_averaged(channels, speech, tmp_path):
     gains = np.arange(1, channels + 1) / channels
     soundfile.write(tmp_path / "a.wav", speech[:, None] * gains, 16_000, subtype="FLOAT")
     with pytest.warns(UserWarning, match=f"{channels} channels, averaged to one"):
-        found = read_audio(tmp_path / "a.wav")
-    assert np.allclose(found, speech * gains.mean(), atol=1e-6)
+        actual = read_audio(tmp_path / "a.wav")
+    assert np.allclose(actual, speech * gains.mean(), atol=1e-6)
 
 
-# -------------------------------------------------------------------------------- use
+# ------------------------------------------------------------------- paths and long runs
 
 
 def test_spaces_and_unicode_in_paths_under_the_c_locale(digits, spoken, tmp_path):
-    """`export`, `transcribe`, `eval` and the runner alone, with all paths in one such folder."""
+    """`export`, `transcribe`, `eval` and the standalone runner work with such paths."""
     folder = tmp_path / "modèle de Zoë 你好"
     folder.mkdir()
     shutil.copytree(digits, folder / "un modèle")
@@ -298,7 +300,7 @@ def test_spaces_and_unicode_in_paths_under_the_c_locale(digits, spoken, tmp_path
 
 @pytest.mark.slow
 def test_two_thousand_files_take_constant_memory(exported, spoken, tmp_path):
-    """One runner, one process; resident memory after 2,000 files against that after 200."""
+    """Compare the resident memory of one runner after 2,000 files with that after 200."""
     names = []
     for number, clip in enumerate(spoken):
         names.append(str(tmp_path / f"{number}.wav"))

@@ -1,4 +1,4 @@
-"""LoRA adapters: merged as PEFT merges them, or an error that says what to do."""
+"""LoRA adapters are merged as PEFT merges them, or raise an error with a hint."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ KINDS = {
 
 
 def adapter(digits: Path, folder: Path, base: str | None = None, **options) -> Path:
-    """An adapter with random weights in both of its factors, saved by PEFT."""
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 16, **options})
-    wrapped = peft.get_peft_model(whisper.load(digits), config)
+    """Save an adapter with random weights in both factors with PEFT."""
+    lora = peft.LoraConfig(**{"r": 4, "lora_alpha": 16, **options})
+    wrapped = peft.get_peft_model(whisper.load(digits), lora)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.05)
     wrapped.save_pretrained(folder)
     path = folder / "adapter_config.json"
-    held = json.loads(path.read_text()) | {"base_model_name_or_path": base or str(digits)}
-    path.write_text(json.dumps(held))
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": base or str(digits)}
+    path.write_text(json.dumps(config))
     return folder
 
 
@@ -47,21 +47,22 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_merged_as_peft_merges_it(kind, digits, tmp_path):
     folder = adapter(digits, tmp_path / "lora", **KINDS[kind])
-    found = logits(whisper.load(folder))
-    stock = peft.PeftModel.from_pretrained(whisper.load(digits), str(folder)).merge_and_unload()
-    torch.testing.assert_close(found, logits(stock), rtol=0, atol=1e-5)
-    assert (found - logits(whisper.load(digits))).abs().max() > 0.01
-    processor = whisper.load_processor(folder)
+    actual = logits(whisper.load(folder))
+    reference = peft.PeftModel.from_pretrained(whisper.load(digits), str(folder)).merge_and_unload()
+    torch.testing.assert_close(actual, logits(reference), rtol=0, atol=1e-5)
+    assert (actual - logits(whisper.load(digits))).abs().max() > 0.01
+    _, processor = whisper.load_with_processor(folder)
+    assert len(processor.tokenizer) == len(whisper.load_processor(folder).tokenizer)
     assert len(processor.tokenizer) == len(whisper.load_processor(digits).tokenizer)
 
 
-def test_a_merged_adapter_is_a_checkpoint_like_any_other(digits, tmp_path):
+def test_a_merged_adapter_is_saved_as_a_checkpoint(digits, tmp_path):
     folder = adapter(digits, tmp_path / "lora", target_modules=["q_proj"])
     whole = whisper.as_directory(folder, tmp_path / "made")
     torch.testing.assert_close(logits(whisper.load(whole)), logits(whisper.load(folder)))
 
 
-def test_a_model_that_was_saved_through_pefts_wrapper_is_read(digits, tmp_path):
+def test_a_model_saved_with_pefts_wrapper_loads(digits, tmp_path):
     model, processor = whisper.load(digits), whisper.load_processor(digits)
     whisper.save(model, processor, tmp_path / "wrapped", {})
     from safetensors.torch import load_file, save_file
@@ -73,7 +74,7 @@ def test_a_model_that_was_saved_through_pefts_wrapper_is_read(digits, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["/nowhere/whisper", "./gone"])
-def test_an_adapter_without_its_base_names_it(base, digits, tmp_path):
+def test_a_missing_base_is_named(base, digits, tmp_path):
     folder = adapter(digits, tmp_path / "lora", base, target_modules=["q_proj"])
     with pytest.raises(Problem, match=f"a LoRA adapter of {base}, which cannot be loaded") as error:
         whisper.load(folder)
@@ -89,7 +90,7 @@ def test_an_adapter_without_its_base_names_it(base, digits, tmp_path):
         ({"r": "four"}, "does not fit its base"),
     ],
 )
-def test_a_config_of_no_use_is_an_error(changes, message, digits, tmp_path):
+def test_an_unusable_config_is_an_error(changes, message, digits, tmp_path):
     folder = adapter(digits, tmp_path / "lora", target_modules=["q_proj"])
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -98,7 +99,7 @@ def test_a_config_of_no_use_is_an_error(changes, message, digits, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff"])
-def test_a_config_that_is_no_object_is_an_error(text, digits, tmp_path):
+def test_a_config_that_is_not_an_object_is_an_error(text, digits, tmp_path):
     folder = adapter(digits, tmp_path / "lora", target_modules=["q_proj"])
     (folder / "adapter_config.json").write_text(text)
     with pytest.raises(Problem, match=r"adapter_config\.json"):

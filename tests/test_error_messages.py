@@ -1,4 +1,4 @@
-"""Letters to the user end without a period: the command line prints them as lines."""
+"""Error messages and hints end without a period."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("edgewhisper", "export", "benchmarks", "devices")
-LETTERS = {"Problem", "DeviceProblem", "RunnerProblem", "GateFailure", "Interrupted"}
+ERRORS = {"Problem", "DeviceProblem", "RunnerProblem", "GateFailure", "Interrupted"}
 
 
-def told(tree: ast.Module) -> Iterator[ast.expr]:
-    """Messages and hints of the letters in a file; for a name, what the file assigns to it."""
+def messages(tree: ast.Module) -> Iterator[ast.expr]:
+    """Yield messages and hints of the errors in a file; names are replaced by their values."""
     nodes = list(ast.walk(tree))
-    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) in LETTERS]
+    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) in ERRORS]
     passed = [text for n in calls for text in (*n.args, *(word.value for word in n.keywords))]
     names = {text.id for text in passed if isinstance(text, ast.Name)}
     for node in nodes:
@@ -31,19 +31,18 @@ def ends_with_period(text: ast.expr) -> bool:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_no_letter_ends_with_a_period(folder):
+def test_no_message_ends_with_a_period(folder):
     files = [*(ROOT / folder).rglob("*.py")]
-    letters = [(f, text) for f in files for text in told(ast.parse(f.read_text(encoding="utf-8")))]
-    assert letters
+    trees = [(f, ast.parse(f.read_text(encoding="utf-8"))) for f in files]
+    texts = [(f, text) for f, tree in trees for text in messages(tree)]
+    assert texts
     wrong = [
-        f"{f.name}:{text.lineno} {ast.unparse(text)}"
-        for f, text in letters
-        if ends_with_period(text)
+        f"{f.name}:{text.lineno} {ast.unparse(text)}" for f, text in texts if ends_with_period(text)
     ]
     assert not wrong
 
 
-def test_a_period_is_found_wherever_it_is_written():
+def test_periods_in_names_and_f_strings_are_detected():
     code = 'hint = f"{x} one."\nraise Problem("a. b", hint)\nraise Problem(f"{x} two.", "three.")'
-    found = [ast.unparse(text) for text in told(ast.parse(code)) if ends_with_period(text)]
+    found = [ast.unparse(text) for text in messages(ast.parse(code)) if ends_with_period(text)]
     assert found == ["f'{x} one.'", "f'{x} two.'", "'three.'"]

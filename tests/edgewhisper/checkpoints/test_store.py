@@ -1,5 +1,7 @@
-"""Checkpoints in every form: Hugging Face directories as fine-tuning leaves them, CTranslate2
-folders, .pt files; and the generation config that is derived where it is missing."""
+"""Loading all forms of checkpoints: fine-tuned Hugging Face directories, CTranslate2, .pt files.
+
+Also the generation config that is derived if it is missing.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ from edgewhisper.whisper import (
     as_directory,
     load,
     load_processor,
+    load_with_processor,
     resolved,
     save,
 )
@@ -47,7 +50,7 @@ SMALL = dict(
 
 
 def random_of(vocab_size: int, **more: int) -> WhisperForConditionalGeneration:
-    """A small random model with one of OpenAI's vocabularies."""
+    """Return a small random model with one of OpenAI's vocabularies."""
     torch.manual_seed(vocab_size)
     return WhisperForConditionalGeneration(WhisperConfig(vocab_size=vocab_size, **SMALL, **more))
 
@@ -63,7 +66,7 @@ def multilingual() -> WhisperForConditionalGeneration:
 
 
 def bare(model: WhisperForConditionalGeneration, out: Path) -> Path:
-    """Weights and config.json alone."""
+    """Save weights and config.json only."""
     model.save_pretrained(out)
     (out / "generation_config.json").unlink()
     config = json.loads((out / "config.json").read_text())
@@ -79,15 +82,15 @@ def edit(path: Path, **values: object) -> None:
 
 
 def folder_of(out: Path, content: bytes, **config: object) -> Path:
-    """A CTranslate2 folder."""
+    """Write a CTranslate2 folder."""
     out.mkdir()
     (out / "model.bin").write_bytes(content)
     (out / "config.json").write_text(json.dumps(config))
     return out
 
 
-def same_weights(found, wanted, tolerance: float = 0.0) -> bool:
-    left, right = found.state_dict(), wanted.state_dict()
+def same_weights(actual, expected, tolerance: float = 0.0) -> bool:
+    left, right = actual.state_dict(), expected.state_dict()
     return left.keys() == right.keys() and all(
         (left[name] - right[name]).abs().max() <= tolerance * right[name].abs().max()
         for name in left
@@ -108,11 +111,11 @@ def same_weights(found, wanted, tolerance: float = 0.0) -> bool:
         ("someone/whisper-tiny-bambara", "someone/whisper-tiny-bambara"),
     ],
 )
-def test_a_size_name_is_the_hub_id_of_openai(name, hub):
+def test_size_names_resolve_to_openais_hub_ids(name, hub):
     assert resolved(name) == hub
 
 
-def test_a_folder_of_that_name_comes_before_the_hub(tmp_path, monkeypatch):
+def test_a_folder_takes_precedence_over_a_size_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     assert resolved("base") == "base"
@@ -150,20 +153,18 @@ def test_the_packaged_tokenizers_have_openais_ids(vocab_size, end, silent, langu
     assert ids[:3] == ([18435, 612, 11] if vocab_size == ENGLISH else [2425, 456, 11])
 
 
-def test_suppressed_tokens_are_openais():
+def test_suppressed_tokens_match_openais():
     tokenizer = openai.tokenizer(ENGLISH)
-    found = openai.suppressed_tokens(tokenizer, tokenizer.get_vocab())
-    assert found[:12] == [1, 2, 7, 8, 9, 10, 14, 25, 26, 27, 28, 29]
-    assert found[-6:] == [50257, 50357, 50358, 50359, 50360, 50361]
-    assert len(found) == 90
+    tokens = openai.suppressed_tokens(tokenizer, tokenizer.get_vocab())
+    assert tokens[:12] == [1, 2, 7, 8, 9, 10, 14, 25, 26, 27, 28, 29]
+    assert tokens[-6:] == [50257, 50357, 50358, 50359, 50360, 50361]
+    assert len(tokens) == 90
 
 
 # ------------------------------------------------------------------------------ Hugging Face forms
 
 
-def test_weights_alone_of_a_multilingual_model_are_prompted_with_language_and_task(
-    multilingual, tmp_path
-):
+def test_bare_weights_of_a_multilingual_model_get_language_and_task_prompts(multilingual, tmp_path):
     model = load(bare(multilingual, tmp_path / "bare"))
     generation = model.generation_config
     assert generation.is_multilingual and generation.lang_to_id["<|de|>"] == 50261
@@ -176,14 +177,14 @@ def test_weights_alone_of_a_multilingual_model_are_prompted_with_language_and_ta
     assert processor.tokenizer.get_vocab()["<|de|>"] == 50261
 
 
-def test_weights_alone_of_an_english_model_are_prompted_without(english, tmp_path):
+def test_bare_weights_of_an_english_model_get_no_language_prompt(english, tmp_path):
     generation = load(bare(english, tmp_path / "bare")).generation_config
     assert not generation.is_multilingual
     assert prompt_ids(generation, "de") == [50257, 50362]
     assert not hasattr(generation, "lang_to_id") and not hasattr(generation, "language")
 
 
-def test_a_config_that_transformers_made_up_is_not_believed(multilingual, tmp_path):
+def test_a_config_generated_by_transformers_is_ignored(multilingual, tmp_path):
     multilingual.save_pretrained(tmp_path / "marked")
     edit(
         tmp_path / "marked/generation_config.json",
@@ -205,15 +206,15 @@ def test_half_precision_shards_load_in_float32(multilingual, tmp_path, dtype):
     assert same_weights(model, multilingual, tolerance=0.01)
 
 
-def test_a_resized_vocabulary_is_known_by_its_start_token(tmp_path):
+def test_a_resized_vocabulary_is_recognised_by_its_start_token(tmp_path):
     model = random_of(MULTILINGUAL + 7, decoder_start_token_id=50258)
     generation = load(bare(model, tmp_path / "bare")).generation_config
     assert prompt_ids(generation, "fr") == [50258, 50265, 50359, 50363]
 
 
-def test_what_cannot_be_derived_is_refused(tmp_path):
+def test_underivable_values_are_refused(tmp_path):
     out = bare(random_of(1234, decoder_start_token_id=3, pad_token_id=0), tmp_path / "bare")
-    with pytest.raises(Problem, match="1234 tokens is none of OpenAI's") as problem:
+    with pytest.raises(Problem, match="1234 tokens is not one of OpenAI's") as problem:
         load(out)
     assert "is_multilingual" in str(problem.value) and "copy the tokenizer" in problem.value.hint
 
@@ -228,14 +229,14 @@ def test_what_cannot_be_derived_is_refused(tmp_path):
     ],
     ids=["forced-ids", "forced-ids-in-config", "name", "token"],
 )
-def test_the_language_that_a_fine_tune_names_prompts_it(multilingual, tmp_path, place, values):
+def test_the_language_of_a_fine_tuned_model_is_its_prompt(multilingual, tmp_path, place, values):
     out = bare(multilingual, tmp_path / "tuned")
     edit(out / place, **values)
     generation = load(out).generation_config
     assert prompt_ids(generation) == [50258, 50261, 50358, 50363]
 
 
-def test_forced_ids_that_name_no_language_leave_it_open(multilingual, tmp_path):
+def test_forced_ids_without_a_language_set_none(multilingual, tmp_path):
     out = bare(multilingual, tmp_path / "tuned")
     edit(out / "generation_config.json", forced_decoder_ids=[[1, None], [2, 50359]])
     generation = load(out).generation_config
@@ -243,7 +244,7 @@ def test_forced_ids_that_name_no_language_leave_it_open(multilingual, tmp_path):
     assert generation.task == "transcribe"
 
 
-def test_keys_that_decoding_does_not_honour_change_nothing(digits, clips, tmp_path):
+def test_keys_that_decoding_ignores_have_no_effect(digits, clips, tmp_path):
     from benchmarks.speech.clips import read_manifest
 
     copy = tmp_path / "keys"
@@ -278,7 +279,7 @@ def test_keys_that_decoding_does_not_honour_change_nothing(digits, clips, tmp_pa
         ({"alignment_heads": 3}, "alignment_heads = 3"),
     ],
     ids=[
-        *("start", "silent", "language", "task", "end", "beyond", "below", "no-list"),
+        *("start", "no-timestamps", "language", "task", "end", "too-high", "too-low", "no-list"),
         *("no-head", "no-heads"),
     ],
 )
@@ -293,7 +294,7 @@ def test_ids_that_contradict_the_tokenizer_are_refused(multilingual, tmp_path, v
 def test_an_english_model_with_a_multilingual_config_is_refused(english, tmp_path):
     out = bare(english, tmp_path / "sibling")
     edit(out / "generation_config.json", is_multilingual=True)
-    with pytest.raises(Problem, match="is_multilingual = True, and by the tokenizer it is False"):
+    with pytest.raises(Problem, match="is_multilingual = True, but according to the tokenizer it"):
         load(out)
 
 
@@ -381,8 +382,8 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path):
         load(folder_of(tmp_path / "ct2", content))
 
 
-def test_random_damage_never_gives_a_traceback(multilingual, tmp_path, rng):
-    """200 mutations of the part before the first weights."""
+def test_random_damage_raises_only_problems(multilingual, tmp_path, rng):
+    """200 mutations of the bytes before the first weights."""
     content = bytearray(model_bin(ctranslate2_arrays(multilingual)))
     out = folder_of(tmp_path / "ct2", bytes(content))
     for _ in range(200):
@@ -416,7 +417,7 @@ class Bomb:
         return os.system, ("touch exploded",)
 
 
-def test_a_pt_file_that_runs_code_is_refused_and_does_not(tmp_path, monkeypatch):
+def test_code_in_a_pt_file_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"dims": {}, "model_state_dict": Bomb()}, tmp_path / "bomb.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb()))
@@ -439,7 +440,7 @@ def test_a_pt_file_that_runs_code_is_refused_and_does_not(tmp_path, monkeypatch)
     ],
     ids=["no-dims", "huge", "text", "other-table", "missing", "extra", "no-tensor"],
 )
-def test_a_pt_file_that_disagrees_with_itself_is_refused(english, tmp_path, change, words):
+def test_an_inconsistent_pt_file_is_refused(english, tmp_path, change, words):
     path = tmp_path / "model.pt"
     write_pt(english, path)
     content = torch.load(path)
@@ -449,7 +450,7 @@ def test_a_pt_file_that_disagrees_with_itself_is_refused(english, tmp_path, chan
         load(path)
 
 
-def test_a_cut_pt_file_is_refused(english, tmp_path):
+def test_a_truncated_pt_file_is_refused(english, tmp_path):
     path = tmp_path / "model.pt"
     write_pt(english, path)
     path.write_bytes(path.read_bytes()[:5000])
@@ -457,7 +458,7 @@ def test_a_cut_pt_file_is_refused(english, tmp_path):
         load(path)
 
 
-# ------------------------------------------------------------------------- one form for others
+# -------------------------------------------------------------------------- saved directories
 
 
 def test_other_forms_are_written_as_complete_directories(multilingual, tmp_path):
@@ -469,7 +470,7 @@ def test_other_forms_are_written_as_complete_directories(multilingual, tmp_path)
     assert as_directory(out, tmp_path / "again") == out
 
 
-def test_a_saved_model_says_all_that_it_was_loaded_with(multilingual, tmp_path):
+def test_a_saved_model_keeps_its_generation_config(multilingual, tmp_path):
     bare(multilingual, tmp_path / "bare")
     first = load(tmp_path / "bare")
     save(first, load_processor(tmp_path / "bare"), tmp_path / "saved")
@@ -477,6 +478,18 @@ def test_a_saved_model_says_all_that_it_was_loaded_with(multilingual, tmp_path):
     assert second.generation_config.to_dict() == first.generation_config.to_dict()
     stored = json.loads((tmp_path / "saved/generation_config.json").read_text())
     assert stored["is_multilingual"] is True and not stored.get("_from_model_config")
+
+
+def test_model_and_processor_are_loaded_with_one_read_of_the_tokenizer(
+    multilingual, tmp_path, monkeypatch
+):
+    bare(multilingual, tmp_path / "bare")
+    reads, read = [], openai.tokenizer
+    monkeypatch.setattr(openai, "tokenizer", lambda size: reads.append(size) or read(size))
+    model, processor = load_with_processor(tmp_path / "bare")
+    assert reads == [MULTILINGUAL]
+    assert model.generation_config.to_dict() == load(tmp_path / "bare").generation_config.to_dict()
+    assert processor.to_dict() == load_processor(tmp_path / "bare").to_dict()
 
 
 # -------------------------------------------------------------------------------- pinned packages
@@ -501,7 +514,7 @@ def test_a_size_without_a_package_names_the_hub(tmp_path):
     assert "openai/whisper-small" in problem.value.hint
 
 
-def test_without_hub_and_package_the_demo_takes_the_digits_model(monkeypatch):
+def test_without_hub_and_package_the_demo_uses_the_digits_model(monkeypatch):
     from edgewhisper import pipeline
 
     def none(argv, **options):
@@ -509,12 +522,12 @@ def test_without_hub_and_package_the_demo_takes_the_digits_model(monkeypatch):
 
     monkeypatch.setattr(fetch.subprocess, "run", none)
     monkeypatch.setattr(fetch, "cache", lambda: Path("/nonexistent"))
-    said: list[str] = []
-    assert pipeline.demo_source(None, said.append) == str(pipeline.DEFAULT_MODEL)
-    assert "cannot be downloaded: no network" in said[-2]
-    assert "embedded digits model" in said[-1]
-    assert pipeline.demo_source("digits", said.append) == str(pipeline.DEFAULT_MODEL)
-    assert pipeline.demo_source("some/model", said.append) == "some/model"
+    lines: list[str] = []
+    assert pipeline.demo_source(None, lines.append) == str(pipeline.DEFAULT_MODEL)
+    assert "cannot be downloaded: no network" in lines[-2]
+    assert "embedded digits model" in lines[-1]
+    assert pipeline.demo_source("digits", lines.append) == str(pipeline.DEFAULT_MODEL)
+    assert pipeline.demo_source("some/model", lines.append) == "some/model"
 
 
 # ------------------------------------------------------------------------------- feature extractors
@@ -528,9 +541,7 @@ def test_without_hub_and_package_the_demo_takes_the_digits_model(monkeypatch):
         ({"chunk_length": 15}, r"nb_max_frames = 1500, .* 2 \* max_source_positions = 3000"),
     ],
 )
-def test_features_that_the_encoder_cannot_read_name_both_files(
-    changes, message, multilingual, tmp_path
-):
+def test_mismatched_features_name_both_files(changes, message, multilingual, tmp_path):
     multilingual.save_pretrained(tmp_path)
     WhisperFeatureExtractor().save_pretrained(tmp_path)
     assert load_processor(tmp_path).feature_extractor.feature_size == 80
@@ -540,8 +551,8 @@ def test_features_that_the_encoder_cannot_read_name_both_files(
 
 
 @pytest.mark.parametrize("prompt", ["english", "multilingual"])
-def test_an_endless_text_has_the_same_limit_in_checkpoint_and_artifact(prompt, request, tmp_path):
-    """Prompts of two and of four tokens leave different room."""
+def test_checkpoint_and_artifact_have_the_same_token_limit(prompt, request, tmp_path):
+    """The limit depends on the length of the prompt, two or four tokens."""
     bare(request.getfixturevalue(prompt), tmp_path / "bare")
     model, processor = load(tmp_path / "bare"), load_processor(tmp_path / "bare")
     generation = model.generation_config = copy.deepcopy(model.generation_config)
@@ -550,9 +561,9 @@ def test_an_endless_text_has_the_same_limit_in_checkpoint_and_artifact(prompt, r
     )
     generation.suppress_tokens = [*generation.suppress_tokens, generation.eos_token_id]
     pcm = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 10
-    (wanted,) = decoding.greedy(model, processor, [pcm])
+    (expected,) = decoding.greedy(model, processor, [pcm])
     export_onnx(model, processor, tmp_path / "artifact", "fp32")
-    found = Recognizer(tmp_path / "artifact", threads=1, guards=False).window(pcm)
+    actual = Recognizer(tmp_path / "artifact", threads=1, guards=False).window(pcm)
     length = 2 if prompt == "english" else 4
-    assert len(found) == len(wanted) == model.config.max_target_positions - length
-    assert found[:20] == wanted[:20]
+    assert len(actual) == len(expected) == model.config.max_target_positions - length
+    assert actual[:20] == expected[:20]

@@ -1,4 +1,4 @@
-"""Words that fine-tuning adds to the vocabulary, behind the timestamps."""
+"""Words that fine-tuning adds to the vocabulary, after the timestamps."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CASES = {
 
 @pytest.fixture
 def spoken(clips) -> list:
-    some = [clip for clip in read_manifest(clips) if {"three", "one"} <= set(clip.text.split())]
-    assert len(some) > 1
-    return some
+    spoken = [clip for clip in read_manifest(clips) if {"three", "one"} <= set(clip.text.split())]
+    assert len(spoken) > 1
+    return spoken
 
 
 def enlarged(digits: Path, processor, words, folder: Path) -> Path:
-    """The embedded model with new tokens, each a little likelier than the word it stands for."""
+    """The embedded model with new tokens, each slightly more likely than the word it replaces."""
     model = whisper.load(digits)
     whisper.save(model, processor, folder, {})
     vocabulary = processor.tokenizer.get_vocab()
@@ -45,14 +45,14 @@ def enlarged(digits: Path, processor, words, folder: Path) -> Path:
         folder / "model.safetensors",
         {"format": "pt"},
     )
-    held = json.loads((folder / "tokenizer.json").read_text())
+    stored = json.loads((folder / "tokenizer.json").read_text())
     for number, (_, content, special) in enumerate(words):
-        held["added_tokens"].append(
+        stored["added_tokens"].append(
             dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
             | {"id": len(table) + number, "content": content}
             | {"normalized": not special, "special": special}
         )
-    (folder / "tokenizer.json").write_text(json.dumps(held))
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
     config = json.loads((folder / "config.json").read_text())
     config["vocab_size"] = len(table) + len(words)
     (folder / "config.json").write_text(json.dumps(config))
@@ -60,7 +60,7 @@ def enlarged(digits: Path, processor, words, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_added_words_are_said(case, digits, processor, spoken, tmp_path):
+def test_added_words_are_transcribed(case, digits, processor, spoken, tmp_path):
     words = CASES[case]
     place = enlarged(digits, processor, words, tmp_path / "enlarged")
     model, own = whisper.load(place), whisper.load_processor(place)
@@ -69,8 +69,8 @@ def test_added_words_are_said(case, digits, processor, spoken, tmp_path):
     pcms = [clip.pcm() for clip in spoken]
     tokens = decoding.greedy(model, own, pcms)
     for number, (word, _, _) in enumerate(words):
-        for clip, found in zip(spoken, tokens, strict=True):
-            assert found.count(before + number) == clip.text.split().count(word)
+        for clip, row in zip(spoken, tokens, strict=True):
+            assert row.count(before + number) == clip.text.split().count(word)
     texts = decoding.transcribe(model, own, pcms)
     for word, content, special in words:
         assert all((content.strip() in text) is not special for text in texts)
@@ -79,8 +79,8 @@ def test_added_words_are_said(case, digits, processor, spoken, tmp_path):
     assert whisper.load(tmp_path / "again").generation_config.timestamp_end == before
     export_onnx(model, own, tmp_path / "artifact", "fp32")
     recognizer = Recognizer(tmp_path / "artifact", threads=1)
-    for pcm, wanted, text in zip(pcms, tokens, texts, strict=True):
-        assert recognizer.window(pcm) == wanted
+    for pcm, expected, text in zip(pcms, tokens, texts, strict=True):
+        assert recognizer.window(pcm) == expected
         assert recognizer.transcribe(pcm).text == text
         timed = recognizer.transcribe(pcm, timestamps=True)
         assert timed.text == text
@@ -88,12 +88,12 @@ def test_added_words_are_said(case, digits, processor, spoken, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["single", "sherpa", "transformers"])
-def test_other_layouts_forbid_the_timestamps_alone(layout, digits, processor, spoken, tmp_path):
+def test_other_layouts_suppress_only_the_timestamps(layout, digits, processor, spoken, tmp_path):
     from benchmarks.reference_runtimes import open_artifact
 
     place = enlarged(digits, processor, CASES["two words"], tmp_path / "enlarged")
     model, own = whisper.load(place), whisper.load_processor(place)
     export_onnx(model, own, tmp_path / "artifact", "fp32", layout=layout)
     pcm = spoken[0].pcm()
-    (wanted,) = decoding.greedy(model, own, [pcm])
-    assert open_artifact(tmp_path / "artifact").window(pcm) == wanted
+    (expected,) = decoding.greedy(model, own, [pcm])
+    assert open_artifact(tmp_path / "artifact").window(pcm) == expected
