@@ -84,7 +84,7 @@ def packed_caches(
     model: WhisperForConditionalGeneration, manifest: dict[str, Any]
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """What lays a checkpoint's caches out as those of a package, which may have zeros between."""
-    from export.coreml.to_coreml import cache_channels
+    from export.coreml.decoder import cache_channels
 
     channels = cache_channels(model, bool((manifest.get("coreml") or {}).get("neural_engine")))
 

@@ -23,7 +23,7 @@ from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
 from devices.runner.engines import contract
 from devices.runner.engines.graph_file import Constant, Parts, read_graph
-from export import artifact
+from export import artifact, layouts
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
     sizes = {name: entry["bytes"] for name, entry in told["files"].items()}
     sizes[artifact.MANIFEST] = (folder / artifact.MANIFEST).stat().st_size
     packages = {}
-    if told.get("layout") in artifact.PACKAGED:
+    if told.get("layout") in layouts.layouts_of("coreml"):
         from edgewhisper.coreml import read_packages
 
         packages = {"packages": read_packages(folder)}
@@ -131,10 +131,10 @@ def graph_files(manifest: dict[str, Any]) -> list[str]:
 def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
     """Bytes of the graphs; those of the native layout apart, and the token table for itself."""
     sizes = {name: manifest["files"][name]["bytes"] for name in graph_files(manifest)}
-    if manifest.get("layout") in artifact.PACKAGED:
+    if manifest.get("layout") in layouts.layouts_of("coreml"):
         from edgewhisper.coreml import package_bytes
 
-        names = artifact.graph_files(manifest["layout"], manifest["precision"])
+        names = layouts.graph_files(manifest["layout"], manifest["precision"])
         return {name: package_bytes(manifest, name) for name in names}
     if "decoder.onnx" not in sizes or "encoder.onnx" not in sizes:
         return {"graphs": sum(sizes.values())}

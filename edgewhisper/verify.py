@@ -25,12 +25,13 @@ from devices.runner.decode.rules import AUTO, Rules
 from devices.runner.engines import contract
 from devices.runner.engines.graph_file import read_graph
 from export import artifact
+from export.layouts import LAYOUTS, graph_files, layouts_of, needed_files
 from export.onnx.graph import OPSETS
 from export.problem import Problem
 
 CHECKS = ("manifest", "files", "graphs", "contract", "gate")
 TIMEOUT_S = 1800.0
-BRANCHES = ("transformers", "single")
+BRANCHES = tuple(name for name, layout in LAYOUTS.items() if layout.subgraphs)
 """Layouts whose graphs have subgraphs: branches or a loop."""
 MOST_IDS, MOST_TOKENS = 2**24, 2**12
 """Of vocabularies and texts; Whisper's are 51866 and 448. The runner reads the native layout's own
@@ -106,8 +107,8 @@ def read_other(folder: Path) -> dict[str, Any]:
     manifest = artifact.read_manifest(folder)
     told = contract.Told(folder / artifact.MANIFEST, manifest)
     kind = (manifest["layout"], told.at("precision").text())
-    contract.check_file_list(told, artifact.needed_files(*kind))
-    for name in artifact.graph_files(*kind):
+    contract.check_file_list(told, needed_files(*kind))
+    for name in graph_files(*kind):
         contract.check_graph(told.at("contract").at(name))
     contract.check_audio(told.at("audio"))
     contract.check_decoding(told.at("decoding"), MOST_IDS, MOST_TOKENS)
@@ -122,7 +123,7 @@ def check_files(folder: Path) -> str:
 
 def check_graphs(folder: Path, manifest: dict[str, Any]) -> str:
     """What the graphs ask for, read from their bytes, and the versions of their operators."""
-    if manifest.get("layout") in artifact.PACKAGED:
+    if manifest.get("layout") in layouts_of("coreml"):
         return check_packages(folder)
     names = [name for name in manifest["files"] if name.endswith(".onnx")]
     branches = manifest.get("layout") in BRANCHES

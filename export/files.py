@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written to a temporary sibling, then renamed."""
+"""Files and folders that are written completely or not at all, and checks of their paths."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from export.problem import Problem
 
 
 def cached(name: str) -> Path:
-    """The folder for what is fetched or measured once, such as ~/.cache/edgewhisper/speech."""
+    """Return the cache folder for downloads and measurements, e.g. ~/.cache/edgewhisper/speech."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "edgewhisper" / name
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that takes its place when the block ends without an error.
+    """Yield a temporary folder next to `out`, which becomes `out` if the block raises no error.
 
-    Raises Problem when `out` exists or cannot be written; whatever happens, no half remains.
+    Raises Problem if `out` exists or cannot be written. The temporary folder is always removed.
     """
     out = Path(out)
     if out.exists():
@@ -41,7 +41,9 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """As new_directory, for one file, which may replace an older one."""
+    """Yield a temporary file that becomes `path`, like `new_directory`; it may replace an older
+    file.
+    """
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what stops a write (no space, no permission) into a letter about `path`."""
+    """Turn an OSError (no space, no permission) into a Problem that names `path`."""
     try:
         yield
     except OSError as error:
@@ -69,10 +71,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def leads_out(path: Path) -> bool:
-    """Whether a file is a link to anything but a file of its own hub cache, where
-    MODEL/snapshots/REVISION/.../NAME is a link to MODEL/blobs/HASH.
+    """Return whether a file is a link to anything but a blob of its own Hugging Face hub cache.
 
-    As devices/runner/engines/links.py, which has no more than the standard library there.
+    In that cache, MODEL/snapshots/REVISION/.../NAME is a link to MODEL/blobs/HASH. The runner has a
+    copy in devices/runner/engines/links.py, because it must not import this package.
     """
     if not path.is_symlink():
         return False
@@ -81,3 +83,9 @@ def leads_out(path: Path) -> bool:
         None,
     )
     return model is None or path.resolve().parent != (model / "blobs").resolve()
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a relative file name stays inside its folder, read as a POSIX or a Windows path."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(path.parts) and not path.is_absolute() and not {"..", ":"} & {*path.parts, *name}

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from export.coreml.constants import FORMS
-from export.coreml.operations import MOVES, OPERATIONS, Places, Slot, Unknown
+from export.coreml.moves import Places, Unknown
+from export.coreml.operations import OPERATIONS, UNROUNDED, Slot
 from export.coreml.package import AGAIN, FLOATS, Array, Constant, Package, Spec, read_package
 from export.problem import Problem
 
@@ -164,7 +165,7 @@ class Program:
                 if len(results) != len(step.outputs):
                     raise ValueError(f"gives {len(results)} results, declared {len(step.outputs)}")
                 for spec, result in zip(step.outputs, results, strict=True):
-                    values[spec.name] = _declared(spec, result, step.kind in MOVES)
+                    values[spec.name] = _declared(spec, result, step.kind in UNROUNDED)
             except WRONG as error:
                 raise _wrong(self.path, step.kind, step.name, error) from error
             if trace:

@@ -15,17 +15,17 @@ import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.files import leads_out
+from export.files import leads_out, stays_inside
 from export.problem import Problem
 
-AGAIN = "export it again, or copy the whole folder anew"
+AGAIN = "export it again, or copy the whole folder again"
 STRANGER = "do not use this package: it was not written by EdgeWhisper"
 LARGEST = 2**28
 """Elements of one value; the largest of whisper-large, its token table, has a quarter of it."""
@@ -147,7 +147,7 @@ class Package:
 
     def _weight_file(self, name: str) -> tuple[Path, Array]:
         relative = name.removeprefix("@model_path/")
-        if relative == name or not _stays_inside(relative):
+        if relative == name or not stays_inside(relative):
             raise Problem(
                 f"{self.path}: reads weights from {name!r}, which is outside the package",
                 hint=STRANGER,
@@ -237,7 +237,7 @@ def _model_file(path: Path) -> Path:
     try:
         found = json.loads(manifest.read_text(encoding="utf-8"))
         name = found["itemInfoEntries"][found["rootModelIdentifier"]]["path"]
-        inside = _stays_inside(name)
+        inside = stays_inside(name)
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise Problem(f"{manifest}: damaged, it names no model ({error})", hint=AGAIN) from error
     if not inside:
@@ -327,9 +327,3 @@ def _described(path: Path, feature: Any) -> Spec:
             f"{path}: {feature.name} is described as {found} (type {array.dataType})", hint=AGAIN
         )
     return _bounded(path, feature.name, list(array.shape), DECLARED[array.dataType])
-
-
-def _stays_inside(name: str) -> bool:
-    """Relative, with no way up, in the POSIX reading and in the Windows one."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return bool(path.parts) and not path.is_absolute() and not {"..", ":"} & {*path.parts, *name}

@@ -35,7 +35,6 @@ from export.problem import Problem
 from export.quantise import Scheme, quantise
 from export.weights import Floats
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "pal4", "pal6", "pal8")
 SMALLEST_BLOCK = 8
 """Four bits and a float16 scale for so many weights take 6 bits each."""
 PALETTE_ROWS = 16

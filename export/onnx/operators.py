@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from export.onnx.graph import SPARE, pieces_of
+from export.onnx.attention import SPARE
+from export.onnx.pieces import pieces_of
 from export.shrink import layer_shapes, windows_of
 
 EMPTY = "empty"

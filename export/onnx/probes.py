@@ -17,11 +17,24 @@ import onnx
 from numpy.typing import NDArray
 from torch import nn
 
-from export.artifact_files import Spec
-from export.onnx import graph as ops
+from export.manifest import Spec
+from export.onnx.attention import (
+    SPARE,
+    cached_attention,
+    cross_attention,
+    encoder_cache,
+    ends,
+    padded,
+    self_attention,
+    unseen,
+)
+from export.onnx.blocks import stem
 from export.onnx.constants import own_constants
+from export.onnx.graph import DTYPES, Graph
+from export.onnx.layers import gelu, layer_norm, linear
+from export.onnx.log_mel import log_mel
 from export.onnx.operators import EMPTY, Operator, of_a_token, work
-from export.onnx.to_onnx import _stem as stem
+from export.onnx.tables import TokenTable
 from export.weights import Heads, Linear
 
 MOST_COPIES = 16
@@ -74,7 +87,7 @@ def copies(operator: Operator, precision: str) -> int:
 
 def write(folder: Path, name: str, operator: Operator, precision: str) -> None:
     """One probe, the file `name`.onnx."""
-    g = ops.Graph(precision)
+    g = Graph(precision)
     inputs: list[Spec] = []
     outputs: list[Spec] = []
     rng = np.random.default_rng(0)
@@ -91,7 +104,7 @@ class Probe:
 
     def __init__(
         self,
-        g: ops.Graph,
+        g: Graph,
         rng: np.random.Generator,
         number: int,
         inputs: list[Spec],
@@ -125,7 +138,7 @@ def _empty(p: Probe, rows: int) -> None:
 def _log_mel(p: Probe, frames: int, bands: int) -> None:
     filters = np.abs(p.weights(201, bands))
     extractor = SimpleNamespace(n_fft=400, hop_length=160, mel_filters=filters)
-    mel = ops.log_mel(p.g, p.given("pcm.{}", 1, 160 * frames), extractor, [frames])
+    mel = log_mel(p.g, p.given("pcm.{}", 1, 160 * frames), extractor, [frames])
     p.made(mel, 1, bands, frames)
 
 
@@ -141,7 +154,7 @@ def _stem(p: Probe, frames: int, bands: int, width: int) -> None:
 
 def _linear(p: Probe, rows: int, inputs: int, outputs: int) -> None:
     layer = Linear(p.weights(outputs, inputs), p.weights(outputs))
-    p.made(ops.linear(p.g, p.given("x.{}", 1, rows, inputs), [layer]), 1, rows, outputs)
+    p.made(linear(p.g, p.given("x.{}", 1, rows, inputs), [layer]), 1, rows, outputs)
 
 
 def _product(p: Probe, inputs: int, outputs: int) -> None:
@@ -152,43 +165,43 @@ def _attention(p: Probe, rows: int, heads: int, qk: int, v: int) -> None:
     sizes = {"q": qk, "k": qk, "v": v}
     q, k, v_ = [p.given(f"{name}.{{}}", 1, rows, heads * dim) for name, dim in sizes.items()]
     shape = Heads(heads, qk, v, qk**-0.5)
-    p.made(ops.self_attention(p.g, q, k, v_, shape), 1, rows, heads * v)
+    p.made(self_attention(p.g, q, k, v_, shape), 1, rows, heads * v)
 
 
 def _norm(p: Probe, rows: int, width: int) -> None:
     x = p.g.op("Add", *(p.given(f"{name}.{{}}", 1, rows, width) for name in "xy"))
-    y = ops.layer_norm(p.g, x, p.weights(width), p.weights(width), 1e-5)
+    y = layer_norm(p.g, x, p.weights(width), p.weights(width), 1e-5)
     for value in (x, y):
         p.made(value, 1, rows, width)
 
 
 def _gelu(p: Probe, rows: int, width: int) -> None:
-    p.made(ops.gelu(p.g, p.given("x.{}", 1, rows, width)), 1, rows, width)
+    p.made(gelu(p.g, p.given("x.{}", 1, rows, width)), 1, rows, width)
 
 
 def _keys(p: Probe, positions: int, heads: int, width: int) -> None:
     shape = Heads(heads, width, width, width**-0.5)
     x = p.given("x.{}", 1, positions, heads * width)
-    codes, *scales = ops.encoder_cache(p.g, x, shape, width)
-    p.made(codes, 1, heads, positions + ops.SPARE, width, dtype=_code(p.g))
+    codes, *scales = encoder_cache(p.g, x, shape, width)
+    p.made(codes, 1, heads, positions + SPARE, width, dtype=_code(p.g))
     for scale in scales:
         p.made(scale, heads * width)
 
 
 def _pad(p: Probe, rows: int, heads: int, width: int) -> None:
     x = p.given("x.{}", 1, rows, heads * (width - 1))
-    p.made(ops.padded(p.g, x, heads, width, width - 1), 1, rows, heads * width)
+    p.made(padded(p.g, x, heads, width, width - 1), 1, rows, heads * width)
 
 
 def _begin(p: Probe, positions: int, width: int) -> None:
     ids = p.given("input_ids", 1, 1, dtype="int64")
     length = p.given("past_length", 1, dtype="int32")
-    table = ops.TokenTable(p.g, p.weights(512, width))
+    table = TokenTable(p.g, p.weights(512, width))
     p.made(p.g.op("Add", table.look_up(ids), p.given("position", 1, 1, width)), 1, 1, width)
-    filled = p.g.op("Cast", length, to=ops.DTYPES["int64"])
+    filled = p.g.op("Cast", length, to=DTYPES["int64"])
     many = p.g.op("Add", filled, p.g.constant([positions]))
-    p.made(ops.unseen(p.g, ids, many), 1, 1, 1, "all")
-    last, total = ops.ends(p.g, ids, length)
+    p.made(unseen(p.g, ids, many), 1, 1, 1, "all")
+    last, total = ends(p.g, ids, length)
     p.made(last, 1, dtype="int32")
     p.made(total, dtype="int32")
 
@@ -198,7 +211,7 @@ def _past(p: Probe, tokens: int, heads: int, width: int) -> None:
 
 
 def _cross(p: Probe, positions: int, heads: int, width: int) -> None:
-    _cached(p, "cross", "heard", positions, positions + ops.SPARE, heads, width)
+    _cached(p, "cross", "heard", positions, positions + SPARE, heads, width)
 
 
 def _cached(
@@ -219,21 +232,21 @@ def _cached(
     if crosses:
         hidden = np.zeros((1, 1, 1, filled + 1), np.float32)
         hidden[..., -1] = -1e30
-        y = ops.cross_attention(g, q, past, present, ends, how, g.constant(hidden))
+        y = cross_attention(g, q, past, present, ends, how, g.constant(hidden))
     else:
         k, v = (p.given(f"{name}.{{}}", 1, 1, heads * width) for name in "kv")
-        y = ops.cached_attention(g, [q, k, v], past, present, ends, how)
+        y = cached_attention(g, [q, k, v], past, present, ends, how)
     p.made(y, 1, 1, heads * width)
     for name in present:
         p.made(name, *shape, dtype=dtype)
 
 
 def _logits(p: Probe, tokens: int, width: int) -> None:
-    table = ops.TokenTable(p.g, p.weights(tokens, width))
+    table = TokenTable(p.g, p.weights(tokens, width))
     p.made(table.logits(p.given("x.{}", 1, 1, width)), 1, 1, tokens)
 
 
-def _code(g: ops.Graph) -> str:
+def _code(g: Graph) -> str:
     """What keys and values of a window are stored as."""
     return "int8" if g.int8_cache else "float32"
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import re
 
+from export.layouts import LAYOUTS, NATIVE, Layout
 from export.problem import Problem
 
-NATIVE = "native"
-NEEDS = {NATIVE: "1.22"}
-"""Layout -> the oldest version; all others need OLDEST."""
-OLDEST = "1.20"
 INT8_CACHE = "1.27"
 
 
@@ -28,14 +25,14 @@ def has_int8_cache(precision: str, runtime: str | None) -> bool:
 def needed(layout: str, precision: str, runtime: str | None = None) -> str:
     """The oldest onnxruntime that runs an artifact which is made for `runtime`. Raises Problem
     where that is older than the layout can be made for, or is no version."""
-    least = NEEDS.get(layout, OLDEST)
+    least = LAYOUTS[layout].onnxruntime
     if layout == NATIVE and has_int8_cache(precision, runtime):
         least = INT8_CACHE
     if runtime is not None and _numbers(runtime) < _numbers(least):
         raise Problem(
             f"--runtime {runtime}: the layout {layout!r} needs onnxruntime {least} or newer",
             hint=f"give {least}, or take another layout; single, sherpa and transformers need "
-            f"{OLDEST}",
+            f"{Layout.onnxruntime}",
         )
     return least
 

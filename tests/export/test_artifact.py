@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from export.artifact import FILES, read_manifest, verify, write_manifest
+from export.artifact import read_manifest, verify, write_manifest
+from export.layouts import LAYOUTS
 from export.problem import Problem
 
-GRAPHS = FILES["native"]
+GRAPHS = LAYOUTS["native"].files
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_changed_byte_names_the_file(name, artifact, rng):
     (artifact / name).write_bytes(data)
     with pytest.raises(Problem, match=f"{name}: damaged, its SHA-256 is not") as problem:
         verify(artifact)
-    assert "copy the whole folder anew" in problem.value.hint
+    assert "copy the whole folder again" in problem.value.hint
 
 
 def test_a_file_cut_short_names_the_file_and_both_sizes(artifact):
@@ -198,9 +199,9 @@ def test_an_artifact_in_the_hub_s_cache_is_read(
     from devices.runner.recognizer import Recognizer
     from edgewhisper.verify import verify as whole
     from edgewhisper.whisper import load
-    from export.onnx import to_onnx
+    from export.onnx import save, to_onnx
 
-    monkeypatch.setattr(to_onnx, "LARGE", 10_000)  # so that weights stand in files of their own
+    monkeypatch.setattr(save, "LARGE", 10_000)  # so that weights stand in files of their own
     to_onnx.export_onnx(load(digits), processor, tmp_path / "artifact", precision)
     snapshot = as_the_hub_leaves_it(tmp_path / "artifact", tmp_path)
     pcm = read_clips(clips)[0].pcm()

@@ -17,13 +17,13 @@ from benchmarks.reference_runtimes import Sherpa, open_artifact
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, pipeline, whisper
-from export.artifact import needed_files, suffix_for, verify
-from export.onnx.layouts import LAYOUTS
+from export.artifact import verify
+from export.layouts import layouts_of, needed_files, suffix_for
 from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
 from export.shrink import attention_shape
 
-OTHERS = [layout for layout in LAYOUTS if layout != "native"]
+OTHERS = [layout for layout in layouts_of("onnx") if layout != "native"]
 TOLERANCE = 1e-3
 
 

@@ -22,7 +22,9 @@ from edgewhisper.compress.qat import StraightThrough, fake_quantised, settle
 from edgewhisper.compress.work import Work
 from edgewhisper.training import Training
 from edgewhisper.whisper import GatherLinear, linears
-from export.onnx import graph as ops
+from export.manifest import Spec
+from export.onnx.graph import Graph
+from export.onnx.layers import linear, parallel
 from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
 from export.quantise import (
@@ -37,6 +39,7 @@ from export.quantise import (
     schemes,
 )
 from export.shrink import layer_shapes
+from export.weights import Linear
 
 BRIEF = Training(steps=3, batch_size=2, learning_rate=1e-3)
 KINDS = [Scheme(bits, per, block) for bits in (4, 8, 16) for per in SCALES for block in BLOCKS[:2]]
@@ -173,9 +176,9 @@ def test_the_runtime_reads_packed_codes_as_we_mean_them(block, rng):
         scheme = Scheme(4, block=block)
         x = rng.integers(-127, 128, (1, 5, features)).astype(np.float32)
         x[..., 0::block] = 127  # so that activations scale by 1 in every block
-        graph = ops.Graph("int8")
-        y = ops.linear(graph, "x", [ops.Linear(weight, scheme=scheme)])
-        specs = [ops.Spec("x", x.shape)], [ops.Spec(y, (1, 5, out))]
+        graph = Graph("int8")
+        y = linear(graph, "x", [Linear(weight, scheme=scheme)])
+        specs = [Spec("x", x.shape)], [Spec(y, (1, 5, out))]
         session = open_model(graph.model("test", *specs))
         want = x @ fake_quantise(torch.from_numpy(weight), scheme).numpy().T
         found = session.run(None, {"x": x})[0]
@@ -488,11 +491,11 @@ def test_layers_of_one_input_share_a_product_where_they_are_stored_alike(rng):
     x = rng.standard_normal((1, 6, 20)).astype(np.float32)
     weights = [rng.standard_normal((n, 20)).astype(np.float32) for n in (3, 4, 5, 6)]
     kinds = [Scheme(8), Scheme(4, block=16), Scheme(8, block=64), Scheme(32)]
-    graph = ops.Graph("int8")
+    graph = Graph("int8")
     branches = [
-        [ops.Linear(weight, scheme=scheme)] for weight, scheme in zip(weights, kinds, strict=True)
+        [Linear(weight, scheme=scheme)] for weight, scheme in zip(weights, kinds, strict=True)
     ]
-    names = ops.parallel(graph, "x", branches)
+    names = parallel(graph, "x", branches)
     nodes = graph.model("test", [], []).graph.node
     assert sorted(node.op_type for node in nodes) == [
         "DynamicQuantizeMatMul",
@@ -500,8 +503,8 @@ def test_layers_of_one_input_share_a_product_where_they_are_stored_alike(rng):
         "MatMulNBits",
         "Split",
     ]
-    outputs = [ops.Spec(name, (1, 6, len(w))) for name, w in zip(names, weights, strict=True)]
-    session = open_model(graph.model("test", [ops.Spec("x", x.shape)], outputs))
+    outputs = [Spec(name, (1, 6, len(w))) for name, w in zip(names, weights, strict=True)]
+    session = open_model(graph.model("test", [Spec("x", x.shape)], outputs))
     for found, weight, scheme in zip(session.run(names, {"x": x}), weights, kinds, strict=True):
         want = x @ fake_quantise(torch.from_numpy(weight), scheme).numpy().T
         assert np.abs(found - want).max() < 0.05 * np.abs(want).max()

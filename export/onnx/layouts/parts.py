@@ -14,20 +14,22 @@ import onnx
 from onnx import helper
 from torch import nn
 
-from export.onnx import graph as ops
-from export.onnx.graph import FUSED, Graph, Heads, Spec
-from export.onnx.to_onnx import (
-    _attention_output,
-    _encoder_layer,
-    _feed_forward,
-    _norm,
-    _positions,
-    _stem,
-    _token_table,
+from export.manifest import Spec
+from export.onnx.attention import fused, plain_attention, split_heads
+from export.onnx.blocks import (
+    attention_output,
+    encoder_layer,
+    feed_forward,
+    norm,
+    positions_of,
+    stem,
+    token_table,
 )
+from export.onnx.graph import DTYPES, FUSED, Graph
+from export.onnx.layers import apart, float_table, linear, parallel
 from export.quantise import schemes
 from export.shrink import windows_of
-from export.weights import array, chain, chains, heads_of
+from export.weights import Heads, array, chain, chains, heads_of
 
 Own = Callable[[int, list[str], Heads], str]
 """Number of a decoder layer, its q, k and v (b, s, heads * dim) -> values mixed by self-attention,
@@ -44,22 +46,22 @@ def new_graph(model: nn.Module, precision: str) -> Graph:
 def encode(g: Graph, model: nn.Module, mel: str) -> str:
     """Log-mel (b, n_mels, frames) of a window -> the encoder's last states (b, T, d_model)."""
     encoder = model.model.encoder
-    x = _stem(g, mel, encoder, _positions(model))
+    x = stem(g, mel, encoder, positions_of(model))
     for layer in encoder.layers:
-        x = _encoder_layer(g, x, layer, windows_of(model.config))
-    return _norm(g, x, encoder.layer_norm)
+        x = encoder_layer(g, x, layer, windows_of(model.config))
+    return norm(g, x, encoder.layer_norm)
 
 
 def heard_parts(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
     """The encoder's states to one decoder layer's keys and values, (b, T, heads * dim) each."""
-    return ops.apart(g, x, chains(g.schemes, model.model.decoder.layers[number].encoder_attn, "kv"))
+    return apart(g, x, chains(g.schemes, model.model.decoder.layers[number].encoder_attn, "kv"))
 
 
 def heard_caches(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
     """The same in heads, (b, heads, T, dim)."""
     heads = cross_heads(model, number)
     both = zip(heard_parts(g, model, number, x), widths(heads), strict=True)
-    return [ops.split_heads(g, part, heads.count, dim) for part, dim in both]
+    return [split_heads(g, part, heads.count, dim) for part, dim in both]
 
 
 def decode(
@@ -67,30 +69,23 @@ def decode(
 ) -> str:
     """ids (b, s) int64 behind `start` (1,) others -> logits (b, s, vocab), or of the last only."""
     decoder = model.model.decoder
-    table = _token_table(g, decoder.embed_tokens)
-    positions = ops.float_table(g, array(decoder.embed_positions.weight))
+    table = token_table(g, decoder.embed_tokens)
+    positions = float_table(g, array(decoder.embed_positions.weight))
     end = g.op("Add", start, g.op("Shape", ids, start=1, end=2))
     x = g.op("Add", table.look_up(ids), g.op("Slice", positions, start, end))
     for number, layer in enumerate(decoder.layers):
-        y = _norm(g, x, layer.self_attn_layer_norm)
-        qkv = ops.parallel(g, y, chains(g.schemes, layer.self_attn, "qkv"))
+        y = norm(g, x, layer.self_attn_layer_norm)
+        qkv = parallel(g, y, chains(g.schemes, layer.self_attn, "qkv"))
         y = own(number, qkv, heads_of(layer.self_attn))
-        x = g.op("Add", x, _attention_output(g, y, layer.self_attn))
-        y = _norm(g, x, layer.encoder_attn_layer_norm)
-        q = ops.linear(
-            g, y, chain(g.schemes, layer.encoder_attn.q_proj, layer.embed_dim), gather=True
-        )
+        x = g.op("Add", x, attention_output(g, y, layer.self_attn))
+        y = norm(g, x, layer.encoder_attn_layer_norm)
+        q = linear(g, y, chain(g.schemes, layer.encoder_attn.q_proj, layer.embed_dim), gather=True)
         y = heard(number, q, heads_of(layer.encoder_attn))
-        x = g.op("Add", x, _attention_output(g, y, layer.encoder_attn))
-        x = _feed_forward(g, x, layer, gather=True)
+        x = g.op("Add", x, attention_output(g, y, layer.encoder_attn))
+        x = feed_forward(g, x, layer, gather=True)
     if last:
         x = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
-    return table.logits(_norm(g, x, decoder.layer_norm))
-
-
-def positions_of(model: nn.Module) -> int | str:
-    """The encoder's positions; symbolic where the model has windows of several lengths."""
-    return _positions(model)
+    return table.logits(norm(g, x, decoder.layer_norm))
 
 
 def own_heads(model: nn.Module, number: int) -> Heads:
@@ -135,12 +130,12 @@ def grown_attention(
             outputs=[f"{present[0]}.attention", *present],
             domain=FUSED,
             unidirectional=1,
-            **_fused(heads),
+            **fused(heads),
         )[0]
     caches = []
     for i, (x, width) in enumerate(zip((k, v), widths(heads), strict=True)):
         old = [] if past is None else [past[i]]
-        new = ops.split_heads(g, x, heads.count, width)
+        new = split_heads(g, x, heads.count, width)
         caches += g.ops("Concat", *old, new, outputs=[present[i]], axis=2)
     return attention(g, q, caches, heads, causal_mask(g, start, q))
 
@@ -152,14 +147,8 @@ def attention(g: Graph, q: str, caches: Sequence[str], heads: Heads, mask: str =
     """
     keys, values = caches
     if heads.qk_dim == heads.v_dim and not mask:
-        return g.op("MultiHeadAttention", q, keys, values, domain=FUSED, **_fused(heads))
-    q = ops.split_heads(g, g.op("Mul", q, g.constant(heads.scale)), heads.count, heads.qk_dim)
-    scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
-    if mask:
-        scores = g.op("Add", scores, mask)
-    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), values)
-    mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])
-    return g.op("Reshape", mixed, g.constant([0, 0, heads.count * heads.v_dim]))
+        return g.op("MultiHeadAttention", q, keys, values, domain=FUSED, **fused(heads))
+    return plain_attention(g, q, keys, values, heads, mask)
 
 
 def causal_mask(g: Graph, start: str, new: str) -> str:
@@ -171,10 +160,6 @@ def causal_mask(g: Graph, start: str, new: str) -> str:
     queries = g.op("Unsqueeze", g.op("Range", begin, stop, one), g.constant([1]))
     seen = g.op("LessOrEqual", g.op("Range", zero, stop, one), queries)
     return g.op("Where", seen, g.constant(0.0), g.constant(-np.inf))
-
-
-def _fused(heads: Heads) -> dict[str, int | float]:
-    return {"num_heads": heads.count, "scale": heads.scale}
 
 
 # ----------------------------------------------------------------------------------- suppression
@@ -203,7 +188,7 @@ class Branch(Graph):
 
     def subgraph(self, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> onnx.GraphProto:
         infos = [
-            [helper.make_tensor_value_info(s.name, ops.DTYPES[s.dtype], s.shape) for s in specs]
+            [helper.make_tensor_value_info(s.name, DTYPES[s.dtype], s.shape) for s in specs]
             for specs in (inputs, outputs)
         ]
         return helper.make_graph(self._nodes, self._prefix.rstrip("/"), *infos)

@@ -35,13 +35,16 @@ from typing import Any
 import onnx
 from torch import nn
 
-from export.artifact import suffix_for
-from export.artifact_files import Contract, decoding_rules, token_bytes
-from export.onnx.graph import Graph, Heads, Spec, split_heads
+from export.layouts import suffix_for
+from export.manifest import Contract, Spec, decoding_rules
+from export.onnx.attention import KINDS, split_heads
+from export.onnx.graph import Graph
 from export.onnx.layouts import parts
-from export.onnx.to_onnx import KINDS, GraphParts, write_graph
+from export.onnx.save import GraphParts, write_graph
 from export.problem import Problem
 from export.prompt import timestamp_ids
+from export.tokens import token_bytes
+from export.weights import Heads
 
 NAME = "whisper"
 SELF = ("in_n_layer_self_k_cache", "in_n_layer_self_v_cache")

@@ -24,13 +24,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from export.artifact_files import Contract, decoding_rules, write_tokens
-from export.onnx import graph as ops
-from export.onnx.graph import Graph, Heads, Spec
+from export.manifest import Contract, Spec, decoding_rules
+from export.onnx.attention import KINDS
+from export.onnx.graph import Graph
 from export.onnx.layouts import parts
-from export.onnx.to_onnx import KINDS, GraphParts, write_graph
+from export.onnx.log_mel import log_mel
+from export.onnx.save import GraphParts, write_graph
 from export.prompt import timestamp_ids
 from export.shrink import windows_of
+from export.tokens import write_tokens
+from export.weights import Heads
 
 NAME = "whisper"
 
@@ -48,7 +51,7 @@ def whole_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
     rules, vocab = decoding_rules(model), model.config.vocab_size
     lengths = [2 * n for n in windows_of(model.config)]  # in frames
     pcm = _window(g, "pcm", [n * extractor.hop_length for n in lengths])
-    mel = ops.log_mel(g, pcm, extractor, lengths)
+    mel = log_mel(g, pcm, extractor, lengths)
     x = parts.encode(g, model, mel)
     heard = [parts.heard_caches(g, model, number, x) for number in parts.layers_of(model)]
     always = {*rules["suppress_tokens"], *timestamp_ids(model.generation_config, vocab)}

@@ -32,12 +32,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from export.artifact import suffix_for
-from export.artifact_files import Contract, save_beside, write_compactly
+from export.hub_files import save_hub_files, write_compactly
+from export.layouts import suffix_for
+from export.manifest import Contract, Spec
+from export.onnx.attention import KINDS
 from export.onnx.constants import SMALL, Weights
-from export.onnx.graph import Graph, Heads, Spec
+from export.onnx.graph import Graph
 from export.onnx.layouts import parts
-from export.onnx.to_onnx import KINDS, GraphParts, write_graph
+from export.onnx.save import GraphParts, write_graph
+from export.weights import Heads
 
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
 """What transformers.js calls a precision."""
@@ -54,7 +57,7 @@ def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contra
         for kind in (MERGED, FIRST, LATER):
             made = decoder_graph(model, precision, kind)
             contract[kind] = write_graph(made, folder, kind, suffix, weights.take)
-    save_beside(model, processor, out)
+    save_hub_files(model, processor, out)
     _write_for_transformers_js(out, precision)
     _write_for_transformers_4(out)
     return contract

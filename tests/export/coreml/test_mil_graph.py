@@ -7,10 +7,20 @@ import pytest
 import torch
 from attention import attend, draw, in_heads
 
-from export.artifact_files import Spec
-from export.coreml import graph as ops
-from export.coreml.graph import Graph
+from export.coreml import tables
+from export.coreml.attention import (
+    cached_attention,
+    cross_attention,
+    mean_weights,
+    self_attention,
+    written,
+)
+from export.coreml.graph import Graph, program, save
 from export.coreml.interpreter import open_package
+from export.coreml.layers import conv, gelu, layer_norm, linear
+from export.coreml.padding import aligned, aligned_dim, more_inputs, more_outputs
+from export.coreml.tables import FactorisedTable, TokenTable
+from export.manifest import Spec
 from export.weights import Heads, Linear
 
 ENGINE = pytest.mark.parametrize("engine", [False, True], ids=["plain", "channels-first"])
@@ -33,7 +43,7 @@ def run(tmp_path):
             return values
 
         path = tmp_path / "x.mlpackage"
-        ops.save(ops.program(g, specs, outputs, made), g.target, path, "operators")
+        save(program(g, specs, outputs, made), g.target, path, "operators")
         found = open_package(path).predict(inputs)
         return [found[spec.name] for spec in outputs]
 
@@ -67,15 +77,15 @@ def test_a_layer_reads_some_inputs_and_a_low_rank_layer_is_two(engine, rng, run)
     x, down, up, bias = draw(rng, 1, 7, 20), draw(rng, 5, 13), draw(rng, 9, 5), draw(rng, 9)
     layers = [Linear(down, None, kept, 20), Linear(up, bias)]
     g = Graph("fp32", "iOS16", channels_first=engine)
-    chosen = ops.aligned(g, layers) if engine else layers
+    chosen = aligned(g, layers) if engine else layers
     assert not engine or chosen[0].weight.shape == (64, 20)
-    (found,) = run(g, {"x": arranged(x, engine)}, lambda given: [ops.linear(g, given["x"], chosen)])
+    (found,) = run(g, {"x": arranged(x, engine)}, lambda given: [linear(g, given["x"], chosen)])
     assert np.allclose(plain(found, engine), x[..., kept] @ down.T @ up.T + bias, atol=1e-4)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(1, 1), (2, 33), (3, 5), (6, 64), (4, 17), (20, 64)])
 def test_aligned_heads_are_the_smallest_that_make_a_multiple_of_64(heads, dim):
-    wide = ops.aligned_dim(heads, dim)
+    wide = aligned_dim(heads, dim)
     assert wide >= dim and heads * wide % 64 == 0
     assert all(heads * smaller % 64 for smaller in range(dim, wide))
 
@@ -83,10 +93,10 @@ def test_aligned_heads_are_the_smallest_that_make_a_multiple_of_64(heads, dim):
 def test_what_is_filled_up_is_always_zero_and_does_not_count(rng):
     g = Graph("fp32", "iOS16", channels_first=True)
     first, second = Linear(draw(rng, 6, 8), draw(rng, 6)), Linear(draw(rng, 5, 6))
-    (wide,) = ops.more_outputs([first], 3, 4)  # two groups of three
+    (wide,) = more_outputs([first], 3, 4)  # two groups of three
     assert np.array_equal(wide.weight[[0, 1, 2, 4, 5, 6]], first.weight)
     assert not wide.weight[[3, 7]].any() and not wide.bias[[3, 7]].any()
-    (reader,) = ops.more_inputs(g, [second], 3, 4)
+    (reader,) = more_inputs(g, [second], 3, 4)
     x = draw(rng, 8)
     before = second.weight @ (first.weight @ x + first.bias)
     assert np.allclose(reader.weight @ (wide.weight @ x + wide.bias), before, atol=1e-5)
@@ -100,9 +110,9 @@ def test_layer_norm_gelu_and_the_stems_convolution_are_torchs(engine, rng, run):
 
     def work(given):
         x = given["x"] if engine else g.transpose(given["x"], 0, 2, 1)
-        y = ops.gelu(g, ops.conv(g, x, kernel, bias, 2, None))
+        y = gelu(g, conv(g, x, kernel, bias, 2, None))
         y = y if engine else g.transpose(y, 0, 2, 1)
-        return [ops.layer_norm(g, y, weight, shift, 1e-5)]
+        return [layer_norm(g, y, weight, shift, 1e-5)]
 
     (found,) = run(g, {"x": arranged(x, engine)}, work)
     t = torch.from_numpy
@@ -120,7 +130,7 @@ def test_self_attention_by_the_book(shared, engine, rng, run):
     q, k, v = (draw(rng, 1, 11, width) for width in (12, count * 4, count * 5))
     g = Graph("fp32", "iOS16", channels_first=engine)
     inputs = {name: arranged(x, engine) for name, x in zip("qkv", (q * 0.3, k, v), strict=True)}
-    (found,) = run(g, inputs, lambda x: [ops.self_attention(g, x["q"], x["k"], x["v"], heads)])
+    (found,) = run(g, inputs, lambda x: [self_attention(g, x["q"], x["k"], x["v"], heads)])
     want = attend(in_heads(q, 3), in_heads(k, count), in_heads(v, count), heads.scale)
     assert np.allclose(plain(found, engine), want, atol=1e-5)
 
@@ -135,9 +145,9 @@ def test_one_position_attends_to_what_its_cache_holds(engine, rng, run):
     g = Graph("fp32", "iOS16", channels_first=engine)
 
     def work(x):
-        keys = ops.written(g, x["keys"], x["key"], x["place"])
-        values = ops.written(g, x["values"], x["value"], x["place"])
-        return [ops.cached_attention(g, x["q"], keys, values, x["mask"], heads), keys]
+        keys = written(g, x["keys"], x["key"], x["place"])
+        values = written(g, x["values"], x["value"], x["place"])
+        return [cached_attention(g, x["q"], keys, values, x["mask"], heads), keys]
 
     inputs = {"q": arranged(q * 0.5, engine), "mask": mask, "place": place}
     inputs |= dict(zip(("keys", "values", "key", "value"), (*caches, *new), strict=True))
@@ -158,11 +168,11 @@ def test_cross_attention_is_that_over_keys_and_values(engine, rng, run):
     key = [Linear(draw(rng, 7, d_model)), Linear(draw(rng, 12, 7), draw(rng, 12))]
     value = [Linear(draw(rng, 15, 6), draw(rng, 15), kept, d_model)]
     g = Graph("fp32", "iOS16", channels_first=engine)
-    used = [ops.aligned(g, part) if engine else part for part in (key, value)]
+    used = [aligned(g, part) if engine else part for part in (key, value)]
 
     def work(x):
-        mixed, weights = ops.cross_attention(g, x["q"], x["states"], *used, heads)
-        return [mixed, ops.mean_weights(g, [weights, weights], [[0, 2], [1]])]
+        mixed, weights = cross_attention(g, x["q"], x["states"], *used, heads)
+        return [mixed, mean_weights(g, [weights, weights], [[0, 2], [1]])]
 
     inputs = {"q": arranged(q * 0.3, engine), "states": states.swapaxes(1, 2)[:, :, None].copy()}
     found, mean = run(g, inputs, work)
@@ -178,14 +188,14 @@ def test_cross_attention_is_that_over_keys_and_values(engine, rng, run):
 @ENGINE
 @pytest.mark.parametrize("factorised", [False, True])
 def test_every_token_is_looked_up_and_gets_its_logit(factorised, engine, rng, run, monkeypatch):
-    monkeypatch.setattr(ops, "CHUNK", 8)
+    monkeypatch.setattr(tables, "CHUNK", 8)
     rows, basis, x = draw(rng, 23, 5), draw(rng, 5, 6), draw(rng, 1, 1, 6 if factorised else 5)
     table = rows @ basis if factorised else rows
     token = int(rng.integers(23))
     g = Graph("fp32", "iOS16", channels_first=engine)
 
     def work(given):
-        made = ops.FactorisedTable(g, rows, basis) if factorised else ops.TokenTable(g, rows)
+        made = FactorisedTable(g, rows, basis) if factorised else TokenTable(g, rows)
         parts = made.rows.chunks if factorised else made.chunks
         assert [part.shape[0] < 8 for part in parts] == ([True] * 4 if engine else [False])
         return [made.look_up(given["ids"]), made.logits(given["x"])]
@@ -199,4 +209,4 @@ def test_a_program_that_breaks_its_contract_is_not_written(rng):
     g = Graph("fp16", "iOS16")
     specs = [Spec("x", (1, 3), "float16")], [Spec("y", (1, 4), "float16")]
     with pytest.raises(AssertionError, match="shape=\\(1, 4\\)"):
-        ops.program(g, *specs, lambda given: [g.mul(given["x"], 2.0)])
+        program(g, *specs, lambda given: [g.mul(given["x"], 2.0)])

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from export.artifact_files import Spec
 from export.coreml import weights as forms
-from export.coreml.graph import TARGETS, Graph, program, save, stored
+from export.coreml.graph import TARGETS, Graph, program, save
 from export.coreml.interpreter import open_package
+from export.coreml.layers import stored
 from export.coreml.weights import form_of
+from export.manifest import Spec
 from export.quantise import Scheme, dequantise, fake_quantise, quantise
 
 

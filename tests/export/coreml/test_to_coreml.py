@@ -322,7 +322,7 @@ def whisperkits(dtype, d_model, positions, width, room, vocab, n_mels):
     }
 
 
-def described(features):
+def describe_graph(features):
     """Of a package's own description: Core ML's names of types, by their numbers."""
     kinds = {65552: "float16", 65568: "float32", 131104: "int32"}
     held = [(f.name, f.type.stateType.arrayType, f.type.multiArrayType) for f in features]
@@ -340,7 +340,7 @@ def reloaded(package, target):
     assert spec.specificationVersion == TARGETS[target]
     load.load(spec, spec.specificationVersion, model.weights_dir)
     told = spec.description
-    return [described(side) for side in (told.input, told.output, told.state)]
+    return [describe_graph(side) for side in (told.input, told.output, told.state)]
 
 
 @pytest.mark.parametrize(

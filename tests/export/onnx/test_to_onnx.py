@@ -21,13 +21,17 @@ from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, whisper
 from export.artifact import verify
-from export.artifact_files import decoding_rules, token_bytes
-from export.onnx import graph as ops
-from export.onnx import to_onnx
-from export.onnx.to_onnx import encoder_graph, export_onnx, sinusoid_rates
+from export.manifest import Spec, decoding_rules
+from export.onnx import pieces, save
+from export.onnx.graph import Graph
+from export.onnx.layers import quantise
+from export.onnx.layouts.native import encoder_graph
+from export.onnx.tables import column_scales, sinusoid_rates
+from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
 from export.prompt import prompt_ids
 from export.shrink import layer_shapes
+from export.tokens import token_bytes
 
 TOLERANCE = 1e-3
 
@@ -128,7 +132,7 @@ def test_int8_weights_are_those_of_quantise(tiny_whisper, processor, tmp_path):
         return np.concatenate([module.weight.detach().numpy() for module in modules])
 
     table = weights(tiny_whisper.model.decoder.embed_tokens)
-    table = table / ops.column_scales(table)
+    table = table / column_scales(table)
     expected = []
     for layer in layers(tiny_whisper):
         own = layer.self_attn
@@ -140,8 +144,8 @@ def test_int8_weights_are_those_of_quantise(tiny_whisper, processor, tmp_path):
             expected += [weights(getattr(cross, f"{name}_proj")) for name in ("q", "k", "v", "out")]
         else:
             expected += map(weights, together)
-    columns = {ops.quantise(weight)[0].T.tobytes() for weight in expected}
-    assert found == columns | {ops.quantise(table)[0].tobytes()}
+    columns = {quantise(weight)[0].T.tobytes() for weight in expected}
+    assert found == columns | {quantise(table)[0].tobytes()}
 
 
 def expected_bytes(model, precision):
@@ -183,8 +187,8 @@ def test_pieces_and_weights_in_files_of_their_own_change_nothing(
     model = make_whisper(d_model=64, ffn=256)
     pcm = window(processor, rng)
     export_onnx(model, processor, tmp_path / "whole", "fp32")
-    monkeypatch.setattr(ops, "PIECE_BYTES", 2**16)
-    monkeypatch.setattr(to_onnx, "LARGE", 2**14)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr(save, "LARGE", 2**14)
     export_onnx(model, processor, tmp_path / "pieces", "fp32")
     files = verify(tmp_path / "pieces")["files"]
     assert {"encoder.weights", "decoder.weights"} <= set(files)
@@ -219,9 +223,9 @@ def test_positions_that_are_no_sinusoids_are_stored_and_used(
 def test_computed_positions_are_whispers_own(width, tmp_path):
     from transformers.models.whisper.modeling_whisper import sinusoids
 
-    g = ops.Graph("fp32")
-    name = g.name(ops.sinusoids(g, g.constant([1500]), sinusoid_rates(width)), "positions")
-    graph = g.model("positions", [], [ops.Spec(name, (1500, width))])
+    g = Graph("fp32")
+    name = g.name(sinusoids(g, g.constant([1500]), sinusoid_rates(width)), "positions")
+    graph = g.model("positions", [], [Spec(name, (1500, width))])
     onnx.save(graph, tmp_path / "x.onnx")
     found = session(tmp_path / "x.onnx").run(None, {})[0]
     # a sine of up to 1500 radians; transformers' own table has nothing to say at width 2
@@ -249,7 +253,7 @@ def test_the_tokenizer_is_saved_without_indentation_and_reads_as_before(
 def test_the_encoder_graph_has_the_front_ends_tensor(tiny_whisper, processor, rng, tmp_path):
     """`log_mel` inside the graph is what the feature extractor makes."""
     graph, inputs, _ = encoder_graph(tiny_whisper, processor.feature_extractor, "int8")
-    onnx.save(graph.model("mel", inputs, [ops.Spec("log_mel", (1, 80, 600))]), tmp_path / "x.onnx")
+    onnx.save(graph.model("mel", inputs, [Spec("log_mel", (1, 80, 600))]), tmp_path / "x.onnx")
     pcm = window(processor, rng)
     found = session(tmp_path / "x.onnx").run(None, {"pcm": pcm[None]})[0]
     assert np.abs(found - decoding.log_mel(processor.feature_extractor, [pcm]).numpy()).max() < 2e-4
@@ -360,7 +364,7 @@ def test_an_output_table_of_its_own_is_refused(tiny_whisper, processor, tmp_path
 
 
 def test_a_graph_beyond_two_gigabytes_is_refused(tiny_whisper, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.onnx.to_onnx.PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr("export.onnx.save.PROTOBUF_LIMIT", 1000)
     with pytest.raises(Problem, match=r"encoder.onnx would take .* GB") as problem:
         export_onnx(tiny_whisper, processor, tmp_path, "fp32")
     assert "int8" in problem.value.hint
