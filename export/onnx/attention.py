@@ -12,19 +12,19 @@ from export.weights import Heads
 
 KINDS = ("key", "value")
 SPARE = 32
-"""Room behind the encoder's keys and values: so many tokens can be decoded in one step."""
+"""Free positions after the encoder's keys and values; the largest number of tokens in one step."""
 CHANNELS = "PER_CHANNEL"
 
 
 def self_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
-    """Over a whole sequence: q, k (1, n, heads * qk_dim), v (1, n, heads * v_dim)."""
+    """Attend over a whole sequence: q, k (1, n, heads * qk_dim), v (1, n, heads * v_dim)."""
     return g.op("MultiHeadAttention", q, k, v, domain=FUSED, **fused(heads))
 
 
 def shared_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
-    """One key and one value for all heads: q (1, n, heads * qk_dim), k (1, n, qk_dim), v likewise.
+    """Attend with one key and one value for all heads: q (1, n, heads * qk_dim), k, v (1, n, dim).
 
-    No fused operator has keys for all heads at once in a width of their own; MatMul spreads them.
+    No fused operator takes one key for all heads with a width of its own; MatMul broadcasts it.
     """
     one_head = g.constant([1])
     keys, values = (g.op("Unsqueeze", x, one_head) for x in (k, v))  # (1, 1, n, dim)
@@ -36,20 +36,21 @@ def cached_attention(
     qkv: Sequence[str],
     cache: Sequence[str],
     present: Sequence[str],
-    ends: Sequence[str],
+    lengths: Sequence[str],
     heads: Heads,
     bias: str = "",
 ) -> str:
-    """Causal attention of s new positions over the cached ones and themselves.
+    """Attend from s new positions to the cached ones and to themselves, causally.
 
-    qkv (1, s, heads * dim) each. `cache` is keys and values (1, heads, room, cache_dim), filled as
-    far as `ends` says, and where they are int8 the scales of both, (heads * cache_dim,). Writes
-    `present`, the same with s more. A caller that binds one buffer as both has it filled in place.
+    `qkv` are (1, s, heads * dim) each. `cache` holds keys and values (1, heads, room, cache_dim),
+    of which `lengths` are filled, and the scales of both, (heads * cache_dim,), if they are int8.
+    The result of writing the new positions is `present`. A caller that binds one buffer as both
+    `cache` and `present` has it filled in place.
     """
     room = heads.cache_dim
     dims = heads.qk_dim, heads.qk_dim, heads.qk_dim if bias else heads.v_dim
     q, k, v = (padded(g, x, heads.count, room, dim) for x, dim in zip(qkv, dims, strict=True))
-    inputs = [q, k, v, *cache[:2], *ends, "", "", "", bias, "", *cache[2:]]
+    inputs = [q, k, v, *cache[:2], *lengths, "", "", "", bias, "", *cache[2:]]
     while not inputs[-1]:
         inputs.pop()
     int8 = {"kv_cache_bit_width": 8, "k_quant_type": CHANNELS, "v_quant_type": CHANNELS}
@@ -74,29 +75,31 @@ def cross_attention(
     q: str,
     cache: Sequence[str],
     present: Sequence[str],
-    ends: Sequence[str],
+    lengths: Sequence[str],
     heads: Heads,
     bias: str,
 ) -> str:
-    """q (1, s, heads * qk_dim) over the encoder's keys and values, as encoder_cache leaves them.
+    """Attend from q (1, s, heads * qk_dim) to the encoder's keys and values from `encoder_cache`.
 
-    The operator puts a key into the cache for every query. There is none to put, so the queries
-    stand for them: they fill the spare room behind the encoder's, and `bias` (unseen) hides them.
+    The operator writes a key into the cache for every query. There are no new keys, so the queries
+    are written into the spare positions after the encoder's, and `bias` (from `spare_mask`) hides
+    them.
     """
-    return cached_attention(g, [q, q, q], cache, present, ends, heads, bias)
+    return cached_attention(g, [q, q, q], cache, present, lengths, heads, bias)
 
 
 def encoder_cache(g: Graph, x: str, heads: Heads, dim: int) -> list[str]:
-    """Keys or values of a whole window, (1, T, heads * dim), as cross_attention reads them.
+    """Return keys or values of a window, (1, T, heads * dim), in the form that cross_attention
+    reads.
 
-    (1, heads, T + SPARE, cache_dim); where the graph has an int8 cache, int8, and
-    (heads * cache_dim,) scales.
+    The form is (1, heads, T + SPARE, cache_dim), and for an int8 cache also scales (heads *
+    cache_dim,).
     """
     x = padded(g, x, heads.count, heads.cache_dim, dim)
     scales = []
     if g.int8_cache:
-        loudest = g.op("ReduceMax", g.op("Abs", x), g.constant([0, 1]), keepdims=0)
-        scale = g.op("Max", g.op("Mul", loudest, g.constant(1 / 127)), g.constant(1e-10))
+        largest = g.op("ReduceMax", g.op("Abs", x), g.constant([0, 1]), keepdims=0)
+        scale = g.op("Max", g.op("Mul", largest, g.constant(1 / 127)), g.constant(1e-10))
         # divided beforehand: the operator's own scales along an axis are fifty times as slow
         x = g.op("Mul", x, g.op("Reciprocal", scale))
         x = g.op("QuantizeLinear", x, g.constant(1.0), g.constant(np.array(0, np.int8)))
@@ -106,25 +109,30 @@ def encoder_cache(g: Graph, x: str, heads: Heads, dim: int) -> list[str]:
 
 
 def ends(g: Graph, ids: str, length: str) -> tuple[str, str]:
-    """How many positions a cache holds after the new ones, less one (1,) and as it is (): what
-    cached_attention asks for. ids (1, s) are new, `length` (1,) int32 positions are there."""
+    """Return the lengths that `cached_attention` needs: positions after this step less one (1,),
+    and ().
+
+    `ids` (1, s) are the new tokens and `length` (1,) int32 the cached positions.
+    """
     new = g.op("Cast", g.op("Shape", ids, start=1, end=2), to=TensorProto.INT32)
     total = g.op("Add", length, new)
     one, first = g.constant(np.array([1], np.int32)), g.constant([0])
     return g.op("Sub", total, one), g.op("Squeeze", total, first)
 
 
-def unseen(g: Graph, ids: str, filled: str) -> str:
-    """0 for the `filled` (1,) int64 positions of a cache, -1e30 for s behind: (1, 1, s, all)."""
+def spare_mask(g: Graph, ids: str, filled: str) -> str:
+    """Return an attention bias (1, 1, s, all): 0 for the `filled` (1,) int64 positions, -1e30 after
+    them.
+    """
     new = g.op("Shape", ids, start=1, end=2)
     ones = g.constant([1, 1])
-    seen = g.op("ConstantOfShape", g.op("Concat", ones, new, filled, axis=0))
+    visible = g.op("ConstantOfShape", g.op("Concat", ones, new, filled, axis=0))
     hidden = g.op("Expand", g.constant(-1e30), g.op("Concat", ones, new, new, axis=0))
-    return g.op("Concat", seen, hidden, axis=3)
+    return g.op("Concat", visible, hidden, axis=3)
 
 
 def padded(g: Graph, x: str, heads: int, room: int, dim: int) -> str:
-    """(1, n, heads * dim) -> (1, n, heads * room), zeros behind every head's own."""
+    """Pad every head with zeros: (1, n, heads * dim) -> (1, n, heads * room)."""
     if dim == room:
         return x
     x = g.op("Reshape", x, g.constant([0, 0, heads, dim]))
@@ -133,7 +141,7 @@ def padded(g: Graph, x: str, heads: int, room: int, dim: int) -> str:
 
 
 def split_heads(g: Graph, x: str, heads: int, dim: int) -> str:
-    """(1, n, heads * dim) -> (1, heads, n, dim)."""
+    """Reshape (1, n, heads * dim) to (1, heads, n, dim)."""
     x = g.op("Reshape", x, g.constant([0, 0, heads, dim]))
     return g.op("Transpose", x, perm=[0, 2, 1, 3])
 

@@ -1,11 +1,10 @@
-"""The operators we emit: a small builder of ONNX graphs, and Whisper's parts written with it.
+"""A small builder of ONNX graphs.
 
-A value is its name. Products run in float32, or in int8 or int4 with weights quantised here (by
-quantise.py) and activations quantised as they come. The runtime's fused operators are chosen on
-purpose (domain com.microsoft): MultiHeadAttention, DynamicQuantizeMatMul for int8, MatMulNBits for
-int4, Gelu. MultiHeadAttention wants
-keys and values of one width where they come in heads (cached or from the encoder); other shapes
-take MatMul and Softmax. All graphs have batch 1.
+A value is represented by its name. Matrix products run in float32, or in int8 or int4 with weights
+quantised by quantise.py and activations quantised at run time. The graphs use fused operators of
+onnxruntime (domain com.microsoft): MultiHeadAttention, DynamicQuantizeMatMul for int8, MatMulNBits
+for int4, Gelu. MultiHeadAttention needs keys and values of one width if they come in heads (cached
+or from the encoder); other shapes use MatMul and Softmax.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ DTYPES = {
 class Graph:
     """Nodes and constants of one graph under construction. Equal constants are stored once.
 
-    `schemes` says how single weights are stored, by what they belong to, where the graph quantises
-    (int8 and int4); the others store all of them as float32, or as float16 (fp16).
+    `schemes` names how single weights are stored in int8 and int4. fp32 stores all weights as
+    float32 and fp16 as float16.
     """
 
     def __init__(
@@ -51,9 +50,9 @@ class Graph:
     ) -> None:
         self.quantises = precision in ("int8", "int4")
         self.int8_cache = self.quantises and int8_cache
-        """The encoder's keys and values are int8."""
+        """Whether the encoder's keys and values are int8."""
         self.halves = precision != "fp32"
-        """Floats are stored as float16, and widened by the runtime as it loads the graph."""
+        """Whether floats are stored as float16. The runtime widens them when it loads the graph."""
         self.matrices = {"int8": INT8, "int4": INT4}.get(precision, FLOAT)
         self.schemes = schemes or {}
         self._nodes: list[onnx.NodeProto] = []
@@ -62,7 +61,7 @@ class Graph:
         self._prefix = ""
 
     def constant(self, value: NDArray | float | int | Sequence[int]) -> str:
-        """A stored array; Python integers become int64, floats float32."""
+        """Store an array and return its name; Python integers become int64, floats float32."""
         array = np.asarray(value)
         if not isinstance(value, np.ndarray):
             array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
@@ -74,7 +73,7 @@ class Graph:
         return self._constants[key].name
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: object) -> str:
-        """One operator with one output; returns the output's name."""
+        """Add an operator with one output and return the output's name."""
         return self.ops(kind, *inputs, outputs=1, domain=domain, **attributes)[0]
 
     def ops(
@@ -85,7 +84,9 @@ class Graph:
         domain: str = "",
         **attributes: object,
     ) -> list[str]:
-        """One operator with several outputs: how many, or their names."""
+        """Add an operator with several outputs, given as a number or as names, and return their
+        names.
+        """
         name = f"{self._prefix}{kind}_{len(self._nodes)}"
         if isinstance(outputs, int):
             outputs = [f"{name}.{i}" for i in range(outputs)]
@@ -93,18 +94,18 @@ class Graph:
         self._nodes.append(node)
         return list(outputs)
 
-    def scheme(self, wanted: Scheme | None, usual: Scheme | None = None) -> Scheme:
-        """How a weight is stored for which that is wanted; `usual`: other than matrices are."""
-        return wanted or usual or self.matrices if self.quantises else FLOAT
+    def scheme(self, named: Scheme | None, default: Scheme | None = None) -> Scheme:
+        """Return how a weight is stored: as `named`, else as `default`, else like all matrices."""
+        return named or default or self.matrices if self.quantises else FLOAT
 
     def quantised(self, value: str) -> list[str]:
-        """A value in 8 bits with its scale and zero point; the same ones whenever it is asked."""
+        """Return a value in 8 bits with its scale and zero point. Each value is quantised once."""
         if value not in self._quantised:
             self._quantised[value] = self.ops("DynamicQuantizeLinear", value, outputs=3)
         return self._quantised[value]
 
     def name(self, value: str, name: str) -> str:
-        """Give a value a name that readers of the graph can rely on."""
+        """Rename a value, so that readers of the graph can rely on the name."""
         for node in self._nodes:
             for names in (node.input, node.output):
                 names[:] = [name if old == value else old for old in names]
@@ -112,12 +113,15 @@ class Graph:
 
     @contextmanager
     def scope(self, prefix: str) -> Iterator[None]:
-        """Names of the nodes made inside begin with `prefix/`: a profiler can tell them apart."""
+        """Prefix the names of nodes made inside with `prefix/`, so that a profiler can group
+        them.
+        """
         before, self._prefix = self._prefix, f"{self._prefix}{prefix}/"
         yield
         self._prefix = before
 
     def model(self, name: str, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> onnx.ModelProto:
+        """Return the graph as an ONNX model."""
         graph = helper.make_graph(
             self._nodes,
             name,

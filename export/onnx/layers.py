@@ -17,22 +17,25 @@ from export.quantise import Scheme
 from export.weights import Floats, Linear
 
 GELU_DEPTH = 0.17
-"""No value of GELU is below minus this."""
+"""GELU is never below minus this."""
 
 
 def quantise(weight: Floats, scheme: Scheme = INT8) -> tuple[NDArray[np.integer], Floats]:
-    """weight (out, in) -> codes (out, in) and scales: (out,), or (out, blocks) in 4 bits."""
+    """Quantise a weight (out, in) to codes (out, in) and scales: (out,), or (out, blocks) in 4
+    bits.
+    """
     codes, scale = quantisers.quantise(torch.from_numpy(weight), scheme)
-    found = scale.contiguous().numpy()
-    return codes.numpy(), found if scheme.bits == 4 else found[:, 0].copy()
+    scales = scale.contiguous().numpy()
+    return codes.numpy(), scales if scheme.bits == 4 else scales[:, 0].copy()
 
 
 def linear(g: Graph, x: str, layers: Sequence[Linear], gather: bool = False) -> str:
-    """Linear layers one after the other (a low-rank layer is two): x (1, n, in) -> (1, n, out).
+    """Apply linear layers in sequence (a low-rank layer is two): x (1, n, in) -> (1, n, out).
 
-    A layer that reads some inputs only gets zeros for the others as the graph is loaded, unless
-    `gather`: picking features out of rows pays on a single row, where reading the weights is the
-    work, and costs more than it saves on hundreds (measured: twice the whole int8 product).
+    A layer that reads only some inputs gets zero rows for the others when the graph is loaded. With
+    `gather` the inputs are picked at run time instead. That is faster for a single row, where
+    reading the weights dominates, and slower for hundreds of rows (measured: twice the whole int8
+    product).
     """
     for layer in layers:
         if gather and layer.inputs is not None:
@@ -42,16 +45,14 @@ def linear(g: Graph, x: str, layers: Sequence[Linear], gather: bool = False) -> 
     return x
 
 
-def by_rows(g: Graph, x: str, layers: Sequence[Linear]) -> str:
-    """Linear layers of hidden units after GELU, whose rows differ much in size.
+def row_scaled_linear(g: Graph, x: str, layers: Sequence[Linear]) -> str:
+    """Apply linear layers to hidden units after GELU, whose rows differ much in size.
 
-    x (1, n, in) -> (1, n, out), as `linear`.
-
-    int8 activations have one scale for all rows. Whisper's encoders have some rows, mostly in the
-    silence behind the sound, that are forty times as large as those of speech. So each row is
-    divided by its largest value, and its product is multiplied by it. Measured on tiny.en: the
-    encoder takes 3 % longer, and the loss of all int8 falls from 1.2 to 0.2 points of WER together
-    with the columns of TokenTable.
+    x (1, n, in) -> (1, n, out), as `linear`. int8 activations have one scale for all rows. In
+    Whisper's encoders some rows, mostly in the silence after the speech, are forty times as large
+    as those of speech. So each row is divided by its largest value, and its product is multiplied
+    by it. Measured on tiny.en: the encoder takes 3 % longer, and the loss of int8 falls from 1.2 to
+    0.2 points of WER, together with the column scales of TokenTable.
     """
     *inner, last = layers
     if g.scheme(layers[0].scheme).bits != 8 or any(layer.bias is not None for layer in inner):
@@ -63,11 +64,11 @@ def by_rows(g: Graph, x: str, layers: Sequence[Linear]) -> str:
     return y if last.bias is None else g.op("Add", y, g.constant(last.bias))
 
 
-def parallel(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
-    """Several linear layers of one input of a few rows (q, k and v of new tokens): one product of
-    all that are stored alike, so that there are few operators.
+def joint_linear(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
+    """Apply several linear layers to one input of few rows (q, k and v of new tokens).
 
-    A low-rank layer's first factor takes part, and its second one follows.
+    Layers that are stored alike become one matrix product, which saves operators. The first factor
+    of a low-rank layer takes part in it; the second follows.
     """
     alike: dict[Any, list[int]] = {}
     for i, branch in enumerate(branches):
@@ -82,25 +83,29 @@ def parallel(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str
     return [linear(g, parts[i], branch[1:]) for i, branch in enumerate(branches)]
 
 
-def apart(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
-    """The same for hundreds of rows, where splitting a product costs more than several products
-    (measured: a third of q, k and v together); x is quantised once for all of them."""
+def separate_linear(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
+    """Apply several linear layers to one input of hundreds of rows, as separate products.
+
+    Splitting a joint product would cost more (measured: a third of q, k and v together). The input
+    is quantised once for all of them.
+    """
     return [linear(g, _shared_product(g, x, first), rest) for first, *rest in branches]
 
 
 def layer_norm(g: Graph, x: str, weight: Floats, bias: Floats, epsilon: float) -> str:
+    """Normalise the last axis."""
     return g.op(
         "LayerNormalization", x, g.constant(weight), g.constant(bias), axis=-1, epsilon=epsilon
     )
 
 
 def gelu(g: Graph, x: str) -> str:
-    """The exact one, with erf, as Whisper has it."""
+    """Apply the exact GELU with erf, as Whisper does."""
     return g.op("Gelu", x, domain=FUSED)
 
 
 def _shared_product(g: Graph, x: str, layer: Linear) -> str:
-    """As _product, of an input that other layers read too."""
+    """Multiply, as `_product`, an input that other layers read too."""
     scheme = g.scheme(layer.scheme)
     if scheme.bits != 8:
         return _product(g, x, [layer])
@@ -113,7 +118,7 @@ def _shared_product(g: Graph, x: str, layer: Linear) -> str:
 
 
 def _kind(g: Graph, layer: Linear) -> Any:
-    """What layers of one product have in common."""
+    """Return a key that is equal for layers that can be part of one product."""
     scheme = g.scheme(layer.scheme)
     if scheme.bits > 4:
         return scheme.bits
@@ -121,7 +126,7 @@ def _kind(g: Graph, layer: Linear) -> Any:
 
 
 def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:
-    """Layers of one input, stored alike, side by side: x (1, n, in) -> (1, n, sum of out)."""
+    """Multiply one input with layers stored alike: x (1, n, in) -> (1, n, sum of out)."""
     bias = _joint_bias(layers)
     added = [] if bias is None else [g.constant(bias)]
     scheme = g.scheme(layers[0].scheme)
@@ -143,7 +148,9 @@ def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:
 def _int4_product(
     g: Graph, x: str, layers: Sequence[Linear], scheme: Scheme, added: list[str]
 ) -> str:
-    """Blocks lie along the inputs that are read, so these are picked, on many rows too."""
+    """Multiply in 4 bits. Blocks lie along the inputs that are read, so these are always
+    gathered.
+    """
     inputs = layers[0].inputs
     if inputs is not None:
         x = g.op("Gather", x, g.constant(inputs), axis=-1)
@@ -167,7 +174,7 @@ def _int4_product(
 
 
 def _joint_matrix(g: Graph, layers: Sequence[Linear], weights: Sequence[NDArray]) -> str:
-    """Weights (out, in) of several layers as one matrix (all inputs, sum of out)."""
+    """Join weights (out, in) of several layers into one matrix (all inputs, sum of out)."""
     if all(layer.inputs is None for layer in layers):
         return _stored(g, np.concatenate(weights).T)
     pairs = zip(layers, weights, strict=True)
@@ -176,10 +183,10 @@ def _joint_matrix(g: Graph, layers: Sequence[Linear], weights: Sequence[NDArray]
 
 
 def _all_inputs(g: Graph, weight: NDArray, inputs: NDArray | None, features: int) -> str:
-    """weight (out, in) -> (features, out) with zeros where no input is read.
+    """Expand weight (out, in) to (features, out) with zero rows for inputs that are not read.
 
-    Only the rows that are read are stored, and one of zeros: the runtime spreads them once, as it
-    loads the graph (constant folding).
+    Only the rows that are read are stored, and one row of zeros. The runtime expands them once,
+    when it loads the graph (constant folding).
     """
     if inputs is None:
         return _stored(g, weight.T)
@@ -199,10 +206,10 @@ def _joint_bias(layers: Sequence[Linear]) -> Floats | None:
 
 
 def float_table(g: Graph, array: Floats) -> str:
-    """Positions, kernels, matrices that stay floats: as float16 where the graph halves them.
+    """Store positions, kernels or matrices that stay floats; as float16 if the graph halves floats.
 
-    The runtime widens them once, as it loads the graph: half the bytes, and an error of 2**-11.
-    Values beyond the range of float16 stay as they are.
+    The runtime widens them once, when it loads the graph. That halves the bytes, with an error of
+    2**-11. Arrays with values beyond the range of float16 stay float32.
     """
     if not g.halves or np.abs(array).max(initial=0) > np.finfo(np.float16).max:
         return g.constant(array)
@@ -210,14 +217,18 @@ def float_table(g: Graph, array: Floats) -> str:
 
 
 def _stored(g: Graph, matrix: NDArray) -> str:
-    """Codes, or floats: those that a graph leaves where it quantises were asked for as they are."""
+    """Store codes, or floats. In a quantised graph the checkpoint asked for these floats, so they
+    are not halved.
+    """
     halved = matrix.dtype == np.float32 and not g.quantises
     return float_table(g, matrix) if halved else g.constant(matrix)
 
 
 def widened(g: Graph, weight: Floats, scheme: Scheme | None) -> str:
-    """A weight that floats are multiplied with: floats as float_table has them, or codes for each
-    row, which the runtime widens once, as it loads the graph."""
+    """Store a weight that is multiplied with floats: as floats, or as codes with a scale per row.
+
+    The runtime widens the codes once, when it loads the graph.
+    """
     if scheme is None or not g.quantises:
         return float_table(g, weight)
     if scheme.bits == 32:

@@ -15,11 +15,11 @@ from export.weights import Floats
 
 
 def log_mel(g: Graph, pcm: str, extractor: Any, lengths: Sequence[int]) -> str:
-    """Whisper's front end: pcm (1, samples) -> (1, n_mels, samples / hop), named `log_mel`.
+    """Compute log-mel features: pcm (1, samples) -> (1, n_mels, samples / hop), named `log_mel`.
 
-    A Hann-windowed DFT, mel filters (n_fft / 2 + 1, n_mels), log10, and at most 8 below the
-    loudest; `extractor` is a WhisperFeatureExtractor. `samples` must be one of the `lengths` times
-    its hop length, n_fft a multiple of 4 (Whisper: 3000, 160 and 400).
+    A Hann-windowed DFT, mel filters (n_fft / 2 + 1, n_mels), log10, and a floor 8 below the
+    maximum. `extractor` is a WhisperFeatureExtractor. `samples` must be one of `lengths` times the
+    hop length, and n_fft a multiple of 4 (Whisper: 3000, 160 and 400).
     """
     n_fft, hop = extractor.n_fft, extractor.hop_length
     filters = _split_filters(extractor.mel_filters.T.astype(np.float32))
@@ -36,18 +36,18 @@ def log_mel(g: Graph, pcm: str, extractor: Any, lengths: Sequence[int]) -> str:
 
 
 def _mel(g: Graph, frames: str, n_fft: int, filters: Sequence[Floats]) -> str:
-    """frames (n_fft, n) -> their power in mel bands, (n_mels, n)."""
+    """Return the power in mel bands, (n_mels, n), of frames (n_fft, n)."""
     halves = zip(filters, _power(g, frames, n_fft), strict=True)  # (n_fft / 4 + 1, n) each
     return g.op("Add", *(g.op("MatMul", g.constant(bands), power) for bands, power in halves))
 
 
 def _frames(g: Graph, pcm: str, n_fft: int, hop: int) -> str:
-    """Overlapping windows, a column each: (1, samples) -> (n_fft, samples / hop), mirrored at both
-    ends.
+    """Return overlapping frames as columns, (1, samples) -> (n_fft, samples / hop), mirrored at
+    both ends.
 
-    In columns of `hop` samples, frame f is column f above column f + 1, and so on: what follows
-    takes whole rows, every second one or from last to first, and copies nothing sample by sample.
-    The last frame of a centred transform is left out, as transformers does.
+    With the samples in columns of `hop`, frame f is column f on top of column f + 1, and so on. The
+    DFT then takes whole rows, in steps of two or reversed, and nothing is copied sample by sample.
+    The last frame of a centred transform is dropped, as in transformers.
     """
     pieces = -(-n_fft // hop)
     pads = g.constant([0, n_fft // 2, 0, (pieces - 1) * hop - n_fft // 2])
@@ -63,12 +63,12 @@ def _frames(g: Graph, pcm: str, n_fft: int, hop: int) -> str:
 
 
 def _power(g: Graph, frames: str, n_fft: int) -> tuple[str, str]:
-    """Power spectrum of windowed frames at bins k and at bins n_fft / 2 - k, k = 0 ... n_fft / 4.
+    """Return the power spectrum at bins k and at bins n_fft / 2 - k, for k = 0 ... n_fft / 4.
 
-    A quarter of the plain DFT's products, by two symmetries. Cosine, sine and Hann window are even
-    or odd about n_fft / 2, so samples n and n_fft - n are added or subtracted first; and bin
-    n_fft / 2 - k has the cosines and sines of bin k with every second sign turned, so even and odd
-    n are summed apart and give one bin by their sum, the other by their difference.
+    Two symmetries save three quarters of the products of a plain DFT. Cosine, sine and Hann window
+    are even or odd about n_fft / 2, so samples n and n_fft - n are first added or subtracted. Bin
+    n_fft / 2 - k has the cosines and sines of bin k with every second sign changed, so even and odd
+    n are summed separately: their sum gives one bin, their difference the other.
     """
     half = n_fft // 2
     bins = n_fft // 4 + 1
@@ -97,10 +97,10 @@ def _squared_length(g: Graph, x: str, y: str) -> str:
 
 
 def _kernel(g: Graph, wave: Callable, taps: NDArray, n_fft: int, bins: int) -> str:
-    """wave(2 pi n k / n_fft) * hann(n) for these n and k < bins: (bins, taps) float32.
+    """Return wave(2 pi n k / n_fft) * hann(n) for n in `taps` and k < bins: (bins, taps) float32.
 
-    Float64 products rounded once. The runtime makes them as it loads the graph (constant folding):
-    one period of the wave is stored, not the matrix.
+    The product is computed in float64 and rounded once. Only one period of the wave is stored; the
+    runtime computes the matrix when it loads the graph (constant folding).
     """
     angle = 2 * np.pi * np.arange(n_fft) / n_fft
     k = g.op("Range", g.constant(0), g.constant(bins), g.constant(1))
@@ -111,9 +111,10 @@ def _kernel(g: Graph, wave: Callable, taps: NDArray, n_fft: int, bins: int) -> s
 
 
 def _split_filters(filters: Floats) -> tuple[Floats, Floats]:
-    """(n_mels, n_fft / 2 + 1) -> columns of bins k, and of bins n_fft / 2 - k, k <= n_fft / 4.
+    """Split (n_mels, n_fft / 2 + 1) into columns of bins k and of bins n_fft / 2 - k, k <= n_fft /
+    4.
 
-    The bin in the middle is in both; it counts in the first only.
+    The middle bin is in both; its weight in the second is zero.
     """
     bins = filters.shape[1] // 2 + 1
     rising, falling = filters[:, :bins].copy(), filters[:, ::-1][:, :bins].copy()

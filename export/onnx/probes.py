@@ -1,9 +1,9 @@
-"""Graphs of one operator each, as a device is asked for its time: what to_onnx.py writes, alone.
+"""Microbenchmark graphs of one operator each, which a device times.
 
-A small operator stands in its graph several times, on inputs and weights of its own, so that a
-clock can see it. Those of a token stand there twice only: in the decoder, too, each meets code and
-weights that are no longer in the first caches (see devices/runner/measure/probe.py). Sixteen in a
-row took half of the time that they took there.
+The operators are those of the native graphs. A small operator is repeated in its graph, on inputs
+and weights of its own, to make its time measurable. Operators of a token are repeated only twice:
+in the decoder, too, each finds code and weights that have left the fastest caches (see
+devices/runner/measure/probe.py). Sixteen repetitions took half the time per operator.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from export.onnx.attention import (
     ends,
     padded,
     self_attention,
-    unseen,
+    spare_mask,
 )
 from export.onnx.blocks import stem
 from export.onnx.constants import own_constants
@@ -41,7 +41,7 @@ MOST_COPIES = 16
 LARGE = 8e6
 """Multiply-accumulates and bytes that are enough for one graph."""
 ROOM = 64
-"""Tokens that a cache of the decoder has room for, at least."""
+"""Smallest number of tokens that a decoder cache has room for."""
 
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     EMPTY: [(100,), (1,)],  # of a window, of a token
@@ -69,15 +69,16 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
     "cross": [(100, 4, 32), (300, 1, 32), (300, 4, 32), (750, 6, 64), (1500, 2, 64), (1500, 6, 64)],
     "logits": [(800, 32), (800, 128), (5000, 64), (5000, 384), (20000, 64), (20000, 384)],
 }
-"""Kind -> the sizes that are timed."""
+"""Kind -> the sizes to measure."""
 
 
 def grid() -> list[Operator]:
+    """Return all operators to measure."""
     return [Operator(kind, sizes) for kind, all_ in GRIDS.items() for sizes in all_]
 
 
 def copies(operator: Operator, precision: str) -> int:
-    """How often an operator stands in its graph."""
+    """Return how often an operator is repeated in its graph."""
     if operator.kind in (EMPTY, "log_mel", "stem", "begin"):
         return 1
     if of_a_token(operator):
@@ -86,7 +87,7 @@ def copies(operator: Operator, precision: str) -> int:
 
 
 def write(folder: Path, name: str, operator: Operator, precision: str) -> None:
-    """One probe, the file `name`.onnx."""
+    """Write one microbenchmark to the file `name`.onnx."""
     g = Graph(precision)
     inputs: list[Spec] = []
     outputs: list[Spec] = []
@@ -100,7 +101,7 @@ def write(folder: Path, name: str, operator: Operator, precision: str) -> None:
 
 
 class Probe:
-    """One operator in a graph: what it reads and what it writes."""
+    """One operator in a graph, with its inputs and outputs."""
 
     def __init__(
         self,
@@ -114,12 +115,12 @@ class Probe:
         self.inputs, self.outputs = inputs, outputs
 
     def given(self, name: str, *shape: int, dtype: str = "float32") -> str:
-        """An input."""
+        """Add an input and return its name."""
         self.inputs.append(Spec(name.format(self.number), shape, dtype))
         return self.inputs[-1].name
 
     def made(self, value: str, *shape: int | str, dtype: str = "float32") -> None:
-        """An output, under the name that the operator gave it or an own one."""
+        """Add an output, under the name the operator gave it or a new one."""
         own = value.startswith(("present.", "heard."))
         name = value if own else self.g.name(value, f"out.{len(self.outputs)}")
         self.outputs.append(Spec(name, shape, dtype))
@@ -200,7 +201,7 @@ def _begin(p: Probe, positions: int, width: int) -> None:
     p.made(p.g.op("Add", table.look_up(ids), p.given("position", 1, 1, width)), 1, 1, width)
     filled = p.g.op("Cast", length, to=DTYPES["int64"])
     many = p.g.op("Add", filled, p.g.constant([positions]))
-    p.made(unseen(p.g, ids, many), 1, 1, 1, "all")
+    p.made(spare_mask(p.g, ids, many), 1, 1, 1, "all")
     last, total = ends(p.g, ids, length)
     p.made(last, 1, dtype="int32")
     p.made(total, dtype="int32")
@@ -217,7 +218,7 @@ def _cross(p: Probe, positions: int, heads: int, width: int) -> None:
 def _cached(
     p: Probe, cache: str, after: str, filled: int, room: int, heads: int, width: int
 ) -> None:
-    """One token over so many positions of a cache; `filled` is written to in place."""
+    """Attend from one token to the `filled` positions of a cache, which is written in place."""
     g, shape = p.g, (1, heads, room, width)
     crosses = cache == "cross"
     dtype = _code(g) if crosses else "float32"
@@ -247,7 +248,7 @@ def _logits(p: Probe, tokens: int, width: int) -> None:
 
 
 def _code(g: Graph) -> str:
-    """What keys and values of a window are stored as."""
+    """Return the dtype of the encoder's keys and values."""
     return "int8" if g.int8_cache else "float32"
 
 
@@ -267,4 +268,4 @@ BUILD: dict[str, Callable[..., None]] = {
     "cross": _cross,
     "logits": _logits,
 }
-"""Kind -> what puts one into a probe, given its sizes."""
+"""Kind -> the function that adds an operator of given sizes to a probe."""

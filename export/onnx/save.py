@@ -14,9 +14,9 @@ from export.onnx.graph import Graph
 from export.problem import Problem
 
 GraphParts = tuple[Graph, list[Spec], list[Spec]]
-"""A graph, what goes in and what comes out."""
+"""A graph, its inputs and its outputs."""
 PROTOBUF_LIMIT = 2**31 - 2**20
-"""A graph is one protobuf message of less than 2 GiB; a MiB is left for the nodes."""
+"""Bytes of weights in one graph file: protobuf allows 2 GiB, and 1 MiB is left for the nodes."""
 
 
 def write_graph(
@@ -24,19 +24,19 @@ def write_graph(
     folder: Path,
     name: str,
     suffix: str = "",
-    last: Callable[[onnx.ModelProto], None] = lambda model: None,
+    edit: Callable[[onnx.ModelProto], None] = lambda model: None,
     mapped: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write one graph, changed by `last`; returns what goes in and comes out of it.
+    """Write one graph after `edit` has changed it; return its inputs and outputs for the manifest.
 
-    Where it is to be `mapped`, large weights get a file of their own beside it, NAME.weights: the
-    runtime maps that into memory, where it would copy what stands in the graph. Its int8 products
-    share no constants, see constants.py.
+    With `mapped`, large weights are stored in a separate file NAME.weights, which the runtime maps
+    into memory, while it copies weights stored in the graph. The int8 products of a mapped graph
+    share no constants; see constants.py.
     """
     graph, inputs, outputs = made
     model, path = graph.model(name, inputs, outputs), folder / f"{name}{suffix}.onnx"
     _check(model, path)
-    last(model)
+    edit(model)
     if mapped:
         own_constants(model)
         with Weights(path.with_suffix(".weights"), LARGE) as weights:

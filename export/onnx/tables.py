@@ -12,28 +12,29 @@ from export.quantise import Scheme
 from export.weights import Floats
 
 SINUSOID_ERROR = {False: 1e-5, True: 2**-12}
-"""Positions this close to Whisper's sinusoids are computed, not stored. A graph that would store
-them as float16 would be off by as much."""
+"""Halved floats -> largest difference from Whisper's sinusoids at which positions are computed
+instead of stored. Storing them as float16 has an error of the same size."""
 SMOOTHING = 0.75
-"""How much of the range of a token table's columns is moved to what is multiplied with them."""
+"""Exponent of the column scales: how much of the range of a column is moved to its factor."""
 
 
 def column_scales(table: Floats) -> Floats:
-    """Powers of two, (columns,), near the largest magnitude of each to the power of SMOOTHING."""
+    """Return a power of two per column, close to the column's largest magnitude ** SMOOTHING."""
     largest = np.maximum(np.abs(table).max(0), 2.0**-100)
     return np.exp2(np.round(SMOOTHING * np.log2(largest))).astype(np.float32)
 
 
 class TokenTable:
-    """The tied token table, stored once, (vocab, d_model): rows are looked up and multiplied.
+    """The tied token table (vocab, d_model), stored once, for look-ups and for logits.
 
-    In int8 every token has its own scale, which both uses share. A few columns of Whisper's tables
-    are far larger than the others and would take the range of the codes. So columns are divided by
-    powers of two, and what meets them is multiplied by these, as SmoothQuant moves range from one
-    factor to the other (arXiv 2211.10438, eq. 3). A table whose scheme the checkpoint names is
-    stored as it is. One operator alone multiplies with rows as they lie; the runtime's packed copy
-    of them is what its product reads, and look-ups touch few rows, so of a table that is mapped
-    from a file little stays in memory.
+    In int8 every token has a scale, which both uses share. A few columns of Whisper's tables are
+    far larger than the others and would use up the range of the codes. So columns are divided by
+    powers of two, and their factors are multiplied by these, as in SmoothQuant (arXiv:2211.10438,
+    eq. 3). A table whose scheme the checkpoint names is stored unchanged.
+
+    QGemm is the one operator that multiplies with the rows as they are stored. The runtime reads a
+    packed copy for its product, and look-ups touch few rows, so little of a memory-mapped table
+    stays in memory.
     """
 
     def __init__(self, g: Graph, weight: Floats, scheme: Scheme | None = None) -> None:
@@ -51,11 +52,11 @@ class TokenTable:
             self.table = widened(g, weight, scheme)
 
     def look_up(self, ids: str) -> str:
-        """ids (b, s) -> (b, s, d_model)."""
+        """Return embeddings: ids (b, s) -> (b, s, d_model)."""
         return self._scaled(self.g.op("Gather", self.table, ids), ids)
 
     def widened(self) -> str:
-        """The whole table in float32, (vocab, d_model)."""
+        """Return the whole table in float32, (vocab, d_model)."""
         return self._scaled(self.table)
 
     def _scaled(self, rows: str, ids: str = "") -> str:
@@ -68,7 +69,7 @@ class TokenTable:
         return g.op("Mul", rows, self.columns) if self.columns else rows
 
     def logits(self, x: str) -> str:
-        """x (b, n, d_model) -> (b, n, vocab)."""
+        """Return logits: x (b, n, d_model) -> (b, n, vocab)."""
         g = self.g
         shape = g.op("Concat", g.op("Shape", x, end=-1), g.constant([self.vocab]), axis=0)
         x = g.op("Flatten", x, axis=-1)
@@ -83,11 +84,11 @@ class TokenTable:
 
 
 class FactorisedTable:
-    """The tied token table as a product, rows (vocab, r) and basis (r, d_model), each stored once.
+    """The tied token table as a product of rows (vocab, r) and basis (r, d_model), each stored
+    once.
 
-    In int8 every token and every row of the basis has its own scale. Logits are two int8 products;
-    for look-ups the runtime widens the basis once, as it loads the graph, so that embeddings are
-    multiplied in float32.
+    In int8 every token and every row of the basis has a scale. Logits are two int8 products. For
+    look-ups the runtime widens the basis once, when it loads the graph, and multiplies in float32.
     """
 
     def __init__(self, g: Graph, rows: Floats, basis: Floats, scheme: Scheme | None = None) -> None:
@@ -95,16 +96,16 @@ class FactorisedTable:
         self.rows, self.basis = TokenTable(g, rows, scheme), TokenTable(g, basis, scheme)
 
     def look_up(self, ids: str) -> str:
-        """ids (b, s) -> (b, s, d_model)."""
+        """Return embeddings: ids (b, s) -> (b, s, d_model)."""
         return self.g.op("MatMul", self.rows.look_up(ids), self.basis.widened())
 
     def logits(self, x: str) -> str:
-        """x (b, n, d_model) -> (b, n, vocab)."""
+        """Return logits: x (b, n, d_model) -> (b, n, vocab)."""
         return self.rows.logits(self.basis.logits(x))
 
 
 def sinusoids(g: Graph, length: str, rates: Floats) -> str:
-    """Whisper's positions: length (1,) int64, angles per position (d / 2,) -> (length, d)."""
+    """Compute Whisper's positions: length (1,) int64, rates (d / 2,) -> (length, d)."""
     stop = g.op("Squeeze", length, g.constant([0]))
     places = g.op("Range", g.constant(0), stop, g.constant(1))
     column = g.op("Unsqueeze", g.op("Cast", places, to=TensorProto.FLOAT), g.constant([1]))
@@ -113,20 +114,20 @@ def sinusoids(g: Graph, length: str, rates: Floats) -> str:
 
 
 def encoder_positions(g: Graph, table: Floats, length: str) -> str:
-    """The first `length` rows of the table, computed where they are Whisper's sinusoids."""
+    """Return the first `length` rows of the table, computed if they are Whisper's sinusoids."""
     rates = sinusoid_rates(table.shape[1])
     angles = np.arange(len(table), dtype=np.float32)[:, None] * rates
-    wanted = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     error = SINUSOID_ERROR[g.halves]
-    if wanted.shape == table.shape and np.abs(wanted - table).max() <= error:
+    if expected.shape == table.shape and np.abs(expected - table).max() <= error:
         return sinusoids(g, length, rates)
     return g.op("Slice", float_table(g, table), g.constant([0]), length)
 
 
 def sinusoid_rates(width: int) -> Floats:
-    """Angle per position of every sine, (width / 2,): from 1 down to 1/10000, as Whisper rounds it.
+    """Return the angle per position of every sine, (width / 2,), from 1 down to 1/10000.
 
-    Bits matter: an angle is up to 1500 times as far off as its rate.
+    The rounding is Whisper's, because an angle multiplies the error of its rate by up to 1500.
     """
     half = width // 2
     step = np.log(10000) / max(1, half - 1)

@@ -24,7 +24,7 @@ from edgewhisper.training import Training
 from edgewhisper.whisper import GatherLinear, linears
 from export.manifest import Spec
 from export.onnx.graph import Graph
-from export.onnx.layers import linear, parallel
+from export.onnx.layers import joint_linear, linear
 from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
 from export.quantise import (
@@ -433,7 +433,7 @@ def named(precision: qat.Precision) -> str:
 def test_the_artifact_holds_the_checkpoints_weights_to_the_bit(
     make, precision, make_whisper, work, processor, rng, tmp_path
 ):
-    """Save, load, export; then read the graphs from the disk, take the codes apart, multiply."""
+    """Save, load, export; then read the graphs from the disk, unpack the codes, multiply."""
     model = make(make_whisper, rng, work)
     model = qat.apply(model, qat.Options(**vars(precision)), work)
     whisper.save(model, processor, tmp_path / "checkpoint", {})
@@ -495,7 +495,7 @@ def test_layers_of_one_input_share_a_product_where_they_are_stored_alike(rng):
     branches = [
         [Linear(weight, scheme=scheme)] for weight, scheme in zip(weights, kinds, strict=True)
     ]
-    names = parallel(graph, "x", branches)
+    names = joint_linear(graph, "x", branches)
     nodes = graph.model("test", [], []).graph.node
     assert sorted(node.op_type for node in nodes) == [
         "DynamicQuantizeMatMul",

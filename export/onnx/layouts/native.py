@@ -1,4 +1,44 @@
-"""The native layout: encoder.onnx, decoder.onnx and tokens.json, for EdgeWhisper's own runner."""
+"""The native layout: Whisper as two ONNX graphs for EdgeWhisper's own runner.
+
+    encoder.onnx   pcm (1, samples) float32, 16 kHz
+                   -> cross.{i}.key/value (1, heads, T + 32, width)
+    decoder.onnx   input_ids (1, s) int64, s <= 32, past_length (1,) int32,
+                   past.{i}.key/value (1, heads, room, width), cross.{i}.*
+                   -> logits (1, 1, vocab) of the last position,
+                      present.{i}.key/value, heard.{i}.key/value
+
+`i` counts decoder layers. `samples` is one of the manifest's `windows_samples`, and T is the number
+of encoder positions of that window; one graph serves all windows. If the model has one window, both
+are fixed numbers. Head axes of the inputs are symbolic, those of the outputs fixed.
+
+Caches. Keys and values are buffers with room for all positions, of which `past_length` are filled.
+A caller binds one buffer as past.{i} and present.{i}, and one as cross.{i} and heard.{i}. Then
+nothing is copied between steps; with separate buffers the results are the same. Head widths are
+rounded up to a multiple of 8. In int8 the encoder's keys and values are int8 too, because reading
+them is a large part of a step, and cross.{i}.key_scale and value_scale (heads * width,) are their
+scales.
+
+Other files. tokens.json and the manifest's prompt and decoding rules are all that inference needs,
+without a tokenizer library. The Hugging Face files are for tools that read them. Weights from 1 MiB
+on are in encoder.weights and decoder.weights, which the runtime maps into memory.
+
+Precisions. fp32 keeps every weight. fp16 stores matrices and tables as float16, which the runtime
+widens when it loads them. int8 quantises every matrix of the blocks per output channel and the tied
+token table per token (its factors per row), with activations quantised at run time. The convolution
+stem and the decoder's positions are stored as float16 and computed in float32; biases and norms
+stay float32. int4 differs from int8 in the matrices of the blocks: 4 bits, with a scale per 32
+inputs. The encoder's positions are computed if they are Whisper's sinusoids. If the checkpoint
+names bits for a layer, the table or the stem (see quantise.py), int8 and int4 use them: 4 bits in
+blocks, 8, 16 (computed in float32) or 32. Nothing is stored twice. On x86 without VNNI, the int8
+products of onnxruntime saturate unless the session asks for exact ones; see constants.py.
+
+Profiling. The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels,
+frames), and the names of its nodes begin with `log_mel/`. Those of other parts begin with `stem/`,
+`layers.{i}/`, `cross.{i}/`, `look_up/` and `logits/`; within a layer, `feed_forward/` or
+`encoder_attn/` follows, and everything else is self-attention. To measure a part, run a graph with
+SessionOptions.enable_profiling and add up the `dur` of the events of its nodes. onnxruntime
+computes the whole graph whichever outputs are requested.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +58,7 @@ from export.onnx.attention import (
     cross_attention,
     encoder_cache,
     ends,
-    unseen,
+    spare_mask,
 )
 from export.onnx.blocks import (
     attention_output,
@@ -30,7 +70,7 @@ from export.onnx.blocks import (
     token_table,
 )
 from export.onnx.graph import Graph
-from export.onnx.layers import apart, float_table, linear, parallel
+from export.onnx.layers import float_table, joint_linear, linear, separate_linear
 from export.onnx.log_mel import log_mel
 from export.onnx.save import GraphParts, write_graph
 from export.quantise import schemes
@@ -42,7 +82,7 @@ from export.weights import array, chain, chains, heads_of
 def write(
     model: nn.Module, processor: Any, precision: str, out: Path, int8_cache: bool = True
 ) -> Contract:
-    """The native layout's files; returns what goes in and comes out of each graph."""
+    """Write the layout's files and return the inputs and outputs of each graph."""
     encoder = encoder_graph(model, processor.feature_extractor, precision, int8_cache)
     decoder = decoder_graph(model, precision, int8_cache)
     contract = {
@@ -57,7 +97,7 @@ def write(
 def encoder_graph(
     model: nn.Module, extractor: Any, precision: str, int8_cache: bool = True
 ) -> GraphParts:
-    """PCM to the cross-attention's keys and values of every decoder layer."""
+    """Build the graph from PCM to the cross-attention's keys and values of every decoder layer."""
     g = Graph(precision, schemes(model), int8_cache)
     encoder = model.model.encoder
     windows = windows_of(model.config)
@@ -75,7 +115,7 @@ def encoder_graph(
         dims = heads.qk_dim, heads.v_dim
         specs = _cross(model, i, g.int8_cache, heads.count)
         with g.scope(f"cross.{i}"):
-            both = apart(g, x, chains(g.schemes, attention, "kv"))
+            both = separate_linear(g, x, chains(g.schemes, attention, "kv"))
             made = [encoder_cache(g, y, heads, dim) for y, dim in zip(both, dims, strict=True)]
         for value, spec in zip(sum(zip(*made, strict=True), ()), specs, strict=True):
             g.name(value, spec.name)
@@ -85,7 +125,9 @@ def encoder_graph(
 
 
 def decoder_graph(model: nn.Module, precision: str, int8_cache: bool = True) -> GraphParts:
-    """New tokens and the cache to the last token's logits and the longer cache."""
+    """Build the graph from new tokens and the cache to the last token's logits and the longer
+    cache.
+    """
     g = Graph(precision, schemes(model), int8_cache)
     decoder = model.model.decoder
     with g.scope("look_up"):
@@ -99,7 +141,7 @@ def decoder_graph(model: nn.Module, precision: str, int8_cache: bool = True) -> 
     places = Places(
         own=ends(g, "input_ids", "past_length"),
         cross=ends(g, "input_ids", g.op("Cast", filled, to=TensorProto.INT32)),
-        unseen=unseen(g, "input_ids", filled),
+        mask=spare_mask(g, "input_ids", filled),
     )
     for i, layer in enumerate(decoder.layers):
         with g.scope(f"layers.{i}"):
@@ -112,11 +154,13 @@ def decoder_graph(model: nn.Module, precision: str, int8_cache: bool = True) -> 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the new tokens stand among the cached ones, and behind the encoder's positions."""
+    """Cache lengths of self-attention and of cross-attention, and the mask of the spare
+    positions.
+    """
 
     own: tuple[str, str]
     cross: tuple[str, str]
-    unseen: str
+    mask: str
 
 
 def _decoder_contract(model: nn.Module, int8: bool) -> tuple[list[Spec], list[Spec]]:
@@ -138,7 +182,9 @@ def _cache(model: nn.Module, name: str, heads: int | str, attention: nn.Module) 
 def _cross(
     model: nn.Module, layer: int, int8: bool, heads: int | str, name: str = "cross"
 ) -> list[Spec]:
-    """Keys and values of the encoder for one decoder layer, and their scales in an int8 graph."""
+    """Return the specs of the encoder's keys and values for one decoder layer, and of int8
+    scales.
+    """
     attention = heads_of(model.model.decoder.layers[layer].encoder_attn)
     positions, width = positions_of(model), attention.cache_dim
     room = positions + SPARE if isinstance(positions, int) else "room"
@@ -152,7 +198,7 @@ def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Plac
     attention = layer.self_attn
     y = norm(g, x, layer.self_attn_layer_norm)
     past, present = ([f"{time}.{number}.{kind}" for kind in KINDS] for time in ("past", "present"))
-    qkv = parallel(g, y, chains(g.schemes, attention, "qkv"))
+    qkv = joint_linear(g, y, chains(g.schemes, attention, "qkv"))
     y = cached_attention(g, qkv, past, present, places.own, heads_of(attention))
     x = g.op("Add", x, attention_output(g, y, attention))
 
@@ -168,5 +214,5 @@ def _cross_attention(g: Graph, x: str, layer: nn.Module, number: int, places: Pl
     kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.int8_cache else KINDS
     cross = [f"cross.{number}.{kind}" for kind in kinds]
     heard = [f"heard.{number}.{kind}" for kind in KINDS]
-    y = cross_attention(g, q, cross, heard, places.cross, heads_of(attention), places.unseen)
+    y = cross_attention(g, q, cross, heard, places.cross, heads_of(attention), places.mask)
     return g.op("Add", x, attention_output(g, y, attention))

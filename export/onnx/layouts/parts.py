@@ -1,8 +1,8 @@
-"""Parts of Whisper that the layouts have in common.
+"""Parts of Whisper that the layouts share.
 
-Encoder blocks, norms, linear layers and the token table are the native graphs' own (to_onnx.py), so
-that a faster operator there is one here. What differs is where keys and values come from and go to:
-a layout hands `decode` a function for each of the two attentions. All parts take a batch.
+Encoder blocks, norms, linear layers and the token table are those of the native graphs (blocks.py).
+Layouts differ in where keys and values come from and go to: each passes `decode` a function for
+self-attention and one for cross-attention. All parts accept a batch.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from export.onnx.blocks import (
     token_table,
 )
 from export.onnx.graph import DTYPES, FUSED, Graph
-from export.onnx.layers import apart, float_table, linear, parallel
+from export.onnx.layers import float_table, joint_linear, linear, separate_linear
 from export.quantise import schemes
 from export.shrink import windows_of
 from export.weights import Heads, array, chain, chains, heads_of
 
-Own = Callable[[int, list[str], Heads], str]
-"""Number of a decoder layer, its q, k and v (b, s, heads * dim) -> values mixed by self-attention,
-(b, s, heads * v_dim)."""
+SelfAttention = Callable[[int, list[str], Heads], str]
+"""Number of a decoder layer, its q, k and v (b, s, heads * dim) -> mixed values (b, s, heads *
+v_dim)."""
 
-Heard = Callable[[int, str, Heads], str]
-"""Number of a decoder layer, its q (b, s, heads * qk_dim) -> values mixed by cross-attention."""
+CrossAttention = Callable[[int, str, Heads], str]
+"""Number of a decoder layer, its q (b, s, heads * qk_dim) -> mixed values (b, s, heads * v_dim)."""
 
 
 def new_graph(model: nn.Module, precision: str) -> Graph:
+    """Return an empty graph with the model's quantisation schemes."""
     return Graph(precision, schemes(model))
 
 
 def encode(g: Graph, model: nn.Module, mel: str) -> str:
-    """Log-mel (b, n_mels, frames) of a window -> the encoder's last states (b, T, d_model)."""
+    """Return the encoder's last states (b, T, d_model) of a log-mel window (b, n_mels, frames)."""
     encoder = model.model.encoder
     x = stem(g, mel, encoder, positions_of(model))
     for layer in encoder.layers:
@@ -52,22 +53,35 @@ def encode(g: Graph, model: nn.Module, mel: str) -> str:
     return norm(g, x, encoder.layer_norm)
 
 
-def heard_parts(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
-    """The encoder's states to one decoder layer's keys and values, (b, T, heads * dim) each."""
-    return apart(g, x, chains(g.schemes, model.model.decoder.layers[number].encoder_attn, "kv"))
+def cross_projections(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
+    """Return keys and values of one decoder layer, (b, T, heads * dim) each, from the encoder
+    states.
+    """
+    return separate_linear(
+        g, x, chains(g.schemes, model.model.decoder.layers[number].encoder_attn, "kv")
+    )
 
 
-def heard_caches(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
-    """The same in heads, (b, heads, T, dim)."""
+def cross_caches(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
+    """Return keys and values of one decoder layer split into heads, (b, heads, T, dim)."""
     heads = cross_heads(model, number)
-    both = zip(heard_parts(g, model, number, x), widths(heads), strict=True)
+    both = zip(cross_projections(g, model, number, x), widths(heads), strict=True)
     return [split_heads(g, part, heads.count, dim) for part, dim in both]
 
 
 def decode(
-    g: Graph, model: nn.Module, ids: str, start: str, own: Own, heard: Heard, last: bool = False
+    g: Graph,
+    model: nn.Module,
+    ids: str,
+    start: str,
+    attend_self: SelfAttention,
+    attend_cross: CrossAttention,
+    last: bool = False,
 ) -> str:
-    """ids (b, s) int64 behind `start` (1,) others -> logits (b, s, vocab), or of the last only."""
+    """Return logits (b, s, vocab), or of the last position only, for ids (b, s) int64.
+
+    `start` (1,) is the number of tokens before them.
+    """
     decoder = model.model.decoder
     table = token_table(g, decoder.embed_tokens)
     positions = float_table(g, array(decoder.embed_positions.weight))
@@ -75,12 +89,12 @@ def decode(
     x = g.op("Add", table.look_up(ids), g.op("Slice", positions, start, end))
     for number, layer in enumerate(decoder.layers):
         y = norm(g, x, layer.self_attn_layer_norm)
-        qkv = parallel(g, y, chains(g.schemes, layer.self_attn, "qkv"))
-        y = own(number, qkv, heads_of(layer.self_attn))
+        qkv = joint_linear(g, y, chains(g.schemes, layer.self_attn, "qkv"))
+        y = attend_self(number, qkv, heads_of(layer.self_attn))
         x = g.op("Add", x, attention_output(g, y, layer.self_attn))
         y = norm(g, x, layer.encoder_attn_layer_norm)
         q = linear(g, y, chain(g.schemes, layer.encoder_attn.q_proj, layer.embed_dim), gather=True)
-        y = heard(number, q, heads_of(layer.encoder_attn))
+        y = attend_cross(number, q, heads_of(layer.encoder_attn))
         x = g.op("Add", x, attention_output(g, y, layer.encoder_attn))
         x = feed_forward(g, x, layer, gather=True)
     if last:
@@ -89,20 +103,22 @@ def decode(
 
 
 def own_heads(model: nn.Module, number: int) -> Heads:
-    """Of the self-attention of a decoder layer."""
+    """Return the shape of the self-attention of a decoder layer."""
     return heads_of(model.model.decoder.layers[number].self_attn)
 
 
 def cross_heads(model: nn.Module, number: int) -> Heads:
+    """Return the shape of the cross-attention of a decoder layer."""
     return heads_of(model.model.decoder.layers[number].encoder_attn)
 
 
 def widths(heads: Heads) -> tuple[int, int]:
-    """Of one head: its keys' and its values'."""
+    """Return the widths of the keys and the values of one head."""
     return heads.qk_dim, heads.v_dim
 
 
 def layers_of(model: nn.Module) -> range:
+    """Return the indices of the decoder layers."""
     return range(len(model.model.decoder.layers))
 
 
@@ -117,10 +133,10 @@ def grown_attention(
     heads: Heads,
     start: str,
 ) -> str:
-    """Causal attention of s new positions over past ones and themselves.
+    """Attend from s new positions to past ones and to themselves, causally; write the longer cache.
 
-    qkv (b, s, heads * dim) each; past keys and values (b, heads, p, dim), None: there are none.
-    Writes `present`, (b, heads, p + s, dim). `start` is p, (1,).
+    qkv are (b, s, heads * dim) each; past keys and values (b, heads, p, dim), or None. `start` (1,)
+    is p. Writes `present`, (b, heads, p + s, dim).
     """
     q, k, v = qkv
     if past is not None and heads.qk_dim == heads.v_dim:
@@ -141,9 +157,10 @@ def grown_attention(
 
 
 def attention(g: Graph, q: str, caches: Sequence[str], heads: Heads, mask: str = "") -> str:
-    """q (b, s, heads * qk_dim) over keys (b, heads, t, qk_dim) and values (b, heads, t, v_dim).
+    """Attend from q (b, s, heads * qk_dim) to keys (b, heads, t, qk_dim) and values (b, heads, t,
+    v_dim).
 
-    The fused operator wants keys and values of one width; others take MatMul and Softmax.
+    The fused operator needs keys and values of one width; others use MatMul and Softmax.
     """
     keys, values = caches
     if heads.qk_dim == heads.v_dim and not mask:
@@ -152,21 +169,24 @@ def attention(g: Graph, q: str, caches: Sequence[str], heads: Heads, mask: str =
 
 
 def causal_mask(g: Graph, start: str, new: str) -> str:
-    """0 where position start + i may see position j <= start + i, else -inf: (s, start + s), where
-    `new` is (b, s, ...)."""
+    """Return a mask (s, start + s): 0 where position start + i attends to j <= start + i, else
+    -inf.
+
+    `new` is (b, s, ...).
+    """
     zero, one = g.constant(0), g.constant(1)
     begin = g.op("Squeeze", start, g.constant([0]))
     stop = g.op("Add", begin, g.op("Squeeze", g.op("Shape", new, start=1, end=2), g.constant([0])))
     queries = g.op("Unsqueeze", g.op("Range", begin, stop, one), g.constant([1]))
-    seen = g.op("LessOrEqual", g.op("Range", zero, stop, one), queries)
-    return g.op("Where", seen, g.constant(0.0), g.constant(-np.inf))
+    visible = g.op("LessOrEqual", g.op("Range", zero, stop, one), queries)
+    return g.op("Where", visible, g.constant(0.0), g.constant(-np.inf))
 
 
 # ----------------------------------------------------------------------------------- suppression
 
 
 def forbidden(g: Graph, ids: Sequence[int], vocab: int) -> str:
-    """What is added to logits so that these tokens are never chosen: -inf and zeros, (vocab,)."""
+    """Return what is added to logits to forbid these tokens, (vocab,): -inf for them, else 0."""
     zeros = g.op("ConstantOfShape", g.constant([vocab]))
     if not ids:
         return zeros
@@ -178,8 +198,11 @@ def forbidden(g: Graph, ids: Sequence[int], vocab: int) -> str:
 
 
 class Branch(Graph):
-    """Nodes of a subgraph (of an If, of a Loop). Its constants stand in the graph around it, so
-    that branches share them; other values of its own are not to be seen outside."""
+    """Nodes of the subgraph of an If or a Loop.
+
+    Its constants are stored in the enclosing graph, so that branches share them. Its other values
+    are not visible outside.
+    """
 
     def __init__(self, outer: Graph, prefix: str) -> None:
         self.__dict__.update(outer.__dict__)

@@ -18,18 +18,18 @@ from export.onnx.attention import (
     encoder_cache,
     ends,
     self_attention,
-    unseen,
+    spare_mask,
 )
 from export.onnx.graph import INT8, Graph
 from export.onnx.layers import (
-    apart,
-    by_rows,
     float_table,
     gelu,
+    joint_linear,
     layer_norm,
     linear,
-    parallel,
     quantise,
+    row_scaled_linear,
+    separate_linear,
 )
 from export.onnx.log_mel import log_mel
 from export.onnx.pieces import in_pieces, pieces_of
@@ -135,7 +135,7 @@ def test_int8_multiplies_exactly_what_quantise_gives(rng):
     ],
     ids="+".join,
 )
-@pytest.mark.parametrize("together", [parallel, apart])
+@pytest.mark.parametrize("together", [joint_linear, separate_linear])
 def test_layers_of_one_input_equal_separate_ones(kinds, together, precision, rng):
     branches = [random_layers(rng, kind) for kind in kinds]
     x, graph = draw(rng, 1, 6, 20), Graph(precision)
@@ -149,7 +149,7 @@ def test_layers_of_one_input_equal_separate_ones(kinds, together, precision, rng
 
 def test_layers_of_different_inputs_share_one_product(rng):
     graph = Graph("int8")
-    parallel(graph, "x", [random_layers(rng, "some_inputs") for _ in range(3)])
+    joint_linear(graph, "x", [random_layers(rng, "some_inputs") for _ in range(3)])
     kinds = [node.op_type for node in graph.model("test", [], []).graph.node]
     assert kinds == ["Gather"] * 3 + ["Concat", "DynamicQuantizeMatMul", "Split"]
 
@@ -227,7 +227,7 @@ def test_a_large_column_leaves_the_others_of_a_table_their_precision(rng):
 def test_rows_of_hidden_units_are_multiplied_as_by_a_linear_layer(precision, kind, rng):
     layers, graph = random_layers(rng, kind), Graph(precision)
     x = np.maximum(draw(rng, 1, 6, 20), -0.17)
-    y = by_rows(graph, "x", layers)
+    y = row_scaled_linear(graph, "x", layers)
     error = run(graph, {"x": x}, {y: (1, 6, 11)})[0] - apply(x, layers)
     tolerance = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.05, "int4": 0.3}[precision]
     assert np.abs(error).max() < tolerance * np.abs(apply(x, layers)).max()
@@ -237,7 +237,7 @@ def test_a_large_row_of_hidden_units_leaves_the_others_their_precision(rng):
     layers, x = random_layers(rng, "dense"), np.maximum(draw(rng, 1, 6, 20), -0.17)
     x[0, 2] *= 100
     errors = []
-    for product in (by_rows, linear):
+    for product in (row_scaled_linear, linear):
         graph = Graph("int8")
         y = product(graph, "x", layers)
         error = run(graph, {"x": x}, {y: (1, 6, 11)})[0] - apply(x, layers)
@@ -324,7 +324,7 @@ def test_cross_attention_over_what_the_encoder_leaves(heads, new, precision, rng
     cache = list(sum(zip(*both, strict=True), ()))
     filled = graph.constant([13])
     lengths = ends(graph, "ids", graph.constant(np.array([13], np.int32)))
-    bias = unseen(graph, "ids", filled)
+    bias = spare_mask(graph, "ids", filled)
     y = cross_attention(graph, "q", cache, ["a", "b"], lengths, heads, bias)
     want = attend(*(in_heads(x, heads.count) for x in (q, keys, values)), heads.scale)
     inputs = {"q": q, "keys": keys, "values": values, "ids": np.zeros((1, new), np.int64)}
