@@ -154,8 +154,8 @@ def _look_up(generation: Any, table: str, key: str) -> int:
     if key not in ids:
         known = ", ".join(sorted(ids)[:5]) or "none"
         raise Problem(
-            f"generation_config.json: {key!r} is asked for, but {table} has no such entry "
-            f"({len(ids)} there: {known} ...)",
+            f"generation_config.json: {table} has no entry {key!r} "
+            f"(its {len(ids)} entries: {known} ...)",
             hint="take generation_config.json from the model that was compressed",
         )
     return ids[key]

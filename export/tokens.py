@@ -44,7 +44,7 @@ def _encoded(token: str, number: int, unicode_to_byte: dict[str, int]) -> str:
         return base64.b64encode(bytes(unicode_to_byte[char] for char in token)).decode()
     except KeyError as error:
         raise Problem(
-            f"token {number} ({token!r}): {error.args[0]!r} stands for no byte",
+            f"token {number} ({token!r}): {error.args[0]!r} represents no byte",
             hint="the tokenizer must be Whisper's byte-level BPE",
         ) from error
 

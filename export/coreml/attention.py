@@ -13,8 +13,11 @@ from export.weights import Floats, Heads, Linear
 
 
 def self_attention(g: Graph, q: Var, k: Var, v: Var, heads: Heads) -> Var:
-    """Over a whole sequence, of q that has its scale; widths heads * qk_dim, twice, and heads *
-    v_dim, or where k and v have the width of one head, that is for all."""
+    """Attend over a whole sequence; q is already scaled.
+
+    The widths are heads * qk_dim for q and k and heads * v_dim for v; if k and v are shared by all
+    heads, they have the width of one head.
+    """
     if g.channels_first:
         return _head_by_head(g, q, k, v, heads)
     q, k, v = (
@@ -26,8 +29,11 @@ def self_attention(g: Graph, q: Var, k: Var, v: Var, heads: Heads) -> Var:
 
 
 def cached_attention(g: Graph, q: Var, keys: Var, values: Var, mask: Var, heads: Heads) -> Var:
-    """Of one position, q with its scale: keys (1, heads * qk_dim, 1, room), values alike, mask
-    (1, room), 0 or very negative."""
+    """Attend from one position; q is already scaled.
+
+    `keys` are (1, heads * qk_dim, 1, room), `values` alike, and `mask` (1, room) is 0 or very
+    negative.
+    """
     room = keys.shape[3]
     if g.channels_first:
         return _head_by_head(g, q, keys, values, heads, g.reshape(mask, 1, room, 1, 1))
@@ -41,21 +47,23 @@ def cached_attention(g: Graph, q: Var, keys: Var, values: Var, mask: Var, heads:
 def cross_attention(
     g: Graph, q: Var, states: Var, key: Sequence[Linear], value: Sequence[Linear], heads: Heads
 ) -> tuple[Var, Var]:
-    """Of one position, q with its scale, over the encoder's `states`, (1, d_model, 1, positions).
+    """Attend from one position to the encoder's `states` (1, d_model, 1, positions); q is already
+    scaled.
 
-    Returns what is mixed, of width heads * v_dim, and the heads' weights: (1, heads, positions), or
-    channels first (1, positions, 1, heads). Keys and values of the positions are never made. With
-    W_k and W_v a head's rows, X the states, a column each, and p the weights of the head,
+    Returns the mixed values, of width heads * v_dim, and the attention weights: (1, heads,
+    positions), or channels first (1, positions, 1, heads). Keys and values of the positions are
+    never computed. With W_k and W_v the rows of one head, X the states as columns, and p the
+    attention weights of the head,
 
         scores = q^T (W_k X)   = (W_k^T q)^T X
         mixed  = (W_v X) p + b = W_v (X p) + b
 
-    for p sums to one; a bias of the keys would add the same to all scores, which a softmax does not
-    see. The right-hand sides take heads * d_model * (d_model + positions) products each and the
-    left-hand ones d_model**2 * positions: at Whisper's sizes, thirty to fifty times as many, for
-    every token anew. Rounded to float16, both are off by as much (tried on states with channels 200
-    times as loud as others). Masks of ones and zeros keep the heads apart, so that W_k and W_v stay
-    whole.
+    because p sums to one. A bias of the keys would add the same to all scores, which a softmax
+    ignores. The right-hand sides take heads * d_model * (d_model + positions) products each, the
+    left-hand sides d_model**2 * positions for every token: thirty to fifty times as many at
+    Whisper's sizes. In float16 both have the same error (tested on states with channels 200 times
+    as large as others). Masks of ones and zeros separate the heads, so that W_k and W_v are not
+    split.
     """
     attend = _cross_channels_first if g.channels_first else _cross_plain
     *first, last = value
@@ -67,28 +75,32 @@ def cross_attention(
 
 
 def mean_weights(g: Graph, weights: Sequence[Var], chosen: Sequence[Sequence[int]]) -> Var:
-    """Of layers' cross-attention weights the mean over some heads of each: (1, positions)."""
-    axis, found = (3 if g.channels_first else 1), []
+    """Return the mean of the cross-attention weights over chosen heads of each layer: (1,
+    positions).
+    """
+    axis, parts = (3 if g.channels_first else 1), []
     for value, heads in zip(weights, chosen, strict=True):
         if heads:
             mask = np.zeros(value.shape[axis], np.float32)
             mask[list(heads)] = 1
-            found.append(g.sum(g.mul(value, mask if axis == 3 else mask[:, None]), axis))
-    total = found[0]
-    for more in found[1:]:
+            parts.append(g.sum(g.mul(value, mask if axis == 3 else mask[:, None]), axis))
+    total = parts[0]
+    for more in parts[1:]:
         total = g.add(total, more)
     mean = g.mul(total, 1 / sum(map(len, chosen)))
     return g.reshape(mean, 1, int(np.prod(mean.shape)))
 
 
-def written(g: Graph, cache: Var, new: Var, here: Var) -> Var:
-    """cache (1, width, 1, room) with `new` (1, width, 1, 1) where `here` (1, 1, 1, room) is 1."""
+def updated_cache(g: Graph, cache: Var, new: Var, here: Var) -> Var:
+    """Return cache (1, width, 1, room) with `new` (1, width, 1, 1) where `here` (1, 1, 1, room) is
+    1.
+    """
     kept = g.mul(cache, g.op("sub", x=g.constant(1.0), y=here))
     return g.add(kept, g.mul(new, here))
 
 
 def _in_heads(g: Graph, x: Var, dim: int) -> Var:
-    """(1, n, heads * dim) -> (1, heads, n, dim)."""
+    """Reshape (1, n, heads * dim) to (1, heads, n, dim)."""
     _, n, width = x.shape
     return g.transpose(g.reshape(x, 1, n, width // dim, dim), 0, 2, 1, 3)
 
@@ -96,7 +108,7 @@ def _in_heads(g: Graph, x: Var, dim: int) -> Var:
 def _head_by_head(
     g: Graph, q: Var, keys: Var, values: Var, heads: Heads, mask: Var | None = None
 ) -> Var:
-    """q (1, width, 1, n), keys and values (1, width, 1, m), mask (1, m, 1, 1)."""
+    """Attend head by head: q (1, width, 1, n), keys, values (1, width, 1, m), mask (1, m, 1, 1)."""
 
     def parts(x: Var, dim: int, axis: int) -> list[Var]:
         cut = g.split(x, [dim] * (x.shape[axis] // dim), axis)
@@ -144,5 +156,5 @@ def _cross_channels_first(
 
 
 def _own_channels(heads: int, dim: int) -> Floats:
-    """Which channels are a head's: ones and zeros, (heads, heads * dim)."""
+    """Return ones for the channels of each head and zeros elsewhere, (heads, heads * dim)."""
     return np.eye(heads, dtype=np.float32).repeat(dim, axis=1)

@@ -1,4 +1,4 @@
-"""The layers of a Whisper as MIL operators: encoder, attention and feed-forward."""
+"""The encoder of a Whisper as MIL operators, and the parts that its decoder shares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Table = TokenTable | FactorisedTable
 
 @dataclass(frozen=True)
 class Attention:
-    """The linear layers of an attention as the graph has them; those of q include the scale."""
+    """The linear layers of an attention as the graph stores them; the scale is part of q."""
 
     q: list[Linear]
     k: list[Linear]
@@ -29,7 +29,7 @@ class Attention:
 
 
 def encode(g: Graph, model: nn.Module, plan: Plan, mel: Var) -> Var:
-    """Features (1, n_mels, 1, frames) -> states in the graph's arrangement."""
+    """Encode features (1, n_mels, 1, frames) into states in the graph's arrangement."""
     encoder = model.model.encoder
     with g.scope("stem"):
         x = _stem(g, mel, encoder, plan.positions)
@@ -41,7 +41,7 @@ def encode(g: Graph, model: nn.Module, plan: Plan, mel: Var) -> Var:
 
 
 def _stem(g: Graph, x: Var, encoder: nn.Module, positions: int) -> Var:
-    """Two convolutions and the positions."""
+    """Apply two convolutions and add positions."""
     if not g.channels_first:
         x = g.op("squeeze", x=x, axes=[2])
     for module, stride in ((encoder.conv1, 1), (encoder.conv2, 2)):
@@ -83,7 +83,7 @@ def linears_of(g: Graph, attention: nn.Module, cached: bool = False) -> Attentio
 
 
 def padded_heads(attention: nn.Module, aligned: bool, cached: bool = False) -> Heads:
-    """Heads filled up where they are to be aligned: keys and values alike where they are cached."""
+    """Return the heads, padded if they have to be aligned; cached keys and values get one width."""
     heads = heads_of(attention)
     if not aligned:
         return heads

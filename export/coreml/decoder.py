@@ -1,4 +1,4 @@
-"""One step of the decoder as a MIL program: a token and the caches to logits and updates."""
+"""One decoding step as a MIL program: from a token and the caches to logits and cache updates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from export.coreml.attention import cached_attention, cross_attention, mean_weights, written
+from export.coreml.attention import (
+    cached_attention,
+    cross_attention,
+    mean_weights,
+    updated_cache,
+)
 from export.coreml.blocks import Table, feed_forward, linears_of, norm, padded_heads, token_table
 from export.coreml.graph import Graph, Var
 from export.coreml.layers import linear
@@ -19,22 +24,25 @@ KINDS = ("key", "value")
 
 
 def cache_channels(model: nn.Module, neural_engine: bool) -> list[list[int]]:
-    """Channels of key_cache and of value_cache that hold the model's own keys and values, layer by
-    layer and head by head."""
-    found: list[list[int]] = [[], []]
+    """Return the channels of key_cache and of value_cache that hold the model's keys and values,
+    layer by layer.
+
+    The remaining channels are padding.
+    """
+    channels: list[list[int]] = [[], []]
     begins = [0, 0]
     for layer in model.model.decoder.layers:
         was = heads_of(layer.self_attn)
         now = padded_heads(layer.self_attn, neural_engine, cached=True)
         for kind, (dim, wide) in enumerate(((was.qk_dim, now.qk_dim), (was.v_dim, now.v_dim))):
             begin = begins[kind]
-            found[kind] += [begin + h * wide + n for h in range(was.count) for n in range(dim)]
+            channels[kind] += [begin + h * wide + n for h in range(was.count) for n in range(dim)]
             begins[kind] += was.count * wide
-    return found
+    return channels
 
 
 def decoder_contract(model: nn.Module, plan: Plan) -> tuple[list[Spec], list[Spec], list[Spec]]:
-    """Inputs, outputs, states."""
+    """Return the inputs, outputs and states of the program."""
     own = [layer.self_attn for layer in model.model.decoder.layers]
     widths = [
         _cache_widths(padded_heads(attention, plan.neural_engine, cached=True)) for attention in own
@@ -64,7 +72,7 @@ def states_spec(model: nn.Module, plan: Plan) -> Spec:
 
 
 def _cache_widths(heads: Heads) -> tuple[int, int]:
-    """Channels of keys and of values, of all heads."""
+    """Return the channels of keys and of values, of all heads."""
     return heads.count * heads.qk_dim, heads.count * heads.v_dim
 
 
@@ -74,29 +82,29 @@ def decode(g: Graph, model: nn.Module, plan: Plan, given: dict[str, Var]) -> lis
     caches = [given[f"{kind}_cache"] for kind in KINDS]
     before = [g.op("read_state", input=x) for x in caches] if plan.stateful else caches
     past = _by_layers(g, before, decoder)
-    kept, heard = [], []
+    updates, attended = [], []
     for i, layer in enumerate(decoder.layers):
         with g.scope(f"layers_{i}"):
             x, fresh, longer = _cached_attention(g, x, layer, past[i], given)
-            kept.append(longer if plan.stateful else fresh)
+            updates.append(longer if plan.stateful else fresh)
             with g.scope("encoder_attn"):
                 x, weights = _cross_attention(g, x, layer, given["encoder_output_embeds"])
-            heard.append(weights)
+            attended.append(weights)
             x = feed_forward(g, x, layer)
     with g.scope("logits"):
         results = [table.logits(g.reshape(norm(g, x, decoder.layer_norm), 1, 1, d_model))]
     with g.scope("caches"):
-        both = [_joined(g, parts, caches[0].shape[1]) for parts in zip(*kept, strict=True)]
+        both = [_joined(g, parts, caches[0].shape[1]) for parts in zip(*updates, strict=True)]
         if plan.stateful:
             for cache, value in zip(caches, both, strict=True):
                 g.op("coreml_update_state", state=cache, value=value)
     with g.scope("alignment"):
-        aligned = [mean_weights(g, heard, plan.alignment)] if plan.alignment else []
+        aligned = [mean_weights(g, attended, plan.alignment)] if plan.alignment else []
     return [*results, *([] if plan.stateful else both), *aligned]
 
 
 def _look_up(g: Graph, decoder: nn.Module, given: dict[str, Var]) -> tuple[Table, Var]:
-    """The token table, and the token where it stands, in the graph's arrangement."""
+    """Return the token table, and the embedding of the token at its position."""
     with g.scope("look_up"):
         table = token_table(g, decoder.embed_tokens)
         positions = g.constant(array(decoder.embed_positions.weight))
@@ -107,7 +115,7 @@ def _look_up(g: Graph, decoder: nn.Module, given: dict[str, Var]) -> tuple[Table
 
 
 def _by_layers(g: Graph, caches: Sequence[Var], decoder: nn.Module) -> list[tuple[Var, Var]]:
-    """Keys and values of all layers -> those of each; what a cache has left over goes."""
+    """Split keys and values of all layers into those of each; padding at the end is dropped."""
     heads = [
         padded_heads(layer.self_attn, g.channels_first, cached=True) for layer in decoder.layers
     ]
@@ -120,7 +128,7 @@ def _by_layers(g: Graph, caches: Sequence[Var], decoder: nn.Module) -> list[tupl
 
 
 def _joined(g: Graph, parts: Sequence[Var], width: int) -> Var:
-    """Keys or values of each layer as one, filled up with zeros to `width` channels."""
+    """Join keys or values of all layers, padded with zeros to `width` channels."""
     left = width - sum(part.shape[1] for part in parts)
     zeros = [g.constant(np.zeros((1, left, *parts[0].shape[2:])))] if left else []
     return g.concat([*parts, *zeros], 1)
@@ -129,21 +137,21 @@ def _joined(g: Graph, parts: Sequence[Var], width: int) -> Var:
 def _cached_attention(
     g: Graph, x: Var, layer: nn.Module, past: Sequence[Var], given: dict[str, Var]
 ) -> tuple[Var, list[Var], list[Var]]:
-    """x behind self-attention, its new key and value, and all keys and values."""
+    """Return x after self-attention, the new key and value, and all keys and values."""
     attention = linears_of(g, layer.self_attn, cached=True)
     y = norm(g, x, layer.self_attn_layer_norm)
     q, *fresh = (linear(g, y, part) for part in (attention.q, attention.k, attention.v))
     fresh = [g.reshape(new, 1, int(np.prod(new.shape)), 1, 1) for new in fresh]
     here, mask = given["kv_cache_update_mask"], given["decoder_key_padding_mask"]
     here = g.reshape(here, 1, 1, *here.shape)
-    longer = [written(g, old, new, here) for old, new in zip(past, fresh, strict=True)]
+    longer = [updated_cache(g, old, new, here) for old, new in zip(past, fresh, strict=True)]
     keys, values = longer
     y = cached_attention(g, q, keys, values, mask, attention.heads)
     return g.add(x, linear(g, y, attention.out)), fresh, longer
 
 
 def _cross_attention(g: Graph, x: Var, layer: nn.Module, states: Var) -> tuple[Var, Var]:
-    """x behind cross-attention, and the weights of its heads."""
+    """Return x after cross-attention, and the attention weights of its heads."""
     attention = linears_of(g, layer.encoder_attn)
     q = linear(g, norm(g, x, layer.encoder_attn_layer_norm), attention.q)
     y, weights = cross_attention(g, q, states, attention.k, attention.v, attention.heads)

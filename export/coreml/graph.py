@@ -1,15 +1,15 @@
-"""The operators we emit for Core ML: a small builder of MIL programs, and Whisper's parts with it.
+"""A small builder of MIL programs (Core ML's operator format), and saving them as packages.
 
 A value is a variable of coremltools' MIL builder. All programs have batch 1 and fixed shapes. Every
-dtype is chosen here, and how each weight is stored (mil_weights.py); coremltools' passes, which
-would change them, are left out.
+dtype is chosen here, and every weight's storage in weights.py; coremltools' passes, which would
+change them, are disabled.
 
-Values stand in one of two arrangements, n positions of d features each:
+Values have one of two arrangements, for n positions of d features each:
 
     plain            (1, n, d)      `linear`, and one product for all heads of an attention
-    channels first   (1, d, 1, n)   1x1 convolutions, and products for each head by itself
+    channels first   (1, d, 1, n)   1x1 convolutions, and one product per head
 
-The second is the one that Apple's notes on transformers and whisperkit have for the Neural Engine.
+The second is the one that Apple's notes on transformers and WhisperKit use for the Neural Engine.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from export.quantise import Scheme
 from export.weights import Floats
 
 TARGETS = {"iOS16": 7, "iOS17": 8, "iOS18": 9}
-"""Deployment target -> version of the specification that it brought. macOS 13, 14 and 15 are of
-the same years."""
+"""Deployment target -> version of the Core ML specification it introduced. macOS 13, 14 and 15
+correspond to iOS 16, 17 and 18."""
 
 Var = Any
 """A value of the program under construction."""
-Work = Callable[[dict[str, Var]], Sequence[Var]]
-"""Makes of inputs and states, by name, the outputs in their order."""
+Build = Callable[[dict[str, Var]], Sequence[Var]]
+"""Builds the outputs, in order, from the inputs and states by name."""
 
 
 @cache
 def toolbox() -> Any:
-    """coremltools, imported when it is first needed: that takes seconds, and it talks.
+    """Import coremltools on first use, silently; that takes seconds.
 
-    Raises Problem where it is not installed.
+    Raises Problem if it is not installed.
     """
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     try:
@@ -67,8 +67,7 @@ def toolbox() -> Any:
 class Graph:
     """The operators of one program under construction.
 
-    `schemes` says how single weights are stored, by what they belong to, where the precision
-    compresses them.
+    `schemes` names how single weights are stored in the precisions that compress them.
     """
 
     def __init__(
@@ -82,24 +81,24 @@ class Graph:
         self.precision, self.target, self.schemes = precision, target, schemes or {}
         self.channels_first = channels_first
         self.features = 1 if channels_first else -1
-        """The axis on which features stand."""
+        """The axis of the features."""
         self.stored: Counter[str] = Counter()
-        """Form -> weights (single numbers) stored so."""
-        self.said: list[str] = []
-        """What was asked for and could not be done."""
+        """Form of storage -> number of weights stored in it."""
+        self.notes: list[str] = []
+        """What was requested and could not be done, and why."""
         self._constants: dict[tuple[Any, ...], Var] = {}
         self._count = 0
         self._prefix = ""
 
     def op(self, kind: str, **inputs: Any) -> Any:
-        """One operator; returns its output, or a list of them."""
+        """Add an operator and return its output, or a list of outputs."""
         from coremltools.converters.mil import Builder
 
         self._count += 1
         return getattr(Builder, kind)(name=f"{self._prefix}{kind}_{self._count}", **inputs)
 
     def constant(self, value: NDArray | float) -> Var:
-        """Floats in the program's dtype; equal ones are stored once."""
+        """Store floats in the program's dtype; equal ones are stored once."""
         wide = np.asarray(value, np.float32)
         array: NDArray = forms.halved(wide, self.place) if self.dtype == np.float16 else wide
         key = (array.shape, hashlib.sha256(array.tobytes()).digest())
@@ -109,7 +108,7 @@ class Graph:
 
     @property
     def place(self) -> str:
-        """Where in the model the operators belong that are made now."""
+        """The part of the model to which new operators belong."""
         return self._prefix.rstrip("_")
 
     def add(self, x: Var, y: Floats | float | Var) -> Var:
@@ -119,12 +118,12 @@ class Graph:
         return self._elementwise("mul", x, y)
 
     def _elementwise(self, kind: str, x: Var, y: Floats | float | Var) -> Var:
-        """Of which the second operand may be numbers."""
+        """Apply an operator whose second operand may be an array or a number."""
         numbers = isinstance(y, float | np.ndarray)
         return self.op(kind, x=x, y=self.constant(y) if numbers else y)
 
     def cast(self, x: Var, dtype: str) -> Var:
-        """To float16 or float32, or as it is."""
+        """Cast to float16 or float32, if the value has the other type."""
         kind = {"float16": "fp16", "float32": "fp32"}[dtype]
         known = x.dtype.__name__ == kind
         return x if known else self.op("cast", x=x, dtype=kind)
@@ -139,7 +138,7 @@ class Graph:
         return self.op("matmul", x=x, y=y, transpose_y=transpose_y)
 
     def einsum(self, x: Var, y: Var) -> Var:
-        """The product of channels-first values: x (1, c, 1, k), y (1, k, 1, n) -> (1, c, 1, n)."""
+        """Multiply channels-first values: x (1, c, 1, k), y (1, k, 1, n) -> (1, c, 1, n)."""
         return self.op("einsum", values=(x, y), equation="nchw,nwhu->nchu")
 
     def softmax(self, x: Var, axis: int) -> Var:
@@ -163,7 +162,9 @@ class Graph:
 
     @contextmanager
     def scope(self, prefix: str) -> Iterator[None]:
-        """Names of the operators made inside begin with `prefix_`: readers can tell the parts."""
+        """Prefix the names of operators made inside with `prefix_`, so that readers can group
+        them.
+        """
         before, self._prefix = self._prefix, f"{self._prefix}{prefix}_"
         yield
         self._prefix = before
@@ -173,10 +174,10 @@ def program(
     g: Graph,
     inputs: Sequence[Spec],
     outputs: Sequence[Spec],
-    work: Work,
+    build: Build,
     states: Sequence[Spec] = (),
 ) -> Any:
-    """A MIL program, checked against its contract."""
+    """Build a MIL program and check its outputs against their specs."""
     ct = toolbox()
     from coremltools.converters.mil import Builder
     from coremltools.converters.mil.mil import Function, Program, types
@@ -186,10 +187,10 @@ def program(
     places |= {s.name: Builder.state_tensor_placeholder(s.shape, kinds[s.dtype]) for s in states}
     function = Function(places, opset_version=ct.target[g.target])
     with function:
-        made = list(work(function.inputs))
+        made = list(build(function.inputs))
         for value, spec in zip(made, outputs, strict=True):
-            found = (tuple(value.shape), value.dtype)
-            assert found == (spec.shape, kinds[spec.dtype]), (spec, found)
+            actual = (tuple(value.shape), value.dtype)
+            assert actual == (spec.shape, kinds[spec.dtype]), (spec, actual)
             value.name = spec.name
         function.set_outputs(made)
     whole = Program()
@@ -198,7 +199,7 @@ def program(
 
 
 def save(made: Any, target: str, path: Path, description: str) -> None:
-    """Write a program as the package `path`: the same program gives the same bytes."""
+    """Write a program as the package `path`. The same program gives the same bytes."""
     ct = toolbox()
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         model = ct.convert(
@@ -211,20 +212,23 @@ def save(made: Any, target: str, path: Path, description: str) -> None:
         )
         model.save(str(path))
     spec = model.get_spec()
-    told = spec.description.metadata
-    told.shortDescription = description
-    told.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
+    metadata = spec.description.metadata
+    metadata.shortDescription = description
+    metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
     bare = spec.SerializeToString(deterministic=True)
     (path / "Data/com.apple.CoreML/model.mlmodel").write_bytes(bare)
     _name_by_path(path / "Manifest.json")
 
 
 def _name_by_path(manifest: Path) -> None:
-    """coremltools draws the identifiers of a package's items at random, and writes the file again,
-    with sorted keys, wherever it opens the package: then it must find it so."""
-    told = json.loads(manifest.read_text(encoding="utf-8"))
-    items = told["itemInfoEntries"]
+    """Replace the random identifiers of a package's items by ones derived from their paths.
+
+    Keys are sorted as coremltools sorts them, because it rewrites the file whenever it opens a
+    package.
+    """
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    items = content["itemInfoEntries"]
     names = {old: str(uuid.uuid5(uuid.NAMESPACE_URL, items[old]["path"])).upper() for old in items}
-    told["itemInfoEntries"] = {names[old]: item for old, item in items.items()}
-    told["rootModelIdentifier"] = names[told["rootModelIdentifier"]]
-    manifest.write_text(json.dumps(told, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+    content["itemInfoEntries"] = {names[old]: item for old, item in items.items()}
+    content["rootModelIdentifier"] = names[content["rootModelIdentifier"]]
+    manifest.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n", encoding="utf-8")

@@ -21,18 +21,18 @@ def stored(
     table: bool = False,
     transposed: bool = False,
 ) -> Var:
-    """A weight (out, in, ...) as its form stores it; `transposed`: as (in, out, ...).
+    """Store a weight (out, in, ...) in its form, with `transposed` as (in, out, ...).
 
-    `table`: it is the token table, or a kernel of the stem.
+    `table` marks the token table and the kernels of the stem.
     """
     rows = weight.reshape(len(weight), -1)
     form = forms.form_of(g.precision, scheme, table, rows.shape[1])
     g.stored[form.name] += weight.size
-    if form.said:
-        g.said.append(f"{g.place}: {form.name} in the place of 4 bits, because {form.said}")
+    if form.note:
+        g.notes.append(f"{g.place}: {form.name} instead of 4 bits, because {form.note}")
 
     def turned(array: NDArray) -> NDArray:
-        """One number for each weight, or for each group of them."""
+        """Arrange an array that has one number per weight or per group of weights."""
         every = array.size == weight.size
         shape = weight.shape if every else (*array.shape, *[1] * (weight.ndim - 2))
         whole = array.reshape(shape)
@@ -74,10 +74,10 @@ def _dtype(name: str) -> Any:
 
 
 def linear(g: Graph, x: Var, layers: Sequence[Linear]) -> Var:
-    """Linear layers one after the other (a low-rank layer is two), of all positions.
+    """Apply linear layers in sequence (a low-rank layer is two) to all positions.
 
-    A layer that reads some inputs only picks them, so that no zeros are stored; channels first it
-    has been given the zeros, see `aligned_inputs`.
+    A layer that reads only some inputs gathers them, so that no zeros are stored. In channels-first
+    programs its weights already contain the zeros; see `padding.aligned`.
     """
     for layer in layers:
         bias = np.zeros(len(layer.weight)) if layer.bias is None else layer.bias
@@ -96,18 +96,19 @@ def _picked(g: Graph, x: Var, layer: Linear, axis: int) -> Var:
 
 
 def layer_norm(g: Graph, x: Var, weight: Floats, bias: Floats, epsilon: float) -> Var:
+    """Normalise the features."""
     gamma, beta = g.constant(weight), g.constant(bias)
     given = {"axes": [g.features], "gamma": gamma, "beta": beta, "epsilon": g.dtype(epsilon)}
     return g.op("layer_norm", x=x, **given)
 
 
 def gelu(g: Graph, x: Var) -> Var:
-    """The exact one, with erf, as Whisper has it."""
+    """Apply the exact GELU with erf, as Whisper does."""
     return g.op("gelu", x=x, mode="EXACT")
 
 
 def conv(g: Graph, x: Var, kernel: Floats, bias: Floats, stride: int, scheme: Scheme | None) -> Var:
-    """x (1, in, n) or (1, in, 1, n) -> (1, out, n / stride) or likewise; kernel (out, in, 3)."""
+    """Convolve x (1, in, n) or (1, in, 1, n) with kernel (out, in, 3): n becomes n / stride."""
     strides, pad = [stride], [1, 1]
     if g.channels_first:
         kernel, strides, pad = kernel[:, :, None], [1, stride], [0, 0, 1, 1]

@@ -12,9 +12,9 @@ from export.weights import Floats
 
 
 def log_mel(g: Graph, pcm: Var, extractor: Any) -> Var:
-    """Whisper's front end in float32: pcm (samples,) -> (1, n_mels, samples / hop).
+    """Compute log-mel features in float32: pcm (samples,) -> (1, n_mels, samples / hop).
 
-    A Hann-windowed DFT as a convolution, mel filters, log10, and at most 8 below the loudest.
+    A Hann-windowed DFT as a convolution, mel filters, log10, and a floor 8 below the maximum.
     """
     n_fft, hop, (samples,) = extractor.n_fft, extractor.hop_length, pcm.shape
     bins = n_fft // 2 + 1
@@ -26,15 +26,16 @@ def log_mel(g: Graph, pcm: Var, extractor: Any) -> Var:
     filters = g.constant(extractor.mel_filters.T[None])  # (1, n_mels, bins)
     mel = g.op("maximum", x=g.matmul(filters, g.add(cosines, sines)), y=np.float32(1e-10))
     log10 = g.mul(g.op("log", x=mel), 1 / float(np.log(10)))
-    loudest = g.op("reduce_max", x=log10, axes=[1, 2], keep_dims=True)
-    log10 = g.op("maximum", x=log10, y=g.add(loudest, -8.0))
+    largest = g.op("reduce_max", x=log10, axes=[1, 2], keep_dims=True)
+    log10 = g.op("maximum", x=log10, y=g.add(largest, -8.0))
     return g.mul(g.add(log10, 4.0), 0.25)
 
 
 def _waves(n_fft: int) -> Floats:
-    """hann(n) cos(2 pi k n / n_fft) for k = 0 ... n_fft / 2, then sines: (n_fft + 2, 1, n_fft).
+    """Return hann(n) cos(2 pi k n / n_fft) for k = 0 ... n_fft / 2, then sines: (n_fft + 2, 1,
+    n_fft).
 
-    float64 products rounded once.
+    The products are computed in float64 and rounded once.
     """
     n, k = np.arange(n_fft), np.arange(n_fft // 2 + 1)[:, None]
     angle = 2 * np.pi * (k * n % n_fft) / n_fft

@@ -1,4 +1,4 @@
-"""MIL operations that move elements and compute none: reshape, split, gather, pad, slice."""
+"""MIL operations that move elements and compute no values: reshape, split, gather, slice."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 Ints: TypeAlias = list[int]
 Places: TypeAlias = Ints | Tensor
-"""Constant, or known only when the program runs."""
+"""Positions that are constant, or known only when the program runs."""
 
 
 class Unknown(ValueError):
-    """Something that Core ML may well do, but that is not written here."""
+    """An operation, mode or parameter that Core ML may support, but this interpreter does not."""
 
 
 def transpose(x: Tensor, perm: Ints) -> Tensor:

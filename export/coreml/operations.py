@@ -1,8 +1,9 @@
-"""What Core ML's operations do, in torch: one plain function each, named and with the parameters
-of the MIL specification. Floats come and go as float32, integers as int32.
+"""Core ML's operations in torch: one plain function per operation of the MIL specification.
 
-A signature says what an operation takes: tensors, and constants (int, float, bool, list[int], one
-of some strings). What it does not name is not supported, and is refused when a package is opened.
+Functions have the names and parameters of the specification. Floats are float32 on input and
+output, integers int32. The signature defines what is supported: tensors, and constants (int, float,
+bool, list[int], one of several strings). Anything else is refused when a package is opened.
+Operations that only move elements are in moves.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from export.coreml.package import LARGEST
 
 @dataclass(frozen=True)
 class Slot:
-    """A state: the one value that an operation may change."""
+    """A state, the one kind of value that an operation may change."""
 
     states: dict[str, Tensor]
     name: str
@@ -43,7 +44,7 @@ def einsum(values: list[Tensor], equation: str) -> Tensor:
     letters = dict.fromkeys(letter for letter in equation if letter.isalpha())
     plain = equation.translate({ord(old): new for old, new in zip(letters, "abcde", strict=False)})
     if plain.replace(" ", "") not in ("abcd,adce->abce", "abc,cbd->abd"):
-        raise Unknown(f"equation is {equation!r}, known are nchw,nwhu->nchu and chw,whu->chu")
+        raise Unknown(f"equation is {equation!r}, supported: nchw,nwhu->nchu and chw,whu->chu")
     return torch.einsum(equation, values)
 
 
@@ -188,7 +189,7 @@ def read_state(input: Slot) -> Tensor:
 def write_state(input: Slot, data: Tensor) -> list[Tensor]:
     old = input.states[input.name]
     if old.shape != data.shape:
-        raise ValueError(f"state {list(old.shape)} is given shape {list(data.shape)}")
+        raise ValueError(f"writes shape {list(data.shape)} to a state of shape {list(old.shape)}")
     input.states[input.name] = data.to(old.dtype, copy=True)
     return []
 
@@ -232,14 +233,16 @@ def pad(
 
 
 def _inside_out(pad: Ints) -> Ints:
-    """MIL's order of padding (first axis first) -> torch's (last axis first)."""
+    """Convert MIL's order of padding (first axis first) to torch's (last axis first)."""
     return [n for i in range(len(pad) - 2, -1, -2) for n in pad[i : i + 2]]
 
 
 def _limit(elements: int) -> None:
-    """Of what is made on the way, which nothing declares."""
+    """Raise ValueError if an intermediate value, whose shape the program does not declare, is too
+    large.
+    """
     if elements > LARGEST:
-        raise ValueError(f"makes {elements} numbers on the way, more than {LARGEST}")
+        raise ValueError(f"makes an intermediate value of {elements} elements, more than {LARGEST}")
 
 
 Operation = Callable[..., Any]

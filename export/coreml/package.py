@@ -1,8 +1,8 @@
-"""A Core ML package (.mlpackage) as data: its manifest, its program, its constants.
+"""Read a Core ML package (.mlpackage): its manifest, its program, its constants.
 
-A package is a folder: Manifest.json names the model file (a protobuf message), whose large
-constants stand in weights/weight.bin beside it. Nothing is trusted: a package may come from a
-stranger, and whatever is wrong with one is a Problem that names the file and the reason.
+A package is a folder. Manifest.json names the model file (a protobuf message), whose large
+constants are stored in weights/weight.bin. A package may come from an untrusted source, so
+everything is checked, and each defect raises a Problem that names the file and the reason.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from export.problem import Problem
 AGAIN = "export it again, or copy the whole folder again"
 STRANGER = "do not use this package: it was not written by EdgeWhisper"
 LARGEST = 2**28
-"""Elements of one value; the largest of whisper-large, its token table, has a quarter of it."""
+"""Largest number of elements of one value; whisper-large's token table has a quarter of it."""
 LARGEST_FILE = 2**31 - 1
-"""Bytes of the model file, which holds no large constants; protobuf reads no more."""
+"""Largest size in bytes of the model file, which holds no large constants; a limit of protobuf."""
 SENTINEL = 0xDEADBEEF
 HEADER = struct.Struct("<IIQQQ")
-"""Of a blob: sentinel, kind, size in bytes, where its bytes begin, unused bits at their end."""
+"""Header of a blob: sentinel, kind, size in bytes, offset of its bytes, unused bits at their
+end."""
 KINDS = {
     "float16": 1,
     "float32": 2,
@@ -50,13 +51,13 @@ KINDS = {
     "int32": 14,
     "uint32": 15,
 }
-"""Of blobs, by the type of what they hold."""
+"""Dtype -> kind of a blob."""
 PACKED = {"int4": 4, "uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6}
-"""Types narrower than a byte, and their bits."""
+"""Types narrower than a byte -> their bits."""
 WHOLE = ("float16", "float32", "int8", "uint8", "int16", "uint16", "int32", "uint32", "bool")
 FLOATS = ("float16", "float32")
 DECLARED = {65552: "float16", 65568: "float32", 131104: "int32"}
-"""Types of arrays in a model's description."""
+"""Array types in a model's description -> dtype."""
 
 Array = NDArray[Any]
 Constant = Array | str
@@ -72,7 +73,7 @@ class Spec:
 
     @property
     def held(self) -> tuple[tuple[int, ...], str]:
-        """Shape and numpy's type of a constant: what is narrower than a byte comes in bytes."""
+        """Shape and numpy dtype of a constant; types narrower than a byte are stored in bytes."""
         packed = "int8" if self.dtype == "int4" else "uint8"
         return self.shape, packed if self.dtype in PACKED else self.dtype
 
@@ -82,12 +83,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Package:
-    """One function of a package, and the way to the constants that it reads."""
+    """One function of a package, with access to its constants."""
 
     path: Path
     spec_version: int
     block: Any
-    """The function's operations."""
+    """The operations of the function."""
     inputs: list[Spec]
     states: list[Spec]
     outputs: list[Spec]
@@ -96,11 +97,11 @@ class Package:
     _weights: dict[str, Array] = field(default_factory=dict)
 
     def spec(self, value: Any) -> Spec:
-        """Of a named value of the program (NamedValueType)."""
+        """Return the spec of a named value of the program (NamedValueType)."""
         return _spec(self.path, value.name, value.type)
 
     def constant(self, name: str, value: Any) -> Constant:
-        """What a constant holds: a string, or an array of the shape that the program declares."""
+        """Return a constant: a string, or an array of the shape that the program declares."""
         spec = _spec(self.path, name, value.type)
         if value.WhichOneof("value") == "blobFileValue":
             blob = value.blobFileValue
@@ -121,12 +122,14 @@ class Package:
             raise Problem(f"{self.path}: constant {spec} holds {found}", hint=AGAIN)
         return np.array(held).astype(spec.dtype).reshape(spec.shape)
 
-    def agrees(self, what: str, found: Sequence[Spec], described: Sequence[Spec]) -> None:
-        """Raise Problem where the model's description, which callers see, is not its program's."""
-        if sorted(map(str, found)) != sorted(map(str, described)):
-            says, does = ("; ".join(map(str, specs)) or "none" for specs in (described, found))
+    def require_match(self, what: str, actual: Sequence[Spec], described: Sequence[Spec]) -> None:
+        """Raise Problem unless the model's description, which callers see, agrees with its
+        program.
+        """
+        if sorted(map(str, actual)) != sorted(map(str, described)):
+            declared, real = ("; ".join(map(str, specs)) or "none" for specs in (described, actual))
             raise Problem(
-                f"{self.model_file}: its description has {what} {says}; its program has {does}",
+                f"{self.model_file}: its description has {what} {declared}; its program has {real}",
                 hint=AGAIN,
             )
 
@@ -171,9 +174,9 @@ class Package:
 
 
 def read_package(path: Path, function: str | None = None) -> Package:
-    """A package's function, by name where it has several.
+    """Return a function of a package, by name or the default one.
 
-    Raises Problem: not a package, files missing or damaged, names that leave the folder.
+    Raises Problem if it is not a package, files are missing or damaged, or names leave the folder.
     """
     path = Path(path)
     file = _model_file(path)
@@ -194,13 +197,17 @@ def read_package(path: Path, function: str | None = None) -> Package:
         [_described(path, feature) for feature in description.output],
         file,
     )
-    package.agrees("inputs", package.inputs, [_described(path, x) for x in description.input])
-    package.agrees("states", package.states, [_described(path, x) for x in description.state])
+    package.require_match(
+        "inputs", package.inputs, [_described(path, x) for x in description.input]
+    )
+    package.require_match(
+        "states", package.states, [_described(path, x) for x in description.state]
+    )
     return package
 
 
 def unpack(held: Array, count: int, bits: int, signed: bool = False) -> Array:
-    """Numbers of a few bits each out of bytes, the least significant bits first."""
+    """Unpack numbers of `bits` bits each from bytes, least significant bits first."""
     if len(held) != -(-count * bits // 8):
         raise ValueError(f"{count} numbers of {bits} bits are not {len(held)} bytes")
     if bits == 8:
@@ -214,7 +221,9 @@ def unpack(held: Array, count: int, bits: int, signed: bool = False) -> Array:
 
 
 def schema() -> ModuleType:
-    """coremltools' protobuf classes, without the rest of it, which takes seconds to import."""
+    """Return coremltools' protobuf classes without importing the rest of it, which takes
+    seconds.
+    """
     package = "export._coreml_schema"
     if package not in sys.modules:
         found = importlib.util.find_spec("coremltools")
@@ -248,7 +257,7 @@ def _model_file(path: Path) -> Path:
 
 
 def _check_member(package: Path, file: Path) -> None:
-    """A plain file inside the package, through no link."""
+    """Raise Problem unless `file` is a plain file inside the package, reached through no link."""
     above = [*file.parents]
     try:
         folders = above[: above.index(package)]
@@ -274,7 +283,7 @@ def _parse(file: Path) -> Any:
 
 
 def _choose(path: Path, model: Any, function: str | None) -> tuple[str, Any]:
-    """The function's name and the description of its inputs and outputs."""
+    """Return the function's name and the description of its inputs and outputs."""
     names = sorted(model.mlProgram.functions)
     name = function or model.description.defaultFunctionName or "main"
     if name not in names:
@@ -294,7 +303,7 @@ def _is_state(value: Any) -> bool:
 
 def _spec(path: Path, name: str, kind: Any) -> Spec:
     if kind.WhichOneof("type") != "tensorType":
-        raise Problem(f"{path}: {name} is no tensor ({kind.WhichOneof('type')})", hint=AGAIN)
+        raise Problem(f"{path}: {name} is not a tensor ({kind.WhichOneof('type')})", hint=AGAIN)
     tensor = kind.tensorType
     if any(size.WhichOneof("dimension") != "constant" for size in tensor.dimensions) or (
         tensor.rank != len(tensor.dimensions)
@@ -305,7 +314,7 @@ def _spec(path: Path, name: str, kind: Any) -> Spec:
     dtypes = type(tensor).DESCRIPTOR.fields_by_name["dataType"].enum_type.values_by_number
     dtype = dtypes[tensor.dataType].name.lower() if tensor.dataType in dtypes else "unknown"
     if dtype not in WHOLE and dtype not in PACKED and dtype != "string":
-        raise Problem(f"{path}: {name} has type {dtype}, which is not supported", hint=AGAIN)
+        raise Problem(f"{path}: {name} has the unsupported type {dtype}", hint=AGAIN)
     return _bounded(path, name, [size.constant.size for size in tensor.dimensions], dtype)
 
 

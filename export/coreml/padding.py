@@ -1,4 +1,4 @@
-"""Padding to the sizes that the Neural Engine prefers: multiples of 64."""
+"""Zero padding of weights to the sizes that the Neural Engine prefers: multiples of 64."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from export.coreml.graph import Graph
 from export.weights import Floats, Linear
 
 ALIGNED = 64
-"""What inner dimensions are a multiple of, channels first."""
+"""Inner dimensions of channels-first programs are a multiple of this."""
 
 
 def aligned_dim(heads: int, dim: int) -> int:
-    """The width of a head from `dim` on with which all heads together are aligned."""
+    """Return the smallest head width >= dim at which all heads together are aligned."""
     step = ALIGNED // gcd(ALIGNED, heads)
     return -(-dim // step) * step
 
 
 def more_outputs(layers: Sequence[Linear], dim: int, wide: int) -> list[Linear]:
-    """Each group of `dim` outputs filled up to `wide`, with outputs that are always zero."""
+    """Pad each group of `dim` outputs to `wide`, with outputs that are always zero."""
     *first, last = layers
     weight = _filled(last.weight, dim, wide)
     bias = None if last.bias is None else _filled(last.bias, dim, wide)
@@ -30,7 +30,7 @@ def more_outputs(layers: Sequence[Linear], dim: int, wide: int) -> list[Linear]:
 
 
 def more_inputs(g: Graph, layers: Sequence[Linear], dim: int, wide: int) -> list[Linear]:
-    """Each group of `dim` inputs filled up to `wide`, with inputs that do not count."""
+    """Pad each group of `dim` inputs to `wide`, with inputs that are ignored."""
     first, *rest = layers
     several = first.weight.shape[1] > dim
     if several and wide > dim:  # behind the last one, they move none
@@ -39,7 +39,9 @@ def more_inputs(g: Graph, layers: Sequence[Linear], dim: int, wide: int) -> list
 
 
 def aligned(g: Graph, layers: Sequence[Linear]) -> list[Linear]:
-    """All inputs are read, with zeros for those that do not count, and ranks are aligned."""
+    """Return layers that read all inputs, with zero weights for skipped ones, and have aligned
+    ranks.
+    """
     first, *rest = layers
     if first.inputs is not None:
         wide = np.zeros((len(first.weight), first.features), np.float32)
@@ -53,15 +55,15 @@ def aligned(g: Graph, layers: Sequence[Linear]) -> list[Linear]:
 
 
 def _without_blocks(g: Graph, layer: Linear) -> Linear:
-    """A checkpoint's own 4-bit grid, whose blocks would be torn apart, is stored in 8 bits."""
+    """Store a 4-bit grid of the checkpoint in 8 bits, because padding would split its blocks."""
     if layer.scheme is None or layer.scheme.bits != 4:
         return layer
-    g.said.append(f"{g.place}: int8 in the place of 4 bits, because zeros stand between its inputs")
+    g.notes.append(f"{g.place}: int8 instead of 4 bits, because zeros stand between its inputs")
     return replace(layer, scheme=replace(layer.scheme, bits=8))
 
 
 def _filled(array: Floats, dim: int, wide: int) -> Floats:
-    """Groups of `dim` rows -> groups of `wide`, zeros behind every group's own."""
+    """Pad groups of `dim` rows to groups of `wide` rows with zeros."""
     groups = array.reshape(-1, dim, *array.shape[1:])
     pads = [(0, 0), (0, wide - dim), *[(0, 0)] * (array.ndim - 1)]
     return np.pad(groups, pads).reshape(-1, *array.shape[1:])

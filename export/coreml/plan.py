@@ -1,4 +1,4 @@
-"""What a Core ML export is asked for, checked, with every open choice decided."""
+"""Check what a Core ML export is asked for and decide everything left open."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from export.shrink import windows_of
 from export.weights import heads_of
 
 SAMPLE_LENGTH = 224
-"""Tokens that WhisperKit's DecodingOptions ask for unless told otherwise; caches must hold them."""
+"""Default of WhisperKit's DecodingOptions.sampleLength, in tokens; caches must hold as many."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for, with everything that was left open decided."""
+    """A checked request in which every default is filled in."""
 
     precision: str
     target: str
     positions: int
-    """Of the encoder: two mel frames each."""
+    """Encoder positions, of two mel frames each."""
     room: int
     """Positions in the decoder's caches."""
     stateful: bool
     neural_engine: bool
     alignment: list[list[int]]
-    """Of every decoder layer the alignment heads; empty where no word timestamps are wanted."""
+    """The alignment heads of every decoder layer; empty without word timestamps."""
 
     @property
     def dtype(self) -> str:
+        """The type of floats in inputs and outputs."""
         return "float32" if self.precision == "fp32" else "float16"
 
     def graph(self, model: nn.Module) -> Graph:
+        """Return an empty graph for the model."""
         return Graph(self.precision, self.target, _schemes(model), self.neural_engine)
 
 
@@ -84,22 +86,22 @@ def _check_request(precision: str, layout: str, optional: dict[str, Any]) -> Non
     given = [name for name, value in optional.items() if value]
     if layout == "encoder" and given:
         raise Problem(
-            f"the layout 'encoder' is whisper.cpp's, for its own decoder and its one window of "
-            f"audio; {' and '.join(given)} cannot be chosen for it",
-            hint="leave that out, or export with --layout whisperkit",
+            f"layout 'encoder' does not support {' and '.join(given)}: whisper.cpp has its own "
+            "decoder and one window",
+            hint="remove the option, or export with --layout whisperkit",
         )
     if optional["stateful"] and precision == "fp32":
         raise Problem(
-            "Core ML keeps states in float16, and a stateful decoder in fp32 was asked for",
+            "a stateful decoder in fp32 is impossible: Core ML stores states as float16",
             hint="export with --precision fp16, or without --stateful",
         )
 
 
-def _target(model: nn.Module, precision: str, asked: str | None, stateful: bool) -> str:
-    """The deployment target, or the oldest one that can do what is asked."""
-    if asked is not None and asked not in TARGETS:
+def _target(model: nn.Module, precision: str, requested: str | None, stateful: bool) -> str:
+    """Return the deployment target; by default the oldest that supports the request."""
+    if requested is not None and requested not in TARGETS:
         raise Problem(
-            f"there is no deployment target {asked!r}", hint=f"choose one of: {', '.join(TARGETS)}"
+            f"unknown deployment target {requested!r}", hint=f"choose one of: {', '.join(TARGETS)}"
         )
     reasons = []
     if stateful:
@@ -107,18 +109,17 @@ def _target(model: nn.Module, precision: str, asked: str | None, stateful: bool)
     if needs_blocks(precision, schemes(model)):
         whose = "" if precision == "int4" else " (the checkpoint names 4 bits for some layers)"
         reasons.append(f"4-bit weights in blocks{whose}")
-    if reasons and asked not in (None, "iOS18"):
+    if reasons and requested not in (None, "iOS18"):
         raise Problem(
-            f"{' and '.join(reasons)} came with iOS18, and the deployment target {asked} was asked "
-            "for",
-            hint="export with --deployment-target iOS18, which macOS 15 has too, or for older "
-            "systems with --precision pal4 and without --stateful",
+            f"deployment target {requested} does not support {' and '.join(reasons)}, new in iOS18",
+            hint="export with --deployment-target iOS18 (macOS 15), or for older systems with "
+            "--precision pal4 and without --stateful",
         )
-    return asked or ("iOS18" if reasons else "iOS16")
+    return requested or ("iOS18" if reasons else "iOS16")
 
 
 def _positions(model: nn.Module, extractor: Any, window: float | None) -> int:
-    """Encoder positions of the window that is asked for, in seconds."""
+    """Return the encoder positions of the requested window in seconds."""
     known = windows_of(model.config)
     if window is None:
         return known[-1]
@@ -128,69 +129,73 @@ def _positions(model: nn.Module, extractor: Any, window: float | None) -> int:
         raise Problem(
             f"the model has no window of {window:g} s; it was made for "
             f"{' and '.join(f'{n * position_s:g}' for n in known)} s",
-            hint="choose one of these; the method `short` teaches a model others",
+            hint="choose one of these; the method `short` trains a model for others",
         )
     return positions
 
 
-def _room(model: nn.Module, asked: int | None) -> int:
+def _room(model: nn.Module, requested: int | None) -> int:
     limit = model.config.max_target_positions
-    room = limit if asked is None else asked
+    room = limit if requested is None else requested
     if not 1 <= room <= limit:
         raise Problem(
-            f"a cache of {room} tokens was asked for; the model has {limit} positions",
+            f"max_tokens {room}: the model has {limit} decoder positions",
             hint=f"choose from 1 to {limit}",
         )
     return room
 
 
-def _alignment(model: nn.Module, asked: bool | None) -> list[list[int]]:
-    """Of every decoder layer the alignment heads; empty where none are there, or wanted."""
-    heads = _heads_there(model)
-    if asked and not any(heads):
+def _alignment(model: nn.Module, requested: bool | None) -> list[list[int]]:
+    """Return the alignment heads of every decoder layer; empty if there are none or not
+    requested.
+    """
+    heads = _existing_heads(model)
+    if requested and not any(heads):
         raise Problem(
-            f"word timestamps come from alignment heads; {_heads_told(model)}",
+            f"word timestamps need alignment heads; {_heads_summary(model)}",
             hint="set alignment_heads there, or export without --word-timestamps",
         )
-    return heads if any(heads) and asked is not False else []
+    return heads if any(heads) and requested is not False else []
 
 
-def _heads_named(model: nn.Module) -> list[tuple[int, int]]:
+def _named_heads(model: nn.Module) -> list[tuple[int, int]]:
     named = getattr(model.generation_config, "alignment_heads", None) or []
     return sorted({(layer, head) for layer, head in named})
 
 
-def _heads_there(model: nn.Module) -> list[list[int]]:
-    """Of every decoder layer the alignment heads that are named and that it has."""
+def _existing_heads(model: nn.Module) -> list[list[int]]:
+    """Return the alignment heads of every decoder layer that are named and exist in the model."""
     counts = [heads_of(layer.encoder_attn).count for layer in model.model.decoder.layers]
-    named = _heads_named(model)
+    named = _named_heads(model)
     return [[h for n, h in named if n == i and h < count] for i, count in enumerate(counts)]
 
 
-def _heads_told(model: nn.Module) -> str:
-    named, there = len(_heads_named(model)), sum(map(len, _heads_there(model)))
+def _heads_summary(model: nn.Module) -> str:
+    named, existing = len(_named_heads(model)), sum(map(len, _existing_heads(model)))
     return f"generation_config.json names {named or 'none'}" + (
-        f", of which the model has {there or 'none'}" if named else ""
+        f", of which the model has {existing or 'none'}" if named else ""
     )
 
 
 def decoder_limits(model: nn.Module, plan: Plan) -> list[str]:
-    """What whoever runs the decoder must know."""
-    said = []
+    """Return what a program that runs the decoder needs to know."""
+    limits = []
     if plan.room < SAMPLE_LENGTH:
-        said.append(
+        limits.append(
             f"its caches hold {plan.room} tokens, so WhisperKit's DecodingOptions.sampleLength, "
             f"{SAMPLE_LENGTH} by default, must be at most {plan.room}"
         )
-    if sum(map(len, _heads_there(model))) < len(_heads_named(model)) or not _heads_named(model):
+    if sum(map(len, _existing_heads(model))) < len(_named_heads(model)) or not _named_heads(model):
         kind = "fewer alignment heads" if plan.alignment else "no word timestamps"
-        said.append(f"{kind}: {_heads_told(model)}")
-    return said
+        limits.append(f"{kind}: {_heads_summary(model)}")
+    return limits
 
 
 def _schemes(model: nn.Module) -> dict[nn.Module, Scheme]:
-    """What the checkpoint asks for; where it names any bits but none for the stem, the stem was
-    trained in floats."""
-    found, encoder = schemes(model), model.model.encoder
-    stem = dict.fromkeys((encoder.conv1, encoder.conv2), Scheme(16)) if found else {}
-    return stem | found
+    """Return how the checkpoint stores its weights.
+
+    If it names any bits but none for the stem, the stem was trained in floats and becomes float16.
+    """
+    named, encoder = schemes(model), model.model.encoder
+    stem = dict.fromkeys((encoder.conv1, encoder.conv2), Scheme(16)) if named else {}
+    return stem | named

@@ -29,8 +29,8 @@ def log_mel(g: Graph, pcm: str, extractor: Any, lengths: Sequence[int]) -> str:
         mel = in_pieces(g, frames, pieces, lambda piece: _mel(g, piece, n_fft, filters))
         log = g.op("Log", g.op("Max", mel, g.constant(1e-10)))
         log10 = g.op("Mul", log, g.constant(1 / np.log(10)))
-        loudest = g.op("ReduceMax", log10, keepdims=1)
-        log10 = g.op("Max", log10, g.op("Sub", loudest, g.constant(8.0)))
+        largest = g.op("ReduceMax", log10, keepdims=1)
+        log10 = g.op("Max", log10, g.op("Sub", largest, g.constant(8.0)))
         scaled = g.op("Mul", g.op("Add", log10, g.constant(4.0)), g.constant(0.25))
         return g.name(g.op("Unsqueeze", scaled, g.constant([0])), "log_mel")
 

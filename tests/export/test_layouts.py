@@ -153,7 +153,7 @@ def test_a_file_that_is_missing_from_it_is_named(layout, made, rng, tmp_path):
 
 
 def test_a_layout_that_is_not_there_names_those_that_are(tiny_whisper, processor, tmp_path):
-    with pytest.raises(Problem, match="no layout 'whisperx'") as problem:
+    with pytest.raises(Problem, match="unknown layout 'whisperx'") as problem:
         export_onnx(tiny_whisper, processor, tmp_path / "out", layout="whisperx")
     assert "native, transformers, sherpa, single" in problem.value.hint
     assert not (tmp_path / "out").exists()

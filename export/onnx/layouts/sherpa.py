@@ -274,7 +274,7 @@ def _id(tokenizer: Any, names: tuple[str, ...]) -> int:
         if name in known:
             return int(known[name])
     raise Problem(
-        f"the tokenizer has no {names[0]}; sherpa-onnx wants its id",
+        f"the tokenizer has no {names[0]}, which sherpa-onnx needs",
         hint="export with --layout native, transformers or single",
     )
 

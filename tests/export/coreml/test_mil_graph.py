@@ -13,7 +13,7 @@ from export.coreml.attention import (
     cross_attention,
     mean_weights,
     self_attention,
-    written,
+    updated_cache,
 )
 from export.coreml.graph import Graph, program, save
 from export.coreml.interpreter import open_package
@@ -145,8 +145,8 @@ def test_one_position_attends_to_what_its_cache_holds(engine, rng, run):
     g = Graph("fp32", "iOS16", channels_first=engine)
 
     def work(x):
-        keys = written(g, x["keys"], x["key"], x["place"])
-        values = written(g, x["values"], x["value"], x["place"])
+        keys = updated_cache(g, x["keys"], x["key"], x["place"])
+        values = updated_cache(g, x["values"], x["value"], x["place"])
         return [cached_attention(g, x["q"], keys, values, x["mask"], heads), keys]
 
     inputs = {"q": arranged(q * 0.5, engine), "mask": mask, "place": place}

@@ -458,18 +458,18 @@ def test_every_operation_that_is_known_is_tested_here():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda x: Builder.reverse(x=x, axes=[0]), r"not known here: reverse \(1 times\)"),
+        (lambda x: Builder.reverse(x=x, axes=[0]), r"unsupported operations: reverse \(1 times\)"),
         (
             lambda x: Builder.gather(x=x, indices=np.int32([[0], [1]]), axis=1, batch_dims=1),
-            r"\(gather\): batch_dims is 1, known are 0",
+            r"\(gather\): batch_dims is 1, supported: 0",
         ),
         (
             lambda x: Builder.conv(x=x, weight=np.ones((1, 3, 3), np.float16), pad_type="same"),
-            r"\(conv\): pad_type is 'same', known are valid, custom",
+            r"\(conv\): pad_type is 'same', supported: valid, custom",
         ),
         (
             lambda x: Builder.concat(values=[x, x], axis=1, interleave=True),
-            r"\(concat\): interleave is True, known are False",
+            r"\(concat\): interleave is True, supported: False",
         ),
         (
             lambda x: Builder.reshape(x=x, shape=[0, 8]),
@@ -715,8 +715,8 @@ def test_what_was_given_and_what_came_out_are_the_callers(remembers, rng):
 @pytest.mark.parametrize(
     "state, message",
     [
-        (None, "keeps the states .*cache.*, given none"),
-        ({"cache": torch.zeros(1, 4, 8)}, "given {'cache'"),
+        (None, "has the states .*cache.*, got none"),
+        ({"cache": torch.zeros(1, 4, 8)}, "got {'cache'"),
         ({"cache": torch.zeros(1, 4, 9), "total": torch.zeros(1, 4, 1)}, "4, 9"),
     ],
     ids=["none", "one_missing", "another_shape"],
@@ -737,11 +737,11 @@ def test_a_place_outside_the_cache_is_said(remembers):
 @pytest.mark.parametrize(
     "change, message, hint",
     [
-        ({"column": None}, "given at", "it takes at, column"),
-        ({"more": np.zeros(1)}, "given at, column, more", "it takes at, column"),
-        ({"column": np.zeros((4, 1))}, r"column is given as \[4, 1\]", r"float16 [1, 4, 1]"),
-        ({"at": np.array([0.5])}, "at is given as float64", "int32 [1]"),
-        ({"column": np.full((1, 4, 1), "a")}, "column is given as <U1", "float16 [1, 4, 1]"),
+        ({"column": None}, "got the inputs at", "pass at, column"),
+        ({"more": np.zeros(1)}, "got the inputs at, column, more", "pass at, column"),
+        ({"column": np.zeros((4, 1))}, r"column has shape \[4, 1\]", r"float16 [1, 4, 1]"),
+        ({"at": np.array([0.5])}, "at has dtype float64", "int32 [1]"),
+        ({"column": np.full((1, 4, 1), "a")}, "column has dtype <U1", "float16 [1, 4, 1]"),
     ],
     ids=["missing", "unknown", "shape", "a_fraction_for_an_integer", "text"],
 )

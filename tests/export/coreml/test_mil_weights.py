@@ -70,8 +70,8 @@ def test_forms_follow_the_precision_and_the_checkpoint(precision, bits, matrix, 
 def test_blocks_divide_the_inputs_or_it_is_int8_and_said(inputs, scheme, name):
     form = form_of("int4", scheme, False, inputs)
     assert form.name == name
-    assert bool(form.said) == (name == "int8")
-    assert not form.said or f"divides {inputs} inputs" in form.said
+    assert bool(form.note) == (name == "int8")
+    assert not form.note or f"divides {inputs} inputs" in form.note
 
 
 # ------------------------------------------------------------------------------------------ codes

@@ -561,7 +561,7 @@ def test_bits_of_layers_that_are_split_and_of_those_that_read_some_inputs(
 def test_blocks_that_do_not_divide_are_said(make_whisper, processor, tmp_path):
     model = make_whisper(d_model=32, ffn=52)  # 4 divides 52, 8 does not
     told = export_coreml(model, processor, tmp_path, "int4")["coreml"]
-    reason = "int8 in the place of 4 bits, because no block of 8 weights or more divides 52 inputs"
+    reason = "int8 instead of 4 bits, because no block of 8 weights or more divides 52 inputs"
     said = [s for s in told["said"] if reason in s]
     places = [s.split(":")[1].strip() for s in said]
     assert places == ["layers_0_feed_forward", "layers_1_feed_forward"] * 2
@@ -574,8 +574,7 @@ def test_blocks_that_zeros_would_tear_apart_are_said(make_whisper, processor, tm
     told = export_coreml(model, processor, tmp_path, "int8", neural_engine=True)["coreml"]
     said = [s for s in told["said"] if "zeros stand between its inputs" in s]
     assert said == [
-        f"AudioEncoder: layers_{i}: int8 in the place of 4 bits, because zeros stand between its "
-        "inputs"
+        f"AudioEncoder: layers_{i}: int8 instead of 4 bits, because zeros stand between its inputs"
         for i in range(2)
     ]
 
@@ -591,28 +590,28 @@ def test_a_weight_beyond_float16_is_a_letter(tiny_whisper, processor, tmp_path):
 # -------------------------------------------------------------------------------- what is refused
 
 REFUSED = {
-    "precision": (dict(precision="int3"), "no precision 'int3' for Core ML"),
-    "layout": (dict(layout="native"), "no layout 'native' for Core ML"),
-    "target": (dict(deployment_target="iOS12"), "no deployment target 'iOS12'"),
+    "precision": (dict(precision="int3"), "unknown precision 'int3' for Core ML"),
+    "layout": (dict(layout="native"), "unknown layout 'native' for Core ML"),
+    "target": (dict(deployment_target="iOS12"), "unknown deployment target 'iOS12'"),
     "blocks": (
         dict(precision="int4", deployment_target="iOS17"),
-        "4-bit weights in blocks came with iOS18, and the deployment target iOS17 was asked for",
+        "target iOS17 does not support 4-bit weights in blocks, new in iOS18",
     ),
     "state": (
         dict(stateful=True, deployment_target="iOS16"),
-        "a stateful cache came with iOS18, and the deployment target iOS16 was asked for",
+        "target iOS16 does not support a stateful cache, new in iOS18",
     ),
-    "float32 state": (dict(precision="fp32", stateful=True), "keeps states in float16"),
+    "float32 state": (dict(precision="fp32", stateful=True), "stores states as float16"),
     "window": (dict(window=2.5), r"no window of 2\.5 s; it was made for 6 s"),
-    "cache": (dict(max_tokens=65), "a cache of 65 tokens was asked for; the model has 64"),
-    "no cache": (dict(max_tokens=0), "a cache of 0 tokens was asked for; the model has 64"),
+    "cache": (dict(max_tokens=65), "max_tokens 65: the model has 64"),
+    "no cache": (dict(max_tokens=0), "max_tokens 0: the model has 64"),
     "words": (
         dict(word_timestamps=True),
-        "word timestamps come from alignment heads; .* names none",
+        "word timestamps need alignment heads; .* names none",
     ),
     "encoder": (
         dict(layout="encoder", stateful=True, window=6.0),
-        "whisper.cpp's.* stateful and window cannot be chosen for it",
+        "'encoder' does not support stateful and window",
     ),
 }
 
@@ -626,7 +625,7 @@ def test_what_cannot_be_done_is_refused(asked, letter, tiny_whisper, processor, 
 
 def test_bits_that_an_old_target_lacks_are_refused(tiny_whisper, processor, tmp_path):
     model = in_bits(tiny_whisper, 4, 8, 8, 8)
-    with pytest.raises(Problem, match=r"\(the checkpoint names 4 bits for some layers\) came with"):
+    with pytest.raises(Problem, match=r"\(the checkpoint names 4 bits for some layers\), new in"):
         export_coreml(model, processor, tmp_path, "int8", deployment_target="iOS16")
     told = export_coreml(model, processor, tmp_path, "pal4", deployment_target="iOS16")["coreml"]
     assert told["weights"]["AudioEncoder"].keys() == {"int8", "palette4"}
@@ -638,7 +637,7 @@ def test_alignment_heads_that_are_all_gone_are_said(tiny_whisper, processor, tmp
     assert not told["word_timestamps"]
     found = "generation_config.json names 1, of which the model has none"
     assert f"TextDecoder: no word timestamps: {found}" in told["said"]
-    with pytest.raises(Problem, match=f"word timestamps come from alignment heads; {found}"):
+    with pytest.raises(Problem, match=f"word timestamps need alignment heads; {found}"):
         export_coreml(tiny_whisper, processor, tmp_path / "asked", word_timestamps=True)
 
 

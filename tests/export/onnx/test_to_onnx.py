@@ -287,7 +287,7 @@ def test_tokens_json_is_that_table(tiny_whisper, processor, tmp_path):
 def test_a_foreign_tokenizer_is_refused():
     vocabulary = {"good": 0, "schön—": 1}
     foreign = SimpleNamespace(added_tokens_decoder={}, get_vocab=lambda: vocabulary)
-    with pytest.raises(Problem, match=r"token 1 .*stands for no byte"):
+    with pytest.raises(Problem, match=r"token 1 .*represents no byte"):
         token_bytes(foreign, 2)
 
 
@@ -305,7 +305,7 @@ def test_the_prompt_names_the_language(language, tiny_whisper, processor):
 
 def test_an_unknown_language_is_refused(tiny_whisper):
     tiny_whisper.generation_config.language = "klingon"
-    with pytest.raises(Problem, match=r"<\|klingon\|>.*lang_to_id has no such entry"):
+    with pytest.raises(Problem, match=r"lang_to_id has no entry '<\|klingon\|>'"):
         prompt_ids(tiny_whisper.generation_config)
 
 
@@ -333,7 +333,7 @@ def test_the_rules_of_decoding_come_from_the_generation_config(tiny_whisper):
 
 
 def test_an_unknown_precision_names_the_known_ones(tiny_whisper, processor, tmp_path):
-    with pytest.raises(Problem, match="no precision 'int3'") as problem:
+    with pytest.raises(Problem, match="unknown precision 'int3'") as problem:
         export_onnx(tiny_whisper, processor, tmp_path / "out", "int3")
     assert "fp32, fp16, int8, int4" in problem.value.hint
     assert not (tmp_path / "out").exists()
