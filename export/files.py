@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from export.problem import Problem
 
@@ -86,6 +86,9 @@ def leads_out(path: Path) -> bool:
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a relative file name stays inside its folder, read as a POSIX or a Windows path."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return bool(path.parts) and not path.is_absolute() and not {"..", ":"} & {*path.parts, *name}
+    """Return whether a relative file name stays inside its folder, on POSIX and on Windows.
+
+    The runner has a copy in devices/runner/engines/contract.py, like that of `leads_out`.
+    """
+    parts = name.replace("\\", "/").split("/")
+    return all(part not in ("", ".", "..") for part in parts) and not {":", "\0"} & set(name)

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from export.artifact import read_manifest, verify, write_manifest
+from export.files import leads_out, stays_inside
 from export.layouts import LAYOUTS
 from export.problem import Problem
 
@@ -116,7 +119,17 @@ def test_json_that_is_no_manifest_is_refused(content, artifact):
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret", "/etc/passwd", "a/../../b", "..\\secret", "C:\\x", "C:x", "\\\\host\\x", ""],
+    [
+        "../secret",
+        "/etc/passwd",
+        "a/../../b",
+        "..\\secret",
+        "C:\\x",
+        "C:x",
+        "\\\\host\\x",
+        "",
+        "a\0b",
+    ],
 )
 def test_no_file_name_leaves_the_folder(name, artifact):
     entry = {"sha256": "0", "bytes": 1}
@@ -219,7 +232,6 @@ def test_a_link_out_of_the_hub_s_cache_is_refused_by_name(exported, tmp_path, ta
     from devices.runner.engines.links import leads_out as on_devices
     from devices.runner.problem import RunnerProblem
     from devices.runner.recognizer import Recognizer
-    from export.files import leads_out
 
     snapshot = as_the_hub_leaves_it(exported, tmp_path)
     for secret in (snapshot / "outside", snapshot.parents[1] / "secret"):
@@ -231,3 +243,10 @@ def test_a_link_out_of_the_hub_s_cache_is_refused_by_name(exported, tmp_path, ta
         Recognizer(snapshot)
     with pytest.raises(Problem, match=name):
         verify(snapshot)
+
+
+@given(st.text(alphabet="ab./\\:\0", max_size=8))
+def test_the_devices_copy_of_the_path_check_gives_the_same_answer(name):
+    from devices.runner.engines.contract import stays_inside as on_devices
+
+    assert stays_inside(name) == on_devices(name)

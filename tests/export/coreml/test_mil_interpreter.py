@@ -809,7 +809,7 @@ def test_where_coremltools_is_missing_it_is_said(two_functions, monkeypatch):
 
 
 def test_reading_a_package_imports_no_coremltools(two_functions):
-    code = "import sys; from export.mil_package import read_package; from pathlib import Path\n"
+    code = "import sys; from export.coreml.package import read_package; from pathlib import Path\n"
     code += f"read_package(Path({str(two_functions)!r})); print('coremltools' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
