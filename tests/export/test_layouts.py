@@ -1,4 +1,4 @@
-"""The files for other runtimes: names, shapes and types as those ask, and torch's own numbers."""
+"""Layouts of other runtimes have the names, shapes and types they expect, and torch's results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOLERANCE = 1e-3
 
 
 def factorised(make_whisper, rng):
-    """Irregular layers, only one in the decoder, and a token table of two factors."""
+    """A model with irregular layers, one decoder layer, and a token table of two factors."""
     model = irregular(make_whisper, rng)
     table = whisper.FactorisedTable(
         nn.Embedding(model.config.vocab_size, 8), nn.Linear(8, model.config.d_model, bias=False)
@@ -47,7 +47,9 @@ MODELS = [whole, irregular, factorised]
 
 @pytest.fixture
 def made(make_whisper, processor, rng, tmp_path):
-    """make(model, layout, precision) -> model and what the gate hears its artifact through."""
+    """make(model, layout, precision) -> the model and the loop that the gate runs its artifact
+    with.
+    """
 
     def make(kind, layout, precision="fp32"):
         model = kind(make_whisper, rng)
@@ -58,7 +60,7 @@ def made(make_whisper, processor, rng, tmp_path):
 
 
 def sessions(folder, layout, precision="fp32"):
-    """A layout's graphs by their names without what tells the precision."""
+    """Return a layout's graphs by their names without the suffix of the precision."""
     suffix = suffix_for(layout, precision)
     return {
         name.split("/")[-1].removesuffix(f"{suffix}.onnx"): onnxruntime.InferenceSession(
@@ -79,7 +81,7 @@ def told(values):
 
 @pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_its_tokens_are_torchs(kind, layout, made, processor, rng):
+def test_tokens_match_torch(kind, layout, made, processor, rng):
     model, hearing = made(kind, layout)
     for seconds in (6, float(rng.uniform(0.5, 5))):
         pcm = window(processor, rng)[: round(16000 * seconds)]
@@ -87,7 +89,7 @@ def test_its_tokens_are_torchs(kind, layout, made, processor, rng):
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_tokens_that_are_suppressed_are_not_said(layout, make_whisper, processor, rng, tmp_path):
+def test_suppressed_tokens_are_not_decoded(layout, make_whisper, processor, rng, tmp_path):
     model, pcm = make_whisper(), window(processor, rng)
     said = decoding.greedy(model, processor, [pcm])[0]
     model.generation_config.begin_suppress_tokens = said[:1] or [374]
@@ -136,7 +138,7 @@ def test_a_failing_gate_leaves_nothing_behind(layout, digits, clips, tmp_path, m
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_the_device_runner_refuses_it_by_name(layout, made, tmp_path):
+def test_the_device_runner_refuses_other_layouts_by_name(layout, made, tmp_path):
     made(whole, layout)
     with pytest.raises(RunnerProblem, match=f"the layout is '{layout}'") as problem:
         Recognizer(tmp_path / layout)
@@ -144,7 +146,7 @@ def test_the_device_runner_refuses_it_by_name(layout, made, tmp_path):
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_a_file_that_is_missing_from_it_is_named(layout, made, rng, tmp_path):
+def test_a_missing_file_of_a_layout_is_named(layout, made, rng, tmp_path):
     made(whole, layout)
     name = str(rng.choice(needed_files(layout, "fp32")))
     (tmp_path / layout / name).unlink()
@@ -152,7 +154,7 @@ def test_a_file_that_is_missing_from_it_is_named(layout, made, rng, tmp_path):
         verify(tmp_path / layout)
 
 
-def test_a_layout_that_is_not_there_names_those_that_are(tiny_whisper, processor, tmp_path):
+def test_an_unknown_layout_lists_the_known_ones(tiny_whisper, processor, tmp_path):
     with pytest.raises(Problem, match="unknown layout 'whisperx'") as problem:
         export_onnx(tiny_whisper, processor, tmp_path / "out", layout="whisperx")
     assert "native, transformers, sherpa, single" in problem.value.hint
@@ -169,7 +171,7 @@ def test_an_artifact_of_an_unknown_layout_is_refused(made, tmp_path):
 
 @pytest.mark.parametrize("layout", ["transformers", "sherpa"])
 def test_a_runtime_with_one_window_gets_the_full_one(layout, digits, clips, tmp_path):
-    """The checkpoint was made for shorter windows too; the manifest and the graphs have one."""
+    """The checkpoint has shorter windows too; the manifest and the graphs have one."""
     model, processor = whisper.load(digits), whisper.load_processor(digits)
     model.config.edgewhisper = {"format": 1, "windows": [150, 300]}
     whisper.save(model, processor, tmp_path / "two", {})
@@ -231,10 +233,12 @@ def test_transformers_names_and_shapes(precision, kind, made, tmp_path):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dummy", ["of the config's heads", "of no heads"])
 @pytest.mark.parametrize("merged", [True, False])
-def test_transformers_decoders_are_torchs_on_a_batch(
+def test_transformers_decoders_match_torch_on_a_batch(
     merged, dummy, kind, made, processor, rng, tmp_path
 ):
-    """Two sounds at once, chunks of tokens, with a cache; the first past as runtimes make it up."""
+    """Two clips at once, chunks of tokens, with a cache; the first past as the runtimes create
+    it.
+    """
     model, _ = made(kind, "transformers")
     found = sessions(tmp_path / "transformers", "transformers")
     pcms = [window(processor, rng) for _ in range(2)]
@@ -267,7 +271,9 @@ def test_transformers_decoders_are_torchs_on_a_batch(
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_transformers_decoders_share_their_weights(precision, make_whisper, processor, tmp_path):
-    """The three decoders together take little more than one: constants stand in one file, once."""
+    """Together, the three decoders are little larger than one, because constants are stored
+    once.
+    """
     model = make_whisper(d_model=64, ffn=256)
     export_onnx(model, processor, tmp_path, precision, layout="transformers")
     export_onnx(model, processor, tmp_path / "native", precision)
@@ -287,7 +293,7 @@ def test_transformers_decoders_share_their_weights(precision, make_whisper, proc
         assert all(len(tensor.raw_data) < 1024 for tensor in graph.initializer)
 
 
-def test_transformers_configuration_tells_runtimes_what_they_need(made, processor, tmp_path):
+def test_transformers_configuration_has_what_runtimes_need(made, processor, tmp_path):
     made(irregular, "transformers", "int8")
     folder = tmp_path / "transformers"
     read = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -319,7 +325,7 @@ REQUIRED = {
 }
 
 
-def test_sherpa_metadata_are_what_it_reads(made, processor):
+def test_sherpa_metadata_have_what_it_reads(made, processor):
     model, hearing = made(irregular, "sherpa")
     found = hearing.encoder.get_modelmeta().custom_metadata_map
     assert found.keys() >= REQUIRED
@@ -374,7 +380,7 @@ def test_sherpa_shapes(kind, made):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_sherpa_logits_are_torchs_but_for_what_is_suppressed(kind, made, processor, rng):
+def test_sherpa_logits_match_torch_except_suppressed_tokens(kind, made, processor, rng):
     model, hearing = made(kind, "sherpa")
     pcm = window(processor, rng)[: int(rng.integers(8000, 96000))]
     chunks = [hearing.prompt, *([int(i)] for i in rng.integers(0, 374, 4))]
@@ -386,8 +392,8 @@ def test_sherpa_logits_are_torchs_but_for_what_is_suppressed(kind, made, process
         assert (logits[stamps:] == -np.inf).all()
 
 
-def test_sherpa_hears_the_same_whatever_the_tail(made, processor, rng):
-    """Zeros behind the clip are silence, as many as there may be, and what is missing is too."""
+def test_sherpa_ignores_tail_padding(made, processor, rng):
+    """Zeros after the clip count as silence, however many, and so do missing frames."""
     _, hearing = made(irregular, "sherpa")
     pcm = window(processor, rng)[: int(rng.integers(8000, 80000))]
     mel = hearing.mel(pcm)
@@ -399,14 +405,16 @@ def test_sherpa_hears_the_same_whatever_the_tail(made, processor, rng):
             assert np.abs(found - want).max() < 1e-5
 
 
-def test_sherpa_silence_is_whispers_own(made, processor):
-    """A clip without any sound: the floor of the log-mel, not the clip's loudest less eight."""
+def test_sherpa_silence_is_whispers_silence(made, processor):
+    """For a clip without any sound, silence is the floor of the log-mel, not eight below its
+    maximum.
+    """
     model, hearing = made(whole, "sherpa")
     silence = np.zeros(16000, np.float32)
     assert hearing.window(silence) == decoding.greedy(model, processor, [silence])[0]
 
 
-def test_sherpa_tokens_are_base64_and_ordinary_only(made, processor, tmp_path):
+def test_sherpa_tokens_are_the_ordinary_ones_in_base64(made, processor, tmp_path):
     made(whole, "sherpa")
     rows = [line.split() for line in (tmp_path / "sherpa/whisper-tokens.txt").open()]
     assert [int(i) for _, i in rows] == list(range(374))
@@ -426,7 +434,7 @@ def run_single(hearing, pcm, prompt=None, most=60):
     return hearing.session.run(None, feed)[0].tolist()
 
 
-def test_single_takes_as_many_tokens_as_it_is_asked_for(made, processor, rng):
+def test_single_decodes_at_most_max_new_tokens(made, processor, rng):
     _, hearing = made(irregular, "single")
     pcm = window(processor, rng)
     whole_text = run_single(hearing, pcm)
@@ -443,14 +451,14 @@ def test_single_follows_its_prompt(made, processor, rng):
     assert run_single(hearing, pcm, german) == wanted
 
 
-def test_single_hears_what_fits_its_window(made, processor, rng):
+def test_single_cuts_audio_at_its_window(made, processor, rng):
     _, hearing = made(whole, "single")
     pcm = window(processor, rng)
     longer = np.concatenate([pcm, pcm[: int(rng.integers(1, 50_000))]])
     assert run_single(hearing, longer) == run_single(hearing, pcm)
 
 
-def test_single_takes_the_shortest_window_that_holds_the_sound(
+def test_single_chooses_the_shortest_window_that_holds_the_audio(
     make_whisper, processor, rng, tmp_path
 ):
     model = make_whisper()
@@ -509,7 +517,7 @@ def test_a_runtime_that_is_too_old_is_an_error(
 
 
 @pytest.mark.parametrize("installed", ["1.20.1", "1.26.0", "0.9"])
-def test_an_older_runtime_than_the_graphs_need_is_named(
+def test_an_installed_runtime_that_is_too_old_is_named(
     installed, tiny_whisper, processor, tmp_path, monkeypatch
 ):
     from devices.runner.engines import sessions

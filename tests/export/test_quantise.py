@@ -73,7 +73,7 @@ def draw_weight(rng) -> torch.Tensor:
 # -------------------------------------------------------------------------------- the quantisers
 
 
-def test_int4_codes_of_a_row_whose_answer_is_known():
+def test_int4_codes_of_a_row_match_the_hand_computed_ones():
     row = torch.tensor([[-8.0, 7, 3.4, 0.5, 1.5, -2.6] + [0.0] * 10 + [4.0, -1.0, 3.9]])
     codes, scale = quantise(row, Scheme(4, block=16))
     assert scale.tolist() == [[1.0, -0.5]]  # the largest of the second block is positive: code -8
@@ -81,14 +81,14 @@ def test_int4_codes_of_a_row_whose_answer_is_known():
     assert dequantise(codes, scale, Scheme(4, block=16))[0, -3:].tolist() == [4.0, -1.0, 4.0]
 
 
-def test_sixteen_bits_have_a_power_of_two_for_a_scale():
+def test_scales_of_16_bit_codes_are_powers_of_two():
     codes, scale = quantise(torch.tensor([[32767.0, -1.0, 0.4], [0.6, 0.3, -0.6]]), Scheme(16))
     assert scale.flatten().tolist() == [1.0, 2.0**-15]
     assert codes[0].tolist() == [32767, -1, 0]
 
 
 @ALL_KINDS
-def test_quantising_what_is_quantised_changes_no_bit(scheme, rng):
+def test_quantising_twice_changes_no_bit(scheme, rng):
     for _ in range(30):
         weight = draw_weight(rng)
         codes, scale = quantise(weight, scheme)
@@ -101,7 +101,7 @@ def test_quantising_what_is_quantised_changes_no_bit(scheme, rng):
 
 @ALL_KINDS
 def test_codes_are_the_nearest_in_double_precision(scheme, rng):
-    """An implementation of its own, in numpy's float64, with the scales it is given."""
+    """Compare with an independent implementation in numpy's float64 that uses the same scales."""
     for _ in range(10):
         weight = draw_weight(rng)
         codes, scale = (x.numpy() for x in quantise(weight, scheme))
@@ -118,7 +118,7 @@ def test_codes_are_the_nearest_in_double_precision(scheme, rng):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_scales_are_larger_than_the_exact_ones_by_a_bit_in_sixteen_at_most(bits, rng):
+def test_scales_exceed_the_exact_ones_by_at_most_one_bit_in_16(bits, rng):
     weight = torch.from_numpy(rng.standard_normal((200, 16)).astype(np.float32))
     _, scale = quantise(weight, Scheme(bits, block=16))
     exact = weight.abs().amax(1) / {4: 8, 8: 127}[bits]
@@ -126,8 +126,8 @@ def test_scales_are_larger_than_the_exact_ones_by_a_bit_in_sixteen_at_most(bits,
     assert (scale[:, 0].abs() <= exact * (1 + 2**-15)).all()
 
 
-def test_sixteen_bits_are_off_by_less_than_their_range_in_two_to_the_fifteenth(rng):
-    """The range is that of the weights that share a scale, max|W|, and not our rounded scale."""
+def test_16_bit_codes_are_off_by_less_than_their_range_over_two_to_the_15(rng):
+    """The range is that of the weights that share a scale, max|W|, not the rounded scale."""
     for per in SCALES:
         weight = draw_weight(rng)
         error = (fake_quantise(weight, Scheme(16, per)) - weight).abs()
@@ -135,12 +135,12 @@ def test_sixteen_bits_are_off_by_less_than_their_range_in_two_to_the_fifteenth(r
         assert ((error < largest / 2**15) | (largest <= TINY)).all()
 
 
-def test_thirty_two_bits_are_the_weights_themselves(rng):
+def test_32_bits_keep_the_weights(rng):
     weight = draw_weight(rng)
     assert fake_quantise(weight, Scheme(32)) is weight
 
 
-def test_one_scale_for_all_is_that_of_the_largest_weight(rng):
+def test_a_scale_per_tensor_is_that_of_the_largest_weight(rng):
     weight = torch.from_numpy(rng.standard_normal((7, 40)).astype(np.float32))
     for bits in (4, 8, 16):
         _, scale = quantise(weight, Scheme(bits, "tensor", block=16))
@@ -168,8 +168,8 @@ def test_transposed_weights_have_their_scales_on_the_columns(rng):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_the_runtime_reads_packed_codes_as_we_mean_them(block, rng):
-    """Also where the inputs do not fill the last block; inputs that int8 represents exactly."""
+def test_the_runtime_reads_packed_codes_correctly(block, rng):
+    """Includes inputs that do not fill the last block; int8 represents the inputs exactly."""
     for _ in range(3):
         out, features = (int(n) for n in rng.integers(1, 90, size=2))
         weight = rng.standard_normal((out, features)).astype(np.float32)
@@ -185,7 +185,7 @@ def test_the_runtime_reads_packed_codes_as_we_mean_them(block, rng):
         assert np.allclose(found, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
-def test_packing_is_two_codes_a_byte_the_earlier_one_low():
+def test_packing_puts_two_codes_in_a_byte_the_earlier_one_low():
     packed = pack(torch.tensor([[-8, 7, 0] + [1] * 14], dtype=torch.int8), Scheme(4, block=16))
     assert packed.shape == (1, 2, 8)
     assert packed[0, 0, :2].tolist() == [0xF0, 0x98]
@@ -196,7 +196,7 @@ def test_packing_is_two_codes_a_byte_the_earlier_one_low():
 
 
 @ALL_KINDS
-def test_the_gradient_is_that_at_the_quantised_weight(scheme, rng):
+def test_the_gradient_is_taken_at_the_quantised_weight(scheme, rng):
     weight = draw_weight(rng).requires_grad_()
     target = torch.randn_like(weight)
     seen = StraightThrough.apply(weight, scheme)
@@ -239,7 +239,7 @@ MODELS = pytest.mark.parametrize("make", [dense, slim_of_every_kind, shared_keys
 
 
 @MODELS
-def test_passes_see_the_quantised_weights_and_gradients_reach_the_others(
+def test_passes_use_quantised_weights_and_gradients_reach_the_float_weights(
     make, make_whisper, work, rng
 ):
     model = make(make_whisper, rng, work)
@@ -261,7 +261,7 @@ def test_passes_see_the_quantised_weights_and_gradients_reach_the_others(
     assert not torch.equal(model(**inputs).logits, wanted), "outside, nothing is rounded"
 
 
-def test_a_pass_that_fails_leaves_the_weights_in_place(tiny_whisper):
+def test_a_failing_pass_keeps_the_weights(tiny_whisper):
     before = dict(tiny_whisper.named_parameters())
     chosen = in_bits(tiny_whisper)
     with pytest.raises(ValueError), fake_quantised(tiny_whisper, lambda: chosen):
@@ -272,7 +272,7 @@ def test_a_pass_that_fails_leaves_the_weights_in_place(tiny_whisper):
 # ------------------------------------------------------------------------------------- the step
 
 
-def test_thirty_two_bits_and_no_steps_change_no_bit(tiny_whisper, work):
+def test_32_bits_and_no_steps_change_no_bit(tiny_whisper, work):
     before = copy.deepcopy(tiny_whisper.state_dict())
     options = qat.Options(encoder=32, decoder=32, token_table=32)
     after = qat.apply(tiny_whisper, options, work).state_dict()
@@ -280,7 +280,7 @@ def test_thirty_two_bits_and_no_steps_change_no_bit(tiny_whisper, work):
 
 
 @MODELS
-def test_without_steps_it_is_rounding_to_nearest(make, make_whisper, work, rng):
+def test_without_steps_training_rounds_to_nearest(make, make_whisper, work, rng):
     model = make(make_whisper, rng, work)
     slim = shrink.slimmed(model)[0]
     found = qat.apply(model, qat.Options(encoder=4, decoder=8, stem=8), work)
@@ -298,7 +298,7 @@ def schemes_like(quantised, other):
 
 
 @pytest.mark.parametrize("scales", SCALES)
-def test_trained_weights_stand_on_their_grids_and_the_loss_falls(scales, tiny_whisper, work):
+def test_trained_weights_lie_on_their_grids_and_the_loss_falls(scales, tiny_whisper, work):
     options = qat.Options(
         encoder=4,
         decoder=4,
@@ -320,7 +320,7 @@ def test_trained_weights_stand_on_their_grids_and_the_loss_falls(scales, tiny_wh
     )
 
 
-def test_it_stays_near_the_model_that_the_recipe_began_with(make_whisper, work, monkeypatch):
+def test_training_stays_close_to_the_recipes_first_model(make_whisper, work, monkeypatch):
     asked = []
     monkeypatch.setattr(qat, "keep_term", lambda *given: asked.append(given[:2]))
     original, model = make_whisper(), make_whisper()
@@ -329,8 +329,8 @@ def test_it_stays_near_the_model_that_the_recipe_began_with(make_whisper, work, 
     assert asked[0] == (original, 0.7)
 
 
-def test_two_steps_share_the_work(tiny_whisper, work):
-    """The second one's layers get its bits; the first one's keep theirs."""
+def test_two_steps_share_the_layers(tiny_whisper, work):
+    """The layers of the second step get its bits; the others keep those of the first."""
     model = qat.apply(tiny_whisper, qat.Options(encoder=8, decoder=8), work)
     only = qat.Options(layers="*.decoder.*.fc?", decoder=4, training=BRIEF)
     model = qat.apply(model, only, work)
@@ -341,12 +341,12 @@ def test_two_steps_share_the_work(tiny_whisper, work):
         assert same_bits(fake_quantise(module.weight, scheme), module.weight)
 
 
-def test_a_pattern_without_a_layer_is_refused(tiny_whisper, work):
+def test_a_pattern_that_matches_no_layer_is_refused(tiny_whisper, work):
     with pytest.raises(Problem, match=r"no linear layer is called 'fc3'"):
         qat.apply(tiny_whisper, qat.Options(layers="fc3"), work)
 
 
-def test_what_is_dead_goes_first_and_nothing_afterwards(make_whisper, work):
+def test_dead_structure_is_removed_before_quantisation_and_not_after(make_whisper, work):
     model = make_whisper()
     with torch.no_grad():
         model.model.encoder.layers[0].fc2.weight[:, :5] = 0
@@ -357,7 +357,7 @@ def test_what_is_dead_goes_first_and_nothing_afterwards(make_whisper, work):
     assert "before" in told.value.hint
 
 
-def test_bits_survive_what_later_methods_do_to_the_model(tiny_whisper, work):
+def test_bits_survive_later_methods(tiny_whisper, work):
     model = qat.apply(tiny_whisper, qat.Options(encoder=4, stem=8, block=16), work)
     model = short.apply(model, short.Options(training=Training(steps=0)), work)
     found = model.config.edgewhisper
@@ -370,7 +370,7 @@ MOVING = ["tspar", "imp", "wsap", "lite", "merge", "shear", "short", "shrink"]
 
 
 @pytest.mark.parametrize("method", MOVING)
-def test_no_step_changes_what_comes_in_quantised(method, tiny_whisper, work):
+def test_no_step_changes_quantised_input(method, tiny_whisper, work):
     model = qat.apply(tiny_whisper, qat.Options(encoder=32, decoder=32), work)  # the token table
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     module = importlib.import_module(METHODS[method])
@@ -383,7 +383,7 @@ def test_no_step_changes_what_comes_in_quantised(method, tiny_whisper, work):
 
 @pytest.mark.parametrize("after", ["qat", "kdq"])
 @pytest.mark.parametrize("first", ["qat", "kdq"])
-def test_what_is_quantised_stays_on_its_grid_where_quantised_training_follows(
+def test_quantised_weights_stay_on_their_grid_if_quantised_training_follows(
     first, after, tiny_whisper, work
 ):
     """Also weights that the second step is not about; the order rule lets it pass for that."""
@@ -404,7 +404,7 @@ def test_what_is_quantised_stays_on_its_grid_where_quantised_training_follows(
 
 
 @MODELS
-def test_it_survives_save_and_load(make, make_whisper, work, rng, tmp_path):
+def test_bits_survive_save_and_load(make, make_whisper, work, rng, tmp_path):
     options = qat.Options(encoder=4, decoder=16, token_table=16, stem=8)
     model = qat.apply(make(make_whisper, rng, work), options, work)
     whisper.save(model, work.processor, tmp_path / "out", {})
@@ -433,7 +433,7 @@ def named(precision: qat.Precision) -> str:
 def test_the_artifact_holds_the_checkpoints_weights_to_the_bit(
     make, precision, make_whisper, work, processor, rng, tmp_path
 ):
-    """Save, load, export; then read the graphs from the disk, unpack the codes, multiply."""
+    """Save, load, export; then read the graphs from disk, unpack the codes and multiply."""
     model = make(make_whisper, rng, work)
     model = qat.apply(model, qat.Options(**vars(precision)), work)
     whisper.save(model, processor, tmp_path / "checkpoint", {})
@@ -472,11 +472,12 @@ def rows_of(module, d_model) -> tuple[list[bytes], list[bytes]]:
 
 
 @MODELS
-def test_logits_of_the_artifact_are_near_the_checkpoints(
+def test_logits_of_the_artifact_are_close_to_the_checkpoints(
     make, make_whisper, work, processor, rng, tmp_path
 ):
-    """Activations are rounded in the runtime, weights are the same: far nearer than the float
-    model is. In fp32 the floats are stored as they are."""
+    """The runtime rounds activations, but the weights are equal: the logits are much closer than
+    those of the float model.
+    """
     model = make(make_whisper, rng, work)
     model = qat.apply(model, qat.Options(encoder=4, decoder=4, stem=8, block=16), work)
     pcm, ids = window(processor, rng), rng.integers(0, 700, 4).tolist()
@@ -487,7 +488,7 @@ def test_logits_of_the_artifact_are_near_the_checkpoints(
         assert np.abs(found - want).max() < tolerance
 
 
-def test_layers_of_one_input_share_a_product_where_they_are_stored_alike(rng):
+def test_layers_of_one_input_stored_alike_share_a_product(rng):
     x = rng.standard_normal((1, 6, 20)).astype(np.float32)
     weights = [rng.standard_normal((n, 20)).astype(np.float32) for n in (3, 4, 5, 6)]
     kinds = [Scheme(8), Scheme(4, block=16), Scheme(8, block=64), Scheme(32)]
@@ -510,7 +511,7 @@ def test_layers_of_one_input_share_a_product_where_they_are_stored_alike(rng):
         assert np.abs(found - want).max() < 0.05 * np.abs(want).max()
 
 
-def test_a_checkpoint_in_int4_takes_the_bytes_it_says(make_whisper, work, processor, tmp_path):
+def test_a_checkpoint_in_int4_has_the_documented_size(make_whisper, work, processor, tmp_path):
     model = make_whisper(d_model=64, ffn=256)
     sizes = {}
     for bits in (32, 16, 8, 4):
@@ -529,7 +530,7 @@ def test_a_checkpoint_in_int4_takes_the_bytes_it_says(make_whisper, work, proces
 def test_export_removes_nothing_from_a_quantised_model(
     make_whisper, work, processor, clips, tmp_path
 ):
-    """Rounding made columns of zeros; without them, the others would share other scales."""
+    """Rounding made columns of zeros; without them, the other weights would get other scales."""
     model = make_whisper()
     with torch.no_grad():
         for layer in model.model.encoder.layers:

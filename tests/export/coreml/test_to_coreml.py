@@ -1,4 +1,6 @@
-"""The Core ML packages, executed op by op, are the torch model: features, states and logits."""
+"""The Core ML packages, executed by the interpreter, match the torch model: features, states,
+logits.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ SEEN = -1e4
 
 
 class Packages:
-    """An artifact's packages, fed as WhisperKit feeds them."""
+    """An artifact's packages, called as WhisperKit calls them."""
 
     def __init__(self, folder, manifest):
         self.programs = {
@@ -68,7 +70,7 @@ class Packages:
         return found["encoder_output_embeds"]
 
     def step(self, token, states):
-        """One token behind those before; returns every output but what is for the caches."""
+        """Decode one token; return every output except the cache updates."""
         here = np.zeros((1, self.room), self.dtype)
         here[0, self.length] = 1
         mask = np.where(np.arange(self.room) > self.length, SEEN, 0)[None].astype(self.dtype)
@@ -91,7 +93,7 @@ class Packages:
 
 
 def share_keys(layer):
-    """One key and one value for all heads of an encoder layer, drawn at random."""
+    """Replace an encoder attention by one with a random key and value shared by all heads."""
     dense = layer.self_attn
     heads, dim, width = dense.num_heads, dense.head_dim, dense.embed_dim
     slim = whisper.SlimAttention(dense, heads, dim - 1, dim, shared=True)
@@ -101,7 +103,7 @@ def share_keys(layer):
 
 
 def factorised(make_whisper, rng):
-    """A factorised table, shared keys, low-rank layers with biases of their own, few layers."""
+    """A model with a factorised table, shared keys, low-rank layers with biases, and few layers."""
     model = make_whisper(d_model=40, heads=5, encoder_layers=1, decoder_layers=3)
     model._factorise_table(9)
     share_keys(model.model.encoder.layers[0])
@@ -142,7 +144,7 @@ def text(rng):
 
 @ENGINE
 @MODELS
-def test_states_and_logits_are_torchs(make, engine, make_whisper, processor, rng, make_packages):
+def test_states_and_logits_match_torch(make, engine, make_whisper, processor, rng, make_packages):
     model, pcm, tokens = make(make_whisper, rng), window(processor, rng), text(rng)
     packages = make_packages(model, neural_engine=engine)
     features, states, logits = torchs(model, processor, pcm, tokens)
@@ -152,7 +154,7 @@ def test_states_and_logits_are_torchs(make, engine, make_whisper, processor, rng
 
 
 @pytest.mark.parametrize("make", [irregular, factorised])
-def test_both_forms_agree_in_float16_and_stay_near_torch(
+def test_both_forms_agree_in_float16_and_stay_close_to_torch(
     make, make_whisper, processor, rng, make_packages
 ):
     model, pcm, tokens = make(make_whisper, rng), window(processor, rng), text(rng)
@@ -176,9 +178,7 @@ def sounds(rng, clips, samples):
     }
 
 
-def test_features_are_those_of_the_feature_extractor(
-    tiny_whisper, processor, rng, clips, make_packages
-):
+def test_features_match_the_feature_extractor(tiny_whisper, processor, rng, clips, make_packages):
     exact, halved = (make_packages(tiny_whisper, kind, kind) for kind in ("fp32", "fp16"))
     extractor = processor.feature_extractor
     for kind, pcm in sounds(rng, clips, extractor.n_samples).items():
@@ -190,7 +190,7 @@ def test_features_are_those_of_the_feature_extractor(
 
 
 @ENGINE
-def test_a_cache_that_the_package_keeps_gives_the_same_logits(
+def test_a_stateful_package_gives_the_same_logits(
     engine, make_whisper, processor, rng, make_packages
 ):
     model, tokens = irregular(make_whisper, rng), text(rng)
@@ -265,7 +265,7 @@ def test_a_short_window_and_a_short_cache(tiny_whisper, processor, rng, make_pac
 @ENGINE
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_whisper_cpps_encoder(precision, engine, make_whisper, processor, rng, tmp_path):
-    """float32 rows of states go out whatever the precision: whisper.cpp copies them as they are."""
+    """The states are float32 rows in every precision, because whisper.cpp copies them."""
     model = irregular(make_whisper, rng)
     model.generation_config.alignment_heads = [[0, 0]]
     options = {"layout": "encoder", "neural_engine": engine}
@@ -356,7 +356,7 @@ def reloaded(package, target):
         ("pal4", "iOS18", False),
     ],
 )
-def test_the_contract_is_whisperkits_and_coremltools_reads_the_packages(
+def test_the_contract_is_whisperkits_and_coremltools_reads_it(
     precision, target, engine, tiny_whisper, processor, tmp_path
 ):
     tiny_whisper.generation_config.alignment_heads = [[0, 1], [1, 0]]
@@ -380,7 +380,7 @@ def test_the_contract_is_whisperkits_and_coremltools_reads_the_packages(
 
 
 @ENGINE
-def test_the_contract_of_a_package_that_keeps_its_cache(engine, tiny_whisper, processor, tmp_path):
+def test_the_contract_of_a_stateful_package(engine, tiny_whisper, processor, tmp_path):
     options = {"stateful": True, "neural_engine": engine}
     manifest = export_coreml(tiny_whisper, processor, tmp_path / "out", **options)
     width = 2 * (64 if engine else 32)
@@ -393,7 +393,7 @@ def test_the_contract_of_a_package_that_keeps_its_cache(engine, tiny_whisper, pr
     assert found == [inputs, [logits], caches]
 
 
-def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, tmp_path):
+def test_the_manifest_records_how_the_artifact_was_made(tiny_whisper, processor, tmp_path):
     manifest = export_coreml(tiny_whisper, processor, tmp_path, provenance={"recipe": "x"})
     assert verify(tmp_path) == manifest
     assert (manifest["target"], manifest["layout"]) == ("coreml", "whisperkit")
@@ -422,9 +422,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(precision, tiny_whisper, proce
 
 
 @MODELS
-def test_programs_multiply_as_often_as_the_manifest_says(
-    make, make_whisper, rng, processor, tmp_path
-):
+def test_programs_have_the_macs_of_the_manifest(make, make_whisper, rng, processor, tmp_path):
     model = make(make_whisper, rng)
     manifest = export_coreml(model, processor, tmp_path)
     assert manifest["macs"] == {
@@ -498,10 +496,10 @@ TOLERANCES = {"int8": 0.15, "int4": 1.5, "pal4": 1.5, "pal6": 0.5, "pal8": 0.15}
     ("precision", "engine"),
     [(kind, n % 2 == 1) for n, kind in enumerate(TOLERANCES)] + [("int8", True), ("pal4", True)],
 )
-def test_compressed_packages_stay_near_torch(
+def test_compressed_packages_stay_close_to_torch(
     precision, engine, make_whisper, processor, rng, make_packages
 ):
-    """Which form errs how much is for the gate to say; here nothing is upside down."""
+    """The gate measures the error of each form; this test finds only gross errors."""
     model, tokens = irregular(make_whisper, rng), text(rng)
     features, states, logits = torchs(model, processor, window(processor, rng), tokens)
     packages = make_packages(model, precision, neural_engine=engine)
@@ -511,7 +509,7 @@ def test_compressed_packages_stay_near_torch(
 
 
 def in_bits(model, encoder, decoder, table, stem):
-    """As a checkpoint after kdq: weights on their grids, bits in its config."""
+    """Return a checkpoint as kdq leaves it: weights on their grids, bits in its config."""
     from edgewhisper.compress import qat
 
     options = qat.Precision(encoder=encoder, decoder=decoder, token_table=table, stem=stem)
@@ -524,7 +522,7 @@ def in_bits(model, encoder, decoder, table, stem):
 
 @ENGINE
 def test_bits_of_the_checkpoint_are_followed(engine, make_whisper, processor, rng, make_packages):
-    """Its own grids are stored: the packages err no more than float16 does."""
+    """The checkpoint's grids are stored, so the packages have no more error than float16."""
     model = in_bits(make_whisper(d_model=64, ffn=96), 4, 8, 16, 8)
     tokens = text(rng)
     features, states, logits = torchs(model, processor, window(processor, rng), tokens)
@@ -539,10 +537,12 @@ def test_bits_of_the_checkpoint_are_followed(engine, make_whisper, processor, rn
     assert np.abs(packages.logits(tokens, found) - logits).max() < 0.03
 
 
-def test_bits_of_layers_that_are_split_and_of_those_that_read_some_inputs(
+def test_bits_of_low_rank_layers_and_of_layers_that_read_some_inputs(
     make_whisper, processor, rng, make_packages
 ):
-    """Blocks of a checkpoint's grid lie along the inputs that a layer reads, the last one short."""
+    """Blocks of a checkpoint's grid lie along the inputs that a layer reads; the last one is
+    short.
+    """
     model = make_whisper(d_model=64, ffn=96)
     for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
         low_rank(layer, "fc2", 24)
@@ -558,7 +558,7 @@ def test_bits_of_layers_that_are_split_and_of_those_that_read_some_inputs(
     assert np.abs(packages.logits(tokens, found) - logits).max() < 0.03
 
 
-def test_blocks_that_do_not_divide_are_said(make_whisper, processor, tmp_path):
+def test_blocks_that_do_not_divide_are_reported(make_whisper, processor, tmp_path):
     model = make_whisper(d_model=32, ffn=52)  # 4 divides 52, 8 does not
     told = export_coreml(model, processor, tmp_path, "int4")["coreml"]
     reason = "int8 instead of 4 bits, because no block of 8 weights or more divides 52 inputs"
@@ -568,7 +568,7 @@ def test_blocks_that_do_not_divide_are_said(make_whisper, processor, tmp_path):
     assert told["weights"]["AudioEncoder"]["int8"] == 2 * 32 * 52 + 3 * 32 * (80 + 32)
 
 
-def test_blocks_that_zeros_would_tear_apart_are_said(make_whisper, processor, tmp_path):
+def test_blocks_that_padding_would_split_are_reported(make_whisper, processor, tmp_path):
     """Three heads of 16 become three of 64."""
     model = in_bits(make_whisper(d_model=48, heads=3), 4, 8, 8, 8)
     told = export_coreml(model, processor, tmp_path, "int8", neural_engine=True)["coreml"]
@@ -579,7 +579,7 @@ def test_blocks_that_zeros_would_tear_apart_are_said(make_whisper, processor, tm
     ]
 
 
-def test_a_weight_beyond_float16_is_a_letter(tiny_whisper, processor, tmp_path):
+def test_a_weight_beyond_float16_is_refused(tiny_whisper, processor, tmp_path):
     with torch.no_grad():
         tiny_whisper.model.encoder.layers[1].fc1.weight[3, 4] = 7e4
     with pytest.raises(Problem, match=r"layers_1_feed_forward: a weight of 7e\+04 is beyond"):
@@ -616,14 +616,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("asked", "letter"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_done_is_refused(asked, letter, tiny_whisper, processor, tmp_path):
-    with pytest.raises(Problem, match=letter):
+@pytest.mark.parametrize(("asked", "message"), REFUSED.values(), ids=REFUSED)
+def test_impossible_requests_are_refused(asked, message, tiny_whisper, processor, tmp_path):
+    with pytest.raises(Problem, match=message):
         export_coreml(tiny_whisper, processor, tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
 
 
-def test_bits_that_an_old_target_lacks_are_refused(tiny_whisper, processor, tmp_path):
+def test_bits_that_an_old_target_does_not_support_are_refused(tiny_whisper, processor, tmp_path):
     model = in_bits(tiny_whisper, 4, 8, 8, 8)
     with pytest.raises(Problem, match=r"\(the checkpoint names 4 bits for some layers\), new in"):
         export_coreml(model, processor, tmp_path, "int8", deployment_target="iOS16")
@@ -631,7 +631,7 @@ def test_bits_that_an_old_target_lacks_are_refused(tiny_whisper, processor, tmp_
     assert told["weights"]["AudioEncoder"].keys() == {"int8", "palette4"}
 
 
-def test_alignment_heads_that_are_all_gone_are_said(tiny_whisper, processor, tmp_path):
+def test_missing_alignment_heads_are_reported(tiny_whisper, processor, tmp_path):
     tiny_whisper.generation_config.alignment_heads = [[4, 0]]
     told = export_coreml(tiny_whisper, processor, tmp_path / "out")["coreml"]
     assert not told["word_timestamps"]

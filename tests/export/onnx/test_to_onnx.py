@@ -1,4 +1,6 @@
-"""The exported graphs, run in onnxruntime, are the torch model: logits, cache and greedy tokens."""
+"""The exported graphs, run in onnxruntime, match the torch model: logits, cache and greedy
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ TOLERANCE = 1e-3
 
 
 @pytest.mark.parametrize("make", [whole, irregular])
-def test_logits_and_tokens_are_torchs(make, make_whisper, processor, rng, tmp_path):
+def test_logits_and_tokens_match_torch(make, make_whisper, processor, rng, tmp_path):
     model = make(make_whisper, rng)
     exported = export(model, processor, tmp_path)
     pcm = window(processor, rng)
@@ -53,7 +55,9 @@ def test_logits_and_tokens_are_torchs(make, make_whisper, processor, rng, tmp_pa
 def test_the_default_checkpoint_gives_the_same_tokens(
     precision, digits, processor, clips, tmp_path
 ):
-    """Real speech, ten clips: all tokens in floats, most in int8 and int4 (gated on WER)."""
+    """Ten clips of real speech: all tokens agree in floats, most in int8 and int4 (gated on
+    WER).
+    """
     from benchmarks.speech.clips import read_manifest
 
     model = whisper.load(digits)
@@ -88,7 +92,7 @@ def test_contract_and_graphs_agree(precision, make_whisper, processor, rng, tmp_
     assert by_name["present.1.value"] == [1, shape["heads"], room, width]
 
 
-def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, tmp_path):
+def test_the_manifest_records_how_the_artifact_was_made(tiny_whisper, processor, tmp_path):
     manifest = export_onnx(tiny_whisper, processor, tmp_path, "int8", {"recipe": "x"})
     assert verify(tmp_path) == manifest
     assert manifest["provenance"] == {"recipe": "x"}
@@ -105,7 +109,7 @@ def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, 
     assert needed <= manifest["files"].keys()
 
 
-def test_shapes_of_a_slim_model_are_those_of_its_config(make_whisper, rng):
+def test_shapes_of_a_slim_model_match_its_config(make_whisper, rng):
     slim = irregular(make_whisper, rng)
     shapes = layer_shapes(slim)
     for side in ("encoder", "decoder"):
@@ -123,7 +127,7 @@ def stored(path):
 
 
 def test_int8_weights_are_those_of_quantise(tiny_whisper, processor, tmp_path):
-    """Every matrix of the blocks, and the token table, stands in the files as quantise gives it."""
+    """The files hold every matrix of the blocks and the token table as quantise returns them."""
     export_onnx(tiny_whisper, processor, tmp_path, "int8")
     arrays = stored(tmp_path / "encoder.onnx") + stored(tmp_path / "decoder.onnx")
     found = {array.tobytes() for array in arrays if array.dtype == np.int8 and array.ndim == 2}
@@ -180,10 +184,10 @@ def test_nothing_is_stored_twice(precision, make_whisper, processor, tmp_path):
     assert sum(array.shape == table for array in arrays) == 1
 
 
-def test_pieces_and_weights_in_files_of_their_own_change_nothing(
+def test_pieces_and_mapped_weights_change_nothing(
     make_whisper, processor, rng, tmp_path, monkeypatch
 ):
-    """What only large models get, for a small one: the same tokens and states in fp32."""
+    """A small model is exported like a large one, and gives the same tokens and states in fp32."""
     model = make_whisper(d_model=64, ffn=256)
     pcm = window(processor, rng)
     export_onnx(model, processor, tmp_path / "whole", "fp32")
@@ -205,9 +209,7 @@ def test_pieces_and_weights_in_files_of_their_own_change_nothing(
         Recognizer(tmp_path / "pieces", 1)
 
 
-def test_positions_that_are_no_sinusoids_are_stored_and_used(
-    make_whisper, processor, rng, tmp_path
-):
+def test_positions_that_are_not_sinusoids_are_stored(make_whisper, processor, rng, tmp_path):
     model = make_whisper()
     with torch.no_grad():
         model.model.encoder.embed_positions.weight += 0.01 * torch.randn(300, 32)
@@ -220,7 +222,7 @@ def test_positions_that_are_no_sinusoids_are_stored_and_used(
 
 
 @pytest.mark.parametrize("width", [2, 32, 384, 1280])
-def test_computed_positions_are_whispers_own(width, tmp_path):
+def test_computed_positions_match_whispers(width, tmp_path):
     from transformers.models.whisper.modeling_whisper import sinusoids
 
     g = Graph("fp32")
@@ -234,9 +236,7 @@ def test_computed_positions_are_whispers_own(width, tmp_path):
     assert np.isfinite(found).all()
 
 
-def test_the_tokenizer_is_saved_without_indentation_and_reads_as_before(
-    tiny_whisper, processor, tmp_path
-):
+def test_the_tokenizer_is_saved_without_indentation(tiny_whisper, processor, tmp_path):
     from transformers import AutoTokenizer, WhisperTokenizerFast
 
     export_onnx(tiny_whisper, processor, tmp_path / "out")
@@ -251,7 +251,7 @@ def test_the_tokenizer_is_saved_without_indentation_and_reads_as_before(
 
 
 def test_the_encoder_graph_has_the_front_ends_tensor(tiny_whisper, processor, rng, tmp_path):
-    """`log_mel` inside the graph is what the feature extractor makes."""
+    """The tensor `log_mel` of the graph equals the features of the feature extractor."""
     graph, inputs, _ = encoder_graph(tiny_whisper, processor.feature_extractor, "int8")
     onnx.save(graph.model("mel", inputs, [Spec("log_mel", (1, 80, 600))]), tmp_path / "x.onnx")
     pcm = window(processor, rng)
@@ -263,7 +263,9 @@ def test_the_encoder_graph_has_the_front_ends_tensor(tiny_whisper, processor, rn
 
 
 def test_tokens_decode_without_a_tokenizer(processor):
-    """Joined bytes are the tokenizer's own text; specials, timestamps and unused ids are null."""
+    """Joined bytes equal the tokenizer's text; special tokens, timestamps and unused ids are
+    null.
+    """
     tokenizer = processor.tokenizer
     size = len(tokenizer) + 3
     table = token_bytes(tokenizer, size)
@@ -284,7 +286,7 @@ def test_tokens_json_is_that_table(tiny_whisper, processor, tmp_path):
     assert table == token_bytes(processor.tokenizer, tiny_whisper.config.vocab_size)
 
 
-def test_a_foreign_tokenizer_is_refused():
+def test_a_tokenizer_that_is_not_byte_level_is_refused():
     vocabulary = {"good": 0, "schön—": 1}
     foreign = SimpleNamespace(added_tokens_decoder={}, get_vocab=lambda: vocabulary)
     with pytest.raises(Problem, match=r"token 1 .*represents no byte"):
@@ -332,14 +334,14 @@ def test_the_rules_of_decoding_come_from_the_generation_config(tiny_whisper):
 # --------------------------------------------------------------------------------------- refusals
 
 
-def test_an_unknown_precision_names_the_known_ones(tiny_whisper, processor, tmp_path):
+def test_an_unknown_precision_lists_the_known_ones(tiny_whisper, processor, tmp_path):
     with pytest.raises(Problem, match="unknown precision 'int3'") as problem:
         export_onnx(tiny_whisper, processor, tmp_path / "out", "int3")
     assert "fp32, fp16, int8, int4" in problem.value.hint
     assert not (tmp_path / "out").exists()
 
 
-def test_a_window_that_is_not_the_models_is_refused(tiny_whisper, processor, tmp_path):
+def test_a_feature_extractor_of_another_window_is_refused(tiny_whisper, processor, tmp_path):
     other = deepcopy(processor)
     other.feature_extractor.n_samples = 480000
     with pytest.raises(Problem, match="480000 samples, the model's 96000"):
@@ -356,7 +358,7 @@ def test_another_activation_is_refused(tiny_whisper, processor, tmp_path):
         export_onnx(tiny_whisper, processor, tmp_path / "out")
 
 
-def test_an_output_table_of_its_own_is_refused(tiny_whisper, processor, tmp_path):
+def test_an_untied_output_table_is_refused(tiny_whisper, processor, tmp_path):
     table = tiny_whisper.model.decoder.embed_tokens.weight
     tiny_whisper.proj_out.weight = nn.Parameter(table.detach() + 1)
     with pytest.raises(Problem, match="differs from its token table"):
@@ -370,8 +372,10 @@ def test_a_graph_beyond_two_gigabytes_is_refused(tiny_whisper, processor, tmp_pa
     assert "int8" in problem.value.hint
 
 
-def test_dead_inputs_are_never_picked_out_of_the_encoders_rows(make_whisper, processor, rng):
-    """Weights are spread once at load instead: every Gather of the encoder has stored operands."""
+def test_dead_inputs_are_never_gathered_from_the_encoders_rows(make_whisper, processor, rng):
+    """The weights are expanded at load instead, so every Gather of the encoder has stored
+    operands.
+    """
     graph, inputs, outputs = encoder_graph(
         irregular(make_whisper, rng), processor.feature_extractor, "int8"
     )

@@ -1,4 +1,6 @@
-"""Forms of weights: codes and palettes against quantise.py, theory and what a program reads."""
+"""Stored forms of weights: codes and palettes agree with quantise.py, theory and what a program
+reads.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,7 @@ def test_forms_follow_the_precision_and_the_checkpoint(precision, bits, matrix, 
         (9, Scheme(4, per="tensor"), "int4"),
     ],
 )
-def test_blocks_divide_the_inputs_or_it_is_int8_and_said(inputs, scheme, name):
+def test_blocks_that_do_not_divide_become_int8_with_a_note(inputs, scheme, name):
     form = form_of("int4", scheme, False, inputs)
     assert form.name == name
     assert bool(form.note) == (name == "int8")
@@ -77,7 +79,7 @@ def test_blocks_divide_the_inputs_or_it_is_int8_and_said(inputs, scheme, name):
 # ------------------------------------------------------------------------------------------ codes
 
 
-def test_int8_is_off_by_half_a_scale_at_most_however_small_the_row(rng):
+def test_int8_is_off_by_half_a_scale_at_most_even_for_small_rows(rng):
     rows = draw(rng, 40, 30)
     codes, scale = forms.int8(rows, Scheme(8))
     assert scale.dtype == np.float16 and np.abs(codes).max() <= 127
@@ -133,7 +135,7 @@ def error(rows, indices, numbers):
     return np.square(found - rows.reshape(len(numbers), -1)).sum(1)
 
 
-def test_a_palette_is_near_the_best_there_is(rng, monkeypatch):
+def test_a_palette_is_close_to_the_optimum(rng, monkeypatch):
     values = np.sort(rng.standard_normal(26)).astype(np.float32)[None]
     indices, numbers = forms.palettes(values, 2)
     assert numbers.shape == (1, 4)
@@ -141,7 +143,7 @@ def test_a_palette_is_near_the_best_there_is(rng, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_palettes_err_as_theory_says_of_normal_weights(bits, rng):
+def test_palettes_have_the_error_that_theory_gives_for_normal_weights(bits, rng):
     """Panter and Dite: the best levels leave sqrt(3) pi / 2 / levels**2 of the variance."""
     rows = rng.standard_normal((64, 1024)).astype(np.float32)
     indices, numbers = forms.palettes(rows, bits)
@@ -150,7 +152,7 @@ def test_palettes_err_as_theory_says_of_normal_weights(bits, rng):
     assert (np.diff(numbers.astype(np.float32)) >= 0).all()
 
 
-def test_groups_of_rows_have_palettes_of_their_own_and_zeros_stay_zeros(rng):
+def test_each_group_of_rows_has_its_palette_and_zeros_stay_zeros(rng):
     rows = draw(rng, 32, 48)
     indices, numbers = forms.palettes(rows, 4, groups=2)
     for half in range(2):
@@ -162,7 +164,7 @@ def test_groups_of_rows_have_palettes_of_their_own_and_zeros_stay_zeros(rng):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25])
-def test_a_weight_of_one_number_is_that_number(value):
+def test_a_palette_of_a_constant_weight_is_exact(value):
     indices, numbers = forms.palettes(np.full((4, 5), value, np.float32), 4)
     assert (numbers[0][indices] == value).all()
 
@@ -182,7 +184,7 @@ def test_a_weight_of_one_number_is_that_number(value):
         ("pal8", "iOS18"),
     ],
 )
-def test_a_program_reads_what_was_stored(precision, target, shape, transposed, rng, tmp_path):
+def test_a_program_reads_the_stored_weight(precision, target, shape, transposed, rng, tmp_path):
     weight = rng.standard_normal(shape).astype(np.float32)
     weight[rng.random(shape) < 0.1] = 0
     kernel = len(shape) == 3

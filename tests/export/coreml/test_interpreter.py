@@ -419,7 +419,7 @@ def one_program(folder: Path, cases: dict, target: str, precision: str, numbers)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, module_seed) -> dict[str, tuple]:
-    """What came out for every case: in float32, in float16, and what numpy says."""
+    """Return the results of every case: in float32, in float16, and numpy's."""
     folder, rng = tmp_path_factory.mktemp("operations"), np.random.default_rng(module_seed)
     found = {}
     for target, cases in (("iOS17", CASES), ("iOS18", CASES_18)):
@@ -441,7 +441,7 @@ def results(tmp_path_factory, module_seed) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("case", [*CASES, *CASES_18])
-def test_an_operation_is_numpys(case, results):
+def test_operations_match_numpy(case, results):
     single, half, want = results[case]
     assert single.shape == half.shape == want.shape
     assert np.allclose(single, want, rtol=2e-5, atol=2e-5)
@@ -449,7 +449,7 @@ def test_an_operation_is_numpys(case, results):
     assert np.array_equal(half, single.astype(half.dtype)), "rounded once, from float32"
 
 
-def test_every_operation_that_is_known_is_tested_here():
+def test_every_supported_operation_is_tested():
     tested = {name.split("_of_")[0] for name in (*CASES, *CASES_18)}
     other = {"conv", "split", "identity", "read_state", "write_state"}
     assert OPERATIONS.keys() - tested - other <= {"scaled_dot_product_attention"}
@@ -478,7 +478,7 @@ def test_every_operation_that_is_known_is_tested_here():
     ],
     ids=["operation", "batches", "padding", "interleaved", "kept_sizes"],
 )
-def test_what_is_not_written_is_refused_by_name(build, message, tmp_path):
+def test_unsupported_operations_and_modes_are_refused_by_name(build, message, tmp_path):
     path = write(tmp_path / "unknown.mlpackage", [tensor((2, 3, 4))], build)
     with pytest.raises(Problem, match=message) as caught:
         open_package(path)
@@ -661,7 +661,7 @@ def weights(tmp_path_factory, module_seed) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("form", [*FORMS_16, *FORMS_18])
-def test_a_compressed_constant_is_what_coremltools_makes_of_it(form, weights):
+def test_compressed_constants_match_coremltools(form, weights):
     ours, theirs = weights[form]
     assert np.abs(theirs).max() > 0
     assert np.array_equal(ours, theirs)
@@ -704,7 +704,7 @@ def test_states_last_from_step_to_step(remembers, rng):
     assert not remembers.new_state()["cache"].any(), "a new text begins with nothing"
 
 
-def test_what_was_given_and_what_came_out_are_the_callers(remembers, rng):
+def test_inputs_and_outputs_belong_to_the_caller(remembers, rng):
     state, column = remembers.new_state(), rng.standard_normal((1, 4, 1)).astype(np.float16)
     feed = {"column": column.copy(), "at": np.array([3])}
     found = remembers.predict(feed, state)
@@ -721,13 +721,13 @@ def test_what_was_given_and_what_came_out_are_the_callers(remembers, rng):
     ],
     ids=["none", "one_missing", "another_shape"],
 )
-def test_states_that_a_program_does_not_keep(state, message, remembers):
+def test_states_that_a_program_does_not_have_are_refused(state, message, remembers):
     with pytest.raises(Problem, match=message) as caught:
         remembers.predict({"column": np.zeros((1, 4, 1)), "at": np.array([0])}, state)
     assert "new_state()" in caught.value.hint
 
 
-def test_a_place_outside_the_cache_is_said(remembers):
+def test_a_position_outside_the_cache_is_refused(remembers):
     with pytest.raises(Problem, match=r"slice_update\): updates shape \[1, 4, 0\]"):
         remembers.predict(
             {"column": np.zeros((1, 4, 1)), "at": np.array([8])}, remembers.new_state()
@@ -745,7 +745,7 @@ def test_a_place_outside_the_cache_is_said(remembers):
     ],
     ids=["missing", "unknown", "shape", "a_fraction_for_an_integer", "text"],
 )
-def test_a_feed_that_does_not_fit(change, message, hint, remembers):
+def test_inputs_that_do_not_match_are_refused(change, message, hint, remembers):
     feed = {"column": np.zeros((1, 4, 1)), "at": np.array([0])} | change
     feed = {name: value for name, value in feed.items() if value is not None}
     with pytest.raises(Problem, match=message) as caught:
@@ -753,7 +753,7 @@ def test_a_feed_that_does_not_fit(change, message, hint, remembers):
     assert hint in caught.value.hint
 
 
-def test_a_trace_names_every_result_and_nothing_stays_that_is_read_no_longer(tmp_path):
+def test_a_trace_names_every_result_and_spent_values_are_freed(tmp_path):
     def build(x):
         for _ in range(9):
             x = Builder.add(x=x, y=np.float16(1))
@@ -794,12 +794,12 @@ def test_one_of_several_functions_is_run(function, factor, two_functions):
     assert found["y"].tolist() == [0, factor, 2 * factor]
 
 
-def test_a_function_that_is_not_there(two_functions):
+def test_an_unknown_function_is_refused(two_functions):
     with pytest.raises(Problem, match=r"no function 'main', it has thrice, twice"):
         open_package(two_functions, "main")
 
 
-def test_where_coremltools_is_missing_it_is_said(two_functions, monkeypatch):
+def test_a_missing_coremltools_is_reported(two_functions, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in [name for name in sys.modules if name.startswith("export._coreml_schema")]:
         monkeypatch.delitem(sys.modules, name)
@@ -834,16 +834,17 @@ def sound(tmp_path_factory, module_seed) -> Path:
 
 @pytest.fixture
 def package(sound, tmp_path) -> Path:
+    """A package to damage: it holds weights, modes and small constants."""
     return Path(shutil.copytree(sound, tmp_path / "spoiled.mlpackage"))
 
 
-def test_the_package_that_is_spoiled_below_is_sound(package, rng):
+def test_the_package_damaged_below_is_valid(package, rng):
     x = rng.standard_normal((3, 6)).astype(np.float16)
     assert open_package(package).predict({"x": x})["y"].shape == (6, 10)
 
 
 @pytest.mark.parametrize("spoil, message", hostile_packages.ALL.values(), ids=hostile_packages.ALL)
-def test_a_package_from_a_stranger(spoil, message, package):
+def test_an_untrusted_package_is_refused(spoil, message, package):
     spoil(package)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(Problem, match=message) as caught:

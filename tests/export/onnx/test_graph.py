@@ -1,4 +1,6 @@
-"""The operators we emit, each run in onnxruntime against numpy, torch or transformers."""
+"""Operators of the ONNX graphs, each run in onnxruntime and compared with numpy, torch or
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,7 @@ def test_a_linear_layer_in_int8_is_off_by_its_rounding(kind, gather, rng):
 
 
 def test_int8_multiplies_exactly_what_quantise_gives(rng):
-    """Inputs that int8 represents exactly leave the weights' rounding as the only error."""
+    """With inputs that int8 represents exactly, the weights' rounding is the only error."""
     weight, graph = draw(rng, 9, 20), Graph("int8")
     x = rng.integers(-127, 128, (1, 5, 20)).astype(np.float32)
     x[0, 0, :2] = [-127, 128]  # a range of 255 steps: activations scale by exactly 1
@@ -136,7 +138,7 @@ def test_int8_multiplies_exactly_what_quantise_gives(rng):
     ids="+".join,
 )
 @pytest.mark.parametrize("together", [joint_linear, separate_linear])
-def test_layers_of_one_input_equal_separate_ones(kinds, together, precision, rng):
+def test_joint_and_separate_linear_layers_match_single_ones(kinds, together, precision, rng):
     branches = [random_layers(rng, kind) for kind in kinds]
     x, graph = draw(rng, 1, 6, 20), Graph(precision)
     names = together(graph, "x", branches)
@@ -147,7 +149,7 @@ def test_layers_of_one_input_equal_separate_ones(kinds, together, precision, rng
         assert np.abs(got - want).max() < tolerance * max(10, np.abs(want).max())
 
 
-def test_layers_of_different_inputs_share_one_product(rng):
+def test_layers_that_read_different_inputs_share_one_product(rng):
     graph = Graph("int8")
     joint_linear(graph, "x", [random_layers(rng, "some_inputs") for _ in range(3)])
     kinds = [node.op_type for node in graph.model("test", [], []).graph.node]
@@ -165,7 +167,7 @@ def test_only_the_inputs_that_are_read_are_stored(rng):
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 5])
-def test_what_is_computed_in_pieces_is_the_same(pieces, rng):
+def test_computing_in_pieces_changes_nothing(pieces, rng):
     length = pieces * int(rng.integers(2, 9)) - int(rng.integers(2))  # no piece is empty
     x, layers = draw(rng, 1, length, 20), random_layers(rng, "dense")
     graph = Graph("fp32")
@@ -186,7 +188,7 @@ def test_no_piece_of_any_window_is_empty(rng):
 
 
 @pytest.mark.parametrize("precision", TARGETS["onnx"].precisions)
-def test_the_token_table_looks_up_and_multiplies_one_stored_matrix(precision, rng):
+def test_look_ups_and_logits_use_one_stored_table(precision, rng):
     weight, graph = draw(rng, 40, 8), Graph(precision)
     table = TokenTable(graph, weight)
     x, ids = draw(rng, 1, 1, 8), rng.integers(0, 40, (1, 5))
@@ -206,7 +208,7 @@ def test_the_token_table_looks_up_and_multiplies_one_stored_matrix(precision, rn
     assert np.abs(found[1] - x @ weight.T).max() < tolerance
 
 
-def test_a_large_column_leaves_the_others_of_a_table_their_precision(rng):
+def test_a_large_column_of_a_table_does_not_reduce_the_precision_of_others(rng):
     weight = draw(rng, 40, 8)
     weight[:, 3] *= 100
     scales = column_scales(weight)
@@ -224,7 +226,7 @@ def test_a_large_column_leaves_the_others_of_a_table_their_precision(rng):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", TARGETS["onnx"].precisions)
-def test_rows_of_hidden_units_are_multiplied_as_by_a_linear_layer(precision, kind, rng):
+def test_row_scaled_linear_matches_linear(precision, kind, rng):
     layers, graph = random_layers(rng, kind), Graph(precision)
     x = np.maximum(draw(rng, 1, 6, 20), -0.17)
     y = row_scaled_linear(graph, "x", layers)
@@ -233,7 +235,7 @@ def test_rows_of_hidden_units_are_multiplied_as_by_a_linear_layer(precision, kin
     assert np.abs(error).max() < tolerance * np.abs(apply(x, layers)).max()
 
 
-def test_a_large_row_of_hidden_units_leaves_the_others_their_precision(rng):
+def test_a_large_row_does_not_reduce_the_precision_of_others(rng):
     layers, x = random_layers(rng, "dense"), np.maximum(draw(rng, 1, 6, 20), -0.17)
     x[0, 2] *= 100
     errors = []
@@ -255,13 +257,13 @@ def test_tables_of_an_int8_graph_take_half_the_bytes(rng):
         assert np.abs(run(graph, {}, {y: (7, 5)})[0] - table).max() <= tolerance
 
 
-def test_a_table_beyond_half_precision_is_stored_whole():
+def test_a_table_beyond_float16_is_stored_as_float32():
     graph = Graph("int8")
     y = graph.op("Identity", float_table(graph, np.array([1e5, 1.0], np.float32)))
     assert run(graph, {}, {y: (2,)})[0].tolist() == [1e5, 1.0]
 
 
-def test_norm_and_gelu_are_torchs(rng):
+def test_norm_and_gelu_match_torch(rng):
     x, weight, bias = draw(rng, 1, 4, 9), draw(rng, 9), draw(rng, 9)
     graph = Graph("fp32")
     y = gelu(graph, layer_norm(graph, "x", weight, bias, 1e-5))
@@ -312,7 +314,7 @@ def cached(x, heads, room):
 @SHAPES
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_cross_attention_over_what_the_encoder_leaves(heads, new, precision, rng):
+def test_cross_attention_over_the_encoder_cache(heads, new, precision, rng):
     q = draw(rng, 1, new, heads.count * heads.qk_dim)
     keys = draw(rng, 1, 13, heads.count * heads.qk_dim) * rng.uniform(0.1, 10)
     values = draw(rng, 1, 13, heads.count * heads.v_dim) * rng.uniform(0.1, 10)
@@ -377,7 +379,7 @@ def sounds(rng, samples):
 
 @pytest.mark.parametrize("n_mels", [80, 128])
 @pytest.mark.parametrize("seconds", [1, 6, 30])
-def test_log_mel_in_the_graph_is_the_feature_extractors(n_mels, seconds, rng):
+def test_log_mel_matches_the_feature_extractor(n_mels, seconds, rng):
     extractor = WhisperFeatureExtractor(feature_size=n_mels, chunk_length=seconds)
     graph = Graph("int8")
     log_mel(graph, "pcm", extractor, [extractor.nb_max_frames])
@@ -390,7 +392,7 @@ def test_log_mel_in_the_graph_is_the_feature_extractors(n_mels, seconds, rng):
         assert np.abs(found - want).max() < 1e-3, name  # float32 near the clamp: 4e-4 was seen
 
 
-def test_names_of_the_front_ends_nodes_tell_them_apart():
+def test_node_names_identify_the_front_end():
     graph = Graph("fp32")
     extractor = WhisperFeatureExtractor()
     log_mel(graph, "pcm", extractor, [3000])

@@ -1,4 +1,6 @@
-"""The operators we emit for Core ML, each executed from its package, against numpy and torch."""
+"""Operators of the Core ML programs, each executed from its package and compared with numpy and
+torch.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ ENGINE = pytest.mark.parametrize("engine", [False, True], ids=["plain", "channel
 
 @pytest.fixture
 def run(tmp_path):
-    """run(g, inputs, work) -> what `work` makes of the inputs (name -> array), executed."""
+    """run(g, inputs, build) -> the executed results of what `build` makes of the inputs by name."""
 
     def run(g, inputs, work):
         specs = [Spec(name, array.shape, str(array.dtype)) for name, array in inputs.items()]
@@ -51,7 +53,7 @@ def run(tmp_path):
 
 
 def arranged(x, engine):
-    """(1, n, d) as the graph has it."""
+    """Return (1, n, d) in the arrangement of the graph."""
     return np.ascontiguousarray(x.swapaxes(1, 2)[:, :, None]) if engine else x
 
 
@@ -72,7 +74,7 @@ def test_equal_constants_are_stored_once(run):
 
 
 @ENGINE
-def test_a_layer_reads_some_inputs_and_a_low_rank_layer_is_two(engine, rng, run):
+def test_linear_layers_that_are_dense_low_rank_or_read_some_inputs(engine, rng, run):
     kept = np.sort(rng.permutation(20)[:13])
     x, down, up, bias = draw(rng, 1, 7, 20), draw(rng, 5, 13), draw(rng, 9, 5), draw(rng, 9)
     layers = [Linear(down, None, kept, 20), Linear(up, bias)]
@@ -84,13 +86,13 @@ def test_a_layer_reads_some_inputs_and_a_low_rank_layer_is_two(engine, rng, run)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(1, 1), (2, 33), (3, 5), (6, 64), (4, 17), (20, 64)])
-def test_aligned_heads_are_the_smallest_that_make_a_multiple_of_64(heads, dim):
+def test_aligned_heads_are_the_smallest_multiple_of_64(heads, dim):
     wide = aligned_dim(heads, dim)
     assert wide >= dim and heads * wide % 64 == 0
     assert all(heads * smaller % 64 for smaller in range(dim, wide))
 
 
-def test_what_is_filled_up_is_always_zero_and_does_not_count(rng):
+def test_padding_is_zero_and_ignored(rng):
     g = Graph("fp32", "iOS16", channels_first=True)
     first, second = Linear(draw(rng, 6, 8), draw(rng, 6)), Linear(draw(rng, 5, 6))
     (wide,) = more_outputs([first], 3, 4)  # two groups of three
@@ -103,7 +105,7 @@ def test_what_is_filled_up_is_always_zero_and_does_not_count(rng):
 
 
 @ENGINE
-def test_layer_norm_gelu_and_the_stems_convolution_are_torchs(engine, rng, run):
+def test_layer_norm_gelu_and_convolution_match_torch(engine, rng, run):
     x, kernel = draw(rng, 1, 10, 6), draw(rng, 4, 6, 3)
     weight, bias, shift = draw(rng, 4), draw(rng, 4), draw(rng, 4)
     g = Graph("fp32", "iOS16", channels_first=engine)
@@ -124,7 +126,7 @@ def test_layer_norm_gelu_and_the_stems_convolution_are_torchs(engine, rng, run):
 
 @ENGINE
 @pytest.mark.parametrize("shared", [False, True], ids=["own-keys", "shared-keys"])
-def test_self_attention_by_the_book(shared, engine, rng, run):
+def test_self_attention_matches_numpy(shared, engine, rng, run):
     heads = Heads(3, 4, 5, 0.3)
     count = 1 if shared else 3
     q, k, v = (draw(rng, 1, 11, width) for width in (12, count * 4, count * 5))
@@ -136,7 +138,7 @@ def test_self_attention_by_the_book(shared, engine, rng, run):
 
 
 @ENGINE
-def test_one_position_attends_to_what_its_cache_holds(engine, rng, run):
+def test_cached_attention_matches_numpy(engine, rng, run):
     heads, room, here = Heads(2, 3, 3, 0.5), 9, int(rng.integers(9))
     q, caches = draw(rng, 1, 1, 6), draw(rng, 2, 1, 6, 1, room)
     new = draw(rng, 2, 1, 6, 1, 1)
@@ -160,8 +162,8 @@ def test_one_position_attends_to_what_its_cache_holds(engine, rng, run):
 
 
 @ENGINE
-def test_cross_attention_is_that_over_keys_and_values(engine, rng, run):
-    """Low-rank keys with a bias, which no softmax sees, and values that read some features."""
+def test_cross_attention_equals_attention_over_keys_and_values(engine, rng, run):
+    """Low-rank keys have a bias, which a softmax ignores, and values read only some features."""
     heads, d_model, positions = Heads(3, 4, 5, 0.3), 10, 13
     q, states = draw(rng, 1, 1, 12), draw(rng, 1, positions, d_model)
     kept = np.sort(rng.permutation(d_model)[:6])
@@ -187,7 +189,7 @@ def test_cross_attention_is_that_over_keys_and_values(engine, rng, run):
 
 @ENGINE
 @pytest.mark.parametrize("factorised", [False, True])
-def test_every_token_is_looked_up_and_gets_its_logit(factorised, engine, rng, run, monkeypatch):
+def test_every_token_has_its_embedding_and_its_logit(factorised, engine, rng, run, monkeypatch):
     monkeypatch.setattr(tables, "CHUNK", 8)
     rows, basis, x = draw(rng, 23, 5), draw(rng, 5, 6), draw(rng, 1, 1, 6 if factorised else 5)
     table = rows @ basis if factorised else rows
@@ -205,7 +207,7 @@ def test_every_token_is_looked_up_and_gets_its_logit(factorised, engine, rng, ru
     assert np.allclose(logits, x @ table.T, atol=1e-4)
 
 
-def test_a_program_that_breaks_its_contract_is_not_written(rng):
+def test_a_program_that_violates_its_contract_is_not_written(rng):
     g = Graph("fp16", "iOS16")
     specs = [Spec("x", (1, 3), "float16")], [Spec("y", (1, 4), "float16")]
     with pytest.raises(AssertionError, match="shape=\\(1, 4\\)"):
