@@ -52,7 +52,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = Path(directory) / MANIFEST
     try:
         if path.exists() and not path.is_file():
-            raise OSError(0, "not a file")  # a pipe would keep its reader waiting
+            raise OSError(0, "not a file")  # reading a pipe would block
         if leads_out(path):
             raise OSError(0, "a link that leads out of the artifact")
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ def verify(directory: Path) -> dict[str, Any]:
             )
         if actual["sha256"] != expected["sha256"]:
             raise Problem(f"{path}: damaged, its SHA-256 is not the manifest's", hint=AGAIN)
-    for path in directory.glob("*.mlpackage/**/*"):  # whatever stands in one may be read
+    for path in directory.glob("*.mlpackage/**/*"):  # Core ML may read any file of a package
         if path.relative_to(directory).as_posix() not in manifest["files"] and not path.is_dir():
             raise Problem(f"{path}: {MANIFEST} does not list it", hint=AGAIN)
     return manifest

@@ -33,7 +33,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     try:
         with writing(out):
             yield temporary
-            temporary.chmod(0o755)  # mkdtemp gives 0o700; a result is no secret
+            temporary.chmod(0o755)  # mkdtemp sets 0o700
             os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -20,6 +20,6 @@ def save_hub_files(model: nn.Module, processor: Any, out: Path) -> None:
 def write_compactly(path: Path) -> None:
     """Rewrite a JSON file without indentation, which is much of the size of a small artifact."""
     if path.is_file():
-        told = json.loads(path.read_text(encoding="utf-8"))
-        text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         path.write_text(text + "\n", encoding="utf-8")

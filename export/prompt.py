@@ -21,7 +21,7 @@ AUTO = "auto"
 def language_code(given: str) -> str:
     """Return Whisper's code for hi, hi_in, hi-IN, Hindi or <|hi|>; unknown input in lower case."""
     word = given.strip().lower().removeprefix("<|").removesuffix("|>")
-    if len(word) == 2:  # no name is so short, and to import the names takes a second
+    if len(word) == 2:  # no name is that short, and importing the names takes a second
         return word
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 

@@ -68,7 +68,7 @@ def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def dequantise(codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     """Return Q(w) (out, in) float32, exactly, from codes (out, in) and scales (out, blocks)."""
     wide = _in_blocks(codes.float(), scheme) * scale[:, :, None]
-    return wide.flatten(1)[:, : codes.shape[1]] + 0.0  # no negative zeros
+    return wide.flatten(1)[:, : codes.shape[1]] + 0.0  # turns -0.0 into 0.0
 
 
 def fake_quantise(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -100,7 +100,7 @@ def _codes(blocks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def _scales(blocks: Tensor, scheme: Scheme) -> Tensor:
     sharing = blocks.reshape(1, 1, -1) if scheme.per == "tensor" else blocks
     low, high = sharing.aminmax(dim=2, keepdim=True)
-    largest = torch.where(high >= -low, high, low)  # signed
+    largest = torch.where(high >= -low, high, low)  # with its sign
     scale = -largest if scheme.bits == 4 else largest.abs()
     scale = _round_up(scale / LARGEST[scheme.bits], ROUNDED_AWAY[scheme.bits])
     return torch.where(largest.abs() > TINY, scale, 1.0).expand(*blocks.shape[:2], 1)

@@ -153,7 +153,7 @@ def _shrink_attention(
     heads = attention.num_heads
     query, key, value = (_read(getattr(attention, f"{n}_proj"), d_model) for n in "qkv")
     out = _read(attention.out_proj, _inputs(attention.out_proj))
-    if getattr(attention, "shared", False):  # no channel belongs to one head: nothing to count
+    if getattr(attention, "shared", False):  # no channel belongs to one head
         parts = {"q_proj": query, "k_proj": key, "v_proj": value, "out_proj": out}
         return parts, attention_shape(attention), list(range(heads))
 

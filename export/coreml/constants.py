@@ -127,12 +127,12 @@ def _looked_up(indices: Array, lut: Array, vector_axis: Array | None) -> Array:
     if indices.size and int(indices.max()) >= count:
         raise ValueError(f"index {indices.max()} in a table of {count}")
     table = np.arange(math.prod(groups)).reshape(groups)
-    found = lut.reshape(-1, count, width)[_spread(table, indices.shape), indices]
+    entries = lut.reshape(-1, count, width)[_spread(table, indices.shape), indices]
     if width == 1:
-        return found[..., 0]
+        return entries[..., 0]
     if vector_axis is None:
         raise ValueError(f"a table of vectors of {width}, but no axis")
     axis = int(vector_axis) % indices.ndim
     sizes = list(indices.shape)
     sizes[axis] *= width
-    return np.moveaxis(found, -1, axis + 1).reshape(sizes)
+    return np.moveaxis(entries, -1, axis + 1).reshape(sizes)

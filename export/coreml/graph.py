@@ -201,11 +201,11 @@ def program(
 def save(made: Any, target: str, path: Path, description: str) -> None:
     """Write a program as the package `path`. The same program gives the same bytes."""
     ct = toolbox()
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+    with contextlib.redirect_stderr(io.StringIO()):  # hides progress bars
         model = ct.convert(
             made,
             convert_to="mlprogram",
-            compute_precision=ct.precision.FLOAT32,  # adds no casts: float16 stays what it is
+            compute_precision=ct.precision.FLOAT32,  # adds no casts, so float16 stays float16
             minimum_deployment_target=ct.target[target],
             pass_pipeline=ct.PassPipeline.EMPTY,
             skip_model_load=True,

@@ -109,14 +109,14 @@ class Program:
         }
 
     def _fed(self, feed: Mapping[str, Array]) -> Environment:
-        wanted = {spec.name: spec for spec in self.inputs}
-        if feed.keys() != wanted.keys():
+        expected = {spec.name: spec for spec in self.inputs}
+        if feed.keys() != expected.keys():
             raise Problem(
                 f"{self.path}: got the inputs {', '.join(sorted(feed)) or 'none'}",
-                hint=f"pass {', '.join(sorted(wanted))}",
+                hint=f"pass {', '.join(sorted(expected))}",
             )
         return {
-            name: self._converted(spec, np.asarray(feed[name])) for name, spec in wanted.items()
+            name: self._converted(spec, np.asarray(feed[name])) for name, spec in expected.items()
         }
 
     def _converted(self, spec: Spec, array: Array) -> Tensor:
@@ -133,11 +133,11 @@ class Program:
         return _widened(array.astype(spec.dtype))
 
     def _kept(self, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        wanted = {spec.name: spec.shape for spec in self.states}
-        found = {name: tuple(value.shape) for name, value in (state or {}).items()}
-        if state is None or wanted != found:
+        expected = {spec.name: spec.shape for spec in self.states}
+        actual = {name: tuple(value.shape) for name, value in (state or {}).items()}
+        if state is None or expected != actual:
             raise Problem(
-                f"{self.path}: has the states {wanted}, got {found or 'none'}",
+                f"{self.path}: has the states {expected}, got {actual or 'none'}",
                 hint="pass the result of new_state() to every step of one text",
             )
         return state
@@ -173,7 +173,7 @@ class Program:
                     trace(step.kind, spec.name, values[spec.name])
             for name in step.spent:
                 del values[name]
-            del given, results  # or they would stay until the next ones are there
+            del given, results  # otherwise they would live until the next step
 
 
 def open_package(path: Path, function: str | None = None) -> Program:
@@ -233,8 +233,8 @@ class _Compiler:
         parts = values if isinstance(values, tuple) else (values,)
         for spec, value in zip(outputs, parts, strict=True):
             if not isinstance(value, str) and (value.shape, value.dtype) != spec.held:
-                found = f"{value.dtype} {list(value.shape)}"
-                raise ValueError(f"holds {found}, declared {spec.dtype} {list(spec.shape)}")
+                actual = f"{value.dtype} {list(value.shape)}"
+                raise ValueError(f"holds {actual}, declared {spec.dtype} {list(spec.shape)}")
             self._constants[spec.name] = value
 
     def _constant(self, op: Any, name: str, key: str) -> Constant:
@@ -254,17 +254,17 @@ class _Compiler:
         inputs: dict[str, str | list[str]] = {}
         at_run = False
         for key, argument in op.inputs.items():
-            wanted = takes[key]
-            if wanted == list[Tensor]:
+            hint = takes[key]
+            if hint == list[Tensor]:
                 inputs[key] = [self._named(name, key, one) for one in argument.arguments]
                 continue
             binding = _only(key, argument)
             constant = binding.WhichOneof("binding") == "value" or binding.name in self._constants
-            if _is_tensor(wanted) or (wanted == Places and not constant):
+            if _is_tensor(hint) or (hint == Places and not constant):
                 inputs[key] = self._named(name, key, binding)
-                at_run = at_run or wanted == Places
+                at_run = at_run or hint == Places
             else:
-                constants[key] = _python(key, self._constant(op, name, key), wanted)
+                constants[key] = _python(key, self._constant(op, name, key), hint)
         self._check_floats(op.type, inputs, outputs)
         if op.type == "cast" and constants["dtype"].replace("fp", "float") != outputs[0].dtype:
             raise ValueError(f"casts to {constants['dtype']}, declared {outputs[0].dtype}")
@@ -275,21 +275,21 @@ class _Compiler:
     ) -> None:
         """Raise ValueError unless only `cast` converts one float type to another."""
         names = [n for key in inputs.keys() & MAIN for n in _names(inputs[key])]
-        found = {self._known[n].dtype for n in names if n in self._known}
-        found |= {spec.dtype for spec in outputs}
-        if kind != "cast" and found >= set(FLOATS):
+        dtypes = {self._known[n].dtype for n in names if n in self._known}
+        dtypes |= {spec.dtype for spec in outputs}
+        if kind != "cast" and dtypes >= set(FLOATS):
             raise ValueError(f"mixes {' and '.join(FLOATS)}")
 
     def _named(self, name: str, key: str, binding: Any) -> str:
         """Return the name under which a value is stored when the program runs."""
-        found = binding.name
+        source = binding.name
         if binding.WhichOneof("binding") == "value":
-            found = f"{name}.{key}"
-            self._constants[found] = self.package.constant(found, binding.value)
-        elif found not in self._known:
-            raise ValueError(f"{key} is {found}, which no earlier operation computes")
-        self._widen(found)
-        return found
+            source = f"{name}.{key}"
+            self._constants[source] = self.package.constant(source, binding.value)
+        elif source not in self._known:
+            raise ValueError(f"{key} is {source}, which no earlier operation computes")
+        self._widen(source)
+        return source
 
     def _widen(self, name: str) -> None:
         """Convert a constant to a tensor on first use."""
@@ -303,9 +303,9 @@ class _Compiler:
 def _refuse_unknown(path: Path, operations: Counter[str]) -> None:
     unknown = sorted(operations.keys() - OPERATIONS.keys() - FORMS.keys())
     if unknown:
-        found = ", ".join(f"{kind} ({operations[kind]} times)" for kind in unknown)
+        listed = ", ".join(f"{kind} ({operations[kind]} times)" for kind in unknown)
         raise Problem(
-            f"{path}: unsupported operations: {found}",
+            f"{path}: unsupported operations: {listed}",
             hint=BEYOND,
         )
 
@@ -330,23 +330,23 @@ def _check_parameters(function: Callable[..., Any], given: Mapping[str, Any]) ->
 _hints = functools.cache(typing.get_type_hints)
 
 
-def _is_tensor(wanted: Any) -> bool:
-    return wanted in (Tensor, Slot, Tensor | None)
+def _is_tensor(hint: Any) -> bool:
+    return hint in (Tensor, Slot, Tensor | None)
 
 
-def _python(key: str, value: Constant, wanted: Any) -> Any:
+def _python(key: str, value: Constant, hint: Any) -> Any:
     """Convert a constant to the type of a parameter; raise Unknown for a mode it does not
     support.
     """
-    if typing.get_origin(wanted) is typing.Literal:
-        found = value if isinstance(value, str) else value.item()
-        if found not in typing.get_args(wanted):
-            known = ", ".join(map(str, typing.get_args(wanted)))
-            raise Unknown(f"{key} is {found!r}, supported: {known}")
-        return found
+    if typing.get_origin(hint) is typing.Literal:
+        mode = value if isinstance(value, str) else value.item()
+        if mode not in typing.get_args(hint):
+            known = ", ".join(map(str, typing.get_args(hint)))
+            raise Unknown(f"{key} is {mode!r}, supported: {known}")
+        return mode
     if isinstance(value, str):
         return value
-    listed = any("list" in str(part) for part in (wanted, *typing.get_args(wanted)))
+    listed = any("list" in str(part) for part in (hint, *typing.get_args(hint)))
     return value.reshape(-1).tolist() if listed else value.item()
 
 
@@ -382,13 +382,13 @@ def _wrong(path: Path, kind: str, name: str, reason: Exception | str) -> Problem
     return Problem(f"{path}: operation {name} ({kind}): {first}", hint=hint)
 
 
-def _names(found: str | list[str]) -> list[str]:
-    return [found] if isinstance(found, str) else found
+def _names(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def _free_spent(steps: list[Step], needed: set[str]) -> None:
     """Record for each step which values no later step reads."""
     for step in reversed(steps):
-        names = {name for found in step.inputs.values() for name in _names(found)}
+        names = {name for given in step.inputs.values() for name in _names(given)}
         step.spent.extend((names | {spec.name for spec in step.outputs}) - needed)
         needed |= names

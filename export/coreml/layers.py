@@ -40,7 +40,7 @@ def stored(
 
     if form.kind == "float":
         return g.constant(turned(weight))
-    forms.halved(weight, g.place)  # all others are float16 at work
+    forms.halved(weight, g.place)  # all other forms compute in float16
     if form.kind == "palette":
         return _palette(g, rows, form.bits, turned)
     if form.name == "int8":

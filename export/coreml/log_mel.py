@@ -18,7 +18,7 @@ def log_mel(g: Graph, pcm: Var, extractor: Any) -> Var:
     """
     n_fft, hop, (samples,) = extractor.n_fft, extractor.hop_length, pcm.shape
     bins = n_fft // 2 + 1
-    # mirrored at both ends; the last frame of a centred transform is left out, as transformers does
+    # mirrored at both ends; the last frame of a centred transform is dropped, as in transformers
     pad = [0, 0, 0, 0, n_fft // 2, n_fft // 2 - hop]
     x = g.op("pad", x=g.reshape(pcm, 1, 1, samples), pad=pad, mode="reflect")
     x = g.op("conv", x=x, weight=stored(g, _waves(n_fft)), strides=[hop], pad_type="valid")

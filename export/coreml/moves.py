@@ -69,10 +69,10 @@ def gather(
     validate_indices: bool | None = None,
 ) -> Tensor:
     axis %= x.dim()
-    if validate_indices is None:  # before iOS 17: counted from the end where negative
+    if validate_indices is None:  # before iOS 17 negative indices count from the end
         indices = torch.where(indices < 0, indices + x.shape[axis], indices)
-    found = x.index_select(axis, indices.reshape(-1))
-    return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    rows = x.index_select(axis, indices.reshape(-1))
+    return rows.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
 def slice_by_index(

@@ -41,8 +41,8 @@ def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = 
 
 
 def einsum(values: list[Tensor], equation: str) -> Tensor:
-    letters = dict.fromkeys(letter for letter in equation if letter.isalpha())
-    plain = equation.translate({ord(old): new for old, new in zip(letters, "abcde", strict=False)})
+    axes = dict.fromkeys(axis for axis in equation if axis.isalpha())
+    plain = equation.translate({ord(old): new for old, new in zip(axes, "abcde", strict=False)})
     if plain.replace(" ", "") not in ("abcd,adce->abce", "abc,cbd->abd"):
         raise Unknown(f"equation is {equation!r}, supported: nchw,nwhu->nchu and chw,whu->chu")
     return torch.einsum(equation, values)
@@ -227,7 +227,7 @@ def pad(
     axes = len(pad) // 2
     while axes > 1 and pad[-2 * axes :][:2] == [0, 0]:
         axes -= 1
-    lead = x.shape[: x.dim() - axes]  # torch pads so after exactly two leading axes
+    lead = x.shape[: x.dim() - axes]  # torch needs exactly two leading axes for this mode
     y = F.pad(x.reshape(1, -1, *x.shape[len(lead) :]), _inside_out(pad[-2 * axes :]), mode=mode)
     return y.reshape(*lead, *y.shape[2:])
 

@@ -118,8 +118,8 @@ class Package:
         if kind == "bytes":
             return self._decode(spec, np.frombuffer(held, np.uint8))
         if kind == "strings" or spec.dtype in PACKED or len(held) != math.prod(spec.shape):
-            found = f"{len(held)} values ({kind})"
-            raise Problem(f"{self.path}: constant {spec} holds {found}", hint=AGAIN)
+            count = f"{len(held)} values ({kind})"
+            raise Problem(f"{self.path}: constant {spec} holds {count}", hint=AGAIN)
         return np.array(held).astype(spec.dtype).reshape(spec.shape)
 
     def require_match(self, what: str, actual: Sequence[Spec], described: Sequence[Spec]) -> None:
@@ -158,7 +158,7 @@ class Package:
         file = self.model_file.parent / relative
         if name not in self._weights:
             _check_member(self.path, file)
-            empty = file.stat().st_size == 0  # which cannot be mapped
+            empty = file.stat().st_size == 0  # an empty file cannot be mapped
             self._weights[name] = np.zeros(0, np.uint8) if empty else np.memmap(file, mode="r")
         return file, self._weights[name]
 
@@ -214,10 +214,10 @@ def unpack(held: Array, count: int, bits: int, signed: bool = False) -> Array:
         return held.astype(np.uint8)
     single = np.unpackbits(held.view(np.uint8), count=count * bits, bitorder="little")
     powers = (1 << np.arange(bits)).astype(np.uint8)
-    found = (single.reshape(count, bits) * powers).sum(1, dtype=np.uint8)
+    numbers = (single.reshape(count, bits) * powers).sum(1, dtype=np.uint8)
     if not signed:
-        return found
-    return (found ^ (1 << bits - 1)).astype(np.int8) - np.int8(1 << bits - 1)
+        return numbers
+    return (numbers ^ (1 << bits - 1)).astype(np.int8) - np.int8(1 << bits - 1)
 
 
 def schema() -> ModuleType:
@@ -226,14 +226,14 @@ def schema() -> ModuleType:
     """
     package = "export._coreml_schema"
     if package not in sys.modules:
-        found = importlib.util.find_spec("coremltools")
-        if found is None or not found.submodule_search_locations:
+        installed = importlib.util.find_spec("coremltools")
+        if installed is None or not installed.submodule_search_locations:
             raise Problem(
                 "reading a Core ML package needs coremltools, which is not installed here",
                 hint="pip install 'coremltools>=9,<10' (built for macOS and for Linux on x86-64)",
             )
         folder = ModuleType(package)
-        folder.__path__ = [str(Path(found.submodule_search_locations[0]) / "proto")]
+        folder.__path__ = [str(Path(installed.submodule_search_locations[0]) / "proto")]
         sys.modules[package] = folder
     return importlib.import_module(f"{package}.Model_pb2")
 
@@ -244,8 +244,8 @@ def _model_file(path: Path) -> Path:
         raise Problem(f"{path}: not a Core ML package (a folder)", hint="name an .mlpackage")
     _check_member(path, manifest)
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        name = found["itemInfoEntries"][found["rootModelIdentifier"]]["path"]
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        name = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
         inside = stays_inside(name)
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise Problem(f"{manifest}: damaged, it names no model ({error})", hint=AGAIN) from error
@@ -264,7 +264,7 @@ def _check_member(package: Path, file: Path) -> None:
         if leads_out(file) or any(folder.is_symlink() for folder in folders):
             raise Problem(f"{file}: a link, not a file of the package", hint=STRANGER)
         there = file.is_file()
-    except OSError:  # a name that no file can have
+    except OSError:  # an impossible file name
         there = False
     if not there:
         raise Problem(f"{file}: missing from the package", hint=AGAIN)
@@ -277,7 +277,7 @@ def _parse(file: Path) -> Any:
         raise Problem(f"{file}: {size} bytes, at most {LARGEST_FILE} are read", hint=STRANGER)
     try:
         model.ParseFromString(file.read_bytes())
-    except Exception as error:  # protobuf's DecodeError, which is known only where it is installed
+    except Exception as error:  # protobuf's DecodeError, if protobuf is installed
         raise Problem(f"{file}: damaged, not a Core ML model ({error})", hint=AGAIN) from error
     return model
 
@@ -328,11 +328,11 @@ def _bounded(path: Path, name: str, shape: Sequence[int], dtype: str) -> Spec:
 
 
 def _described(path: Path, feature: Any) -> Spec:
-    found = feature.type.WhichOneof("Type")
-    state = found == "stateType"
+    kind = feature.type.WhichOneof("Type")
+    state = kind == "stateType"
     array = feature.type.stateType.arrayType if state else feature.type.multiArrayType
     if array.dataType not in DECLARED:
         raise Problem(
-            f"{path}: {feature.name} is described as {found} (type {array.dataType})", hint=AGAIN
+            f"{path}: {feature.name} is described as {kind} (type {array.dataType})", hint=AGAIN
         )
     return _bounded(path, feature.name, list(array.shape), DECLARED[array.dataType])

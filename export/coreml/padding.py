@@ -33,7 +33,7 @@ def more_inputs(g: Graph, layers: Sequence[Linear], dim: int, wide: int) -> list
     """Pad each group of `dim` inputs to `wide`, with inputs that are ignored."""
     first, *rest = layers
     several = first.weight.shape[1] > dim
-    if several and wide > dim:  # behind the last one, they move none
+    if several and wide > dim:  # padding after the last group would move no input
         first = _without_blocks(g, first)
     return [replace(first, weight=_filled(first.weight.T, dim, wide).T), *rest]
 

@@ -111,7 +111,9 @@ def export_coreml(
         write_tokens(processor.tokenizer, model.config.vocab_size, out)
         save_hub_files(model, processor, out)
     header = {"target": "coreml", "layout": layout, "precision": precision}
-    counted = macs(model, plan.room, plan.positions, cached=False)  # all of a cache is multiplied
+    counted = macs(
+        model, plan.room, plan.positions, cached=False
+    )  # attention covers the whole cache
     costs = {str(plan.positions): counted}
     manifest = manifest_of(header, model, processor, costs, contract, provenance)
     manifest["decoding"]["max_new_tokens"] -= model.config.max_target_positions - plan.room

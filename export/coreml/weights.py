@@ -80,7 +80,7 @@ def _form(precision: str, scheme: Scheme | None, table: bool) -> Form:
     low = Form("palette", bits) if precision.startswith("pal") else Form("int", 4, Scheme(4))
     if precision.startswith("fp"):
         return Form("float", bits)
-    if scheme is None:  # the table decides on tokens: 4 bits are too few for it
+    if scheme is None:  # 4 bits are too few for the token table
         return Form("int", 8) if precision == "int8" or (table and bits == 4) else low
     if scheme.bits == 4:
         return replace(low, scheme=scheme)

@@ -30,7 +30,7 @@ def stem(g: Graph, mel: str, encoder: nn.Module, positions: int | str) -> str:
         x = gelu(g, g.op("Conv", x, kernel, bias, pads=[1, 1], strides=[stride]))
     if isinstance(positions, str):
         length = g.op("Shape", x, start=2, end=3)
-    else:  # a constant: the runtime computes the positions once, as it loads the graph
+    else:  # constant: the runtime computes the positions once, when it loads the graph
         length = g.constant([positions])
     here = encoder_positions(g, array(encoder.embed_positions.weight), length)
     return g.op("Add", g.op("Transpose", x, perm=[0, 2, 1]), here)

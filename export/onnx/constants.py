@@ -48,7 +48,7 @@ def own_constants(model: onnx.ModelProto) -> None:
         node.input.extend([""] * (zero + 1 - len(node.input)))
         if not node.input[zero]:
             node.input[zero] = add(numpy_helper.from_array(np.int8(0), f"{node.name}.zero_point"))
-        # a weight that is spread over more inputs is a Gather from a constant
+        # a weight expanded to more inputs is a Gather from a constant
         spread = made_by.get(node.input[weight])
         reader, place = (spread, 0) if spread and spread.op_type == "Gather" else (node, weight)
         name = reader.input[place]

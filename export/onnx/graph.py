@@ -65,7 +65,7 @@ class Graph:
         array = np.asarray(value)
         if not isinstance(value, np.ndarray):
             array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
-        array = np.array(array, order="C")  # ascontiguousarray would give scalars an axis
+        array = np.array(array, order="C")  # ascontiguousarray would add an axis to scalars
         key = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).digest()
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"

@@ -141,7 +141,7 @@ def _product(g: Graph, x: str, layers: Sequence[Linear]) -> str:
     if scheme.bits == 16:
         x = g.op("MatMul", x, g.op("Mul", g.op("Cast", matrix, to=TensorProto.FLOAT), scale))
         return g.op("Add", x, *added) if added else x
-    zero = [""] if added else []  # the empty name: no zero points, the weights are symmetric
+    zero = [""] if added else []  # empty name: no zero points, because the weights are symmetric
     return g.op("DynamicQuantizeMatMul", x, matrix, scale, *zero, *added, domain=FUSED)
 
 
@@ -168,7 +168,7 @@ def _int4_product(
         N=out,
         bits=4,
         block_size=scheme.block,
-        accuracy_level=4,  # activations in int8, a scale for every block of a row
+        accuracy_level=4,  # int8 activations with a scale per block of a row
     )
     return g.op("Add", y, *added) if added else y
 

@@ -79,7 +79,7 @@ def _power(g: Graph, frames: str, n_fft: int) -> tuple[str, str]:
         taps = np.arange(first, half, 2)
         odd = g.op("MatMul", _kernel(g, np.sin, taps, n_fft, bins), g.op("Sub", left, right))
         even = g.op("Add", left, right)
-        if first == 2:  # the middle sample is its own mirror image; sample 0 is windowed away
+        if first == 2:  # the middle sample has no mirror image; the window removes sample 0
             even = g.op("Concat", even, _rows(g, frames, half, half + 1, 1), axis=0)
             taps = np.append(taps, half)
         cosines.append(g.op("MatMul", _kernel(g, np.cos, taps, n_fft, bins), even))

@@ -175,8 +175,8 @@ def _replaced(g: Graph, cache: str, fresh: str, name: str) -> str:
     axis, end = g.constant([2]), g.constant([2**31 - 1])
     stop = g.op("Add", "offset", g.op("Shape", fresh, start=2, end=3))
     before = g.op("Slice", cache, g.constant([0]), "offset", axis)
-    behind = g.op("Slice", cache, stop, end, axis)
-    return g.name(g.op("Concat", before, fresh, behind, axis=2), name)
+    after = g.op("Slice", cache, stop, end, axis)
+    return g.name(g.op("Concat", before, fresh, after, axis=2), name)
 
 
 def _without_suppressed(g: Graph, model: nn.Module, logits: str) -> str:

@@ -112,12 +112,12 @@ def _past_specs(model: nn.Module, time: str) -> list[Spec]:
 
 def _no_past(g: Graph, model: nn.Module) -> list[str]:
     """Return keys and values of no positions for every layer."""
-    found = []
+    caches = []
     for number in parts.layers_of(model):
         heads = parts.own_heads(model, number)
         shapes = ([1, heads.count, 0, width] for width in parts.widths(heads))
-        found += [g.op("ConstantOfShape", g.constant(shape)) for shape in shapes]
-    return found
+        caches += [g.op("ConstantOfShape", g.constant(shape)) for shape in shapes]
+    return caches
 
 
 def _body(g: Graph, model: nn.Module, cross: list[list[str]], biases: list[str], end: int) -> Any:

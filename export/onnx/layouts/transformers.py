@@ -109,12 +109,12 @@ def decoder_graph(model: nn.Module, precision: str, kind: str) -> GraphParts:
 def _reshaped(g: Graph, past: list[str], heads: Heads) -> list[str]:
     """Return the past; a past of no positions is brought from any shape to that of this layer."""
     batch, count = g.op("Shape", "input_ids", start=0, end=1), g.constant([heads.count])
-    found = []
+    reshaped = []
     for name, width in zip(past, parts.widths(heads), strict=True):
         length = g.op("Shape", name, start=2, end=3)
         shape = g.op("Concat", batch, count, length, g.constant([width]), axis=0)
-        found.append(g.op("Reshape", name, shape, allowzero=1))
-    return found
+        reshaped.append(g.op("Reshape", name, shape, allowzero=1))
+    return reshaped
 
 
 def _read_or_made(g: Graph, model: nn.Module, number: int, q: str, heads: Heads) -> str:
