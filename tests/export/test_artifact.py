@@ -183,8 +183,10 @@ def test_on_a_full_disk_the_old_manifest_is_kept(artifact, full_disk):
 
 def test_reading_an_artifact_imports_the_standard_library_only():
     code = "import sys, export.artifact; print(sorted({'torch', 'numpy', 'onnx'} & {*sys.modules}))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
 
 
 # ------------------------------------------------------------------------------- the hub's cache
@@ -214,7 +216,7 @@ def test_an_artifact_in_the_hub_cache_is_read(
     from edgewhisper.whisper import load
     from export.onnx import save, to_onnx
 
-    monkeypatch.setattr(save, "LARGE", 10_000)  # so that weights stand in files of their own
+    monkeypatch.setattr(save, "LARGE", 10_000)  # so that weights are stored in files of their own
     to_onnx.export_onnx(load(digits), processor, tmp_path / "artifact", precision)
     snapshot = as_the_hub_leaves_it(tmp_path / "artifact", tmp_path)
     pcm = read_clips(clips)[0].pcm()

@@ -71,7 +71,7 @@ def sessions(folder, layout, precision="fp32"):
     }
 
 
-def told(values):
+def shapes_and_types(values):
     """Name -> shape and type of a session's inputs or outputs."""
     return {value.name: (value.shape, value.type) for value in values}
 
@@ -95,8 +95,8 @@ def test_suppressed_tokens_are_not_decoded(layout, make_whisper, processor, rng,
     model.generation_config.begin_suppress_tokens = said[:1] or [374]
     model.generation_config.suppress_tokens = sorted(set(said[1:4]))
     export_onnx(model, processor, tmp_path / "out", "fp32", layout=layout)
-    wanted = decoding.greedy(model, processor, [pcm])[0]
-    assert open_artifact(tmp_path / "out", threads=1).window(pcm) == wanted != said
+    expected = decoding.greedy(model, processor, [pcm])[0]
+    assert open_artifact(tmp_path / "out", threads=1).window(pcm) == expected != said
 
 
 @pytest.mark.parametrize("layout", OTHERS)
@@ -107,11 +107,11 @@ def test_contract_and_graphs_agree(precision, layout, made, tmp_path):
     assert (manifest["layout"], manifest["precision"]) == (layout, precision)
     for name, session in sessions(tmp_path / layout, layout, precision).items():
         contract = manifest["contract"][name.removeprefix("whisper-")]
-        for side, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+        for side, result in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
             types = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
-            wanted = {x["name"]: (x["shape"], types[x["dtype"]]) for x in contract[side]}
-            assert told(found) == wanted
-            assert [value.name for value in found] == list(wanted), "some runtimes go by position"
+            expected = {x["name"]: (x["shape"], types[x["dtype"]]) for x in contract[side]}
+            assert shapes_and_types(result) == expected
+            assert [value.name for value in result] == list(expected), "some runtimes use the order"
 
 
 @pytest.mark.parametrize("layout", OTHERS)
@@ -198,11 +198,11 @@ def past_names(layers):
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_transformers_names_and_shapes(precision, kind, made, tmp_path):
     model, _ = made(kind, "transformers", precision)
-    found = sessions(tmp_path / "transformers", "transformers", precision)
+    result = sessions(tmp_path / "transformers", "transformers", precision)
     past = past_names(model.config.decoder_layers)
     present = [name.replace("past_key_values", "present") for name in past]
-    inputs = {name: told(session.get_inputs()) for name, session in found.items()}
-    outputs = {name: told(session.get_outputs()) for name, session in found.items()}
+    inputs = {name: shapes_and_types(session.get_inputs()) for name, session in result.items()}
+    outputs = {name: shapes_and_types(session.get_outputs()) for name, session in result.items()}
     assert inputs["encoder_model"] == {
         "input_features": (["batch_size", 80, 600], "tensor(float)"),
     }
@@ -224,10 +224,10 @@ def test_transformers_names_and_shapes(precision, kind, made, tmp_path):
         assert isinstance(shape[1], str), "a past of no positions has the dense model's heads"
     for i, layer in enumerate(model.model.decoder.layers):
         for side, attention in (("decoder", layer.self_attn), ("encoder", layer.encoder_attn)):
-            wanted = attention_shape(attention)
-            for kind_of, width in (("key", wanted["qk_dim"]), ("value", wanted["v_dim"])):
+            expected = attention_shape(attention)
+            for kind_of, width in (("key", expected["qk_dim"]), ("value", expected["v_dim"])):
                 shape, _ = outputs["decoder_model"][f"present.{i}.{side}.{kind_of}"]
-                assert (shape[1], shape[3]) == (wanted["heads"], width)
+                assert (shape[1], shape[3]) == (expected["heads"], width)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -240,19 +240,19 @@ def test_transformers_decoders_match_torch_on_a_batch(
     it.
     """
     model, _ = made(kind, "transformers")
-    found = sessions(tmp_path / "transformers", "transformers")
+    result = sessions(tmp_path / "transformers", "transformers")
     pcms = [window(processor, rng) for _ in range(2)]
     chunks = [rng.integers(0, 783, n).tolist() for n in (int(rng.integers(2, 6)), 1, 1, 3)]
-    wanted = [torch_steps(model, processor, pcm, chunks) for pcm in pcms]
+    expected = [torch_steps(model, processor, pcm, chunks) for pcm in pcms]
     features = decoding.log_mel(processor.feature_extractor, pcms).numpy()
-    heard = found["encoder_model"].run(None, {"input_features": features})[0]
+    heard = result["encoder_model"].run(None, {"input_features": features})[0]
     heads = model.config.num_attention_heads if "config" in dummy else 0
     width = model.config.d_model // model.config.num_attention_heads
     cache = {}
     none = np.zeros((2, heads, 0, width), np.float32)
     for turn, chunk in enumerate(chunks):
         name = "decoder_model" if not cache else "decoder_with_past_model"
-        session = found["decoder_model_merged" if merged else name]
+        session = result["decoder_model_merged" if merged else name]
         known = {
             "input_ids": np.array([chunk, chunk]),
             "encoder_hidden_states": heard,
@@ -263,7 +263,7 @@ def test_transformers_decoders_match_torch_on_a_batch(
         by_name = dict(zip([o.name for o in session.get_outputs()], outputs, strict=True))
         logits = by_name.pop("logits")
         assert logits.shape == (2, len(chunk), 783)
-        for row, steps in zip(logits, wanted, strict=True):
+        for row, steps in zip(logits, expected, strict=True):
             assert np.abs(row[-1] - steps[turn]).max() < TOLERANCE
         new = {n.replace("present", "past_key_values"): x for n, x in by_name.items()}
         cache |= {n: x for n, x in new.items() if not (cache and ".encoder." in n)}
@@ -327,8 +327,8 @@ REQUIRED = {
 
 def test_sherpa_metadata_have_what_it_reads(made, processor):
     model, hearing = made(irregular, "sherpa")
-    found = hearing.encoder.get_modelmeta().custom_metadata_map
-    assert found.keys() >= REQUIRED
+    result = hearing.encoder.get_modelmeta().custom_metadata_map
+    assert result.keys() >= REQUIRED
     vocab = processor.tokenizer.get_vocab()
     for name, token in {
         "sot": "<|startoftranscript|>",
@@ -336,25 +336,25 @@ def test_sherpa_metadata_have_what_it_reads(made, processor):
         "no_timestamps": "<|notimestamps|>",
         "blank_id": "Ġ",
     }.items():
-        assert int(found[name]) == vocab[token]
+        assert int(result[name]) == vocab[token]
     ids = [vocab[t] for t in ("<|startoftranscript|>", "<|en|>", "<|transcribe|>")]
-    assert found["sot_sequence"] == ",".join(map(str, ids))
-    codes, tokens = (found[f"all_language_{x}"].split(",") for x in ("codes", "tokens"))
+    assert result["sot_sequence"] == ",".join(map(str, ids))
+    codes, tokens = (result[f"all_language_{x}"].split(",") for x in ("codes", "tokens"))
     assert len(codes) == len(tokens) == 100
     assert int(tokens[codes.index("de")]) == vocab["<|de|>"]
-    assert found["n_text_layer"] == str(model.config.decoder_layers)
+    assert result["n_text_layer"] == str(model.config.decoder_layers)
     widths = [
         shape["heads"] * max(shape["qk_dim"], shape["v_dim"])
         for shape in (attention_shape(layer.self_attn) for layer in model.model.decoder.layers)
     ]
-    assert found["n_text_state"] == str(max(widths))
+    assert result["n_text_state"] == str(max(widths))
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_sherpa_shapes(kind, made):
     model, hearing = made(kind, "sherpa")
     layers, room = model.config.decoder_layers, model.config.max_target_positions
-    assert told(hearing.encoder.get_inputs()) == {
+    assert shapes_and_types(hearing.encoder.get_inputs()) == {
         "mel": (["n_audio", 80, "n_frames"], "tensor(float)")
     }
     names = [
@@ -365,14 +365,14 @@ def test_sherpa_shapes(kind, made):
         "n_layer_cross_v",
         "offset",
     ]
-    found = told(hearing.decoder.get_inputs())
-    assert list(found) == names, "sherpa-onnx goes by position"
-    assert found["tokens"] == (["n_audio", "n_tokens"], "tensor(int64)")
-    assert found["offset"] == ([1], "tensor(int64)")
-    own, cross = found[names[1]][0], found[names[3]][0]
+    result = shapes_and_types(hearing.decoder.get_inputs())
+    assert list(result) == names, "sherpa-onnx uses the order"
+    assert result["tokens"] == (["n_audio", "n_tokens"], "tensor(int64)")
+    assert result["offset"] == ([1], "tensor(int64)")
+    own, cross = result[names[1]][0], result[names[3]][0]
     assert own[:3] == [layers, "n_audio", room]
     assert cross[:3] == [layers, "n_audio", 300]
-    outputs = told(hearing.decoder.get_outputs())
+    outputs = shapes_and_types(hearing.decoder.get_outputs())
     assert list(outputs) == ["logits", "out_n_layer_self_k_cache", "out_n_layer_self_v_cache"]
     assert outputs["out_n_layer_self_k_cache"][0] == own
     assert outputs["logits"][0] == ["n_audio", "n_tokens", 783]
@@ -398,11 +398,11 @@ def test_sherpa_ignores_tail_padding(made, processor, rng):
     pcm = window(processor, rng)[: int(rng.integers(8000, 80000))]
     mel = hearing.mel(pcm)
     heard = mel.shape[2] - Sherpa.TAIL
-    wanted = hearing.encoder.run(None, {"mel": mel})
+    expected = hearing.encoder.run(None, {"mel": mel})
     for tail in (0, int(rng.integers(1, 100)), 600, 2500):
         other = np.concatenate([mel[..., :heard], np.zeros((1, 80, tail), np.float32)], axis=2)
-        for found, want in zip(hearing.encoder.run(None, {"mel": other}), wanted, strict=True):
-            assert np.abs(found - want).max() < 1e-5
+        for result, want in zip(hearing.encoder.run(None, {"mel": other}), expected, strict=True):
+            assert np.abs(result - want).max() < 1e-5
 
 
 def test_sherpa_silence_is_whispers_silence(made, processor):
@@ -447,8 +447,8 @@ def test_single_follows_its_prompt(made, processor, rng):
     model, hearing = made(whole, "single")
     pcm = window(processor, rng)
     german = [375, model.generation_config.lang_to_id["<|de|>"], 477, 481]
-    wanted = decoding.greedy(model, processor, [pcm], ["de"])[0]
-    assert run_single(hearing, pcm, german) == wanted
+    expected = decoding.greedy(model, processor, [pcm], ["de"])[0]
+    assert run_single(hearing, pcm, german) == expected
 
 
 def test_single_cuts_audio_at_its_window(made, processor, rng):
@@ -491,8 +491,8 @@ def test_an_artifact_names_the_oldest_runtime(
     quantised = precision != "fp32"
     old = runtime in ("1.22", "1.26.0")
     manifest = export_onnx(tiny_whisper, processor, tmp_path / "a", precision, runtime=runtime)
-    wanted = "1.27" if quantised and not old else "1.22"
-    assert manifest["runtime"] == {"onnxruntime": wanted}
+    expected = "1.27" if quantised and not old else "1.22"
+    assert manifest["runtime"] == {"onnxruntime": expected}
     caches = {s["name"]: s["dtype"] for s in manifest["contract"]["decoder"]["inputs"]}
     assert caches["cross.0.key"] == ("int8" if quantised and not old else "float32")
     pcm = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 10

@@ -157,14 +157,14 @@ def test_weights_below_minus_the_largest_do_not_overflow():
 
 def test_a_convolution_has_one_scale_for_all_taps_of_an_output(rng):
     kernel = torch.from_numpy(rng.standard_normal((5, 4, 3)).astype(np.float32))
-    found = fake_quantise(kernel, Scheme(8))
-    assert same_bits(found.flatten(1), fake_quantise(kernel.flatten(1), Scheme(8)))
+    result = fake_quantise(kernel, Scheme(8))
+    assert same_bits(result.flatten(1), fake_quantise(kernel.flatten(1), Scheme(8)))
 
 
 def test_transposed_weights_have_their_scales_on_the_columns(rng):
     weight = draw_weight(rng)
-    found = fake_quantise(weight, Scheme(8, transposed=True))
-    assert same_bits(found.T.contiguous(), fake_quantise(weight.T, Scheme(8)))
+    result = fake_quantise(weight, Scheme(8, transposed=True))
+    assert same_bits(result.T.contiguous(), fake_quantise(weight.T, Scheme(8)))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -181,8 +181,8 @@ def test_the_runtime_reads_packed_codes_correctly(block, rng):
         specs = [Spec("x", x.shape)], [Spec(y, (1, 5, out))]
         session = open_model(graph.model("test", *specs))
         want = x @ fake_quantise(torch.from_numpy(weight), scheme).numpy().T
-        found = session.run(None, {"x": x})[0]
-        assert np.allclose(found, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+        result = session.run(None, {"x": x})[0]
+        assert np.allclose(result, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
 def test_packing_puts_two_codes_in_a_byte_the_earlier_one_low():
@@ -199,8 +199,8 @@ def test_packing_puts_two_codes_in_a_byte_the_earlier_one_low():
 def test_the_gradient_is_taken_at_the_quantised_weight(scheme, rng):
     weight = draw_weight(rng).requires_grad_()
     target = torch.randn_like(weight)
-    seen = StraightThrough.apply(weight, scheme)
-    (seen * target).square().sum().backward()
+    quantised = StraightThrough.apply(weight, scheme)
+    (quantised * target).square().sum().backward()
     at = fake_quantise(weight.detach(), scheme).requires_grad_()
     (at * target).square().sum().backward()
     assert torch.equal(weight.grad, at.grad)
@@ -249,16 +249,16 @@ def test_passes_use_quantised_weights_and_gradients_reach_the_float_weights(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inputs = sounds(model)
     with fake_quantised(model, lambda: chosen):
-        seen = model(**inputs).logits
-    wanted = rounded(**inputs).logits
-    assert torch.equal(seen, wanted)
-    for logits in (seen, wanted):
+        quantised = model(**inputs).logits
+    expected = rounded(**inputs).logits
+    assert torch.equal(quantised, expected)
+    for logits in (quantised, expected):
         logits.square().mean().backward()
     for (name, one), other in zip(model.named_parameters(), rounded.parameters(), strict=True):
         assert torch.equal(one, before[name])
         assert (one.grad is None) == (other.grad is None)
         assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7)
-    assert not torch.equal(model(**inputs).logits, wanted), "outside, nothing is rounded"
+    assert not torch.equal(model(**inputs).logits, expected), "outside, nothing is rounded"
 
 
 def test_a_failing_pass_keeps_the_weights(tiny_whisper):
@@ -283,9 +283,9 @@ def test_32_bits_and_no_steps_change_no_bit(tiny_whisper, work):
 def test_without_steps_training_rounds_to_nearest(make, make_whisper, work, rng):
     model = make(make_whisper, rng, work)
     slim = shrink.slimmed(model)[0]
-    found = qat.apply(model, qat.Options(encoder=4, decoder=8, stem=8), work)
-    for module, wanted in zip(schemes(found).items(), schemes_like(found, slim), strict=True):
-        assert same_bits(module[0].weight, fake_quantise(wanted.weight, module[1]))
+    result = qat.apply(model, qat.Options(encoder=4, decoder=8, stem=8), work)
+    for module, expected in zip(schemes(result).items(), schemes_like(result, slim), strict=True):
+        assert same_bits(module[0].weight, fake_quantise(expected.weight, module[1]))
     told = work.record["qat"]
     assert told["weights"].keys() == {"4", "8"}
     assert 0 < told["error"]["8"] < told["error"]["4"] < 0.2
@@ -321,12 +321,12 @@ def test_trained_weights_lie_on_their_grids_and_the_loss_falls(scales, tiny_whis
 
 
 def test_training_stays_close_to_the_recipes_first_model(make_whisper, work, monkeypatch):
-    asked = []
-    monkeypatch.setattr(qat, "keep_term", lambda *given: asked.append(given[:2]))
+    calls = []
+    monkeypatch.setattr(qat, "keep_term", lambda *given: calls.append(given[:2]))
     original, model = make_whisper(), make_whisper()
     options = qat.Options(keep=0.7, training=Training(steps=1, batch_size=2))
     qat.apply(model, options, replace(work, original=original))
-    assert asked[0] == (original, 0.7)
+    assert calls[0] == (original, 0.7)
 
 
 def test_two_steps_share_the_layers(tiny_whisper, work):
@@ -334,9 +334,9 @@ def test_two_steps_share_the_layers(tiny_whisper, work):
     model = qat.apply(tiny_whisper, qat.Options(encoder=8, decoder=8), work)
     only = qat.Options(layers="*.decoder.*.fc?", decoder=4, training=BRIEF)
     model = qat.apply(model, only, work)
-    told = model.config.edgewhisper
-    assert set(told["encoder"][0]["bits"].values()) == {8}
-    assert {n for n, bits in told["decoder"][1]["bits"].items() if bits == 4} == {"fc1", "fc2"}
+    record = model.config.edgewhisper
+    assert set(record["encoder"][0]["bits"].values()) == {8}
+    assert {n for n, bits in record["decoder"][1]["bits"].items() if bits == 4} == {"fc1", "fc2"}
     for module, scheme in schemes(model).items():
         assert same_bits(fake_quantise(module.weight, scheme), module.weight)
 
@@ -352,17 +352,17 @@ def test_dead_structure_is_removed_before_quantisation_and_not_after(make_whispe
         model.model.encoder.layers[0].fc2.weight[:, :5] = 0
     model = qat.apply(model, qat.Options(encoder=4), work)
     assert model.config.edgewhisper["encoder"][0]["ffn"] == 43
-    with pytest.raises(Problem, match=r"shrink: \d+ weights of the model are quantised") as told:
+    with pytest.raises(Problem, match=r"shrink: \d+ weights of the model are quantised") as problem:
         shrink.apply(model, shrink.Options(), work)
-    assert "before" in told.value.hint
+    assert "before" in problem.value.hint
 
 
 def test_bits_survive_later_methods(tiny_whisper, work):
     model = qat.apply(tiny_whisper, qat.Options(encoder=4, stem=8, block=16), work)
     model = short.apply(model, short.Options(training=Training(steps=0)), work)
-    found = model.config.edgewhisper
-    assert (found["block"], found["stem_bits"], found["encoder"][1]["bits"]["fc2"]) == (16, 8, 4)
-    assert found["windows"] == [100, 200, 300]
+    result = model.config.edgewhisper
+    assert (result["block"], result["stem_bits"], result["encoder"][1]["bits"]["fc2"]) == (16, 8, 4)
+    assert result["windows"] == [100, 200, 300]
 
 
 MOVING = ["tspar", "imp", "wsap", "lite", "merge", "shear", "short", "shrink"]
@@ -374,9 +374,9 @@ def test_no_step_changes_quantised_input(method, tiny_whisper, work):
     model = qat.apply(tiny_whisper, qat.Options(encoder=32, decoder=32), work)  # the token table
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     module = importlib.import_module(METHODS[method])
-    with pytest.raises(Problem, match=f"{method}: 1 weights of the model are quantised") as told:
+    with pytest.raises(Problem, match=f"{method}: 1 weights of the model are quantised") as problem:
         module.apply(model, module.Options(), work)
-    assert f"put the step {method} before the one that quantises" in told.value.hint
+    assert f"put the step {method} before the one that quantises" in problem.value.hint
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert set(work.record) == {"qat"}
 
@@ -390,9 +390,9 @@ def test_quantised_weights_stay_on_their_grid_if_quantised_training_follows(
     some = qat.Precision(encoder=4, decoder=8, block=16)
     others = qat.Precision(layers="*.fc1", decoder=4, block=16, token_table=16)
     model = tiny_whisper
-    for method, told in ((first, some), (after, others)):
-        own = replace(work, run_dir=work.run_dir / f"{method}-{told.decoder}")
-        fields = {"quantise": told} if method == "kdq" else vars(told)
+    for method, record in ((first, some), (after, others)):
+        own = replace(work, run_dir=work.run_dir / f"{method}-{record.decoder}")
+        fields = {"quantise": record} if method == "kdq" else vars(record)
         module = importlib.import_module(METHODS[method])
         model = module.apply(model, module.Options(training=BRIEF, **fields), own)
     assert model.config.edgewhisper["decoder"][0]["bits"]["fc2"] == 8
@@ -447,8 +447,8 @@ def test_the_artifact_holds_the_checkpoints_weights_to_the_bit(
             if f".{side}." in name:
                 wide, plain = rows_of(module, model.config.d_model)
                 pairs = zip(wide, plain, strict=True)
-                wanted = operators[getattr(precision, side)]
-                assert all(wanted in rows[one] | rows[other] for one, other in pairs), name
+                expected = operators[getattr(precision, side)]
+                assert all(expected in rows[one] | rows[other] for one, other in pairs), name
     table = model.model.decoder.embed_tokens
     factors = [table.rows.weight, table.up.weight.T] if hasattr(table, "rows") else [table.weight]
     for factor in factors:
@@ -484,8 +484,8 @@ def test_logits_of_the_artifact_are_close_to_the_checkpoints(
     want = torch_steps(model, processor, pcm, [ids])[0]
     for precision, tolerance in (("fp32", 1e-3), ("int8", 0.1 * np.abs(want).max())):
         exported = export(model, processor, tmp_path / precision, precision)
-        found, _ = exported.step(ids, exported.no_past(), exported.encode(pcm))
-        assert np.abs(found - want).max() < tolerance
+        result, _ = exported.step(ids, exported.no_past(), exported.encode(pcm))
+        assert np.abs(result - want).max() < tolerance
 
 
 def test_layers_of_one_input_stored_alike_share_a_product(rng):
@@ -506,9 +506,9 @@ def test_layers_of_one_input_stored_alike_share_a_product(rng):
     ]
     outputs = [Spec(name, (1, 6, len(w))) for name, w in zip(names, weights, strict=True)]
     session = open_model(graph.model("test", [Spec("x", x.shape)], outputs))
-    for found, weight, scheme in zip(session.run(names, {"x": x}), weights, kinds, strict=True):
+    for result, weight, scheme in zip(session.run(names, {"x": x}), weights, kinds, strict=True):
         want = x @ fake_quantise(torch.from_numpy(weight), scheme).numpy().T
-        assert np.abs(found - want).max() < 0.05 * np.abs(want).max()
+        assert np.abs(result - want).max() < 0.05 * np.abs(want).max()
 
 
 def test_a_checkpoint_in_int4_has_the_documented_size(make_whisper, work, processor, tmp_path):
@@ -540,8 +540,8 @@ def test_export_removes_nothing_from_a_quantised_model(
     whisper.save(model, processor, tmp_path / "checkpoint", {})
     manifest = tmp_path / "clips.jsonl"
     lines = [json.loads(line) for line in clips.read_text().splitlines()[:1]]
-    told = [line | {"audio": str(clips.parent / line["audio"])} for line in lines]
-    manifest.write_text("\n".join(map(json.dumps, told)) + "\n")
+    record = [line | {"audio": str(clips.parent / line["audio"])} for line in lines]
+    manifest.write_text("\n".join(map(json.dumps, record)) + "\n")
     off = pipeline.Gating("off")  # a random model transcribes nothing
     given = str(tmp_path / "checkpoint"), "fp32", manifest, tmp_path / "artifact"
     out = pipeline.export(*given, gating=off)
@@ -553,7 +553,7 @@ def test_export_removes_nothing_from_a_quantised_model(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "record"),
     [
         ({"token_bits": 4}, r"token_bits is 4; it must be one of 8, 16, 32"),
         ({"stem_bits": 16}, r"stem_bits is 16; it must be one of 8, 32"),
@@ -567,7 +567,7 @@ def test_export_removes_nothing_from_a_quantised_model(
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_damaged_precisions_are_refused(change, told, tiny_whisper, work, tmp_path):
+def test_damaged_precisions_are_refused(change, record, tiny_whisper, work, tmp_path):
     model = qat.apply(tiny_whisper, qat.Options(), work)
     whisper.save(model, work.processor, tmp_path / "out", {})
     path = tmp_path / "out/config.json"
@@ -575,6 +575,6 @@ def test_damaged_precisions_are_refused(change, told, tiny_whisper, work, tmp_pa
     own = config["edgewhisper"]
     (own["encoder"][0] if "bits" in change else own).update(change)
     path.write_text(json.dumps(config))
-    with pytest.raises(Problem, match=told) as problem:
+    with pytest.raises(Problem, match=record) as problem:
         whisper.load(tmp_path / "out")
     assert "damaged" in problem.value.hint

@@ -46,8 +46,8 @@ def run(tmp_path):
 
         path = tmp_path / "x.mlpackage"
         save(program(g, specs, outputs, made), g.target, path, "operators")
-        found = open_package(path).predict(inputs)
-        return [found[spec.name] for spec in outputs]
+        result = open_package(path).predict(inputs)
+        return [result[spec.name] for spec in outputs]
 
     return run
 
@@ -81,8 +81,8 @@ def test_linear_layers_that_are_dense_low_rank_or_read_some_inputs(engine, rng, 
     g = Graph("fp32", "iOS16", channels_first=engine)
     chosen = aligned(g, layers) if engine else layers
     assert not engine or chosen[0].weight.shape == (64, 20)
-    (found,) = run(g, {"x": arranged(x, engine)}, lambda given: [linear(g, given["x"], chosen)])
-    assert np.allclose(plain(found, engine), x[..., kept] @ down.T @ up.T + bias, atol=1e-4)
+    (result,) = run(g, {"x": arranged(x, engine)}, lambda given: [linear(g, given["x"], chosen)])
+    assert np.allclose(plain(result, engine), x[..., kept] @ down.T @ up.T + bias, atol=1e-4)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(1, 1), (2, 33), (3, 5), (6, 64), (4, 17), (20, 64)])
@@ -116,12 +116,12 @@ def test_layer_norm_gelu_and_convolution_match_torch(engine, rng, run):
         y = y if engine else g.transpose(y, 0, 2, 1)
         return [layer_norm(g, y, weight, shift, 1e-5)]
 
-    (found,) = run(g, {"x": arranged(x, engine)}, work)
+    (result,) = run(g, {"x": arranged(x, engine)}, work)
     t = torch.from_numpy
     y = torch.nn.functional.conv1d(t(x).mT, t(kernel), t(bias), stride=2, padding=1)
     y = torch.nn.functional.gelu(y).mT
     want = torch.nn.functional.layer_norm(y, (4,), t(weight), t(shift))
-    assert np.allclose(plain(found, engine), want.numpy(), atol=1e-5)
+    assert np.allclose(plain(result, engine), want.numpy(), atol=1e-5)
 
 
 @ENGINE
@@ -132,9 +132,9 @@ def test_self_attention_matches_numpy(shared, engine, rng, run):
     q, k, v = (draw(rng, 1, 11, width) for width in (12, count * 4, count * 5))
     g = Graph("fp32", "iOS16", channels_first=engine)
     inputs = {name: arranged(x, engine) for name, x in zip("qkv", (q * 0.3, k, v), strict=True)}
-    (found,) = run(g, inputs, lambda x: [self_attention(g, x["q"], x["k"], x["v"], heads)])
+    (result,) = run(g, inputs, lambda x: [self_attention(g, x["q"], x["k"], x["v"], heads)])
     want = attend(in_heads(q, 3), in_heads(k, count), in_heads(v, count), heads.scale)
-    assert np.allclose(plain(found, engine), want, atol=1e-5)
+    assert np.allclose(plain(result, engine), want, atol=1e-5)
 
 
 @ENGINE
@@ -153,12 +153,12 @@ def test_cached_attention_matches_numpy(engine, rng, run):
 
     inputs = {"q": arranged(q * 0.5, engine), "mask": mask, "place": place}
     inputs |= dict(zip(("keys", "values", "key", "value"), (*caches, *new), strict=True))
-    found, keys = run(g, inputs, work)
+    result, keys = run(g, inputs, work)
     caches[..., here] = new[..., 0]
     assert np.array_equal(keys, caches[0])
-    seen = [cache[:, :, 0, : here + 1].swapaxes(1, 2) for cache in caches]
-    want = attend(in_heads(q, 2), in_heads(seen[0], 2), in_heads(seen[1], 2), heads.scale)
-    assert np.allclose(plain(found, engine), want, atol=1e-5)
+    visible = [cache[:, :, 0, : here + 1].swapaxes(1, 2) for cache in caches]
+    want = attend(in_heads(q, 2), in_heads(visible[0], 2), in_heads(visible[1], 2), heads.scale)
+    assert np.allclose(plain(result, engine), want, atol=1e-5)
 
 
 @ENGINE
@@ -177,14 +177,14 @@ def test_cross_attention_equals_attention_over_keys_and_values(engine, rng, run)
         return [mixed, mean_weights(g, [weights, weights], [[0, 2], [1]])]
 
     inputs = {"q": arranged(q * 0.3, engine), "states": states.swapaxes(1, 2)[:, :, None].copy()}
-    found, mean = run(g, inputs, work)
+    result, mean = run(g, inputs, work)
     keys = states @ key[0].weight.T @ key[1].weight.T + key[1].bias
     values = states[..., kept] @ value[0].weight.T + value[0].bias
     want = attend(in_heads(q, 3), in_heads(keys, 3), in_heads(values, 3), heads.scale)
-    assert np.allclose(plain(found, engine), want, atol=1e-4)
+    assert np.allclose(plain(result, engine), want, atol=1e-4)
     every = np.eye(positions)[None, :, None].repeat(3, axis=2).reshape(1, positions, -1)
-    told = attend(in_heads(q, 3), in_heads(keys, 3), in_heads(every, 3), heads.scale)
-    assert np.allclose(mean, told.reshape(3, positions).mean(0), atol=1e-6)
+    record = attend(in_heads(q, 3), in_heads(keys, 3), in_heads(every, 3), heads.scale)
+    assert np.allclose(mean, record.reshape(3, positions).mean(0), atol=1e-6)
 
 
 @ENGINE
@@ -202,8 +202,8 @@ def test_every_token_has_its_embedding_and_its_logit(factorised, engine, rng, ru
         assert [part.shape[0] < 8 for part in parts] == ([True] * 4 if engine else [False])
         return [made.look_up(given["ids"]), made.logits(given["x"])]
 
-    found, logits = run(g, {"ids": np.array([token], np.int32), "x": x}, work)
-    assert np.allclose(found, table[[token]], atol=1e-5)
+    result, logits = run(g, {"ids": np.array([token], np.int32), "x": x}, work)
+    assert np.allclose(result, table[[token]], atol=1e-5)
     assert np.allclose(logits, x @ table.T, atol=1e-4)
 
 

@@ -66,10 +66,10 @@ def drawn(rng: np.random.Generator) -> SimpleNamespace:
     def floats(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float16)
 
-    found = {name: floats(*SIZES[name]) for name in "xy"}
-    found |= {"ids": rng.integers(0, 9, 5, np.int32), "at": rng.integers(0, 4, 1, np.int32)}
+    result = {name: floats(*SIZES[name]) for name in "xy"}
+    result |= {"ids": rng.integers(0, 9, 5, np.int32), "at": rng.integers(0, 4, 1, np.int32)}
     return SimpleNamespace(
-        **found,
+        **result,
         w=floats(7, 6),
         b=floats(7),
         table=floats(9, 3),
@@ -120,10 +120,10 @@ def comparison(kind: str, want: Callable) -> tuple[Callable, Callable]:
 
 def logical(kind: str, want: Callable) -> tuple[Callable, Callable]:
     def build(b, v, n):
-        found = getattr(b, kind)(
+        result = getattr(b, kind)(
             x=b.greater(x=v.x, y=v.y), y=b.less(x=v.x, y=n.gamma.astype(n.dtype))
         )
-        return b.cast(x=found, dtype="int32")
+        return b.cast(x=result, dtype="int32")
 
     return build, lambda n: want(n.x > n.y, n.x < n.gamma)
 
@@ -421,7 +421,7 @@ def one_program(folder: Path, cases: dict, target: str, precision: str, numbers)
 def results(tmp_path_factory, module_seed) -> dict[str, tuple]:
     """Return the results of every case: in float32, in float16, and numpy's."""
     folder, rng = tmp_path_factory.mktemp("operations"), np.random.default_rng(module_seed)
-    found = {}
+    result = {}
     for target, cases in (("iOS17", CASES), ("iOS18", CASES_18)):
         numbers = drawn(rng)
         feed = {name: getattr(numbers, name) for name in SIZES}
@@ -436,8 +436,8 @@ def results(tmp_path_factory, module_seed) -> dict[str, tuple]:
         }
         for name, (_, want) in cases.items():
             key = f"{name}_"
-            found[name] = single[key], half[key], np.asarray(want(SimpleNamespace(**exact)))
-    return found
+            result[name] = single[key], half[key], np.asarray(want(SimpleNamespace(**exact)))
+    return result
 
 
 @pytest.mark.parametrize("case", [*CASES, *CASES_18])
@@ -644,7 +644,7 @@ def products(forms: dict[str, Callable]) -> Callable:
 def weights(tmp_path_factory, module_seed) -> dict[str, tuple]:
     """Products with every compressed constant, and with what coremltools makes of it."""
     folder, rng = tmp_path_factory.mktemp("constants"), np.random.default_rng(module_seed)
-    found: dict[str, tuple] = {}
+    result: dict[str, tuple] = {}
     for target, forms in (("iOS16", forms_16(rng)), ("iOS18", forms_18(rng))):
         path = write(folder / f"{target}.mlpackage", [tensor((24, 20))], products(forms), target)
         plain = folder / f"{target}-plain.mlpackage"
@@ -656,8 +656,8 @@ def weights(tmp_path_factory, module_seed) -> dict[str, tuple]:
         assert forms_left == [IN_USE[target], set()]
         feed = {"x": rng.standard_normal((24, 20))}
         ours, theirs = (program.predict(feed) for program in programs)
-        found |= {name: (ours[name], theirs[name]) for name in forms}
-    return found
+        result |= {name: (ours[name], theirs[name]) for name in forms}
+    return result
 
 
 @pytest.mark.parametrize("form", [*FORMS_16, *FORMS_18])
@@ -696,10 +696,10 @@ def test_states_last_from_step_to_step(remembers, rng):
     cache, total = np.zeros((1, 4, 8), np.float16), np.zeros((1, 4, 1), np.float16)
     for at in rng.integers(0, 8, 12):
         column = rng.standard_normal((1, 4, 1)).astype(np.float16)
-        found = remembers.predict({"column": column, "at": np.array([at])}, state)
+        result = remembers.predict({"column": column, "at": np.array([at])}, state)
         cache[:, :, at : at + 1], total = column, total + column
-        assert np.array_equal(found["doubled"], cache * 2)
-        assert np.array_equal(found["summed"], total)
+        assert np.array_equal(result["doubled"], cache * 2)
+        assert np.array_equal(result["summed"], total)
         assert np.array_equal(state["cache"].numpy(), cache)
     assert not remembers.new_state()["cache"].any(), "a new text begins with nothing"
 
@@ -707,8 +707,8 @@ def test_states_last_from_step_to_step(remembers, rng):
 def test_inputs_and_outputs_belong_to_the_caller(remembers, rng):
     state, column = remembers.new_state(), rng.standard_normal((1, 4, 1)).astype(np.float16)
     feed = {"column": column.copy(), "at": np.array([3])}
-    found = remembers.predict(feed, state)
-    feed["column"][:] = found["summed"][:] = 7
+    result = remembers.predict(feed, state)
+    feed["column"][:] = result["summed"][:] = 7
     assert np.array_equal(state["total"].numpy(), column)
 
 
@@ -767,8 +767,8 @@ def test_a_trace_names_every_result_and_spent_values_are_freed(tmp_path):
         alive.append(weakref.ref(value))
         most.append(sum(one() is not None for one in alive))
 
-    found = program.predict({"x": np.zeros(64)}, trace=trace)
-    assert next(iter(found.values())).tolist() == [9] * 64
+    result = program.predict({"x": np.zeros(64)}, trace=trace)
+    assert next(iter(result.values())).tolist() == [9] * 64
     assert len(most) == 9 and max(most) == 2
 
 
@@ -790,8 +790,8 @@ def two_functions(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("function, factor", [(None, 2), ("twice", 2), ("thrice", 3)])
 def test_one_of_several_functions_is_run(function, factor, two_functions):
-    found = open_package(two_functions, function).predict({"x": np.arange(3)})
-    assert found["y"].tolist() == [0, factor, 2 * factor]
+    result = open_package(two_functions, function).predict({"x": np.arange(3)})
+    assert result["y"].tolist() == [0, factor, 2 * factor]
 
 
 def test_an_unknown_function_is_refused(two_functions):

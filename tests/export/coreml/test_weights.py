@@ -110,11 +110,11 @@ def test_a_checkpoint_on_its_grid_gets_the_codes_of_its_grid(bits, per, rng):
     scheme = Scheme(bits, per=per)
     drawn = torch.from_numpy(rng.standard_normal((30, 80)).astype(np.float32))
     rows = fake_quantise(drawn, scheme)
-    wanted, scales = quantise(rows, scheme)
+    expected, scales = quantise(rows, scheme)
     codes, scale = (forms.int4 if bits == 4 else forms.int8)(rows.numpy(), scheme)
-    assert np.array_equal(codes, wanted.numpy())
+    assert np.array_equal(codes, expected.numpy())
     wide = scale.reshape(30, -1).astype(np.float64).repeat(80 // (scale.size // 30), axis=1)
-    exact = dequantise(wanted, scales, scheme).numpy()
+    exact = dequantise(expected, scales, scheme).numpy()
     assert np.abs(codes * wide - exact).max() <= 2**-10 * np.abs(exact).max()
 
 
@@ -131,8 +131,8 @@ def least_error(values, count):
 
 def error(rows, indices, numbers):
     groups = indices.reshape(len(numbers), -1)
-    found = np.take_along_axis(numbers.astype(np.float64), groups.astype(int), axis=1)
-    return np.square(found - rows.reshape(len(numbers), -1)).sum(1)
+    result = np.take_along_axis(numbers.astype(np.float64), groups.astype(int), axis=1)
+    return np.square(result - rows.reshape(len(numbers), -1)).sum(1)
 
 
 def test_a_palette_is_close_to_the_optimum(rng, monkeypatch):
@@ -199,7 +199,7 @@ def test_a_program_reads_the_stored_weight(precision, target, shape, transposed,
     made = program(g, [given], [Spec("y", turned.shape, "float16")], work)
     save(made, target, tmp_path / "x.mlpackage", "a weight")
     opened = open_package(tmp_path / "x.mlpackage")
-    found = opened.predict({"x": np.zeros(1, np.float16)})["y"]
+    result = opened.predict({"x": np.zeros(1, np.float16)})["y"]
     rows = weight.reshape(len(weight), -1)
     form = form_of(precision, None, kernel, rows.shape[1])
     if form.name == "int8":
@@ -213,6 +213,6 @@ def test_a_program_reads_the_stored_weight(precision, target, shape, transposed,
         indices, numbers = forms.palettes(rows, form.bits, groups)
         want = np.take_along_axis(numbers, indices.reshape(groups, -1).astype(int), axis=1)
     want = want.astype(np.float16).reshape(shape)
-    assert np.array_equal(found, want.swapaxes(0, 1) if transposed else want)
-    assert not found[turned == 0].any()
+    assert np.array_equal(result, want.swapaxes(0, 1) if transposed else want)
+    assert not result[turned == 0].any()
     assert list(g.stored.values()) == [weight.size]

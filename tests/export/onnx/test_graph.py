@@ -142,8 +142,8 @@ def test_joint_and_separate_linear_layers_match_single_ones(kinds, together, pre
     branches = [random_layers(rng, kind) for kind in kinds]
     x, graph = draw(rng, 1, 6, 20), Graph(precision)
     names = together(graph, "x", branches)
-    found = run(graph, {"x": x}, dict.fromkeys(names, (1, 6, 11)))
-    for got, branch in zip(found, branches, strict=True):
+    result = run(graph, {"x": x}, dict.fromkeys(names, (1, 6, 11)))
+    for got, branch in zip(result, branches, strict=True):
         want = apply(x, branch)
         tolerance = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.05, "int4": 0.3}[precision]
         assert np.abs(got - want).max() < tolerance * max(10, np.abs(want).max())
@@ -172,8 +172,8 @@ def test_computing_in_pieces_changes_nothing(pieces, rng):
     x, layers = draw(rng, 1, length, 20), random_layers(rng, "dense")
     graph = Graph("fp32")
     y = in_pieces(graph, "x", pieces, lambda piece: linear(graph, piece, layers))
-    found = run(graph, {"x": x}, {y: (1, x.shape[1], 11)})[0]
-    assert np.abs(found - apply(x, layers)).max() < 1e-4
+    result = run(graph, {"x": x}, {y: (1, x.shape[1], 11)})[0]
+    assert np.abs(result - apply(x, layers)).max() < 1e-4
 
 
 def test_no_piece_of_any_window_is_empty(rng):
@@ -195,17 +195,17 @@ def test_look_ups_and_logits_use_one_stored_table(precision, rng):
     rows, logits = table.look_up("ids"), table.logits("x")
     stored = graph.model("test", [], []).graph.initializer
     assert sum(len(tensor.raw_data) >= weight.size for tensor in stored) == 1
-    found = run(graph, {"ids": ids, "x": x}, {rows: (1, 5, 8), logits: (1, 1, 40)})
+    result = run(graph, {"ids": ids, "x": x}, {rows: (1, 5, 8), logits: (1, 1, 40)})
     if precision in ("int8", "int4"):
         columns = column_scales(weight)
         q, scale = quantise(weight / columns)
         weight = q * scale[:, None] * columns
     if precision == "fp16":
         weight = weight.astype(np.float16).astype(np.float32)
-    assert np.allclose(found[0], weight[ids], atol=1e-6)
+    assert np.allclose(result[0], weight[ids], atol=1e-6)
     rounded = 0.02 * np.abs(x).max() * np.abs(weight).sum(1).max()
     tolerance = rounded if graph.quantises else 1e-5
-    assert np.abs(found[1] - x @ weight.T).max() < tolerance
+    assert np.abs(result[1] - x @ weight.T).max() < tolerance
 
 
 def test_a_large_column_of_a_table_does_not_reduce_the_precision_of_others(rng):
@@ -330,12 +330,12 @@ def test_cross_attention_over_the_encoder_cache(heads, new, precision, rng):
     y = cross_attention(graph, "q", cache, ["a", "b"], lengths, heads, bias)
     want = attend(*(in_heads(x, heads.count) for x in (q, keys, values)), heads.scale)
     inputs = {"q": q, "keys": keys, "values": values, "ids": np.zeros((1, new), np.int64)}
-    (found,) = run(graph, inputs, {y: want.shape})
+    (result,) = run(graph, inputs, {y: want.shape})
     size = np.abs(values).max()
     # int8: a key is off by 1/254 of its channel's largest, and so is a value
     spread = heads.scale * np.abs(q).sum(-1).max() * np.abs(keys).max() / 254
     allowed = 1e-5 if precision == "fp32" else 1 / 254 + 2 * spread
-    assert np.abs(found - want).max() < allowed * size
+    assert np.abs(result - want).max() < allowed * size
 
 
 @SHAPES
@@ -356,9 +356,9 @@ def test_cached_attention(heads, past, new, rng):
     )
     want = attend(in_heads(x["q"], heads.count), keys, values, heads.scale, first=past)
     shape = (1, heads.count, room, heads.cache_dim)
-    found = run(graph, x, {y: want.shape, "keys": shape, "values": shape})
-    assert np.allclose(found[0], want, atol=1e-5)
-    for got, expected in zip(found[1:], (keys, values), strict=True):
+    result = run(graph, x, {y: want.shape, "keys": shape, "values": shape})
+    assert np.allclose(result[0], want, atol=1e-5)
+    for got, expected in zip(result[1:], (keys, values), strict=True):
         assert np.allclose(got[:, :, : past + new, : expected.shape[3]], expected, atol=1e-6)
 
 
@@ -387,9 +387,11 @@ def test_log_mel_matches_the_feature_extractor(n_mels, seconds, rng):
     for name, pcm in sounds(rng, extractor.n_samples).items():
         pcm = pcm.astype(np.float32)
         want = extractor(pcm, sampling_rate=16000, return_tensors="np").input_features
-        found = run(graph, {"pcm": pcm[None]}, {"log_mel": shape})[0]
-        assert found.shape == want.shape
-        assert np.abs(found - want).max() < 1e-3, name  # float32 near the clamp: 4e-4 was seen
+        result = run(graph, {"pcm": pcm[None]}, {"log_mel": shape})[0]
+        assert result.shape == want.shape
+        assert np.abs(result - want).max() < 1e-3, (
+            name
+        )  # float32 close to the clamp: 4e-4 was measured
 
 
 def test_node_names_identify_the_front_end():

@@ -64,9 +64,9 @@ def test_the_default_checkpoint_gives_the_same_tokens(
     exported = export(model, processor, tmp_path, precision)
     pcms = [clip.pcm() for clip in read_manifest(clips)[:10]]
     samples = processor.feature_extractor.n_samples
-    found = [exported.greedy(np.pad(pcm[:samples], (0, samples - len(pcm)))) for pcm in pcms]
+    result = [exported.greedy(np.pad(pcm[:samples], (0, samples - len(pcm)))) for pcm in pcms]
     want = decoding.greedy(model, processor, pcms)
-    equal = sum(one == other for one, other in zip(found, want, strict=True))
+    equal = sum(one == other for one, other in zip(result, want, strict=True))
     assert equal >= {"fp32": 10, "fp16": 10, "int8": 9, "int4": 7}[precision]
     assert any(want)
 
@@ -77,12 +77,12 @@ def test_contract_and_graphs_agree(precision, make_whisper, processor, rng, tmp_
     exported = export(model, processor, tmp_path, precision)
     for name, opened in (("encoder", exported.encoder), ("decoder", exported.decoder)):
         contract = exported.manifest["contract"][name]
-        for side, found in (("inputs", opened.get_inputs()), ("outputs", opened.get_outputs())):
+        for side, result in (("inputs", opened.get_inputs()), ("outputs", opened.get_outputs())):
             types = {"float32": "tensor(float)"}
             types |= {kind: f"tensor({kind})" for kind in ("int8", "int32", "int64")}
             assert [
                 (spec["name"], spec["shape"], types[spec["dtype"]]) for spec in contract[side]
-            ] == [(value.name, value.shape, value.type) for value in found]
+            ] == [(value.name, value.shape, value.type) for value in result]
     decoder = exported.manifest["contract"]["decoder"]
     shape = model.config.edgewhisper["decoder"][1]["self_attn"]
     by_name = {spec["name"]: spec["shape"] for spec in decoder["inputs"] + decoder["outputs"]}
@@ -113,8 +113,8 @@ def test_shapes_of_a_slim_model_match_its_config(make_whisper, rng):
     slim = irregular(make_whisper, rng)
     shapes = layer_shapes(slim)
     for side in ("encoder", "decoder"):
-        for found, want in zip(shapes[side], slim.config.edgewhisper[side], strict=True):
-            assert found | {"ranks": {}} == want
+        for result, want in zip(shapes[side], slim.config.edgewhisper[side], strict=True):
+            assert result | {"ranks": {}} == want
     assert shapes["encoder"][0]["ranks"] == {"fc2": 3}
     assert shapes["decoder"][1]["ranks"] == {"self_attn.out_proj": 2}
 
@@ -130,7 +130,7 @@ def test_int8_weights_are_those_of_quantise(tiny_whisper, processor, tmp_path):
     """The files hold every matrix of the blocks and the token table as quantise returns them."""
     export_onnx(tiny_whisper, processor, tmp_path, "int8")
     arrays = stored(tmp_path / "encoder.onnx") + stored(tmp_path / "decoder.onnx")
-    found = {array.tobytes() for array in arrays if array.dtype == np.int8 and array.ndim == 2}
+    result = {array.tobytes() for array in arrays if array.dtype == np.int8 and array.ndim == 2}
 
     def weights(*modules):
         return np.concatenate([module.weight.detach().numpy() for module in modules])
@@ -149,7 +149,7 @@ def test_int8_weights_are_those_of_quantise(tiny_whisper, processor, tmp_path):
         else:
             expected += map(weights, together)
     columns = {quantise(weight)[0].T.tobytes() for weight in expected}
-    assert found == columns | {quantise(table)[0].tobytes()}
+    assert result == columns | {quantise(table)[0].tobytes()}
 
 
 def expected_bytes(model, precision):
@@ -178,8 +178,8 @@ def test_nothing_is_stored_twice(precision, make_whisper, processor, tmp_path):
     arrays = stored(tmp_path / "encoder.onnx") + stored(tmp_path / "decoder.onnx")
     # no parameters: mel filters, a period of sine and cosine, windows, a zero bias for each k_proj
     extra = 4 * 202 * 80 + 8 * (400 + 400 + 400) + 4 * 64 * 6
-    found = sum(array.nbytes for array in arrays)
-    assert found == pytest.approx(expected_bytes(model, precision) + extra, abs=4000)
+    result = sum(array.nbytes for array in arrays)
+    assert result == pytest.approx(expected_bytes(model, precision) + extra, abs=4000)
     table = model.model.decoder.embed_tokens.weight.shape
     assert sum(array.shape == table for array in arrays) == 1
 
@@ -217,8 +217,8 @@ def test_positions_that_are_not_sinusoids_are_stored(make_whisper, processor, rn
     assert sum(array.shape == (300, 32) for array in stored(tmp_path / "encoder.onnx")) == 1
     pcm = window(processor, rng)
     want = torch_steps(model, processor, pcm, [[375, 5]])[0]
-    found, _ = exported.step([375, 5], exported.no_past(), exported.encode(pcm))
-    assert np.abs(found - want).max() < TOLERANCE
+    result, _ = exported.step([375, 5], exported.no_past(), exported.encode(pcm))
+    assert np.abs(result - want).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("width", [2, 32, 384, 1280])
@@ -229,11 +229,11 @@ def test_computed_positions_match_whispers(width, tmp_path):
     name = g.name(sinusoids(g, g.constant([1500]), sinusoid_rates(width)), "positions")
     graph = g.model("positions", [], [Spec(name, (1500, width))])
     onnx.save(graph, tmp_path / "x.onnx")
-    found = session(tmp_path / "x.onnx").run(None, {})[0]
+    result = session(tmp_path / "x.onnx").run(None, {})[0]
     # a sine of up to 1500 radians; transformers' own table has nothing to say at width 2
     if width > 2:
-        assert np.abs(found - sinusoids(1500, width).numpy()).max() < 1e-6
-    assert np.isfinite(found).all()
+        assert np.abs(result - sinusoids(1500, width).numpy()).max() < 1e-6
+    assert np.isfinite(result).all()
 
 
 def test_the_tokenizer_is_saved_without_indentation(tiny_whisper, processor, tmp_path):
@@ -255,8 +255,10 @@ def test_the_encoder_graph_has_the_front_ends_tensor(tiny_whisper, processor, rn
     graph, inputs, _ = encoder_graph(tiny_whisper, processor.feature_extractor, "int8")
     onnx.save(graph.model("mel", inputs, [Spec("log_mel", (1, 80, 600))]), tmp_path / "x.onnx")
     pcm = window(processor, rng)
-    found = session(tmp_path / "x.onnx").run(None, {"pcm": pcm[None]})[0]
-    assert np.abs(found - decoding.log_mel(processor.feature_extractor, [pcm]).numpy()).max() < 2e-4
+    result = session(tmp_path / "x.onnx").run(None, {"pcm": pcm[None]})[0]
+    assert (
+        np.abs(result - decoding.log_mel(processor.feature_extractor, [pcm]).numpy()).max() < 2e-4
+    )
 
 
 # ---------------------------------------------------------------------------- tokens and decoding
