@@ -26,11 +26,8 @@ AGAIN = "export it again, or copy the whole folder again"
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """Write manifest.json with the hash and size of every other file in the folder.
-
-    Adds the keys `format` and `files` to `manifest`, so that it equals what `read_manifest`
-    returns.
-    """
+    """Write manifest.json with the hash and size of every other file in the folder. Adds the keys
+    `format` and `files` to `manifest`, so that it equals what `read_manifest` returns."""
     detects = (manifest.get("decoding") or {}).get("language") == "auto"
     manifest["format"] = AUTO_FORMAT if detects else FORMAT
     manifest["files"] = {
@@ -44,11 +41,9 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the content of manifest.json. The listed files are not checked; see `verify`.
-
-    Raises Problem if the folder holds no artifact, the manifest is not JSON or has an unknown
-    format, a field is missing, or a file name points outside the folder.
-    """
+    """Return the content of manifest.json. The listed files are not checked; see `verify`. Raises
+    Problem if the folder holds no artifact, the manifest is not JSON or has an unknown format, a
+    field is missing, or a file name points outside the folder."""
     path = Path(directory) / MANIFEST
     try:
         if path.exists() and not path.is_file():
@@ -74,10 +69,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Check the size and hash of every file and return the manifest.
-
-    Raises Problem as `read_manifest` does, and for the first file that is missing or has changed.
-    """
+    """Check the size and hash of every file and return the manifest. Raises Problem as
+    `read_manifest` does, and for the first file that is missing or has changed."""
     directory = Path(directory)
     manifest = read_manifest(directory)
     for name, expected in manifest["files"].items():

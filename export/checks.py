@@ -13,11 +13,9 @@ from export.tokens import token_bytes
 
 
 def check(model: nn.Module, processor: Any) -> None:
-    """Raise Problem if the exported graphs could not represent the model exactly.
-
-    Checks the activation, the tied token table, the window of the feature extractor, the prompt in
-    the generation config, and that every token represents bytes.
-    """
+    """Raise Problem if the exported graphs could not represent the model exactly. Checks the
+    activation, the tied token table, the window of the feature extractor, the prompt in the
+    generation config, and that every token represents bytes."""
     check_model(model)
     check_window(model, processor.feature_extractor)
     decoding_rules(model)
@@ -26,8 +24,7 @@ def check(model: nn.Module, processor: Any) -> None:
 
 def check_model(model: nn.Module) -> None:
     """Raise Problem unless the model has the exact GELU and one table for input and output
-    tokens.
-    """
+    tokens."""
     if model.config.activation_function != "gelu":
         raise Problem(
             f"the model's activation is {model.config.activation_function!r}; "
@@ -44,8 +41,7 @@ def check_model(model: nn.Module) -> None:
 
 def check_window(model: nn.Module, extractor: Any) -> None:
     """Raise Problem unless the feature extractor has the model's window: two mel frames per encoder
-    position.
-    """
+    position."""
     expected = 2 * model.config.max_source_positions * extractor.hop_length
     if extractor.n_samples != expected:
         raise Problem(

@@ -28,11 +28,9 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Return the number of parameters in total, in the tied token table, and in the rest.
-
-    Each tensor counts once. Fixed positions count, as in Whisper's published sizes; gather indices
-    do not.
-    """
+    """Return the number of parameters in total, in the tied token table, and in the rest. Each
+    tensor counts once. Fixed positions count, as in Whisper's published sizes; gather indices do
+    not."""
     total = sum(parameter.numel() for parameter in model.parameters())
     table = sum(p.numel() for p in model.model.decoder.embed_tokens.parameters())
     return {"total": total, "token_table": table, "rest": total - table}
@@ -46,11 +44,9 @@ def macs_by_window(model: nn.Module, context: int = 32) -> dict[str, dict[str, i
 def macs(
     model: nn.Module, context: int = 32, positions: int | None = None, cached: bool = True
 ) -> dict[str, int]:
-    """Return the MACs of one window and of one token; see the module's docstring.
-
-    `positions` is the number of encoder positions, by default those of the full window. Without
-    `cached`, every token pays for the encoder's keys and values, as in the Core ML packages.
-    """
+    """Return the MACs of one window and of one token; see the module's docstring. `positions` is
+    the number of encoder positions, by default those of the full window. Without `cached`, every
+    token pays for the encoder's keys and values, as in the Core ML packages."""
     encoder, decoder = model.model.encoder, model.model.decoder
     positions = positions or model.config.max_source_positions
     attend = _cached_cross if cached else _cross
@@ -119,7 +115,6 @@ def _pair(attention: nn.Module) -> int:
 
 def _weights(module: nn.Module, names: tuple[str, ...]) -> int:
     """Return the number of elements in the weight matrices of these linear layers, without
-    biases.
-    """
+    biases."""
     linears = [getattr(module, name) for name in names]
     return sum(p.numel() for linear in linears for p in linear.parameters() if p.dim() == 2)

@@ -21,9 +21,7 @@ def cached(name: str) -> Path:
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `out`, which becomes `out` if the block raises no error.
-
-    Raises Problem if `out` exists or cannot be written. The temporary folder is always removed.
-    """
+    Raises Problem if `out` exists or cannot be written. The temporary folder is always removed."""
     out = Path(out)
     if out.exists():
         raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
@@ -42,8 +40,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file that becomes `path`, like `new_directory`; it may replace an older
-    file.
-    """
+    file."""
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,11 +68,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def leads_out(path: Path) -> bool:
-    """Return whether a file is a link to anything but a blob of its own Hugging Face hub cache.
-
-    In that cache, MODEL/snapshots/REVISION/.../NAME is a link to MODEL/blobs/HASH. The runner has a
-    copy in devices/runner/engines/links.py, because it must not import this package.
-    """
+    """Return whether a file is a link to anything but a blob of its own Hugging Face hub cache. In
+    that cache, MODEL/snapshots/REVISION/.../NAME is a link to MODEL/blobs/HASH. The runner has a
+    copy in devices/runner/engines/links.py, because it must not import this package."""
     if not path.is_symlink():
         return False
     model = next(
@@ -86,9 +81,7 @@ def leads_out(path: Path) -> bool:
 
 
 def stays_inside(name: str) -> bool:
-    """Return whether a relative file name stays inside its folder, on POSIX and on Windows.
-
-    The runner has a copy in devices/runner/engines/contract.py, like that of `leads_out`.
-    """
+    """Return whether a relative file name stays inside its folder, on POSIX and on Windows. The
+    runner has a copy in devices/runner/engines/contract.py, like that of `leads_out`."""
     parts = name.replace("\\", "/").split("/")
     return all(part not in ("", ".", "..") for part in parts) and not {":", "\0"} & set(name)

@@ -50,11 +50,9 @@ def known_languages(generation: Any) -> list[str]:
 
 
 def named_language(generation: Any) -> str | None:
-    """Return the code of the language that generation_config names, None if it names none.
-
-    The config names it by `language` or, in older versions, by `forced_decoder_ids`. Raises Problem
-    if the model has no token for it.
-    """
+    """Return the code of the language that generation_config names, None if it names none. The
+    config names it by `language` or, in older versions, by `forced_decoder_ids`. Raises Problem if
+    the model has no token for it."""
     if not is_multilingual(generation):
         return None
     named = getattr(generation, "language", None)
@@ -72,10 +70,8 @@ LANGUAGE_POSITION, TASK_POSITION = 1, 2
 
 def forced_ids(forced: Any) -> dict[int, int]:
     """Return position -> id of `forced_decoder_ids`, by which older configs name language and task.
-
     Entries that are not pairs of integers are skipped; among them are null ids, which force
-    nothing.
-    """
+    nothing."""
     pairs = forced if isinstance(forced, list | tuple) else ()
     return {
         pair[0]: pair[1]
@@ -85,11 +81,9 @@ def forced_ids(forced: Any) -> dict[int, int]:
 
 
 def language_or_auto(generation: Any, spoken: str | None = None) -> str | None:
-    """Return the code of the language that prompts the model for speech in `spoken`.
-
-    Returns AUTO if the language has to be detected, and None if the model knows English only.
-    Raises Problem as `named_language` does.
-    """
+    """Return the code of the language that prompts the model for speech in `spoken`. Returns AUTO
+    if the language has to be detected, and None if the model knows English only. Raises Problem as
+    `named_language` does."""
     if not is_multilingual(generation):
         return None
     if spoken is not None and has_token(generation, spoken):
@@ -113,8 +107,7 @@ def task_of(generation: Any) -> str:
 
 def prompt_ids(generation: Any, spoken: str | None = None) -> list[int]:
     """Return the prompt: start, language and task if the model is multilingual, and no
-    timestamps.
-    """
+    timestamps."""
     prompt = [generation.decoder_start_token_id]
     code = language_for(generation, spoken)
     if code is not None:
@@ -125,10 +118,8 @@ def prompt_ids(generation: Any, spoken: str | None = None) -> list[int]:
 
 
 def no_speech_id(generation: Any) -> int | None:
-    """Return the token whose probability after the start token is that of no speech.
-
-    It is the token before no_timestamps_token_id.
-    """
+    """Return the token whose probability after the start token is that of no speech. It is the
+    token before no_timestamps_token_id."""
     no_timestamps = getattr(generation, "no_timestamps_token_id", None)
     return None if no_timestamps is None else no_timestamps - 1
 
@@ -142,8 +133,7 @@ def timestamp_ids(generation: Any, vocab_size: int) -> range:
 
 def only_language(generation: Any, spoken: Iterable[str]) -> str | None:
     """Return the code of the one language of all this speech, None if the model has no token for it
-    or there are several.
-    """
+    or there are several."""
     codes = {language_code(language) for language in spoken}
     code = codes.pop() if len(codes) == 1 else None
     return code if code is not None and has_token(generation, code) else None

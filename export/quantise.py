@@ -55,11 +55,8 @@ class Scheme:
 
 def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Quantise a weight (eq. 1): (out, in) -> codes (out, in) int8 or int16, scales (out, blocks)
-    float32.
-
-    A row is one block, except in 4 bits, where the last block may be shorter. A block of zeros has
-    codes of zero and scale 1.
-    """
+    float32. A row is one block, except in 4 bits, where the last block may be shorter. A block of
+    zeros has codes of zero and scale 1."""
     codes, scale = _codes(_in_blocks(weight.float(), scheme), scheme)
     whole = codes.flatten(1)[:, : weight.shape[1]]
     return whole.to(torch.int16 if scheme.bits == 16 else torch.int8), scale.squeeze(2)
@@ -108,16 +105,13 @@ def _scales(blocks: Tensor, scheme: Scheme) -> Tensor:
 
 def _round_up(x: Tensor, away: int) -> Tensor:
     """Round magnitudes up to the next float whose bits `away` are zero; a carry increases the
-    exponent.
-    """
+    exponent."""
     return ((x.view(torch.int32) + away) & ~away).view(torch.float32)
 
 
 def pack(codes: Tensor, scheme: Scheme) -> Tensor:
     """Pack 4-bit codes (out, in) into (out, blocks, block / 2) uint8, as MatMulNBits reads them.
-
-    Each code is stored plus 8, the earlier of two in the low half. Padding has the code zero.
-    """
+    Each code is stored plus 8, the earlier of two in the low half. Padding has the code zero."""
     shifted = (_in_blocks(codes.float(), scheme) + 8).to(torch.uint8)
     return shifted[..., 0::2] | shifted[..., 1::2] << 4
 
@@ -127,10 +121,8 @@ def pack(codes: Tensor, scheme: Scheme) -> Tensor:
 
 def schemes(model: nn.Module) -> dict[nn.Module, Scheme]:
     """Return how the weights of a model's modules are stored, as config.edgewhisper names it.
-
     Layers, token table and stem that the config does not name are missing from the result; the
-    precision of the export decides for them.
-    """
+    precision of the export decides for them."""
     config = getattr(model.config, "edgewhisper", None) or {}
     common = {"per": config.get("scales", "channel"), "block": config.get("block", Scheme.block)}
     result: dict[nn.Module, Scheme] = {}
@@ -157,8 +149,7 @@ def schemes(model: nn.Module) -> dict[nn.Module, Scheme]:
 
 def is_quantised(model: nn.Module) -> bool:
     """Return whether some weights lie on quantisation grids, which removing rows or columns could
-    shift.
-    """
+    shift."""
     return any(scheme.bits < 32 for scheme in schemes(model).values())
 
 

@@ -42,8 +42,7 @@ ATTENTIONS = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn"
 @dataclass(frozen=True)
 class Shrunk:
     """A smaller model: its complete state dict and the shapes of its layers
-    (config.edgewhisper).
-    """
+    (config.edgewhisper)."""
 
     tensors: dict[str, Tensor]
     layers: dict[str, Any]
@@ -78,8 +77,7 @@ class Affine:
 
     def fold(self, dropped: Tensor, values: Tensor) -> Affine:
         """Add the contribution of dropped inputs to the bias; input `dropped[n]` is always
-        `values[n]`.
-        """
+        `values[n]`."""
         if self.bias is None or len(dropped) == 0:
             return self
         share = self.down[:, dropped].double() @ values.double()
@@ -117,8 +115,7 @@ def _shrink_layer(
     layer: nn.Module, attentions: tuple[str, ...], round_to: int
 ) -> tuple[dict[str, Affine], dict[str, Any], dict[str, list[int]]]:
     """Return the remaining linear layers of one block by name, its shape (yet without inputs), and
-    the heads kept in each attention.
-    """
+    the heads kept in each attention."""
     linears: dict[str, Affine] = {}
     shape: dict[str, Any] = {}
     heads: dict[str, list[int]] = {}
@@ -187,17 +184,14 @@ def _live_heads(idle_v: Tensor, size_v: Tensor) -> Tensor:
 
 def _channels(alive: Tensor, idle: Tensor, size: Tensor, round_to: int) -> Tensor:
     """Return the rows of a projection to keep, ascending: the same number of channels for every
-    live head.
-    """
+    live head."""
     kept = _select(idle[alive], size[alive], round_to)
     return (alive[:, None] * idle.shape[1] + kept).flatten()
 
 
 def _select(idle: Tensor, size: Tensor, round_to: int) -> Tensor:
-    """Return which columns of each group to keep: all live ones, then the largest dead ones.
-
-    idle, size (groups, n) -> (groups, kept), ascending. `kept` is uniform, rounded up, at least 1.
-    """
+    """Return which columns of each group to keep: all live ones, then the largest dead ones. idle,
+    size (groups, n) -> (groups, kept), ascending. `kept` is uniform, rounded up, at least 1."""
     total = idle.shape[1]
     count = _round_up(max(1, int((~idle).sum(1).max())), round_to, total)
     first = size.masked_fill(~idle, torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -241,8 +235,7 @@ def _column_sizes(affine: Affine) -> Tensor:
 
 def _read(module: nn.Module, features: int) -> Affine:
     """Return a linear module over all `features` of its input, with zero columns for those it
-    skips.
-    """
+    skips."""
     if hasattr(module, "down"):
         up = module.up
         bias = None if up.bias is None else up.bias.detach()
@@ -296,8 +289,7 @@ def _reads_stream(name: str) -> bool:
 
 def _live_inputs(affine: Affine, round_to: int, min_saving: float) -> Tensor | None:
     """Return the features that this layer reads, ascending; None if reading all of them is as
-    good.
-    """
+    good."""
     idle = _zero_columns(affine)
     kept = _select(idle[None], _column_sizes(affine)[None], round_to)[0]
     dead = len(idle) - len(kept)
@@ -330,8 +322,7 @@ def _bits(model: nn.Module, side: str) -> list[dict[str, Any]]:
 
 def _model_fields(model: nn.Module) -> dict[str, Any]:
     """Return the fields that belong to no layer: format, rank of a factorised table, windows,
-    precision.
-    """
+    precision."""
     rows, windows = (
         getattr(model.model.decoder.embed_tokens, "rows", None),
         windows_of(model.config),
@@ -346,9 +337,7 @@ def _model_fields(model: nn.Module) -> dict[str, Any]:
 
 def windows_of(config: Any) -> list[int]:
     """Return the window lengths that the model was trained for, in encoder positions, ascending.
-
-    The last one is the full window.
-    """
+    The last one is the full window."""
     shapes = getattr(config, "edgewhisper", None) or {}
     return list(shapes.get("windows", [config.max_source_positions]))
 

@@ -51,8 +51,7 @@ def _encoded(token: str, number: int, unicode_to_byte: dict[str, int]) -> str:
 
 def _byte_alphabet() -> Iterator[tuple[int, str]]:
     """Yield the pairs (byte, character) of GPT-2: printable Latin-1 bytes represent themselves, the
-    others take the characters from U+0100 on.
-    """
+    others take the characters from U+0100 on."""
     unprintable = 0
     for byte in range(256):
         if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or byte >= 0xAE:

@@ -21,8 +21,7 @@ TIMESTAMPS = 1501
 
 def special_tokens(languages: int | None = None) -> list[str]:
     """Return the special tokens in the order of their ids, with the first `languages` languages or
-    all.
-    """
+    all."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
     codes = (f"<|{code}|>" for code in islice(LANGUAGES, languages))
@@ -39,8 +38,7 @@ def tokenizer(
     ordinary: Sequence[str], merges: Sequence[tuple[str, str]], special: Sequence[str]
 ) -> WhisperTokenizer:
     """Return a byte-level BPE tokenizer of these tokens in this order, followed by the
-    timestamps.
-    """
+    timestamps."""
     from tokenizers import AddedToken
     from transformers import WhisperTokenizer
 

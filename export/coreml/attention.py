@@ -13,11 +13,8 @@ from export.weights import Floats, Heads, Linear
 
 
 def self_attention(g: Graph, q: Var, k: Var, v: Var, heads: Heads) -> Var:
-    """Attend over a whole sequence; q is already scaled.
-
-    The widths are heads * qk_dim for q and k and heads * v_dim for v; if k and v are shared by all
-    heads, they have the width of one head.
-    """
+    """Attend over a whole sequence; q is already scaled. The widths are heads * qk_dim for q and k
+    and heads * v_dim for v; if k and v are shared by all heads, they have the width of one head."""
     if g.channels_first:
         return _head_by_head(g, q, k, v, heads)
     q, k, v = (
@@ -29,11 +26,8 @@ def self_attention(g: Graph, q: Var, k: Var, v: Var, heads: Heads) -> Var:
 
 
 def cached_attention(g: Graph, q: Var, keys: Var, values: Var, mask: Var, heads: Heads) -> Var:
-    """Attend from one position; q is already scaled.
-
-    `keys` are (1, heads * qk_dim, 1, room), `values` alike, and `mask` (1, room) is 0 or very
-    negative.
-    """
+    """Attend from one position; q is already scaled. `keys` are (1, heads * qk_dim, 1, room),
+    `values` alike, and `mask` (1, room) is 0 or very negative."""
     room = keys.shape[3]
     if g.channels_first:
         return _head_by_head(g, q, keys, values, heads, g.reshape(mask, 1, room, 1, 1))
@@ -76,8 +70,7 @@ def cross_attention(
 
 def mean_weights(g: Graph, weights: Sequence[Var], chosen: Sequence[Sequence[int]]) -> Var:
     """Return the mean of the cross-attention weights over chosen heads of each layer: (1,
-    positions).
-    """
+    positions)."""
     axis, parts = (3 if g.channels_first else 1), []
     for value, heads in zip(weights, chosen, strict=True):
         if heads:
@@ -93,8 +86,7 @@ def mean_weights(g: Graph, weights: Sequence[Var], chosen: Sequence[Sequence[int
 
 def updated_cache(g: Graph, cache: Var, new: Var, here: Var) -> Var:
     """Return cache (1, width, 1, room) with `new` (1, width, 1, 1) where `here` (1, 1, 1, room) is
-    1.
-    """
+    1."""
     kept = g.mul(cache, g.op("sub", x=g.constant(1.0), y=here))
     return g.add(kept, g.mul(new, here))
 

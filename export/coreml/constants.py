@@ -39,8 +39,7 @@ def lut_to_dense(
     vector_axis: Array | None = None,
 ) -> Array:
     """Look numbers up by their index in a table; with `shape`, indices are packed in bytes (iOS
-    16).
-    """
+    16)."""
     if shape is None:
         return _looked_up(indices, lut, vector_axis)
     sizes = shape.tolist()
@@ -119,8 +118,7 @@ def _dense(mask: Array, nonzero: Array) -> Array:
 
 def _looked_up(indices: Array, lut: Array, vector_axis: Array | None) -> Array:
     """Look up indices in the table of their block; entries are numbers, or vectors along an
-    axis.
-    """
+    axis."""
     groups, (count, width) = lut.shape[:-2], lut.shape[-2:]
     if indices.size * width > LARGEST:
         raise ValueError(f"its {indices.size} vectors of {width} are too many")

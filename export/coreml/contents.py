@@ -14,10 +14,8 @@ from export.coreml.package import FLOATS, Package, Spec, read_package
 
 def contents(path: Path) -> dict[str, Any]:
     """Return the specification version, the number of operations by kind, and of weights by form.
-
     Forms are float16, int8, int4, palette4 and so on. Nothing is executed. Raises Problem if `path`
-    is not a package or is damaged.
-    """
+    is not a package or is damaged."""
     package = read_package(Path(path))
     operations = package.block.operations
     specs = {spec.name: spec for op in operations for spec in map(package.spec, op.outputs)}

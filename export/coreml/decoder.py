@@ -7,12 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from export.coreml.attention import (
-    cached_attention,
-    cross_attention,
-    mean_weights,
-    updated_cache,
-)
+from export.coreml.attention import cached_attention, cross_attention, mean_weights, updated_cache
 from export.coreml.blocks import Table, feed_forward, linears_of, norm, padded_heads, token_table
 from export.coreml.graph import Graph, Var
 from export.coreml.layers import linear
@@ -25,10 +20,7 @@ KINDS = ("key", "value")
 
 def cache_channels(model: nn.Module, neural_engine: bool) -> list[list[int]]:
     """Return the channels of key_cache and of value_cache that hold the model's keys and values,
-    layer by layer.
-
-    The remaining channels are padding.
-    """
+    layer by layer. The remaining channels are padding."""
     channels: list[list[int]] = [[], []]
     begins = [0, 0]
     for layer in model.model.decoder.layers:

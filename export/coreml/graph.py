@@ -48,10 +48,8 @@ Build = Callable[[dict[str, Var]], Sequence[Var]]
 
 @cache
 def toolbox() -> Any:
-    """Import coremltools on first use, silently; that takes seconds.
-
-    Raises Problem if it is not installed.
-    """
+    """Import coremltools on first use, silently; that takes seconds. Raises Problem if it is not
+    installed."""
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -65,10 +63,8 @@ def toolbox() -> Any:
 
 
 class Graph:
-    """The operators of one program under construction.
-
-    `schemes` names how single weights are stored in the precisions that compress them.
-    """
+    """The operators of one program under construction. `schemes` names how single weights are
+    stored in the precisions that compress them."""
 
     def __init__(
         self,
@@ -163,8 +159,7 @@ class Graph:
     @contextmanager
     def scope(self, prefix: str) -> Iterator[None]:
         """Prefix the names of operators made inside with `prefix_`, so that readers can group
-        them.
-        """
+        them."""
         before, self._prefix = self._prefix, f"{self._prefix}{prefix}_"
         yield
         self._prefix = before
@@ -221,11 +216,9 @@ def save(made: Any, target: str, path: Path, description: str) -> None:
 
 
 def _name_by_path(manifest: Path) -> None:
-    """Replace the random identifiers of a package's items by ones derived from their paths.
-
-    Keys are sorted as coremltools sorts them, because it rewrites the file whenever it opens a
-    package.
-    """
+    """Replace the random identifiers of a package's items by ones derived from their paths. Keys
+    are sorted as coremltools sorts them, because it rewrites the file whenever it opens a
+    package."""
     content = json.loads(manifest.read_text(encoding="utf-8"))
     items = content["itemInfoEntries"]
     names = {old: str(uuid.uuid5(uuid.NAMESPACE_URL, items[old]["path"])).upper() for old in items}

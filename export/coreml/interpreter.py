@@ -93,11 +93,8 @@ class Program:
         state: dict[str, Tensor] | None = None,
         trace: Trace | None = None,
     ) -> dict[str, Array]:
-        """Return outputs by name; `state` is changed by programs with states.
-
-        Inputs are converted to the declared types as Core ML does, but fractions are not converted
-        to integers.
-        """
+        """Return outputs by name; `state` is changed by programs with states. Inputs are converted
+        to the declared types as Core ML does, but fractions are not converted to integers."""
         values = self._constants | self._fed(feed)
         if self.states:
             kept = self._kept(state)
@@ -177,11 +174,9 @@ class Program:
 
 
 def open_package(path: Path, function: str | None = None) -> Program:
-    """Return a package ready to run: the function of that name, or the default one.
-
-    Raises Problem if it is not a package, is damaged, or has unknown operations, unknown modes or
-    shapes that disagree.
-    """
+    """Return a package ready to run: the function of that name, or the default one. Raises Problem
+    if it is not a package, is damaged, or has unknown operations, unknown modes or shapes that
+    disagree."""
     return Program(read_package(Path(path), function))
 
 
@@ -336,8 +331,7 @@ def _is_tensor(hint: Any) -> bool:
 
 def _python(key: str, value: Constant, hint: Any) -> Any:
     """Convert a constant to the type of a parameter; raise Unknown for a mode it does not
-    support.
-    """
+    support."""
     if typing.get_origin(hint) is typing.Literal:
         mode = value if isinstance(value, str) else value.item()
         if mode not in typing.get_args(hint):

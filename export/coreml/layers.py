@@ -21,10 +21,8 @@ def stored(
     table: bool = False,
     transposed: bool = False,
 ) -> Var:
-    """Store a weight (out, in, ...) in its form, with `transposed` as (in, out, ...).
-
-    `table` marks the token table and the kernels of the stem.
-    """
+    """Store a weight (out, in, ...) in its form, with `transposed` as (in, out, ...). `table` marks
+    the token table and the kernels of the stem."""
     rows = weight.reshape(len(weight), -1)
     form = forms.form_of(g.precision, scheme, table, rows.shape[1])
     g.stored[form.name] += weight.size
@@ -74,11 +72,9 @@ def _dtype(name: str) -> Any:
 
 
 def linear(g: Graph, x: Var, layers: Sequence[Linear]) -> Var:
-    """Apply linear layers in sequence (a low-rank layer is two) to all positions.
-
-    A layer that reads only some inputs gathers them, so that no zeros are stored. In channels-first
-    programs its weights already contain the zeros; see `padding.aligned`.
-    """
+    """Apply linear layers in sequence (a low-rank layer is two) to all positions. A layer that
+    reads only some inputs gathers them, so that no zeros are stored. In channels-first programs its
+    weights already contain the zeros; see `padding.aligned`."""
     for layer in layers:
         bias = np.zeros(len(layer.weight)) if layer.bias is None else layer.bias
         if g.channels_first:

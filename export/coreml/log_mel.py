@@ -12,10 +12,8 @@ from export.weights import Floats
 
 
 def log_mel(g: Graph, pcm: Var, extractor: Any) -> Var:
-    """Compute log-mel features in float32: pcm (samples,) -> (1, n_mels, samples / hop).
-
-    A Hann-windowed DFT as a convolution, mel filters, log10, and a floor 8 below the maximum.
-    """
+    """Compute log-mel features in float32: pcm (samples,) -> (1, n_mels, samples / hop). A
+    Hann-windowed DFT as a convolution, mel filters, log10, and a floor 8 below the maximum."""
     n_fft, hop, (samples,) = extractor.n_fft, extractor.hop_length, pcm.shape
     bins = n_fft // 2 + 1
     # mirrored at both ends; the last frame of a centred transform is dropped, as in transformers
@@ -33,10 +31,7 @@ def log_mel(g: Graph, pcm: Var, extractor: Any) -> Var:
 
 def _waves(n_fft: int) -> Floats:
     """Return hann(n) cos(2 pi k n / n_fft) for k = 0 ... n_fft / 2, then sines: (n_fft + 2, 1,
-    n_fft).
-
-    The products are computed in float64 and rounded once.
-    """
+    n_fft). The products are computed in float64 and rounded once."""
     n, k = np.arange(n_fft), np.arange(n_fft // 2 + 1)[:, None]
     angle = 2 * np.pi * (k * n % n_fft) / n_fft
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * n / n_fft)

@@ -239,8 +239,7 @@ def _inside_out(pad: Ints) -> Ints:
 
 def _limit(elements: int) -> None:
     """Raise ValueError if an intermediate value, whose shape the program does not declare, is too
-    large.
-    """
+    large."""
     if elements > LARGEST:
         raise ValueError(f"makes an intermediate value of {elements} elements, more than {LARGEST}")
 

@@ -124,8 +124,7 @@ class Package:
 
     def require_match(self, what: str, actual: Sequence[Spec], described: Sequence[Spec]) -> None:
         """Raise Problem unless the model's description, which callers see, agrees with its
-        program.
-        """
+        program."""
         if sorted(map(str, actual)) != sorted(map(str, described)):
             declared, real = ("; ".join(map(str, specs)) or "none" for specs in (described, actual))
             raise Problem(
@@ -174,10 +173,8 @@ class Package:
 
 
 def read_package(path: Path, function: str | None = None) -> Package:
-    """Return a function of a package, by name or the default one.
-
-    Raises Problem if it is not a package, files are missing or damaged, or names leave the folder.
-    """
+    """Return a function of a package, by name or the default one. Raises Problem if it is not a
+    package, files are missing or damaged, or names leave the folder."""
     path = Path(path)
     file = _model_file(path)
     model = _parse(file)
@@ -222,8 +219,7 @@ def unpack(held: Array, count: int, bits: int, signed: bool = False) -> Array:
 
 def schema() -> ModuleType:
     """Return coremltools' protobuf classes without importing the rest of it, which takes
-    seconds.
-    """
+    seconds."""
     package = "export._coreml_schema"
     if package not in sys.modules:
         installed = importlib.util.find_spec("coremltools")

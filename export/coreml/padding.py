@@ -40,8 +40,7 @@ def more_inputs(g: Graph, layers: Sequence[Linear], dim: int, wide: int) -> list
 
 def aligned(g: Graph, layers: Sequence[Linear]) -> list[Linear]:
     """Return layers that read all inputs, with zero weights for skipped ones, and have aligned
-    ranks.
-    """
+    ranks."""
     first, *rest = layers
     if first.inputs is not None:
         wide = np.zeros((len(first.weight), first.features), np.float32)

@@ -58,9 +58,12 @@ def make_plan(
     window: float | None = None,
     max_tokens: int | None = None,
 ) -> Plan:
-    """Check a request and fill in its defaults; the parameters are those of `export_coreml`.
+    """Check a request and fill in its defaults.
 
-    Raises Problem for an unknown name and for combinations that Core ML cannot run.
+    `deployment_target` defaults to the oldest that supports the request, `word_timestamps` to
+    whether the model has alignment heads, `window` (in seconds) to the model's longest, and
+    `max_tokens` to all positions of the decoder. Raises Problem for an unknown name and for a
+    request that Core ML or the layout does not support.
     """
     optional = {
         "stateful": stateful,
@@ -147,8 +150,7 @@ def _room(model: nn.Module, requested: int | None) -> int:
 
 def _alignment(model: nn.Module, requested: bool | None) -> list[list[int]]:
     """Return the alignment heads of every decoder layer; empty if there are none or not
-    requested.
-    """
+    requested."""
     heads = _existing_heads(model)
     if requested and not any(heads):
         raise Problem(
@@ -192,10 +194,8 @@ def decoder_limits(model: nn.Module, plan: Plan) -> list[str]:
 
 
 def _schemes(model: nn.Module) -> dict[nn.Module, Scheme]:
-    """Return how the checkpoint stores its weights.
-
-    If it names any bits but none for the stem, the stem was trained in floats and becomes float16.
-    """
+    """Return how the checkpoint stores its weights. If it names any bits but none for the stem, the
+    stem was trained in floats and becomes float16."""
     named, encoder = schemes(model), model.model.encoder
     stem = dict.fromkeys((encoder.conv1, encoder.conv2), Scheme(16)) if named else {}
     return stem | named

@@ -14,10 +14,8 @@ CHUNK = 16384
 
 
 class TokenTable:
-    """The tied token table (vocab, d_model), stored once, for look-ups and for logits.
-
-    In channels-first programs it is split into chunks of fewer than CHUNK rows.
-    """
+    """The tied token table (vocab, d_model), stored once, for look-ups and for logits. In
+    channels-first programs it is split into chunks of fewer than CHUNK rows."""
 
     def __init__(self, g: Graph, weight: Floats, scheme: Scheme | None = None) -> None:
         self.g = g
@@ -52,8 +50,7 @@ class TokenTable:
 
 class FactorisedTable:
     """The tied token table as a product of rows (vocab, r) and basis (r, d_model), each stored
-    once.
-    """
+    once."""
 
     def __init__(self, g: Graph, rows: Floats, basis: Floats, scheme: Scheme | None = None) -> None:
         self.g = g

@@ -66,38 +66,19 @@ def export_coreml(
     precision: str = "fp16",
     provenance: dict[str, Any] | None = None,
     layout: str = "whisperkit",
-    *,
-    deployment_target: str | None = None,
-    stateful: bool = False,
-    word_timestamps: bool | None = None,
-    neural_engine: bool = False,
-    window: float | None = None,
-    max_tokens: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write an artifact into the empty folder `out`; return its manifest, with `gate` still None.
 
     `model` is a Whisper, dense or slim, `processor` its WhisperProcessor, and `provenance` the
-    checkpoint's compression.json. By default, `deployment_target` is the oldest that supports the
-    request, `word_timestamps` are exported if the model has alignment heads, `window` (in seconds)
-    is the model's longest, and `max_tokens` are all positions of the decoder. The caller runs the
-    gate and writes the manifest again.
+    checkpoint's compression.json. `options` are the keyword arguments of `plan.make_plan`. The
+    caller runs the gate and writes the manifest again.
 
     Raises Problem before a file is written if the request cannot be fulfilled, and if a weight is
     beyond the range of float16.
     """
     check(model, processor)
-    plan = make_plan(
-        model,
-        processor.feature_extractor,
-        precision,
-        layout,
-        deployment_target=deployment_target,
-        stateful=stateful,
-        word_timestamps=word_timestamps,
-        neural_engine=neural_engine,
-        window=window,
-        max_tokens=max_tokens,
-    )
+    plan = make_plan(model, processor.feature_extractor, precision, layout, **options)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     contract, stored, notes = {}, {}, list[str]()
@@ -120,9 +101,9 @@ def export_coreml(
     manifest["coreml"] = {
         "deployment_target": plan.target,
         "specification_version": TARGETS[plan.target],
-        "stateful": stateful,
+        "stateful": plan.stateful,
         "word_timestamps": bool(plan.alignment) and layout == "whisperkit",
-        "neural_engine": neural_engine,
+        "neural_engine": plan.neural_engine,
         "weights": stored,
         "said": notes,
     }

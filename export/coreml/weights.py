@@ -63,10 +63,8 @@ class Form:
 
 
 def form_of(precision: str, scheme: Scheme | None, table: bool, inputs: int) -> Form:
-    """Return the form of a weight with `inputs` inputs per output.
-
-    `table` marks the token table and the kernels of the stem.
-    """
+    """Return the form of a weight with `inputs` inputs per output. `table` marks the token table
+    and the kernels of the stem."""
     form = _form(precision, scheme, table)
     scheme = form.scheme
     if form.name == "int4" and _block(scheme, inputs) < SMALLEST_BLOCK:
@@ -89,8 +87,7 @@ def _form(precision: str, scheme: Scheme | None, table: bool) -> Form:
 
 def _block(scheme: Scheme, inputs: int) -> int:
     """Return the number of neighbouring weights that share an int4 scale; it must divide the
-    inputs.
-    """
+    inputs."""
     return inputs if scheme.per == "tensor" else math.gcd(scheme.block, inputs)
 
 
@@ -124,10 +121,7 @@ def int8(rows: Floats, scheme: Scheme) -> tuple[NDArray[np.int8], Halves]:
 
 def int4(rows: Floats, scheme: Scheme) -> tuple[NDArray[np.int8], Halves]:
     """Quantise rows (out, in) to codes (out, in) and scales (out, in / block), with blocks that
-    divide in.
-
-    The grid is that of the scheme; if its blocks are longer, a scale is repeated.
-    """
+    divide in. The grid is that of the scheme; if its blocks are longer, a scale is repeated."""
     inputs = rows.shape[1]
     block = _block(scheme, inputs)
     scale = _halved_scale(quantise(torch.from_numpy(rows), scheme)[1].numpy())
@@ -137,10 +131,8 @@ def int4(rows: Floats, scheme: Scheme) -> tuple[NDArray[np.int8], Halves]:
 
 
 def _halved_scale(scale: Floats) -> Halves:
-    """Round scales to the nearest float16, or up where float16 is coarse (close to zero).
-
-    Otherwise codes could exceed the range to which they are clipped.
-    """
+    """Round scales to the nearest float16, or up where float16 is coarse (close to zero). Otherwise
+    codes could exceed the range to which they are clipped."""
     nearest = scale.astype(np.float16)
     outward = np.copysign(np.float16(np.inf), nearest)
     short = np.abs(nearest) < np.abs(scale) * (1 - 2**-10)
@@ -149,11 +141,8 @@ def _halved_scale(scale: Floats) -> Halves:
 
 def palettes(rows: Floats, bits: int, groups: int = 1) -> tuple[NDArray[np.uint8], Halves]:
     """Return palette indices (out, in) for rows (out, in), and the palettes (groups, 2**bits),
-    ascending.
-
-    Each of the groups of rows has its own palette, from one-dimensional k-means, which is
-    deterministic.
-    """
+    ascending. Each of the groups of rows has its own palette, from one-dimensional k-means, which
+    is deterministic."""
     values = torch.from_numpy(np.sort(rows.reshape(groups, -1), axis=1))
     centres = _first_centres(values, 1 << bits)
     sums = torch.nn.functional.pad(values.double().cumsum(1), (1, 0))

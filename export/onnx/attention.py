@@ -23,9 +23,7 @@ def self_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
 
 def shared_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
     """Attend with one key and one value for all heads: q (1, n, heads * qk_dim), k, v (1, n, dim).
-
-    No fused operator takes one key for all heads with a width of its own; MatMul broadcasts it.
-    """
+    No fused operator takes one key for all heads with a width of its own; MatMul broadcasts it."""
     one_head = g.constant([1])
     keys, values = (g.op("Unsqueeze", x, one_head) for x in (k, v))  # (1, 1, n, dim)
     return plain_attention(g, q, keys, values, heads)
@@ -90,11 +88,8 @@ def cross_attention(
 
 def encoder_cache(g: Graph, x: str, heads: Heads, dim: int) -> list[str]:
     """Return keys or values of a window, (1, T, heads * dim), in the form that cross_attention
-    reads.
-
-    The form is (1, heads, T + SPARE, cache_dim), and for an int8 cache also scales (heads *
-    cache_dim,).
-    """
+    reads. The form is (1, heads, T + SPARE, cache_dim), and for an int8 cache also scales (heads *
+    cache_dim,)."""
     x = padded(g, x, heads.count, heads.cache_dim, dim)
     scales = []
     if g.int8_cache:
@@ -110,10 +105,7 @@ def encoder_cache(g: Graph, x: str, heads: Heads, dim: int) -> list[str]:
 
 def ends(g: Graph, ids: str, length: str) -> tuple[str, str]:
     """Return the lengths that `cached_attention` needs: positions after this step less one (1,),
-    and ().
-
-    `ids` (1, s) are the new tokens and `length` (1,) int32 the cached positions.
-    """
+    and (). `ids` (1, s) are the new tokens and `length` (1,) int32 the cached positions."""
     new = g.op("Cast", g.op("Shape", ids, start=1, end=2), to=TensorProto.INT32)
     total = g.op("Add", length, new)
     one, first = g.constant(np.array([1], np.int32)), g.constant([0])
@@ -122,8 +114,7 @@ def ends(g: Graph, ids: str, length: str) -> tuple[str, str]:
 
 def spare_mask(g: Graph, ids: str, filled: str) -> str:
     """Return an attention bias (1, 1, s, all): 0 for the `filled` (1,) int64 positions, -1e30 after
-    them.
-    """
+    them."""
     new = g.op("Shape", ids, start=1, end=2)
     ones = g.constant([1, 1])
     visible = g.op("ConstantOfShape", g.op("Concat", ones, new, filled, axis=0))
@@ -147,11 +138,9 @@ def split_heads(g: Graph, x: str, heads: int, dim: int) -> str:
 
 
 def plain_attention(g: Graph, q: str, keys: str, values: str, heads: Heads, mask: str = "") -> str:
-    """Attention from MatMul and Softmax, for shapes that MultiHeadAttention does not take.
-
-    q (b, s, heads * qk_dim), keys (b, heads or 1, t, qk_dim), values (b, heads or 1, t, v_dim) and
-    an additive mask (s, t) -> (b, s, heads * v_dim).
-    """
+    """Attention from MatMul and Softmax, for shapes that MultiHeadAttention does not take. q (b, s,
+    heads * qk_dim), keys (b, heads or 1, t, qk_dim), values (b, heads or 1, t, v_dim) and an
+    additive mask (s, t) -> (b, s, heads * v_dim)."""
     q = split_heads(g, g.op("Mul", q, g.constant(heads.scale)), heads.count, heads.qk_dim)
     scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
     if mask:

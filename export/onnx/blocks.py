@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from export.onnx.attention import self_attention, shared_attention
-from export.onnx.graph import Graph
+from export.onnx.graph import Graph, in_pieces, pieces_of
 from export.onnx.layers import gelu, layer_norm, linear, row_scaled_linear, separate_linear, widened
-from export.onnx.pieces import in_pieces, pieces_of
 from export.onnx.tables import FactorisedTable, TokenTable, encoder_positions
 from export.shrink import windows_of
 from export.weights import array, chain, chains, heads_of, outputs_of

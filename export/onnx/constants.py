@@ -61,10 +61,8 @@ def own_constants(model: onnx.ModelProto) -> None:
 
 
 class Weights:
-    """A file for the large constants of graphs and for constants that are used several times.
-
-    Equal constants are stored once. The file is created when the first constant is stored.
-    """
+    """A file for the large constants of graphs and for constants that are used several times. Equal
+    constants are stored once. The file is created when the first constant is stored."""
 
     def __init__(self, path: Path, large: int) -> None:
         self.path, self.large = path, large

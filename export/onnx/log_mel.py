@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from export.onnx.graph import Graph
-from export.onnx.pieces import in_pieces, pieces_of
+from export.onnx.graph import Graph, in_pieces, pieces_of
 from export.weights import Floats
 
 
@@ -98,10 +97,8 @@ def _squared_length(g: Graph, x: str, y: str) -> str:
 
 def _kernel(g: Graph, wave: Callable, taps: NDArray, n_fft: int, bins: int) -> str:
     """Return wave(2 pi n k / n_fft) * hann(n) for n in `taps` and k < bins: (bins, taps) float32.
-
     The product is computed in float64 and rounded once. Only one period of the wave is stored; the
-    runtime computes the matrix when it loads the graph (constant folding).
-    """
+    runtime computes the matrix when it loads the graph (constant folding)."""
     angle = 2 * np.pi * np.arange(n_fft) / n_fft
     k = g.op("Range", g.constant(0), g.constant(bins), g.constant(1))
     turn = g.op("Mul", g.op("Unsqueeze", k, g.constant([1])), g.constant(taps))
@@ -112,10 +109,7 @@ def _kernel(g: Graph, wave: Callable, taps: NDArray, n_fft: int, bins: int) -> s
 
 def _split_filters(filters: Floats) -> tuple[Floats, Floats]:
     """Split (n_mels, n_fft / 2 + 1) into columns of bins k and of bins n_fft / 2 - k, k <= n_fft /
-    4.
-
-    The middle bin is in both; its weight in the second is zero.
-    """
+    4. The middle bin is in both; its weight in the second is zero."""
     bins = filters.shape[1] // 2 + 1
     rising, falling = filters[:, :bins].copy(), filters[:, ::-1][:, :bins].copy()
     falling[:, -1] = 0

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from export.onnx.attention import SPARE
-from export.onnx.pieces import pieces_of
+from export.onnx.graph import pieces_of
 from export.shrink import layer_shapes, windows_of
 
 EMPTY = "empty"
@@ -161,8 +161,7 @@ def shapes_of(model: nn.Module) -> Shapes:
 
 def encoder_operators(shapes: Shapes) -> Iterator[Operator]:
     """Yield the operators of one full window, from audio to the cross-attention's keys and
-    values.
-    """
+    values."""
     rows, width = shapes.positions, shapes.width
     yield Operator("log_mel", (2 * rows, shapes.bands))
     yield Operator("stem", (2 * rows, shapes.bands, width))
@@ -229,8 +228,7 @@ def _joint(
     layer: Mapping[str, Any], attention: Mapping[str, Any], width: int
 ) -> Iterator[Operator]:
     """Yield the q, k and v products of one token: the first factors of all three are one
-    product.
-    """
+    product."""
     heads, ranks = attention["heads"], layer.get("ranks") or {}
     names = [f"self_attn.{name}_proj" for name in "qkv"]
     dims = [heads * attention[dim] for dim in ("qk_dim", "qk_dim", "v_dim")]
@@ -262,8 +260,7 @@ def _linears(
     layer: Mapping[str, Any], name: str, inputs: int, outputs: int, rows: int | None = None
 ) -> Iterator[Operator]:
     """Yield the products of a linear layer over `rows` of a window, or over one token without
-    `rows`.
-    """
+    `rows`."""
     kind, rest = ("product", ()) if rows is None else ("linear", (rows,))
     read = inputs if rows is not None else (layer.get("inputs") or {}).get(name, inputs)
     rank = (layer.get("ranks") or {}).get(name)

@@ -18,17 +18,14 @@ INT8_CACHE = "1.27"
 
 def has_int8_cache(precision: str, runtime: str | None) -> bool:
     """Return whether a native graph for this onnxruntime (None: the newest) has int8 keys and
-    values.
-    """
+    values."""
     newest = runtime is None or _numbers(runtime) >= _numbers(INT8_CACHE)
     return precision in ("int8", "int4") and newest
 
 
 def needed(layout: str, precision: str, runtime: str | None = None) -> str:
-    """Return the oldest onnxruntime that runs an artifact made for `runtime`.
-
-    Raises Problem if `runtime` is no version, or older than the layout can be made for.
-    """
+    """Return the oldest onnxruntime that runs an artifact made for `runtime`. Raises Problem if
+    `runtime` is no version, or older than the layout can be made for."""
     least = LAYOUTS[layout].onnxruntime
     if layout == NATIVE and has_int8_cache(precision, runtime):
         least = INT8_CACHE

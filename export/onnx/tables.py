@@ -125,10 +125,8 @@ def encoder_positions(g: Graph, table: Floats, length: str) -> str:
 
 
 def sinusoid_rates(width: int) -> Floats:
-    """Return the angle per position of every sine, (width / 2,), from 1 down to 1/10000.
-
-    The rounding is Whisper's, because an angle multiplies the error of its rate by up to 1500.
-    """
+    """Return the angle per position of every sine, (width / 2,), from 1 down to 1/10000. The
+    rounding is Whisper's, because an angle multiplies the error of its rate by up to 1500."""
     half = width // 2
     step = np.log(10000) / max(1, half - 1)
     return torch.exp(-step * torch.arange(half)).numpy()

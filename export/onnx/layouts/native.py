@@ -51,6 +51,7 @@ from torch import nn
 
 from export.hub_files import save_hub_files
 from export.manifest import Contract, Spec
+from export.onnx import blocks
 from export.onnx.attention import (
     KINDS,
     SPARE,
@@ -59,15 +60,6 @@ from export.onnx.attention import (
     encoder_cache,
     ends,
     spare_mask,
-)
-from export.onnx.blocks import (
-    attention_output,
-    encoder_layer,
-    feed_forward,
-    norm,
-    positions_of,
-    stem,
-    token_table,
 )
 from export.onnx.graph import Graph
 from export.onnx.layers import float_table, joint_linear, linear, separate_linear
@@ -103,12 +95,12 @@ def encoder_graph(
     windows = windows_of(model.config)
     mel = log_mel(g, "pcm", extractor, [2 * n for n in windows])
     with g.scope("stem"):
-        x = stem(g, mel, encoder, positions_of(model))
+        x = blocks.stem(g, mel, encoder, blocks.positions_of(model))
     for i, layer in enumerate(encoder.layers):
         with g.scope(f"layers.{i}"):
-            x = encoder_layer(g, x, layer, windows)
+            x = blocks.encoder_layer(g, x, layer, windows)
     with g.scope("layer_norm"):
-        x = norm(g, x, encoder.layer_norm)
+        x = blocks.norm(g, x, encoder.layer_norm)
     outputs = []
     for i, layer in enumerate(model.model.decoder.layers):
         attention, heads = layer.encoder_attn, heads_of(layer.encoder_attn)
@@ -120,18 +112,17 @@ def encoder_graph(
         for value, spec in zip(sum(zip(*made, strict=True), ()), specs, strict=True):
             g.name(value, spec.name)
         outputs += specs
-    one_window = isinstance(positions_of(model), int)
+    one_window = isinstance(blocks.positions_of(model), int)
     return g, [Spec("pcm", (1, extractor.n_samples if one_window else "samples"))], outputs
 
 
 def decoder_graph(model: nn.Module, precision: str, int8_cache: bool = True) -> GraphParts:
     """Build the graph from new tokens and the cache to the last token's logits and the longer
-    cache.
-    """
+    cache."""
     g = Graph(precision, schemes(model), int8_cache)
     decoder = model.model.decoder
     with g.scope("look_up"):
-        table = token_table(g, decoder.embed_tokens)
+        table = blocks.token_table(g, decoder.embed_tokens)
     length = g.op("Cast", "past_length", to=TensorProto.INT64)
     end = g.op("Add", length, g.op("Shape", "input_ids", start=1, end=2))
     with g.scope("look_up"):
@@ -148,15 +139,14 @@ def decoder_graph(model: nn.Module, precision: str, int8_cache: bool = True) -> 
             x = _decoder_layer(g, x, layer, i, places)
     with g.scope("logits"):
         last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
-        g.name(table.logits(norm(g, last, decoder.layer_norm)), "logits")
+        g.name(table.logits(blocks.norm(g, last, decoder.layer_norm)), "logits")
     return g, *_decoder_contract(model, g.int8_cache)
 
 
 @dataclass(frozen=True)
 class Places:
     """Cache lengths of self-attention and of cross-attention, and the mask of the spare
-    positions.
-    """
+    positions."""
 
     own: tuple[str, str]
     cross: tuple[str, str]
@@ -183,10 +173,9 @@ def _cross(
     model: nn.Module, layer: int, int8: bool, heads: int | str, name: str = "cross"
 ) -> list[Spec]:
     """Return the specs of the encoder's keys and values for one decoder layer, and of int8
-    scales.
-    """
+    scales."""
     attention = heads_of(model.model.decoder.layers[layer].encoder_attn)
-    positions, width = positions_of(model), attention.cache_dim
+    positions, width = blocks.positions_of(model), attention.cache_dim
     room = positions + SPARE if isinstance(positions, int) else "room"
     shape = (1, heads, room, width)
     specs = [Spec(f"{name}.{layer}.{kind}", shape, "int8" if int8 else "float32") for kind in KINDS]
@@ -196,23 +185,23 @@ def _cross(
 
 def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Places) -> str:
     attention = layer.self_attn
-    y = norm(g, x, layer.self_attn_layer_norm)
+    y = blocks.norm(g, x, layer.self_attn_layer_norm)
     past, present = ([f"{time}.{number}.{kind}" for kind in KINDS] for time in ("past", "present"))
     qkv = joint_linear(g, y, chains(g.schemes, attention, "qkv"))
     y = cached_attention(g, qkv, past, present, places.own, heads_of(attention))
-    x = g.op("Add", x, attention_output(g, y, attention))
+    x = g.op("Add", x, blocks.attention_output(g, y, attention))
 
     with g.scope("encoder_attn"):
         x = _cross_attention(g, x, layer, number, places)
-    return feed_forward(g, x, layer, gather=True)
+    return blocks.feed_forward(g, x, layer, gather=True)
 
 
 def _cross_attention(g: Graph, x: str, layer: nn.Module, number: int, places: Places) -> str:
     attention = layer.encoder_attn
-    y = norm(g, x, layer.encoder_attn_layer_norm)
+    y = blocks.norm(g, x, layer.encoder_attn_layer_norm)
     q = linear(g, y, chain(g.schemes, attention.q_proj, layer.embed_dim), gather=True)
     kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.int8_cache else KINDS
     cross = [f"cross.{number}.{kind}" for kind in kinds]
     heard = [f"heard.{number}.{kind}" for kind in KINDS]
     y = cross_attention(g, q, cross, heard, places.cross, heads_of(attention), places.mask)
-    return g.op("Add", x, attention_output(g, y, attention))
+    return g.op("Add", x, blocks.attention_output(g, y, attention))

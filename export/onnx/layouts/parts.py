@@ -15,16 +15,8 @@ from onnx import helper
 from torch import nn
 
 from export.manifest import Spec
+from export.onnx import blocks
 from export.onnx.attention import fused, plain_attention, split_heads
-from export.onnx.blocks import (
-    attention_output,
-    encoder_layer,
-    feed_forward,
-    norm,
-    positions_of,
-    stem,
-    token_table,
-)
 from export.onnx.graph import DTYPES, FUSED, Graph
 from export.onnx.layers import float_table, joint_linear, linear, separate_linear
 from export.quantise import schemes
@@ -47,16 +39,15 @@ def new_graph(model: nn.Module, precision: str) -> Graph:
 def encode(g: Graph, model: nn.Module, mel: str) -> str:
     """Return the encoder's last states (b, T, d_model) of a log-mel window (b, n_mels, frames)."""
     encoder = model.model.encoder
-    x = stem(g, mel, encoder, positions_of(model))
+    x = blocks.stem(g, mel, encoder, blocks.positions_of(model))
     for layer in encoder.layers:
-        x = encoder_layer(g, x, layer, windows_of(model.config))
-    return norm(g, x, encoder.layer_norm)
+        x = blocks.encoder_layer(g, x, layer, windows_of(model.config))
+    return blocks.norm(g, x, encoder.layer_norm)
 
 
 def cross_projections(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
     """Return keys and values of one decoder layer, (b, T, heads * dim) each, from the encoder
-    states.
-    """
+    states."""
     return separate_linear(
         g, x, chains(g.schemes, model.model.decoder.layers[number].encoder_attn, "kv")
     )
@@ -78,28 +69,26 @@ def decode(
     attend_cross: CrossAttention,
     last: bool = False,
 ) -> str:
-    """Return logits (b, s, vocab), or of the last position only, for ids (b, s) int64.
-
-    `start` (1,) is the number of tokens before them.
-    """
+    """Return logits (b, s, vocab), or of the last position only, for ids (b, s) int64. `start` (1,)
+    is the number of tokens before them."""
     decoder = model.model.decoder
-    table = token_table(g, decoder.embed_tokens)
+    table = blocks.token_table(g, decoder.embed_tokens)
     positions = float_table(g, array(decoder.embed_positions.weight))
     end = g.op("Add", start, g.op("Shape", ids, start=1, end=2))
     x = g.op("Add", table.look_up(ids), g.op("Slice", positions, start, end))
     for number, layer in enumerate(decoder.layers):
-        y = norm(g, x, layer.self_attn_layer_norm)
+        y = blocks.norm(g, x, layer.self_attn_layer_norm)
         qkv = joint_linear(g, y, chains(g.schemes, layer.self_attn, "qkv"))
         y = attend_self(number, qkv, heads_of(layer.self_attn))
-        x = g.op("Add", x, attention_output(g, y, layer.self_attn))
-        y = norm(g, x, layer.encoder_attn_layer_norm)
+        x = g.op("Add", x, blocks.attention_output(g, y, layer.self_attn))
+        y = blocks.norm(g, x, layer.encoder_attn_layer_norm)
         q = linear(g, y, chain(g.schemes, layer.encoder_attn.q_proj, layer.embed_dim), gather=True)
         y = attend_cross(number, q, heads_of(layer.encoder_attn))
-        x = g.op("Add", x, attention_output(g, y, layer.encoder_attn))
-        x = feed_forward(g, x, layer, gather=True)
+        x = g.op("Add", x, blocks.attention_output(g, y, layer.encoder_attn))
+        x = blocks.feed_forward(g, x, layer, gather=True)
     if last:
         x = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
-    return table.logits(norm(g, x, decoder.layer_norm))
+    return table.logits(blocks.norm(g, x, decoder.layer_norm))
 
 
 def own_heads(model: nn.Module, number: int) -> Heads:
@@ -134,10 +123,8 @@ def grown_attention(
     start: str,
 ) -> str:
     """Attend from s new positions to past ones and to themselves, causally; write the longer cache.
-
     qkv are (b, s, heads * dim) each; past keys and values (b, heads, p, dim), or None. `start` (1,)
-    is p. Writes `present`, (b, heads, p + s, dim).
-    """
+    is p. Writes `present`, (b, heads, p + s, dim)."""
     q, k, v = qkv
     if past is not None and heads.qk_dim == heads.v_dim:
         return g.ops(
@@ -158,10 +145,7 @@ def grown_attention(
 
 def attention(g: Graph, q: str, caches: Sequence[str], heads: Heads, mask: str = "") -> str:
     """Attend from q (b, s, heads * qk_dim) to keys (b, heads, t, qk_dim) and values (b, heads, t,
-    v_dim).
-
-    The fused operator needs keys and values of one width; others use MatMul and Softmax.
-    """
+    v_dim). The fused operator needs keys and values of one width; others use MatMul and Softmax."""
     keys, values = caches
     if heads.qk_dim == heads.v_dim and not mask:
         return g.op("MultiHeadAttention", q, keys, values, domain=FUSED, **fused(heads))
@@ -170,10 +154,7 @@ def attention(g: Graph, q: str, caches: Sequence[str], heads: Heads, mask: str =
 
 def causal_mask(g: Graph, start: str, new: str) -> str:
     """Return a mask (s, start + s): 0 where position start + i attends to j <= start + i, else
-    -inf.
-
-    `new` is (b, s, ...).
-    """
+    -inf. `new` is (b, s, ...)."""
     zero, one = g.constant(0), g.constant(1)
     begin = g.op("Squeeze", start, g.constant([0]))
     stop = g.op("Add", begin, g.op("Squeeze", g.op("Shape", new, start=1, end=2), g.constant([0])))
@@ -198,11 +179,8 @@ def forbidden(g: Graph, ids: Sequence[int], vocab: int) -> str:
 
 
 class Branch(Graph):
-    """Nodes of the subgraph of an If or a Loop.
-
-    Its constants are stored in the enclosing graph, so that branches share them. Its other values
-    are not visible outside.
-    """
+    """Nodes of the subgraph of an If or a Loop. Its constants are stored in the enclosing graph, so
+    that branches share them. Its other values are not visible outside."""
 
     def __init__(self, outer: Graph, prefix: str) -> None:
         self.__dict__.update(outer.__dict__)

@@ -114,8 +114,7 @@ def _whole_window(g: Graph, mel: str, n_mels: int, frames: int) -> str:
 
 def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
     """Build the graph from tokens and stacked caches to logits and caches with new keys and
-    values.
-    """
+    values."""
     g = parts.new_graph(model, precision)
     width = _width(model, parts.own_heads)
     new: tuple[list[str], list[str]] = ([], [])
@@ -151,8 +150,7 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
 
 def _layer(g: Graph, cache: str, number: int, size: int, end: str = "") -> str:
     """Return one layer's columns of a stack up to a position: (layers, b, n, width) -> (b, end,
-    size).
-    """
+    size)."""
     end = end or g.constant([2**31 - 1])
     stop = g.op("Concat", g.constant([number + 1]), end, g.constant([size]), axis=0)
     part = g.op("Slice", cache, g.constant([number, 0, 0]), stop, g.constant([0, 2, 3]))
@@ -181,8 +179,7 @@ def _replaced(g: Graph, cache: str, fresh: str, name: str) -> str:
 
 def _without_suppressed(g: Graph, model: nn.Module, logits: str) -> str:
     """Return logits with -inf for suppressed tokens: always, and for more of them at the
-    beginning.
-    """
+    beginning."""
     rules, vocab = decoding_rules(model), model.config.vocab_size
     always = [*rules["suppress_tokens"], *timestamp_ids(model.generation_config, vocab)]
     first = [*always, *rules["begin_suppress_tokens"]]

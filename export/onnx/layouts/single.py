@@ -90,8 +90,7 @@ def _window(g: Graph, pcm: str, windows: list[int]) -> str:
 
 def _turns(g: Graph, room: int) -> str:
     """Return the largest number of new tokens: as requested, and as there is room after the
-    prompt.
-    """
+    prompt."""
     length = g.op("Squeeze", g.op("Shape", "prompt", start=1, end=2), g.constant([0]))
     return g.op("Min", "max_new_tokens", g.op("Sub", g.constant(room), length))
 
@@ -122,8 +121,7 @@ def _no_past(g: Graph, model: nn.Module) -> list[str]:
 
 def _body(g: Graph, model: nn.Module, cross: list[list[str]], biases: list[str], end: int) -> Any:
     """Build one iteration: ids and the cache to the likeliest token, which is the next iteration's
-    ids.
-    """
+    ids."""
     b = parts.Branch(g, "step")
     start = b.op("Shape", "past.0.key", start=2, end=3)
 

@@ -35,6 +35,7 @@ from torch import nn
 from export.hub_files import save_hub_files, write_compactly
 from export.layouts import suffix_for
 from export.manifest import Contract, Spec
+from export.onnx import blocks
 from export.onnx.attention import KINDS
 from export.onnx.constants import SMALL, Weights
 from export.onnx.graph import Graph
@@ -50,8 +51,7 @@ FIRST, LATER = "decoder_model", "decoder_with_past_model"
 
 def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contract:
     """Write the graphs and Hugging Face's files into `out`; return the inputs and outputs of each
-    graph.
-    """
+    graph."""
     suffix, folder = suffix_for("transformers", precision), out / "onnx"
     folder.mkdir()
     contract = {ENCODER: write_graph(encoder_graph(model, precision), folder, ENCODER, suffix)}
@@ -72,7 +72,7 @@ def encoder_graph(model: nn.Module, precision: str) -> GraphParts:
     """Build the graph from log-mel features to the encoder's last states."""
     g = parts.new_graph(model, precision)
     g.name(parts.encode(g, model, "input_features"), "last_hidden_state")
-    config, positions = model.config, parts.positions_of(model)
+    config, positions = model.config, blocks.positions_of(model)
     frames = 2 * positions if isinstance(positions, int) else "frames"
     features = Spec("input_features", ("batch_size", config.num_mel_bins, frames))
     return g, [features], [Spec("last_hidden_state", ("batch_size", positions, config.d_model))]
@@ -80,8 +80,7 @@ def encoder_graph(model: nn.Module, precision: str) -> GraphParts:
 
 def decoder_graph(model: nn.Module, precision: str, kind: str) -> GraphParts:
     """Build the graph from new tokens and, unless `kind` is FIRST, a cache to logits and longer
-    cache.
-    """
+    cache."""
     g = parts.new_graph(model, precision)
     if kind == FIRST:
         start = g.constant([0])
@@ -176,8 +175,7 @@ def _contract(model: nn.Module, kind: str) -> tuple[list[Spec], list[Spec]]:
 
 def _past(number: int, side: str, heads: Heads, usual: int) -> list[Spec]:
     """Return the specs of the past. Heads and unusual widths are symbolic: an empty past has the
-    dense model's.
-    """
+    dense model's."""
     count, length = f"heads_{side[:3]}_{number}", f"past_{side}_sequence_length"
     named = zip(_names("past_key_values", number, side), parts.widths(heads), strict=True)
     return [
@@ -188,8 +186,7 @@ def _past(number: int, side: str, heads: Heads, usual: int) -> list[Spec]:
 
 def _present(number: int, side: str, heads: Heads) -> list[Spec]:
     """Return the specs of the new cache. The encoder's is empty if it was read, so its batch has
-    another symbol.
-    """
+    another symbol."""
     axes = ("batch_size", "total_sequence_length")
     batch, length = axes if side == "decoder" else ("made_batch_size", "made_sequence_length")
     named = zip(_names("present", number, side), parts.widths(heads), strict=True)
@@ -201,8 +198,7 @@ def _present(number: int, side: str, heads: Heads) -> list[Spec]:
 
 def _write_for_transformers_js(out: Path, precision: str) -> None:
     """Add what transformers.js needs: the precision, the file of the weights, the processor
-    class.
-    """
+    class."""
     fields = {"dtype": DTYPES[precision], "use_external_data_format": {MERGED: 1}}
     _change(out / "config.json", {"transformers.js_config": fields})
     _change(out / "preprocessor_config.json", {"processor_class": "WhisperProcessor"})
@@ -210,8 +206,7 @@ def _write_for_transformers_js(out: Path, precision: str) -> None:
 
 def _write_for_transformers_4(out: Path) -> None:
     """Write the files that the Whisper tokenizer of transformers 4 reads: vocabulary, merges,
-    tokens.
-    """
+    tokens."""
     tokenizer = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))
     added = sorted(tokenizer["added_tokens"], key=lambda token: token["id"])
     merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]

@@ -22,7 +22,7 @@ from export.onnx.attention import (
     self_attention,
     spare_mask,
 )
-from export.onnx.graph import INT8, Graph
+from export.onnx.graph import INT8, Graph, in_pieces, pieces_of
 from export.onnx.layers import (
     float_table,
     gelu,
@@ -34,7 +34,6 @@ from export.onnx.layers import (
     separate_linear,
 )
 from export.onnx.log_mel import log_mel
-from export.onnx.pieces import in_pieces, pieces_of
 from export.onnx.tables import TokenTable, column_scales
 from export.weights import Heads, Linear
 

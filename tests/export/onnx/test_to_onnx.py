@@ -24,7 +24,7 @@ from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, whisper
 from export.artifact import verify
 from export.manifest import Spec, decoding_rules
-from export.onnx import pieces, save
+from export.onnx import graph, save
 from export.onnx.graph import Graph
 from export.onnx.layers import quantise
 from export.onnx.layouts.native import encoder_graph
@@ -191,7 +191,7 @@ def test_pieces_and_mapped_weights_change_nothing(
     model = make_whisper(d_model=64, ffn=256)
     pcm = window(processor, rng)
     export_onnx(model, processor, tmp_path / "whole", "fp32")
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr(graph, "PIECE_BYTES", 2**16)
     monkeypatch.setattr(save, "LARGE", 2**14)
     export_onnx(model, processor, tmp_path / "pieces", "fp32")
     files = verify(tmp_path / "pieces")["files"]
