@@ -32,7 +32,6 @@ from devices.runner.__main__ import SPARE_BYTES
 from devices.runner.audio import read_wav
 from devices.runner.decode.rules import Filter, Logits, Rules, greedy
 from devices.runner.decode.text import read_tokens, to_text
-from devices.runner.engines.contract import LAYOUTS as RUNNERS_OWN
 from devices.runner.engines.contract import ONE_EXPORT, check_session
 from devices.runner.engines.coreml import Opener, checked, installed, typed
 from devices.runner.engines.sessions import open_session, session_options
@@ -41,7 +40,9 @@ from devices.runner.measure.bench import read_clips
 from devices.runner.measure.check import Hearing, said
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
-from export.artifact import AGAIN, graph_files, read_manifest
+from export import layouts
+from export.artifact import AGAIN, read_manifest
+from export.layouts import graph_files
 from export.problem import Problem
 
 
@@ -49,7 +50,7 @@ def open_artifact(folder: Path, threads: int | None = None) -> Hearing:
     """The artifact in a loop of ours, whatever its layout."""
     manifest = read_manifest(folder)
     layout = manifest.get("layout", "native")
-    if layout in RUNNERS_OWN.values():
+    if layouts.LAYOUTS[layout].runtime == layouts.RUNNER:
         return recognizer(folder, threads, guards=False)
     return LAYOUTS[layout](folder, manifest, threads)
 

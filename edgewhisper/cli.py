@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from export.layouts import TARGETS, layouts_of
+
 app = typer.Typer(
     help="Make a Whisper checkpoint small, export it, and measure it on the device.",
     no_args_is_help=True,
@@ -64,15 +66,9 @@ Units = Annotated[
     typer.Option(help="of Core ML, on a Mac: all, cpu, cpu-ane or cpu-gpu; default: all"),
 ]
 
-LAYOUTS = {
-    "onnx": ("native", "transformers", "sherpa", "single"),
-    "coreml": ("whisperkit", "encoder"),
-}
+LAYOUTS = {target: layouts_of(target) for target in TARGETS}
 GATES = ("fail", "warn", "off")
-PRECISIONS = {
-    "onnx": ("fp32", "fp16", "int8", "int4"),
-    "coreml": ("fp16", "fp32", "int8", "int4", "pal4", "pal6", "pal8"),
-}
+PRECISIONS = {name: target.precisions for name, target in TARGETS.items()}
 
 
 @app.command("compress")

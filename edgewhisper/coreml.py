@@ -85,7 +85,7 @@ def packed_caches(
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Return a function that arranges a checkpoint's caches as in a package. The caches of a
     package may have unused channels, which are zero."""
-    from export.coreml.to_coreml import cache_channels
+    from export.coreml.decoder import cache_channels
 
     channels = cache_channels(model, bool((manifest.get("coreml") or {}).get("neural_engine")))
 

@@ -23,7 +23,7 @@ from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
 from devices.runner.engines import contract
 from devices.runner.engines.graph_file import Constant, Parts, read_graph
-from export import artifact
+from export import artifact, layouts
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def inspect_artifact(folder: Path) -> dict[str, Any]:
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     sizes[artifact.MANIFEST] = (folder / artifact.MANIFEST).stat().st_size
     packages = {}
-    if manifest.get("layout") in artifact.PACKAGED:
+    if manifest.get("layout") in layouts.layouts_of("coreml"):
         from edgewhisper.coreml import read_packages
 
         packages = {"packages": read_packages(folder)}
@@ -132,10 +132,10 @@ def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
     """Return the bytes of the graphs. The native layout has entries for encoder, decoder and token
     table. Core ML artifacts have one for each package, and other layouts one for all graphs."""
     sizes = {name: manifest["files"][name]["bytes"] for name in graph_files(manifest)}
-    if manifest.get("layout") in artifact.PACKAGED:
+    if manifest.get("layout") in layouts.layouts_of("coreml"):
         from edgewhisper.coreml import package_bytes
 
-        names = artifact.graph_files(manifest["layout"], manifest["precision"])
+        names = layouts.graph_files(manifest["layout"], manifest["precision"])
         return {name: package_bytes(manifest, name) for name in names}
     if "decoder.onnx" not in sizes or "encoder.onnx" not in sizes:
         return {"graphs": sum(sizes.values())}

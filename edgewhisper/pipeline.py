@@ -28,7 +28,6 @@ from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.speech.clips import Clip, Samples, read_manifest
 from benchmarks.wer import Score, score, word_counts
-from devices.runner.engines.contract import LAYOUTS as RUNNERS_OWN
 from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.card import card_of
 from edgewhisper.checkpoints.openai import ENGLISH
@@ -45,10 +44,11 @@ from edgewhisper.languages import (
 )
 from edgewhisper.progress import progress_bar
 from edgewhisper.recipe import Recipe, load_recipe
-from export.artifact import MANIFEST, PACKAGED, write_manifest
+from export.artifact import MANIFEST, write_manifest
 from export.artifact import read_manifest as read_artifact
 from export.cost import count_parameters, macs, macs_by_window
 from export.files import new_directory
+from export.layouts import LAYOUTS, TARGETS, layouts_of
 from export.problem import Problem
 from export.prompt import AUTO, is_multilingual, language_code, prompt_ids
 from export.quantise import is_quantised
@@ -67,12 +67,10 @@ ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = ASSETS / "whisper-digits"
 SPEECH = ASSETS / "speech"
 COMMON_VOICE = ASSETS / "common-voice"
-BY_CLIP = tuple(RUNNERS_OWN.values())
+BY_CLIP = tuple(name for name, layout in LAYOUTS.items() if layout.prompts_by_clip)
 """Layouts that prompt each clip for its own language; others have one fixed prompt."""
-ONE_WINDOW = ("transformers", "sherpa", "whisperkit", "encoder")
+ONE_WINDOW = tuple(name for name, layout in LAYOUTS.items() if layout.one_window)
 """Layouts of runtimes that give every clip the same window."""
-DEFAULTS = {"onnx": ("int8", "native"), "coreml": ("fp16", "whisperkit")}
-"""Target -> precision and layout where none is named."""
 DEV_SHARE = 10
 """Every tenth clip is held out for choosing thresholds where no dev manifest is given."""
 
@@ -439,14 +437,14 @@ def export(
 
     source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
     listed = None if speech is None else read_manifest(speech)
-    usual_precision, usual_layout = DEFAULTS[target]
-    precision, layout = precision or usual_precision, layout or usual_layout
+    precision = precision or TARGETS[target].precision
+    layout = layout or TARGETS[target].layout
     model, processor, note = load_for(layout, source, options.get("window"), language)
     if note is not None:
         say(f"note: {note}")
     listed = listed or read_manifest(default_speech(model.config.vocab_size))
-    names = {"native": "", "whisperkit": "coreml-", "encoder": "coreml-encoder-"}
-    kind = names.get(layout, f"{layout}-") + precision
+    prefix = LAYOUTS[layout].prefix
+    kind = (f"{layout}-" if prefix is None else prefix) + precision
     place = out or runs.new_path("artifact", f"-{kind}")
     with new_directory(place) as folder:
         say(f"{source} -> {place} ({kind})")
@@ -974,7 +972,7 @@ def open_artifact(
     from benchmarks.reference_runtimes import has_core_ml, recognizer
 
     opened = recognizer(Path(source), threads, compute_units=compute_units)
-    if opened.manifest.get("layout") in PACKAGED and not has_core_ml():
+    if opened.manifest.get("layout") in layouts_of("coreml") and not has_core_ml():
         warnings.warn(
             f"{source} is run by EdgeWhisper's interpreter of Core ML packages, for Core ML itself "
             "is on Apple's systems only: what it says is checked so, how fast it is is not",

@@ -24,13 +24,14 @@ from devices.runner.decode.rules import AUTO, Rules
 from devices.runner.engines import contract
 from devices.runner.engines.graph_file import read_graph
 from export import artifact
+from export.layouts import LAYOUTS, graph_files, layouts_of, needed_files
 from export.onnx.graph import OPSETS
 from export.problem import Problem
 
 CHECKS = ("manifest", "files", "graphs", "contract", "gate")
 TIMEOUT_S = 1800.0
 """Time limit for running the graphs, in seconds."""
-BRANCHES = ("transformers", "single")
+BRANCHES = tuple(name for name, layout in LAYOUTS.items() if layout.subgraphs)
 """Layouts whose graphs may have subgraphs (branches or loops)."""
 MOST_IDS, MOST_TOKENS = 2**24, 2**12
 """Largest accepted vocabulary and text length; Whisper's are 51866 and 448. For the native layout,
@@ -108,8 +109,8 @@ def read_other(folder: Path) -> dict[str, Any]:
     manifest = artifact.read_manifest(folder)
     entries = contract.Told(folder / artifact.MANIFEST, manifest)
     kind = (manifest["layout"], entries.at("precision").text())
-    contract.check_file_list(entries, artifact.needed_files(*kind))
-    for name in artifact.graph_files(*kind):
+    contract.check_file_list(entries, needed_files(*kind))
+    for name in graph_files(*kind):
         contract.check_graph(entries.at("contract").at(name))
     contract.check_audio(entries.at("audio"))
     contract.check_decoding(entries.at("decoding"), MOST_IDS, MOST_TOKENS)
@@ -124,7 +125,7 @@ def check_files(folder: Path) -> str:
 
 def check_graphs(folder: Path, manifest: dict[str, Any]) -> str:
     """Read the graphs without running them, and check the versions of their operators."""
-    if manifest.get("layout") in artifact.PACKAGED:
+    if manifest.get("layout") in layouts_of("coreml"):
         return check_packages(folder)
     names = [name for name in manifest["files"] if name.endswith(".onnx")]
     branches = manifest.get("layout") in BRANCHES

@@ -1,1 +1,1 @@
-"""Export: a torch module in, files for a device out."""
+"""Export a Whisper model from torch to files that devices can run: ONNX or Core ML."""

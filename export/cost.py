@@ -1,21 +1,21 @@
-"""Parameters and multiply-accumulates of a Whisper, dense or slim, from its real shapes.
+"""Parameters and multiply-accumulates (MACs) of a Whisper model, dense or slim, from its shapes.
 
-Counted per linear layer as the elements of its weights (two where it is low-rank) for every
-position it runs on; attention as heads * (qk_dim + v_dim) for every pair of positions. With T
-encoder positions, 2 T mel frames, and one token that sees `context` tokens:
+A linear layer costs the elements of its weights (of both factors if it is low-rank) at every
+position it runs on. Attention costs heads * (qk_dim + v_dim) for every pair of positions. With T
+encoder positions, 2 T mel frames, and one token that attends to `context` tokens:
 
     encoder            T * linear + T^2 * attention + convolution stem (kernel 3, strides 1 and 2)
     cross              T * (k_proj + v_proj) of every cross-attention, once per window
     decoder_per_token  linear + context * attention + T * cross-attention + token table
 
-A token table of V tokens costs V * d_model; one that is a product (V, r) (r, d_model) costs
-V * r + 2 * r * d_model, since its rows are multiplied out when tokens are looked up, too.
+A token table of V tokens costs V * d_model. A factorised table (V, r) (r, d_model) costs V * r + 2
+* r * d_model, because look-ups multiply its rows with the basis too.
 
-On whisper-tiny: 10.62 + 6.91 + 0.94 GMAC, 1.77 GMAC, and 13.0 + 19.9 MMAC at 32 tokens.
-Biases, LayerNorms, softmax, gathers and the log-mel front end are not counted. Input columns that
-a layer does not read are not counted either, though a runtime may multiply them by zero (our ONNX
-graphs do wherever that is faster than picking the others). On whisper-small, 10 s of audio cost
-0.28 times as much as 30 s in the encoder, and 5 s 0.13 times.
+For whisper-tiny, `encoder` is 10.62 + 6.91 + 0.94 GMAC, `cross` 1.77 GMAC, and `decoder_per_token`
+13.0 + 19.9 MMAC at 32 tokens. Biases, LayerNorms, softmax, gathers and the log-mel front end are
+not counted. Input columns that a layer skips are not counted either, although the ONNX graphs
+multiply them by zero where that is faster than gathering the others. For whisper-small, the encoder
+costs 0.28 times as much for 10 s of audio as for 30 s, and 0.13 times for 5 s.
 """
 
 from __future__ import annotations
@@ -28,28 +28,25 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters, each tensor once: in total, in the tied token table, and the rest.
-
-    Fixed positions count, as they do in Whisper's published sizes; indices of gathers do not.
-    """
+    """Return the number of parameters in total, in the tied token table, and in the rest. Each
+    tensor counts once. Fixed positions count, as in Whisper's published sizes; gather indices do
+    not."""
     total = sum(parameter.numel() for parameter in model.parameters())
     table = sum(p.numel() for p in model.model.decoder.embed_tokens.parameters())
     return {"total": total, "token_table": table, "rest": total - table}
 
 
 def macs_by_window(model: nn.Module, context: int = 32) -> dict[str, dict[str, int]]:
-    """Encoder positions of each of the model's windows, in digits for JSON -> its `macs`."""
+    """Return the `macs` of each of the model's windows, by encoder positions (as JSON keys)."""
     return {str(n): macs(model, context, n) for n in windows_of(model.config)}
 
 
 def macs(
     model: nn.Module, context: int = 32, positions: int | None = None, cached: bool = True
 ) -> dict[str, int]:
-    """Multiply-accumulates of one window and one token, see the module's docstring.
-
-    The window has so many encoder positions; None: it is the full one. Where the keys and values of
-    the encoder are not `cached`, every token pays for them, as in our Core ML packages.
-    """
+    """Return the MACs of one window and of one token; see the module's docstring. `positions` is
+    the number of encoder positions, by default those of the full window. Without `cached`, every
+    token pays for the encoder's keys and values, as in the Core ML packages."""
     encoder, decoder = model.model.encoder, model.model.decoder
     positions = positions or model.config.max_source_positions
     attend = _cached_cross if cached else _cross
@@ -70,7 +67,7 @@ def macs(
 
 
 def window_macs(counted: dict[str, int], tokens: int = 32) -> int:
-    """Of what macs() says: one full window and so many tokens."""
+    """Return the MACs of one full window with this many tokens, from the result of `macs`."""
     return counted["encoder"] + counted["cross"] + tokens * counted["decoder_per_token"]
 
 
@@ -90,19 +87,19 @@ def _encoder_layer(layer: nn.Module, positions: int) -> int:
 
 
 def _decoder_layer(layer: nn.Module, context: int) -> int:
-    """Without cross-attention's scores and mixes."""
+    """Return the MACs of a decoder layer without the scores and sums of its cross-attention."""
     linear = _weights(layer.self_attn, LINEARS) + _weights(layer, ("fc1", "fc2"))
     linear += _weights(layer.encoder_attn, ("q_proj", "out_proj"))
     return linear + context * _pair(layer.self_attn)
 
 
 def _cached_cross(attention: nn.Module, positions: int) -> int:
-    """Over keys and values that are there."""
+    """Return the MACs of cross-attention over cached keys and values."""
     return positions * _pair(attention)
 
 
 def _cross(attention: nn.Module, positions: int) -> int:
-    """Over the encoder's states: see mil_graph.cross_attention."""
+    """Return the MACs of cross-attention over the encoder states; see coreml/attention.py."""
     both = [getattr(attention, name) for name in ("k_proj", "v_proj")]
     read = sum(getattr(linear, "down", linear).weight.shape[1] for linear in both)
     weights = _weights(attention, ("k_proj", "v_proj"))
@@ -110,13 +107,14 @@ def _cross(attention: nn.Module, positions: int) -> int:
 
 
 def _pair(attention: nn.Module) -> int:
-    """Score and mix of one query and one key, over all heads: heads * (qk_dim + v_dim)."""
+    """Return the MACs of one query and one key, score and sum: heads * (qk_dim + v_dim)."""
     queries = getattr(attention.q_proj, "up", attention.q_proj).weight.shape[0]
     mixed = getattr(attention.out_proj, "down", attention.out_proj).weight.shape[1]
     return queries + mixed
 
 
 def _weights(module: nn.Module, names: tuple[str, ...]) -> int:
-    """Elements of the weight matrices of these linear layers; biases are no products."""
+    """Return the number of elements in the weight matrices of these linear layers, without
+    biases."""
     linears = [getattr(module, name) for name in names]
     return sum(p.numel() for linear in linears for p in linear.parameters() if p.dim() == 2)

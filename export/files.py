@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written to a temporary sibling, then renamed."""
+"""Files and folders that are written completely or not at all, and checks of their paths."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from export.problem import Problem
 
 
 def cached(name: str) -> Path:
-    """The folder for what is fetched or measured once, such as ~/.cache/edgewhisper/speech."""
+    """Return the cache folder for downloads and measurements, e.g. ~/.cache/edgewhisper/speech."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "edgewhisper" / name
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that takes its place when the block ends without an error.
-
-    Raises Problem when `out` exists or cannot be written; whatever happens, no half remains.
-    """
+    """Yield a temporary folder next to `out`, which becomes `out` if the block raises no error.
+    Raises Problem if `out` exists or cannot be written. The temporary folder is always removed."""
     out = Path(out)
     if out.exists():
         raise Problem(f"{out} exists already", hint="name another --out, or remove it first")
@@ -33,7 +31,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     try:
         with writing(out):
             yield temporary
-            temporary.chmod(0o755)  # mkdtemp gives 0o700; a result is no secret
+            temporary.chmod(0o755)  # mkdtemp sets 0o700
             os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -41,7 +39,8 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """As new_directory, for one file, which may replace an older one."""
+    """Yield a temporary file that becomes `path`, like `new_directory`; it may replace an older
+    file."""
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +57,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what stops a write (no space, no permission) into a letter about `path`."""
+    """Turn an OSError (no space, no permission) into a Problem that names `path`."""
     try:
         yield
     except OSError as error:
@@ -69,11 +68,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def leads_out(path: Path) -> bool:
-    """Whether a file is a link to anything but a file of its own hub cache, where
-    MODEL/snapshots/REVISION/.../NAME is a link to MODEL/blobs/HASH.
-
-    As devices/runner/engines/links.py, which has no more than the standard library there.
-    """
+    """Return whether a file is a link to anything but a blob of its own Hugging Face hub cache. In
+    that cache, MODEL/snapshots/REVISION/.../NAME is a link to MODEL/blobs/HASH. The runner has a
+    copy in devices/runner/engines/links.py, because it must not import this package."""
     if not path.is_symlink():
         return False
     model = next(
@@ -81,3 +78,10 @@ def leads_out(path: Path) -> bool:
         None,
     )
     return model is None or path.resolve().parent != (model / "blobs").resolve()
+
+
+def stays_inside(name: str) -> bool:
+    """Return whether a relative file name stays inside its folder, on POSIX and on Windows. The
+    runner has a copy in devices/runner/engines/contract.py, like that of `leads_out`."""
+    parts = name.replace("\\", "/").split("/")
+    return all(part not in ("", ".", "..") for part in parts) and not {":", "\0"} & set(name)

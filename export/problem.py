@@ -1,11 +1,10 @@
-"""The one exception that speaks to the user: what was asked, what was found, what to do next."""
+"""The exception for errors that the user can act on."""
 
 
 class Problem(ValueError):
-    """A letter to the user. The command line prints it and exits with 1; libraries only raise it.
-
-    `message` says what was asked and what was found, with the number; `hint` what to do next.
-    """
+    """An error message for the user. The command line prints it and exits with 1; libraries raise
+    it. `message` states what was requested and what is the case, with the number. `hint` states
+    what to do next."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

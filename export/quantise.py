@@ -1,23 +1,23 @@
-"""The quantisers: one definition, for fake quantisation in training and for what export stores.
+"""Weight quantisers: one definition for fake quantisation in training and for exported weights.
 
-Symmetric, of weights only; rows of a matrix (out, in) are output channels. With w the weights that
-share a scale s:
+Quantisation is symmetric. The rows of a matrix (out, in) are output channels. With w the weights
+that share a scale s:
 
-    bits   codes c           scale s                                   weights that share one
+    bits   codes c           scale s                                   weights that share s
     8      -127 ... 127      max|w| / 127                              a row
     4      -8 ... 7          -x / 8, x the w of largest magnitude      a block of a row
     16     -32767 ... 32767  max|w| / 32767                            a row
-    32     none: the weights as they are
+    32     none: the weights are kept                                  none
 
     c = round(w / s), Q(w) = c s                                                          (1)
 
-Four bits have the sign of x in the scale: sixteen codes serve instead of fifteen. Or all of a
-matrix shares one scale (`per` = "tensor").
+In 4 bits the scale carries the sign of x, so that all sixteen codes are used. With `per` = "tensor"
+the whole matrix shares one scale.
 
 Scales are rounded up to 16 significant bits, those of 16-bit codes to a power of two. Then c s is
-exact in float32, and so is the way back: the largest weight of Q(w) is a whole number of scales,
-its scale is s again, and Q(Q(w)) = Q(w) to the bit. So a checkpoint that holds the floats Q(w) is
-exported to exactly these codes, with nothing but the bits noted beside it.
+exact in float32, and the largest weight of Q(w) is an integer multiple of s. Its scale is therefore
+s again, and Q(Q(w)) = Q(w) to the bit. A checkpoint can hold the floats Q(w) and the number of
+bits, and export reproduces exactly these codes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from torch.nn import functional
 BITS = (4, 8, 16, 32)
 SCALES = ("channel", "tensor")
 BLOCKS = (16, 32, 64, 128, 256)
-"""Sizes that onnxruntime's MatMulNBits knows."""
+"""Block sizes that onnxruntime's MatMulNBits supports."""
 LARGEST = {4: 8, 8: 127, 16: 32767}
+"""Bits -> the largest magnitude of a code."""
 ROUNDED_AWAY = {4: 0xFF, 8: 0xFF, 16: 0x7FFFFF}
-"""Bits of a float32's 23 that scales do without."""
+"""Bits -> mask of the mantissa bits of a float32 scale that are set to zero."""
 TINY = 2.0**-100
-"""Weights no larger than this count as zero: their scales would have too few bits."""
+"""A largest magnitude up to this counts as zero: its scale would have too few significant bits."""
 
 
 @dataclass(frozen=True)
@@ -47,30 +48,28 @@ class Scheme:
     bits: int = 8
     per: str = "channel"
     block: int = 32
-    """Neighbouring inputs that share a scale in 4 bits."""
+    """Number of neighbouring inputs that share a scale in 4 bits."""
     transposed: bool = False
-    """Its columns are the channels: so is the basis of a factorised token table stored."""
+    """Whether columns are the channels, as in the basis of a factorised token table."""
 
 
 def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """(1): weight (out, in) -> codes (out, in) int8 or int16, scales (out, blocks) float32.
-
-    A row is one block except in 4 bits, where the last block may be shorter. A block of zeros has
-    codes of zero and scale 1.
-    """
+    """Quantise a weight (eq. 1): (out, in) -> codes (out, in) int8 or int16, scales (out, blocks)
+    float32. A row is one block, except in 4 bits, where the last block may be shorter. A block of
+    zeros has codes of zero and scale 1."""
     codes, scale = _codes(_in_blocks(weight.float(), scheme), scheme)
     whole = codes.flatten(1)[:, : weight.shape[1]]
     return whole.to(torch.int16 if scheme.bits == 16 else torch.int8), scale.squeeze(2)
 
 
 def dequantise(codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
-    """Codes (out, in), scales (out, blocks) -> Q(w) (out, in) float32, exact."""
+    """Return Q(w) (out, in) float32, exactly, from codes (out, in) and scales (out, blocks)."""
     wide = _in_blocks(codes.float(), scheme) * scale[:, :, None]
-    return wide.flatten(1)[:, : codes.shape[1]] + 0.0  # no negative zeros
+    return wide.flatten(1)[:, : codes.shape[1]] + 0.0  # turns -0.0 into 0.0
 
 
 def fake_quantise(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Q(w), in the shape of weight; the first axis is `out`, all others are inputs."""
+    """Return Q(w) in the shape of weight; the first axis is `out`, all others are inputs."""
     if scheme.bits == 32:
         return weight
     if scheme.transposed:
@@ -82,13 +81,13 @@ def fake_quantise(weight: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _in_blocks(rows: Tensor, scheme: Scheme) -> Tensor:
-    """(out, in) -> (out, blocks, width), filled up with zeros."""
+    """Reshape (out, in) to (out, blocks, width), padded with zeros."""
     width = scheme.block if scheme.bits == 4 else rows.shape[1]
     return functional.pad(rows, (0, -rows.shape[1] % width)).unflatten(1, (-1, width))
 
 
 def _codes(blocks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """(out, blocks, width) -> codes as whole floats, scales (out, blocks, 1)."""
+    """Return codes as integer-valued floats, (out, blocks, width), and scales (out, blocks, 1)."""
     scale = _scales(blocks, scheme)
     lowest = -8 if scheme.bits == 4 else -LARGEST[scheme.bits]
     highest = 7 if scheme.bits == 4 else LARGEST[scheme.bits]
@@ -98,22 +97,21 @@ def _codes(blocks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def _scales(blocks: Tensor, scheme: Scheme) -> Tensor:
     sharing = blocks.reshape(1, 1, -1) if scheme.per == "tensor" else blocks
     low, high = sharing.aminmax(dim=2, keepdim=True)
-    largest = torch.where(high >= -low, high, low)  # signed
+    largest = torch.where(high >= -low, high, low)  # with its sign
     scale = -largest if scheme.bits == 4 else largest.abs()
     scale = _round_up(scale / LARGEST[scheme.bits], ROUNDED_AWAY[scheme.bits])
     return torch.where(largest.abs() > TINY, scale, 1.0).expand(*blocks.shape[:2], 1)
 
 
 def _round_up(x: Tensor, away: int) -> Tensor:
-    """Magnitudes to the next float whose bits `away` are zero: a carry goes to the exponent."""
+    """Round magnitudes up to the next float whose bits `away` are zero; a carry increases the
+    exponent."""
     return ((x.view(torch.int32) + away) & ~away).view(torch.float32)
 
 
 def pack(codes: Tensor, scheme: Scheme) -> Tensor:
-    """4-bit codes (out, in) -> (out, blocks, block / 2) uint8 as MatMulNBits reads them.
-
-    Codes are stored plus 8, the earlier of two in the low half; inputs that fill up are zero.
-    """
+    """Pack 4-bit codes (out, in) into (out, blocks, block / 2) uint8, as MatMulNBits reads them.
+    Each code is stored plus 8, the earlier of two in the low half. Padding has the code zero."""
     shifted = (_in_blocks(codes.float(), scheme) + 8).to(torch.uint8)
     return shifted[..., 0::2] | shifted[..., 1::2] << 4
 
@@ -122,40 +120,41 @@ def pack(codes: Tensor, scheme: Scheme) -> Tensor:
 
 
 def schemes(model: nn.Module) -> dict[nn.Module, Scheme]:
-    """How the weights of a model's modules are stored, as config.edgewhisper has it.
-
-    Layers, token table and stem that it says nothing of are missing: the export's precision
-    decides on them.
-    """
-    told = getattr(model.config, "edgewhisper", None) or {}
-    common = {"per": told.get("scales", "channel"), "block": told.get("block", Scheme.block)}
-    found: dict[nn.Module, Scheme] = {}
+    """Return how the weights of a model's modules are stored, as config.edgewhisper names it.
+    Layers, token table and stem that the config does not name are missing from the result; the
+    precision of the export decides for them."""
+    config = getattr(model.config, "edgewhisper", None) or {}
+    common = {"per": config.get("scales", "channel"), "block": config.get("block", Scheme.block)}
+    result: dict[nn.Module, Scheme] = {}
     for side in ("encoder", "decoder"):
-        shapes = told.get(side, [])
+        shapes = config.get(side, [])
         for layer, shape in zip(getattr(model.model, side).layers, shapes, strict=bool(shapes)):
             for name, bits in shape.get("bits", {}).items():
                 module = layer.get_submodule(name)
                 parts = [module.down, module.up] if hasattr(module, "down") else [module]
-                found |= dict.fromkeys(parts, Scheme(bits, **common))
+                result |= dict.fromkeys(parts, Scheme(bits, **common))
     table, encoder = model.model.decoder.embed_tokens, model.model.encoder
-    if "token_bits" in told:
-        scheme = Scheme(told["token_bits"], **common)
+    if "token_bits" in config:
+        scheme = Scheme(config["token_bits"], **common)
         if hasattr(table, "rows"):
-            found |= {table.rows: scheme, table.up: Scheme(scheme.bits, transposed=True, **common)}
+            result |= {table.rows: scheme, table.up: Scheme(scheme.bits, transposed=True, **common)}
         else:
-            found[table] = scheme
-    if "stem_bits" in told:
-        found |= dict.fromkeys((encoder.conv1, encoder.conv2), Scheme(told["stem_bits"], **common))
-    return found
+            result[table] = scheme
+    if "stem_bits" in config:
+        result |= dict.fromkeys(
+            (encoder.conv1, encoder.conv2), Scheme(config["stem_bits"], **common)
+        )
+    return result
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Whether its weights stand on grids that removing rows or columns could shift."""
+    """Return whether some weights lie on quantisation grids, which removing rows or columns could
+    shift."""
     return any(scheme.bits < 32 for scheme in schemes(model).values())
 
 
-def noted(model: nn.Module) -> dict[str, Any]:
-    """What config.edgewhisper says of precision beside the layers."""
-    told = getattr(model.config, "edgewhisper", None) or {}
+def precision_fields(model: nn.Module) -> dict[str, Any]:
+    """Return the fields of config.edgewhisper about precision that do not belong to a layer."""
+    config = getattr(model.config, "edgewhisper", None) or {}
     keys = ("token_bits", "stem_bits", "block", "scales")
-    return {key: told[key] for key in keys if key in told}
+    return {key: config[key] for key in keys if key in config}

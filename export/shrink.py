@@ -1,27 +1,27 @@
-"""Exact removal of dead structure: zeros in the weights become smaller matrices.
+"""Exact removal of dead structure: rows and columns of zeros become smaller matrices.
 
-Pruning leaves rows and columns of zeros. Removing one changes nothing in the model's output as long
-as what it still contributed, a constant, is folded into a bias, and attention keeps its scale:
+Pruning leaves rows and columns of zeros. Removing them keeps the model's output, if their constant
+contribution is added to a bias and attention keeps its scale:
 
-    what is zero                    what goes
+    what is zero                    what is removed
     fc2 column i                    hidden unit i
     fc1 row i                       hidden unit i; fc2.bias += act(fc1.bias[i]) * fc2[:, i]
     out_proj column i               value channel i
     v_proj row i                    value channel i; rows of a softmax sum to one, so
                                     out_proj.bias += v_proj.bias[i] * out_proj[:, i]
-    k_proj row i, or                channel i of queries and keys: its share of every score is
-    q_proj row i and its bias       zero (not so where the query's bias remains)
+    k_proj row i, or                channel i of queries and keys, which adds zero to every
+    q_proj row i and its bias       score (not if the bias of the query remains)
     all value channels of a head    the head
-    nothing: the bias of k_proj     that bias (low-rank keys have one): it adds the same to every
-                                    score of a query, which a softmax does not see
+    nothing                         the bias of k_proj, if it has one: it adds the same to every
+                                    score of a query, which a softmax ignores
     columns of q, k, v, fc1         those input features: the layer reads `inputs` only
 
-Channels are uniform over the heads of one attention: every head keeps as many as the richest one,
-and the poorer ones are filled up with their largest dead channels, which are harmless as they are.
+All heads of one attention keep the same number of channels: as many as the head with most live
+ones. The other heads also keep their largest dead channels, which do no harm.
 
-The order is heads, channels and units, then inputs. One pass is the fixed point: a column may die
-because its only readers went, and inputs come last; a row never dies with a column, for only
-columns of zeros go, and a unit or a channel depends on nothing else.
+The order is heads, channels and units, then inputs. One pass is enough: a column may die because
+the units that read it were removed, and inputs come last. Removing columns of zeros never makes a
+row zero.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.quantise import noted
+from export.quantise import precision_fields
 
 FORMAT = 1
 ATTENTIONS = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
@@ -41,17 +41,19 @@ ATTENTIONS = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn"
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A smaller model: its whole state dict, and the shapes of its layers (config.edgewhisper)."""
+    """A smaller model: its complete state dict and the shapes of its layers
+    (config.edgewhisper)."""
 
     tensors: dict[str, Tensor]
     layers: dict[str, Any]
     heads: dict[str, list[dict[str, list[int]]]]
-    """Side, layer, attention -> which heads of the model before are left, in their new order."""
+    """Side, layer, attention -> indices in the original model of the heads that are kept, in
+    order."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """y = W x + bias, W (out, in) over all features of x; W = up @ down where it is low-rank."""
+    """y = W x + bias, W (out, in) over all features of x; W = up @ down if it is low-rank."""
 
     down: Tensor
     """(out, in), or (rank, in)."""
@@ -74,7 +76,8 @@ class Affine:
         return replace(self, down=self.down[:, index])
 
     def fold(self, dropped: Tensor, values: Tensor) -> Affine:
-        """Input `dropped[n]` is always `values[n]`: add what it contributes to the bias."""
+        """Add the contribution of dropped inputs to the bias; input `dropped[n]` is always
+        `values[n]`."""
         if self.bias is None or len(dropped) == 0:
             return self
         share = self.down[:, dropped].double() @ values.double()
@@ -84,16 +87,16 @@ class Affine:
 
 
 def shrink(model: nn.Module, round_to: int = 1, min_saving: float = 0.125) -> Shrunk:
-    """The model without its dead structure; the same function to float rounding.
+    """Return the model without its dead structure; it computes the same function up to rounding.
 
-    `model` is a Whisper, dense or slim already; it is left as it is. Counts of channels, units and
-    inputs are rounded up to a multiple of `round_to` by keeping the largest dead ones. A linear
-    layer reads its live inputs only where at least `min_saving` of its columns are dead: less than
-    an eighth, and picking them costs as much as it saves (measured: fc1 of whisper-tiny's width,
-    int8, one row in onnxruntime). Nothing dead: the tensors come back unchanged.
+    `model` is a Whisper, dense or slim, and is not changed. Counts of channels, units and inputs
+    are rounded up to a multiple of `round_to` by keeping the largest dead ones. A linear layer
+    skips its dead inputs only if they are at least `min_saving` of its columns: below an eighth,
+    gathering the others costs as much as it saves (measured for fc1 of whisper-tiny's width, int8,
+    one row in onnxruntime). If nothing is dead, the tensors are returned unchanged.
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    layers = _beside_layers(model)
+    layers = _model_fields(model)
     heads: dict[str, list[dict[str, list[int]]]] = {}
     for side, attentions in ATTENTIONS.items():
         stack = getattr(model.model, side)
@@ -111,8 +114,8 @@ def shrink(model: nn.Module, round_to: int = 1, min_saving: float = 0.125) -> Sh
 def _shrink_layer(
     layer: nn.Module, attentions: tuple[str, ...], round_to: int
 ) -> tuple[dict[str, Affine], dict[str, Any], dict[str, list[int]]]:
-    """The linear layers of one block that survive, by name, its shape, yet without inputs, and the
-    heads left in its attentions."""
+    """Return the remaining linear layers of one block by name, its shape (yet without inputs), and
+    the heads kept in each attention."""
     linears: dict[str, Affine] = {}
     shape: dict[str, Any] = {}
     heads: dict[str, list[int]] = {}
@@ -130,10 +133,10 @@ def _shrink_layer(
 def _shrink_ffn(
     fc1: Affine, fc2: Affine, activation: Callable[[Tensor], Tensor], round_to: int
 ) -> tuple[Affine, Affine]:
-    """fc2(act(fc1 x)) without the units that fc2 ignores and those that are constant."""
+    """Remove the units of fc2(act(fc1 x)) that fc2 ignores or that are constant."""
     idle = _zero_columns(fc2) | _zero_rows(fc1)  # (ffn,)
     size = _row_sizes(fc1) + _column_sizes(fc2)
-    kept = _keep(idle[None], size[None], round_to)[0]
+    kept = _select(idle[None], size[None], round_to)[0]
     dropped = _others(kept, len(idle))
     if fc1.bias is not None:
         fc2 = fc2.fold(dropped, activation(fc1.bias[dropped].double()))
@@ -143,11 +146,11 @@ def _shrink_ffn(
 def _shrink_attention(
     attention: nn.Module, d_model: int, round_to: int
 ) -> tuple[dict[str, Affine], dict[str, Any], list[int]]:
-    """One attention without dead heads and channels, its shape, and the heads left."""
+    """Return one attention without dead heads and channels, its shape, and the heads kept."""
     heads = attention.num_heads
     query, key, value = (_read(getattr(attention, f"{n}_proj"), d_model) for n in "qkv")
     out = _read(attention.out_proj, _inputs(attention.out_proj))
-    if getattr(attention, "shared", False):  # no channel belongs to one head: nothing to count
+    if getattr(attention, "shared", False):  # no channel belongs to one head
         parts = {"q_proj": query, "k_proj": key, "v_proj": value, "out_proj": out}
         return parts, attention_shape(attention), list(range(heads))
 
@@ -174,22 +177,21 @@ def _shrink_attention(
 
 
 def _live_heads(idle_v: Tensor, size_v: Tensor) -> Tensor:
-    """Indices of the heads with a live value channel; the largest one where none has."""
+    """Return the indices of heads with a live value channel; the largest head if there is none."""
     alive = (~idle_v).any(1).nonzero().flatten()
     return alive if len(alive) else size_v.sum(1).argmax()[None]
 
 
 def _channels(alive: Tensor, idle: Tensor, size: Tensor, round_to: int) -> Tensor:
-    """Kept rows of a projection: as many channels of every live head; ascending, flat."""
-    kept = _keep(idle[alive], size[alive], round_to)
+    """Return the rows of a projection to keep, ascending: the same number of channels for every
+    live head."""
+    kept = _select(idle[alive], size[alive], round_to)
     return (alive[:, None] * idle.shape[1] + kept).flatten()
 
 
-def _keep(idle: Tensor, size: Tensor, round_to: int) -> Tensor:
-    """Which columns of each group to keep: all live ones, then the largest idle ones.
-
-    idle, size (groups, n) -> (groups, kept), ascending; kept is uniform, rounded up, at least 1.
-    """
+def _select(idle: Tensor, size: Tensor, round_to: int) -> Tensor:
+    """Return which columns of each group to keep: all live ones, then the largest dead ones. idle,
+    size (groups, n) -> (groups, kept), ascending. `kept` is uniform, rounded up, at least 1."""
     total = idle.shape[1]
     count = _round_up(max(1, int((~idle).sum(1).max())), round_to, total)
     first = size.masked_fill(~idle, torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -232,7 +234,8 @@ def _column_sizes(affine: Affine) -> Tensor:
 
 
 def _read(module: nn.Module, features: int) -> Affine:
-    """A linear module over all `features` of its input: what it does not read are zero columns."""
+    """Return a linear module over all `features` of its input, with zero columns for those it
+    skips."""
     if hasattr(module, "down"):
         up = module.up
         bias = None if up.bias is None else up.bias.detach()
@@ -260,7 +263,7 @@ def _store(
     round_to: int,
     min_saving: float,
 ) -> None:
-    """Put a linear layer into the state dict under its name, and its rank and inputs in `shape`."""
+    """Put a linear layer into the state dict, and its rank and number of inputs into `shape`."""
     for old in [key for key in tensors if key.startswith(f"{prefix}{name}.")]:
         del tensors[old]
     new: dict[str, Tensor] = {}
@@ -280,14 +283,15 @@ def _store(
 
 
 def _reads_stream(name: str) -> bool:
-    """Layers that read the residual stream; inputs of the others are units and channels, gone."""
+    """Return whether a layer reads the residual stream. The others read units or channels."""
     return name.endswith(("q_proj", "k_proj", "v_proj", "fc1"))
 
 
 def _live_inputs(affine: Affine, round_to: int, min_saving: float) -> Tensor | None:
-    """The features this layer reads, ascending; None where reading all of them is as good."""
+    """Return the features that this layer reads, ascending; None if reading all of them is as
+    good."""
     idle = _zero_columns(affine)
-    kept = _keep(idle[None], _column_sizes(affine)[None], round_to)[0]
+    kept = _select(idle[None], _column_sizes(affine)[None], round_to)[0]
     dead = len(idle) - len(kept)
     return kept if dead and dead >= min_saving * len(idle) else None
 
@@ -296,8 +300,8 @@ def _live_inputs(affine: Affine, round_to: int, min_saving: float) -> Tensor | N
 
 
 def layer_shapes(model: nn.Module) -> dict[str, Any]:
-    """Shapes of every layer, in the form of config.edgewhisper; a dense model has them too."""
-    shapes = _beside_layers(model)
+    """Return the shapes of every layer in the form of config.edgewhisper, for dense models too."""
+    shapes = _model_fields(model)
     for side, attentions in ATTENTIONS.items():
         stack = getattr(model.model, side).layers
         shapes[side] = [
@@ -308,16 +312,17 @@ def layer_shapes(model: nn.Module) -> dict[str, Any]:
 
 
 def _bits(model: nn.Module, side: str) -> list[dict[str, Any]]:
-    """What config.edgewhisper says of the precision of each layer, under the same key."""
-    told = (getattr(model.config, "edgewhisper", None) or {}).get(side, [])
+    """Return the bits of each layer that config.edgewhisper names, under the key `bits`."""
+    config = (getattr(model.config, "edgewhisper", None) or {}).get(side, [])
     known: list[dict[str, Any]] = [
-        {"bits": dict(shape["bits"])} if "bits" in shape else {} for shape in told
+        {"bits": dict(shape["bits"])} if "bits" in shape else {} for shape in config
     ]
     return known or [{} for _ in getattr(model.model, side).layers]
 
 
-def _beside_layers(model: nn.Module) -> dict[str, Any]:
-    """What is no layer's: the format, the rank of a factorised token table, windows, precisions."""
+def _model_fields(model: nn.Module) -> dict[str, Any]:
+    """Return the fields that belong to no layer: format, rank of a factorised table, windows,
+    precision."""
     rows, windows = (
         getattr(model.model.decoder.embed_tokens, "rows", None),
         windows_of(model.config),
@@ -327,12 +332,12 @@ def _beside_layers(model: nn.Module) -> dict[str, Any]:
         shapes["token_rank"] = rows.embedding_dim
     if len(windows) > 1:
         shapes["windows"] = windows
-    return shapes | noted(model)
+    return shapes | precision_fields(model)
 
 
 def windows_of(config: Any) -> list[int]:
-    """Lengths of audio that a model was made for, in encoder positions: ascending, the last is all
-    that it has."""
+    """Return the window lengths that the model was trained for, in encoder positions, ascending.
+    The last one is the full window."""
     shapes = getattr(config, "edgewhisper", None) or {}
     return list(shapes.get("windows", [config.max_source_positions]))
 
@@ -354,6 +359,7 @@ def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
 
 
 def attention_shape(attention: nn.Module) -> dict[str, Any]:
+    """Return the number of heads and the widths of one head of an attention module."""
     heads = attention.num_heads
     shape = {
         "heads": heads,
@@ -368,5 +374,5 @@ def _outputs(linear: nn.Module) -> int:
 
 
 def _inputs(linear: nn.Module) -> int:
-    """Of a layer that reads all its features."""
+    """Return the number of inputs of a layer that reads all its features."""
     return getattr(linear, "down", linear).weight.shape[1]

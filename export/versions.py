@@ -1,4 +1,4 @@
-"""Which libraries made something: the same answer in checkpoints, artifacts and results."""
+"""Versions of the libraries that made a checkpoint, an artifact or a result."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ PACKAGES = ("edgewhisper", "torch", "transformers", "accelerate", "onnx", "onnxr
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of PACKAGES, none of which is imported for it."""
+    """Return the versions of Python and of PACKAGES without importing them."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def version(package: str) -> str:
+    """Return the version of an installed package, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

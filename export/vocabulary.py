@@ -1,4 +1,4 @@
-"""The layout of Whisper's vocabulary: ordinary tokens, special tokens, timestamps."""
+"""The structure of Whisper's vocabulary: ordinary tokens, special tokens, timestamps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ PREVIOUS = "<|startofprev|>"
 NO_SPEECH = "<|nospeech|>"
 NO_TIMESTAMPS = "<|notimestamps|>"
 TIMESTAMPS = 1501
-"""Tokens from 0.00 to 30.00 s in steps of 0.02 s."""
+"""Number of timestamp tokens: 0.00 to 30.00 s in steps of 0.02 s."""
 
 
 def special_tokens(languages: int | None = None) -> list[str]:
-    """The special tokens in the order of their ids, with the first so many languages; None: all."""
+    """Return the special tokens in the order of their ids, with the first `languages` languages or
+    all."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
     codes = (f"<|{code}|>" for code in islice(LANGUAGES, languages))
@@ -29,14 +30,15 @@ def special_tokens(languages: int | None = None) -> list[str]:
 
 
 def timestamps() -> list[str]:
-    """The timestamp tokens, which follow the special ones."""
+    """Return the timestamp tokens, which follow the special ones."""
     return [f"<|{number * 0.02:.2f}|>" for number in range(TIMESTAMPS)]
 
 
 def tokenizer(
     ordinary: Sequence[str], merges: Sequence[tuple[str, str]], special: Sequence[str]
 ) -> WhisperTokenizer:
-    """A byte-level BPE tokenizer over these tokens, in this order, with timestamps behind them."""
+    """Return a byte-level BPE tokenizer of these tokens in this order, followed by the
+    timestamps."""
     from tokenizers import AddedToken
     from transformers import WhisperTokenizer
 

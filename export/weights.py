@@ -1,4 +1,4 @@
-"""What graphs are built from: the weights of a Whisper, dense or slim, read off its modules."""
+"""The weights of a Whisper, dense or slim, in the form from which graphs are built."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from export.shrink import attention_shape
 
 Floats = NDArray[np.float32]
 Schemes = Mapping[nn.Module, Scheme]
-"""How the weights of modules are stored, see export/quantise.py."""
+"""How the weights of each module are stored; see quantise.py."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """y = W x[inputs] + bias, of an x with so many `features`; `inputs` None: all of them."""
+    """A linear layer: y = W x[inputs] + bias, where x has `features` features."""
 
     weight: Floats
     """(out, in)"""
     bias: Floats | None = None
     inputs: NDArray[np.int64] | None = None
+    """Indices of the features that the layer reads; None: all of them."""
     features: int = 0
-    """Needed with `inputs` only."""
+    """Required with `inputs` only."""
     scheme: Scheme | None = None
-    """How a graph that quantises stores the weight; None: as it stores all matrices."""
+    """How a quantised graph stores the weight; None: as it stores all matrices."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Shape of one attention. The scale is the dense model's, whatever became of its heads."""
+    """Shape of one attention. `scale` is that of the dense model, even if heads were pruned."""
 
     count: int
     qk_dim: int
@@ -42,18 +43,18 @@ class Heads:
 
     @property
     def cache_dim(self) -> int:
-        """Width of a head in a cache: of keys and values alike, and a multiple of 8."""
+        """Width of one head in a cache: equal for keys and values, and a multiple of 8."""
         return -(-max(self.qk_dim, self.v_dim) // 8) * 8
 
 
 def chains(schemes: Schemes, attention: nn.Module, names: str) -> list[list[Linear]]:
-    """Projections of one input: `names` is "qkv" or "kv"."""
+    """Return the q, k and v projections ("qkv"), or those of "kv", of one attention."""
     d_model = outputs_of(attention.out_proj)
     return [chain(schemes, getattr(attention, f"{name}_proj"), d_model) for name in names]
 
 
 def chain(schemes: Schemes, module: nn.Module, features: int) -> list[Linear]:
-    """A linear module as the products it consists of: one, or two where it is low-rank."""
+    """Return the matrix products of a linear module: one, or two if it is low-rank."""
     if hasattr(module, "down"):
         return [
             *chain(schemes, module.down, features),
@@ -66,20 +67,23 @@ def chain(schemes: Schemes, module: nn.Module, features: int) -> list[Linear]:
 
 
 def scaled(layers: Sequence[Linear], factor: float) -> list[Linear]:
-    """The same layers, what comes out times a factor."""
+    """Return the same layers with their output multiplied by `factor`."""
     *first, last = layers
     bias = None if last.bias is None else last.bias * np.float32(factor)
     return [*first, replace(last, weight=last.weight * np.float32(factor), bias=bias)]
 
 
 def heads_of(attention: nn.Module) -> Heads:
+    """Return the shape of an attention module."""
     shape = attention_shape(attention)
     return Heads(shape["heads"], shape["qk_dim"], shape["v_dim"], attention.scaling)
 
 
 def outputs_of(linear: nn.Module) -> int:
+    """Return the number of outputs of a linear module."""
     return len(getattr(linear, "up", linear).weight)
 
 
 def array(tensor: Tensor) -> Floats:
+    """Return a tensor as a float32 array on the CPU."""
     return tensor.detach().float().cpu().numpy()

@@ -23,7 +23,7 @@ from devices.runner.audio import read_wav
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, whisper
-from export.artifact_files import decoding_rules
+from export.manifest import decoding_rules
 from export.problem import Problem
 
 pytestmark = pytest.mark.slow

@@ -135,7 +135,7 @@ def words(checkpoint: Path, vocabulary: int) -> bytes:
     """The bytes of the ordinary tokens, which come first; the program names the others itself."""
     from transformers import WhisperTokenizer
 
-    from export.artifact_files import token_bytes
+    from export.tokens import token_bytes
 
     table = token_bytes(WhisperTokenizer.from_pretrained(checkpoint), vocabulary)
     count = next((i for i, word in enumerate(table) if word is None), len(table))
@@ -207,7 +207,7 @@ def decoding_rules_of(checkpoint: Path) -> dict[str, Any]:
     """Prompt, end, languages and suppressed tokens, as an artifact's manifest has them."""
     from transformers import GenerationConfig, WhisperConfig
 
-    from export.artifact_files import decoding_rules
+    from export.manifest import decoding_rules
 
     parts: Any = SimpleNamespace(
         config=WhisperConfig.from_pretrained(checkpoint),

@@ -1,1 +1,1 @@
-"""Core ML: packages in the MIL format, written and executed without Apple's tools."""
+"""Export to Core ML: packages in the MIL format, written and executed without a Mac."""

@@ -1,7 +1,7 @@
 """Core ML's compressed constants, in both generations of its specification.
 
-Programs for iOS 16 and 17 hold flat bytes and a shape; from iOS 18 on the codes have a shape and
-a type of their own (4 bits, say), and scales and tables may be given for blocks.
+Programs for iOS 16 and 17 store packed bytes and a shape. From iOS 18 on the codes have a shape and
+a type of their own (e.g. 4 bits), and scales and tables may be given for blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from export.coreml.package import LARGEST, Array, unpack
 
 
 def affine_dequantize(quantized_data: Array, zero_point: Array, scale: Array, axis: Array) -> Array:
-    """One scale for everything or one for each index along an axis."""
+    """Apply one scale for all codes, or one for each index along an axis."""
     shape = [1] * quantized_data.ndim
     shape[int(axis)] = -1
     zero, step = (x.reshape(shape) if x.ndim else x for x in (zero_point, scale))
@@ -25,7 +25,7 @@ def affine_dequantize(quantized_data: Array, zero_point: Array, scale: Array, ax
 
 
 def blockwise_shift_scale(data: Array, scale: Array, offset: Array | None = None) -> Array:
-    """One scale for each block; how large blocks are follows from how many scales there are."""
+    """Apply one scale per block; the number of scales determines the block size."""
     shifted = data.astype(np.float32)
     if offset is not None:
         shifted -= _spread(offset, data.shape).astype(np.float32)
@@ -38,7 +38,8 @@ def lut_to_dense(
     shape: Array | None = None,
     vector_axis: Array | None = None,
 ) -> Array:
-    """Numbers by their index in a table; `shape`: the indices are packed in bytes (iOS 16)."""
+    """Look numbers up by their index in a table; with `shape`, indices are packed in bytes (iOS
+    16)."""
     if shape is None:
         return _looked_up(indices, lut, vector_axis)
     sizes = shape.tolist()
@@ -47,7 +48,7 @@ def lut_to_dense(
 
 
 def sparse_to_dense(nonzero_data: Array, mask: Array, shape: Array | None = None) -> Array:
-    """Zero wherever a mask is; `shape`: the mask is packed in bytes (iOS 16)."""
+    """Fill zeros where the mask is zero; with `shape`, the mask is packed in bytes (iOS 16)."""
     if shape is not None:
         sizes = shape.tolist()
         mask = unpack(mask, math.prod(sizes), 1).reshape(sizes)
@@ -60,7 +61,7 @@ def lut_to_sparse(
     lut: Array,
     vector_axis: Array | None = None,
 ) -> tuple[Array, Array]:
-    """What is not zero by its index in a table -> the mask and what is not zero."""
+    """Look up the nonzero numbers by their index in a table; return the mask and the numbers."""
     dense = _looked_up(_dense(indices_mask, indices_nonzero_data), lut, vector_axis)
     mask = indices_mask
     if lut.shape[-1] > 1 and vector_axis is not None:
@@ -96,7 +97,7 @@ FORMS: dict[str, Callable[..., Any]] = {
 
 
 def _spread(blocks: Array, shape: tuple[int, ...]) -> Array:
-    """One number for each block -> one for each element (or an axis of 1, which is the same)."""
+    """Expand one number per block to one per element (an axis of size 1 is kept and broadcast)."""
     if blocks.ndim != len(shape) or any(n % b for n, b in zip(shape, blocks.shape, strict=True)):
         raise ValueError(f"blocks {list(blocks.shape)} do not divide shape {list(shape)}")
     for axis, (size, count) in enumerate(zip(shape, blocks.shape, strict=True)):
@@ -108,27 +109,28 @@ def _spread(blocks: Array, shape: tuple[int, ...]) -> Array:
 def _dense(mask: Array, nonzero: Array) -> Array:
     there = mask != 0
     if nonzero.shape != (np.count_nonzero(there),):
-        found = f"{np.count_nonzero(there)} places for {list(nonzero.shape)} values"
-        raise ValueError(f"its mask has {found}")
+        places = np.count_nonzero(there)
+        raise ValueError(f"its mask selects {places} places for {list(nonzero.shape)} values")
     dense = np.zeros(mask.shape, nonzero.dtype)
     dense[there] = nonzero
     return dense
 
 
 def _looked_up(indices: Array, lut: Array, vector_axis: Array | None) -> Array:
-    """A table (of numbers, or of vectors to be laid along an axis) for each block of indices."""
+    """Look up indices in the table of their block; entries are numbers, or vectors along an
+    axis."""
     groups, (count, width) = lut.shape[:-2], lut.shape[-2:]
     if indices.size * width > LARGEST:
         raise ValueError(f"its {indices.size} vectors of {width} are too many")
     if indices.size and int(indices.max()) >= count:
         raise ValueError(f"index {indices.max()} in a table of {count}")
     table = np.arange(math.prod(groups)).reshape(groups)
-    found = lut.reshape(-1, count, width)[_spread(table, indices.shape), indices]
+    entries = lut.reshape(-1, count, width)[_spread(table, indices.shape), indices]
     if width == 1:
-        return found[..., 0]
+        return entries[..., 0]
     if vector_axis is None:
         raise ValueError(f"a table of vectors of {width}, but no axis")
     axis = int(vector_axis) % indices.ndim
     sizes = list(indices.shape)
     sizes[axis] *= width
-    return np.moveaxis(found, -1, axis + 1).reshape(sizes)
+    return np.moveaxis(entries, -1, axis + 1).reshape(sizes)

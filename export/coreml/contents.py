@@ -1,4 +1,4 @@
-"""What a saved Core ML package is made of: operations, and how its weights are stored."""
+"""The contents of a saved Core ML package: its operations, and how its weights are stored."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from export.coreml.package import FLOATS, Package, Spec, read_package
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """Version, operations by kind, and how many numbers are stored in which form: float16, int8,
-    int4, palette4 and so on. Nothing is run.
-
-    Raises Problem: not a package, or one that is damaged.
-    """
+    """Return the specification version, the number of operations by kind, and of weights by form.
+    Forms are float16, int8, int4, palette4 and so on. Nothing is executed. Raises Problem if `path`
+    is not a package or is damaged."""
     package = read_package(Path(path))
     operations = package.block.operations
     specs = {spec.name: spec for op in operations for spec in map(package.spec, op.outputs)}
@@ -44,7 +42,7 @@ def contents(path: Path) -> dict[str, Any]:
 
 
 def _form(package: Package, op: Any, specs: dict[str, Spec]) -> str:
-    """The name of a compressed constant's form, with its bits."""
+    """Return the name of a compressed constant's form, with its bits."""
     values = dict(op.attributes)
     given = {}
     for name, binding in op.inputs.items():

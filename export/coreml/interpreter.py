@@ -1,9 +1,9 @@
-"""Runs a saved Core ML package on any system: op by op, in torch, as the program on disk says.
+"""Run a saved Core ML package on any system: operation by operation, in torch.
 
-Every result is computed in float32 and rounded to the type that the program declares for it, so
-that a float16 package is float16-rounded and a float32 one is not. Every declared shape is held
-against what comes out, first without any numbers, when a package is opened. This proves what was
-written; how Core ML compiles it, where it runs it and how fast is for a Mac to say.
+Every result is computed in float32 and rounded to the type that the program declares, so that a
+float16 package has float16 rounding. Every declared shape is compared with the actual one, already
+when a package is opened, without data. This verifies the package as written. How Core ML compiles
+it, on which unit it runs and how fast, only a Mac can show.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from export.coreml.constants import FORMS
-from export.coreml.operations import MOVES, OPERATIONS, Places, Slot, Unknown
+from export.coreml.moves import Places, Unknown
+from export.coreml.operations import OPERATIONS, UNROUNDED, Slot
 from export.coreml.package import AGAIN, FLOATS, Array, Constant, Package, Spec, read_package
 from export.problem import Problem
 
 __all__ = ["Program", "Spec", "open_package"]
 
 GIVEN = {"float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
-"""Types in which outputs are given and states are kept. On the way floats are float32, all
-integers int32."""
+"""Types of outputs and states. Inside a program floats are float32 and integers int32."""
 ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
     "float16": lambda x: x.half().float(),
     "int8": lambda x: x.to(torch.int8).int(),
@@ -39,12 +39,12 @@ ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
     "uint16": lambda x: x & 0xFFFF,
 }
 MAIN = {"x", "y", "a", "b", "values", "query", "key", "value", "update", "input", "data"}
-"""Parameters whose float type is the result's; weights and masks may have another one."""
+"""Parameters whose float type is that of the result; weights and masks may have another one."""
 WRONG = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
-"""What numbers and shapes that do not fit raise on their way through numpy and torch."""
-BEYOND = "run the package on a Mac, or write what is missing into export/coreml/operations.py"
+"""Exceptions that numpy and torch raise for values and shapes that do not match."""
+BEYOND = "run the package on a Mac, or add the operation to export/coreml/operations.py"
 Trace = Callable[[str, str, Tensor], None]
-"""Called with type, name and value of every result."""
+"""Called with the type, name and value of every result."""
 Environment = dict[str, Any]
 
 
@@ -56,14 +56,14 @@ class Step:
     name: str
     run: Callable[..., Any]
     constants: dict[str, Any]
-    """Parameters that are no tensors."""
+    """Parameters that are not tensors."""
     inputs: dict[str, str | list[str]]
     """Parameter -> name of its value, or names."""
     outputs: list[Spec]
     at_run: bool
-    """Where it reads or writes is known only when it runs."""
+    """Whether the positions it reads or writes are known only when it runs."""
     spent: list[str] = field(default_factory=list)
-    """Values that nothing reads after it."""
+    """Values that no later step reads."""
 
 
 class Program:
@@ -83,7 +83,7 @@ class Program:
         self._check()
 
     def new_state(self) -> dict[str, Tensor]:
-        """All zeros, as a program finds its states the first time."""
+        """Return states of zeros, as a program has them at the start."""
         return {spec.name: torch.zeros(spec.shape, dtype=GIVEN[spec.dtype]) for spec in self.states}
 
     @torch.inference_mode()
@@ -93,10 +93,8 @@ class Program:
         state: dict[str, Tensor] | None = None,
         trace: Trace | None = None,
     ) -> dict[str, Array]:
-        """Outputs by name; `state` is changed, by programs that keep one.
-
-        Numbers are converted to the declared types as Core ML does, but no fractions to integers.
-        """
+        """Return outputs by name; `state` is changed by programs with states. Inputs are converted
+        to the declared types as Core ML does, but fractions are not converted to integers."""
         values = self._constants | self._fed(feed)
         if self.states:
             kept = self._kept(state)
@@ -108,41 +106,41 @@ class Program:
         }
 
     def _fed(self, feed: Mapping[str, Array]) -> Environment:
-        wanted = {spec.name: spec for spec in self.inputs}
-        if feed.keys() != wanted.keys():
+        expected = {spec.name: spec for spec in self.inputs}
+        if feed.keys() != expected.keys():
             raise Problem(
-                f"{self.path}: given {', '.join(sorted(feed)) or 'nothing'}",
-                hint=f"it takes {', '.join(sorted(wanted))}",
+                f"{self.path}: got the inputs {', '.join(sorted(feed)) or 'none'}",
+                hint=f"pass {', '.join(sorted(expected))}",
             )
         return {
-            name: self._converted(spec, np.asarray(feed[name])) for name, spec in wanted.items()
+            name: self._converted(spec, np.asarray(feed[name])) for name, spec in expected.items()
         }
 
     def _converted(self, spec: Spec, array: Array) -> Tensor:
         if array.shape != spec.shape:
             raise Problem(
-                f"{self.path}: input {spec.name} is given as {list(array.shape)}",
-                hint=f"give it as {spec.dtype} {list(spec.shape)}",
+                f"{self.path}: input {spec.name} has shape {list(array.shape)}",
+                hint=f"pass {spec.dtype} {list(spec.shape)}",
             )
         if array.dtype.kind not in ("fiub" if spec.dtype in FLOATS else "iub"):
             raise Problem(
-                f"{self.path}: input {spec.name} is given as {array.dtype}",
-                hint=f"give it as {spec.dtype} {list(spec.shape)}",
+                f"{self.path}: input {spec.name} has dtype {array.dtype}",
+                hint=f"pass {spec.dtype} {list(spec.shape)}",
             )
         return _widened(array.astype(spec.dtype))
 
     def _kept(self, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        wanted = {spec.name: spec.shape for spec in self.states}
-        found = {name: tuple(value.shape) for name, value in (state or {}).items()}
-        if state is None or wanted != found:
+        expected = {spec.name: spec.shape for spec in self.states}
+        actual = {name: tuple(value.shape) for name, value in (state or {}).items()}
+        if state is None or expected != actual:
             raise Problem(
-                f"{self.path}: keeps the states {wanted}, given {found or 'none'}",
-                hint="pass what new_state() gave, in every step of one text",
+                f"{self.path}: has the states {expected}, got {actual or 'none'}",
+                hint="pass the result of new_state() to every step of one text",
             )
         return state
 
     def _check(self) -> None:
-        """Run without numbers: all shapes and the kinds of all types are what they should be."""
+        """Run without data and check all shapes and kinds of types."""
         empty = {name: value.to("meta") for name, value in self._constants.items()}
         shapes = {spec.name: _blank(spec) for spec in self.inputs}
         states = {spec.name: _blank(spec) for spec in self.states}
@@ -162,9 +160,9 @@ class Program:
                     results = step.run(**given, **step.constants)
                 results = [results] if isinstance(results, Tensor) else results
                 if len(results) != len(step.outputs):
-                    raise ValueError(f"gives {len(results)} results, declared {len(step.outputs)}")
+                    raise ValueError(f"{len(results)} results, declared {len(step.outputs)}")
                 for spec, result in zip(step.outputs, results, strict=True):
-                    values[spec.name] = _declared(spec, result, step.kind in MOVES)
+                    values[spec.name] = _declared(spec, result, step.kind in UNROUNDED)
             except WRONG as error:
                 raise _wrong(self.path, step.kind, step.name, error) from error
             if trace:
@@ -172,20 +170,18 @@ class Program:
                     trace(step.kind, spec.name, values[spec.name])
             for name in step.spent:
                 del values[name]
-            del given, results  # or they would stay until the next ones are there
+            del given, results  # otherwise they would live until the next step
 
 
 def open_package(path: Path, function: str | None = None) -> Program:
-    """A package ready to run: its function of that name, or the one that it runs itself.
-
-    Raises Problem: not a package, damaged, an operation or a mode of one that is not known here,
-    shapes that disagree.
-    """
+    """Return a package ready to run: the function of that name, or the default one. Raises Problem
+    if it is not a package, is damaged, or has unknown operations, unknown modes or shapes that
+    disagree."""
     return Program(read_package(Path(path), function))
 
 
 class _Compiler:
-    """Turns operations into steps and constants into tensors, one operation after the other."""
+    """Turn operations into steps and constants into tensors, one operation after the other."""
 
     def __init__(self, package: Package) -> None:
         self.package = package
@@ -204,14 +200,14 @@ class _Compiler:
                 raise _wrong(package.path, op.type, name, error) from error
             for spec in outputs:
                 if spec.name in self._known:
-                    raise _wrong(package.path, op.type, name, f"{spec.name} is there already")
+                    raise _wrong(package.path, op.type, name, f"{spec.name} is defined twice")
                 self._known[spec.name] = spec
         states = {spec.name for spec in package.states}
         for name in package.block.outputs:
             if name not in self._known or name in states:
-                raise _wrong(package.path, "output", name, "nothing computes it")
+                raise _wrong(package.path, "output", name, "no operation computes it")
             self._widen(name)
-        package.agrees(
+        package.require_match(
             "outputs", [self._known[name] for name in package.block.outputs], package.outputs
         )
 
@@ -232,12 +228,12 @@ class _Compiler:
         parts = values if isinstance(values, tuple) else (values,)
         for spec, value in zip(outputs, parts, strict=True):
             if not isinstance(value, str) and (value.shape, value.dtype) != spec.held:
-                found = f"{value.dtype} {list(value.shape)}"
-                raise ValueError(f"holds {found}, declared {spec.dtype} {list(spec.shape)}")
+                actual = f"{value.dtype} {list(value.shape)}"
+                raise ValueError(f"holds {actual}, declared {spec.dtype} {list(spec.shape)}")
             self._constants[spec.name] = value
 
     def _constant(self, op: Any, name: str, key: str) -> Constant:
-        """What a parameter holds that has to be known now."""
+        """Return the value of a parameter that must be constant."""
         binding = _only(key, op.inputs[key])
         if binding.WhichOneof("binding") == "value":
             return self.package.constant(f"{name}.{key}", binding.value)
@@ -253,17 +249,17 @@ class _Compiler:
         inputs: dict[str, str | list[str]] = {}
         at_run = False
         for key, argument in op.inputs.items():
-            wanted = takes[key]
-            if wanted == list[Tensor]:
+            hint = takes[key]
+            if hint == list[Tensor]:
                 inputs[key] = [self._named(name, key, one) for one in argument.arguments]
                 continue
             binding = _only(key, argument)
             constant = binding.WhichOneof("binding") == "value" or binding.name in self._constants
-            if _is_tensor(wanted) or (wanted == Places and not constant):
+            if _is_tensor(hint) or (hint == Places and not constant):
                 inputs[key] = self._named(name, key, binding)
-                at_run = at_run or wanted == Places
+                at_run = at_run or hint == Places
             else:
-                constants[key] = _python(key, self._constant(op, name, key), wanted)
+                constants[key] = _python(key, self._constant(op, name, key), hint)
         self._check_floats(op.type, inputs, outputs)
         if op.type == "cast" and constants["dtype"].replace("fp", "float") != outputs[0].dtype:
             raise ValueError(f"casts to {constants['dtype']}, declared {outputs[0].dtype}")
@@ -272,26 +268,26 @@ class _Compiler:
     def _check_floats(
         self, kind: str, inputs: dict[str, str | list[str]], outputs: list[Spec]
     ) -> None:
-        """Only `cast` makes one float type of another."""
+        """Raise ValueError unless only `cast` converts one float type to another."""
         names = [n for key in inputs.keys() & MAIN for n in _names(inputs[key])]
-        found = {self._known[n].dtype for n in names if n in self._known}
-        found |= {spec.dtype for spec in outputs}
-        if kind != "cast" and found >= set(FLOATS):
+        dtypes = {self._known[n].dtype for n in names if n in self._known}
+        dtypes |= {spec.dtype for spec in outputs}
+        if kind != "cast" and dtypes >= set(FLOATS):
             raise ValueError(f"mixes {' and '.join(FLOATS)}")
 
     def _named(self, name: str, key: str, binding: Any) -> str:
-        """The name by which a value is found when the program runs."""
-        found = binding.name
+        """Return the name under which a value is stored when the program runs."""
+        source = binding.name
         if binding.WhichOneof("binding") == "value":
-            found = f"{name}.{key}"
-            self._constants[found] = self.package.constant(found, binding.value)
-        elif found not in self._known:
-            raise ValueError(f"{key} is {found}, which nothing before computes")
-        self._widen(found)
-        return found
+            source = f"{name}.{key}"
+            self._constants[source] = self.package.constant(source, binding.value)
+        elif source not in self._known:
+            raise ValueError(f"{key} is {source}, which no earlier operation computes")
+        self._widen(source)
+        return source
 
     def _widen(self, name: str) -> None:
-        """Make a tensor of what is a constant, the first time that it is asked for."""
+        """Convert a constant to a tensor on first use."""
         if name in self._constants and name not in self.tensors:
             value = self._constants[name]
             if isinstance(value, str):
@@ -302,15 +298,15 @@ class _Compiler:
 def _refuse_unknown(path: Path, operations: Counter[str]) -> None:
     unknown = sorted(operations.keys() - OPERATIONS.keys() - FORMS.keys())
     if unknown:
-        found = ", ".join(f"{kind} ({operations[kind]} times)" for kind in unknown)
+        listed = ", ".join(f"{kind} ({operations[kind]} times)" for kind in unknown)
         raise Problem(
-            f"{path}: operations that are not known here: {found}",
+            f"{path}: unsupported operations: {listed}",
             hint=BEYOND,
         )
 
 
 def _only(key: str, argument: Any) -> Any:
-    """Where the one value of a parameter comes from."""
+    """Return the source of a parameter's only value."""
     if len(argument.arguments) != 1:
         raise ValueError(f"{key} has {len(argument.arguments)} values instead of one")
     return argument.arguments[0]
@@ -320,7 +316,7 @@ def _check_parameters(function: Callable[..., Any], given: Mapping[str, Any]) ->
     takes = inspect.signature(function).parameters
     for name in given:
         if name not in takes:
-            raise Unknown(f"parameter {name} is not known here")
+            raise Unknown(f"unsupported parameter {name}")
     for name, parameter in takes.items():
         if parameter.default is parameter.empty and name not in given:
             raise ValueError(f"parameter {name} is missing")
@@ -329,26 +325,27 @@ def _check_parameters(function: Callable[..., Any], given: Mapping[str, Any]) ->
 _hints = functools.cache(typing.get_type_hints)
 
 
-def _is_tensor(wanted: Any) -> bool:
-    return wanted in (Tensor, Slot, Tensor | None)
+def _is_tensor(hint: Any) -> bool:
+    return hint in (Tensor, Slot, Tensor | None)
 
 
-def _python(key: str, value: Constant, wanted: Any) -> Any:
-    """A constant as an operation takes it; a mode that it does not know is refused."""
-    if typing.get_origin(wanted) is typing.Literal:
-        found = value if isinstance(value, str) else value.item()
-        if found not in typing.get_args(wanted):
-            known = ", ".join(map(str, typing.get_args(wanted)))
-            raise Unknown(f"{key} is {found!r}, known are {known}")
-        return found
+def _python(key: str, value: Constant, hint: Any) -> Any:
+    """Convert a constant to the type of a parameter; raise Unknown for a mode it does not
+    support."""
+    if typing.get_origin(hint) is typing.Literal:
+        mode = value if isinstance(value, str) else value.item()
+        if mode not in typing.get_args(hint):
+            known = ", ".join(map(str, typing.get_args(hint)))
+            raise Unknown(f"{key} is {mode!r}, supported: {known}")
+        return mode
     if isinstance(value, str):
         return value
-    listed = any("list" in str(part) for part in (wanted, *typing.get_args(wanted)))
+    listed = any("list" in str(part) for part in (hint, *typing.get_args(hint)))
     return value.reshape(-1).tolist() if listed else value.item()
 
 
 def _widened(array: Array) -> Tensor:
-    """As values are kept: float32, int32 or bool. A copy: files and callers keep theirs."""
+    """Copy an array into a tensor of the kinds used inside a program: float32, int32 or bool."""
     kind = {"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int32)
     return torch.from_numpy(np.array(array, kind))
 
@@ -360,16 +357,16 @@ def _kept_as(dtype: str) -> torch.dtype:
 
 
 def _blank(spec: Spec) -> Tensor:
-    """A shape without numbers."""
+    """Return a tensor with a shape but no data."""
     return torch.empty(spec.shape, dtype=_kept_as(spec.dtype), device="meta")
 
 
 def _declared(spec: Spec, value: Tensor, moved: bool) -> Tensor:
-    """A result, after its shape was compared, rounded to the type that is declared for it."""
+    """Return a result, rounded to its declared type after its shape and kind were checked."""
     if value.shape != spec.shape:
-        raise ValueError(f"comes out as {list(value.shape)}, declared {list(spec.shape)}")
+        raise ValueError(f"returns {list(value.shape)}, declared {list(spec.shape)}")
     if value.dtype != _kept_as(spec.dtype):
-        raise ValueError(f"comes out as {value.dtype}, declared {spec.dtype}")
+        raise ValueError(f"returns {value.dtype}, declared {spec.dtype}")
     return value if moved or spec.dtype not in ROUNDED else ROUNDED[spec.dtype](value)
 
 
@@ -379,13 +376,13 @@ def _wrong(path: Path, kind: str, name: str, reason: Exception | str) -> Problem
     return Problem(f"{path}: operation {name} ({kind}): {first}", hint=hint)
 
 
-def _names(found: str | list[str]) -> list[str]:
-    return [found] if isinstance(found, str) else found
+def _names(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def _free_spent(steps: list[Step], needed: set[str]) -> None:
-    """Say after which step each value is read no longer."""
+    """Record for each step which values no later step reads."""
     for step in reversed(steps):
-        names = {name for found in step.inputs.values() for name in _names(found)}
+        names = {name for given in step.inputs.values() for name in _names(given)}
         step.spent.extend((names | {spec.name for spec in step.outputs}) - needed)
         needed |= names

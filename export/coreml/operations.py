@@ -1,8 +1,9 @@
-"""What Core ML's operations do, in torch: one plain function each, named and with the parameters
-of the MIL specification. Floats come and go as float32, integers as int32.
+"""Core ML's operations in torch: one plain function per operation of the MIL specification.
 
-A signature says what an operation takes: tensors, and constants (int, float, bool, list[int], one
-of some strings). What it does not name is not supported, and is refused when a package is opened.
+Functions have the names and parameters of the specification. Floats are float32 on input and
+output, integers int32. The signature defines what is supported: tensors, and constants (int, float,
+bool, list[int], one of several strings). Anything else is refused when a package is opened.
+Operations that only move elements are in moves.py.
 """
 
 from __future__ import annotations
@@ -10,26 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from export.coreml.moves import MOVES, Ints, Unknown, axes_of
 from export.coreml.package import LARGEST
-
-Ints: TypeAlias = list[int]
-Places: TypeAlias = Ints | Tensor
-"""Constant, or known only when the program runs."""
-
-
-class Unknown(ValueError):
-    """Something that Core ML may well do, but that is not written here."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A state: the one value that an operation may change."""
+    """A state, the one kind of value that an operation may change."""
 
     states: dict[str, Tensor]
     name: str
@@ -47,10 +41,10 @@ def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = 
 
 
 def einsum(values: list[Tensor], equation: str) -> Tensor:
-    letters = dict.fromkeys(letter for letter in equation if letter.isalpha())
-    plain = equation.translate({ord(old): new for old, new in zip(letters, "abcde", strict=False)})
+    axes = dict.fromkeys(axis for axis in equation if axis.isalpha())
+    plain = equation.translate({ord(old): new for old, new in zip(axes, "abcde", strict=False)})
     if plain.replace(" ", "") not in ("abcd,adce->abce", "abc,cbd->abd"):
-        raise Unknown(f"equation is {equation!r}, known are nchw,nwhu->nchu and chw,whu->chu")
+        raise Unknown(f"equation is {equation!r}, supported: nchw,nwhu->nchu and chw,whu->chu")
     return torch.einsum(equation, values)
 
 
@@ -123,10 +117,6 @@ def cast(x: Tensor, dtype: Dtype) -> Tensor:
     return x.float() if dtype.startswith("fp") else x.int()
 
 
-def identity(x: Tensor) -> Tensor:
-    return x
-
-
 def _unary(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     def operation(x: Tensor) -> Tensor:
         return function(x)
@@ -155,7 +145,7 @@ def layer_norm(
     beta: Tensor | None = None,
     epsilon: float = 1e-5,
 ) -> Tensor:
-    along = _axes(x, axes)
+    along = axes_of(x, axes)
     variance, mean = torch.var_mean(x, along, correction=0, keepdim=True)
     y = (x - mean) * torch.rsqrt(variance + epsilon)
     shape = [n if i in along else 1 for i, n in enumerate(x.shape)]
@@ -165,7 +155,7 @@ def layer_norm(
 
 def _reduction(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def operation(x: Tensor, axes: Ints | None = None, keep_dims: bool = False) -> Tensor:
-        return function(x, _axes(x, axes), keepdim=keep_dims)
+        return function(x, axes_of(x, axes), keepdim=keep_dims)
 
     return operation
 
@@ -189,48 +179,22 @@ def cumsum(x: Tensor, axis: int = 0, exclusive: bool = False, reverse: bool = Fa
 # ---------------------------------------------------------------------------------- moving elements
 
 
-def transpose(x: Tensor, perm: Ints) -> Tensor:
-    return x.permute(perm)
+# -------------------------------------------------------------------------------------------- state
 
 
-def reshape(x: Tensor, shape: Ints) -> Tensor:
-    if 0 in shape and len(shape) != x.dim():
-        raise Unknown(f"shape {shape} keeps sizes of a shape that is not as long")
-    return x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(shape)])
+def read_state(input: Slot) -> Tensor:
+    return input.states[input.name].float()
 
 
-def expand_dims(x: Tensor, axes: Ints) -> Tensor:
-    for axis in sorted(axis % (x.dim() + len(axes)) for axis in axes):
-        x = x.unsqueeze(axis)
-    return x
+def write_state(input: Slot, data: Tensor) -> list[Tensor]:
+    old = input.states[input.name]
+    if old.shape != data.shape:
+        raise ValueError(f"writes shape {list(data.shape)} to a state of shape {list(old.shape)}")
+    input.states[input.name] = data.to(old.dtype, copy=True)
+    return []
 
 
-def squeeze(x: Tensor, axes: Ints | None = None) -> Tensor:
-    along = tuple(_axes(x, axes)) if axes else tuple(i for i, n in enumerate(x.shape) if n == 1)
-    if any(x.shape[axis] != 1 for axis in along):
-        raise ValueError(f"squeezes axes {list(along)} of shape {list(x.shape)}")
-    return x.squeeze(along)
-
-
-def concat(values: list[Tensor], axis: int, interleave: Literal[False] = False) -> Tensor:
-    return torch.cat(values, axis)
-
-
-def stack(values: list[Tensor], axis: int) -> Tensor:
-    return torch.stack(values, axis)
-
-
-def split(
-    x: Tensor, axis: int, num_splits: int | None = None, split_sizes: Ints | None = None
-) -> list[Tensor]:
-    if split_sizes is None:
-        parts = num_splits or 1
-        split_sizes = [x.shape[axis] // parts] * parts
-    return list(x.split(split_sizes, axis))
-
-
-def tile(x: Tensor, reps: Ints) -> Tensor:
-    return x.repeat(reps)
+# -------------------------------------------------------------------------------------------- parts
 
 
 def fill(shape: Ints, value: Tensor) -> Tensor:
@@ -252,20 +216,6 @@ def one_hot(
     return torch.where(hot, on_value, off_value)
 
 
-def gather(
-    x: Tensor,
-    indices: Tensor,
-    axis: int = 0,
-    batch_dims: Literal[0] = 0,
-    validate_indices: bool | None = None,
-) -> Tensor:
-    axis %= x.dim()
-    if validate_indices is None:  # before iOS 17: counted from the end where negative
-        indices = torch.where(indices < 0, indices + x.shape[axis], indices)
-    found = x.index_select(axis, indices.reshape(-1))
-    return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
-
-
 def pad(
     x: Tensor,
     pad: Ints,
@@ -277,111 +227,25 @@ def pad(
     axes = len(pad) // 2
     while axes > 1 and pad[-2 * axes :][:2] == [0, 0]:
         axes -= 1
-    lead = x.shape[: x.dim() - axes]  # torch pads so after exactly two leading axes
+    lead = x.shape[: x.dim() - axes]  # torch needs exactly two leading axes for this mode
     y = F.pad(x.reshape(1, -1, *x.shape[len(lead) :]), _inside_out(pad[-2 * axes :]), mode=mode)
     return y.reshape(*lead, *y.shape[2:])
 
 
-def slice_by_index(
-    x: Tensor,
-    begin: Places,
-    end: Places,
-    stride: Ints | None = None,
-    begin_mask: list[bool] | None = None,
-    end_mask: list[bool] | None = None,
-    squeeze_mask: list[bool] | None = None,
-) -> Tensor:
-    return x[_part(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)]
-
-
-def slice_by_size(x: Tensor, begin: Places, size: Ints) -> Tensor:
-    first = _ints(begin)
-    rows = zip(first, size, x.shape, strict=True)
-    return x[_part(x, first, [whole if n == -1 else b + n for b, n, whole in rows])]
-
-
-def slice_update(
-    x: Tensor,
-    update: Tensor,
-    begin: Places,
-    end: Places,
-    stride: Ints | None = None,
-    begin_mask: list[bool] | None = None,
-    end_mask: list[bool] | None = None,
-    squeeze_mask: list[bool] | None = None,
-) -> Tensor:
-    part = _part(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    y = x.clone()
-    if y[part].shape != update.shape:
-        raise ValueError(f"updates shape {list(y[part].shape)} with shape {list(update.shape)}")
-    y[part] = update
-    return y
-
-
-# -------------------------------------------------------------------------------------------- state
-
-
-def read_state(input: Slot) -> Tensor:
-    return input.states[input.name].float()
-
-
-def write_state(input: Slot, data: Tensor) -> list[Tensor]:
-    old = input.states[input.name]
-    if old.shape != data.shape:
-        raise ValueError(f"state {list(old.shape)} is given shape {list(data.shape)}")
-    input.states[input.name] = data.to(old.dtype, copy=True)
-    return []
-
-
-# -------------------------------------------------------------------------------------------- parts
-
-
-def _axes(x: Tensor, axes: Ints | None) -> Ints:
-    return [axis % x.dim() for axis in (range(x.dim()) if axes is None else axes)]
-
-
 def _inside_out(pad: Ints) -> Ints:
-    """MIL's order of padding (first axis first) -> torch's (last axis first)."""
+    """Convert MIL's order of padding (first axis first) to torch's (last axis first)."""
     return [n for i in range(len(pad) - 2, -1, -2) for n in pad[i : i + 2]]
 
 
 def _limit(elements: int) -> None:
-    """Of what is made on the way, which nothing declares."""
+    """Raise ValueError if an intermediate value, whose shape the program does not declare, is too
+    large."""
     if elements > LARGEST:
-        raise ValueError(f"makes {elements} numbers on the way, more than {LARGEST}")
-
-
-def _ints(places: Places) -> Ints:
-    return places.reshape(-1).tolist() if isinstance(places, Tensor) else places
-
-
-def _part(
-    x: Tensor,
-    begin: Places,
-    end: Places,
-    stride: Ints | None = None,
-    begin_mask: list[bool] | None = None,
-    end_mask: list[bool] | None = None,
-    squeeze_mask: list[bool] | None = None,
-) -> tuple[slice | int, ...]:
-    none = [False] * x.dim()
-    rows = zip(
-        _ints(begin),
-        _ints(end),
-        stride or [1] * x.dim(),
-        begin_mask or none,
-        end_mask or none,
-        squeeze_mask or none,
-        strict=True,
-    )
-    return tuple(
-        first if squeezed else slice(None if from_0 else first, None if to_end else last, step)
-        for first, last, step, from_0, to_end, squeezed in rows
-    )
+        raise ValueError(f"makes an intermediate value of {elements} elements, more than {LARGEST}")
 
 
 Operation = Callable[..., Any]
-OPERATIONS: dict[str, Operation] = {
+OPERATIONS: dict[str, Operation] = MOVES | {
     operation.__name__: operation
     for operation in (
         linear,
@@ -396,26 +260,13 @@ OPERATIONS: dict[str, Operation] = {
         select,
         gelu,
         cast,
-        identity,
         softmax,
         layer_norm,
         reduce_argmax,
         cumsum,
-        transpose,
-        reshape,
-        expand_dims,
-        squeeze,
-        concat,
-        stack,
-        split,
-        tile,
         fill,
         one_hot,
-        gather,
         pad,
-        slice_by_index,
-        slice_by_size,
-        slice_update,
         read_state,
         write_state,
     )
@@ -467,22 +318,5 @@ OPERATIONS |= {
         "sum": torch.sum,
     }.items()
 }
-MOVES = frozenset(
-    {
-        "concat",
-        "expand_dims",
-        "gather",
-        "identity",
-        "read_state",
-        "reshape",
-        "slice_by_index",
-        "slice_by_size",
-        "slice_update",
-        "split",
-        "squeeze",
-        "stack",
-        "tile",
-        "transpose",
-    }
-)
-"""These invent no values: there is nothing to round."""
+UNROUNDED = frozenset({*MOVES, "read_state"})
+"""Operations that compute no new values, so that there is nothing to round."""

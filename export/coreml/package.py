@@ -1,8 +1,8 @@
-"""A Core ML package (.mlpackage) as data: its manifest, its program, its constants.
+"""Read a Core ML package (.mlpackage): its manifest, its program, its constants.
 
-A package is a folder: Manifest.json names the model file (a protobuf message), whose large
-constants stand in weights/weight.bin beside it. Nothing is trusted: a package may come from a
-stranger, and whatever is wrong with one is a Problem that names the file and the reason.
+A package is a folder. Manifest.json names the model file (a protobuf message), whose large
+constants are stored in weights/weight.bin. A package may come from an untrusted source, so
+everything is checked, and each defect raises a Problem that names the file and the reason.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.files import leads_out
+from export.files import leads_out, stays_inside
 from export.problem import Problem
 
-AGAIN = "export it again, or copy the whole folder anew"
+AGAIN = "export it again, or copy the whole folder again"
 STRANGER = "do not use this package: it was not written by EdgeWhisper"
 LARGEST = 2**28
-"""Elements of one value; the largest of whisper-large, its token table, has a quarter of it."""
+"""Largest number of elements of one value; whisper-large's token table has a quarter of it."""
 LARGEST_FILE = 2**31 - 1
-"""Bytes of the model file, which holds no large constants; protobuf reads no more."""
+"""Largest size in bytes of the model file, which holds no large constants; a limit of protobuf."""
 SENTINEL = 0xDEADBEEF
 HEADER = struct.Struct("<IIQQQ")
-"""Of a blob: sentinel, kind, size in bytes, where its bytes begin, unused bits at their end."""
+"""Header of a blob: sentinel, kind, size in bytes, offset of its bytes, unused bits at their
+end."""
 KINDS = {
     "float16": 1,
     "float32": 2,
@@ -50,13 +51,13 @@ KINDS = {
     "int32": 14,
     "uint32": 15,
 }
-"""Of blobs, by the type of what they hold."""
+"""Dtype -> kind of a blob."""
 PACKED = {"int4": 4, "uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6}
-"""Types narrower than a byte, and their bits."""
+"""Types narrower than a byte -> their bits."""
 WHOLE = ("float16", "float32", "int8", "uint8", "int16", "uint16", "int32", "uint32", "bool")
 FLOATS = ("float16", "float32")
 DECLARED = {65552: "float16", 65568: "float32", 131104: "int32"}
-"""Types of arrays in a model's description."""
+"""Array types in a model's description -> dtype."""
 
 Array = NDArray[Any]
 Constant = Array | str
@@ -72,7 +73,7 @@ class Spec:
 
     @property
     def held(self) -> tuple[tuple[int, ...], str]:
-        """Shape and numpy's type of a constant: what is narrower than a byte comes in bytes."""
+        """Shape and numpy dtype of a constant; types narrower than a byte are stored in bytes."""
         packed = "int8" if self.dtype == "int4" else "uint8"
         return self.shape, packed if self.dtype in PACKED else self.dtype
 
@@ -82,12 +83,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Package:
-    """One function of a package, and the way to the constants that it reads."""
+    """One function of a package, with access to its constants."""
 
     path: Path
     spec_version: int
     block: Any
-    """The function's operations."""
+    """The operations of the function."""
     inputs: list[Spec]
     states: list[Spec]
     outputs: list[Spec]
@@ -96,11 +97,11 @@ class Package:
     _weights: dict[str, Array] = field(default_factory=dict)
 
     def spec(self, value: Any) -> Spec:
-        """Of a named value of the program (NamedValueType)."""
+        """Return the spec of a named value of the program (NamedValueType)."""
         return _spec(self.path, value.name, value.type)
 
     def constant(self, name: str, value: Any) -> Constant:
-        """What a constant holds: a string, or an array of the shape that the program declares."""
+        """Return a constant: a string, or an array of the shape that the program declares."""
         spec = _spec(self.path, name, value.type)
         if value.WhichOneof("value") == "blobFileValue":
             blob = value.blobFileValue
@@ -117,16 +118,17 @@ class Package:
         if kind == "bytes":
             return self._decode(spec, np.frombuffer(held, np.uint8))
         if kind == "strings" or spec.dtype in PACKED or len(held) != math.prod(spec.shape):
-            found = f"{len(held)} values ({kind})"
-            raise Problem(f"{self.path}: constant {spec} holds {found}", hint=AGAIN)
+            count = f"{len(held)} values ({kind})"
+            raise Problem(f"{self.path}: constant {spec} holds {count}", hint=AGAIN)
         return np.array(held).astype(spec.dtype).reshape(spec.shape)
 
-    def agrees(self, what: str, found: Sequence[Spec], described: Sequence[Spec]) -> None:
-        """Raise Problem where the model's description, which callers see, is not its program's."""
-        if sorted(map(str, found)) != sorted(map(str, described)):
-            says, does = ("; ".join(map(str, specs)) or "none" for specs in (described, found))
+    def require_match(self, what: str, actual: Sequence[Spec], described: Sequence[Spec]) -> None:
+        """Raise Problem unless the model's description, which callers see, agrees with its
+        program."""
+        if sorted(map(str, actual)) != sorted(map(str, described)):
+            declared, real = ("; ".join(map(str, specs)) or "none" for specs in (described, actual))
             raise Problem(
-                f"{self.model_file}: its description has {what} {says}; its program has {does}",
+                f"{self.model_file}: its description has {what} {declared}; its program has {real}",
                 hint=AGAIN,
             )
 
@@ -147,7 +149,7 @@ class Package:
 
     def _weight_file(self, name: str) -> tuple[Path, Array]:
         relative = name.removeprefix("@model_path/")
-        if relative == name or not _stays_inside(relative):
+        if relative == name or not stays_inside(relative):
             raise Problem(
                 f"{self.path}: reads weights from {name!r}, which is outside the package",
                 hint=STRANGER,
@@ -155,7 +157,7 @@ class Package:
         file = self.model_file.parent / relative
         if name not in self._weights:
             _check_member(self.path, file)
-            empty = file.stat().st_size == 0  # which cannot be mapped
+            empty = file.stat().st_size == 0  # an empty file cannot be mapped
             self._weights[name] = np.zeros(0, np.uint8) if empty else np.memmap(file, mode="r")
         return file, self._weights[name]
 
@@ -171,10 +173,8 @@ class Package:
 
 
 def read_package(path: Path, function: str | None = None) -> Package:
-    """A package's function, by name where it has several.
-
-    Raises Problem: not a package, files missing or damaged, names that leave the folder.
-    """
+    """Return a function of a package, by name or the default one. Raises Problem if it is not a
+    package, files are missing or damaged, or names leave the folder."""
     path = Path(path)
     file = _model_file(path)
     model = _parse(file)
@@ -194,37 +194,42 @@ def read_package(path: Path, function: str | None = None) -> Package:
         [_described(path, feature) for feature in description.output],
         file,
     )
-    package.agrees("inputs", package.inputs, [_described(path, x) for x in description.input])
-    package.agrees("states", package.states, [_described(path, x) for x in description.state])
+    package.require_match(
+        "inputs", package.inputs, [_described(path, x) for x in description.input]
+    )
+    package.require_match(
+        "states", package.states, [_described(path, x) for x in description.state]
+    )
     return package
 
 
 def unpack(held: Array, count: int, bits: int, signed: bool = False) -> Array:
-    """Numbers of a few bits each out of bytes, the least significant bits first."""
+    """Unpack numbers of `bits` bits each from bytes, least significant bits first."""
     if len(held) != -(-count * bits // 8):
         raise ValueError(f"{count} numbers of {bits} bits are not {len(held)} bytes")
     if bits == 8:
         return held.astype(np.uint8)
     single = np.unpackbits(held.view(np.uint8), count=count * bits, bitorder="little")
     powers = (1 << np.arange(bits)).astype(np.uint8)
-    found = (single.reshape(count, bits) * powers).sum(1, dtype=np.uint8)
+    numbers = (single.reshape(count, bits) * powers).sum(1, dtype=np.uint8)
     if not signed:
-        return found
-    return (found ^ (1 << bits - 1)).astype(np.int8) - np.int8(1 << bits - 1)
+        return numbers
+    return (numbers ^ (1 << bits - 1)).astype(np.int8) - np.int8(1 << bits - 1)
 
 
 def schema() -> ModuleType:
-    """coremltools' protobuf classes, without the rest of it, which takes seconds to import."""
+    """Return coremltools' protobuf classes without importing the rest of it, which takes
+    seconds."""
     package = "export._coreml_schema"
     if package not in sys.modules:
-        found = importlib.util.find_spec("coremltools")
-        if found is None or not found.submodule_search_locations:
+        installed = importlib.util.find_spec("coremltools")
+        if installed is None or not installed.submodule_search_locations:
             raise Problem(
                 "reading a Core ML package needs coremltools, which is not installed here",
                 hint="pip install 'coremltools>=9,<10' (built for macOS and for Linux on x86-64)",
             )
         folder = ModuleType(package)
-        folder.__path__ = [str(Path(found.submodule_search_locations[0]) / "proto")]
+        folder.__path__ = [str(Path(installed.submodule_search_locations[0]) / "proto")]
         sys.modules[package] = folder
     return importlib.import_module(f"{package}.Model_pb2")
 
@@ -235,9 +240,9 @@ def _model_file(path: Path) -> Path:
         raise Problem(f"{path}: not a Core ML package (a folder)", hint="name an .mlpackage")
     _check_member(path, manifest)
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        name = found["itemInfoEntries"][found["rootModelIdentifier"]]["path"]
-        inside = _stays_inside(name)
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        name = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
+        inside = stays_inside(name)
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise Problem(f"{manifest}: damaged, it names no model ({error})", hint=AGAIN) from error
     if not inside:
@@ -248,14 +253,14 @@ def _model_file(path: Path) -> Path:
 
 
 def _check_member(package: Path, file: Path) -> None:
-    """A plain file inside the package, through no link."""
+    """Raise Problem unless `file` is a plain file inside the package, reached through no link."""
     above = [*file.parents]
     try:
         folders = above[: above.index(package)]
         if leads_out(file) or any(folder.is_symlink() for folder in folders):
             raise Problem(f"{file}: a link, not a file of the package", hint=STRANGER)
         there = file.is_file()
-    except OSError:  # a name that no file can have
+    except OSError:  # an impossible file name
         there = False
     if not there:
         raise Problem(f"{file}: missing from the package", hint=AGAIN)
@@ -268,13 +273,13 @@ def _parse(file: Path) -> Any:
         raise Problem(f"{file}: {size} bytes, at most {LARGEST_FILE} are read", hint=STRANGER)
     try:
         model.ParseFromString(file.read_bytes())
-    except Exception as error:  # protobuf's DecodeError, which is known only where it is installed
+    except Exception as error:  # protobuf's DecodeError, if protobuf is installed
         raise Problem(f"{file}: damaged, not a Core ML model ({error})", hint=AGAIN) from error
     return model
 
 
 def _choose(path: Path, model: Any, function: str | None) -> tuple[str, Any]:
-    """The function's name and the description of its inputs and outputs."""
+    """Return the function's name and the description of its inputs and outputs."""
     names = sorted(model.mlProgram.functions)
     name = function or model.description.defaultFunctionName or "main"
     if name not in names:
@@ -294,7 +299,7 @@ def _is_state(value: Any) -> bool:
 
 def _spec(path: Path, name: str, kind: Any) -> Spec:
     if kind.WhichOneof("type") != "tensorType":
-        raise Problem(f"{path}: {name} is no tensor ({kind.WhichOneof('type')})", hint=AGAIN)
+        raise Problem(f"{path}: {name} is not a tensor ({kind.WhichOneof('type')})", hint=AGAIN)
     tensor = kind.tensorType
     if any(size.WhichOneof("dimension") != "constant" for size in tensor.dimensions) or (
         tensor.rank != len(tensor.dimensions)
@@ -305,7 +310,7 @@ def _spec(path: Path, name: str, kind: Any) -> Spec:
     dtypes = type(tensor).DESCRIPTOR.fields_by_name["dataType"].enum_type.values_by_number
     dtype = dtypes[tensor.dataType].name.lower() if tensor.dataType in dtypes else "unknown"
     if dtype not in WHOLE and dtype not in PACKED and dtype != "string":
-        raise Problem(f"{path}: {name} has type {dtype}, which is not supported", hint=AGAIN)
+        raise Problem(f"{path}: {name} has the unsupported type {dtype}", hint=AGAIN)
     return _bounded(path, name, [size.constant.size for size in tensor.dimensions], dtype)
 
 
@@ -319,17 +324,11 @@ def _bounded(path: Path, name: str, shape: Sequence[int], dtype: str) -> Spec:
 
 
 def _described(path: Path, feature: Any) -> Spec:
-    found = feature.type.WhichOneof("Type")
-    state = found == "stateType"
+    kind = feature.type.WhichOneof("Type")
+    state = kind == "stateType"
     array = feature.type.stateType.arrayType if state else feature.type.multiArrayType
     if array.dataType not in DECLARED:
         raise Problem(
-            f"{path}: {feature.name} is described as {found} (type {array.dataType})", hint=AGAIN
+            f"{path}: {feature.name} is described as {kind} (type {array.dataType})", hint=AGAIN
         )
     return _bounded(path, feature.name, list(array.shape), DECLARED[array.dataType])
-
-
-def _stays_inside(name: str) -> bool:
-    """Relative, with no way up, in the POSIX reading and in the Windows one."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return bool(path.parts) and not path.is_absolute() and not {"..", ":"} & {*path.parts, *name}

@@ -1,23 +1,22 @@
-"""How a Core ML program stores its weights: a form for each, decided as the program is built.
+"""How a Core ML program stores its weights: a form for each, chosen when the program is built.
 
-    precision          matrices        token table, stem    who decompresses
+    precision          matrices        token table, stem    decompressed by
     fp32, fp16         floats          floats
     int8               int8            int8                 constexpr_affine_dequantize
     int4               int4            int8                 constexpr_blockwise_shift_scale, iOS18
     pal8, pal6         palette         palette              constexpr_lut_to_dense
     pal4               palette         int8
 
-int8 has a scale per output channel, int4 one for 32 inputs, both as quantise.py defines them, with
-scales rounded to float16 and codes rounded again with those. Where 32 does not divide the inputs,
-the largest power of two that does is the block, down to 8; below that int8 is smaller, and taken. A
-palette has 2**bits numbers, found by k-means, for the whole weight; in 4 and 6 bits for iOS18 one
+int8 has a scale per output channel, int4 one per 32 inputs, both as quantise.py defines them, with
+scales rounded to float16 and codes rounded again with those. If 32 does not divide the inputs, the
+block is the largest power of two that does, down to 8; below that int8 is smaller and is used. A
+palette has 2**bits numbers for the whole weight, chosen by k-means; in 4 and 6 bits for iOS18, one
 for every 16 output channels. Zeros stay zeros in every form.
 
-Where the checkpoint names bits for a layer, the table or the stem, compressed precisions follow it:
-32 and 16 bits become float16, 8 int8, and 4 int4, or a palette where palettes are asked for. If it
-names bits, but none for the stem, the stem is float16.
-Nothing that a program computes with is wider than its floats: biases, norms and positions are
-float16 in all precisions but fp32.
+If the checkpoint names bits for a layer, the table or the stem, the compressing precisions follow
+it: 32 and 16 bits become float16, 8 int8, and 4 int4, or a palette in the palette precisions. If it
+names bits, but none for the stem, the stem is float16. Nothing that a program computes with is
+wider than its floats: biases, norms and positions are float16 in all precisions but fp32.
 """
 
 from __future__ import annotations
@@ -35,17 +34,16 @@ from export.problem import Problem
 from export.quantise import Scheme, quantise
 from export.weights import Floats
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "pal4", "pal6", "pal8")
 SMALLEST_BLOCK = 8
-"""Four bits and a float16 scale for so many weights take 6 bits each."""
+"""Smallest int4 block: 4 bits and a float16 scale per 8 weights are 6 bits per weight."""
 PALETTE_ROWS = 16
 """Output channels that share a palette for iOS18."""
 STEPS = 30
-"""Of k-means; the figures of a palette stand still before."""
+"""Iterations of k-means; the numbers of a palette converge earlier."""
 Halves = NDArray[np.float16]
 INT8 = Scheme(8)
 LARGEST = 65504.0
-"""The last number of float16."""
+"""The largest float16."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,11 @@ class Form:
     """How one weight is stored."""
 
     kind: str
-    """float, int or palette"""
+    """"float", "int" or "palette"."""
     bits: int
     scheme: Scheme = INT8
-    said: str = ""
-    """What was asked for instead, and why it is not so."""
+    note: str = ""
+    """Why the weight is not stored as requested."""
 
     @property
     def name(self) -> str:
@@ -65,12 +63,13 @@ class Form:
 
 
 def form_of(precision: str, scheme: Scheme | None, table: bool, inputs: int) -> Form:
-    """The form of a weight with so many inputs for each output; `table`: or the stem's kernels."""
+    """Return the form of a weight with `inputs` inputs per output. `table` marks the token table
+    and the kernels of the stem."""
     form = _form(precision, scheme, table)
     scheme = form.scheme
     if form.name == "int4" and _block(scheme, inputs) < SMALLEST_BLOCK:
-        said = f"no block of {SMALLEST_BLOCK} weights or more divides {inputs} inputs"
-        return Form("int", 8, replace(scheme, bits=8), said)
+        note = f"no block of {SMALLEST_BLOCK} weights or more divides {inputs} inputs"
+        return Form("int", 8, replace(scheme, bits=8), note)
     return form
 
 
@@ -79,7 +78,7 @@ def _form(precision: str, scheme: Scheme | None, table: bool) -> Form:
     low = Form("palette", bits) if precision.startswith("pal") else Form("int", 4, Scheme(4))
     if precision.startswith("fp"):
         return Form("float", bits)
-    if scheme is None:  # the table decides on tokens: 4 bits are too few for it
+    if scheme is None:  # 4 bits are too few for the token table
         return Form("int", 8) if precision == "int8" or (table and bits == 4) else low
     if scheme.bits == 4:
         return replace(low, scheme=scheme)
@@ -87,12 +86,13 @@ def _form(precision: str, scheme: Scheme | None, table: bool) -> Form:
 
 
 def _block(scheme: Scheme, inputs: int) -> int:
-    """Neighbouring weights that share a scale in int4, where it must divide the inputs."""
+    """Return the number of neighbouring weights that share an int4 scale; it must divide the
+    inputs."""
     return inputs if scheme.per == "tensor" else math.gcd(scheme.block, inputs)
 
 
 def needs_blocks(precision: str, schemes: Any) -> bool:
-    """Whether a program of that precision may hold int4, which came with iOS18."""
+    """Return whether a program of that precision may hold int4, which iOS18 introduced."""
     if precision == "int4":
         return True
     return precision == "int8" and any(scheme.bits == 4 for scheme in schemes.values())
@@ -102,28 +102,26 @@ def needs_blocks(precision: str, schemes: Any) -> bool:
 
 
 def halved(weight: Floats, name: str) -> Halves:
-    """float16, refused where it would not hold the numbers."""
+    """Convert to float16; raise Problem if a number is out of range."""
     largest = float(np.abs(weight).max(initial=0))
     if largest > LARGEST:
         raise Problem(
-            f"{name}: a weight of {largest:.3g} is beyond float16, which ends at {LARGEST:g}",
+            f"{name}: a weight of {largest:.3g} is beyond float16's largest number, {LARGEST:g}",
             hint="export with --precision fp32",
         )
     return weight.astype(np.float16)
 
 
 def int8(rows: Floats, scheme: Scheme) -> tuple[NDArray[np.int8], Halves]:
-    """rows (out, in) -> codes (out, in) and scales (out,)."""
+    """Quantise rows (out, in) to codes (out, in) and scales (out,)."""
     scale = _halved_scale(quantise(torch.from_numpy(rows), scheme)[1].numpy())  # (out, 1)
     codes = np.rint(rows / scale.astype(np.float32)).clip(-127, 127)
     return codes.astype(np.int8), scale[:, 0].copy()
 
 
 def int4(rows: Floats, scheme: Scheme) -> tuple[NDArray[np.int8], Halves]:
-    """rows (out, in) -> codes (out, in), and scales (out, in / block) for blocks that divide in.
-
-    The grid is the scheme's own: where its blocks are longer, a scale is written several times.
-    """
+    """Quantise rows (out, in) to codes (out, in) and scales (out, in / block), with blocks that
+    divide in. The grid is that of the scheme; if its blocks are longer, a scale is repeated."""
     inputs = rows.shape[1]
     block = _block(scheme, inputs)
     scale = _halved_scale(quantise(torch.from_numpy(rows), scheme)[1].numpy())
@@ -133,17 +131,18 @@ def int4(rows: Floats, scheme: Scheme) -> tuple[NDArray[np.int8], Halves]:
 
 
 def _halved_scale(scale: Floats) -> Halves:
-    """The nearest float16, or where these lie far apart, close to zero, the next larger one: codes
-    must not grow beyond what they are clipped to."""
-    near = scale.astype(np.float16)
-    outward = np.copysign(np.float16(np.inf), near)
-    short = np.abs(near) < np.abs(scale) * (1 - 2**-10)
-    return np.where(short, np.nextafter(near, outward), near)
+    """Round scales to the nearest float16, or up where float16 is coarse (close to zero). Otherwise
+    codes could exceed the range to which they are clipped."""
+    nearest = scale.astype(np.float16)
+    outward = np.copysign(np.float16(np.inf), nearest)
+    short = np.abs(nearest) < np.abs(scale) * (1 - 2**-10)
+    return np.where(short, np.nextafter(nearest, outward), nearest)
 
 
 def palettes(rows: Floats, bits: int, groups: int = 1) -> tuple[NDArray[np.uint8], Halves]:
-    """rows (out, in) -> indices (out, in), and 2**bits numbers for each of so many groups of rows,
-    (groups, 2**bits), ascending: k-means in one dimension, always with the same result."""
+    """Return palette indices (out, in) for rows (out, in), and the palettes (groups, 2**bits),
+    ascending. Each of the groups of rows has its own palette, from one-dimensional k-means, which
+    is deterministic."""
     values = torch.from_numpy(np.sort(rows.reshape(groups, -1), axis=1))
     centres = _first_centres(values, 1 << bits)
     sums = torch.nn.functional.pad(values.double().cumsum(1), (1, 0))
@@ -165,10 +164,12 @@ def _midpoints(centres: Tensor) -> Tensor:
 
 
 def _first_centres(values: Tensor, count: int) -> Tensor:
-    """Where k-means begins: values (groups, n) ascending -> (groups, count) ascending.
+    """Return initial centres for k-means: values (groups, n) ascending -> (groups, count)
+    ascending.
 
-    The best many-level quantiser has levels as dense as the cube root of the values' density
-    (Panter and Dite, 1951), which the gaps between quantiles tell.
+    The best quantiser with many levels has a level density proportional to the cube root of the
+    density of the values (Panter and Dite, 1951), which is estimated from the gaps between
+    quantiles.
     """
     places = torch.arange(1025) * (values.shape[1] - 1) // 1024
     quantiles = values[:, places]
@@ -180,13 +181,13 @@ def _first_centres(values: Tensor, count: int) -> Tensor:
 
 
 def _with_zero(centres: Tensor, has_zeros: Tensor) -> Tensor:
-    """The number nearest to zero becomes zero where a group has weights of zero."""
+    """Set the centre nearest to zero to zero in groups that have weights of zero."""
     nearest = centres.abs().argmin(1, keepdim=True)
     zeroed = centres.scatter(1, nearest, 0.0)
     return torch.where(has_zeros[:, None], zeroed, centres)
 
 
 def packed(indices: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Indices one behind the other, least significant bit first: iOS16's form of a palette."""
+    """Pack indices into bytes, least significant bit first: the form of a palette for iOS16."""
     single = np.unpackbits(indices.reshape(-1, 1), axis=1, count=bits, bitorder="little")
     return np.packbits(single, bitorder="little")

@@ -1,1 +1,1 @@
-"""ONNX: graphs, their weights and constants, and the layouts that runtimes read."""
+"""Export to ONNX: graphs, their weights and constants, and the layouts that runtimes read."""

@@ -1,10 +1,10 @@
-"""Where a graph's constants are stored, and which of them an int8 product must not share.
+"""Where the constants of a graph are stored, and which ones an int8 product must not share.
 
 x86 processors without VNNI add pairs of int8 products in 16 bits, which saturate. onnxruntime
-avoids that where a session asks for it (session.x64quantprecision): it rewrites int8 weights
-and zero points as uint8 while it loads a graph. It cannot do so where two products read one
-constant, or where the zero point is an omitted input, so `own_constants` gives each product its
-own. Equal constants are still stored once, see `Weights`.
+avoids that if a session asks for it (session.x64quantprecision): it rewrites int8 weights and zero
+points as uint8 when it loads a graph. It cannot do so if two products read one constant or if the
+zero point is an omitted input, so `own_constants` gives each product its own constants. Equal
+constants are still stored once; see `Weights`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ import onnx
 from onnx import TensorProto, external_data_helper, numpy_helper
 
 SMALL = 1024
-"""Constants of fewer bytes stand in the graph's own file: so do all shapes, which must be known."""
+"""Constants below this number of bytes are stored in the graph file, among them all shapes, which
+the runtime must know when it loads the graph."""
 LARGE = 2**20
-"""Bytes of a constant that is worth a file to map."""
+"""Constants from this number of bytes on are stored in a file of their own, to be mapped."""
 ALIGNMENT = 64
 
 INT8_PRODUCTS = {"DynamicQuantizeMatMul": (1, 3), "MatMulIntegerToFloat": (1, 5), "QGemm": (3, 5)}
-"""Operators with an int8 weight: which of their inputs are the weight and its zero point."""
+"""Operators with an int8 weight -> the positions of the weight and its zero point in their
+inputs."""
 
 
 def own_constants(model: onnx.ModelProto) -> None:
-    """Give each int8 product a weight and a zero point that no other one reads."""
+    """Give each int8 product a weight and a zero point that no other product reads."""
     graph = model.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
@@ -46,7 +48,7 @@ def own_constants(model: onnx.ModelProto) -> None:
         node.input.extend([""] * (zero + 1 - len(node.input)))
         if not node.input[zero]:
             node.input[zero] = add(numpy_helper.from_array(np.int8(0), f"{node.name}.zero_point"))
-        # a weight that is spread over more inputs is a Gather from a constant
+        # a weight expanded to more inputs is a Gather from a constant
         spread = made_by.get(node.input[weight])
         reader, place = (spread, 0) if spread and spread.op_type == "Gather" else (node, weight)
         name = reader.input[place]
@@ -59,8 +61,8 @@ def own_constants(model: onnx.ModelProto) -> None:
 
 
 class Weights:
-    """A file beside graphs that holds their large constants, and those that are stored several
-    times; equal ones stand there once. There is no file where there are none."""
+    """A file for the large constants of graphs and for constants that are used several times. Equal
+    constants are stored once. The file is created when the first constant is stored."""
 
     def __init__(self, path: Path, large: int) -> None:
         self.path, self.large = path, large

@@ -1,26 +1,27 @@
-"""What operators the ONNX graphs of a Whisper consist of, from the shapes of its layers.
+"""The operators of a Whisper's ONNX graphs with their costs, from the shapes of its layers.
 
-An operator is a kind and its sizes. Where the graphs repeat one (low-rank layers are two products,
-hidden units are computed in pieces, heads are padded to a width that caches have) it is counted as
-often. Its work is multiply-accumulates, as in cost.py, and bytes that are read and written; of one
-token those of weights and of cached keys and values are left out, for each is read for one product:
+An operator is a kind and its sizes. It is counted as often as the graphs repeat it: low-rank layers
+are two products, hidden units are computed in pieces, heads are padded to the width of the caches.
+Its cost is multiply-accumulates, as in cost.py, and bytes read and written. For operators of one
+token, weights and cached keys and values are not counted as bytes, because each is read once per
+product:
 
     log_mel      frames, mel bands             the front end
     stem         frames, mel bands, width      both convolutions, GELU, positions
     linear       rows, inputs, outputs         over the positions of a window
-    attention    positions, heads, qk, v       of a window with itself; the scores are its bytes
+    attention    positions, heads, qk, v       self-attention of a window; bytes are the scores
     norm         rows, width                   LayerNorm and the sum before it
     gelu         rows, width
-    keys         positions, heads, width       keys or values as the decoder wants them
-    pad          rows, heads, width            heads widened to a multiple of 8, or cut again
-    begin        positions, width              look-up of a token, and what is masked
+    keys         positions, heads, width       keys or values in the form the decoder reads
+    pad          rows, heads, width            heads padded to a multiple of 8, or cut again
+    begin        positions, width              look-up of a token, and the mask
     product      inputs, outputs               a linear layer of one token
-    past         tokens, heads, width          attention of one token to those before
-    cross        positions, heads, width       attention of one token to the window
+    past         tokens, heads, width          self-attention of one token
+    cross        positions, heads, width       cross-attention of one token
     logits       tokens, width                 a product with the token table
 
-Weights stored in other bits than the graph's usual ones count as the usual ones; layers that read
-some inputs read all of them on many rows, as in the graphs; shared keys count as any attention.
+Weights stored in other bits than usual for the graph count as the usual ones. Layers that read some
+inputs read all of them on many rows, as in the graphs. Shared keys count as any attention.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from export.onnx.graph import SPARE, pieces_of
+from export.onnx.attention import SPARE
+from export.onnx.graph import pieces_of
 from export.shrink import layer_shapes, windows_of
 
 EMPTY = "empty"
-"""The kind of what a graph costs before any operator."""
+"""The kind of a graph without operators: the fixed cost of running one."""
 CONTEXT = 32
-"""Tokens that a step sees, as in cost.macs()."""
+"""Tokens that a decoding step attends to, as in cost.macs()."""
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1.0, "int4": 0.625}
-"""Of one weight of a product at work; in 4 bits with a scale for every 32."""
+"""Bytes read per weight of a product; in 4 bits including a scale for every 32."""
 
 
 class Operator(NamedTuple):
@@ -54,12 +56,12 @@ class Work(NamedTuple):
 
 
 def work(operator: Operator, precision: str) -> Work:
-    """What an operator computes and moves in a graph of that precision."""
+    """Return what an operator computes and moves in a graph of that precision."""
     return KINDS[operator.kind](WEIGHT_BYTES[precision], *operator.sizes)
 
 
 def _log_mel(weight: float, frames: int, bands: int) -> Work:
-    taps, bins = 400, 101  # a quarter of the plain DFT: see onnx_graph.log_mel
+    taps, bins = 400, 101  # a quarter of the plain DFT: see log_mel.py
     return Work(frames * bins * (taps + 2 * bands), 4 * frames * (2 * taps + bands))
 
 
@@ -115,11 +117,11 @@ KINDS: dict[str, Callable[..., Work]] = {
     "cross": _cross,
     "logits": _logits,
 }
-"""Kind -> its work, given the bytes of a weight, and the sizes."""
+"""Kind -> its cost, given the bytes of a weight and the sizes."""
 
 
 def of_a_token(operator: Operator) -> bool:
-    """Whether it is one of the decoder's graph, where that has a token at a time."""
+    """Return whether an operator belongs to a decoding step of one token."""
     kind, sizes = operator
     return kind in ("begin", "product", "past", "cross", "logits") or sizes[:1] == (1,)
 
@@ -132,13 +134,13 @@ class Shapes:
     """All that the operators of a model depend on."""
 
     layers: Mapping[str, Any]
-    """As shrink.layer_shapes() has them, and the manifest of an artifact."""
+    """As shrink.layer_shapes() returns them and the manifest stores them."""
     width: int
     """d_model"""
     bands: int
     vocabulary: int
     positions: int
-    """Of the full window."""
+    """Encoder positions of the full window."""
 
     @property
     def windows(self) -> list[int]:
@@ -146,7 +148,7 @@ class Shapes:
 
 
 def shapes_of(model: nn.Module) -> Shapes:
-    """Of a Whisper, dense or slim."""
+    """Return the shapes of a Whisper, dense or slim."""
     config = model.config
     return Shapes(
         layer_shapes(model),
@@ -158,7 +160,8 @@ def shapes_of(model: nn.Module) -> Shapes:
 
 
 def encoder_operators(shapes: Shapes) -> Iterator[Operator]:
-    """Of one full window, from sound to the cross-attention's keys and values."""
+    """Yield the operators of one full window, from audio to the cross-attention's keys and
+    values."""
     rows, width = shapes.positions, shapes.width
     yield Operator("log_mel", (2 * rows, shapes.bands))
     yield Operator("stem", (2 * rows, shapes.bands, width))
@@ -194,7 +197,7 @@ def _encoder_layer(layer: Mapping[str, Any], rows: int, shapes: Shapes) -> Itera
 
 
 def token_operators(shapes: Shapes, context: int = CONTEXT) -> Iterator[Operator]:
-    """Of one step of the decoder, which sees so many tokens."""
+    """Yield the operators of one decoding step that attends to `context` tokens."""
     width = shapes.width
     yield Operator("begin", (shapes.positions, width))
     for layer in shapes.layers["decoder"]:
@@ -224,7 +227,8 @@ def token_operators(shapes: Shapes, context: int = CONTEXT) -> Iterator[Operator
 def _joint(
     layer: Mapping[str, Any], attention: Mapping[str, Any], width: int
 ) -> Iterator[Operator]:
-    """Queries, keys and values of a token: the first factors of all three are one product."""
+    """Yield the q, k and v products of one token: the first factors of all three are one
+    product."""
     heads, ranks = attention["heads"], layer.get("ranks") or {}
     names = [f"self_attn.{name}_proj" for name in "qkv"]
     dims = [heads * attention[dim] for dim in ("qk_dim", "qk_dim", "v_dim")]
@@ -238,8 +242,7 @@ def _joint(
 def _cached(
     kind: str, positions: int, attention: Mapping[str, Any], queries: int
 ) -> Iterator[Operator]:
-    """Attention of a token over a cache; what is narrower than the cache is widened, and what comes
-    out is cut: queries, keys and values of its own, or the queries alone."""
+    """Yield the attention of one token over a cache, with the padding of its inputs and output."""
     room, heads = _room(attention), attention["heads"]
     qk, v = attention["qk_dim"], attention["v_dim"]
     for dim in [*[qk, qk, v][:queries], v]:
@@ -249,14 +252,15 @@ def _cached(
 
 
 def _room(attention: Mapping[str, Any]) -> int:
-    """As weights.Heads.cache_dim."""
+    """Return the cache width of a head, as weights.Heads.cache_dim."""
     return -(-max(attention["qk_dim"], attention["v_dim"]) // 8) * 8
 
 
 def _linears(
     layer: Mapping[str, Any], name: str, inputs: int, outputs: int, rows: int | None = None
 ) -> Iterator[Operator]:
-    """A linear layer over the rows of a window, or over one token where there are none named."""
+    """Yield the products of a linear layer over `rows` of a window, or over one token without
+    `rows`."""
     kind, rest = ("product", ()) if rows is None else ("linear", (rows,))
     read = inputs if rows is not None else (layer.get("inputs") or {}).get(name, inputs)
     rank = (layer.get("ranks") or {}).get(name)

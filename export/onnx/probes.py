@@ -1,9 +1,9 @@
-"""Graphs of one operator each, as a device is asked for its time: what to_onnx.py writes, alone.
+"""Microbenchmark graphs of one operator each, which a device times.
 
-A small operator stands in its graph several times, on inputs and weights of its own, so that a
-clock can see it. Those of a token stand there twice only: in the decoder, too, each meets code and
-weights that are no longer in the first caches (see devices/runner/measure/probe.py). Sixteen in a
-row took half of the time that they took there.
+The operators are those of the native graphs. A small operator is repeated in its graph, on inputs
+and weights of its own, to make its time measurable. Operators of a token are repeated only twice:
+in the decoder, too, each finds code and weights that have left the fastest caches (see
+devices/runner/measure/probe.py). Sixteen repetitions took half the time per operator.
 """
 
 from __future__ import annotations
@@ -17,18 +17,31 @@ import onnx
 from numpy.typing import NDArray
 from torch import nn
 
-from export.artifact_files import Spec
-from export.onnx import graph as ops
+from export.manifest import Spec
+from export.onnx.attention import (
+    SPARE,
+    cached_attention,
+    cross_attention,
+    encoder_cache,
+    ends,
+    padded,
+    self_attention,
+    spare_mask,
+)
+from export.onnx.blocks import stem
 from export.onnx.constants import own_constants
+from export.onnx.graph import DTYPES, Graph
+from export.onnx.layers import gelu, layer_norm, linear
+from export.onnx.log_mel import log_mel
 from export.onnx.operators import EMPTY, Operator, of_a_token, work
-from export.onnx.to_onnx import _stem as stem
+from export.onnx.tables import TokenTable
 from export.weights import Heads, Linear
 
 MOST_COPIES = 16
 LARGE = 8e6
 """Multiply-accumulates and bytes that are enough for one graph."""
 ROOM = 64
-"""Tokens that a cache of the decoder has room for, at least."""
+"""Smallest number of tokens that a decoder cache has room for."""
 
 GRIDS: dict[str, list[tuple[int, ...]]] = {
     EMPTY: [(100,), (1,)],  # of a window, of a token
@@ -56,15 +69,16 @@ GRIDS: dict[str, list[tuple[int, ...]]] = {
     "cross": [(100, 4, 32), (300, 1, 32), (300, 4, 32), (750, 6, 64), (1500, 2, 64), (1500, 6, 64)],
     "logits": [(800, 32), (800, 128), (5000, 64), (5000, 384), (20000, 64), (20000, 384)],
 }
-"""Kind -> the sizes that are timed."""
+"""Kind -> the sizes to measure."""
 
 
 def grid() -> list[Operator]:
+    """Return all operators to measure."""
     return [Operator(kind, sizes) for kind, all_ in GRIDS.items() for sizes in all_]
 
 
 def copies(operator: Operator, precision: str) -> int:
-    """How often an operator stands in its graph."""
+    """Return how often an operator is repeated in its graph."""
     if operator.kind in (EMPTY, "log_mel", "stem", "begin"):
         return 1
     if of_a_token(operator):
@@ -73,8 +87,8 @@ def copies(operator: Operator, precision: str) -> int:
 
 
 def write(folder: Path, name: str, operator: Operator, precision: str) -> None:
-    """One probe, the file `name`.onnx."""
-    g = ops.Graph(precision)
+    """Write one microbenchmark to the file `name`.onnx."""
+    g = Graph(precision)
     inputs: list[Spec] = []
     outputs: list[Spec] = []
     rng = np.random.default_rng(0)
@@ -87,11 +101,11 @@ def write(folder: Path, name: str, operator: Operator, precision: str) -> None:
 
 
 class Probe:
-    """One operator in a graph: what it reads and what it writes."""
+    """One operator in a graph, with its inputs and outputs."""
 
     def __init__(
         self,
-        g: ops.Graph,
+        g: Graph,
         rng: np.random.Generator,
         number: int,
         inputs: list[Spec],
@@ -101,12 +115,12 @@ class Probe:
         self.inputs, self.outputs = inputs, outputs
 
     def given(self, name: str, *shape: int, dtype: str = "float32") -> str:
-        """An input."""
+        """Add an input and return its name."""
         self.inputs.append(Spec(name.format(self.number), shape, dtype))
         return self.inputs[-1].name
 
     def made(self, value: str, *shape: int | str, dtype: str = "float32") -> None:
-        """An output, under the name that the operator gave it or an own one."""
+        """Add an output, under the name the operator gave it or a new one."""
         own = value.startswith(("present.", "heard."))
         name = value if own else self.g.name(value, f"out.{len(self.outputs)}")
         self.outputs.append(Spec(name, shape, dtype))
@@ -125,7 +139,7 @@ def _empty(p: Probe, rows: int) -> None:
 def _log_mel(p: Probe, frames: int, bands: int) -> None:
     filters = np.abs(p.weights(201, bands))
     extractor = SimpleNamespace(n_fft=400, hop_length=160, mel_filters=filters)
-    mel = ops.log_mel(p.g, p.given("pcm.{}", 1, 160 * frames), extractor, [frames])
+    mel = log_mel(p.g, p.given("pcm.{}", 1, 160 * frames), extractor, [frames])
     p.made(mel, 1, bands, frames)
 
 
@@ -141,7 +155,7 @@ def _stem(p: Probe, frames: int, bands: int, width: int) -> None:
 
 def _linear(p: Probe, rows: int, inputs: int, outputs: int) -> None:
     layer = Linear(p.weights(outputs, inputs), p.weights(outputs))
-    p.made(ops.linear(p.g, p.given("x.{}", 1, rows, inputs), [layer]), 1, rows, outputs)
+    p.made(linear(p.g, p.given("x.{}", 1, rows, inputs), [layer]), 1, rows, outputs)
 
 
 def _product(p: Probe, inputs: int, outputs: int) -> None:
@@ -152,43 +166,43 @@ def _attention(p: Probe, rows: int, heads: int, qk: int, v: int) -> None:
     sizes = {"q": qk, "k": qk, "v": v}
     q, k, v_ = [p.given(f"{name}.{{}}", 1, rows, heads * dim) for name, dim in sizes.items()]
     shape = Heads(heads, qk, v, qk**-0.5)
-    p.made(ops.self_attention(p.g, q, k, v_, shape), 1, rows, heads * v)
+    p.made(self_attention(p.g, q, k, v_, shape), 1, rows, heads * v)
 
 
 def _norm(p: Probe, rows: int, width: int) -> None:
     x = p.g.op("Add", *(p.given(f"{name}.{{}}", 1, rows, width) for name in "xy"))
-    y = ops.layer_norm(p.g, x, p.weights(width), p.weights(width), 1e-5)
+    y = layer_norm(p.g, x, p.weights(width), p.weights(width), 1e-5)
     for value in (x, y):
         p.made(value, 1, rows, width)
 
 
 def _gelu(p: Probe, rows: int, width: int) -> None:
-    p.made(ops.gelu(p.g, p.given("x.{}", 1, rows, width)), 1, rows, width)
+    p.made(gelu(p.g, p.given("x.{}", 1, rows, width)), 1, rows, width)
 
 
 def _keys(p: Probe, positions: int, heads: int, width: int) -> None:
     shape = Heads(heads, width, width, width**-0.5)
     x = p.given("x.{}", 1, positions, heads * width)
-    codes, *scales = ops.encoder_cache(p.g, x, shape, width)
-    p.made(codes, 1, heads, positions + ops.SPARE, width, dtype=_code(p.g))
+    codes, *scales = encoder_cache(p.g, x, shape, width)
+    p.made(codes, 1, heads, positions + SPARE, width, dtype=_code(p.g))
     for scale in scales:
         p.made(scale, heads * width)
 
 
 def _pad(p: Probe, rows: int, heads: int, width: int) -> None:
     x = p.given("x.{}", 1, rows, heads * (width - 1))
-    p.made(ops.padded(p.g, x, heads, width, width - 1), 1, rows, heads * width)
+    p.made(padded(p.g, x, heads, width, width - 1), 1, rows, heads * width)
 
 
 def _begin(p: Probe, positions: int, width: int) -> None:
     ids = p.given("input_ids", 1, 1, dtype="int64")
     length = p.given("past_length", 1, dtype="int32")
-    table = ops.TokenTable(p.g, p.weights(512, width))
+    table = TokenTable(p.g, p.weights(512, width))
     p.made(p.g.op("Add", table.look_up(ids), p.given("position", 1, 1, width)), 1, 1, width)
-    filled = p.g.op("Cast", length, to=ops.DTYPES["int64"])
+    filled = p.g.op("Cast", length, to=DTYPES["int64"])
     many = p.g.op("Add", filled, p.g.constant([positions]))
-    p.made(ops.unseen(p.g, ids, many), 1, 1, 1, "all")
-    last, total = ops.ends(p.g, ids, length)
+    p.made(spare_mask(p.g, ids, many), 1, 1, 1, "all")
+    last, total = ends(p.g, ids, length)
     p.made(last, 1, dtype="int32")
     p.made(total, dtype="int32")
 
@@ -198,13 +212,13 @@ def _past(p: Probe, tokens: int, heads: int, width: int) -> None:
 
 
 def _cross(p: Probe, positions: int, heads: int, width: int) -> None:
-    _cached(p, "cross", "heard", positions, positions + ops.SPARE, heads, width)
+    _cached(p, "cross", "heard", positions, positions + SPARE, heads, width)
 
 
 def _cached(
     p: Probe, cache: str, after: str, filled: int, room: int, heads: int, width: int
 ) -> None:
-    """One token over so many positions of a cache; `filled` is written to in place."""
+    """Attend from one token to the `filled` positions of a cache, which is written in place."""
     g, shape = p.g, (1, heads, room, width)
     crosses = cache == "cross"
     dtype = _code(g) if crosses else "float32"
@@ -219,22 +233,22 @@ def _cached(
     if crosses:
         hidden = np.zeros((1, 1, 1, filled + 1), np.float32)
         hidden[..., -1] = -1e30
-        y = ops.cross_attention(g, q, past, present, ends, how, g.constant(hidden))
+        y = cross_attention(g, q, past, present, ends, how, g.constant(hidden))
     else:
         k, v = (p.given(f"{name}.{{}}", 1, 1, heads * width) for name in "kv")
-        y = ops.cached_attention(g, [q, k, v], past, present, ends, how)
+        y = cached_attention(g, [q, k, v], past, present, ends, how)
     p.made(y, 1, 1, heads * width)
     for name in present:
         p.made(name, *shape, dtype=dtype)
 
 
 def _logits(p: Probe, tokens: int, width: int) -> None:
-    table = ops.TokenTable(p.g, p.weights(tokens, width))
+    table = TokenTable(p.g, p.weights(tokens, width))
     p.made(table.logits(p.given("x.{}", 1, 1, width)), 1, 1, tokens)
 
 
-def _code(g: ops.Graph) -> str:
-    """What keys and values of a window are stored as."""
+def _code(g: Graph) -> str:
+    """Return the dtype of the encoder's keys and values."""
     return "int8" if g.int8_cache else "float32"
 
 
@@ -254,4 +268,4 @@ BUILD: dict[str, Callable[..., None]] = {
     "cross": _cross,
     "logits": _logits,
 }
-"""Kind -> what puts one into a probe, given its sizes."""
+"""Kind -> the function that adds an operator of given sizes to a probe."""

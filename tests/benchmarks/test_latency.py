@@ -23,6 +23,7 @@ from edgewhisper import inspect, pipeline
 from edgewhisper.whisper import WhisperForConditionalGeneration, load
 from export.cost import macs
 from export.onnx import probes
+from export.onnx.layouts.native import decoder_graph, encoder_graph
 from export.onnx.operators import (
     EMPTY,
     KINDS,
@@ -32,7 +33,6 @@ from export.onnx.operators import (
     token_operators,
     work,
 )
-from export.onnx.to_onnx import decoder_graph, encoder_graph
 from export.problem import Problem
 
 UNIT = {kind: Cost(0.0, s_per_mac=1.0) for kind in KINDS if kind != "log_mel"}

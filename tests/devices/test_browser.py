@@ -679,9 +679,9 @@ class TestInChromium:
         self, tmp_path, digits, processor, clips, monkeypatch
     ):
         from edgewhisper.whisper import load
-        from export.onnx import to_onnx
+        from export.onnx import save, to_onnx
 
-        monkeypatch.setattr(to_onnx, "LARGE", 10_000)
+        monkeypatch.setattr(save, "LARGE", 10_000)
         to_onnx.export_onnx(load(digits), processor, tmp_path / "artifact", "fp32")
         for name in ("encoder", "decoder"):
             assert (tmp_path / f"artifact/{name}.weights").stat().st_size > 10_000

@@ -24,7 +24,7 @@ from edgewhisper.languages import set_language, set_prompt
 from edgewhisper.recipe import parse
 from export.artifact import read_manifest as read_artifact
 from export.artifact import write_manifest
-from export.artifact_files import decoding_rules
+from export.manifest import decoding_rules
 from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
 from export.prompt import known_languages, language_code, named_language, prompt_ids

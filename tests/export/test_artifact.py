@@ -1,4 +1,4 @@
-"""An artifact that was damaged, cut short or tampered with is refused by name."""
+"""Damaged, truncated and manipulated artifacts are refused with the name of the file."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from export.artifact import FILES, read_manifest, verify, write_manifest
+from export.artifact import read_manifest, verify, write_manifest
+from export.files import leads_out, stays_inside
+from export.layouts import LAYOUTS
 from export.problem import Problem
 
-GRAPHS = FILES["native"]
+GRAPHS = LAYOUTS["native"].files
 
 
 @pytest.fixture
 def artifact(tmp_path, rng):
-    """A directory with random files where graphs would be, and its manifest."""
+    """A folder with random files in place of graphs, and its manifest."""
     directory = tmp_path / "artifact"
     directory.mkdir()
     for name in (*GRAPHS, "config.json"):
@@ -47,7 +51,7 @@ def test_every_file_is_listed_and_the_manifest_itself_is_not(artifact):
     assert {path.name for path in artifact.iterdir()} == {*GRAPHS, "config.json", "manifest.json"}
 
 
-def test_the_manifest_holds_size_and_hash(artifact):
+def test_the_manifest_lists_sizes_and_hashes(artifact):
     (artifact / "config.json").write_bytes(b"abc")
     write_manifest(artifact, {})
     assert verify(artifact)["files"]["config.json"] == {
@@ -63,10 +67,10 @@ def test_a_changed_byte_names_the_file(name, artifact, rng):
     (artifact / name).write_bytes(data)
     with pytest.raises(Problem, match=f"{name}: damaged, its SHA-256 is not") as problem:
         verify(artifact)
-    assert "copy the whole folder anew" in problem.value.hint
+    assert "copy the whole folder again" in problem.value.hint
 
 
-def test_a_file_cut_short_names_the_file_and_both_sizes(artifact):
+def test_a_truncated_file_is_named_with_both_sizes(artifact):
     (artifact / "encoder.onnx").write_bytes(b"0" * 999)
     with pytest.raises(Problem, match=r"encoder.onnx: damaged, 999 bytes instead of 1000"):
         verify(artifact)
@@ -78,7 +82,7 @@ def test_a_missing_file_is_named(artifact):
         verify(artifact)
 
 
-def test_a_folder_without_a_manifest_is_no_artifact(tmp_path):
+def test_a_folder_without_a_manifest_is_refused(tmp_path):
     with pytest.raises(Problem, match="no artifact here") as problem:
         read_manifest(tmp_path)
     assert "edgewhisper export" in problem.value.hint
@@ -86,14 +90,14 @@ def test_a_folder_without_a_manifest_is_no_artifact(tmp_path):
         read_manifest(tmp_path / "nowhere")
 
 
-def test_a_truncated_manifest_is_damaged(artifact, rng):
+def test_a_truncated_manifest_is_refused(artifact, rng):
     text = (artifact / "manifest.json").read_text()
     (artifact / "manifest.json").write_text(text[: rng.integers(len(text) - 2)])
     with pytest.raises(Problem, match=r"manifest.json: damaged, not JSON"):
         read_manifest(artifact)
 
 
-def test_a_manifest_that_is_not_text_is_damaged(artifact):
+def test_a_manifest_that_is_not_text_is_refused(artifact):
     (artifact / "manifest.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(Problem, match=r"manifest.json: damaged, not JSON"):
         read_manifest(artifact)
@@ -107,7 +111,7 @@ def test_an_unknown_format_is_refused(version, artifact):
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '"x"', "{}"])
-def test_json_that_is_no_manifest_is_refused(content, artifact):
+def test_json_that_is_not_a_manifest_is_refused(content, artifact):
     (artifact / "manifest.json").write_text(content)
     with pytest.raises(Problem, match="format None"):
         read_manifest(artifact)
@@ -115,9 +119,19 @@ def test_json_that_is_no_manifest_is_refused(content, artifact):
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret", "/etc/passwd", "a/../../b", "..\\secret", "C:\\x", "C:x", "\\\\host\\x", ""],
+    [
+        "../secret",
+        "/etc/passwd",
+        "a/../../b",
+        "..\\secret",
+        "C:\\x",
+        "C:x",
+        "\\\\host\\x",
+        "",
+        "a\0b",
+    ],
 )
-def test_no_file_name_leaves_the_folder(name, artifact):
+def test_file_names_outside_the_folder_are_refused(name, artifact):
     entry = {"sha256": "0", "bytes": 1}
     rewrite(artifact, lambda manifest: manifest["files"].update({name: entry}))
     with pytest.raises(Problem, match="outside the artifact"):
@@ -140,26 +154,26 @@ def test_a_manifest_must_list_what_inference_needs(name, artifact):
 
 
 @pytest.mark.parametrize("entry", [None, {}, {"sha256": "0"}, "x"], ids=repr)
-def test_an_entry_without_hash_and_size_is_damage(entry, artifact):
+def test_an_entry_without_hash_and_size_is_refused(entry, artifact):
     rewrite(artifact, lambda manifest: manifest["files"].update({"encoder.onnx": entry}))
     with pytest.raises(Problem, match=r"no hash and size for encoder.onnx"):
         read_manifest(artifact)
 
 
-def test_a_manifest_without_files_is_damage(artifact):
+def test_a_manifest_without_files_is_refused(artifact):
     rewrite(artifact, lambda manifest: manifest.pop("files"))
     with pytest.raises(Problem, match="it lists no files"):
         read_manifest(artifact)
 
 
-def test_what_is_not_json_is_never_written(artifact):
+def test_values_outside_json_are_never_written(artifact):
     before = (artifact / "manifest.json").read_bytes()
     with pytest.raises(ValueError, match="JSON compliant"):
         write_manifest(artifact, {"gate": {"wer": float("nan")}})
     assert (artifact / "manifest.json").read_bytes() == before
 
 
-def test_a_full_disk_keeps_the_old_manifest_and_leaves_nothing_else(artifact, full_disk):
+def test_on_a_full_disk_the_old_manifest_is_kept(artifact, full_disk):
     names, before = sorted(artifact.iterdir()), read_manifest(artifact)
     with pytest.raises(Problem, match=r"manifest\.json cannot be written"):
         write_manifest(artifact, {"note": "x" * 400_000})
@@ -167,17 +181,19 @@ def test_a_full_disk_keeps_the_old_manifest_and_leaves_nothing_else(artifact, fu
     assert sorted(artifact.iterdir()) == names
 
 
-def test_reading_an_artifact_needs_the_standard_library_only():
+def test_reading_an_artifact_imports_the_standard_library_only():
     code = "import sys, export.artifact; print(sorted({'torch', 'numpy', 'onnx'} & {*sys.modules}))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
 
 
 # ------------------------------------------------------------------------------- the hub's cache
 
 
 def as_the_hub_leaves_it(artifact: Path, folder: Path) -> Path:
-    """A snapshot whose files are links to blobs."""
+    """Return a copy in the form of a hub cache: a snapshot whose files are links to blobs."""
     model = folder / "models--me--small"
     (model / "blobs").mkdir(parents=True)
     snapshot = model / "snapshots/abc"
@@ -191,16 +207,16 @@ def as_the_hub_leaves_it(artifact: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_an_artifact_in_the_hub_s_cache_is_read(
+def test_an_artifact_in_the_hub_cache_is_read(
     precision, digits, processor, tmp_path, clips, monkeypatch
 ):
     from benchmarks.speech.clips import read_manifest as read_clips
     from devices.runner.recognizer import Recognizer
     from edgewhisper.verify import verify as whole
     from edgewhisper.whisper import load
-    from export.onnx import to_onnx
+    from export.onnx import save, to_onnx
 
-    monkeypatch.setattr(to_onnx, "LARGE", 10_000)  # so that weights stand in files of their own
+    monkeypatch.setattr(save, "LARGE", 10_000)  # so that weights are stored in files of their own
     to_onnx.export_onnx(load(digits), processor, tmp_path / "artifact", precision)
     snapshot = as_the_hub_leaves_it(tmp_path / "artifact", tmp_path)
     pcm = read_clips(clips)[0].pcm()
@@ -214,11 +230,10 @@ def test_an_artifact_in_the_hub_s_cache_is_read(
 
 @pytest.mark.parametrize("target", ["outside", "../../blobs/../secret", "/etc/hostname", "gone"])
 @pytest.mark.parametrize("name", ["manifest.json", "tokens.json", "encoder.onnx"])
-def test_a_link_out_of_the_hub_s_cache_is_refused_by_name(exported, tmp_path, target, name):
+def test_a_link_out_of_the_hub_cache_is_refused_by_name(exported, tmp_path, target, name):
     from devices.runner.engines.links import leads_out as on_devices
     from devices.runner.problem import RunnerProblem
     from devices.runner.recognizer import Recognizer
-    from export.files import leads_out
 
     snapshot = as_the_hub_leaves_it(exported, tmp_path)
     for secret in (snapshot / "outside", snapshot.parents[1] / "secret"):
@@ -230,3 +245,10 @@ def test_a_link_out_of_the_hub_s_cache_is_refused_by_name(exported, tmp_path, ta
         Recognizer(snapshot)
     with pytest.raises(Problem, match=name):
         verify(snapshot)
+
+
+@given(st.text(alphabet="ab./\\:\0", max_size=8))
+def test_the_devices_copy_of_the_path_check_gives_the_same_answer(name):
+    from devices.runner.engines.contract import stays_inside as on_devices
+
+    assert stays_inside(name) == on_devices(name)

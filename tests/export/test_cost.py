@@ -1,4 +1,4 @@
-"""Costs against counts by hand at Whisper's published sizes, and at those of slim models."""
+"""Costs agree with hand counts for Whisper's published sizes and for slim models."""
 
 from __future__ import annotations
 
@@ -36,53 +36,53 @@ def dense(d_model, layers, heads):
     [(384, 4, 6, 37.76), (512, 6, 8, 72.59), (768, 12, 12, 241.73)],
     ids=["tiny", "base", "small"],
 )
-def test_parameters_are_those_published(d_model, layers, heads, millions):
-    found = count_parameters(dense(d_model, layers, heads))
-    assert found["total"] == pytest.approx(millions * 1e6, abs=5000)
-    assert found["token_table"] == 51865 * d_model
-    assert found["rest"] == found["total"] - found["token_table"]
+def test_parameter_counts_are_those_published(d_model, layers, heads, millions):
+    result = count_parameters(dense(d_model, layers, heads))
+    assert result["total"] == pytest.approx(millions * 1e6, abs=5000)
+    assert result["token_table"] == 51865 * d_model
+    assert result["rest"] == result["total"] - result["token_table"]
 
 
-def test_multiplications_of_tiny_are_the_hand_count():
+def test_macs_of_tiny_match_the_hand_count():
     d, layers, positions, vocab = 384, 4, 1500, 51865
-    found = macs(dense(d, layers, 6))
+    result = macs(dense(d, layers, 6))
     linear = layers * 12 * d**2 * positions
     attention = layers * 2 * positions**2 * d
     stem = 80 * 3 * d * 2 * positions + d * 3 * d * positions
     assert (linear / 1e9, attention / 1e9, stem / 1e9) == pytest.approx(
         (10.62, 6.91, 0.94), abs=0.005
     )
-    assert found["encoder"] == linear + attention + stem
-    assert found["cross"] == layers * 2 * d**2 * positions == pytest.approx(1.77e9, rel=0.001)
+    assert result["encoder"] == linear + attention + stem
+    assert result["cross"] == layers * 2 * d**2 * positions == pytest.approx(1.77e9, rel=0.001)
     step = layers * (14 * d**2 + 2 * 32 * d + 2 * positions * d)
     assert step / 1e6 == pytest.approx(13.0, abs=0.05)
-    assert found["decoder_per_token"] == step + vocab * d
+    assert result["decoder_per_token"] == step + vocab * d
 
 
-def test_a_longer_context_costs_its_attention():
+def test_a_longer_context_costs_more_attention():
     model = dense(384, 4, 6)
     more = macs(model, context=132)["decoder_per_token"] - macs(model)["decoder_per_token"]
     assert more == 100 * 4 * 2 * 384
 
 
 @pytest.mark.parametrize(("seconds", "share"), [(10, 0.28), (5, 0.13)])
-def test_a_short_window_of_small_costs_its_share(seconds, share):
+def test_a_short_window_of_small_costs_the_documented_share(seconds, share):
     model = dense(768, 12, 12)
-    found = macs(model, positions=50 * seconds)
-    assert found["encoder"] / macs(model)["encoder"] == pytest.approx(share, abs=0.005)
-    assert found["cross"] * 30 == macs(model)["cross"] * seconds
-    fewer = macs(model)["decoder_per_token"] - found["decoder_per_token"]
+    result = macs(model, positions=50 * seconds)
+    assert result["encoder"] / macs(model)["encoder"] == pytest.approx(share, abs=0.005)
+    assert result["cross"] * 30 == macs(model)["cross"] * seconds
+    fewer = macs(model)["decoder_per_token"] - result["decoder_per_token"]
     assert fewer == 12 * 2 * 768 * (1500 - 50 * seconds)
 
 
-def test_costs_are_told_for_every_window(tiny_whisper):
+def test_macs_are_given_for_every_window(tiny_whisper):
     assert macs_by_window(tiny_whisper) == {"300": macs(tiny_whisper)}
     whisper.set_windows(tiny_whisper.config, [50, 300])
-    found = macs_by_window(tiny_whisper)
-    assert found == {"50": macs(tiny_whisper, positions=50), "300": macs(tiny_whisper)}
+    result = macs_by_window(tiny_whisper)
+    assert result == {"50": macs(tiny_whisper, positions=50), "300": macs(tiny_whisper)}
 
 
-def test_a_slim_model_costs_what_its_shapes_say(tiny_whisper, rng):
+def test_macs_of_a_slim_model_follow_its_shapes(tiny_whisper, rng):
     shrunk = shrink(kill(tiny_whisper, "all_kinds", rng))
     slim = whisper.rebuild(tiny_whisper, shrunk.tensors, shrunk.layers)
     config, d = slim.config, slim.config.d_model
@@ -128,16 +128,18 @@ def test_low_rank_layers_count_both_factors(tiny_whisper):
     assert after["decoder_per_token"] == before["decoder_per_token"]
 
 
-def test_a_window_is_the_encoder_the_cross_attention_and_its_tokens():
+def test_window_macs_add_encoder_cross_attention_and_tokens():
     counted = {"encoder": 1000, "cross": 100, "decoder_per_token": 1}
     assert window_macs(counted) == 1132
     assert window_macs(counted, tokens=0) == 1100
 
 
-def test_graphs_of_low_rank_layers_merged_layers_and_a_factorised_table_cost_what_is_counted(
+def test_graphs_of_lite_bald_and_tspar_models_cost_what_is_counted(
     make_whisper, processor, clips, rng, tmp_path
 ):
-    """Of LiteASR and BaldWhisper, as of TSPAR: the operators of the graphs, counted one by one."""
+    """Count the operators of the graphs one by one, for models like those of LiteASR, BaldWhisper
+    and TSPAR.
+    """
     two = read_manifest(clips)[:2]
     work = Context(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
     d_model = 2 * int(rng.integers(10, 20))
@@ -149,8 +151,8 @@ def test_graphs_of_low_rank_layers_merged_layers_and_a_factorised_table_cost_wha
     slim = shear.apply(slim, shear.Options(rank=rank, training=none, calibration=1), work)
     slim = lite.apply(slim, lite.Options(theta_attn=0.5, theta_mlp=0.5, round_to=2), work)
     context = int(rng.integers(2, 20))
-    told = macs(slim, context)
-    assert told["encoder"] < dense["encoder"] and told["cross"] == dense["cross"] // 2
+    record = macs(slim, context)
+    assert record["encoder"] < dense["encoder"] and record["cross"] == dense["cross"] // 2
     encoder, step = graph_macs.of_exported(slim, processor, tmp_path, context)
-    assert encoder == told["encoder"] + told["cross"]
-    assert step == told["decoder_per_token"]
+    assert encoder == record["encoder"] + record["cross"]
+    assert step == record["decoder_per_token"]

@@ -1,4 +1,4 @@
-"""The files for other runtimes: names, shapes and types as those ask, and torch's own numbers."""
+"""Layouts of other runtimes have the names, shapes and types they expect, and torch's results."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from benchmarks.reference_runtimes import Sherpa, open_artifact
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, pipeline, whisper
-from export.artifact import needed_files, suffix_for, verify
-from export.onnx.layouts import LAYOUTS
+from export.artifact import verify
+from export.layouts import layouts_of, needed_files, suffix_for
 from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
 from export.shrink import attention_shape
 
-OTHERS = [layout for layout in LAYOUTS if layout != "native"]
+OTHERS = [layout for layout in layouts_of("onnx") if layout != "native"]
 TOLERANCE = 1e-3
 
 
 def factorised(make_whisper, rng):
-    """Irregular layers, only one in the decoder, and a token table of two factors."""
+    """A model with irregular layers, one decoder layer, and a token table of two factors."""
     model = irregular(make_whisper, rng)
     table = whisper.FactorisedTable(
         nn.Embedding(model.config.vocab_size, 8), nn.Linear(8, model.config.d_model, bias=False)
@@ -47,7 +47,9 @@ MODELS = [whole, irregular, factorised]
 
 @pytest.fixture
 def made(make_whisper, processor, rng, tmp_path):
-    """make(model, layout, precision) -> model and what the gate hears its artifact through."""
+    """make(model, layout, precision) -> the model and the loop that the gate runs its artifact
+    with.
+    """
 
     def make(kind, layout, precision="fp32"):
         model = kind(make_whisper, rng)
@@ -58,7 +60,7 @@ def made(make_whisper, processor, rng, tmp_path):
 
 
 def sessions(folder, layout, precision="fp32"):
-    """A layout's graphs by their names without what tells the precision."""
+    """Return a layout's graphs by their names without the suffix of the precision."""
     suffix = suffix_for(layout, precision)
     return {
         name.split("/")[-1].removesuffix(f"{suffix}.onnx"): onnxruntime.InferenceSession(
@@ -69,7 +71,7 @@ def sessions(folder, layout, precision="fp32"):
     }
 
 
-def told(values):
+def shapes_and_types(values):
     """Name -> shape and type of a session's inputs or outputs."""
     return {value.name: (value.shape, value.type) for value in values}
 
@@ -79,7 +81,7 @@ def told(values):
 
 @pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_its_tokens_are_torchs(kind, layout, made, processor, rng):
+def test_tokens_match_torch(kind, layout, made, processor, rng):
     model, hearing = made(kind, layout)
     for seconds in (6, float(rng.uniform(0.5, 5))):
         pcm = window(processor, rng)[: round(16000 * seconds)]
@@ -87,14 +89,14 @@ def test_its_tokens_are_torchs(kind, layout, made, processor, rng):
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_tokens_that_are_suppressed_are_not_said(layout, make_whisper, processor, rng, tmp_path):
+def test_suppressed_tokens_are_not_decoded(layout, make_whisper, processor, rng, tmp_path):
     model, pcm = make_whisper(), window(processor, rng)
     said = decoding.greedy(model, processor, [pcm])[0]
     model.generation_config.begin_suppress_tokens = said[:1] or [374]
     model.generation_config.suppress_tokens = sorted(set(said[1:4]))
     export_onnx(model, processor, tmp_path / "out", "fp32", layout=layout)
-    wanted = decoding.greedy(model, processor, [pcm])[0]
-    assert open_artifact(tmp_path / "out", threads=1).window(pcm) == wanted != said
+    expected = decoding.greedy(model, processor, [pcm])[0]
+    assert open_artifact(tmp_path / "out", threads=1).window(pcm) == expected != said
 
 
 @pytest.mark.parametrize("layout", OTHERS)
@@ -105,11 +107,11 @@ def test_contract_and_graphs_agree(precision, layout, made, tmp_path):
     assert (manifest["layout"], manifest["precision"]) == (layout, precision)
     for name, session in sessions(tmp_path / layout, layout, precision).items():
         contract = manifest["contract"][name.removeprefix("whisper-")]
-        for side, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+        for side, result in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
             types = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
-            wanted = {x["name"]: (x["shape"], types[x["dtype"]]) for x in contract[side]}
-            assert told(found) == wanted
-            assert [value.name for value in found] == list(wanted), "some runtimes go by position"
+            expected = {x["name"]: (x["shape"], types[x["dtype"]]) for x in contract[side]}
+            assert shapes_and_types(result) == expected
+            assert [value.name for value in result] == list(expected), "some runtimes use the order"
 
 
 @pytest.mark.parametrize("layout", OTHERS)
@@ -136,7 +138,7 @@ def test_a_failing_gate_leaves_nothing_behind(layout, digits, clips, tmp_path, m
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_the_device_runner_refuses_it_by_name(layout, made, tmp_path):
+def test_the_device_runner_refuses_other_layouts_by_name(layout, made, tmp_path):
     made(whole, layout)
     with pytest.raises(RunnerProblem, match=f"the layout is '{layout}'") as problem:
         Recognizer(tmp_path / layout)
@@ -144,7 +146,7 @@ def test_the_device_runner_refuses_it_by_name(layout, made, tmp_path):
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_a_file_that_is_missing_from_it_is_named(layout, made, rng, tmp_path):
+def test_a_missing_file_of_a_layout_is_named(layout, made, rng, tmp_path):
     made(whole, layout)
     name = str(rng.choice(needed_files(layout, "fp32")))
     (tmp_path / layout / name).unlink()
@@ -152,8 +154,8 @@ def test_a_file_that_is_missing_from_it_is_named(layout, made, rng, tmp_path):
         verify(tmp_path / layout)
 
 
-def test_a_layout_that_is_not_there_names_those_that_are(tiny_whisper, processor, tmp_path):
-    with pytest.raises(Problem, match="no layout 'whisperx'") as problem:
+def test_an_unknown_layout_lists_the_known_ones(tiny_whisper, processor, tmp_path):
+    with pytest.raises(Problem, match="unknown layout 'whisperx'") as problem:
         export_onnx(tiny_whisper, processor, tmp_path / "out", layout="whisperx")
     assert "native, transformers, sherpa, single" in problem.value.hint
     assert not (tmp_path / "out").exists()
@@ -169,7 +171,7 @@ def test_an_artifact_of_an_unknown_layout_is_refused(made, tmp_path):
 
 @pytest.mark.parametrize("layout", ["transformers", "sherpa"])
 def test_a_runtime_with_one_window_gets_the_full_one(layout, digits, clips, tmp_path):
-    """The checkpoint was made for shorter windows too; the manifest and the graphs have one."""
+    """The checkpoint has shorter windows too; the manifest and the graphs have one."""
     model, processor = whisper.load(digits), whisper.load_processor(digits)
     model.config.edgewhisper = {"format": 1, "windows": [150, 300]}
     whisper.save(model, processor, tmp_path / "two", {})
@@ -196,11 +198,11 @@ def past_names(layers):
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_transformers_names_and_shapes(precision, kind, made, tmp_path):
     model, _ = made(kind, "transformers", precision)
-    found = sessions(tmp_path / "transformers", "transformers", precision)
+    result = sessions(tmp_path / "transformers", "transformers", precision)
     past = past_names(model.config.decoder_layers)
     present = [name.replace("past_key_values", "present") for name in past]
-    inputs = {name: told(session.get_inputs()) for name, session in found.items()}
-    outputs = {name: told(session.get_outputs()) for name, session in found.items()}
+    inputs = {name: shapes_and_types(session.get_inputs()) for name, session in result.items()}
+    outputs = {name: shapes_and_types(session.get_outputs()) for name, session in result.items()}
     assert inputs["encoder_model"] == {
         "input_features": (["batch_size", 80, 600], "tensor(float)"),
     }
@@ -222,33 +224,35 @@ def test_transformers_names_and_shapes(precision, kind, made, tmp_path):
         assert isinstance(shape[1], str), "a past of no positions has the dense model's heads"
     for i, layer in enumerate(model.model.decoder.layers):
         for side, attention in (("decoder", layer.self_attn), ("encoder", layer.encoder_attn)):
-            wanted = attention_shape(attention)
-            for kind_of, width in (("key", wanted["qk_dim"]), ("value", wanted["v_dim"])):
+            expected = attention_shape(attention)
+            for kind_of, width in (("key", expected["qk_dim"]), ("value", expected["v_dim"])):
                 shape, _ = outputs["decoder_model"][f"present.{i}.{side}.{kind_of}"]
-                assert (shape[1], shape[3]) == (wanted["heads"], width)
+                assert (shape[1], shape[3]) == (expected["heads"], width)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dummy", ["of the config's heads", "of no heads"])
 @pytest.mark.parametrize("merged", [True, False])
-def test_transformers_decoders_are_torchs_on_a_batch(
+def test_transformers_decoders_match_torch_on_a_batch(
     merged, dummy, kind, made, processor, rng, tmp_path
 ):
-    """Two sounds at once, chunks of tokens, with a cache; the first past as runtimes make it up."""
+    """Two clips at once, chunks of tokens, with a cache; the first past as the runtimes create
+    it.
+    """
     model, _ = made(kind, "transformers")
-    found = sessions(tmp_path / "transformers", "transformers")
+    result = sessions(tmp_path / "transformers", "transformers")
     pcms = [window(processor, rng) for _ in range(2)]
     chunks = [rng.integers(0, 783, n).tolist() for n in (int(rng.integers(2, 6)), 1, 1, 3)]
-    wanted = [torch_steps(model, processor, pcm, chunks) for pcm in pcms]
+    expected = [torch_steps(model, processor, pcm, chunks) for pcm in pcms]
     features = decoding.log_mel(processor.feature_extractor, pcms).numpy()
-    heard = found["encoder_model"].run(None, {"input_features": features})[0]
+    heard = result["encoder_model"].run(None, {"input_features": features})[0]
     heads = model.config.num_attention_heads if "config" in dummy else 0
     width = model.config.d_model // model.config.num_attention_heads
     cache = {}
     none = np.zeros((2, heads, 0, width), np.float32)
     for turn, chunk in enumerate(chunks):
         name = "decoder_model" if not cache else "decoder_with_past_model"
-        session = found["decoder_model_merged" if merged else name]
+        session = result["decoder_model_merged" if merged else name]
         known = {
             "input_ids": np.array([chunk, chunk]),
             "encoder_hidden_states": heard,
@@ -259,7 +263,7 @@ def test_transformers_decoders_are_torchs_on_a_batch(
         by_name = dict(zip([o.name for o in session.get_outputs()], outputs, strict=True))
         logits = by_name.pop("logits")
         assert logits.shape == (2, len(chunk), 783)
-        for row, steps in zip(logits, wanted, strict=True):
+        for row, steps in zip(logits, expected, strict=True):
             assert np.abs(row[-1] - steps[turn]).max() < TOLERANCE
         new = {n.replace("present", "past_key_values"): x for n, x in by_name.items()}
         cache |= {n: x for n, x in new.items() if not (cache and ".encoder." in n)}
@@ -267,7 +271,9 @@ def test_transformers_decoders_are_torchs_on_a_batch(
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_transformers_decoders_share_their_weights(precision, make_whisper, processor, tmp_path):
-    """The three decoders together take little more than one: constants stand in one file, once."""
+    """Together, the three decoders are little larger than one, because constants are stored
+    once.
+    """
     model = make_whisper(d_model=64, ffn=256)
     export_onnx(model, processor, tmp_path, precision, layout="transformers")
     export_onnx(model, processor, tmp_path / "native", precision)
@@ -287,7 +293,7 @@ def test_transformers_decoders_share_their_weights(precision, make_whisper, proc
         assert all(len(tensor.raw_data) < 1024 for tensor in graph.initializer)
 
 
-def test_transformers_configuration_tells_runtimes_what_they_need(made, processor, tmp_path):
+def test_transformers_configuration_has_what_runtimes_need(made, processor, tmp_path):
     made(irregular, "transformers", "int8")
     folder = tmp_path / "transformers"
     read = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -319,10 +325,10 @@ REQUIRED = {
 }
 
 
-def test_sherpa_metadata_are_what_it_reads(made, processor):
+def test_sherpa_metadata_have_what_it_reads(made, processor):
     model, hearing = made(irregular, "sherpa")
-    found = hearing.encoder.get_modelmeta().custom_metadata_map
-    assert found.keys() >= REQUIRED
+    result = hearing.encoder.get_modelmeta().custom_metadata_map
+    assert result.keys() >= REQUIRED
     vocab = processor.tokenizer.get_vocab()
     for name, token in {
         "sot": "<|startoftranscript|>",
@@ -330,25 +336,25 @@ def test_sherpa_metadata_are_what_it_reads(made, processor):
         "no_timestamps": "<|notimestamps|>",
         "blank_id": "Ġ",
     }.items():
-        assert int(found[name]) == vocab[token]
+        assert int(result[name]) == vocab[token]
     ids = [vocab[t] for t in ("<|startoftranscript|>", "<|en|>", "<|transcribe|>")]
-    assert found["sot_sequence"] == ",".join(map(str, ids))
-    codes, tokens = (found[f"all_language_{x}"].split(",") for x in ("codes", "tokens"))
+    assert result["sot_sequence"] == ",".join(map(str, ids))
+    codes, tokens = (result[f"all_language_{x}"].split(",") for x in ("codes", "tokens"))
     assert len(codes) == len(tokens) == 100
     assert int(tokens[codes.index("de")]) == vocab["<|de|>"]
-    assert found["n_text_layer"] == str(model.config.decoder_layers)
+    assert result["n_text_layer"] == str(model.config.decoder_layers)
     widths = [
         shape["heads"] * max(shape["qk_dim"], shape["v_dim"])
         for shape in (attention_shape(layer.self_attn) for layer in model.model.decoder.layers)
     ]
-    assert found["n_text_state"] == str(max(widths))
+    assert result["n_text_state"] == str(max(widths))
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_sherpa_shapes(kind, made):
     model, hearing = made(kind, "sherpa")
     layers, room = model.config.decoder_layers, model.config.max_target_positions
-    assert told(hearing.encoder.get_inputs()) == {
+    assert shapes_and_types(hearing.encoder.get_inputs()) == {
         "mel": (["n_audio", 80, "n_frames"], "tensor(float)")
     }
     names = [
@@ -359,14 +365,14 @@ def test_sherpa_shapes(kind, made):
         "n_layer_cross_v",
         "offset",
     ]
-    found = told(hearing.decoder.get_inputs())
-    assert list(found) == names, "sherpa-onnx goes by position"
-    assert found["tokens"] == (["n_audio", "n_tokens"], "tensor(int64)")
-    assert found["offset"] == ([1], "tensor(int64)")
-    own, cross = found[names[1]][0], found[names[3]][0]
+    result = shapes_and_types(hearing.decoder.get_inputs())
+    assert list(result) == names, "sherpa-onnx uses the order"
+    assert result["tokens"] == (["n_audio", "n_tokens"], "tensor(int64)")
+    assert result["offset"] == ([1], "tensor(int64)")
+    own, cross = result[names[1]][0], result[names[3]][0]
     assert own[:3] == [layers, "n_audio", room]
     assert cross[:3] == [layers, "n_audio", 300]
-    outputs = told(hearing.decoder.get_outputs())
+    outputs = shapes_and_types(hearing.decoder.get_outputs())
     assert list(outputs) == ["logits", "out_n_layer_self_k_cache", "out_n_layer_self_v_cache"]
     assert outputs["out_n_layer_self_k_cache"][0] == own
     assert outputs["logits"][0] == ["n_audio", "n_tokens", 783]
@@ -374,7 +380,7 @@ def test_sherpa_shapes(kind, made):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_sherpa_logits_are_torchs_but_for_what_is_suppressed(kind, made, processor, rng):
+def test_sherpa_logits_match_torch_except_suppressed_tokens(kind, made, processor, rng):
     model, hearing = made(kind, "sherpa")
     pcm = window(processor, rng)[: int(rng.integers(8000, 96000))]
     chunks = [hearing.prompt, *([int(i)] for i in rng.integers(0, 374, 4))]
@@ -386,27 +392,29 @@ def test_sherpa_logits_are_torchs_but_for_what_is_suppressed(kind, made, process
         assert (logits[stamps:] == -np.inf).all()
 
 
-def test_sherpa_hears_the_same_whatever_the_tail(made, processor, rng):
-    """Zeros behind the clip are silence, as many as there may be, and what is missing is too."""
+def test_sherpa_ignores_tail_padding(made, processor, rng):
+    """Zeros after the clip count as silence, however many, and so do missing frames."""
     _, hearing = made(irregular, "sherpa")
     pcm = window(processor, rng)[: int(rng.integers(8000, 80000))]
     mel = hearing.mel(pcm)
     heard = mel.shape[2] - Sherpa.TAIL
-    wanted = hearing.encoder.run(None, {"mel": mel})
+    expected = hearing.encoder.run(None, {"mel": mel})
     for tail in (0, int(rng.integers(1, 100)), 600, 2500):
         other = np.concatenate([mel[..., :heard], np.zeros((1, 80, tail), np.float32)], axis=2)
-        for found, want in zip(hearing.encoder.run(None, {"mel": other}), wanted, strict=True):
-            assert np.abs(found - want).max() < 1e-5
+        for result, want in zip(hearing.encoder.run(None, {"mel": other}), expected, strict=True):
+            assert np.abs(result - want).max() < 1e-5
 
 
-def test_sherpa_silence_is_whispers_own(made, processor):
-    """A clip without any sound: the floor of the log-mel, not the clip's loudest less eight."""
+def test_sherpa_silence_is_whispers_silence(made, processor):
+    """For a clip without any sound, silence is the floor of the log-mel, not eight below its
+    maximum.
+    """
     model, hearing = made(whole, "sherpa")
     silence = np.zeros(16000, np.float32)
     assert hearing.window(silence) == decoding.greedy(model, processor, [silence])[0]
 
 
-def test_sherpa_tokens_are_base64_and_ordinary_only(made, processor, tmp_path):
+def test_sherpa_tokens_are_the_ordinary_ones_in_base64(made, processor, tmp_path):
     made(whole, "sherpa")
     rows = [line.split() for line in (tmp_path / "sherpa/whisper-tokens.txt").open()]
     assert [int(i) for _, i in rows] == list(range(374))
@@ -426,7 +434,7 @@ def run_single(hearing, pcm, prompt=None, most=60):
     return hearing.session.run(None, feed)[0].tolist()
 
 
-def test_single_takes_as_many_tokens_as_it_is_asked_for(made, processor, rng):
+def test_single_decodes_at_most_max_new_tokens(made, processor, rng):
     _, hearing = made(irregular, "single")
     pcm = window(processor, rng)
     whole_text = run_single(hearing, pcm)
@@ -439,18 +447,18 @@ def test_single_follows_its_prompt(made, processor, rng):
     model, hearing = made(whole, "single")
     pcm = window(processor, rng)
     german = [375, model.generation_config.lang_to_id["<|de|>"], 477, 481]
-    wanted = decoding.greedy(model, processor, [pcm], ["de"])[0]
-    assert run_single(hearing, pcm, german) == wanted
+    expected = decoding.greedy(model, processor, [pcm], ["de"])[0]
+    assert run_single(hearing, pcm, german) == expected
 
 
-def test_single_hears_what_fits_its_window(made, processor, rng):
+def test_single_cuts_audio_at_its_window(made, processor, rng):
     _, hearing = made(whole, "single")
     pcm = window(processor, rng)
     longer = np.concatenate([pcm, pcm[: int(rng.integers(1, 50_000))]])
     assert run_single(hearing, longer) == run_single(hearing, pcm)
 
 
-def test_single_takes_the_shortest_window_that_holds_the_sound(
+def test_single_chooses_the_shortest_window_that_holds_the_audio(
     make_whisper, processor, rng, tmp_path
 ):
     model = make_whisper()
@@ -483,8 +491,8 @@ def test_an_artifact_names_the_oldest_runtime(
     quantised = precision != "fp32"
     old = runtime in ("1.22", "1.26.0")
     manifest = export_onnx(tiny_whisper, processor, tmp_path / "a", precision, runtime=runtime)
-    wanted = "1.27" if quantised and not old else "1.22"
-    assert manifest["runtime"] == {"onnxruntime": wanted}
+    expected = "1.27" if quantised and not old else "1.22"
+    assert manifest["runtime"] == {"onnxruntime": expected}
     caches = {s["name"]: s["dtype"] for s in manifest["contract"]["decoder"]["inputs"]}
     assert caches["cross.0.key"] == ("int8" if quantised and not old else "float32")
     pcm = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 10
@@ -509,7 +517,7 @@ def test_a_runtime_that_is_too_old_is_an_error(
 
 
 @pytest.mark.parametrize("installed", ["1.20.1", "1.26.0", "0.9"])
-def test_an_older_runtime_than_the_graphs_need_is_named(
+def test_an_installed_runtime_that_is_too_old_is_named(
     installed, tiny_whisper, processor, tmp_path, monkeypatch
 ):
     from devices.runner.engines import sessions

@@ -22,7 +22,9 @@ from edgewhisper.compress.context import Context
 from edgewhisper.compress.qat import StraightThrough, fake_quantised, settle
 from edgewhisper.training import Training
 from edgewhisper.whisper import GatherLinear, linears
-from export.onnx import graph as ops
+from export.manifest import Spec
+from export.onnx.graph import Graph
+from export.onnx.layers import joint_linear, linear
 from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
 from export.quantise import (
@@ -37,6 +39,7 @@ from export.quantise import (
     schemes,
 )
 from export.shrink import layer_shapes
+from export.weights import Linear
 
 BRIEF = Training(steps=3, batch_size=2, learning_rate=1e-3)
 KINDS = [Scheme(bits, per, block) for bits in (4, 8, 16) for per in SCALES for block in BLOCKS[:2]]
@@ -70,7 +73,7 @@ def draw_weight(rng) -> torch.Tensor:
 # -------------------------------------------------------------------------------- the quantisers
 
 
-def test_int4_codes_of_a_row_whose_answer_is_known():
+def test_int4_codes_of_a_row_match_the_hand_computed_ones():
     row = torch.tensor([[-8.0, 7, 3.4, 0.5, 1.5, -2.6] + [0.0] * 10 + [4.0, -1.0, 3.9]])
     codes, scale = quantise(row, Scheme(4, block=16))
     assert scale.tolist() == [[1.0, -0.5]]  # the largest of the second block is positive: code -8
@@ -78,14 +81,14 @@ def test_int4_codes_of_a_row_whose_answer_is_known():
     assert dequantise(codes, scale, Scheme(4, block=16))[0, -3:].tolist() == [4.0, -1.0, 4.0]
 
 
-def test_sixteen_bits_have_a_power_of_two_for_a_scale():
+def test_scales_of_16_bit_codes_are_powers_of_two():
     codes, scale = quantise(torch.tensor([[32767.0, -1.0, 0.4], [0.6, 0.3, -0.6]]), Scheme(16))
     assert scale.flatten().tolist() == [1.0, 2.0**-15]
     assert codes[0].tolist() == [32767, -1, 0]
 
 
 @ALL_KINDS
-def test_quantising_what_is_quantised_changes_no_bit(scheme, rng):
+def test_quantising_twice_changes_no_bit(scheme, rng):
     for _ in range(30):
         weight = draw_weight(rng)
         codes, scale = quantise(weight, scheme)
@@ -98,7 +101,7 @@ def test_quantising_what_is_quantised_changes_no_bit(scheme, rng):
 
 @ALL_KINDS
 def test_codes_are_the_nearest_in_double_precision(scheme, rng):
-    """An implementation of its own, in numpy's float64, with the scales it is given."""
+    """Compare with an independent implementation in numpy's float64 that uses the same scales."""
     for _ in range(10):
         weight = draw_weight(rng)
         codes, scale = (x.numpy() for x in quantise(weight, scheme))
@@ -115,7 +118,7 @@ def test_codes_are_the_nearest_in_double_precision(scheme, rng):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_scales_are_larger_than_the_exact_ones_by_a_bit_in_sixteen_at_most(bits, rng):
+def test_scales_exceed_the_exact_ones_by_at_most_one_bit_in_16(bits, rng):
     weight = torch.from_numpy(rng.standard_normal((200, 16)).astype(np.float32))
     _, scale = quantise(weight, Scheme(bits, block=16))
     exact = weight.abs().amax(1) / {4: 8, 8: 127}[bits]
@@ -123,8 +126,8 @@ def test_scales_are_larger_than_the_exact_ones_by_a_bit_in_sixteen_at_most(bits,
     assert (scale[:, 0].abs() <= exact * (1 + 2**-15)).all()
 
 
-def test_sixteen_bits_are_off_by_less_than_their_range_in_two_to_the_fifteenth(rng):
-    """The range is that of the weights that share a scale, max|W|, and not our rounded scale."""
+def test_16_bit_codes_are_off_by_less_than_their_range_over_two_to_the_15(rng):
+    """The range is that of the weights that share a scale, max|W|, not the rounded scale."""
     for per in SCALES:
         weight = draw_weight(rng)
         error = (fake_quantise(weight, Scheme(16, per)) - weight).abs()
@@ -132,12 +135,12 @@ def test_sixteen_bits_are_off_by_less_than_their_range_in_two_to_the_fifteenth(r
         assert ((error < largest / 2**15) | (largest <= TINY)).all()
 
 
-def test_thirty_two_bits_are_the_weights_themselves(rng):
+def test_32_bits_keep_the_weights(rng):
     weight = draw_weight(rng)
     assert fake_quantise(weight, Scheme(32)) is weight
 
 
-def test_one_scale_for_all_is_that_of_the_largest_weight(rng):
+def test_a_scale_per_tensor_is_that_of_the_largest_weight(rng):
     weight = torch.from_numpy(rng.standard_normal((7, 40)).astype(np.float32))
     for bits in (4, 8, 16):
         _, scale = quantise(weight, Scheme(bits, "tensor", block=16))
@@ -154,35 +157,35 @@ def test_weights_below_minus_the_largest_do_not_overflow():
 
 def test_a_convolution_has_one_scale_for_all_taps_of_an_output(rng):
     kernel = torch.from_numpy(rng.standard_normal((5, 4, 3)).astype(np.float32))
-    found = fake_quantise(kernel, Scheme(8))
-    assert same_bits(found.flatten(1), fake_quantise(kernel.flatten(1), Scheme(8)))
+    result = fake_quantise(kernel, Scheme(8))
+    assert same_bits(result.flatten(1), fake_quantise(kernel.flatten(1), Scheme(8)))
 
 
 def test_transposed_weights_have_their_scales_on_the_columns(rng):
     weight = draw_weight(rng)
-    found = fake_quantise(weight, Scheme(8, transposed=True))
-    assert same_bits(found.T.contiguous(), fake_quantise(weight.T, Scheme(8)))
+    result = fake_quantise(weight, Scheme(8, transposed=True))
+    assert same_bits(result.T.contiguous(), fake_quantise(weight.T, Scheme(8)))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_the_runtime_reads_packed_codes_as_we_mean_them(block, rng):
-    """Also where the inputs do not fill the last block; inputs that int8 represents exactly."""
+def test_the_runtime_reads_packed_codes_correctly(block, rng):
+    """Includes inputs that do not fill the last block; int8 represents the inputs exactly."""
     for _ in range(3):
         out, features = (int(n) for n in rng.integers(1, 90, size=2))
         weight = rng.standard_normal((out, features)).astype(np.float32)
         scheme = Scheme(4, block=block)
         x = rng.integers(-127, 128, (1, 5, features)).astype(np.float32)
         x[..., 0::block] = 127  # so that activations scale by 1 in every block
-        graph = ops.Graph("int8")
-        y = ops.linear(graph, "x", [ops.Linear(weight, scheme=scheme)])
-        specs = [ops.Spec("x", x.shape)], [ops.Spec(y, (1, 5, out))]
+        graph = Graph("int8")
+        y = linear(graph, "x", [Linear(weight, scheme=scheme)])
+        specs = [Spec("x", x.shape)], [Spec(y, (1, 5, out))]
         session = open_model(graph.model("test", *specs))
         want = x @ fake_quantise(torch.from_numpy(weight), scheme).numpy().T
-        found = session.run(None, {"x": x})[0]
-        assert np.allclose(found, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+        result = session.run(None, {"x": x})[0]
+        assert np.allclose(result, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
-def test_packing_is_two_codes_a_byte_the_earlier_one_low():
+def test_packing_puts_two_codes_in_a_byte_the_earlier_one_low():
     packed = pack(torch.tensor([[-8, 7, 0] + [1] * 14], dtype=torch.int8), Scheme(4, block=16))
     assert packed.shape == (1, 2, 8)
     assert packed[0, 0, :2].tolist() == [0xF0, 0x98]
@@ -193,11 +196,11 @@ def test_packing_is_two_codes_a_byte_the_earlier_one_low():
 
 
 @ALL_KINDS
-def test_the_gradient_is_that_at_the_quantised_weight(scheme, rng):
+def test_the_gradient_is_taken_at_the_quantised_weight(scheme, rng):
     weight = draw_weight(rng).requires_grad_()
     target = torch.randn_like(weight)
-    seen = StraightThrough.apply(weight, scheme)
-    (seen * target).square().sum().backward()
+    quantised = StraightThrough.apply(weight, scheme)
+    (quantised * target).square().sum().backward()
     at = fake_quantise(weight.detach(), scheme).requires_grad_()
     (at * target).square().sum().backward()
     assert torch.equal(weight.grad, at.grad)
@@ -236,7 +239,7 @@ MODELS = pytest.mark.parametrize("make", [dense, slim_of_every_kind, shared_keys
 
 
 @MODELS
-def test_passes_see_the_quantised_weights_and_gradients_reach_the_others(
+def test_passes_use_quantised_weights_and_gradients_reach_the_float_weights(
     make, make_whisper, work, rng
 ):
     model = make(make_whisper, rng, work)
@@ -246,19 +249,19 @@ def test_passes_see_the_quantised_weights_and_gradients_reach_the_others(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inputs = sounds(model)
     with fake_quantised(model, lambda: chosen):
-        seen = model(**inputs).logits
-    wanted = rounded(**inputs).logits
-    assert torch.equal(seen, wanted)
-    for logits in (seen, wanted):
+        quantised = model(**inputs).logits
+    expected = rounded(**inputs).logits
+    assert torch.equal(quantised, expected)
+    for logits in (quantised, expected):
         logits.square().mean().backward()
     for (name, one), other in zip(model.named_parameters(), rounded.parameters(), strict=True):
         assert torch.equal(one, before[name])
         assert (one.grad is None) == (other.grad is None)
         assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7)
-    assert not torch.equal(model(**inputs).logits, wanted), "outside, nothing is rounded"
+    assert not torch.equal(model(**inputs).logits, expected), "outside, nothing is rounded"
 
 
-def test_a_pass_that_fails_leaves_the_weights_in_place(tiny_whisper):
+def test_a_failing_pass_keeps_the_weights(tiny_whisper):
     before = dict(tiny_whisper.named_parameters())
     chosen = in_bits(tiny_whisper)
     with pytest.raises(ValueError), fake_quantised(tiny_whisper, lambda: chosen):
@@ -269,7 +272,7 @@ def test_a_pass_that_fails_leaves_the_weights_in_place(tiny_whisper):
 # ------------------------------------------------------------------------------------- the step
 
 
-def test_thirty_two_bits_and_no_steps_change_no_bit(tiny_whisper, work):
+def test_32_bits_and_no_steps_change_no_bit(tiny_whisper, work):
     before = copy.deepcopy(tiny_whisper.state_dict())
     options = qat.Options(encoder=32, decoder=32, token_table=32)
     after = qat.apply(tiny_whisper, options, work).state_dict()
@@ -277,12 +280,12 @@ def test_thirty_two_bits_and_no_steps_change_no_bit(tiny_whisper, work):
 
 
 @MODELS
-def test_without_steps_it_is_rounding_to_nearest(make, make_whisper, work, rng):
+def test_without_steps_training_rounds_to_nearest(make, make_whisper, work, rng):
     model = make(make_whisper, rng, work)
     slim = shrink.slimmed(model)[0]
-    found = qat.apply(model, qat.Options(encoder=4, decoder=8, stem=8), work)
-    for module, wanted in zip(schemes(found).items(), schemes_like(found, slim), strict=True):
-        assert same_bits(module[0].weight, fake_quantise(wanted.weight, module[1]))
+    result = qat.apply(model, qat.Options(encoder=4, decoder=8, stem=8), work)
+    for module, expected in zip(schemes(result).items(), schemes_like(result, slim), strict=True):
+        assert same_bits(module[0].weight, fake_quantise(expected.weight, module[1]))
     told = work.record["qat"]
     assert told["weights"].keys() == {"4", "8"}
     assert 0 < told["error"]["8"] < told["error"]["4"] < 0.2
@@ -295,7 +298,7 @@ def schemes_like(quantised, other):
 
 
 @pytest.mark.parametrize("scales", SCALES)
-def test_trained_weights_stand_on_their_grids_and_the_loss_falls(scales, tiny_whisper, work):
+def test_trained_weights_lie_on_their_grids_and_the_loss_falls(scales, tiny_whisper, work):
     options = qat.Options(
         encoder=4,
         decoder=4,
@@ -317,49 +320,49 @@ def test_trained_weights_stand_on_their_grids_and_the_loss_falls(scales, tiny_wh
     )
 
 
-def test_it_stays_near_the_model_that_the_recipe_began_with(make_whisper, work, monkeypatch):
-    asked = []
-    monkeypatch.setattr(qat, "distance_term", lambda *given: asked.append(given[:2]))
+def test_training_stays_close_to_the_recipes_first_model(make_whisper, work, monkeypatch):
+    calls = []
+    monkeypatch.setattr(qat, "distance_term", lambda *given: calls.append(given[:2]))
     original, model = make_whisper(), make_whisper()
     options = qat.Options(keep=0.7, training=Training(steps=1, batch_size=2))
     qat.apply(model, options, replace(work, original=original))
-    assert asked[0] == (original, 0.7)
+    assert calls[0] == (original, 0.7)
 
 
-def test_two_steps_share_the_work(tiny_whisper, work):
-    """The second one's layers get its bits; the first one's keep theirs."""
+def test_two_steps_share_the_layers(tiny_whisper, work):
+    """The layers of the second step get its bits; the others keep those of the first."""
     model = qat.apply(tiny_whisper, qat.Options(encoder=8, decoder=8), work)
     only = qat.Options(layers="*.decoder.*.fc?", decoder=4, training=BRIEF)
     model = qat.apply(model, only, work)
-    told = model.config.edgewhisper
-    assert set(told["encoder"][0]["bits"].values()) == {8}
-    assert {n for n, bits in told["decoder"][1]["bits"].items() if bits == 4} == {"fc1", "fc2"}
+    record = model.config.edgewhisper
+    assert set(record["encoder"][0]["bits"].values()) == {8}
+    assert {n for n, bits in record["decoder"][1]["bits"].items() if bits == 4} == {"fc1", "fc2"}
     for module, scheme in schemes(model).items():
         assert same_bits(fake_quantise(module.weight, scheme), module.weight)
 
 
-def test_a_pattern_without_a_layer_is_refused(tiny_whisper, work):
+def test_a_pattern_that_matches_no_layer_is_refused(tiny_whisper, work):
     with pytest.raises(Problem, match=r"no linear layer matches 'fc3'"):
         qat.apply(tiny_whisper, qat.Options(layers="fc3"), work)
 
 
-def test_what_is_dead_goes_first_and_nothing_afterwards(make_whisper, work):
+def test_dead_structure_is_removed_before_quantisation_and_not_after(make_whisper, work):
     model = make_whisper()
     with torch.no_grad():
         model.model.encoder.layers[0].fc2.weight[:, :5] = 0
     model = qat.apply(model, qat.Options(encoder=4), work)
     assert model.config.edgewhisper["encoder"][0]["ffn"] == 43
-    with pytest.raises(Problem, match=r"shrink: \d+ weights of the model are quantised") as told:
+    with pytest.raises(Problem, match=r"shrink: \d+ weights of the model are quantised") as problem:
         shrink.apply(model, shrink.Options(), work)
-    assert "before" in told.value.hint
+    assert "before" in problem.value.hint
 
 
-def test_bits_survive_what_later_methods_do_to_the_model(tiny_whisper, work):
+def test_bits_survive_later_methods(tiny_whisper, work):
     model = qat.apply(tiny_whisper, qat.Options(encoder=4, stem=8, block=16), work)
     model = short.apply(model, short.Options(training=Training(steps=0)), work)
-    found = model.config.edgewhisper
-    assert (found["block"], found["stem_bits"], found["encoder"][1]["bits"]["fc2"]) == (16, 8, 4)
-    assert found["windows"] == [100, 200, 300]
+    result = model.config.edgewhisper
+    assert (result["block"], result["stem_bits"], result["encoder"][1]["bits"]["fc2"]) == (16, 8, 4)
+    assert result["windows"] == [100, 200, 300]
 
 
 MOVING = ["tspar", "imp", "wsap", "lite", "merge", "shear", "short", "shrink"]
@@ -367,29 +370,29 @@ MOVING = ["tspar", "imp", "wsap", "lite", "merge", "shear", "short", "shrink"]
 
 
 @pytest.mark.parametrize("method", MOVING)
-def test_no_step_changes_what_comes_in_quantised(method, tiny_whisper, work):
+def test_no_step_changes_quantised_input(method, tiny_whisper, work):
     model = qat.apply(tiny_whisper, qat.Options(encoder=32, decoder=32), work)  # the token table
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     module = importlib.import_module(METHODS[method])
-    with pytest.raises(Problem, match=f"{method}: 1 weights of the model are quantised") as told:
+    with pytest.raises(Problem, match=f"{method}: 1 weights of the model are quantised") as problem:
         module.apply(model, module.Options(), work)
-    assert f"put the step {method} before the one that quantises" in told.value.hint
+    assert f"put the step {method} before the one that quantises" in problem.value.hint
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert set(work.record) == {"qat"}
 
 
 @pytest.mark.parametrize("after", ["qat", "kdq"])
 @pytest.mark.parametrize("first", ["qat", "kdq"])
-def test_what_is_quantised_stays_on_its_grid_where_quantised_training_follows(
+def test_quantised_weights_stay_on_their_grid_if_quantised_training_follows(
     first, after, tiny_whisper, work
 ):
     """Also weights that the second step is not about; the order rule lets it pass for that."""
     some = qat.Precision(encoder=4, decoder=8, block=16)
     others = qat.Precision(layers="*.fc1", decoder=4, block=16, token_table=16)
     model = tiny_whisper
-    for method, told in ((first, some), (after, others)):
-        own = replace(work, run_dir=work.run_dir / f"{method}-{told.decoder}")
-        fields = {"quantise": told} if method == "kdq" else vars(told)
+    for method, record in ((first, some), (after, others)):
+        own = replace(work, run_dir=work.run_dir / f"{method}-{record.decoder}")
+        fields = {"quantise": record} if method == "kdq" else vars(record)
         module = importlib.import_module(METHODS[method])
         model = module.apply(model, module.Options(training=BRIEF, **fields), own)
     assert model.config.edgewhisper["decoder"][0]["bits"]["fc2"] == 8
@@ -401,7 +404,7 @@ def test_what_is_quantised_stays_on_its_grid_where_quantised_training_follows(
 
 
 @MODELS
-def test_it_survives_save_and_load(make, make_whisper, work, rng, tmp_path):
+def test_bits_survive_save_and_load(make, make_whisper, work, rng, tmp_path):
     options = qat.Options(encoder=4, decoder=16, token_table=16, stem=8)
     model = qat.apply(make(make_whisper, rng, work), options, work)
     whisper.save(model, work.processor, tmp_path / "out", {})
@@ -430,7 +433,7 @@ def named(precision: qat.Precision) -> str:
 def test_the_artifact_holds_the_checkpoints_weights_to_the_bit(
     make, precision, make_whisper, work, processor, rng, tmp_path
 ):
-    """Save, load, export; then read the graphs from the disk, take the codes apart, multiply."""
+    """Save, load, export; then read the graphs from disk, unpack the codes and multiply."""
     model = make(make_whisper, rng, work)
     model = qat.apply(model, qat.Options(**vars(precision)), work)
     whisper.save(model, processor, tmp_path / "checkpoint", {})
@@ -444,8 +447,8 @@ def test_the_artifact_holds_the_checkpoints_weights_to_the_bit(
             if f".{side}." in name:
                 wide, plain = rows_of(module, model.config.d_model)
                 pairs = zip(wide, plain, strict=True)
-                wanted = operators[getattr(precision, side)]
-                assert all(wanted in rows[one] | rows[other] for one, other in pairs), name
+                expected = operators[getattr(precision, side)]
+                assert all(expected in rows[one] | rows[other] for one, other in pairs), name
     table = model.model.decoder.embed_tokens
     factors = [table.rows.weight, table.up.weight.T] if hasattr(table, "rows") else [table.weight]
     for factor in factors:
@@ -469,30 +472,31 @@ def rows_of(module, d_model) -> tuple[list[bytes], list[bytes]]:
 
 
 @MODELS
-def test_logits_of_the_artifact_are_near_the_checkpoints(
+def test_logits_of_the_artifact_are_close_to_the_checkpoints(
     make, make_whisper, work, processor, rng, tmp_path
 ):
-    """Activations are rounded in the runtime, weights are the same: far nearer than the float
-    model is. In fp32 the floats are stored as they are."""
+    """The runtime rounds activations, but the weights are equal: the logits are much closer than
+    those of the float model.
+    """
     model = make(make_whisper, rng, work)
     model = qat.apply(model, qat.Options(encoder=4, decoder=4, stem=8, block=16), work)
     pcm, ids = window(processor, rng), rng.integers(0, 700, 4).tolist()
     want = torch_steps(model, processor, pcm, [ids])[0]
     for precision, tolerance in (("fp32", 1e-3), ("int8", 0.1 * np.abs(want).max())):
         exported = export(model, processor, tmp_path / precision, precision)
-        found, _ = exported.step(ids, exported.no_past(), exported.encode(pcm))
-        assert np.abs(found - want).max() < tolerance
+        result, _ = exported.step(ids, exported.no_past(), exported.encode(pcm))
+        assert np.abs(result - want).max() < tolerance
 
 
-def test_layers_of_one_input_share_a_product_where_they_are_stored_alike(rng):
+def test_layers_of_one_input_stored_alike_share_a_product(rng):
     x = rng.standard_normal((1, 6, 20)).astype(np.float32)
     weights = [rng.standard_normal((n, 20)).astype(np.float32) for n in (3, 4, 5, 6)]
     kinds = [Scheme(8), Scheme(4, block=16), Scheme(8, block=64), Scheme(32)]
-    graph = ops.Graph("int8")
+    graph = Graph("int8")
     branches = [
-        [ops.Linear(weight, scheme=scheme)] for weight, scheme in zip(weights, kinds, strict=True)
+        [Linear(weight, scheme=scheme)] for weight, scheme in zip(weights, kinds, strict=True)
     ]
-    names = ops.parallel(graph, "x", branches)
+    names = joint_linear(graph, "x", branches)
     nodes = graph.model("test", [], []).graph.node
     assert sorted(node.op_type for node in nodes) == [
         "DynamicQuantizeMatMul",
@@ -500,14 +504,14 @@ def test_layers_of_one_input_share_a_product_where_they_are_stored_alike(rng):
         "MatMulNBits",
         "Split",
     ]
-    outputs = [ops.Spec(name, (1, 6, len(w))) for name, w in zip(names, weights, strict=True)]
-    session = open_model(graph.model("test", [ops.Spec("x", x.shape)], outputs))
-    for found, weight, scheme in zip(session.run(names, {"x": x}), weights, kinds, strict=True):
+    outputs = [Spec(name, (1, 6, len(w))) for name, w in zip(names, weights, strict=True)]
+    session = open_model(graph.model("test", [Spec("x", x.shape)], outputs))
+    for result, weight, scheme in zip(session.run(names, {"x": x}), weights, kinds, strict=True):
         want = x @ fake_quantise(torch.from_numpy(weight), scheme).numpy().T
-        assert np.abs(found - want).max() < 0.05 * np.abs(want).max()
+        assert np.abs(result - want).max() < 0.05 * np.abs(want).max()
 
 
-def test_a_checkpoint_in_int4_takes_the_bytes_it_says(make_whisper, work, processor, tmp_path):
+def test_a_checkpoint_in_int4_has_the_documented_size(make_whisper, work, processor, tmp_path):
     model = make_whisper(d_model=64, ffn=256)
     sizes = {}
     for bits in (32, 16, 8, 4):
@@ -526,7 +530,7 @@ def test_a_checkpoint_in_int4_takes_the_bytes_it_says(make_whisper, work, proces
 def test_export_removes_nothing_from_a_quantised_model(
     make_whisper, work, processor, clips, tmp_path
 ):
-    """Rounding made columns of zeros; without them, the others would share other scales."""
+    """Rounding made columns of zeros; without them, the other weights would get other scales."""
     model = make_whisper()
     with torch.no_grad():
         for layer in model.model.encoder.layers:
@@ -536,8 +540,8 @@ def test_export_removes_nothing_from_a_quantised_model(
     whisper.save(model, processor, tmp_path / "checkpoint", {})
     manifest = tmp_path / "clips.jsonl"
     lines = [json.loads(line) for line in clips.read_text().splitlines()[:1]]
-    told = [line | {"audio": str(clips.parent / line["audio"])} for line in lines]
-    manifest.write_text("\n".join(map(json.dumps, told)) + "\n")
+    record = [line | {"audio": str(clips.parent / line["audio"])} for line in lines]
+    manifest.write_text("\n".join(map(json.dumps, record)) + "\n")
     off = pipeline.Gating("off")  # a random model transcribes nothing
     given = str(tmp_path / "checkpoint"), "fp32", manifest, tmp_path / "artifact"
     out = pipeline.export(*given, gating=off)
@@ -549,7 +553,7 @@ def test_export_removes_nothing_from_a_quantised_model(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "record"),
     [
         ({"token_bits": 4}, r"token_bits is 4; it must be one of 8, 16, 32"),
         ({"stem_bits": 16}, r"stem_bits is 16; it must be one of 8, 32"),
@@ -563,7 +567,7 @@ def test_export_removes_nothing_from_a_quantised_model(
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_damaged_precisions_are_refused(change, told, tiny_whisper, work, tmp_path):
+def test_damaged_precisions_are_refused(change, record, tiny_whisper, work, tmp_path):
     model = qat.apply(tiny_whisper, qat.Options(), work)
     whisper.save(model, work.processor, tmp_path / "out", {})
     path = tmp_path / "out/config.json"
@@ -571,6 +575,6 @@ def test_damaged_precisions_are_refused(change, told, tiny_whisper, work, tmp_pa
     own = config["edgewhisper"]
     (own["encoder"][0] if "bits" in change else own).update(change)
     path.write_text(json.dumps(config))
-    with pytest.raises(Problem, match=told) as problem:
+    with pytest.raises(Problem, match=record) as problem:
         whisper.load(tmp_path / "out")
     assert "damaged" in problem.value.hint

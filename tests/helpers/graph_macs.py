@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from export.onnx.graph import SPARE
+from export.onnx.attention import SPARE
 from export.onnx.to_onnx import export_onnx
 
 FRONT_END = "log_mel/"

@@ -21,8 +21,8 @@ from benchmarks.metadata import folder_bytes
 from benchmarks.reference_runtimes import recognizer
 from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, pipeline
-from export.artifact import PACKAGES
 from export.coreml.to_coreml import export_coreml
+from export.layouts import PACKAGES
 
 from .check import made_sources
 

@@ -1,12 +1,5 @@
-"""The files that one runtime or another wants. The native ones are export/onnx/to_onnx.py's own.
+"""One module for each layout of ONNX files; export/layouts.py is the table of them.
 
-Every layout is a module with one function, `write(model, processor, precision, out)`: it writes its
-files into the empty directory `out` and returns what goes in and comes out of each graph.
+Each module has `write(model, processor, precision, out)`, which writes the layout's files into the
+empty directory `out` and returns the inputs and outputs of each graph.
 """
-
-LAYOUTS = {
-    "native": "export.onnx.to_onnx",
-    "transformers": "export.onnx.layouts.transformers",
-    "sherpa": "export.onnx.layouts.sherpa",
-    "single": "export.onnx.layouts.single",
-}

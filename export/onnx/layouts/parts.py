@@ -1,8 +1,8 @@
-"""Parts of Whisper that the layouts have in common.
+"""Parts of Whisper that the layouts share.
 
-Encoder blocks, norms, linear layers and the token table are the native graphs' own (to_onnx.py), so
-that a faster operator there is one here. What differs is where keys and values come from and go to:
-a layout hands `decode` a function for each of the two attentions. All parts take a batch.
+Encoder blocks, norms, linear layers and the token table are those of the native graphs (blocks.py).
+Layouts differ in where keys and values come from and go to: each passes `decode` a function for
+self-attention and one for cross-attention. All parts accept a batch.
 """
 
 from __future__ import annotations
@@ -14,100 +14,100 @@ import onnx
 from onnx import helper
 from torch import nn
 
-from export.onnx import graph as ops
-from export.onnx.graph import FUSED, Graph, Heads, Spec
-from export.onnx.to_onnx import (
-    _attention_output,
-    _encoder_layer,
-    _feed_forward,
-    _norm,
-    _positions,
-    _stem,
-    _token_table,
-)
+from export.manifest import Spec
+from export.onnx import blocks
+from export.onnx.attention import fused, plain_attention, split_heads
+from export.onnx.graph import DTYPES, FUSED, Graph
+from export.onnx.layers import float_table, joint_linear, linear, separate_linear
 from export.quantise import schemes
 from export.shrink import windows_of
-from export.weights import array, chain, chains, heads_of
+from export.weights import Heads, array, chain, chains, heads_of
 
-Own = Callable[[int, list[str], Heads], str]
-"""Number of a decoder layer, its q, k and v (b, s, heads * dim) -> values mixed by self-attention,
-(b, s, heads * v_dim)."""
+SelfAttention = Callable[[int, list[str], Heads], str]
+"""Number of a decoder layer, its q, k and v (b, s, heads * dim) -> mixed values (b, s, heads *
+v_dim)."""
 
-Heard = Callable[[int, str, Heads], str]
-"""Number of a decoder layer, its q (b, s, heads * qk_dim) -> values mixed by cross-attention."""
+CrossAttention = Callable[[int, str, Heads], str]
+"""Number of a decoder layer, its q (b, s, heads * qk_dim) -> mixed values (b, s, heads * v_dim)."""
 
 
 def new_graph(model: nn.Module, precision: str) -> Graph:
+    """Return an empty graph with the model's quantisation schemes."""
     return Graph(precision, schemes(model))
 
 
 def encode(g: Graph, model: nn.Module, mel: str) -> str:
-    """Log-mel (b, n_mels, frames) of a window -> the encoder's last states (b, T, d_model)."""
+    """Return the encoder's last states (b, T, d_model) of a log-mel window (b, n_mels, frames)."""
     encoder = model.model.encoder
-    x = _stem(g, mel, encoder, _positions(model))
+    x = blocks.stem(g, mel, encoder, blocks.positions_of(model))
     for layer in encoder.layers:
-        x = _encoder_layer(g, x, layer, windows_of(model.config))
-    return _norm(g, x, encoder.layer_norm)
+        x = blocks.encoder_layer(g, x, layer, windows_of(model.config))
+    return blocks.norm(g, x, encoder.layer_norm)
 
 
-def heard_parts(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
-    """The encoder's states to one decoder layer's keys and values, (b, T, heads * dim) each."""
-    return ops.apart(g, x, chains(g.schemes, model.model.decoder.layers[number].encoder_attn, "kv"))
+def cross_projections(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
+    """Return keys and values of one decoder layer, (b, T, heads * dim) each, from the encoder
+    states."""
+    return separate_linear(
+        g, x, chains(g.schemes, model.model.decoder.layers[number].encoder_attn, "kv")
+    )
 
 
-def heard_caches(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
-    """The same in heads, (b, heads, T, dim)."""
+def cross_caches(g: Graph, model: nn.Module, number: int, x: str) -> list[str]:
+    """Return keys and values of one decoder layer split into heads, (b, heads, T, dim)."""
     heads = cross_heads(model, number)
-    both = zip(heard_parts(g, model, number, x), widths(heads), strict=True)
-    return [ops.split_heads(g, part, heads.count, dim) for part, dim in both]
+    both = zip(cross_projections(g, model, number, x), widths(heads), strict=True)
+    return [split_heads(g, part, heads.count, dim) for part, dim in both]
 
 
 def decode(
-    g: Graph, model: nn.Module, ids: str, start: str, own: Own, heard: Heard, last: bool = False
+    g: Graph,
+    model: nn.Module,
+    ids: str,
+    start: str,
+    attend_self: SelfAttention,
+    attend_cross: CrossAttention,
+    last: bool = False,
 ) -> str:
-    """ids (b, s) int64 behind `start` (1,) others -> logits (b, s, vocab), or of the last only."""
+    """Return logits (b, s, vocab), or of the last position only, for ids (b, s) int64. `start` (1,)
+    is the number of tokens before them."""
     decoder = model.model.decoder
-    table = _token_table(g, decoder.embed_tokens)
-    positions = ops.float_table(g, array(decoder.embed_positions.weight))
+    table = blocks.token_table(g, decoder.embed_tokens)
+    positions = float_table(g, array(decoder.embed_positions.weight))
     end = g.op("Add", start, g.op("Shape", ids, start=1, end=2))
     x = g.op("Add", table.look_up(ids), g.op("Slice", positions, start, end))
     for number, layer in enumerate(decoder.layers):
-        y = _norm(g, x, layer.self_attn_layer_norm)
-        qkv = ops.parallel(g, y, chains(g.schemes, layer.self_attn, "qkv"))
-        y = own(number, qkv, heads_of(layer.self_attn))
-        x = g.op("Add", x, _attention_output(g, y, layer.self_attn))
-        y = _norm(g, x, layer.encoder_attn_layer_norm)
-        q = ops.linear(
-            g, y, chain(g.schemes, layer.encoder_attn.q_proj, layer.embed_dim), gather=True
-        )
-        y = heard(number, q, heads_of(layer.encoder_attn))
-        x = g.op("Add", x, _attention_output(g, y, layer.encoder_attn))
-        x = _feed_forward(g, x, layer, gather=True)
+        y = blocks.norm(g, x, layer.self_attn_layer_norm)
+        qkv = joint_linear(g, y, chains(g.schemes, layer.self_attn, "qkv"))
+        y = attend_self(number, qkv, heads_of(layer.self_attn))
+        x = g.op("Add", x, blocks.attention_output(g, y, layer.self_attn))
+        y = blocks.norm(g, x, layer.encoder_attn_layer_norm)
+        q = linear(g, y, chain(g.schemes, layer.encoder_attn.q_proj, layer.embed_dim), gather=True)
+        y = attend_cross(number, q, heads_of(layer.encoder_attn))
+        x = g.op("Add", x, blocks.attention_output(g, y, layer.encoder_attn))
+        x = blocks.feed_forward(g, x, layer, gather=True)
     if last:
         x = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
-    return table.logits(_norm(g, x, decoder.layer_norm))
-
-
-def positions_of(model: nn.Module) -> int | str:
-    """The encoder's positions; symbolic where the model has windows of several lengths."""
-    return _positions(model)
+    return table.logits(blocks.norm(g, x, decoder.layer_norm))
 
 
 def own_heads(model: nn.Module, number: int) -> Heads:
-    """Of the self-attention of a decoder layer."""
+    """Return the shape of the self-attention of a decoder layer."""
     return heads_of(model.model.decoder.layers[number].self_attn)
 
 
 def cross_heads(model: nn.Module, number: int) -> Heads:
+    """Return the shape of the cross-attention of a decoder layer."""
     return heads_of(model.model.decoder.layers[number].encoder_attn)
 
 
 def widths(heads: Heads) -> tuple[int, int]:
-    """Of one head: its keys' and its values'."""
+    """Return the widths of the keys and the values of one head."""
     return heads.qk_dim, heads.v_dim
 
 
 def layers_of(model: nn.Module) -> range:
+    """Return the indices of the decoder layers."""
     return range(len(model.model.decoder.layers))
 
 
@@ -122,11 +122,9 @@ def grown_attention(
     heads: Heads,
     start: str,
 ) -> str:
-    """Causal attention of s new positions over past ones and themselves.
-
-    qkv (b, s, heads * dim) each; past keys and values (b, heads, p, dim), None: there are none.
-    Writes `present`, (b, heads, p + s, dim). `start` is p, (1,).
-    """
+    """Attend from s new positions to past ones and to themselves, causally; write the longer cache.
+    qkv are (b, s, heads * dim) each; past keys and values (b, heads, p, dim), or None. `start` (1,)
+    is p. Writes `present`, (b, heads, p + s, dim)."""
     q, k, v = qkv
     if past is not None and heads.qk_dim == heads.v_dim:
         return g.ops(
@@ -135,53 +133,41 @@ def grown_attention(
             outputs=[f"{present[0]}.attention", *present],
             domain=FUSED,
             unidirectional=1,
-            **_fused(heads),
+            **fused(heads),
         )[0]
     caches = []
     for i, (x, width) in enumerate(zip((k, v), widths(heads), strict=True)):
         old = [] if past is None else [past[i]]
-        new = ops.split_heads(g, x, heads.count, width)
+        new = split_heads(g, x, heads.count, width)
         caches += g.ops("Concat", *old, new, outputs=[present[i]], axis=2)
     return attention(g, q, caches, heads, causal_mask(g, start, q))
 
 
 def attention(g: Graph, q: str, caches: Sequence[str], heads: Heads, mask: str = "") -> str:
-    """q (b, s, heads * qk_dim) over keys (b, heads, t, qk_dim) and values (b, heads, t, v_dim).
-
-    The fused operator wants keys and values of one width; others take MatMul and Softmax.
-    """
+    """Attend from q (b, s, heads * qk_dim) to keys (b, heads, t, qk_dim) and values (b, heads, t,
+    v_dim). The fused operator needs keys and values of one width; others use MatMul and Softmax."""
     keys, values = caches
     if heads.qk_dim == heads.v_dim and not mask:
-        return g.op("MultiHeadAttention", q, keys, values, domain=FUSED, **_fused(heads))
-    q = ops.split_heads(g, g.op("Mul", q, g.constant(heads.scale)), heads.count, heads.qk_dim)
-    scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
-    if mask:
-        scores = g.op("Add", scores, mask)
-    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), values)
-    mixed = g.op("Transpose", mixed, perm=[0, 2, 1, 3])
-    return g.op("Reshape", mixed, g.constant([0, 0, heads.count * heads.v_dim]))
+        return g.op("MultiHeadAttention", q, keys, values, domain=FUSED, **fused(heads))
+    return plain_attention(g, q, keys, values, heads, mask)
 
 
 def causal_mask(g: Graph, start: str, new: str) -> str:
-    """0 where position start + i may see position j <= start + i, else -inf: (s, start + s), where
-    `new` is (b, s, ...)."""
+    """Return a mask (s, start + s): 0 where position start + i attends to j <= start + i, else
+    -inf. `new` is (b, s, ...)."""
     zero, one = g.constant(0), g.constant(1)
     begin = g.op("Squeeze", start, g.constant([0]))
     stop = g.op("Add", begin, g.op("Squeeze", g.op("Shape", new, start=1, end=2), g.constant([0])))
     queries = g.op("Unsqueeze", g.op("Range", begin, stop, one), g.constant([1]))
-    seen = g.op("LessOrEqual", g.op("Range", zero, stop, one), queries)
-    return g.op("Where", seen, g.constant(0.0), g.constant(-np.inf))
-
-
-def _fused(heads: Heads) -> dict[str, int | float]:
-    return {"num_heads": heads.count, "scale": heads.scale}
+    visible = g.op("LessOrEqual", g.op("Range", zero, stop, one), queries)
+    return g.op("Where", visible, g.constant(0.0), g.constant(-np.inf))
 
 
 # ----------------------------------------------------------------------------------- suppression
 
 
 def forbidden(g: Graph, ids: Sequence[int], vocab: int) -> str:
-    """What is added to logits so that these tokens are never chosen: -inf and zeros, (vocab,)."""
+    """Return what is added to logits to forbid these tokens, (vocab,): -inf for them, else 0."""
     zeros = g.op("ConstantOfShape", g.constant([vocab]))
     if not ids:
         return zeros
@@ -193,8 +179,8 @@ def forbidden(g: Graph, ids: Sequence[int], vocab: int) -> str:
 
 
 class Branch(Graph):
-    """Nodes of a subgraph (of an If, of a Loop). Its constants stand in the graph around it, so
-    that branches share them; other values of its own are not to be seen outside."""
+    """Nodes of the subgraph of an If or a Loop. Its constants are stored in the enclosing graph, so
+    that branches share them. Its other values are not visible outside."""
 
     def __init__(self, outer: Graph, prefix: str) -> None:
         self.__dict__.update(outer.__dict__)
@@ -203,7 +189,7 @@ class Branch(Graph):
 
     def subgraph(self, inputs: Sequence[Spec], outputs: Sequence[Spec]) -> onnx.GraphProto:
         infos = [
-            [helper.make_tensor_value_info(s.name, ops.DTYPES[s.dtype], s.shape) for s in specs]
+            [helper.make_tensor_value_info(s.name, DTYPES[s.dtype], s.shape) for s in specs]
             for specs in (inputs, outputs)
         ]
         return helper.make_graph(self._nodes, self._prefix.rstrip("/"), *infos)

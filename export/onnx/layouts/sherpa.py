@@ -6,25 +6,25 @@
               (layers, b, n_text_ctx, n_text_state), n_layer_cross_k, n_layer_cross_v, offset (1,)
               -> logits (b, s, vocab), out_n_layer_self_k_cache, out_n_layer_self_v_cache
 
-S is empty in fp32, else `.fp16`, `.int8` or `.int4`. Caches of all layers are stacked: each layer
-reads and writes as many columns as its heads have, the rest is zero. `n_text_state` in the metadata
-is the width of that stack, of which sherpa-onnx makes its cache; the stack of the encoder's keys
-and values has a width of its own, which it passes on as it is. All metadata stand in the encoder,
-where sherpa-onnx reads them.
+S is empty in fp32, else `.fp16`, `.int8` or `.int4`. The caches of all layers are stacked: each
+layer uses as many columns as its heads have, the rest is zero. `n_text_state` in the metadata is
+the width of that stack, from which sherpa-onnx allocates its cache. The stack of the encoder's keys
+and values has its own width, which sherpa-onnx passes on. All metadata are in the encoder, where
+sherpa-onnx reads them.
 
-What stock sherpa-onnx does differently from Whisper, and what the graphs do about it:
+How sherpa-onnx differs from Whisper, and what the graphs do about it:
 
-- It feeds as many frames as the clip has, and zeros behind them (1000 frames, or `tail_paddings`),
-  3000 at most. Zeros are no silence, and a Whisper was trained for a whole window. So the encoder
-  takes any number of frames: those that are zero become silence (the floor of this clip's log-mel),
-  the window is filled up with more of it, and what is beyond the window is cut. A model with a
-  window of 6 s hears the first 6 s; how much tail padding is set makes no difference.
-- It suppresses no tokens. The decoder does: what generation_config.json suppresses always, at the
-  beginning, and timestamps, which the prompt forbids. So its segment timestamps are not to be had
-  from this layout, and there are no attention weights for its token timestamps.
-- It decodes 6 tokens a second of frames at most, padding included, and n_text_ctx / 2.
-- Its log-mel has frames 5 ms later than Whisper's (kaldi's, centred at 10 t + 5 ms). No graph can
-  undo that; a word that a model is in doubt about may come out differently.
+- It feeds as many frames as the clip has, followed by zeros (1000 frames, or `tail_paddings`),
+  3000 at most. Zeros are not silence, and Whisper was trained on whole windows. So the encoder
+  accepts any number of frames, replaces frames of zeros by silence (the floor of this clip's
+  log-mel), fills the window with silence, and drops what exceeds the window. A model with a
+  window of 6 s processes the first 6 s; the amount of tail padding makes no difference.
+- It suppresses no tokens, so the decoder does: those that generation_config.json suppresses,
+  always or at the beginning, and timestamps, which the prompt forbids. Segment timestamps are
+  therefore not available in this layout, nor the attention weights for token timestamps.
+- It decodes at most 6 tokens per second of frames, including padding, and n_text_ctx / 2.
+- Its log-mel frames are 5 ms later than Whisper's (kaldi's are centred at 10 t + 5 ms). No graph
+  can undo that; an uncertain word may be transcribed differently.
 """
 
 from __future__ import annotations
@@ -35,32 +35,35 @@ from typing import Any
 import onnx
 from torch import nn
 
-from export.artifact import suffix_for
-from export.artifact_files import Contract, decoding_rules, token_bytes
-from export.onnx.graph import Graph, Heads, Spec, split_heads
+from export.layouts import suffix_for
+from export.manifest import Contract, Spec, decoding_rules
+from export.onnx.attention import KINDS, split_heads
+from export.onnx.graph import Graph
 from export.onnx.layouts import parts
-from export.onnx.to_onnx import KINDS, GraphParts, write_graph
+from export.onnx.save import GraphParts, write_graph
 from export.problem import Problem
 from export.prompt import timestamp_ids
+from export.tokens import token_bytes
+from export.weights import Heads
 
 NAME = "whisper"
 SELF = ("in_n_layer_self_k_cache", "in_n_layer_self_v_cache")
 CROSS = ("n_layer_cross_k", "n_layer_cross_v")
 QUIET = -100.0
-"""Below every value that a log-mel can have."""
+"""Below every value of a log-mel."""
 FLOOR = -1.5
 """Log-mel of digital silence, (log10(1e-10) + 4) / 4."""
 RANGE = 2.0
-"""Log-mel values lie at most this far below the loudest one: 8 / 4."""
+"""Largest difference between two log-mel values of a window: 8 / 4."""
 
 
 def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contract:
-    """Write both graphs and the tokens into `out`."""
+    """Write both graphs and the tokens into `out`; return the inputs and outputs of each graph."""
     suffix = suffix_for("sherpa", precision)
-    told = metadata(model, processor.tokenizer)
+    metadata_fields = metadata(model, processor.tokenizer)
 
     def add_metadata(made: onnx.ModelProto) -> None:
-        onnx.helper.set_model_props(made, told)
+        onnx.helper.set_model_props(made, metadata_fields)
 
     encoder, decoder = encoder_graph(model, precision), decoder_graph(model, precision)
     contract = {
@@ -77,12 +80,12 @@ def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contra
 
 
 def encoder_graph(model: nn.Module, precision: str) -> GraphParts:
-    """Log-mel of any length to keys and values for all decoder layers."""
+    """Build the graph from log-mel of any length to keys and values of all decoder layers."""
     g = parts.new_graph(model, precision)
     config, frames = model.config, 2 * model.config.max_source_positions
     x = parts.encode(g, model, _whole_window(g, "mel", config.num_mel_bins, frames))
     width = _width(model, parts.cross_heads)
-    made = [parts.heard_parts(g, model, number, x) for number in parts.layers_of(model)]
+    made = [parts.cross_projections(g, model, number, x) for number in parts.layers_of(model)]
     sizes = [_sizes(parts.cross_heads(model, number)) for number in parts.layers_of(model)]
     for side, name in enumerate(CROSS):
         _stack(g, [both[side] for both in made], [size[side] for size in sizes], width, name)
@@ -92,13 +95,13 @@ def encoder_graph(model: nn.Module, precision: str) -> GraphParts:
 
 
 def _whole_window(g: Graph, mel: str, n_mels: int, frames: int) -> str:
-    """Frames of zeros become silence, then there are `frames` of them: (b, n_mels, frames)."""
+    """Replace frames of zeros by silence and pad or cut to `frames`: (b, n_mels, frames)."""
     mel = g.op("Slice", mel, g.constant([0]), g.constant([frames]), g.constant([2]))
-    heard = g.op("ReduceMax", g.op("Abs", mel), g.constant([1]), keepdims=1)  # (b, 1, n)
-    heard = g.op("Greater", heard, g.constant(0.0))
-    loudest = g.op("ReduceMax", g.op("Where", heard, mel, g.constant(QUIET)), g.constant([1, 2]))
+    present = g.op("ReduceMax", g.op("Abs", mel), g.constant([1]), keepdims=1)  # (b, 1, n)
+    present = g.op("Greater", present, g.constant(0.0))
+    loudest = g.op("ReduceMax", g.op("Where", present, mel, g.constant(QUIET)), g.constant([1, 2]))
     silence = g.op("Max", g.op("Sub", loudest, g.constant(RANGE)), g.constant(FLOOR))  # (b, 1, 1)
-    mel = g.op("Where", heard, mel, silence)
+    mel = g.op("Where", present, mel, silence)
     missing = g.op("Sub", g.constant([frames]), g.op("Shape", mel, start=2, end=3))
     batch = g.op("Shape", mel, start=0, end=1)
     shape = g.op("Concat", batch, g.constant([n_mels]), missing, axis=0)
@@ -110,13 +113,14 @@ def _whole_window(g: Graph, mel: str, n_mels: int, frames: int) -> str:
 
 
 def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
-    """Tokens and stacked caches to logits and the caches with the new keys and values."""
+    """Build the graph from tokens and stacked caches to logits and caches with new keys and
+    values."""
     g = parts.new_graph(model, precision)
     width = _width(model, parts.own_heads)
     new: tuple[list[str], list[str]] = ([], [])
     sizes = [_sizes(parts.own_heads(model, i)) for i in parts.layers_of(model)]
 
-    def own(number: int, qkv: list[str], heads: Heads) -> str:
+    def attend_self(number: int, qkv: list[str], heads: Heads) -> str:
         for made, part in zip(new, qkv[1:], strict=True):
             made.append(part)
         past = [
@@ -128,7 +132,7 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
         present = [f"present.{number}.{kind}" for kind in KINDS]
         return parts.grown_attention(g, qkv, past, present, heads, "offset")
 
-    def heard(number: int, q: str, heads: Heads) -> str:
+    def attend_cross(number: int, q: str, heads: Heads) -> str:
         both = zip(CROSS, _sizes(heads), strict=True)
         caches = [
             split_heads(g, _layer(g, name, number, size), heads.count, size // heads.count)
@@ -136,7 +140,7 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
         ]
         return parts.attention(g, q, caches, heads)
 
-    logits = parts.decode(g, model, "tokens", "offset", own, heard)
+    logits = parts.decode(g, model, "tokens", "offset", attend_self, attend_cross)
     g.name(_without_suppressed(g, model, logits), "logits")
     for side, name in enumerate(SELF):
         fresh = _stack(g, new[side], [size[side] for size in sizes], width)
@@ -145,7 +149,8 @@ def decoder_graph(model: nn.Module, precision: str) -> GraphParts:
 
 
 def _layer(g: Graph, cache: str, number: int, size: int, end: str = "") -> str:
-    """One layer's columns of a stack, up to a position: (layers, b, n, width) -> (b, end, size)."""
+    """Return one layer's columns of a stack up to a position: (layers, b, n, width) -> (b, end,
+    size)."""
     end = end or g.constant([2**31 - 1])
     stop = g.op("Concat", g.constant([number + 1]), end, g.constant([size]), axis=0)
     part = g.op("Slice", cache, g.constant([number, 0, 0]), stop, g.constant([0, 2, 3]))
@@ -153,7 +158,7 @@ def _layer(g: Graph, cache: str, number: int, size: int, end: str = "") -> str:
 
 
 def _stack(g: Graph, layers: Any, sizes: list[int], width: int, name: str = "") -> str:
-    """Layers (b, n, size), each with its own size, as (layers, b, n, width): zeros behind."""
+    """Stack layers (b, n, size) of different sizes as (layers, b, n, width), padded with zeros."""
     wide = []
     for layer, size in zip(layers, sizes, strict=True):
         if size < width:
@@ -164,16 +169,17 @@ def _stack(g: Graph, layers: Any, sizes: list[int], width: int, name: str = "") 
 
 
 def _replaced(g: Graph, cache: str, fresh: str, name: str) -> str:
-    """The cache with `fresh` from position `offset` on: the stack is written in one go."""
+    """Return the cache with `fresh` written from position `offset` on, for all layers at once."""
     axis, end = g.constant([2]), g.constant([2**31 - 1])
     stop = g.op("Add", "offset", g.op("Shape", fresh, start=2, end=3))
     before = g.op("Slice", cache, g.constant([0]), "offset", axis)
-    behind = g.op("Slice", cache, stop, end, axis)
-    return g.name(g.op("Concat", before, fresh, behind, axis=2), name)
+    after = g.op("Slice", cache, stop, end, axis)
+    return g.name(g.op("Concat", before, fresh, after, axis=2), name)
 
 
 def _without_suppressed(g: Graph, model: nn.Module, logits: str) -> str:
-    """Logits with -inf for what Whisper does not say: always, and more of it at the beginning."""
+    """Return logits with -inf for suppressed tokens: always, and for more of them at the
+    beginning."""
     rules, vocab = decoding_rules(model), model.config.vocab_size
     always = [*rules["suppress_tokens"], *timestamp_ids(model.generation_config, vocab)]
     first = [*always, *rules["begin_suppress_tokens"]]
@@ -205,7 +211,7 @@ def _sizes(heads: Heads) -> tuple[int, int]:
 
 
 def _width(model: nn.Module, heads_of: Any) -> int:
-    """Columns of the widest layer."""
+    """Return the number of columns of the widest layer."""
     return max(max(_sizes(heads_of(model, number))) for number in parts.layers_of(model))
 
 
@@ -213,14 +219,14 @@ def _width(model: nn.Module, heads_of: Any) -> int:
 
 
 def metadata(model: nn.Module, tokenizer: Any) -> dict[str, str]:
-    """What sherpa-onnx asks of an encoder, ids and sizes, as text."""
+    """Return the metadata that sherpa-onnx reads from an encoder, ids and sizes, as text."""
     config, generation = model.config, model.generation_config
     languages = getattr(generation, "lang_to_id", None) or {}
     ids = {name: _id(tokenizer, token) for name, token in SPECIAL.items()}
     multilingual = bool(getattr(generation, "is_multilingual", False))
     rules = decoding_rules(model)
     prompt = [number for number in rules["prompt"] if number != ids["no_timestamps"]]
-    told: dict[str, Any] = {
+    metadata_fields: dict[str, Any] = {
         "model_type": f"whisper-{NAME}",
         "version": 1,
         "maintainer": "edgewhisper",
@@ -244,7 +250,7 @@ def metadata(model: nn.Module, tokenizer: Any) -> dict[str, str]:
         "is_multilingual": int(multilingual),
         "non_speech_tokens": _joined(generation.suppress_tokens or []),
     }
-    return {name: str(value) for name, value in told.items()}
+    return {name: str(value) for name, value in metadata_fields.items()}
 
 
 SPECIAL = {
@@ -256,7 +262,7 @@ SPECIAL = {
     "no_speech": ("<|nospeech|>", "<|nocaptions|>"),
     "no_timestamps": ("<|notimestamps|>",),
 }
-"""Names in the metadata, and what the token is called; later tokenizers renamed one."""
+"""Name in the metadata -> names of the token; later tokenizers renamed one."""
 
 
 def _id(tokenizer: Any, names: tuple[str, ...]) -> int:
@@ -265,13 +271,13 @@ def _id(tokenizer: Any, names: tuple[str, ...]) -> int:
         if name in known:
             return int(known[name])
     raise Problem(
-        f"the tokenizer has no {names[0]}; sherpa-onnx wants its id",
+        f"the tokenizer has no {names[0]}, which sherpa-onnx needs",
         hint="export with --layout native, transformers or single",
     )
 
 
 def _blank(tokenizer: Any) -> int:
-    """The token of a space: the printable stand-in of byte 32, as GPT-2 writes it."""
+    """Return the token of a space, which GPT-2's byte alphabet writes as Ġ."""
     return int(tokenizer.get_vocab()["Ġ"])
 
 

@@ -1,19 +1,19 @@
-"""One file that needs no decode loop: whisper.onnx.
+"""The layout without a decode loop in the caller: whisper.onnx.
 
     pcm (1, samples) float32, 16 kHz, up to a window
     prompt (1, p) int64, max_new_tokens () int64
     -> tokens (n,) int64, greedy, without prompt and end of text
 
-Shorter sounds are filled up with silence to the shortest window that the model knows, longer ones
-cut at the end of its longest. The prompt for the language that the artifact is made for stands in
-manifest.json under `decoding`, and so does the largest `max_new_tokens` that the model has room
-for; more are not made. The rules of decoding are in the graph: tokens that generation_config.json
-suppresses, always and at the beginning, timestamps, and the end of text. tokens.json has the bytes
-of every token.
+Shorter audio is padded with silence to the shortest window of the model that holds it; longer audio
+is cut at the longest. The prompt for the artifact's language is in manifest.json under `decoding`,
+as is the largest `max_new_tokens` that the model has room for; more are not decoded. The decoding
+rules are part of the graph: tokens that generation_config.json suppresses, always and at the
+beginning, timestamps, and the end of text. tokens.json has the bytes of every token.
 
-The loop is an ONNX Loop whose body is one decoder step. Its first turn takes the whole prompt. Keys
-and values of the encoder are computed before the loop and read from within; those of the decoder
-go round with it and grow (the fixed caches of the native layout would be copied in every turn).
+The loop is an ONNX Loop whose body is one decoder step. Its first iteration takes the whole prompt.
+The encoder's keys and values are computed before the loop and read inside it. Those of the decoder
+are carried from step to step and grow (the fixed caches of the native layout would be copied in
+every iteration).
 """
 
 from __future__ import annotations
@@ -24,33 +24,36 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from export.artifact_files import Contract, decoding_rules, write_tokens
-from export.onnx import graph as ops
-from export.onnx.graph import Graph, Heads, Spec
+from export.manifest import Contract, Spec, decoding_rules
+from export.onnx.attention import KINDS
+from export.onnx.graph import Graph
 from export.onnx.layouts import parts
-from export.onnx.to_onnx import KINDS, GraphParts, write_graph
+from export.onnx.log_mel import log_mel
+from export.onnx.save import GraphParts, write_graph
 from export.prompt import timestamp_ids
 from export.shrink import windows_of
+from export.tokens import write_tokens
+from export.weights import Heads
 
 NAME = "whisper"
 
 
 def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contract:
-    """Write the graph and the table of tokens into `out`."""
+    """Write the graph and tokens.json into `out`; return the inputs and outputs of the graph."""
     made = whole_graph(model, processor.feature_extractor, precision)
     write_tokens(processor.tokenizer, model.config.vocab_size, out)
     return {NAME: write_graph(made, out, NAME)}
 
 
 def whole_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
-    """PCM and prompt to tokens."""
+    """Build the graph from PCM and prompt to tokens."""
     g = parts.new_graph(model, precision)
     rules, vocab = decoding_rules(model), model.config.vocab_size
     lengths = [2 * n for n in windows_of(model.config)]  # in frames
     pcm = _window(g, "pcm", [n * extractor.hop_length for n in lengths])
-    mel = ops.log_mel(g, pcm, extractor, lengths)
+    mel = log_mel(g, pcm, extractor, lengths)
     x = parts.encode(g, model, mel)
-    heard = [parts.heard_caches(g, model, number, x) for number in parts.layers_of(model)]
+    cross = [parts.cross_caches(g, model, number, x) for number in parts.layers_of(model)]
     always = {*rules["suppress_tokens"], *timestamp_ids(model.generation_config, vocab)}
     biases = [
         parts.forbidden(g, sorted(ids), vocab)
@@ -58,12 +61,12 @@ def whole_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
     ]
     turns = _turns(g, model.config.max_target_positions)
     carried = ["prompt", *_no_past(g, model)]
-    body = _body(g, model, heard, biases, rules["eos"])
+    body = _body(g, model, cross, biases, rules["eos"])
     names = [f"{name}.after" for name in ["ids", *_past_names(model)]]
-    said = g.ops(
+    tokens = g.ops(
         "Loop", turns, g.constant(np.array(True)), *carried, outputs=[*names, "said"], body=body
     )[-1]
-    _without_end(g, said, rules["eos"])
+    _without_end(g, tokens, rules["eos"])
     inputs = [
         Spec("pcm", (1, "samples")),
         Spec("prompt", (1, "prompt_length"), "int64"),
@@ -73,7 +76,7 @@ def whole_graph(model: nn.Module, extractor: Any, precision: str) -> GraphParts:
 
 
 def _window(g: Graph, pcm: str, windows: list[int]) -> str:
-    """(1, samples) in the shortest window that holds them, or what the longest holds of them."""
+    """Pad (1, samples) to the shortest window that holds them, or cut to the longest window."""
     pcm = g.op("Slice", pcm, g.constant([0]), g.constant([windows[-1]]), g.constant([1]))
     length = g.op("Shape", pcm, start=1, end=2)
     known = g.constant(windows)
@@ -86,7 +89,7 @@ def _window(g: Graph, pcm: str, windows: list[int]) -> str:
 
 
 def _turns(g: Graph, room: int) -> str:
-    """How many tokens are made at most: as many as asked for, and as there is room behind the
+    """Return the largest number of new tokens: as requested, and as there is room after the
     prompt."""
     length = g.op("Squeeze", g.op("Shape", "prompt", start=1, end=2), g.constant([0]))
     return g.op("Min", "max_new_tokens", g.op("Sub", g.constant(room), length))
@@ -107,30 +110,33 @@ def _past_specs(model: nn.Module, time: str) -> list[Spec]:
 
 
 def _no_past(g: Graph, model: nn.Module) -> list[str]:
-    """Keys and values of no positions, for every layer."""
-    found = []
+    """Return keys and values of no positions for every layer."""
+    caches = []
     for number in parts.layers_of(model):
         heads = parts.own_heads(model, number)
         shapes = ([1, heads.count, 0, width] for width in parts.widths(heads))
-        found += [g.op("ConstantOfShape", g.constant(shape)) for shape in shapes]
-    return found
+        caches += [g.op("ConstantOfShape", g.constant(shape)) for shape in shapes]
+    return caches
 
 
-def _body(g: Graph, model: nn.Module, heard: list[list[str]], biases: list[str], end: int) -> Any:
-    """One turn: ids and the cache to the likeliest token, which is the next turn's ids."""
+def _body(g: Graph, model: nn.Module, cross: list[list[str]], biases: list[str], end: int) -> Any:
+    """Build one iteration: ids and the cache to the likeliest token, which is the next iteration's
+    ids."""
     b = parts.Branch(g, "step")
     start = b.op("Shape", "past.0.key", start=2, end=3)
 
-    def own(number: int, qkv: list[str], heads: Heads) -> str:
+    def attend_self(number: int, qkv: list[str], heads: Heads) -> str:
         past, present = (
             [f"{time}.{number}.{kind}" for kind in KINDS] for time in ("past", "present")
         )
         return parts.grown_attention(b, qkv, past, present, heads, start)
 
-    def cross(number: int, q: str, heads: Heads) -> str:
-        return parts.attention(b, q, heard[number], heads)
+    def attend_cross(number: int, q: str, heads: Heads) -> str:
+        return parts.attention(b, q, cross[number], heads)
 
-    logits = parts.decode(b, model, "ids", start, own, cross, last=True)  # (1, 1, vocab)
+    logits = parts.decode(
+        b, model, "ids", start, attend_self, attend_cross, last=True
+    )  # (1, 1, vocab)
     first = b.op("Equal", "turn", b.constant(0))
     bias = b.op("Where", first, biases[1], biases[0])
     b.ops("ArgMax", b.op("Add", logits, bias), outputs=["next_ids"], axis=-1, keepdims=0)
@@ -152,8 +158,8 @@ def _body(g: Graph, model: nn.Module, heard: list[list[str]], biases: list[str],
     return b.subgraph(inputs, outputs)
 
 
-def _without_end(g: Graph, said: str, end: int) -> None:
-    """(n, 1) -> (n,) and less the end of text, which can only be the last."""
-    said = g.op("Reshape", said, g.constant([-1]))
-    kept = g.op("Not", g.op("Equal", said, g.constant([end])))
-    g.ops("Compress", said, kept, outputs=["tokens"], axis=0)
+def _without_end(g: Graph, tokens: str, end: int) -> None:
+    """Reshape (n, 1) to (n,) and drop the end of text, which can only be the last token."""
+    tokens = g.op("Reshape", tokens, g.constant([-1]))
+    kept = g.op("Not", g.op("Equal", tokens, g.constant([end])))
+    g.ops("Compress", tokens, kept, outputs=["tokens"], axis=0)

@@ -7,20 +7,20 @@
                                           use_cache_branch (1,) bool -> logits (b, s, vocab),
                                           present.{i}.{decoder|encoder}.{key|value}
     onnx/decoder_model{S}.onnx            the same without a past
-    onnx/decoder_with_past_model{S}.onnx  the same with one, and without encoder_hidden_states
+    onnx/decoder_with_past_model{S}.onnx  the same with a past, without encoder_hidden_states
     onnx/decoder_model_merged{S}.onnx_data   the weights of all three decoders, stored once
 
-S is empty in fp32, `_quantized` in int8, `_fp16` and `_q4` in fp16 and int4, as transformers.js has
-it. Whatever the precision, inputs and outputs are float32. Beside them stand the files of
-tokenizer, feature extractor and configuration, also in the form that transformers 4 reads.
+S is empty in fp32, `_quantized` in int8, `_fp16` in fp16 and `_q4` in int4, as in transformers.js.
+Inputs and outputs are float32 in every precision. The files of tokenizer, feature extractor and
+configuration are saved alongside, also in the form that transformers 4 reads.
 
-Both runtimes begin with a past of no positions in the shape that they work out from config.json,
-the same for all layers. So the head axes of the past are symbolic, and a width that is not
-d_model / heads as well; a past of no positions is reshaped to the layer's own before it is used.
+Both runtimes start with a past of no positions. They derive its shape from config.json, the same
+for all layers. So the head axes of the past are symbolic, as are widths other than d_model / heads,
+and an empty past is reshaped to the layer's own shape before use.
 
-The merged decoder computes everything in common. Only the encoder's keys and values come from one
-of two places, so each cross-attention stands in an If: they are projected where there is no past,
-and read where there is one. Then present.{i}.encoder.* have no elements: callers keep the first.
+The merged decoder has one common graph. Only the encoder's keys and values come from one of two
+sources, so each cross-attention is an If: without a past they are projected, with a past they are
+read. In the second case present.{i}.encoder.* have no elements, and callers keep the first ones.
 """
 
 from __future__ import annotations
@@ -32,21 +32,26 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from export.artifact import suffix_for
-from export.artifact_files import Contract, save_beside, write_compactly
+from export.hub_files import save_hub_files, write_compactly
+from export.layouts import suffix_for
+from export.manifest import Contract, Spec
+from export.onnx import blocks
+from export.onnx.attention import KINDS
 from export.onnx.constants import SMALL, Weights
-from export.onnx.graph import Graph, Heads, Spec
+from export.onnx.graph import Graph
 from export.onnx.layouts import parts
-from export.onnx.to_onnx import KINDS, GraphParts, write_graph
+from export.onnx.save import GraphParts, write_graph
+from export.weights import Heads
 
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}
-"""What transformers.js calls a precision."""
+"""Precision -> its name in transformers.js."""
 ENCODER, MERGED = "encoder_model", "decoder_model_merged"
 FIRST, LATER = "decoder_model", "decoder_with_past_model"
 
 
 def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contract:
-    """Write graphs and all that stands beside them into `out`."""
+    """Write the graphs and Hugging Face's files into `out`; return the inputs and outputs of each
+    graph."""
     suffix, folder = suffix_for("transformers", precision), out / "onnx"
     folder.mkdir()
     contract = {ENCODER: write_graph(encoder_graph(model, precision), folder, ENCODER, suffix)}
@@ -54,7 +59,7 @@ def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contra
         for kind in (MERGED, FIRST, LATER):
             made = decoder_graph(model, precision, kind)
             contract[kind] = write_graph(made, folder, kind, suffix, weights.take)
-    save_beside(model, processor, out)
+    save_hub_files(model, processor, out)
     _write_for_transformers_js(out, precision)
     _write_for_transformers_4(out)
     return contract
@@ -64,54 +69,55 @@ def write(model: nn.Module, processor: Any, precision: str, out: Path) -> Contra
 
 
 def encoder_graph(model: nn.Module, precision: str) -> GraphParts:
-    """Log-mel features to the encoder's last states."""
+    """Build the graph from log-mel features to the encoder's last states."""
     g = parts.new_graph(model, precision)
     g.name(parts.encode(g, model, "input_features"), "last_hidden_state")
-    config, positions = model.config, parts.positions_of(model)
+    config, positions = model.config, blocks.positions_of(model)
     frames = 2 * positions if isinstance(positions, int) else "frames"
     features = Spec("input_features", ("batch_size", config.num_mel_bins, frames))
     return g, [features], [Spec("last_hidden_state", ("batch_size", positions, config.d_model))]
 
 
 def decoder_graph(model: nn.Module, precision: str, kind: str) -> GraphParts:
-    """New tokens and, unless `kind` is FIRST, a cache, to logits and the longer cache."""
+    """Build the graph from new tokens and, unless `kind` is FIRST, a cache to logits and longer
+    cache."""
     g = parts.new_graph(model, precision)
     if kind == FIRST:
         start = g.constant([0])
     else:
         start = g.op("Shape", "past_key_values.0.decoder.key", start=2, end=3)
 
-    def own(number: int, qkv: list[str], heads: Heads) -> str:
+    def attend_self(number: int, qkv: list[str], heads: Heads) -> str:
         past = None if kind == FIRST else _reshaped(g, _names("past_key_values", number), heads)
         return parts.grown_attention(g, qkv, past, _names("present", number), heads, start)
 
-    def heard(number: int, q: str, heads: Heads) -> str:
+    def attend_cross(number: int, q: str, heads: Heads) -> str:
         cached = _names("past_key_values", number, "encoder")
         if kind == LATER:
             return parts.attention(g, q, cached, heads)
         if kind == MERGED:
             return _read_or_made(g, model, number, q, heads)
-        made = parts.heard_caches(g, model, number, "encoder_hidden_states")
+        made = parts.cross_caches(g, model, number, "encoder_hidden_states")
         named = zip(made, _names("present", number, "encoder"), strict=True)
         return parts.attention(g, q, [g.name(cache, name) for cache, name in named], heads)
 
-    g.name(parts.decode(g, model, "input_ids", start, own, heard), "logits")
+    g.name(parts.decode(g, model, "input_ids", start, attend_self, attend_cross), "logits")
     return g, *_contract(model, kind)
 
 
 def _reshaped(g: Graph, past: list[str], heads: Heads) -> list[str]:
-    """A past as it is; one of no positions, whatever its shape, in the shape of this layer."""
+    """Return the past; a past of no positions is brought from any shape to that of this layer."""
     batch, count = g.op("Shape", "input_ids", start=0, end=1), g.constant([heads.count])
-    found = []
+    reshaped = []
     for name, width in zip(past, parts.widths(heads), strict=True):
         length = g.op("Shape", name, start=2, end=3)
         shape = g.op("Concat", batch, count, length, g.constant([width]), axis=0)
-        found.append(g.op("Reshape", name, shape, allowzero=1))
-    return found
+        reshaped.append(g.op("Reshape", name, shape, allowzero=1))
+    return reshaped
 
 
 def _read_or_made(g: Graph, model: nn.Module, number: int, q: str, heads: Heads) -> str:
-    """Cross-attention over the cached keys and values, or over those projected here and now."""
+    """Attend to the cached encoder keys and values, or to those projected in this step."""
     cached = parts.Branch(g, f"cached_{number}")
     mixed = parts.attention(cached, q, _names("past_key_values", number, "encoder"), heads)
     shapes = ((0, heads.count, 0, width) for width in parts.widths(heads))
@@ -119,7 +125,7 @@ def _read_or_made(g: Graph, model: nn.Module, number: int, q: str, heads: Heads)
     read = [mixed, *(cached.op("Identity", value) for value in nothing)]
 
     here = parts.Branch(g, f"made_{number}")
-    caches = parts.heard_caches(here, model, number, "encoder_hidden_states")
+    caches = parts.cross_caches(here, model, number, "encoder_hidden_states")
     made = [parts.attention(here, q, caches, heads), *caches]
 
     outputs = [f"cross_attention.{number}", *_names("present", number, "encoder")]
@@ -168,7 +174,8 @@ def _contract(model: nn.Module, kind: str) -> tuple[list[Spec], list[Spec]]:
 
 
 def _past(number: int, side: str, heads: Heads, usual: int) -> list[Spec]:
-    """Heads and unusual widths are symbolic: the first past has the dense model's."""
+    """Return the specs of the past. Heads and unusual widths are symbolic: an empty past has the
+    dense model's."""
     count, length = f"heads_{side[:3]}_{number}", f"past_{side}_sequence_length"
     named = zip(_names("past_key_values", number, side), parts.widths(heads), strict=True)
     return [
@@ -178,35 +185,34 @@ def _past(number: int, side: str, heads: Heads, usual: int) -> list[Spec]:
 
 
 def _present(number: int, side: str, heads: Heads) -> list[Spec]:
-    """The encoder's have no elements where they are not made, so their batch is another symbol."""
+    """Return the specs of the new cache. The encoder's is empty if it was read, so its batch has
+    another symbol."""
     axes = ("batch_size", "total_sequence_length")
     batch, length = axes if side == "decoder" else ("made_batch_size", "made_sequence_length")
     named = zip(_names("present", number, side), parts.widths(heads), strict=True)
     return [Spec(name, (batch, heads.count, length, width)) for name, width in named]
 
 
-# --------------------------------------------------------------------------------------- weights
-
-
-# ------------------------------------------------------------------------------- what stands beside
+# -------------------------------------------------------------------------- files of the runtimes
 
 
 def _write_for_transformers_js(out: Path, precision: str) -> None:
-    """What it would otherwise have to be told: the precision, the weights' file, the processor."""
-    told = {"dtype": DTYPES[precision], "use_external_data_format": {MERGED: 1}}
-    _change(out / "config.json", {"transformers.js_config": told})
+    """Add what transformers.js needs: the precision, the file of the weights, the processor
+    class."""
+    fields = {"dtype": DTYPES[precision], "use_external_data_format": {MERGED: 1}}
+    _change(out / "config.json", {"transformers.js_config": fields})
     _change(out / "preprocessor_config.json", {"processor_class": "WhisperProcessor"})
 
 
 def _write_for_transformers_4(out: Path) -> None:
-    """Its Whisper tokenizer reads vocabulary and merges from files of their own, and special tokens
-    from the configuration."""
-    told = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))
-    added = sorted(told["added_tokens"], key=lambda token: token["id"])
-    merges = [" ".join(pair) for pair in told["model"]["merges"]]
+    """Write the files that the Whisper tokenizer of transformers 4 reads: vocabulary, merges,
+    tokens."""
+    tokenizer = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))
+    added = sorted(tokenizer["added_tokens"], key=lambda token: token["id"])
+    merges = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
     (out / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     for name, value in {
-        "vocab.json": told["model"]["vocab"],
+        "vocab.json": tokenizer["model"]["vocab"],
         "added_tokens.json": {token["content"]: token["id"] for token in added},
     }.items():
         (out / name).write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -218,5 +224,5 @@ def _write_for_transformers_4(out: Path) -> None:
 
 
 def _change(path: Path, fields: dict[str, Any]) -> None:
-    told = json.loads(path.read_text(encoding="utf-8")) | fields
-    path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    fields = json.loads(path.read_text(encoding="utf-8")) | fields
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

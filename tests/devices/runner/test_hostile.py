@@ -27,7 +27,8 @@ from devices.runner.engines import contract, graph_file
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper.verify import verify
-from export.artifact import graph_files, needed_files, write_manifest
+from export.artifact import write_manifest
+from export.layouts import graph_files, needed_files
 from export.onnx.to_onnx import export_onnx
 
 LARGEST_BYTES = 64 * 2**20

@@ -560,7 +560,7 @@ def test_beams_find_what_transformers_finds(tiny_whisper, monkeypatch, rng, beam
 
     The texts may differ where two candidates had the same score but for rounding.
     """
-    from export.artifact_files import decoding_rules
+    from export.manifest import decoding_rules
 
     model = tiny_whisper
     mel = torch.from_numpy(rng.standard_normal((1, 80, 600)).astype(np.float32))

@@ -1,4 +1,6 @@
-"""The Core ML packages, executed op by op, are the torch model: features, states and logits."""
+"""The Core ML packages, executed by the interpreter, match the torch model: features, states,
+logits.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ SEEN = -1e4
 
 
 class Packages:
-    """An artifact's packages, fed as WhisperKit feeds them."""
+    """An artifact's packages, called as WhisperKit calls them."""
 
     def __init__(self, folder, manifest):
         self.programs = {
@@ -59,16 +61,16 @@ class Packages:
         return next(s for s in self.programs["TextDecoder"].inputs if s.name == name)
 
     def features(self, pcm):
-        found = self.programs["MelSpectrogram"].predict({"audio": pcm.astype(self.dtype)})
-        return found["melspectrogram_features"][:, :, 0].astype(np.float32)
+        result = self.programs["MelSpectrogram"].predict({"audio": pcm.astype(self.dtype)})
+        return result["melspectrogram_features"][:, :, 0].astype(np.float32)
 
     def encode(self, features):
         fed = features.astype(self.dtype)[:, :, None]
-        found = self.programs["AudioEncoder"].predict({"melspectrogram_features": fed})
-        return found["encoder_output_embeds"]
+        result = self.programs["AudioEncoder"].predict({"melspectrogram_features": fed})
+        return result["encoder_output_embeds"]
 
     def step(self, token, states):
-        """One token behind those before; returns every output but what is for the caches."""
+        """Decode one token; return every output except the cache updates."""
         here = np.zeros((1, self.room), self.dtype)
         here[0, self.length] = 1
         mask = np.where(np.arange(self.room) > self.length, SEEN, 0)[None].astype(self.dtype)
@@ -80,18 +82,18 @@ class Packages:
             "decoder_key_padding_mask": mask,
             **self.caches,
         }
-        found = self.programs["TextDecoder"].predict(feed, self.states)
+        result = self.programs["TextDecoder"].predict(feed, self.states)
         for name, cache in self.caches.items():
-            cache[..., self.length] = found.pop(f"{name}_updates")[..., 0]
+            cache[..., self.length] = result.pop(f"{name}_updates")[..., 0]
         self.length += 1
-        return found
+        return result
 
     def logits(self, tokens, states):
         return np.stack([self.step(token, states)["logits"][0, 0] for token in tokens])
 
 
 def share_keys(layer):
-    """One key and one value for all heads of an encoder layer, drawn at random."""
+    """Replace an encoder attention by one with a random key and value shared by all heads."""
     dense = layer.self_attn
     heads, dim, width = dense.num_heads, dense.head_dim, dense.embed_dim
     slim = whisper.SlimAttention(dense, heads, dim - 1, dim, shared=True)
@@ -101,7 +103,7 @@ def share_keys(layer):
 
 
 def factorised(make_whisper, rng):
-    """A factorised table, shared keys, low-rank layers with biases of their own, few layers."""
+    """A model with a factorised table, shared keys, low-rank layers with biases, and few layers."""
     model = make_whisper(d_model=40, heads=5, encoder_layers=1, decoder_layers=3)
     model._factorise_table(9)
     share_keys(model.model.encoder.layers[0])
@@ -142,27 +144,27 @@ def text(rng):
 
 @ENGINE
 @MODELS
-def test_states_and_logits_are_torchs(make, engine, make_whisper, processor, rng, make_packages):
+def test_states_and_logits_match_torch(make, engine, make_whisper, processor, rng, make_packages):
     model, pcm, tokens = make(make_whisper, rng), window(processor, rng), text(rng)
     packages = make_packages(model, neural_engine=engine)
     features, states, logits = torchs(model, processor, pcm, tokens)
-    found = packages.encode(features)
-    assert np.abs(found[:, :, 0] - states).max() < 1e-4
-    assert np.abs(packages.logits(tokens, found) - logits).max() < 1e-4
+    result = packages.encode(features)
+    assert np.abs(result[:, :, 0] - states).max() < 1e-4
+    assert np.abs(packages.logits(tokens, result) - logits).max() < 1e-4
 
 
 @pytest.mark.parametrize("make", [irregular, factorised])
-def test_both_forms_agree_in_float16_and_stay_near_torch(
+def test_both_forms_agree_in_float16_and_stay_close_to_torch(
     make, make_whisper, processor, rng, make_packages
 ):
     model, pcm, tokens = make(make_whisper, rng), window(processor, rng), text(rng)
     features, states, logits = torchs(model, processor, pcm, tokens)
     for engine in (False, True):
         packages = make_packages(model, "fp16", f"{engine}", neural_engine=engine)
-        found = packages.encode(features)
-        assert found.dtype == np.float16
-        assert np.abs(found[:, :, 0] - states).max() < 0.03
-        assert np.abs(packages.logits(tokens, found) - logits).max() < 0.03
+        result = packages.encode(features)
+        assert result.dtype == np.float16
+        assert np.abs(result[:, :, 0] - states).max() < 0.03
+        assert np.abs(packages.logits(tokens, result) - logits).max() < 0.03
 
 
 def sounds(rng, clips, samples):
@@ -176,9 +178,7 @@ def sounds(rng, clips, samples):
     }
 
 
-def test_features_are_those_of_the_feature_extractor(
-    tiny_whisper, processor, rng, clips, make_packages
-):
+def test_features_match_the_feature_extractor(tiny_whisper, processor, rng, clips, make_packages):
     exact, halved = (make_packages(tiny_whisper, kind, kind) for kind in ("fp32", "fp16"))
     extractor = processor.feature_extractor
     for kind, pcm in sounds(rng, clips, extractor.n_samples).items():
@@ -190,7 +190,7 @@ def test_features_are_those_of_the_feature_extractor(
 
 
 @ENGINE
-def test_a_cache_that_the_package_keeps_gives_the_same_logits(
+def test_a_stateful_package_gives_the_same_logits(
     engine, make_whisper, processor, rng, make_packages
 ):
     model, tokens = irregular(make_whisper, rng), text(rng)
@@ -229,16 +229,16 @@ def test_word_timestamps_are_the_mean_of_the_alignment_heads(
     )
     states = torchs(model, processor, window(processor, rng), tokens)[1]
     with alignment.eager(model), torch.no_grad():
-        told = model(
+        record = model(
             encoder_outputs=(torch.from_numpy(states).mT,),
             decoder_input_ids=torch.tensor([tokens]),
             output_attentions=True,
         ).cross_attentions
-    want = np.mean([told[n][0, h].numpy() for n, h in chosen], axis=0)  # (tokens, positions)
+    want = np.mean([record[n][0, h].numpy() for n, h in chosen], axis=0)  # (tokens, positions)
     for token, row in zip(tokens, want, strict=True):
-        found = packages.step(token, states[:, :, None])["alignment_heads_weights"]
-        assert found.shape == (1, 300)
-        assert np.abs(found[0] - row).max() < 1e-6
+        result = packages.step(token, states[:, :, None])["alignment_heads_weights"]
+        assert result.shape == (1, 300)
+        assert np.abs(result[0] - row).max() < 1e-6
 
 
 def test_a_short_window_and_a_short_cache(tiny_whisper, processor, rng, make_packages):
@@ -257,15 +257,15 @@ def test_a_short_window_and_a_short_cache(tiny_whisper, processor, rng, make_pac
         states = tiny_whisper.model.encoder(features).last_hidden_state
         ids = torch.tensor([tokens])
         logits = tiny_whisper(encoder_outputs=(states,), decoder_input_ids=ids).logits[0].numpy()
-    found = packages.encode(features.numpy())
-    assert np.abs(found[:, :, 0] - states.mT.numpy()).max() < 1e-4
-    assert np.abs(packages.logits(tokens, found) - logits).max() < 1e-4
+    result = packages.encode(features.numpy())
+    assert np.abs(result[:, :, 0] - states.mT.numpy()).max() < 1e-4
+    assert np.abs(packages.logits(tokens, result) - logits).max() < 1e-4
 
 
 @ENGINE
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_whisper_cpps_encoder(precision, engine, make_whisper, processor, rng, tmp_path):
-    """float32 rows of states go out whatever the precision: whisper.cpp copies them as they are."""
+    """The states are float32 rows in every precision, because whisper.cpp copies them."""
     model = irregular(make_whisper, rng)
     model.generation_config.alignment_heads = [[0, 0]]
     options = {"layout": "encoder", "neural_engine": engine}
@@ -281,8 +281,8 @@ def test_whisper_cpps_encoder(precision, engine, make_whisper, processor, rng, t
     }
     features, states, _ = torchs(model, processor, window(processor, rng), [1])
     program = open_package(tmp_path / "out/coreml-encoder.mlpackage")
-    found = program.predict({"logmel_data": features})["output"]
-    assert np.abs(found - states.swapaxes(1, 2)).max() < (1e-4 if precision == "fp32" else 0.03)
+    result = program.predict({"logmel_data": features})["output"]
+    assert np.abs(result - states.swapaxes(1, 2)).max() < (1e-4 if precision == "fp32" else 0.03)
 
 
 # ------------------------------------------------------------------------------- what is written
@@ -322,7 +322,7 @@ def whisperkits(dtype, d_model, positions, width, room, vocab, n_mels):
     }
 
 
-def described(features):
+def describe_graph(features):
     """Of a package's own description: Core ML's names of types, by their numbers."""
     kinds = {65552: "float16", 65568: "float32", 131104: "int32"}
     held = [(f.name, f.type.stateType.arrayType, f.type.multiArrayType) for f in features]
@@ -339,8 +339,8 @@ def reloaded(package, target):
     spec = model.get_spec()
     assert spec.specificationVersion == TARGETS[target]
     load.load(spec, spec.specificationVersion, model.weights_dir)
-    told = spec.description
-    return [described(side) for side in (told.input, told.output, told.state)]
+    record = spec.description
+    return [describe_graph(side) for side in (record.input, record.output, record.state)]
 
 
 @pytest.mark.parametrize(
@@ -356,20 +356,20 @@ def reloaded(package, target):
         ("pal4", "iOS18", False),
     ],
 )
-def test_the_contract_is_whisperkits_and_coremltools_reads_the_packages(
+def test_the_contract_is_whisperkits_and_coremltools_reads_it(
     precision, target, engine, tiny_whisper, processor, tmp_path
 ):
     tiny_whisper.generation_config.alignment_heads = [[0, 1], [1, 0]]
     options = {"deployment_target": target, "neural_engine": engine}
     manifest = export_coreml(tiny_whisper, processor, tmp_path / "out", precision, **options)
-    told = manifest["coreml"]
-    assert (told["deployment_target"], told["neural_engine"]) == (target, engine)
-    assert told["specification_version"] == TARGETS[target]
+    record = manifest["coreml"]
+    assert (record["deployment_target"], record["neural_engine"]) == (target, engine)
+    assert record["specification_version"] == TARGETS[target]
     dtype = "float32" if precision == "fp32" else "float16"
     width = 2 * (64 if engine else 32)  # of two layers
-    wanted = whisperkits(dtype, 32, 300, width, 64, 783, 80)
-    assert manifest["contract"].keys() == wanted.keys()
-    for name, (inputs, outputs) in wanted.items():
+    expected = whisperkits(dtype, 32, 300, width, 64, 783, 80)
+    assert manifest["contract"].keys() == expected.keys()
+    for name, (inputs, outputs) in expected.items():
         assert manifest["contract"][name] == {
             side: [{"name": n, "shape": list(s), "dtype": d} for n, s, d in specs]
             for side, specs in (("inputs", inputs), ("outputs", outputs))
@@ -380,20 +380,20 @@ def test_the_contract_is_whisperkits_and_coremltools_reads_the_packages(
 
 
 @ENGINE
-def test_the_contract_of_a_package_that_keeps_its_cache(engine, tiny_whisper, processor, tmp_path):
+def test_the_contract_of_a_stateful_package(engine, tiny_whisper, processor, tmp_path):
     options = {"stateful": True, "neural_engine": engine}
     manifest = export_coreml(tiny_whisper, processor, tmp_path / "out", **options)
     width = 2 * (64 if engine else 32)
     inputs, (logits, *_) = whisperkits("float16", 32, 300, width, 64, 783, 80)["TextDecoder"]
     caches = [spec for spec in inputs if spec[0] in ("key_cache", "value_cache")]
     inputs = [spec for spec in inputs if spec not in caches]
-    told = manifest["contract"]["TextDecoder"]
-    assert [(s["name"], tuple(s["shape"]), s["dtype"]) for s in told["states"]] == caches
-    found = reloaded(tmp_path / "out/TextDecoder.mlpackage", "iOS18")
-    assert found == [inputs, [logits], caches]
+    record = manifest["contract"]["TextDecoder"]
+    assert [(s["name"], tuple(s["shape"]), s["dtype"]) for s in record["states"]] == caches
+    result = reloaded(tmp_path / "out/TextDecoder.mlpackage", "iOS18")
+    assert result == [inputs, [logits], caches]
 
 
-def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, tmp_path):
+def test_the_manifest_records_how_the_artifact_was_made(tiny_whisper, processor, tmp_path):
     manifest = export_coreml(tiny_whisper, processor, tmp_path, provenance={"recipe": "x"})
     assert verify(tmp_path) == manifest
     assert (manifest["target"], manifest["layout"]) == ("coreml", "whisperkit")
@@ -404,9 +404,9 @@ def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, 
     beside = {"config.json", "generation_config.json", "preprocessor_config.json", "tokens.json"}
     beside |= {"tokenizer.json", "tokenizer_config.json"}
     assert {name for name in manifest["files"] if "/" not in name} == beside
-    told = manifest["coreml"]
-    assert told["deployment_target"] == "iOS16" and not told["word_timestamps"]
-    assert told["said"] == [
+    record = manifest["coreml"]
+    assert record["deployment_target"] == "iOS16" and not record["word_timestamps"]
+    assert record["said"] == [
         "TextDecoder: its caches hold 64 tokens, so WhisperKit's DecodingOptions.sampleLength, 224 "
         "by default, must be at most 64",
         "TextDecoder: no word timestamps: generation_config.json names none",
@@ -422,9 +422,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(precision, tiny_whisper, proce
 
 
 @MODELS
-def test_programs_multiply_as_often_as_the_manifest_says(
-    make, make_whisper, rng, processor, tmp_path
-):
+def test_programs_have_the_macs_of_the_manifest(make, make_whisper, rng, processor, tmp_path):
     model = make(make_whisper, rng)
     manifest = export_coreml(model, processor, tmp_path)
     assert manifest["macs"] == {
@@ -479,7 +477,7 @@ def expected_bytes(model, precision):
 def test_nothing_is_stored_twice(precision, make_whisper, processor, tmp_path):
     model = make_whisper(d_model=64, ffn=256)
     files = export_coreml(model, processor, tmp_path, precision)["files"]
-    found = sum(
+    result = sum(
         files[f"{name}.mlpackage/Data/com.apple.CoreML/weights/weight.bin"]["bytes"]
         for name in ("AudioEncoder", "TextDecoder")
     )
@@ -487,7 +485,7 @@ def test_nothing_is_stored_twice(precision, make_whisper, processor, tmp_path):
     # the file has a header and begins at a multiple of 64
     entries = 200
     assert (
-        expected_bytes(model, precision) < found < expected_bytes(model, precision) + 160 * entries
+        expected_bytes(model, precision) < result < expected_bytes(model, precision) + 160 * entries
     )
 
 
@@ -498,20 +496,20 @@ TOLERANCES = {"int8": 0.15, "int4": 1.5, "pal4": 1.5, "pal6": 0.5, "pal8": 0.15}
     ("precision", "engine"),
     [(kind, n % 2 == 1) for n, kind in enumerate(TOLERANCES)] + [("int8", True), ("pal4", True)],
 )
-def test_compressed_packages_stay_near_torch(
+def test_compressed_packages_stay_close_to_torch(
     precision, engine, make_whisper, processor, rng, make_packages
 ):
-    """Which form errs how much is for the gate to say; here nothing is upside down."""
+    """The gate measures the error of each form; this test finds only gross errors."""
     model, tokens = irregular(make_whisper, rng), text(rng)
     features, states, logits = torchs(model, processor, window(processor, rng), tokens)
     packages = make_packages(model, precision, neural_engine=engine)
-    found = packages.encode(features)
-    assert np.abs(found[:, :, 0] - states).mean() < TOLERANCES[precision] / 3
-    assert np.abs(packages.logits(tokens, found) - logits).mean() < TOLERANCES[precision] / 3
+    result = packages.encode(features)
+    assert np.abs(result[:, :, 0] - states).mean() < TOLERANCES[precision] / 3
+    assert np.abs(packages.logits(tokens, result) - logits).mean() < TOLERANCES[precision] / 3
 
 
 def in_bits(model, encoder, decoder, table, stem):
-    """As a checkpoint after kdq: weights on their grids, bits in its config."""
+    """Return a checkpoint as kdq leaves it: weights on their grids, bits in its config."""
     from edgewhisper.compress import qat
 
     options = qat.Precision(encoder=encoder, decoder=decoder, token_table=table, stem=stem)
@@ -524,25 +522,27 @@ def in_bits(model, encoder, decoder, table, stem):
 
 @ENGINE
 def test_bits_of_the_checkpoint_are_followed(engine, make_whisper, processor, rng, make_packages):
-    """Its own grids are stored: the packages err no more than float16 does."""
+    """The checkpoint's grids are stored, so the packages have no more error than float16."""
     model = in_bits(make_whisper(d_model=64, ffn=96), 4, 8, 16, 8)
     tokens = text(rng)
     features, states, logits = torchs(model, processor, window(processor, rng), tokens)
     packages = make_packages(model, "int8", neural_engine=engine)
-    told = packages.manifest["coreml"]
-    assert told["deployment_target"] == "iOS18"
-    assert told["weights"]["AudioEncoder"].keys() == {"int4", "int8"}
-    assert told["weights"]["TextDecoder"].keys() == {"int8", "float16"}
-    assert told["weights"]["TextDecoder"]["float16"] == 783 * 64
-    found = packages.encode(features)
-    assert np.abs(found[:, :, 0] - states).max() < 0.03
-    assert np.abs(packages.logits(tokens, found) - logits).max() < 0.03
+    record = packages.manifest["coreml"]
+    assert record["deployment_target"] == "iOS18"
+    assert record["weights"]["AudioEncoder"].keys() == {"int4", "int8"}
+    assert record["weights"]["TextDecoder"].keys() == {"int8", "float16"}
+    assert record["weights"]["TextDecoder"]["float16"] == 783 * 64
+    result = packages.encode(features)
+    assert np.abs(result[:, :, 0] - states).max() < 0.03
+    assert np.abs(packages.logits(tokens, result) - logits).max() < 0.03
 
 
-def test_bits_of_layers_that_are_split_and_of_those_that_read_some_inputs(
+def test_bits_of_low_rank_layers_and_of_layers_that_read_some_inputs(
     make_whisper, processor, rng, make_packages
 ):
-    """Blocks of a checkpoint's grid lie along the inputs that a layer reads, the last one short."""
+    """Blocks of a checkpoint's grid lie along the inputs that a layer reads; the last one is
+    short.
+    """
     model = make_whisper(d_model=64, ffn=96)
     for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
         low_rank(layer, "fc2", 24)
@@ -553,34 +553,33 @@ def test_bits_of_layers_that_are_split_and_of_those_that_read_some_inputs(
     features, states, logits = torchs(model, processor, window(processor, rng), tokens)
     packages = make_packages(model, "int8")
     assert packages.manifest["coreml"]["weights"]["AudioEncoder"].keys() == {"int4", "float16"}
-    found = packages.encode(features)
-    assert np.abs(found[:, :, 0] - states).max() < 0.03
-    assert np.abs(packages.logits(tokens, found) - logits).max() < 0.03
+    result = packages.encode(features)
+    assert np.abs(result[:, :, 0] - states).max() < 0.03
+    assert np.abs(packages.logits(tokens, result) - logits).max() < 0.03
 
 
-def test_blocks_that_do_not_divide_are_said(make_whisper, processor, tmp_path):
+def test_blocks_that_do_not_divide_are_reported(make_whisper, processor, tmp_path):
     model = make_whisper(d_model=32, ffn=52)  # 4 divides 52, 8 does not
-    told = export_coreml(model, processor, tmp_path, "int4")["coreml"]
-    reason = "int8 in the place of 4 bits, because no block of 8 weights or more divides 52 inputs"
-    said = [s for s in told["said"] if reason in s]
+    record = export_coreml(model, processor, tmp_path, "int4")["coreml"]
+    reason = "int8 instead of 4 bits, because no block of 8 weights or more divides 52 inputs"
+    said = [s for s in record["said"] if reason in s]
     places = [s.split(":")[1].strip() for s in said]
     assert places == ["layers_0_feed_forward", "layers_1_feed_forward"] * 2
-    assert told["weights"]["AudioEncoder"]["int8"] == 2 * 32 * 52 + 3 * 32 * (80 + 32)
+    assert record["weights"]["AudioEncoder"]["int8"] == 2 * 32 * 52 + 3 * 32 * (80 + 32)
 
 
-def test_blocks_that_zeros_would_tear_apart_are_said(make_whisper, processor, tmp_path):
+def test_blocks_that_padding_would_split_are_reported(make_whisper, processor, tmp_path):
     """Three heads of 16 become three of 64."""
     model = in_bits(make_whisper(d_model=48, heads=3), 4, 8, 8, 8)
-    told = export_coreml(model, processor, tmp_path, "int8", neural_engine=True)["coreml"]
-    said = [s for s in told["said"] if "zeros stand between its inputs" in s]
+    record = export_coreml(model, processor, tmp_path, "int8", neural_engine=True)["coreml"]
+    said = [s for s in record["said"] if "zeros stand between its inputs" in s]
     assert said == [
-        f"AudioEncoder: layers_{i}: int8 in the place of 4 bits, because zeros stand between its "
-        "inputs"
+        f"AudioEncoder: layers_{i}: int8 instead of 4 bits, because zeros stand between its inputs"
         for i in range(2)
     ]
 
 
-def test_a_weight_beyond_float16_is_a_letter(tiny_whisper, processor, tmp_path):
+def test_a_weight_beyond_float16_is_refused(tiny_whisper, processor, tmp_path):
     with torch.no_grad():
         tiny_whisper.model.encoder.layers[1].fc1.weight[3, 4] = 7e4
     with pytest.raises(Problem, match=r"layers_1_feed_forward: a weight of 7e\+04 is beyond"):
@@ -591,55 +590,55 @@ def test_a_weight_beyond_float16_is_a_letter(tiny_whisper, processor, tmp_path):
 # -------------------------------------------------------------------------------- what is refused
 
 REFUSED = {
-    "precision": (dict(precision="int3"), "no precision 'int3' for Core ML"),
-    "layout": (dict(layout="native"), "no layout 'native' for Core ML"),
-    "target": (dict(deployment_target="iOS12"), "no deployment target 'iOS12'"),
+    "precision": (dict(precision="int3"), "unknown precision 'int3' for Core ML"),
+    "layout": (dict(layout="native"), "unknown layout 'native' for Core ML"),
+    "target": (dict(deployment_target="iOS12"), "unknown deployment target 'iOS12'"),
     "blocks": (
         dict(precision="int4", deployment_target="iOS17"),
-        "4-bit weights in blocks came with iOS18, and the deployment target iOS17 was asked for",
+        "target iOS17 does not support 4-bit weights in blocks, new in iOS18",
     ),
     "state": (
         dict(stateful=True, deployment_target="iOS16"),
-        "a stateful cache came with iOS18, and the deployment target iOS16 was asked for",
+        "target iOS16 does not support a stateful cache, new in iOS18",
     ),
-    "float32 state": (dict(precision="fp32", stateful=True), "keeps states in float16"),
+    "float32 state": (dict(precision="fp32", stateful=True), "stores states as float16"),
     "window": (dict(window=2.5), r"no window of 2\.5 s; it was made for 6 s"),
-    "cache": (dict(max_tokens=65), "a cache of 65 tokens was asked for; the model has 64"),
-    "no cache": (dict(max_tokens=0), "a cache of 0 tokens was asked for; the model has 64"),
+    "cache": (dict(max_tokens=65), "max_tokens 65: the model has 64"),
+    "no cache": (dict(max_tokens=0), "max_tokens 0: the model has 64"),
     "words": (
         dict(word_timestamps=True),
-        "word timestamps come from alignment heads; .* names none",
+        "word timestamps need alignment heads; .* names none",
     ),
     "encoder": (
         dict(layout="encoder", stateful=True, window=6.0),
-        "whisper.cpp's.* stateful and window cannot be chosen for it",
+        "'encoder' does not support stateful and window",
     ),
 }
 
 
-@pytest.mark.parametrize(("asked", "letter"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_done_is_refused(asked, letter, tiny_whisper, processor, tmp_path):
-    with pytest.raises(Problem, match=letter):
-        export_coreml(tiny_whisper, processor, tmp_path / "out", **asked)
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_impossible_requests_are_refused(options, message, tiny_whisper, processor, tmp_path):
+    with pytest.raises(Problem, match=message):
+        export_coreml(tiny_whisper, processor, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_bits_that_an_old_target_lacks_are_refused(tiny_whisper, processor, tmp_path):
+def test_bits_that_an_old_target_does_not_support_are_refused(tiny_whisper, processor, tmp_path):
     model = in_bits(tiny_whisper, 4, 8, 8, 8)
-    with pytest.raises(Problem, match=r"\(the checkpoint names 4 bits for some layers\) came with"):
+    with pytest.raises(Problem, match=r"\(the checkpoint names 4 bits for some layers\), new in"):
         export_coreml(model, processor, tmp_path, "int8", deployment_target="iOS16")
-    told = export_coreml(model, processor, tmp_path, "pal4", deployment_target="iOS16")["coreml"]
-    assert told["weights"]["AudioEncoder"].keys() == {"int8", "palette4"}
+    record = export_coreml(model, processor, tmp_path, "pal4", deployment_target="iOS16")["coreml"]
+    assert record["weights"]["AudioEncoder"].keys() == {"int8", "palette4"}
 
 
-def test_alignment_heads_that_are_all_gone_are_said(tiny_whisper, processor, tmp_path):
+def test_missing_alignment_heads_are_reported(tiny_whisper, processor, tmp_path):
     tiny_whisper.generation_config.alignment_heads = [[4, 0]]
-    told = export_coreml(tiny_whisper, processor, tmp_path / "out")["coreml"]
-    assert not told["word_timestamps"]
-    found = "generation_config.json names 1, of which the model has none"
-    assert f"TextDecoder: no word timestamps: {found}" in told["said"]
-    with pytest.raises(Problem, match=f"word timestamps come from alignment heads; {found}"):
-        export_coreml(tiny_whisper, processor, tmp_path / "asked", word_timestamps=True)
+    record = export_coreml(tiny_whisper, processor, tmp_path / "out")["coreml"]
+    assert not record["word_timestamps"]
+    result = "generation_config.json names 1, of which the model has none"
+    assert f"TextDecoder: no word timestamps: {result}" in record["said"]
+    with pytest.raises(Problem, match=f"word timestamps need alignment heads; {result}"):
+        export_coreml(tiny_whisper, processor, tmp_path / "words", word_timestamps=True)
 
 
 def test_word_timestamps_can_be_left_out(tiny_whisper, processor, tmp_path):

@@ -1,4 +1,6 @@
-"""The exported graphs, run in onnxruntime, are the torch model: logits, cache and greedy tokens."""
+"""The exported graphs, run in onnxruntime, match the torch model: logits, cache and greedy
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,23 @@ from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, whisper
 from export.artifact import verify
-from export.artifact_files import decoding_rules, token_bytes
-from export.onnx import graph as ops
-from export.onnx import to_onnx
-from export.onnx.to_onnx import encoder_graph, export_onnx, sinusoid_rates
+from export.manifest import Spec, decoding_rules
+from export.onnx import graph, save
+from export.onnx.graph import Graph
+from export.onnx.layers import quantise
+from export.onnx.layouts.native import encoder_graph
+from export.onnx.tables import column_scales, sinusoid_rates
+from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
 from export.prompt import prompt_ids
 from export.shrink import layer_shapes
+from export.tokens import token_bytes
 
 TOLERANCE = 1e-3
 
 
 @pytest.mark.parametrize("make", [whole, irregular])
-def test_logits_and_tokens_are_torchs(make, make_whisper, processor, rng, tmp_path):
+def test_logits_and_tokens_match_torch(make, make_whisper, processor, rng, tmp_path):
     model = make(make_whisper, rng)
     exported = export(model, processor, tmp_path)
     pcm = window(processor, rng)
@@ -49,16 +55,18 @@ def test_logits_and_tokens_are_torchs(make, make_whisper, processor, rng, tmp_pa
 def test_the_default_checkpoint_gives_the_same_tokens(
     precision, digits, processor, clips, tmp_path
 ):
-    """Real speech, ten clips: all tokens in floats, most in int8 and int4 (gated on WER)."""
+    """Ten clips of real speech: all tokens agree in floats, most in int8 and int4 (gated on
+    WER).
+    """
     from benchmarks.speech.clips import read_manifest
 
     model = whisper.load(digits)
     exported = export(model, processor, tmp_path, precision)
     pcms = [clip.pcm() for clip in read_manifest(clips)[:10]]
     samples = processor.feature_extractor.n_samples
-    found = [exported.greedy(np.pad(pcm[:samples], (0, samples - len(pcm)))) for pcm in pcms]
+    result = [exported.greedy(np.pad(pcm[:samples], (0, samples - len(pcm)))) for pcm in pcms]
     want = decoding.greedy(model, processor, pcms)
-    equal = sum(one == other for one, other in zip(found, want, strict=True))
+    equal = sum(one == other for one, other in zip(result, want, strict=True))
     assert equal >= {"fp32": 10, "fp16": 10, "int8": 9, "int4": 7}[precision]
     assert any(want)
 
@@ -69,12 +77,12 @@ def test_contract_and_graphs_agree(precision, make_whisper, processor, rng, tmp_
     exported = export(model, processor, tmp_path, precision)
     for name, opened in (("encoder", exported.encoder), ("decoder", exported.decoder)):
         contract = exported.manifest["contract"][name]
-        for side, found in (("inputs", opened.get_inputs()), ("outputs", opened.get_outputs())):
+        for side, result in (("inputs", opened.get_inputs()), ("outputs", opened.get_outputs())):
             types = {"float32": "tensor(float)"}
             types |= {kind: f"tensor({kind})" for kind in ("int8", "int32", "int64")}
             assert [
                 (spec["name"], spec["shape"], types[spec["dtype"]]) for spec in contract[side]
-            ] == [(value.name, value.shape, value.type) for value in found]
+            ] == [(value.name, value.shape, value.type) for value in result]
     decoder = exported.manifest["contract"]["decoder"]
     shape = model.config.edgewhisper["decoder"][1]["self_attn"]
     by_name = {spec["name"]: spec["shape"] for spec in decoder["inputs"] + decoder["outputs"]}
@@ -84,7 +92,7 @@ def test_contract_and_graphs_agree(precision, make_whisper, processor, rng, tmp_
     assert by_name["present.1.value"] == [1, shape["heads"], room, width]
 
 
-def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, tmp_path):
+def test_the_manifest_records_how_the_artifact_was_made(tiny_whisper, processor, tmp_path):
     manifest = export_onnx(tiny_whisper, processor, tmp_path, "int8", {"recipe": "x"})
     assert verify(tmp_path) == manifest
     assert manifest["provenance"] == {"recipe": "x"}
@@ -101,12 +109,12 @@ def test_the_manifest_says_how_the_artifact_came_to_be(tiny_whisper, processor, 
     assert needed <= manifest["files"].keys()
 
 
-def test_shapes_of_a_slim_model_are_those_of_its_config(make_whisper, rng):
+def test_shapes_of_a_slim_model_match_its_config(make_whisper, rng):
     slim = irregular(make_whisper, rng)
     shapes = layer_shapes(slim)
     for side in ("encoder", "decoder"):
-        for found, want in zip(shapes[side], slim.config.edgewhisper[side], strict=True):
-            assert found | {"ranks": {}} == want
+        for result, want in zip(shapes[side], slim.config.edgewhisper[side], strict=True):
+            assert result | {"ranks": {}} == want
     assert shapes["encoder"][0]["ranks"] == {"fc2": 3}
     assert shapes["decoder"][1]["ranks"] == {"self_attn.out_proj": 2}
 
@@ -119,16 +127,16 @@ def stored(path):
 
 
 def test_int8_weights_are_those_of_quantise(tiny_whisper, processor, tmp_path):
-    """Every matrix of the blocks, and the token table, stands in the files as quantise gives it."""
+    """The files hold every matrix of the blocks and the token table as quantise returns them."""
     export_onnx(tiny_whisper, processor, tmp_path, "int8")
     arrays = stored(tmp_path / "encoder.onnx") + stored(tmp_path / "decoder.onnx")
-    found = {array.tobytes() for array in arrays if array.dtype == np.int8 and array.ndim == 2}
+    result = {array.tobytes() for array in arrays if array.dtype == np.int8 and array.ndim == 2}
 
     def weights(*modules):
         return np.concatenate([module.weight.detach().numpy() for module in modules])
 
     table = weights(tiny_whisper.model.decoder.embed_tokens)
-    table = table / ops.column_scales(table)
+    table = table / column_scales(table)
     expected = []
     for layer in layers(tiny_whisper):
         own = layer.self_attn
@@ -140,8 +148,8 @@ def test_int8_weights_are_those_of_quantise(tiny_whisper, processor, tmp_path):
             expected += [weights(getattr(cross, f"{name}_proj")) for name in ("q", "k", "v", "out")]
         else:
             expected += map(weights, together)
-    columns = {ops.quantise(weight)[0].T.tobytes() for weight in expected}
-    assert found == columns | {ops.quantise(table)[0].tobytes()}
+    columns = {quantise(weight)[0].T.tobytes() for weight in expected}
+    assert result == columns | {quantise(table)[0].tobytes()}
 
 
 def expected_bytes(model, precision):
@@ -170,21 +178,21 @@ def test_nothing_is_stored_twice(precision, make_whisper, processor, tmp_path):
     arrays = stored(tmp_path / "encoder.onnx") + stored(tmp_path / "decoder.onnx")
     # no parameters: mel filters, a period of sine and cosine, windows, a zero bias for each k_proj
     extra = 4 * 202 * 80 + 8 * (400 + 400 + 400) + 4 * 64 * 6
-    found = sum(array.nbytes for array in arrays)
-    assert found == pytest.approx(expected_bytes(model, precision) + extra, abs=4000)
+    result = sum(array.nbytes for array in arrays)
+    assert result == pytest.approx(expected_bytes(model, precision) + extra, abs=4000)
     table = model.model.decoder.embed_tokens.weight.shape
     assert sum(array.shape == table for array in arrays) == 1
 
 
-def test_pieces_and_weights_in_files_of_their_own_change_nothing(
+def test_pieces_and_mapped_weights_change_nothing(
     make_whisper, processor, rng, tmp_path, monkeypatch
 ):
-    """What only large models get, for a small one: the same tokens and states in fp32."""
+    """A small model is exported like a large one, and gives the same tokens and states in fp32."""
     model = make_whisper(d_model=64, ffn=256)
     pcm = window(processor, rng)
     export_onnx(model, processor, tmp_path / "whole", "fp32")
-    monkeypatch.setattr(ops, "PIECE_BYTES", 2**16)
-    monkeypatch.setattr(to_onnx, "LARGE", 2**14)
+    monkeypatch.setattr(graph, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr(save, "LARGE", 2**14)
     export_onnx(model, processor, tmp_path / "pieces", "fp32")
     files = verify(tmp_path / "pieces")["files"]
     assert {"encoder.weights", "decoder.weights"} <= set(files)
@@ -201,9 +209,7 @@ def test_pieces_and_weights_in_files_of_their_own_change_nothing(
         Recognizer(tmp_path / "pieces", 1)
 
 
-def test_positions_that_are_no_sinusoids_are_stored_and_used(
-    make_whisper, processor, rng, tmp_path
-):
+def test_positions_that_are_not_sinusoids_are_stored(make_whisper, processor, rng, tmp_path):
     model = make_whisper()
     with torch.no_grad():
         model.model.encoder.embed_positions.weight += 0.01 * torch.randn(300, 32)
@@ -211,28 +217,26 @@ def test_positions_that_are_no_sinusoids_are_stored_and_used(
     assert sum(array.shape == (300, 32) for array in stored(tmp_path / "encoder.onnx")) == 1
     pcm = window(processor, rng)
     want = torch_steps(model, processor, pcm, [[375, 5]])[0]
-    found, _ = exported.step([375, 5], exported.no_past(), exported.encode(pcm))
-    assert np.abs(found - want).max() < TOLERANCE
+    result, _ = exported.step([375, 5], exported.no_past(), exported.encode(pcm))
+    assert np.abs(result - want).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("width", [2, 32, 384, 1280])
-def test_computed_positions_are_whispers_own(width, tmp_path):
+def test_computed_positions_match_whispers(width, tmp_path):
     from transformers.models.whisper.modeling_whisper import sinusoids
 
-    g = ops.Graph("fp32")
-    name = g.name(ops.sinusoids(g, g.constant([1500]), sinusoid_rates(width)), "positions")
-    graph = g.model("positions", [], [ops.Spec(name, (1500, width))])
+    g = Graph("fp32")
+    name = g.name(sinusoids(g, g.constant([1500]), sinusoid_rates(width)), "positions")
+    graph = g.model("positions", [], [Spec(name, (1500, width))])
     onnx.save(graph, tmp_path / "x.onnx")
-    found = session(tmp_path / "x.onnx").run(None, {})[0]
+    result = session(tmp_path / "x.onnx").run(None, {})[0]
     # a sine of up to 1500 radians; transformers' own table has nothing to say at width 2
     if width > 2:
-        assert np.abs(found - sinusoids(1500, width).numpy()).max() < 1e-6
-    assert np.isfinite(found).all()
+        assert np.abs(result - sinusoids(1500, width).numpy()).max() < 1e-6
+    assert np.isfinite(result).all()
 
 
-def test_the_tokenizer_is_saved_without_indentation_and_reads_as_before(
-    tiny_whisper, processor, tmp_path
-):
+def test_the_tokenizer_is_saved_without_indentation(tiny_whisper, processor, tmp_path):
     from transformers import AutoTokenizer, WhisperTokenizerFast
 
     export_onnx(tiny_whisper, processor, tmp_path / "out")
@@ -247,19 +251,23 @@ def test_the_tokenizer_is_saved_without_indentation_and_reads_as_before(
 
 
 def test_the_encoder_graph_has_the_front_ends_tensor(tiny_whisper, processor, rng, tmp_path):
-    """`log_mel` inside the graph is what the feature extractor makes."""
+    """The tensor `log_mel` of the graph equals the features of the feature extractor."""
     graph, inputs, _ = encoder_graph(tiny_whisper, processor.feature_extractor, "int8")
-    onnx.save(graph.model("mel", inputs, [ops.Spec("log_mel", (1, 80, 600))]), tmp_path / "x.onnx")
+    onnx.save(graph.model("mel", inputs, [Spec("log_mel", (1, 80, 600))]), tmp_path / "x.onnx")
     pcm = window(processor, rng)
-    found = session(tmp_path / "x.onnx").run(None, {"pcm": pcm[None]})[0]
-    assert np.abs(found - decoding.log_mel(processor.feature_extractor, [pcm]).numpy()).max() < 2e-4
+    result = session(tmp_path / "x.onnx").run(None, {"pcm": pcm[None]})[0]
+    assert (
+        np.abs(result - decoding.log_mel(processor.feature_extractor, [pcm]).numpy()).max() < 2e-4
+    )
 
 
 # ---------------------------------------------------------------------------- tokens and decoding
 
 
 def test_tokens_decode_without_a_tokenizer(processor):
-    """Joined bytes are the tokenizer's own text; specials, timestamps and unused ids are null."""
+    """Joined bytes equal the tokenizer's text; special tokens, timestamps and unused ids are
+    null.
+    """
     tokenizer = processor.tokenizer
     size = len(tokenizer) + 3
     table = token_bytes(tokenizer, size)
@@ -280,10 +288,10 @@ def test_tokens_json_is_that_table(tiny_whisper, processor, tmp_path):
     assert table == token_bytes(processor.tokenizer, tiny_whisper.config.vocab_size)
 
 
-def test_a_foreign_tokenizer_is_refused():
+def test_a_tokenizer_that_is_not_byte_level_is_refused():
     vocabulary = {"good": 0, "schön—": 1}
     foreign = SimpleNamespace(added_tokens_decoder={}, get_vocab=lambda: vocabulary)
-    with pytest.raises(Problem, match=r"token 1 .*stands for no byte"):
+    with pytest.raises(Problem, match=r"token 1 .*represents no byte"):
         token_bytes(foreign, 2)
 
 
@@ -301,7 +309,7 @@ def test_the_prompt_names_the_language(language, tiny_whisper, processor):
 
 def test_an_unknown_language_is_refused(tiny_whisper):
     tiny_whisper.generation_config.language = "klingon"
-    with pytest.raises(Problem, match=r"<\|klingon\|>.*lang_to_id has no such entry"):
+    with pytest.raises(Problem, match=r"lang_to_id has no entry '<\|klingon\|>'"):
         prompt_ids(tiny_whisper.generation_config)
 
 
@@ -328,14 +336,14 @@ def test_the_rules_of_decoding_come_from_the_generation_config(tiny_whisper):
 # --------------------------------------------------------------------------------------- refusals
 
 
-def test_an_unknown_precision_names_the_known_ones(tiny_whisper, processor, tmp_path):
-    with pytest.raises(Problem, match="no precision 'int3'") as problem:
+def test_an_unknown_precision_lists_the_known_ones(tiny_whisper, processor, tmp_path):
+    with pytest.raises(Problem, match="unknown precision 'int3'") as problem:
         export_onnx(tiny_whisper, processor, tmp_path / "out", "int3")
     assert "fp32, fp16, int8, int4" in problem.value.hint
     assert not (tmp_path / "out").exists()
 
 
-def test_a_window_that_is_not_the_models_is_refused(tiny_whisper, processor, tmp_path):
+def test_a_feature_extractor_of_another_window_is_refused(tiny_whisper, processor, tmp_path):
     other = deepcopy(processor)
     other.feature_extractor.n_samples = 480000
     with pytest.raises(Problem, match="480000 samples, the model's 96000"):
@@ -352,7 +360,7 @@ def test_another_activation_is_refused(tiny_whisper, processor, tmp_path):
         export_onnx(tiny_whisper, processor, tmp_path / "out")
 
 
-def test_an_output_table_of_its_own_is_refused(tiny_whisper, processor, tmp_path):
+def test_an_untied_output_table_is_refused(tiny_whisper, processor, tmp_path):
     table = tiny_whisper.model.decoder.embed_tokens.weight
     tiny_whisper.proj_out.weight = nn.Parameter(table.detach() + 1)
     with pytest.raises(Problem, match="differs from its token table"):
@@ -360,14 +368,16 @@ def test_an_output_table_of_its_own_is_refused(tiny_whisper, processor, tmp_path
 
 
 def test_a_graph_beyond_two_gigabytes_is_refused(tiny_whisper, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.onnx.to_onnx.PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr("export.onnx.save.PROTOBUF_LIMIT", 1000)
     with pytest.raises(Problem, match=r"encoder.onnx would take .* GB") as problem:
         export_onnx(tiny_whisper, processor, tmp_path, "fp32")
     assert "int8" in problem.value.hint
 
 
-def test_dead_inputs_are_never_picked_out_of_the_encoders_rows(make_whisper, processor, rng):
-    """Weights are spread once at load instead: every Gather of the encoder has stored operands."""
+def test_dead_inputs_are_never_gathered_from_the_encoders_rows(make_whisper, processor, rng):
+    """The weights are expanded at load instead, so every Gather of the encoder has stored
+    operands.
+    """
     graph, inputs, outputs = encoder_graph(
         irregular(make_whisper, rng), processor.feature_extractor, "int8"
     )

@@ -66,10 +66,10 @@ def drawn(rng: np.random.Generator) -> SimpleNamespace:
     def floats(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float16)
 
-    found = {name: floats(*SIZES[name]) for name in "xy"}
-    found |= {"ids": rng.integers(0, 9, 5, np.int32), "at": rng.integers(0, 4, 1, np.int32)}
+    result = {name: floats(*SIZES[name]) for name in "xy"}
+    result |= {"ids": rng.integers(0, 9, 5, np.int32), "at": rng.integers(0, 4, 1, np.int32)}
     return SimpleNamespace(
-        **found,
+        **result,
         w=floats(7, 6),
         b=floats(7),
         table=floats(9, 3),
@@ -120,10 +120,10 @@ def comparison(kind: str, want: Callable) -> tuple[Callable, Callable]:
 
 def logical(kind: str, want: Callable) -> tuple[Callable, Callable]:
     def build(b, v, n):
-        found = getattr(b, kind)(
+        result = getattr(b, kind)(
             x=b.greater(x=v.x, y=v.y), y=b.less(x=v.x, y=n.gamma.astype(n.dtype))
         )
-        return b.cast(x=found, dtype="int32")
+        return b.cast(x=result, dtype="int32")
 
     return build, lambda n: want(n.x > n.y, n.x < n.gamma)
 
@@ -419,9 +419,9 @@ def one_program(folder: Path, cases: dict, target: str, precision: str, numbers)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, module_seed) -> dict[str, tuple]:
-    """What came out for every case: in float32, in float16, and what numpy says."""
+    """Return the results of every case: in float32, in float16, and numpy's."""
     folder, rng = tmp_path_factory.mktemp("operations"), np.random.default_rng(module_seed)
-    found = {}
+    result = {}
     for target, cases in (("iOS17", CASES), ("iOS18", CASES_18)):
         numbers = drawn(rng)
         feed = {name: getattr(numbers, name) for name in SIZES}
@@ -436,12 +436,12 @@ def results(tmp_path_factory, module_seed) -> dict[str, tuple]:
         }
         for name, (_, want) in cases.items():
             key = f"{name}_"
-            found[name] = single[key], half[key], np.asarray(want(SimpleNamespace(**exact)))
-    return found
+            result[name] = single[key], half[key], np.asarray(want(SimpleNamespace(**exact)))
+    return result
 
 
 @pytest.mark.parametrize("case", [*CASES, *CASES_18])
-def test_an_operation_is_numpys(case, results):
+def test_operations_match_numpy(case, results):
     single, half, want = results[case]
     assert single.shape == half.shape == want.shape
     assert np.allclose(single, want, rtol=2e-5, atol=2e-5)
@@ -449,7 +449,7 @@ def test_an_operation_is_numpys(case, results):
     assert np.array_equal(half, single.astype(half.dtype)), "rounded once, from float32"
 
 
-def test_every_operation_that_is_known_is_tested_here():
+def test_every_supported_operation_is_tested():
     tested = {name.split("_of_")[0] for name in (*CASES, *CASES_18)}
     other = {"conv", "split", "identity", "read_state", "write_state"}
     assert OPERATIONS.keys() - tested - other <= {"scaled_dot_product_attention"}
@@ -458,18 +458,18 @@ def test_every_operation_that_is_known_is_tested_here():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda x: Builder.reverse(x=x, axes=[0]), r"not known here: reverse \(1 times\)"),
+        (lambda x: Builder.reverse(x=x, axes=[0]), r"unsupported operations: reverse \(1 times\)"),
         (
             lambda x: Builder.gather(x=x, indices=np.int32([[0], [1]]), axis=1, batch_dims=1),
-            r"\(gather\): batch_dims is 1, known are 0",
+            r"\(gather\): batch_dims is 1, supported: 0",
         ),
         (
             lambda x: Builder.conv(x=x, weight=np.ones((1, 3, 3), np.float16), pad_type="same"),
-            r"\(conv\): pad_type is 'same', known are valid, custom",
+            r"\(conv\): pad_type is 'same', supported: valid, custom",
         ),
         (
             lambda x: Builder.concat(values=[x, x], axis=1, interleave=True),
-            r"\(concat\): interleave is True, known are False",
+            r"\(concat\): interleave is True, supported: False",
         ),
         (
             lambda x: Builder.reshape(x=x, shape=[0, 8]),
@@ -478,7 +478,7 @@ def test_every_operation_that_is_known_is_tested_here():
     ],
     ids=["operation", "batches", "padding", "interleaved", "kept_sizes"],
 )
-def test_what_is_not_written_is_refused_by_name(build, message, tmp_path):
+def test_unsupported_operations_and_modes_are_refused_by_name(build, message, tmp_path):
     path = write(tmp_path / "unknown.mlpackage", [tensor((2, 3, 4))], build)
     with pytest.raises(Problem, match=message) as caught:
         open_package(path)
@@ -644,7 +644,7 @@ def products(forms: dict[str, Callable]) -> Callable:
 def weights(tmp_path_factory, module_seed) -> dict[str, tuple]:
     """Products with every compressed constant, and with what coremltools makes of it."""
     folder, rng = tmp_path_factory.mktemp("constants"), np.random.default_rng(module_seed)
-    found: dict[str, tuple] = {}
+    result: dict[str, tuple] = {}
     for target, forms in (("iOS16", forms_16(rng)), ("iOS18", forms_18(rng))):
         path = write(folder / f"{target}.mlpackage", [tensor((24, 20))], products(forms), target)
         plain = folder / f"{target}-plain.mlpackage"
@@ -656,12 +656,12 @@ def weights(tmp_path_factory, module_seed) -> dict[str, tuple]:
         assert forms_left == [IN_USE[target], set()]
         feed = {"x": rng.standard_normal((24, 20))}
         ours, theirs = (program.predict(feed) for program in programs)
-        found |= {name: (ours[name], theirs[name]) for name in forms}
-    return found
+        result |= {name: (ours[name], theirs[name]) for name in forms}
+    return result
 
 
 @pytest.mark.parametrize("form", [*FORMS_16, *FORMS_18])
-def test_a_compressed_constant_is_what_coremltools_makes_of_it(form, weights):
+def test_compressed_constants_match_coremltools(form, weights):
     ours, theirs = weights[form]
     assert np.abs(theirs).max() > 0
     assert np.array_equal(ours, theirs)
@@ -696,38 +696,38 @@ def test_states_last_from_step_to_step(remembers, rng):
     cache, total = np.zeros((1, 4, 8), np.float16), np.zeros((1, 4, 1), np.float16)
     for at in rng.integers(0, 8, 12):
         column = rng.standard_normal((1, 4, 1)).astype(np.float16)
-        found = remembers.predict({"column": column, "at": np.array([at])}, state)
+        result = remembers.predict({"column": column, "at": np.array([at])}, state)
         cache[:, :, at : at + 1], total = column, total + column
-        assert np.array_equal(found["doubled"], cache * 2)
-        assert np.array_equal(found["summed"], total)
+        assert np.array_equal(result["doubled"], cache * 2)
+        assert np.array_equal(result["summed"], total)
         assert np.array_equal(state["cache"].numpy(), cache)
     assert not remembers.new_state()["cache"].any(), "a new text begins with nothing"
 
 
-def test_what_was_given_and_what_came_out_are_the_callers(remembers, rng):
+def test_inputs_and_outputs_belong_to_the_caller(remembers, rng):
     state, column = remembers.new_state(), rng.standard_normal((1, 4, 1)).astype(np.float16)
     feed = {"column": column.copy(), "at": np.array([3])}
-    found = remembers.predict(feed, state)
-    feed["column"][:] = found["summed"][:] = 7
+    result = remembers.predict(feed, state)
+    feed["column"][:] = result["summed"][:] = 7
     assert np.array_equal(state["total"].numpy(), column)
 
 
 @pytest.mark.parametrize(
     "state, message",
     [
-        (None, "keeps the states .*cache.*, given none"),
-        ({"cache": torch.zeros(1, 4, 8)}, "given {'cache'"),
+        (None, "has the states .*cache.*, got none"),
+        ({"cache": torch.zeros(1, 4, 8)}, "got {'cache'"),
         ({"cache": torch.zeros(1, 4, 9), "total": torch.zeros(1, 4, 1)}, "4, 9"),
     ],
     ids=["none", "one_missing", "another_shape"],
 )
-def test_states_that_a_program_does_not_keep(state, message, remembers):
+def test_states_that_a_program_does_not_have_are_refused(state, message, remembers):
     with pytest.raises(Problem, match=message) as caught:
         remembers.predict({"column": np.zeros((1, 4, 1)), "at": np.array([0])}, state)
     assert "new_state()" in caught.value.hint
 
 
-def test_a_place_outside_the_cache_is_said(remembers):
+def test_a_position_outside_the_cache_is_refused(remembers):
     with pytest.raises(Problem, match=r"slice_update\): updates shape \[1, 4, 0\]"):
         remembers.predict(
             {"column": np.zeros((1, 4, 1)), "at": np.array([8])}, remembers.new_state()
@@ -737,15 +737,15 @@ def test_a_place_outside_the_cache_is_said(remembers):
 @pytest.mark.parametrize(
     "change, message, hint",
     [
-        ({"column": None}, "given at", "it takes at, column"),
-        ({"more": np.zeros(1)}, "given at, column, more", "it takes at, column"),
-        ({"column": np.zeros((4, 1))}, r"column is given as \[4, 1\]", r"float16 [1, 4, 1]"),
-        ({"at": np.array([0.5])}, "at is given as float64", "int32 [1]"),
-        ({"column": np.full((1, 4, 1), "a")}, "column is given as <U1", "float16 [1, 4, 1]"),
+        ({"column": None}, "got the inputs at", "pass at, column"),
+        ({"more": np.zeros(1)}, "got the inputs at, column, more", "pass at, column"),
+        ({"column": np.zeros((4, 1))}, r"column has shape \[4, 1\]", r"float16 [1, 4, 1]"),
+        ({"at": np.array([0.5])}, "at has dtype float64", "int32 [1]"),
+        ({"column": np.full((1, 4, 1), "a")}, "column has dtype <U1", "float16 [1, 4, 1]"),
     ],
     ids=["missing", "unknown", "shape", "a_fraction_for_an_integer", "text"],
 )
-def test_a_feed_that_does_not_fit(change, message, hint, remembers):
+def test_inputs_that_do_not_match_are_refused(change, message, hint, remembers):
     feed = {"column": np.zeros((1, 4, 1)), "at": np.array([0])} | change
     feed = {name: value for name, value in feed.items() if value is not None}
     with pytest.raises(Problem, match=message) as caught:
@@ -753,7 +753,7 @@ def test_a_feed_that_does_not_fit(change, message, hint, remembers):
     assert hint in caught.value.hint
 
 
-def test_a_trace_names_every_result_and_nothing_stays_that_is_read_no_longer(tmp_path):
+def test_a_trace_names_every_result_and_spent_values_are_freed(tmp_path):
     def build(x):
         for _ in range(9):
             x = Builder.add(x=x, y=np.float16(1))
@@ -767,8 +767,8 @@ def test_a_trace_names_every_result_and_nothing_stays_that_is_read_no_longer(tmp
         alive.append(weakref.ref(value))
         most.append(sum(one() is not None for one in alive))
 
-    found = program.predict({"x": np.zeros(64)}, trace=trace)
-    assert next(iter(found.values())).tolist() == [9] * 64
+    result = program.predict({"x": np.zeros(64)}, trace=trace)
+    assert next(iter(result.values())).tolist() == [9] * 64
     assert len(most) == 9 and max(most) == 2
 
 
@@ -790,16 +790,16 @@ def two_functions(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("function, factor", [(None, 2), ("twice", 2), ("thrice", 3)])
 def test_one_of_several_functions_is_run(function, factor, two_functions):
-    found = open_package(two_functions, function).predict({"x": np.arange(3)})
-    assert found["y"].tolist() == [0, factor, 2 * factor]
+    result = open_package(two_functions, function).predict({"x": np.arange(3)})
+    assert result["y"].tolist() == [0, factor, 2 * factor]
 
 
-def test_a_function_that_is_not_there(two_functions):
+def test_an_unknown_function_is_refused(two_functions):
     with pytest.raises(Problem, match=r"no function 'main', it has thrice, twice"):
         open_package(two_functions, "main")
 
 
-def test_where_coremltools_is_missing_it_is_said(two_functions, monkeypatch):
+def test_a_missing_coremltools_is_reported(two_functions, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in [name for name in sys.modules if name.startswith("export._coreml_schema")]:
         monkeypatch.delitem(sys.modules, name)
@@ -834,16 +834,17 @@ def sound(tmp_path_factory, module_seed) -> Path:
 
 @pytest.fixture
 def package(sound, tmp_path) -> Path:
+    """A package to damage: it holds weights, modes and small constants."""
     return Path(shutil.copytree(sound, tmp_path / "spoiled.mlpackage"))
 
 
-def test_the_package_that_is_spoiled_below_is_sound(package, rng):
+def test_the_package_damaged_below_is_valid(package, rng):
     x = rng.standard_normal((3, 6)).astype(np.float16)
     assert open_package(package).predict({"x": x})["y"].shape == (6, 10)
 
 
 @pytest.mark.parametrize("spoil, message", hostile_packages.ALL.values(), ids=hostile_packages.ALL)
-def test_a_package_from_a_stranger(spoil, message, package):
+def test_an_untrusted_package_is_refused(spoil, message, package):
     spoil(package)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(Problem, match=message) as caught:

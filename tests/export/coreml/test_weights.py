@@ -1,4 +1,6 @@
-"""Forms of weights: codes and palettes against quantise.py, theory and what a program reads."""
+"""Stored forms of weights: codes and palettes agree with quantise.py, theory and what a program
+reads.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from export.artifact_files import Spec
 from export.coreml import weights as forms
-from export.coreml.graph import TARGETS, Graph, program, save, stored
+from export.coreml.graph import TARGETS, Graph, program, save
 from export.coreml.interpreter import open_package
+from export.coreml.layers import stored
 from export.coreml.weights import form_of
+from export.manifest import Spec
 from export.quantise import Scheme, dequantise, fake_quantise, quantise
 
 
@@ -66,17 +69,17 @@ def test_forms_follow_the_precision_and_the_checkpoint(precision, bits, matrix, 
         (9, Scheme(4, per="tensor"), "int4"),
     ],
 )
-def test_blocks_divide_the_inputs_or_it_is_int8_and_said(inputs, scheme, name):
+def test_blocks_that_do_not_divide_become_int8_with_a_note(inputs, scheme, name):
     form = form_of("int4", scheme, False, inputs)
     assert form.name == name
-    assert bool(form.said) == (name == "int8")
-    assert not form.said or f"divides {inputs} inputs" in form.said
+    assert bool(form.note) == (name == "int8")
+    assert not form.note or f"divides {inputs} inputs" in form.note
 
 
 # ------------------------------------------------------------------------------------------ codes
 
 
-def test_int8_is_off_by_half_a_scale_at_most_however_small_the_row(rng):
+def test_int8_is_off_by_half_a_scale_at_most_even_for_small_rows(rng):
     rows = draw(rng, 40, 30)
     codes, scale = forms.int8(rows, Scheme(8))
     assert scale.dtype == np.float16 and np.abs(codes).max() <= 127
@@ -107,11 +110,11 @@ def test_a_checkpoint_on_its_grid_gets_the_codes_of_its_grid(bits, per, rng):
     scheme = Scheme(bits, per=per)
     drawn = torch.from_numpy(rng.standard_normal((30, 80)).astype(np.float32))
     rows = fake_quantise(drawn, scheme)
-    wanted, scales = quantise(rows, scheme)
+    expected, scales = quantise(rows, scheme)
     codes, scale = (forms.int4 if bits == 4 else forms.int8)(rows.numpy(), scheme)
-    assert np.array_equal(codes, wanted.numpy())
+    assert np.array_equal(codes, expected.numpy())
     wide = scale.reshape(30, -1).astype(np.float64).repeat(80 // (scale.size // 30), axis=1)
-    exact = dequantise(wanted, scales, scheme).numpy()
+    exact = dequantise(expected, scales, scheme).numpy()
     assert np.abs(codes * wide - exact).max() <= 2**-10 * np.abs(exact).max()
 
 
@@ -128,11 +131,11 @@ def least_error(values, count):
 
 def error(rows, indices, numbers):
     groups = indices.reshape(len(numbers), -1)
-    found = np.take_along_axis(numbers.astype(np.float64), groups.astype(int), axis=1)
-    return np.square(found - rows.reshape(len(numbers), -1)).sum(1)
+    result = np.take_along_axis(numbers.astype(np.float64), groups.astype(int), axis=1)
+    return np.square(result - rows.reshape(len(numbers), -1)).sum(1)
 
 
-def test_a_palette_is_near_the_best_there_is(rng, monkeypatch):
+def test_a_palette_is_close_to_the_optimum(rng, monkeypatch):
     values = np.sort(rng.standard_normal(26)).astype(np.float32)[None]
     indices, numbers = forms.palettes(values, 2)
     assert numbers.shape == (1, 4)
@@ -140,7 +143,7 @@ def test_a_palette_is_near_the_best_there_is(rng, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_palettes_err_as_theory_says_of_normal_weights(bits, rng):
+def test_palettes_have_the_error_that_theory_gives_for_normal_weights(bits, rng):
     """Panter and Dite: the best levels leave sqrt(3) pi / 2 / levels**2 of the variance."""
     rows = rng.standard_normal((64, 1024)).astype(np.float32)
     indices, numbers = forms.palettes(rows, bits)
@@ -149,7 +152,7 @@ def test_palettes_err_as_theory_says_of_normal_weights(bits, rng):
     assert (np.diff(numbers.astype(np.float32)) >= 0).all()
 
 
-def test_groups_of_rows_have_palettes_of_their_own_and_zeros_stay_zeros(rng):
+def test_each_group_of_rows_has_its_palette_and_zeros_stay_zeros(rng):
     rows = draw(rng, 32, 48)
     indices, numbers = forms.palettes(rows, 4, groups=2)
     for half in range(2):
@@ -161,7 +164,7 @@ def test_groups_of_rows_have_palettes_of_their_own_and_zeros_stay_zeros(rng):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25])
-def test_a_weight_of_one_number_is_that_number(value):
+def test_a_palette_of_a_constant_weight_is_exact(value):
     indices, numbers = forms.palettes(np.full((4, 5), value, np.float32), 4)
     assert (numbers[0][indices] == value).all()
 
@@ -181,7 +184,7 @@ def test_a_weight_of_one_number_is_that_number(value):
         ("pal8", "iOS18"),
     ],
 )
-def test_a_program_reads_what_was_stored(precision, target, shape, transposed, rng, tmp_path):
+def test_a_program_reads_the_stored_weight(precision, target, shape, transposed, rng, tmp_path):
     weight = rng.standard_normal(shape).astype(np.float32)
     weight[rng.random(shape) < 0.1] = 0
     kernel = len(shape) == 3
@@ -196,7 +199,7 @@ def test_a_program_reads_what_was_stored(precision, target, shape, transposed, r
     made = program(g, [given], [Spec("y", turned.shape, "float16")], work)
     save(made, target, tmp_path / "x.mlpackage", "a weight")
     opened = open_package(tmp_path / "x.mlpackage")
-    found = opened.predict({"x": np.zeros(1, np.float16)})["y"]
+    result = opened.predict({"x": np.zeros(1, np.float16)})["y"]
     rows = weight.reshape(len(weight), -1)
     form = form_of(precision, None, kernel, rows.shape[1])
     if form.name == "int8":
@@ -210,6 +213,6 @@ def test_a_program_reads_what_was_stored(precision, target, shape, transposed, r
         indices, numbers = forms.palettes(rows, form.bits, groups)
         want = np.take_along_axis(numbers, indices.reshape(groups, -1).astype(int), axis=1)
     want = want.astype(np.float16).reshape(shape)
-    assert np.array_equal(found, want.swapaxes(0, 1) if transposed else want)
-    assert not found[turned == 0].any()
+    assert np.array_equal(result, want.swapaxes(0, 1) if transposed else want)
+    assert not result[turned == 0].any()
     assert list(g.stored.values()) == [weight.size]

@@ -1,0 +1,76 @@
+"""The blocks of a Whisper as ONNX operators: stem, encoder layer, feed-forward, norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from export.onnx.attention import self_attention, shared_attention
+from export.onnx.graph import Graph, in_pieces, pieces_of
+from export.onnx.layers import gelu, layer_norm, linear, row_scaled_linear, separate_linear, widened
+from export.onnx.tables import FactorisedTable, TokenTable, encoder_positions
+from export.shrink import windows_of
+from export.weights import array, chain, chains, heads_of, outputs_of
+
+
+def positions_of(model: nn.Module) -> int | str:
+    """Return the encoder's positions; a symbol if the model has windows of several lengths."""
+    windows = windows_of(model.config)
+    return windows[0] if len(windows) == 1 else "positions"
+
+
+def stem(g: Graph, mel: str, encoder: nn.Module, positions: int | str) -> str:
+    """Apply two convolutions and add positions: (1, n_mels, frames) -> (1, frames / 2, d_model)."""
+    x = mel
+    for conv, stride in ((encoder.conv1, 1), (encoder.conv2, 2)):
+        kernel = widened(g, array(conv.weight), g.schemes.get(conv))
+        bias = g.constant(array(conv.bias))
+        x = gelu(g, g.op("Conv", x, kernel, bias, pads=[1, 1], strides=[stride]))
+    if isinstance(positions, str):
+        length = g.op("Shape", x, start=2, end=3)
+    else:  # constant: the runtime computes the positions once, when it loads the graph
+        length = g.constant([positions])
+    here = encoder_positions(g, array(encoder.embed_positions.weight), length)
+    return g.op("Add", g.op("Transpose", x, perm=[0, 2, 1]), here)
+
+
+def encoder_layer(g: Graph, x: str, layer: nn.Module, windows: Sequence[int]) -> str:
+    """Apply one encoder layer. Hidden units are computed for a part of the window at a time."""
+    attention = layer.self_attn
+    y = norm(g, x, layer.self_attn_layer_norm)
+    q, k, v = separate_linear(g, y, chains(g.schemes, attention, "qkv"))
+    attend = shared_attention if getattr(attention, "shared", False) else self_attention
+    y = attend(g, q, k, v, heads_of(attention))
+    x = g.op("Add", x, attention_output(g, y, attention))
+    pieces = pieces_of(outputs_of(layer.fc1), windows)
+    return in_pieces(g, x, pieces, lambda piece: feed_forward(g, piece, layer))
+
+
+def feed_forward(g: Graph, x: str, layer: nn.Module, gather: bool = False) -> str:
+    """Apply norm, fc1, GELU and fc2, and add the input."""
+    with g.scope("feed_forward"):
+        y = norm(g, x, layer.final_layer_norm)
+        y = gelu(g, linear(g, y, chain(g.schemes, layer.fc1, layer.embed_dim), gather))
+        second = chain(g.schemes, layer.fc2, outputs_of(layer.fc1))
+        y = linear(g, y, second, gather) if gather else row_scaled_linear(g, y, second)
+        return g.op("Add", x, y)
+
+
+def norm(g: Graph, x: str, norm: nn.Module) -> str:
+    """Apply a LayerNorm module."""
+    return layer_norm(g, x, array(norm.weight), array(norm.bias), norm.eps)
+
+
+def attention_output(g: Graph, x: str, attention: nn.Module) -> str:
+    """Apply the output projection of an attention."""
+    heads = heads_of(attention)
+    return linear(g, x, chain(g.schemes, attention.out_proj, heads.count * heads.v_dim))
+
+
+def token_table(g: Graph, table: nn.Module) -> TokenTable | FactorisedTable:
+    """Return the token table, dense or factorised."""
+    if hasattr(table, "rows"):
+        rows, basis = array(table.rows.weight), array(table.up.weight.T)
+        return FactorisedTable(g, rows, basis, g.schemes.get(table.rows))
+    return TokenTable(g, array(table.weight), g.schemes.get(table))

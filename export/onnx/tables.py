@@ -1,0 +1,132 @@
+"""The token table of the ONNX graphs, dense or factorised, and the encoder's positions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from onnx import TensorProto
+
+from export.onnx.graph import FUSED, INT8, Graph
+from export.onnx.layers import float_table, quantise, widened
+from export.quantise import Scheme
+from export.weights import Floats
+
+SINUSOID_ERROR = {False: 1e-5, True: 2**-12}
+"""Halved floats -> largest difference from Whisper's sinusoids at which positions are computed
+instead of stored. Storing them as float16 has an error of the same size."""
+SMOOTHING = 0.75
+"""Exponent of the column scales: how much of the range of a column is moved to its factor."""
+
+
+def column_scales(table: Floats) -> Floats:
+    """Return a power of two per column, close to the column's largest magnitude ** SMOOTHING."""
+    largest = np.maximum(np.abs(table).max(0), 2.0**-100)
+    return np.exp2(np.round(SMOOTHING * np.log2(largest))).astype(np.float32)
+
+
+class TokenTable:
+    """The tied token table (vocab, d_model), stored once, for look-ups and for logits.
+
+    In int8 every token has a scale, which both uses share. A few columns of Whisper's tables are
+    far larger than the others and would use up the range of the codes. So columns are divided by
+    powers of two, and their factors are multiplied by these, as in SmoothQuant (arXiv:2211.10438,
+    eq. 3). A table whose scheme the checkpoint names is stored unchanged.
+
+    QGemm is the one operator that multiplies with the rows as they are stored. The runtime reads a
+    packed copy for its product, and look-ups touch few rows, so little of a memory-mapped table
+    stays in memory.
+    """
+
+    def __init__(self, g: Graph, weight: Floats, scheme: Scheme | None = None) -> None:
+        self.g, self.vocab = g, len(weight)
+        self.scale: str | None = None
+        self.columns: str | None = None
+        if scheme is None and g.quantises:
+            columns = column_scales(weight)
+            weight, self.columns = weight / columns, g.constant(columns)
+        scheme = g.scheme(scheme, INT8)
+        if scheme.bits == 8:
+            q, scale = quantise(weight, scheme)
+            self.table, self.scale = g.constant(q), g.constant(scale)
+        else:
+            self.table = widened(g, weight, scheme)
+
+    def look_up(self, ids: str) -> str:
+        """Return embeddings: ids (b, s) -> (b, s, d_model)."""
+        return self._scaled(self.g.op("Gather", self.table, ids), ids)
+
+    def widened(self) -> str:
+        """Return the whole table in float32, (vocab, d_model)."""
+        return self._scaled(self.table)
+
+    def _scaled(self, rows: str, ids: str = "") -> str:
+        g = self.g
+        if self.scale is None:
+            return rows
+        scale = g.op("Gather", self.scale, ids) if ids else self.scale
+        column = g.op("Unsqueeze", scale, g.constant([-1]))
+        rows = g.op("Mul", g.op("Cast", rows, to=TensorProto.FLOAT), column)
+        return g.op("Mul", rows, self.columns) if self.columns else rows
+
+    def logits(self, x: str) -> str:
+        """Return logits: x (b, n, d_model) -> (b, n, vocab)."""
+        g = self.g
+        shape = g.op("Concat", g.op("Shape", x, end=-1), g.constant([self.vocab]), axis=0)
+        x = g.op("Flatten", x, axis=-1)
+        if self.scale is None:
+            return g.op("Reshape", g.op("Gemm", x, self.table, transB=1), shape)
+        q, scale, zero = g.quantised(g.op("Mul", x, self.columns) if self.columns else x)
+        none = g.constant(np.zeros(1, np.int8))  # the weights are symmetric
+        zeros = g.op("Expand", none, g.constant([self.vocab]))
+        weights = [self.table, self.scale, zeros]
+        y = g.op("QGemm", q, scale, zero, *weights, domain=FUSED, transB=1)
+        return g.op("Reshape", y, shape)
+
+
+class FactorisedTable:
+    """The tied token table as a product of rows (vocab, r) and basis (r, d_model), each stored
+    once.
+
+    In int8 every token and every row of the basis has a scale. Logits are two int8 products. For
+    look-ups the runtime widens the basis once, when it loads the graph, and multiplies in float32.
+    """
+
+    def __init__(self, g: Graph, rows: Floats, basis: Floats, scheme: Scheme | None = None) -> None:
+        self.g = g
+        self.rows, self.basis = TokenTable(g, rows, scheme), TokenTable(g, basis, scheme)
+
+    def look_up(self, ids: str) -> str:
+        """Return embeddings: ids (b, s) -> (b, s, d_model)."""
+        return self.g.op("MatMul", self.rows.look_up(ids), self.basis.widened())
+
+    def logits(self, x: str) -> str:
+        """Return logits: x (b, n, d_model) -> (b, n, vocab)."""
+        return self.rows.logits(self.basis.logits(x))
+
+
+def sinusoids(g: Graph, length: str, rates: Floats) -> str:
+    """Compute Whisper's positions: length (1,) int64, rates (d / 2,) -> (length, d)."""
+    stop = g.op("Squeeze", length, g.constant([0]))
+    places = g.op("Range", g.constant(0), stop, g.constant(1))
+    column = g.op("Unsqueeze", g.op("Cast", places, to=TensorProto.FLOAT), g.constant([1]))
+    angles = g.op("Mul", column, g.constant(rates))  # (length, d / 2)
+    return g.op("Concat", g.op("Sin", angles), g.op("Cos", angles), axis=1)
+
+
+def encoder_positions(g: Graph, table: Floats, length: str) -> str:
+    """Return the first `length` rows of the table, computed if they are Whisper's sinusoids."""
+    rates = sinusoid_rates(table.shape[1])
+    angles = np.arange(len(table), dtype=np.float32)[:, None] * rates
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    error = SINUSOID_ERROR[g.halves]
+    if expected.shape == table.shape and np.abs(expected - table).max() <= error:
+        return sinusoids(g, length, rates)
+    return g.op("Slice", float_table(g, table), g.constant([0]), length)
+
+
+def sinusoid_rates(width: int) -> Floats:
+    """Return the angle per position of every sine, (width / 2,), from 1 down to 1/10000. The
+    rounding is Whisper's, because an angle multiplies the error of its rate by up to 1500."""
+    half = width // 2
+    step = np.log(10000) / max(1, half - 1)
+    return torch.exp(-step * torch.arange(half)).numpy()
