@@ -28,7 +28,7 @@ from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.speech.clips import Clip, Samples, read_manifest
 from benchmarks.wer import Score, score, word_counts
-from devices.runner.engines.contract import LAYOUTS as RUNNERS_OWN
+from devices.runner.artifact.manifest import LAYOUTS as RUNNERS_OWN
 from edgewhisper import alignment, decoding, runs, whisper
 from edgewhisper.card import card_of
 from edgewhisper.checkpoints.openai import ENGLISH

@@ -72,7 +72,7 @@ def leads_out(path: Path) -> bool:
     """Whether a file is a link to anything but a file of its own hub cache, where
     MODEL/snapshots/REVISION/.../NAME is a link to MODEL/blobs/HASH.
 
-    As devices/runner/engines/links.py, which has no more than the standard library there.
+    As devices/runner/artifact/files.py, which has no more than the standard library there.
     """
     if not path.is_symlink():
         return False

@@ -27,10 +27,10 @@ from devices.device import Finished, open_device
 from devices.fake import FakeDevice
 from devices.runner.machine import host as machine
 from devices.runner.machine import tuning
+from devices.runner.machine.helper_process import HelperProcess
 from devices.runner.machine.host import UNAVAILABLE
 from devices.runner.measure import bench as measure
 from devices.runner.measure import telemetry
-from devices.runner.measure.helper_process import Beside
 from devices.runner.measure.telemetry import Linux, Sampler, Watch
 from devices.runner.problem import RunnerProblem
 from export.problem import Problem
@@ -234,7 +234,7 @@ def test_a_wall_clock_that_jumps_changes_no_time(monkeypatch, rng):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_parent_leaves_no_sampler(end):
     code = (
-        "import time; from devices.runner.telemetry import Sampler; "
+        "import time; from devices.runner.measure.telemetry import Sampler; "
         "print(Sampler().beside.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen(
@@ -259,8 +259,8 @@ def test_a_sampler_that_was_killed_leaves_a_run_without_samples():
 @linux
 def test_an_answer_larger_than_a_pipe_arrives_whole(rng):
     said = rng.bytes(3 << 20)
-    assert Beside(lambda asked: said).finish() == said
-    assert Beside(lambda asked: time.sleep(600)).finish(patience_s=0.1) == b""
+    assert HelperProcess(lambda stop: said).finish() == said
+    assert HelperProcess(lambda stop: time.sleep(600)).finish(patience_s=0.1) == b""
 
 
 # ------------------------------------------------------------------------- governor and pinning
@@ -289,8 +289,9 @@ def test_a_governor_is_set_and_put_back(pi):
 def test_a_killed_runner_leaves_the_governor_as_it_was(pi, end):
     """Killed with all that it has started, as the agent does it over SSH."""
     code = (
-        "import sys, time; from pathlib import Path; from devices.runner.tuning import governed\n"
-        "from devices.runner.telemetry import Sampler\n"
+        "import sys, time; from pathlib import Path\n"
+        "from devices.runner.machine.tuning import governed\n"
+        "from devices.runner.measure.telemetry import Sampler\n"
         "with governed('performance', Path(sys.argv[1])) as name:\n"
         "    sampler = Sampler(); print(name, flush=True); time.sleep(600)"
     )
@@ -313,12 +314,12 @@ def test_a_killed_runner_leaves_the_governor_as_it_was(pi, end):
 @linux
 def test_a_governor_that_cannot_be_set_gets_a_letter(pi, tmp_path, monkeypatch):
     with (
-        pytest.raises(RunnerProblem, match="has no governor"),
+        pytest.raises(RunnerProblem, match="the governor of this machine cannot be set"),
         tuning.governed("performance", tmp_path / "none"),
     ):
         pass
     with (
-        pytest.raises(RunnerProblem, match="cpu0 has ondemand performance"),
+        pytest.raises(RunnerProblem, match="cpu0 supports ondemand performance"),
         tuning.governed("turbo", pi),
     ):
         pass
@@ -333,16 +334,16 @@ def test_a_governor_that_cannot_be_set_gets_a_letter(pi, tmp_path, monkeypatch):
 def test_big_cores_have_the_highest_maximum_frequency(pi, tmp_path):
     assert tuning.cores_of("big", pi) == [3]
     assert tuning.cores_of("2,0,2", pi) == [0, 2]
-    with pytest.raises(RunnerProblem, match="does not tell its cores' maximum"):
+    with pytest.raises(RunnerProblem, match="does not report the maximum frequencies"):
         tuning.cores_of("big", tmp_path / "none")
     for words in ("", "0-1", "1,", "-1", "$(reboot)"):
-        with pytest.raises(RunnerProblem, match="names no cores"):
+        with pytest.raises(RunnerProblem, match="not a list of cores"):
             tuning.cores_of(words, pi)
 
 
 @linux
 def test_a_core_that_is_not_there_gets_a_letter():
-    with pytest.raises(RunnerProblem, match="--pin 4000: cores 4000 cannot be had"):
+    with pytest.raises(RunnerProblem, match="--pin 4000: cores 4000 are not available"):
         tuning.pin("4000")
 
 
@@ -352,7 +353,7 @@ def test_a_core_that_is_not_there_gets_a_letter():
 @linux
 def test_memory_peaks_are_those_of_each_phase():
     code = (
-        "from devices.runner.machine import peak_of_phase, peak_rss_bytes\n"
+        "from devices.runner.machine.host import peak_of_phase, peak_rss_bytes\n"
         "peak_of_phase(); block = bytearray(200 << 20); block = None; high = peak_of_phase()\n"
         "print(high, peak_of_phase(), peak_rss_bytes())"
     )

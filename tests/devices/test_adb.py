@@ -87,7 +87,7 @@ def player(tmp_path, monkeypatch) -> Player:
     ["-s x", "-H", "a b", "a;b", "$(x)", "`x`", "a\nb", "", "a'b", "x" * 200, "../x", "a|b", "é"],
 )
 def test_a_serial_number_that_could_be_anything_else_is_refused_before_adb_sees_it(player, serial):
-    assert "is no serial number" in str(raised(lambda: AdbDevice(serial)))
+    assert "is not a serial number" in str(raised(lambda: AdbDevice(serial)))
     assert player.calls() == []
 
 
@@ -105,9 +105,9 @@ def test_adb_gets_the_serial_number_as_a_word_of_its_own(player, serial):
 @pytest.mark.parametrize(
     ("line", "found", "hint"),
     [
-        ("8A1X0123 unauthorized usb:1-1", "not been told to trust this computer", "unlock"),
-        ("8A1X0123 authorizing usb:1-1", "still asked whether it trusts", "in a moment"),
-        ("8A1X0123 offline usb:1-1", "adb calls it offline", "adb reconnect offline"),
+        ("8A1X0123 unauthorized usb:1-1", "does not trust this computer yet", "unlock"),
+        ("8A1X0123 authorizing usb:1-1", "asking whether to trust", "in a moment"),
+        ("8A1X0123 offline usb:1-1", "adb reports it as offline", "adb reconnect offline"),
         (
             "8A1X0123 no permissions (user in plugdev group; are your udev rules wrong?); see [x]",
             "this user may not open it",
@@ -170,7 +170,7 @@ def test_a_phone_with_a_hostile_name_is_none(player, line):
     ("said", "code", "found"),
     [
         ("adb: failed to check server version: \x1b[31mno\n", 1, "exit code 1 (adb: failed to"),
-        ("", 1, "exit code 1 (it said nothing)"),
+        ("", 1, "exit code 1 (no output)"),
         ("x" * 10_000_000, 0, "adb devices: adb"),
     ],
 )
@@ -196,16 +196,16 @@ def test_a_machine_without_getprop_is_asked_for_its_name(player):
 
 def test_a_folder_of_somebody_else_is_left_alone(player):
     player.says("line", ANSWERS + "foreign=yes\n")
-    assert "belongs to somebody else, or is a link" in str(raised(AdbDevice))
+    assert "belongs to another user, or is a link" in str(raised(AdbDevice))
     assert len(player.calls()) == 2
 
 
 @pytest.mark.parametrize(
     ("said", "code", "found"),
     [
-        ("", 0, "adb ended with exit code 0 (it said nothing)"),
-        ("error: device '8A1X0123' not found\n", 1, "the connection was cut (error: device"),
-        ("error: closed\n", 1, "the connection was cut (error: closed)"),
+        ("", 0, "adb ended with exit code 0 (no output)"),
+        ("error: device '8A1X0123' not found\n", 1, "the connection was lost (error: device"),
+        ("error: closed\n", 1, "the connection was lost (error: closed)"),
         ("noise\n" * 100_000, 0, "8A1X0123: adb "),
         ("\xff\xfe\x1b]0;x\x07", 1, "exit code 1"),
     ],
@@ -254,7 +254,7 @@ DONE = {"exit_code": 0, "ended": "itself", "stdout": "", "stderr": ""}
     [
         ("adb: error: failed to copy 'x' to 'y': remote No space left on device\n", "is full"),
         ("adb: error: failed to read copy response: EOF\n", "exit code 1"),
-        ("adb: error: device offline\n", "the connection was cut"),
+        ("adb: error: device offline\n", "the connection was lost"),
     ],
 )
 def test_a_bundle_that_cannot_be_copied_gets_a_letter_and_is_removed(player, said, found):
@@ -269,10 +269,10 @@ def test_a_bundle_that_cannot_be_copied_gets_a_letter_and_is_removed(player, sai
     [
         (b"", "sh: python: Permission denied\n", 126, "exit code 126 (sh: python: Permission"),
         (b"sh: no python\n", "", 127, "exit code 127 (sh: no python)"),
-        (b"", "error: closed\n", 1, "the connection was cut (error: closed)"),
-        (b"\x1b[2J\n" * 50_000, "", 0, "it said ' [2J '"),
+        (b"", "error: closed\n", 1, "the connection was lost (error: closed)"),
+        (b"\x1b[2J\n" * 50_000, "", 0, "it printed ' [2J '"),
         (b"x" * 200_000, "", 0, "its answer is longer than"),
-        ((MARK + "[1]\n").encode(), "", 0, "its answer is no JSON object"),
+        ((MARK + "[1]\n").encode(), "", 0, "its answer is not a JSON object"),
         ((MARK + json.dumps({"error": "\x1b]0;x\x07 no"}) + "\n").encode(), "", 0, " ]0;x  no"),
     ],
 )
@@ -288,7 +288,7 @@ def test_a_phone_cannot_choose_where_its_files_go(player, tmp_path, name):
     player.says("agent", HELLO + (MARK + json.dumps(files) + "\n").encode() + b"?", waits=True)
     with AdbDevice() as device:
         found = raised(lambda: device.pull("out", tmp_path / "deep/out"))
-    assert "lies outside the work folder" in str(found)
+    assert "is outside the work folder" in str(found)
 
 
 @pytest.mark.parametrize("options", [[], ["--host", "pi", "--serial", "x"]])
@@ -463,7 +463,7 @@ def test_words_exit_codes_and_bytes_come_through_untouched(phone, tmp_path, rng)
         assert device.run(fail) == Finished(5, "", "no")
         device.push(tmp_path / "in", "$(touch x)/a b")
         device.pull("$(touch x)/a b", tmp_path / "out")
-        assert "lies outside" in str(raised(lambda: device.push(tmp_path / "in", "../x")))
+        assert "is outside" in str(raised(lambda: device.push(tmp_path / "in", "../x")))
     assert (tmp_path / "out").read_bytes() == data
 
 
@@ -473,7 +473,7 @@ def test_a_phone_that_is_unplugged_in_the_middle_of_a_push_is_told_so(
 ):
     (tmp_path / "large").write_bytes(rng.bytes(30_000_000))
     with AdbDevice(phone.serial) as device:
-        send, sent = device.far.send, [0]
+        send, sent = device.link.send, [0]
 
         def cut(data: bytes) -> None:
             send(data)
@@ -481,9 +481,9 @@ def test_a_phone_that_is_unplugged_in_the_middle_of_a_push_is_told_so(
             if before < 10_000_000 <= sent[0]:
                 phone.unplug()
 
-        monkeypatch.setattr(device.far, "send", cut)
+        monkeypatch.setattr(device.link, "send", cut)
         found = raised(lambda: device.push(tmp_path / "large", "large"))
-    assert str(found).startswith(f"{phone.serial}: the connection was cut (")
+    assert str(found).startswith(f"{phone.serial}: the connection was lost (")
     phone.plug_in()
     wait_until(lambda: phone.says(f"ls {adb.ROOT}/work") == "")
     with AdbDevice(phone.serial) as device:
@@ -503,7 +503,7 @@ def test_a_phone_that_is_unplugged_in_the_middle_of_a_run_ends_it(phone):
         wait_until(lambda: "began" in phone.says("ls /data/local/tmp"))
         phone.unplug()
         run.join(60)
-    assert "the connection was cut (" in str(found[0]) and "plug it in again" in found[0].hint
+    assert "the connection was lost (" in str(found[0]) and "plug it in again" in found[0].hint
     phone.plug_in()
     wait_until(lambda: phone.says(f"ls {adb.ROOT}/work") == "")
     with AdbDevice(phone.serial) as device:
@@ -544,7 +544,7 @@ def test_another_users_folder_there_is_left_alone(phone, kind):
     made = "ln -s /data X" if kind == "link" else "mkdir X; chown 1234 X"
     phone.says(made.replace("X", adb.ROOT))
     found = raised(lambda: AdbDevice(phone.serial))
-    assert "belongs to somebody else, or is a link" in str(found)
+    assert "belongs to another user, or is a link" in str(found)
     assert "runtime" not in phone.says(f"ls {adb.ROOT}/")
     phone.says(f"rm -r {adb.ROOT}")
 

@@ -296,10 +296,10 @@ def test_off_a_mac_the_runner_says_where_core_ml_is(fp32, exported):
         Recognizer(fp32)
     with pytest.raises(RunnerProblem, match="this machine runs Linux"):
         stock.recognizer(fp32, None, compute_units="cpu-ane")
-    with pytest.raises(RunnerProblem, match="compute units 'gpu' are not known") as letter:
+    with pytest.raises(RunnerProblem, match="unknown compute units 'gpu'") as letter:
         stock.recognizer(fp32, None, compute_units="gpu")
     assert letter.value.hint == "name one of all, cpu, cpu-ane, cpu-gpu"
-    with pytest.raises(RunnerProblem, match="it is no Core ML artifact"):
+    with pytest.raises(RunnerProblem, match="need a Core ML artifact"):
         Recognizer(exported, compute_units="cpu")
 
 

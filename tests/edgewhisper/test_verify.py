@@ -195,7 +195,7 @@ def test_time_says_where_it_goes_and_what_the_floor_is(exported, monkeypatch, ca
 def test_the_floor_counts_every_product_and_byte_once(exported):
     """Against a count by hand at the embedded model's sizes, 300 positions and 32 tokens."""
     told = json.loads((exported / "manifest.json").read_text())
-    from devices.runner.engines.graph_file import read_graph
+    from devices.runner.artifact.graph_file import read_graph
 
     encoder, decoder = (read_graph(exported / f"{name}.onnx") for name in ("encoder", "decoder"))
     d, units = 128, 512
@@ -246,7 +246,7 @@ def test_an_artifact_that_hides_what_it_is_gets_a_letter(name, value, message, e
 
 def test_four_bits_are_as_many_weights_as_eight(digits, processor, tmp_path, rng):
     """Two stand in a byte; blocks are of 32 inputs, which divide these widths."""
-    from devices.runner.engines.graph_file import read_graph
+    from devices.runner.artifact.graph_file import read_graph
     from export.onnx.to_onnx import export_onnx
 
     model, found = random_whisper(digits, ffn=64), {}

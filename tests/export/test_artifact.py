@@ -215,7 +215,7 @@ def test_an_artifact_in_the_hub_s_cache_is_read(
 @pytest.mark.parametrize("target", ["outside", "../../blobs/../secret", "/etc/hostname", "gone"])
 @pytest.mark.parametrize("name", ["manifest.json", "tokens.json", "encoder.onnx"])
 def test_a_link_out_of_the_hub_s_cache_is_refused_by_name(exported, tmp_path, target, name):
-    from devices.runner.engines.links import leads_out as on_devices
+    from devices.runner.artifact.files import leads_out as on_devices
     from devices.runner.problem import RunnerProblem
     from devices.runner.recognizer import Recognizer
     from export.files import leads_out

@@ -24,7 +24,7 @@ RUN = """
 import sys
 from pathlib import Path
 import numpy as np
-from devices.runner.sessions import bind, empty_cache, encode, open_session, session_options
+from devices.runner.engines.sessions import bind, empty_cache, encode, open_session, session_options
 
 folder, exact = Path(sys.argv[1]), sys.argv[2] == "exact"
 encoder = open_session(folder / "encoder.onnx", session_options(1, exact=exact))

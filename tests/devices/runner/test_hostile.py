@@ -22,8 +22,9 @@ from small_whisper import random_whisper
 
 from benchmarks.speech.clips import read_manifest as read_clips
 from devices.device import RUNNER
+from devices.runner.artifact import graph_file
+from devices.runner.artifact import manifest as contract
 from devices.runner.decode.text import read_tokens
-from devices.runner.engines import contract, graph_file
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper.verify import verify
@@ -372,7 +373,7 @@ TEXTS = [
     pytest.param(b'{"a":' * 200_000, "nested too deeply", id="deep-objects"),
     pytest.param(b'{"format": NaN}', "NaN is no JSON number", id="nan"),
     pytest.param(b'{"format": ' + b"9" * 5000 + b"}", "digits", id="long-number"),
-    pytest.param(b" " * (8 * 2**20 + 1), "8388609 bytes, at most 8388608", id="large"),
+    pytest.param(b" " * (8 * 2**20 + 1), "8388609 bytes; the limit is 8388608", id="large"),
     pytest.param(b"", "cannot be read", id="empty"),
     pytest.param(b"\0" * 1000, "cannot be read", id="zeros"),
     pytest.param(b'{"format": 2, "target": "tflite"}', "for 'tflite'", id="other-target"),
@@ -400,8 +401,8 @@ ABSURD = [
     ("audio.window_samples", -1, "a whole number from 1 to 960000"),
     ("audio.window_samples", 10**12, "a whole number from 1 to 960000"),
     ("audio.window_samples", "96000", "a whole number"),
-    ("audio.windows_samples", [96000, 32000], "do not ascend"),
-    ("audio.windows_samples", [32001, 96000], "no multiple of 320"),
+    ("audio.windows_samples", [96000, 32000], "must ascend"),
+    ("audio.windows_samples", [32001, 96000], "not a multiple of 320"),
     ("audio.windows_samples", [-320, 96000], "a whole number"),
     ("audio.windows_samples", [320] * 10**5, "a list of at most 64"),
     ("audio.hop_samples", 0, "a whole number"),
@@ -546,7 +547,7 @@ def test_weights_in_a_link_within_the_folder_are_refused(artifact, tmp_path):
     graph_file.read_graph(artifact / "encoder.onnx", ["weights.bin"])  # a file there is fine
     (artifact / "weights.bin").unlink()
     (artifact / "weights.bin").symlink_to(tmp_path / "secret")
-    with pytest.raises(RunnerProblem, match=r"'weights\.bin', which is no file of the artifact"):
+    with pytest.raises(RunnerProblem, match=r"'weights\.bin', which is not a file of the artifact"):
         Recognizer(artifact, threads=1)
 
 

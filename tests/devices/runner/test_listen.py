@@ -28,17 +28,12 @@ from devices.runner.decode.fallback import (
     draw,
     sample,
 )
+from devices.runner.decode.greedy import Filter, greedy, say
 from devices.runner.decode.listen import Listener, Options, code
-from devices.runner.decode.rules import (
-    Filter,
-    Rules,
-    greedy,
-    loop_period,
-    probability,
-    say,
-    without_loop,
-)
-from devices.runner.decode.timestamps import STEP_SAMPLES, log_sum_exp, parts
+from devices.runner.decode.loops import loop_period, without_loop
+from devices.runner.decode.rules import Rules
+from devices.runner.decode.softmax import log_sum_exp, probability
+from devices.runner.decode.timestamps import STEP_SAMPLES, parts
 from devices.runner.engines.sessions import MOST_IDS
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer, Transcript
@@ -346,12 +341,12 @@ def test_a_language_is_known_in_every_usual_spelling(given):
 
 def test_what_the_model_cannot_be_told_gets_a_letter(recognizer, pcms):
     english = rules(languages={}, tasks={})
-    with pytest.raises(RunnerProblem, match=r"no token for the language 'hii', it knows 3") as e:
+    with pytest.raises(RunnerProblem, match=r"language 'hii': not among the 3 languages") as e:
         code("hii", rules())
     assert "'hi'" in e.value.hint
-    with pytest.raises(RunnerProblem, match=r"the language 'de' is asked for.* English only"):
+    with pytest.raises(RunnerProblem, match=r"language 'de': .* English only"):
         code("de", english)
-    with pytest.raises(RunnerProblem, match=r"the task 'translate' is asked for.* English only"):
+    with pytest.raises(RunnerProblem, match=r"task 'translate': .* English only"):
         Listener(SimpleNamespace(rules=english), Options(task="translate"), Transcript())
     for options, message in [
         ({"beams": 0}, "beams = 0: there can be 1 to 32"),
@@ -361,10 +356,10 @@ def test_what_the_model_cannot_be_told_gets_a_letter(recognizer, pcms):
         with pytest.raises(RunnerProblem, match=message):
             recognizer.stream(pcms[0], **options)
     stub = SimpleNamespace(rules=rules(previous=None))
-    with pytest.raises(RunnerProblem, match="the artifact has no token for that"):
+    with pytest.raises(RunnerProblem, match="the artifact has no token for prompting"):
         Listener(stub, Options(previous=True), Transcript())
     stub = SimpleNamespace(rules=rules(timestamp_begin=None))
-    with pytest.raises(RunnerProblem, match="no tokens for them"):
+    with pytest.raises(RunnerProblem, match="no timestamp tokens"):
         Listener(stub, Options(timestamps=True), Transcript())
 
 
