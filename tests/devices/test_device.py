@@ -1,4 +1,4 @@
-"""Reaching a machine: profiles, the local device, the fake one, and the runner's protocol."""
+"""Profiles, pairing of devices and addresses, the local and fake device, the runner's protocol."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ def test_every_profile_is_complete():
         assert asked or (profile.cores > 0 and profile.memory_bytes)
 
 
-def test_a_family_name_stands_for_a_profile():
+def test_a_family_name_means_a_profile():
     assert load_profile("rpi") == load_profile("rpi4")
     assert load_profile("mobile").kind == "adb"
     assert set(FAMILIES.values()) <= set(profile_names())
 
 
-def test_dot_products_are_told_apart():
+def test_profiles_list_dot_product_instructions():
     assert "asimddp" in load_profile("rpi5").isa
     assert "asimddp" not in load_profile("rpi4").isa
 
 
 @pytest.mark.parametrize("name", ["toaster", "../rpi4", ""])
 def test_an_unknown_device_gets_the_list_of_known_ones(name):
-    with pytest.raises(DeviceProblem, match="unknown device") as letter:
+    with pytest.raises(DeviceProblem, match="unknown device") as error:
         open_device(name)
-    assert "rpi, mobile, browser, local, m1" in letter.value.hint
+    assert "rpi, mobile, browser, local, m1" in error.value.hint
 
 
 def test_every_profile_can_be_reached():
@@ -76,10 +76,10 @@ def test_every_profile_can_be_reached():
 
 @pytest.mark.parametrize("name", ["rpi", "rpi4", "rpi5", "rpi-zero2w", "m1"])
 def test_a_device_that_is_reached_by_ssh_needs_a_host(name):
-    with pytest.raises(DeviceProblem, match="reached by ssh, and no host is given") as letter:
+    with pytest.raises(DeviceProblem, match="reached by ssh, and no host is given") as error:
         open_device(name)
-    assert load_profile(name).model in str(letter.value)
-    assert "--host pi@" in letter.value.hint
+    assert load_profile(name).model in str(error.value)
+    assert "--host pi@" in error.value.hint
 
 
 def test_this_machine_takes_no_host():
@@ -87,7 +87,7 @@ def test_this_machine_takes_no_host():
         places(["local"], ["pi"])
 
 
-def test_hosts_go_to_the_devices_that_ssh_reaches_in_their_order():
+def test_hosts_are_paired_with_ssh_devices_in_order():
     found = places(["rpi4", "local", "rpi5"], ["a", "b"])
     assert found == [("rpi4", "a"), ("local", None), ("rpi5", "b")]
     assert [str(place) for place in found] == ["rpi4 a", "local", "rpi5 b"]
@@ -101,7 +101,7 @@ def test_hosts_go_to_the_devices_that_ssh_reaches_in_their_order():
         places(["rpi", "rpi4"], ["a", "a"])
 
 
-def test_serial_numbers_go_to_the_phones_and_one_phone_needs_none():
+def test_serial_numbers_are_paired_with_phones_and_one_phone_needs_none():
     found = places(["mobile", "rpi4", "pixel"], ["a"], ["s", "t"])
     assert found == [("mobile", "s"), ("rpi4", "a"), ("pixel", "t")]
     assert places(["mobile"]) == [("mobile", None)]
@@ -130,13 +130,13 @@ def test_a_command_runs_in_the_private_folder_which_is_removed(local):
     assert not place.exists()
 
 
-def test_words_reach_the_command_untouched(local):
+def test_arguments_reach_the_command_unchanged(local):
     words = ["a b", "$HOME", "; rm x", "'", '"', "*", ""]
     done = local.run([*python("import sys, json; print(json.dumps(sys.argv[1:]))"), *words])
     assert json.loads(done.stdout) == words
 
 
-def test_exit_code_and_stderr_come_back(local):
+def test_exit_code_and_stderr_are_returned(local):
     done = local.run(python("import sys; sys.stderr.write('no'); sys.exit(5)"))
     assert done == Finished(5, "", "no")
 
@@ -152,7 +152,7 @@ def test_the_environment_is_quiet_and_clean(local, monkeypatch):
     assert not {"OMP_NUM_THREADS", "PYTHONPATH"} & found.keys()
 
 
-def test_files_and_folders_go_there_and_back(local, tmp_path, rng):
+def test_files_and_folders_are_pushed_and_pulled(local, tmp_path, rng):
     content = rng.bytes(1000)
     (tmp_path / "in/deep").mkdir(parents=True)
     (tmp_path / "in/deep/x.bin").write_bytes(content)
@@ -171,7 +171,7 @@ def test_nothing_is_written_outside_the_work_folder(local, tmp_path, remote):
         local.push(tmp_path / "x", remote)
 
 
-def test_failures_get_letters(local, tmp_path):
+def test_failures_get_error_messages(local, tmp_path):
     with pytest.raises(DeviceProblem, match="nowhere cannot be started: No such file"):
         local.run(["nowhere"])
     with pytest.raises(DeviceProblem, match="gone cannot be copied: No such file"):
@@ -188,14 +188,14 @@ def test_this_machine_describes_itself(local):
     assert not [name for name in found if found[name] in ("", None)]
 
 
-def test_a_machine_of_software_is_told_apart(tmp_path):
+def test_emulated_machines_are_detected(tmp_path):
     kernel, board = tmp_path / "proc/sys/kernel/arch", tmp_path / "proc/device-tree/compatible"
     for path in (kernel, board):
         path.parent.mkdir(parents=True)
-    assert not emulated(tmp_path, "aarch64")  # nothing is known, as of a kernel before 6.1
+    assert not emulated(tmp_path, "aarch64")  # kernels before 6.1 lack these files
     for arch, machine, wanted in (
         ("x86_64", "x86_64", False),
-        ("aarch64", "armv7l", False),  # a program of 32 bits
+        ("aarch64", "armv7l", False),  # a 32-bit program
         ("x86_64", "i686", False),
         ("x86_64", "aarch64", True),  # qemu-aarch64
     ):
@@ -211,7 +211,7 @@ def test_a_machine_of_software_is_told_apart(tmp_path):
 # -------------------------------------------------------------------------------- the fake device
 
 
-def test_the_fake_records_and_replays(tmp_path):
+def test_the_fake_device_records_and_replays(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     with FakeDevice(replies=[Finished(0, "one", "")]) as fake:
         fake.push(tmp_path / "a", "there")
@@ -232,9 +232,9 @@ def test_the_last_line_is_the_answer():
     assert fake.calls == [("run", "python3", "-m", "runner", "bench", "a b")]
 
 
-def test_the_runners_letter_arrives_with_its_hint():
-    letter = json.dumps({"error": "a.wav: empty", "hint": "record again"})
-    fake = FakeDevice(replies=[Finished(1, letter, "error: ...")])
+def test_the_runners_error_is_raised_with_its_hint():
+    error = json.dumps({"error": "a.wav: empty", "hint": "record again"})
+    fake = FakeDevice(replies=[Finished(1, error, "error: ...")])
     with pytest.raises(DeviceProblem, match=r"fake: a\.wav: empty$") as found:
         run_runner(fake, ["bench"])
     assert found.value.hint == "record again"
@@ -253,13 +253,13 @@ def test_the_runners_letter_arrives_with_its_hint():
     ],
     ids=["killed", "no-numpy", "nothing", "chatter", "list", "deep", "escapes"],
 )
-def test_a_run_without_an_answer_says_how_it_ended(reply, message):
-    with pytest.raises(DeviceProblem, match=message) as letter:
+def test_a_run_without_a_result_reports_its_exit_code(reply, message):
+    with pytest.raises(DeviceProblem, match=message) as error:
         run_runner(FakeDevice(replies=[reply]), ["bench"])
-    assert "memory ran out" in letter.value.hint
+    assert "memory ran out" in error.value.hint
 
 
-def test_devices_know_nothing_of_the_other_folders():
+def test_devices_import_none_of_the_other_packages():
     root = Path(__file__).parents[2] / "devices"
     for path in root.rglob("*.py"):
         for folder in ("edgewhisper", "benchmarks", "export"):
