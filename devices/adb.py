@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from devices.bundle import CPUS, Cpu, bundle
-from devices.device import Device, DeviceProblem, clean, last_line
+from devices.device import DeviceProblem, clean, last_line
 from devices.link import READS_AGENT, Link
 from devices.remote import ANSWER_S, SLOWEST_BYTES_PER_S, RemoteDevice
 
@@ -104,6 +104,9 @@ class AdbDevice(RemoteDevice):
                 "its kernel or security policy may forbid it; `edgewhisper devices clean` removes "
                 "the copied files",
             )
+
+
+open_device = AdbDevice
 
 
 class AgentOnPhone(Link):
@@ -221,10 +224,8 @@ def copy_bundle(serial: str, folder: Path, home: str, say: Callable[[str], None]
 
 
 def remove_all(serial: str) -> tuple[str, int]:
-    """Remove all files ever copied to a phone; return the folder and the bytes freed.
-
-    Runs in progress on the phone fail.
-    """
+    """Remove all files ever copied to a phone; return the folder and the bytes freed. Runs in
+    progress on the phone fail."""
     chosen = choose(serial)
     code, output = adb("-s", chosen, "shell", "-T", CLEAN)
     if code:
@@ -274,11 +275,6 @@ def refuse(what: str, code: int, output: str) -> NoReturn:
     raise DeviceProblem(
         f"{what}: adb {how} ({last})", "check `adb devices -l`; `adb kill-server` may help"
     )
-
-
-def open_device(address: str | None, name: str, say: Callable[[str], None]) -> Device:
-    """Return a connected phone."""
-    return AdbDevice(address, name, say)
 
 
 def size_of(folder: Path) -> int:

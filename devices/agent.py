@@ -81,9 +81,7 @@ class Place:
             locked = lock_file(os.path.join(self.works, name + ".lock"))
             if locked is not None:
                 return name, locked
-        raise Trouble(
-            f"no file can be locked in {self.works}", "put the home folder on a local disk"
-        )
+        raise Trouble(f"no file can be locked in {self.works}", "put the home on a local disk")
 
     def drop(self, name: str, locked: int) -> None:
         """Remove a work folder, then its lock."""
@@ -217,10 +215,8 @@ def same_names(place: Place, names: list[str]) -> list[str]:
 
 
 def receive(place: Place, digest: str, left: int, trouble: Trouble | None) -> Trouble | None:
-    """Receive one file into the store; after an error, only read and discard its bytes.
-
-    Returns the error, if any. A file gets its name once it is completely on disk.
-    """
+    """Receive one file into the store; after an error, only read and discard its bytes. Returns the
+    error, if any. A file gets its name once it is completely on disk."""
     partial, checksum = os.path.join(place.work, ".partial"), hashlib.sha256()
     try:
         with open(partial, "wb") as file:
@@ -321,10 +317,8 @@ def keep_awake(pid: int) -> None:
 
 
 def watch(child: subprocess.Popen, timeout_s: float | None, most: int) -> tuple[bytes, bytes, str]:
-    """Collect a command's output; return stdout, stderr and how it ended.
-
-    It ended by "itself", by a "timeout", or because it printed "too much".
-    """
+    """Collect a command's output; return stdout, stderr and how it ended. It ended by "itself", by
+    a "timeout", or because it printed "too much"."""
     assert child.stdout is not None and child.stderr is not None
     out, err = child.stdout.fileno(), child.stderr.fileno()
     output, pipes = {out: bytearray(), err: bytearray()}, [out, err]
@@ -373,9 +367,7 @@ def clean(place: Place, request: dict[str, Any]) -> dict[str, Any]:
     """Remove all copied files, unless another connection is open."""
     others = sum(name.endswith(".lock") for name in os.listdir(place.works)) - 1
     if others:
-        raise Trouble(
-            f"{place.root} is in use by {others} other connections", "wait until they have ended"
-        )
+        raise Trouble(f"{place.root} is in use by {others} others", "wait until they have ended")
     kept = (place.store, place.runtimes)
     walks = [walk for folder in kept for walk in os.walk(folder)]
     freed = sum(os.path.getsize(os.path.join(at, name)) for at, _, names in walks for name in names)

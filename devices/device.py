@@ -156,10 +156,8 @@ def load_profile(name: str) -> Profile:
 def open_device(
     name: str = "local", address: str | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Device:
-    """Return a connected device; use it in a `with` block.
-
-    `address` is that of a Place. `say` is called with a progress line before slow steps.
-    """
+    """Return a connected device; use it in a `with` block. `address` is that of a Place. `say` is
+    called with a progress line before slow steps."""
     module = importlib.import_module(f"devices.{choose(name, address).kind}")
     device: Device = module.open_device(address, name, say)
     return device
@@ -212,10 +210,8 @@ def places(
 
 
 def in_browser(names: Sequence[str]) -> list[str]:
-    """Return the devices with each phone replaced by its browser.
-
-    Raises DeviceProblem if there is no phone.
-    """
+    """Return the devices with each phone replaced by its browser. Raises DeviceProblem if there is
+    no phone."""
     found = ["browser" if load_profile(name).kind == "adb" else name for name in names]
     if "browser" not in found:
         raise DeviceProblem(

@@ -151,10 +151,8 @@ class RemoteDevice(Device):
         return answer
 
     def inside(self, remote: str) -> str:
-        """Return a name; raise DeviceProblem if it is outside the work folder.
-
-        Names sent to the device and names received from it are checked.
-        """
+        """Return a name; raise DeviceProblem if it is outside the work folder. Names sent to the
+        device and names received from it are checked."""
         path = PurePosixPath(remote)
         if path.is_absolute() or ".." in path.parts or "\0" in remote:
             raise self.problem(f"{clean(remote)} is outside the work folder")

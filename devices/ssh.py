@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from devices.connection import Connection
-from devices.device import Device, DeviceProblem, Env, Packages, clean, last_line
+from devices.device import DeviceProblem, Env, Packages, clean, last_line
 from devices.remote import RemoteDevice, field
 from devices.wheels import LEAST_PYTHON, NAMES, Target, download, in_range, listed
 
@@ -165,6 +165,4 @@ def checked(host: str) -> str:
     return host
 
 
-def open_device(address: str | None, name: str, say: Callable[[str], None]) -> Device:
-    """Return a connected device."""
-    return SshDevice(str(address), name, say)
+open_device = SshDevice

@@ -25,9 +25,7 @@ ROUND_S = 4 * 3600.0
 
 class BrowserDevice(LocalDevice):
     """A browser. Pushed files stay in a private folder on this machine, and the page loads them.
-
-    Each round runs in a new worker of the page, as it runs in a new process on other devices.
-    """
+    Each round runs in a new worker of the page, as it runs in a new process on other devices."""
 
     name = "browser"
     lacks = ("compute_units", "minutes", "pin", "governor")
@@ -89,10 +87,8 @@ class BrowserDevice(LocalDevice):
 
 
 def qr_code(address: str) -> str:
-    """Return an address as a QR code of characters.
-
-    Colours are set explicitly, because some phones cannot read an inverted code.
-    """
+    """Return an address as a QR code of characters. Colours are set explicitly, because some phones
+    cannot read an inverted code."""
     import segno
 
     drawn = io.StringIO()

@@ -43,10 +43,8 @@ class Job:
 
 
 def make(root: Path, artifact: str, clips: Path, threads: int) -> Job:
-    """Return the job for an artifact and a list of clips under `root`.
-
-    Raises RunnerProblem for an artifact or a clip that the runner does not accept.
-    """
+    """Return the job for an artifact and a list of clips under `root`. Raises RunnerProblem for an
+    artifact or a clip that the runner does not accept."""
     folder = root / artifact
     manifest = read_manifest(folder)
     check_files(folder, manifest)
@@ -130,11 +128,8 @@ class Wrong(ValueError):
 
 
 def answered(job: Job, answer: dict[str, Any]) -> dict[str, Any]:
-    """Return the page's answer in the form of the runner's.
-
-    Raises DeviceProblem if the page failed, used another number of threads, or sent an answer that
-    does not fit the job.
-    """
+    """Return the page's answer in the form of the runner's. Raises DeviceProblem if the page
+    failed, used another number of threads, or sent an answer that does not fit the job."""
     if "error" in answer:
         raise refused(answer["error"])
     try:

@@ -174,10 +174,8 @@ class Site(ThreadingHTTPServer):
             return 200, {}
 
     def hello(self, message: dict[str, Any]) -> tuple[int, Any]:
-        """Accept a new page, unless another one is running a job.
-
-        After the first round it must be the same browser.
-        """
+        """Accept a new page, unless another one is running a job. After the first round it must be
+        the same browser."""
         if self.job is not None and time.monotonic() < self.last_seen_s + 2 * HOLD_S:
             return 409, {"problem": "another page is running"}
         if self.answered and any(message.get(name) != self.about.get(name) for name in SAME):
@@ -300,10 +298,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def where(listen: str | None) -> tuple[str, int]:
-    """Return address and port of ADDRESS[:PORT].
-
-    The default is this machine's address in the local network, and any free port.
-    """
+    """Return address and port of ADDRESS[:PORT]. The default is this machine's address in the local
+    network, and any free port."""
     address, _, port = (listen or local_address()).partition(":")
     try:
         if ipaddress.IPv4Address(address).is_unspecified:
@@ -320,10 +316,8 @@ def where(listen: str | None) -> tuple[str, int]:
 
 
 def local_address() -> str:
-    """Return the address from which this machine reaches others.
-
-    Nothing is sent: UDP has no handshake, and 192.0.2.1 is reserved for documentation.
-    """
+    """Return the address from which this machine reaches others. Nothing is sent: UDP has no
+    handshake, and 192.0.2.1 is reserved for documentation."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

@@ -127,10 +127,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def bench_with_telemetry(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the benchmark while a helper process samples telemetry.
-
-    Helper processes are forked before large modules are imported, so they stay small.
-    """
+    """Run the benchmark while a helper process samples telemetry. Helper processes are forked
+    before large modules are imported, so they stay small."""
     from .machine.tuning import governed, pin
     from .measure.telemetry import Sampler
 

@@ -62,10 +62,8 @@ class Decoder(Protocol):
     """The list that the next call appends its seconds to."""
 
     def __call__(self, ids: Sequence[int]) -> Logits:
-        """Feed tokens after those already fed; return the logits (vocab,) after the last.
-
-        The array may belong to the engine; the next call overwrites it.
-        """
+        """Feed tokens after those already fed; return the logits (vocab,) after the last. The array
+        may belong to the engine; the next call overwrites it."""
 
     def branches(self, count: int) -> "Sequence[Decoder]":
         """Return `count` decoders over the same window, each with its own caches."""

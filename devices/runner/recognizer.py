@@ -92,20 +92,16 @@ class Recognizer:
     def stream(
         self, audio: Pcm | str | Path, into: Transcript | None = None, **options: Any
     ) -> Iterator[Segment]:
-        """Yield the segments of a recording, each as soon as its window is decoded.
-
-        The transcript `into` is extended with them. Other keywords are those of transcribe().
-        """
+        """Yield the segments of a recording, each as soon as its window is decoded. The transcript
+        `into` is extended with them. Other keywords are those of transcribe()."""
         listener = Listener(self, Options(**options), Transcript() if into is None else into)
         return listener.segments(samples(audio))
 
     def window(
         self, pcm: Pcm, times: Transcript | None = None, language: str | None = None
     ) -> list[int]:
-        """Return the greedy tokens of one window, without prompt and end token.
-
-        A language that the model does not know counts as None (see Options).
-        """
+        """Return the greedy tokens of one window, without prompt and end token. A language that the
+        model does not know counts as None (see Options)."""
         pcm = checked_samples(pcm)
         if self.guards and is_silent(pcm):
             return []
@@ -127,19 +123,15 @@ class Recognizer:
         return code if code in self.rules.languages else None
 
     def logits(self, pcm: Pcm, tokens: Sequence[int]) -> Logits:
-        """Return the raw logits (tokens+1, vocab) before each of the tokens and after the last.
-
-        The tokens are forced, whatever the model itself would choose.
-        """
+        """Return the raw logits (tokens+1, vocab) before each of the tokens and after the last. The
+        tokens are forced, whatever the model itself would choose."""
         return self.parts(pcm, tokens)["logits"]
 
     def parts(
         self, pcm: Pcm, tokens: Sequence[int], language: str | None = None
     ) -> dict[str, np.ndarray]:
-        """Return the same logits, and the intermediate arrays that the engine exposes.
-
-        The prompt is for `language` if the model knows it, otherwise the manifest's.
-        """
+        """Return the same logits, and the intermediate arrays that the engine exposes. The prompt
+        is for `language` if the model knows it, otherwise the manifest's."""
         decoder = self.decoder_over(checked_samples(pcm), Transcript())
         prompt = self.rules.told(self.known(language), None, False).prompt
         fed = [prompt, *((token,) for token in tokens)]

@@ -215,7 +215,7 @@ def test_it_samples_this_machine_at_its_interval():
     assert all(isinstance(sample["load_average"], float) for sample in found["samples"])
     assert found["cpu_s"] > 0
     assert watched.checked({"telemetry": found})[1] == []
-    assert gone(sampler.beside.pid)
+    assert gone(sampler.helper.pid)
 
 
 @linux
@@ -250,7 +250,7 @@ def test_a_killed_parent_leaves_no_sampler(end):
 @linux
 def test_a_sampler_that_was_killed_leaves_a_run_without_samples():
     sampler = Sampler()
-    os.kill(sampler.beside.pid, signal.SIGKILL)
+    os.kill(sampler.helper.pid, signal.SIGKILL)
     found = sampler.finish()
     assert (found["samples"], found["cpu_s"]) == ([], UNAVAILABLE)
     assert watched.checked({"telemetry": found})[1] == []

@@ -250,10 +250,8 @@ class Reader:
         return node
 
     def attribute(self, node: Node, span: Span, depth: int) -> None:
-        """Parse an attribute; its subgraphs and tensors count as the graph's own.
-
-        A tensor gets the name of the node's output, which is right for Constant nodes.
-        """
+        """Parse an attribute; its subgraphs and tensors count as the graph's own. A tensor gets the
+        name of the node's output, which is right for Constant nodes."""
         for number, value in self.fields(span):
             if number in (3, 8):
                 large = next((n for n in self.numbers(value) if abs(n) > MOST_BYTES), None)

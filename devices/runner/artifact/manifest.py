@@ -252,10 +252,8 @@ def check_layers(layers: Told) -> None:
 
 
 def check_files(folder: Path, manifest: dict[str, Any], hashed: bool = True) -> None:
-    """Raise RunnerProblem if a file that inference needs was changed.
-
-    Sizes are compared with the manifest's, and SHA-256 hashes if `hashed`.
-    """
+    """Raise RunnerProblem if a file that inference needs was changed. Sizes are compared with the
+    manifest's, and SHA-256 hashes if `hashed`."""
     listed = manifest["files"]
     if manifest["target"] == "coreml":
         whisperkit.check_package_files(folder, listed, hashed)

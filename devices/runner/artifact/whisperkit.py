@@ -49,11 +49,8 @@ NEEDED = (*(f"{name}.mlpackage/Manifest.json" for name in PACKAGES), "tokens.jso
 
 
 def check_packages(root: Told, specs: dict[str, dict[str, list[Told]]]) -> tuple[int, int]:
-    """Return the vocabulary size, and how many tokens the decoder's caches hold.
-
-    Raises RunnerProblem for a tensor that WhisperKit does not support or that does not fit the
-    others.
-    """
+    """Return the vocabulary size, and how many tokens the decoder's caches hold. Raises
+    RunnerProblem for a tensor that WhisperKit does not support or that does not fit the others."""
     sizes: dict[str, int] = {}
     for name, sides in specs.items():
         layout = WITH_STATE if "states" in sides else PACKAGES[name]

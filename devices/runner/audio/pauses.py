@@ -19,10 +19,8 @@ PAUSE_RISE = 4.0
 
 
 def split(pcm: Pcm, window_samples: int) -> list[slice]:
-    """Split audio into pieces of at most `window_samples`, in pauses if there are any.
-
-    The pieces are contiguous and cover every sample once, so no word is lost or doubled.
-    """
+    """Split audio into pieces of at most `window_samples`, in pauses if there are any. The pieces
+    are contiguous and cover every sample once, so no word is lost or doubled."""
     pieces, start = [], 0
     while len(pcm) - start > window_samples:
         stop = start + find_cut(pcm[start : start + window_samples])

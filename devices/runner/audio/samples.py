@@ -73,10 +73,8 @@ def is_silent(pcm: Pcm) -> bool:
 
 
 def is_hum(pcm: Pcm) -> bool:
-    """Return whether a window holds only silence, an offset or mains hum.
-
-    These change by less than SILENT_PEAK from sample to sample.
-    """
+    """Return whether a window holds only silence, an offset or mains hum. These change by less than
+    SILENT_PEAK from sample to sample."""
     return len(pcm) < 2 or is_silent(np.diff(pcm))
 
 

@@ -106,11 +106,8 @@ class Branches:
         return np.stack([d((token,)) for d, token in zip(self.branches, tokens, strict=True)])
 
     def fork(self, parents: Sequence[int]) -> None:
-        """Reorder the branches so that branch i continues parents[i].
-
-        The first child of a branch takes it over. Its other children copy its state into branches
-        that have no children.
-        """
+        """Reorder the branches so that branch i continues parents[i]. The first child of a branch
+        takes it over. Its other children copy its state into branches that have no children."""
         free = [i for i in range(len(parents)) if i not in parents]
         order: list[int] = []
         for parent in parents:

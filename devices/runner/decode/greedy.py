@@ -22,10 +22,8 @@ MOST_NO_SPEECH = 0.6
 
 
 def detect(step: Step, rules: Rules) -> tuple[str, float]:
-    """Return the code of the most probable language, and the probability of no speech.
-
-    The decoder has to start over after this.
-    """
+    """Return the code of the most probable language, and the probability of no speech. The decoder
+    has to start over after this."""
     logits = step(rules.prompt[:1])
     code = max(rules.languages, key=lambda code: logits[rules.languages[code]])
     return code, 0.0 if rules.no_speech is None else probability(logits, rules.no_speech)
@@ -40,10 +38,8 @@ class Filter:
         self.always = self.first = self.scores = np.zeros(0, np.float32)
 
     def __call__(self, logits: Logits, tokens: Sequence[int]) -> Logits:
-        """Return the logits (vocab,) with -inf for forbidden tokens.
-
-        The array belongs to the filter; the next call overwrites it.
-        """
+        """Return the logits (vocab,) with -inf for forbidden tokens. The array belongs to the
+        filter; the next call overwrites it."""
         if self.scores.size != logits.size:
             self.prepare(logits.size)
         np.add(logits, self.always if tokens else self.first, out=self.scores)
@@ -75,10 +71,8 @@ class Filter:
 
 
 def greedy(step: Step, rules: Rules, stop_loops: bool) -> list[int]:
-    """Return the generated tokens, without prompt and end token.
-
-    With `stop_loops`, decoding stops once the text repeats itself, and one copy is kept.
-    """
+    """Return the generated tokens, without prompt and end token. With `stop_loops`, decoding stops
+    once the text repeats itself, and one copy is kept."""
     tokens = say(step, Filter(rules).likeliest, rules, stop_loops)
     return without_loop(tokens) if stop_loops else tokens
 

@@ -158,10 +158,8 @@ class Listener:
         return kept
 
     def set_language(self, decoder: Decoder, pcm: Pcm) -> None:
-        """Detect the language and put it into the prompt, unless it is known.
-
-        The language of the first window with speech is final; windows before it use their own.
-        """
+        """Detect the language and put it into the prompt, unless it is known. The language of the
+        first window with speech is final; windows before it use their own."""
         if self.detects:
             detected, no_speech = detect(decoder, self.rules)
             self.rules = self.rules.told(detected, None, self.options.timestamps)

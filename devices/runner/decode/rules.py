@@ -66,9 +66,7 @@ class Rules:
 
     def told(self, language: str | None, task: str | None, timestamps: bool) -> "Rules":
         """Return the rules with another language and task in the prompt; None keeps the old one.
-
-        With `timestamps`, the token that turns timestamps off is removed from the prompt.
-        """
+        With `timestamps`, the token that turns timestamps off is removed from the prompt."""
         prompt = [swapped(i, self.languages, language) for i in self.prompt]
         prompt = [swapped(i, self.tasks, task) for i in prompt]
         if timestamps and self.timestamp_begin is not None:
@@ -83,10 +81,8 @@ class Rules:
         )
 
     def after(self, previous: Sequence[int]) -> "Rules":
-        """Return the rules with the end of the previous tokens in front of the prompt.
-
-        As in Whisper, the previous tokens take at most half of the context.
-        """
+        """Return the rules with the end of the previous tokens in front of the prompt. As in
+        Whisper, the previous tokens take at most half of the context."""
         room = len(self.prompt) + self.max_new_tokens
         kept = min(len(previous), room // 2 - 1, self.max_new_tokens - 1)
         if self.previous is None or kept < 1:

@@ -93,10 +93,8 @@ class Packages:
         return mel, states
 
     def rooms(self, count: int) -> list[tuple[Arrays, Any]]:
-        """Return input arrays and states for `count` decoders of this thread.
-
-        They are allocated once and kept as long as the thread lives.
-        """
+        """Return input arrays and states for `count` decoders of this thread. They are allocated
+        once and kept as long as the thread lives."""
         held: list[tuple[Arrays, Any]] = self.own.__dict__.setdefault("rooms", [])
         while len(held) < count:
             state = self.decoder.new_state() if self.decoder.states else None
@@ -220,10 +218,8 @@ def library(path: Path) -> Any:
 
 
 def compile_packages(folder: Path) -> bool:
-    """Compile packages for this machine, each to a folder next to it.
-
-    Returns whether any of them had not been compiled before.
-    """
+    """Compile packages for this machine, each to a folder next to it. Returns whether any of them
+    had not been compiled before."""
     paths = [folder / f"{name}.mlpackage" for name in PACKAGES]
     missing = [path for path in paths if not path.with_suffix(".mlmodelc").is_dir()]
     for path in missing:

@@ -61,10 +61,8 @@ class Sessions:
         return Decoder(self, window, times)
 
     def caches(self, count: int) -> list[State]:
-        """Return `count` key and value caches of this thread.
-
-        They are allocated once and kept as long as the thread lives.
-        """
+        """Return `count` key and value caches of this thread. They are allocated once and kept as
+        long as the thread lives."""
         held: list[State] = self.own.__dict__.setdefault("caches", [])
         while len(held) < count:
             held.append(empty_cache(self.decoder))
@@ -72,10 +70,8 @@ class Sessions:
 
 
 class Decoder:
-    """The decoder over one encoded window, with its key and value caches.
-
-    The graph updates the caches in place; only ids and logits are copied in a step.
-    """
+    """The decoder over one encoded window, with its key and value caches. The graph updates the
+    caches in place; only ids and logits are copied in a step."""
 
     def __init__(self, sessions: Sessions, window: Pcm, times: Transcript) -> None:
         self.sessions, self.session, self.fed = sessions, sessions.decoder, 0
@@ -89,10 +85,8 @@ class Decoder:
         self.write_to(sessions.caches(1)[0])
 
     def __call__(self, ids: Sequence[int]) -> Logits:
-        """Feed tokens after those already fed; return the logits (vocab,) after the last.
-
-        The array belongs to onnxruntime; the next call overwrites it.
-        """
+        """Feed tokens after those already fed; return the logits (vocab,) after the last. The array
+        belongs to onnxruntime; the next call overwrites it."""
         for start in range(0, len(ids), MOST_IDS):
             logits = self.step(ids[start : start + MOST_IDS])
         self.clock = self.next_clock

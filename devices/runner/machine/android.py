@@ -202,9 +202,7 @@ def big_cores(base: Path = Path("/")) -> list[int]:
 
 def take_fast_cores(threads: int | None, base: Path = Path("/")) -> None:
     """Pin this process and its children to the `threads` fastest cores, by default to all big ones.
-
-    The system may allow fewer. Nothing changes if frequencies are unknown.
-    """
+    The system may allow fewer. Nothing changes if frequencies are unknown."""
     highest, allowed = maxima(base), os.sched_getaffinity(0)
     usable = sorted(highest.keys() & allowed, key=lambda core: (-highest[core], core))
     chosen = set(usable[:threads]) if threads else {*big_cores(base)} & allowed

@@ -67,9 +67,7 @@ def emulated(base: Path, machine: str) -> bool:
 
 def translated(base: Path, machine: str) -> bool:
     """Return whether the kernel's architecture differs from this program's, as in user-mode QEMU.
-
-    Kernels before 6.1 do not report their architecture; then the answer is False.
-    """
+    Kernels before 6.1 do not report their architecture; then the answer is False."""
     kernel = read(base / "proc/sys/kernel/arch")
     return kernel != UNAVAILABLE and kind_of_cpu(kernel) != kind_of_cpu(machine)
 
@@ -122,10 +120,8 @@ def isa(cpuinfo: str) -> list[str] | str:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Return how many cores this process may use, given its affinity and container quotas.
-
-    A quota of 1.5 cores counts as 2.
-    """
+    """Return how many cores this process may use, given its affinity and container quotas. A quota
+    of 1.5 cores counts as 2."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -197,10 +193,8 @@ def vcgencmd(question: str) -> str:
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Limit this process to `more_bytes` of data beyond what it uses now, where the system can.
-
-    On a Mac nothing is done: Core ML maps a lot of memory, and what the limit counts is unknown.
-    """
+    """Limit this process to `more_bytes` of data beyond what it uses now, where the system can. On
+    a Mac nothing is done: Core ML maps a lot of memory, and what the limit counts is unknown."""
     if sys.platform == "darwin":
         return
     try:
@@ -228,10 +222,8 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def peak_rss_bytes(base: Path = Path("/")) -> int | str:
-    """Return this process's peak resident memory in bytes (VmHWM, on a Mac ru_maxrss).
-
-    Returns "unavailable" under user-mode emulation, whose own memory would count.
-    """
+    """Return this process's peak resident memory in bytes (VmHWM, on a Mac ru_maxrss). Returns
+    "unavailable" under user-mode emulation, whose own memory would count."""
     if sys.platform == "darwin":
         import resource
 
@@ -243,10 +235,8 @@ def peak_rss_bytes(base: Path = Path("/")) -> int | str:
 
 
 def peak_of_phase(base: Path = Path("/")) -> int | str:
-    """Return the peak resident memory since the last call in bytes, and reset the peak.
-
-    Returns "unavailable" if the kernel does not let a process reset its high-water mark.
-    """
+    """Return the peak resident memory since the last call in bytes, and reset the peak. Returns
+    "unavailable" if the kernel does not let a process reset its high-water mark."""
     peak = peak_rss_bytes(base)
     try:
         marks = os.open(base / "proc/self/clear_refs", os.O_WRONLY)

@@ -97,10 +97,8 @@ SW_VERS = ("ProductName", "ProductVersion", "BuildVersion")
 
 
 def warnings(text: str) -> str:
-    """Return the output of `pmset -g therm` on one line, without times.
-
-    It holds warnings, and on Intel processors speed limits.
-    """
+    """Return the output of `pmset -g therm` on one line, without times. It holds warnings, and on
+    Intel processors speed limits."""
     lines = (re.sub(r"\s+", " ", AT.sub("", line)) for line in text.splitlines())
     return "; ".join(line.strip() for line in lines if line.strip()) or UNAVAILABLE
 

@@ -54,10 +54,8 @@ def cores_of(asked: str, root: Path) -> list[int]:
 
 @contextmanager
 def governed(name: str | None, root: Path = Path("/")) -> Iterator[str]:
-    """Set the frequency governor of all cores; yield the one that applies, restore the old one.
-
-    A helper process in a session of its own restores it even if this process is killed.
-    """
+    """Set the frequency governor of all cores; yield the one that applies, restore the old one. A
+    helper process in a session of its own restores it even if this process is killed."""
     paths = sorted((root / CORES).glob("cpu[0-9]*/cpufreq/scaling_governor"))
     if name is None:
         yield current_governor(paths)

@@ -138,10 +138,8 @@ def compile_first(artifact: Path, compute_units: str | None = None) -> dict[str,
 def sustain(
     recognizer: Recognizer, inputs: list[tuple[Path, str | None]], minutes: float
 ) -> dict[str, list[float]]:
-    """Transcribe the clips in a cycle for `minutes`.
-
-    Returns the seconds of each transcription, and the monotonic clock at its start.
-    """
+    """Transcribe the clips in a cycle for `minutes`. Returns the seconds of each transcription, and
+    the monotonic clock at its start."""
     deadline = time.monotonic() + 60 * minutes
     samples: dict[str, list[float]] = {"end_to_end_s": [], "at_s": []}
     for each in cycle(inputs):
@@ -232,10 +230,8 @@ def read_clips(path: Path) -> list[Path]:
 
 
 def read_languages(clips: Path, count: int) -> list[str | None]:
-    """Read the language of each clip from languages.json next to the list of clips.
-
-    All languages are None if there is no such file.
-    """
+    """Read the language of each clip from languages.json next to the list of clips. All languages
+    are None if there is no such file."""
     path = clips.parent / "languages.json"
     if not path.is_file():
         return [None] * count
@@ -260,10 +256,8 @@ def timed(
 
 
 def stages(transcripts: list[Transcript], share: float | None) -> dict[str, list[float]]:
-    """Return the samples of each stage in seconds.
-
-    The encoder graph's time is split by log-mel's `share`; with None, log-mel was timed itself.
-    """
+    """Return the samples of each stage in seconds. The encoder graph's time is split by log-mel's
+    `share`; with None, log-mel was timed itself."""
     graph = [seconds for transcript in transcripts for seconds in transcript.graph_s]
     mel = [seconds for transcript in transcripts for seconds in transcript.mel_s]
     mel = mel if share is None else [share * seconds for seconds in graph]

@@ -36,10 +36,8 @@ def check(
 
 
 def window_in(recognizer: Hearing, language: str | None) -> Callable[[Pcm], list[int]]:
-    """Return the function that decodes windows in a language.
-
-    Layouts of other runtimes have one prompt, whatever the language.
-    """
+    """Return the function that decodes windows in a language. Layouts of other runtimes have one
+    prompt, whatever the language."""
     if isinstance(recognizer, Recognizer):
         return partial(recognizer.window, language=language)
     return recognizer.window

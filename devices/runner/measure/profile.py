@@ -125,10 +125,8 @@ def part_of(node: str) -> str:
 
 
 def copy_rate(block_bytes: int, threads: int) -> float:
-    """Return the bytes per second, read and written, of copying blocks of `block_bytes`.
-
-    Small blocks stay in the CPU caches, as the weights of a small decoder do.
-    """
+    """Return the bytes per second, read and written, of copying blocks of `block_bytes`. Small
+    blocks stay in the CPU caches, as the weights of a small decoder do."""
     each = max(2**18, block_bytes // threads)
     blocks = [(np.ones(each, np.uint8), np.zeros(each, np.uint8)) for _ in range(threads)]
 

@@ -42,10 +42,8 @@ class Sampler:
         self.helper = HelperProcess(task) if can_fork() else None
 
     def finish(self) -> dict[str, Any]:
-        """Return all samples, and in `cpu_s` the CPU time that the sampler itself took.
-
-        `began_s` is on the machine's monotonic clock, which all processes share.
-        """
+        """Return all samples, and in `cpu_s` the CPU time that the sampler itself took. `began_s`
+        is on the machine's monotonic clock, which all processes share."""
         output = self.helper.finish() if self.helper is not None else b""
         record = json.loads(output) if output else {"samples": [], "cpu_s": UNAVAILABLE}
         ended_s = time.monotonic() - self.began_s
@@ -177,10 +175,8 @@ def process_ticks(stat: str) -> int | None:
 
 
 def energy_counters(root: Path) -> list[Path]:
-    """Return RAPL's counters of whole packages; on most systems only root may read them.
-
-    Other zones, such as the platform's, count the packages again and are left out.
-    """
+    """Return RAPL's counters of whole packages; on most systems only root may read them. Other
+    zones, such as the platform's, count the packages again and are left out."""
     zones = sorted((root / "sys/class/powercap").glob("intel-rapl:?"))
     return [zone / "energy_uj" for zone in zones if read(zone / "name").startswith("package")]
 
@@ -259,10 +255,8 @@ class Linux:
 
 
 def rails_power(output: str) -> float | str:
-    """Return the sum over the rails that the Pi 5's power controller measures, in W.
-
-    USB devices and losses in the converters are not included.
-    """
+    """Return the sum over the rails that the Pi 5's power controller measures, in W. USB devices
+    and losses in the converters are not included."""
     readings = re.findall(r"(\w+)_([AV]) (?:current|volt)\(\d+\)=(-?[\d.]+)[AV]", output)
     amperes, volts = (
         {rail: float(value) for rail, unit, value in readings if unit == kind} for kind in "AV"
