@@ -110,7 +110,7 @@ GRAPHS: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
     "library": (library, "operators of 'evil.ops', which need a library"),
     "library-undeclared": (
         undeclared_library,
-        "the operator Evil of 'evil.ops' comes in a library",
+        "the operator Evil of 'evil.ops' needs a library",
     ),
     "loop": (endless_loop, "a loop or a branch"),
     "functions": (function, "functions or training steps"),

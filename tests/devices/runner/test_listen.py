@@ -348,9 +348,9 @@ def test_unsupported_options_get_an_error_message(recognizer, pcms):
     with pytest.raises(RunnerProblem, match=r"task 'translate': .* English only"):
         Listener(SimpleNamespace(rules=english), Options(task="translate"), Transcript())
     for options, message in [
-        ({"beams": 0}, "beams = 0: there can be 1 to 32"),
+        ({"beams": 0}, "beams = 0: must be 1 to 32"),
         ({"task": "sing"}, r"the task 'sing' is not among the artifact's \(trans"),
-        ({"language": "xx"}, "no token for the language 'xx'"),
+        ({"language": "xx"}, "language 'xx': not among"),
     ]:
         with pytest.raises(RunnerProblem, match=message):
             recognizer.stream(pcms[0], **options)

@@ -466,7 +466,7 @@ def test_transcribe_streams_segments_and_accepts_the_options(device_folder):
     assert segments == [{"audio": "a.wav", **segment} for segment in found["segments"]]
     code, answer, _ = runner(device_folder, *argv[:3], "--language", "xx")
     assert code == 1
-    assert "no token for the language 'xx'" in answer["error"]
+    assert "language 'xx': not among" in answer["error"]
 
 
 def test_audio_is_read_from_standard_input(device_folder):
