@@ -349,7 +349,7 @@ def test_unsupported_options_get_an_error_message(recognizer, pcms):
         Listener(SimpleNamespace(rules=english), Options(task="translate"), Transcript())
     for options, message in [
         ({"beams": 0}, "beams = 0: must be 1 to 32"),
-        ({"task": "sing"}, r"the task 'sing' is not among the artifact's \(trans"),
+        ({"task": "sing"}, "task 'sing': the artifact's tasks are trans"),
         ({"language": "xx"}, "language 'xx': not among"),
     ]:
         with pytest.raises(RunnerProblem, match=message):
