@@ -29,12 +29,14 @@ import numpy as np
 
 from benchmarks.metadata import folder_bytes
 from devices.runner.__main__ import SPARE_BYTES
+from devices.runner.artifact.tensors import ONE_EXPORT, check_session
 from devices.runner.audio import read_wav
-from devices.runner.decode.rules import Filter, Logits, Rules, greedy
+from devices.runner.decode.greedy import Filter, greedy
+from devices.runner.decode.rules import Rules
 from devices.runner.decode.text import read_tokens, to_text
-from devices.runner.engines.contract import ONE_EXPORT, check_session
 from devices.runner.engines.coreml import Opener, checked, installed, typed
 from devices.runner.engines.sessions import open_session, session_options
+from devices.runner.interfaces import Logits
 from devices.runner.machine.host import limit_memory, versions
 from devices.runner.measure.bench import read_clips
 from devices.runner.measure.check import Hearing, said

@@ -1,1 +1,1 @@
-"""Devices: how to reach a machine, and what runs there. Knows nothing of models."""
+"""Devices: how a machine is reached (local, SSH, ADB, browser), and the runner that runs there."""

@@ -1,17 +1,17 @@
-"""The far end of a link: python3 there is given this text, and then requests.
+"""The agent on a device: python3 there reads this text from standard input, and then requests.
 
-Every request is a line of JSON on standard input and is answered by one line of JSON behind MARK on
-standard output; what a login shell says beside that does no harm. Files follow their request as
-bare bytes, in the order and of the sizes that were agreed. When standard input ends, by whatever
-cause, so do the command that runs and the work folder.
+A request is a line of JSON on standard input. Its answer is a line of JSON after MARK on standard
+output; other output, such as a login shell's, is ignored. Files follow their request as raw bytes,
+in the order and of the sizes agreed on. When standard input ends, the running command is killed and
+the work folder removed.
 
-    ~/.cache/edgewhisper/   mode 700, of this user; EDGEWHISPER_HOME names another place
+    ~/.cache/edgewhisper/   mode 700, owned by this user; EDGEWHISPER_HOME sets another folder
         store/SHA256        every file once; work folders have links to them
         runtime/NAME/       unpacked wheels of numpy and onnxruntime, or of another program
-        work/ID/            a connection's folder; ID.lock is held as long as that lasts
+        work/ID/            a connection's folder; ID.lock is locked while it is open
 
-Standard library only, and no syntax newer than Python 3.7: an older one can then say what it is.
-Linux and macOS; what only one of them has is tried and may be missing.
+Standard library only, and no syntax newer than Python 3.7, so that an older Python can report its
+version. Runs on Linux and macOS; features of only one of them are optional.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ MARK = "@@edgewhisper@@ "
 CHUNK = 1 << 20
 MOST_STDERR = 1 << 16
 KEPT = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
-"""The environment that a command inherits: thread settings would change the result."""
+"""Environment variables that a command inherits; thread settings would change the result."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MAKE_ROOM = "make room there; `edgewhisper devices clean` removes what was copied before"
+MAKE_ROOM = "make room there; `edgewhisper devices clean` removes copied files"
 
 
 class Trouble(Exception):
-    """A letter: what was found; `hint` says what to do next."""
+    """An error message for the user; `hint` is what to do next."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -51,11 +51,11 @@ class Trouble(Exception):
 
 
 class Gone(Exception):
-    """The other end has closed the connection."""
+    """Raised when the other end has closed the connection."""
 
 
 class Place:
-    """The private folder here, and this connection's part of it."""
+    """The agent's private folder, and this connection's work folder in it."""
 
     def __init__(self, root: str) -> None:
         self.root = private(root)
@@ -68,39 +68,40 @@ class Place:
         self.work = private(os.path.join(self.works, self.id))
 
     def sweep(self, lock: str) -> None:
-        """Remove a work folder that nobody holds: its connection ended with the power."""
+        """Remove a work folder whose lock is free: its connection ended without cleanup."""
         path = os.path.join(self.works, lock)
-        held = hold(path) if lock.endswith(".lock") else None
-        if held is not None:
-            self.drop(lock[: -len(".lock")], held)
+        locked = lock_file(path) if lock.endswith(".lock") else None
+        if locked is not None:
+            self.drop(lock[: -len(".lock")], locked)
 
     def claim(self) -> tuple[str, int]:
-        """Return a new name and its lock."""
+        """Return a new name and its locked file."""
         for _ in range(100):
             name = uuid.uuid4().hex[:12]
-            held = hold(os.path.join(self.works, name + ".lock"))
-            if held is not None:
-                return name, held
-        raise Trouble(f"no file can be locked in {self.works}", "use a local disk for the home")
+            locked = lock_file(os.path.join(self.works, name + ".lock"))
+            if locked is not None:
+                return name, locked
+        raise Trouble(f"no file can be locked in {self.works}", "put the home on a local disk")
 
-    def drop(self, name: str, held: int) -> None:
+    def drop(self, name: str, locked: int) -> None:
         """Remove a work folder, then its lock."""
         remove(os.path.join(self.works, name))
         remove(os.path.join(self.works, name + ".lock"))
-        os.close(held)
+        os.close(locked)
 
     def close(self) -> None:
-        """Remove this connection's part, and the folders where nothing is left in them."""
+        """Remove this connection's work folder, and all folders that are then empty."""
         self.drop(self.id, self.lock)
         with suppress(OSError):
             for folder in (self.works, self.store, self.runtimes, self.root):
                 os.rmdir(folder)
 
     def stored(self, digest: str) -> str:
+        """Return the path of a file in the store."""
         return os.path.join(self.store, digest)
 
     def has(self, digest: str, size: int) -> bool:
-        """Say whether a file is here; one that a power cut has shortened is not."""
+        """Return whether a complete file is in the store; a power cut may have truncated it."""
         try:
             return os.stat(self.stored(digest)).st_size == size
         except OSError:
@@ -108,34 +109,34 @@ class Place:
 
 
 def private(path: str) -> str:
-    """Make a folder that only this user can enter; refuse one that is not his own."""
+    """Create a folder that only this user can enter; refuse another user's folder."""
     with suppress(FileExistsError):
         os.makedirs(path, mode=0o700, exist_ok=True)
-    found = os.lstat(path)
-    if not stat.S_ISDIR(found.st_mode):
-        raise Trouble(f"{path} is no folder", "remove it there")
-    if found.st_uid != os.getuid():
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        raise Trouble(f"{path} is not a folder", "remove it there")
+    if status.st_uid != os.getuid():
         raise Trouble(
-            f"{path} belongs to user {found.st_uid}, and this is user {os.getuid()}",
+            f"{path} belongs to user {status.st_uid}, and this is user {os.getuid()}",
             "remove it there, or log in as its owner",
         )
     os.chmod(path, 0o700)
     return path
 
 
-def hold(path: str) -> int | None:
-    """Open and lock a file; None where another process holds it, or removed it just now."""
-    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+def lock_file(path: str) -> int | None:
+    """Open and lock a file; return None if another process has locked or just removed it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     with suppress(OSError):
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(held).st_nlink:
-            return held
-    os.close(held)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file).st_nlink:
+            return file
+    os.close(file)
     return None
 
 
 def remove(path: str) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
@@ -146,7 +147,7 @@ def remove(path: str) -> None:
 
 
 def hello(place: Place, request: dict[str, Any]) -> dict[str, Any]:
-    """Say what this interpreter is, for the choice of wheels."""
+    """Describe this interpreter, for the choice of wheels."""
     return {
         "python": list(sys.version_info[:3]),
         "implementation": platform.python_implementation(),
@@ -162,14 +163,14 @@ def hello(place: Place, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def libc() -> str:
-    """Return the C library with its version, such as "glibc 2.36", or nothing."""
+    """Return the C library and its version, such as "glibc 2.36", or an empty string."""
     with suppress(ValueError, OSError, AttributeError):
         return os.confstr("CS_GNU_LIBC_VERSION") or ""
     return ""
 
 
 def version(name: str) -> str | None:
-    """Return an installed distribution's version without importing it; None without one."""
+    """Return an installed package's version without importing it, or None."""
     try:
         from importlib import metadata
 
@@ -179,17 +180,19 @@ def version(name: str) -> str | None:
 
 
 def push(place: Place, request: dict[str, Any]) -> dict[str, Any]:
-    """Take the files that are not in the store yet, then link all of them into the work folder."""
+    """Receive the files that are not in the store yet, then link all into the work folder."""
     files = request["files"]
     missing = {digest: size for _, digest, size in files if not place.has(digest, size)}
-    space, wanted = os.statvfs(place.root), sum(missing.values())
+    space, needed = os.statvfs(place.root), sum(missing.values())
     free = space.f_bavail * space.f_frsize
-    if free < wanted:
-        said = f"{-(-wanted // 10**6)} MB are to be copied, and {free // 10**6} MB are free there"
-        raise Trouble(said, MAKE_ROOM)
-    alike = twins(place, [name for name, _, _ in files])
-    if alike:
-        raise Trouble(f"the disk there takes {alike[0]} and {alike[1]} for the same name")
+    if free < needed:
+        raise Trouble(
+            f"{-(-needed // 10**6)} MB have to be copied, and {free // 10**6} MB are free there",
+            MAKE_ROOM,
+        )
+    same = same_names(place, [name for name, _, _ in files])
+    if same:
+        raise Trouble(f"on the disk there, {same[0]} and {same[1]} are the same name")
     answer({"missing": list(missing)})
     trouble: Trouble | None = None
     for digest, size in missing.items():
@@ -201,8 +204,8 @@ def push(place: Place, request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def twins(place: Place, names: list[str]) -> list[str]:
-    """Return two names that are one here: on most Macs' disks capitals make no difference."""
+def same_names(place: Place, names: list[str]) -> list[str]:
+    """Return two names that differ only in case, if the disk ignores case (most Macs' do)."""
     folder, own = os.path.split(place.root)
     if not os.path.exists(os.path.join(folder, own.swapcase())):
         return []
@@ -212,23 +215,21 @@ def twins(place: Place, names: list[str]) -> list[str]:
 
 
 def receive(place: Place, digest: str, left: int, trouble: Trouble | None) -> Trouble | None:
-    """Read one file into the store; where there has been trouble, only off the line.
-
-    Returns the trouble. A file gets its name when it is whole and on the disk.
-    """
-    partial, found = os.path.join(place.work, ".partial"), hashlib.sha256()
+    """Receive one file into the store; after an error, only read and discard its bytes. Returns the
+    error, if any. A file gets its name once it is completely on disk."""
+    partial, checksum = os.path.join(place.work, ".partial"), hashlib.sha256()
     try:
         with open(partial, "wb") as file:
             while left:
                 block = read(min(left, CHUNK))
                 left -= len(block)
                 if trouble is None:
-                    found.update(block)
+                    checksum.update(block)
                     file.write(block)
             file.flush()
             os.fsync(file.fileno())
-        if trouble is None and found.hexdigest() != digest:
-            trouble = Trouble("a file arrived other than it was sent", "start again")
+        if trouble is None and checksum.hexdigest() != digest:
+            trouble = Trouble("a file was damaged in transfer", "start again")
         if trouble is None:
             os.chmod(partial, 0o400)
             os.replace(partial, place.stored(digest))
@@ -241,11 +242,12 @@ def receive(place: Place, digest: str, left: int, trouble: Trouble | None) -> Tr
 
 
 def link(source: str, target: str) -> None:
+    """Link a file to a new name, or copy it if the file system has no links."""
     os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
     remove(target)
     try:
         os.link(source, target)
-    except OSError:  # some file systems have no links
+    except OSError:
         shutil.copyfile(source, target)
 
 
@@ -269,7 +271,7 @@ def pull(place: Place, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(place: Place, request: dict[str, Any]) -> dict[str, Any]:
-    """Run a command in the work folder until it ends, its time is over or the connection ends."""
+    """Run a command in the work folder until it ends, times out or the connection ends."""
     own = request["env"]
     env = {name: os.environ[name] for name in KEPT if name in os.environ}
     env.update({"ORT_DISABLE_TELEMETRY": "1"}, **own)
@@ -283,29 +285,30 @@ def run(place: Place, request: dict[str, Any]) -> dict[str, Any]:
             request["argv"], cwd=place.work, env=env, start_new_session=True, **ends
         )
     except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise Trouble(f"{request['argv'][0]} cannot be started: {said}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise Trouble(f"{request['argv'][0]} cannot be started: {reason}") from None
     try:
-        sacrifice(child.pid)
+        prefer_to_kill(child.pid)
         keep_awake(child.pid)
         stdout, stderr, ended = watch(child, request["timeout_s"], request["most"])
     finally:
         stop(child)
-    said = {
+    return {
+        "exit_code": child.returncode,
+        "ended": ended,
         "stdout": stdout.decode("utf-8", "replace"),
         "stderr": stderr.decode("utf-8", "replace"),
     }
-    return {"exit_code": child.returncode, "ended": ended, **said}
 
 
-def sacrifice(pid: int) -> None:
-    """Have the command killed, not this process, where memory runs out."""
+def prefer_to_kill(pid: int) -> None:
+    """Have Linux kill the command, not the agent, when memory runs out."""
     with suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
         file.write("500")
 
 
 def keep_awake(pid: int) -> None:
-    """Keep a Mac, to which nobody at work over ssh is there, from sleeping as long as this runs."""
+    """Keep a Mac awake while a process runs; it does not count ssh sessions as activity."""
     if sys.platform == "darwin":
         null = subprocess.DEVNULL
         with suppress(OSError):
@@ -314,33 +317,34 @@ def keep_awake(pid: int) -> None:
 
 
 def watch(child: subprocess.Popen, timeout_s: float | None, most: int) -> tuple[bytes, bytes, str]:
-    """Collect what a command says; return that and how it ended: itself, timeout or too much."""
+    """Collect a command's output; return stdout, stderr and how it ended. It ended by "itself", by
+    a "timeout", or because it printed "too much"."""
     assert child.stdout is not None and child.stderr is not None
     out, err = child.stdout.fileno(), child.stderr.fileno()
-    said, pipes = {out: bytearray(), err: bytearray()}, [out, err]
+    output, pipes = {out: bytearray(), err: bytearray()}, [out, err]
     ends = float("inf") if timeout_s is None else time.monotonic() + timeout_s
     ended = "itself"
     while ended == "itself" and (pipes or child.poll() is None):
-        # a command that has closed both pipes is asked now and then whether it has ended
+        # once a command has closed both pipes, it is polled for its end
         left = min(ends - time.monotonic(), 3600 if pipes else 0.05)
         ready = select.select([0, *pipes], [], [], max(0, left))[0]
         if 0 in ready:
             raise Gone
         for pipe in ready:
             block = os.read(pipe, CHUNK)
-            said[pipe] += block
+            output[pipe] += block
             if not block:
                 pipes.remove(pipe)
-        del said[err][:-MOST_STDERR]
-        if len(said[out]) > most:
+        del output[err][:-MOST_STDERR]
+        if len(output[out]) > most:
             ended = "too much"
         elif time.monotonic() >= ends:
             ended = "timeout"
-    return bytes(said[out][:most]), bytes(said[err]), ended
+    return bytes(output[out][:most]), bytes(output[err]), ended
 
 
 def stop(child: subprocess.Popen) -> None:
-    """End a command and all that it has started."""
+    """Kill a command and all its children."""
     with suppress(OSError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -350,7 +354,7 @@ def stop(child: subprocess.Popen) -> None:
 
 
 def keep(place: Place, request: dict[str, Any]) -> dict[str, Any]:
-    """Give an unpacked runtime its name, now that it is known to work, and drop its wheels."""
+    """Move an unpacked and tested runtime to its name, and remove its wheels."""
     target = os.path.join(place.runtimes, request["name"])
     if not os.path.isdir(target):
         os.replace(os.path.join(place.work, request["folder"]), target)
@@ -360,10 +364,10 @@ def keep(place: Place, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def clean(place: Place, request: dict[str, Any]) -> dict[str, Any]:
-    """Remove all that was copied, unless another connection is at work."""
+    """Remove all copied files, unless another connection is open."""
     others = sum(name.endswith(".lock") for name in os.listdir(place.works)) - 1
     if others:
-        raise Trouble(f"{place.root} is in use by {others} more", "wait until they have ended")
+        raise Trouble(f"{place.root} is in use by {others} others", "wait until they have ended")
     kept = (place.store, place.runtimes)
     walks = [walk for folder in kept for walk in os.walk(folder)]
     freed = sum(os.path.getsize(os.path.join(at, name)) for at, _, names in walks for name in names)
@@ -380,7 +384,7 @@ REQUESTS = {f.__name__: f for f in (hello, push, pull, run, keep, clean)}
 
 
 def read(count: int) -> bytes:
-    """Return some bytes, `count` at most."""
+    """Return at least one and at most `count` bytes of standard input."""
     pipe: Any = sys.stdin.buffer
     block: bytes = pipe.read1(count)
     if not block:
@@ -389,17 +393,19 @@ def read(count: int) -> bytes:
 
 
 def answer(value: dict[str, Any]) -> None:
+    """Write an answer."""
     sys.stdout.buffer.write((MARK + json.dumps(value) + "\n").encode())
     sys.stdout.buffer.flush()
 
 
-def letter(error: Trouble | OSError) -> dict[str, str]:
+def failed(error: Trouble | OSError) -> dict[str, str]:
+    """Return the answer for an error."""
     trouble = unwritten(error) if isinstance(error, OSError) else error
     return {"error": str(trouble), "hint": trouble.hint}
 
 
 def unwritten(error: OSError) -> Trouble:
-    """The letter for a file that cannot be written."""
+    """Return the error for a file that cannot be written."""
     if error.errno in FULL:
         return Trouble(f"the disk there is full ({error.strerror})", MAKE_ROOM)
     return Trouble(f"{error.filename or 'a file'} cannot be written there: {error.strerror}")
@@ -417,11 +423,11 @@ def serve(place: Place) -> None:
         except BrokenPipeError:
             raise
         except (Trouble, OSError) as error:
-            answer(letter(error))
+            answer(failed(error))
 
 
 def main() -> None:
-    """Serve one connection; what it needed is removed when it ends."""
+    """Serve one connection, then remove its work folder."""
     os.umask(0o077)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
@@ -429,7 +435,7 @@ def main() -> None:
         usual = os.path.join(os.path.expanduser("~"), ".cache", "edgewhisper")
         place = Place(os.environ.get("EDGEWHISPER_HOME", usual))
     except (Trouble, OSError) as error:
-        answer(letter(error))
+        answer(failed(error))
         return
     try:
         serve(place)

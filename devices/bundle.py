@@ -1,13 +1,14 @@
-"""An interpreter with numpy and onnxruntime for a phone's CPU, in a folder that needs nothing else.
+"""Builds a self-contained folder with Python, numpy and onnxruntime for a phone's CPU.
 
-    python              starts all of it: a script for the phone's own shell
+    python              the start script, for the phone's shell
     bin/python3         the interpreter
     lib/                the C library's loader, and the libraries
     lib/python3.N/      the standard library
     lib/python3/dist-packages/   numpy and onnxruntime
 
-Android has another C library and no Python, so the loader is started by its name. The parts are the
-packages of this machine's Debian or Ubuntu, and wheels. Built once a CPU, about 150 MB.
+Android has another C library and no Python, so the script starts the loader explicitly. The parts
+come from packages of this machine's Debian or Ubuntu, and from wheels. A bundle is built once per
+CPU and takes about 150 MB.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from devices.wheels import LEAST_PYTHON, Target, download, pins
 
 @dataclass(frozen=True)
 class Cpu:
-    """A kind of CPU, as each of the sides calls it."""
+    """A CPU architecture, with its names in Debian and Linux and its loader."""
 
     debian: str
     machine: str
@@ -41,7 +42,7 @@ CPUS = {
     "arm64-v8a": Cpu("arm64", "aarch64", "ld-linux-aarch64.so.1"),
     "x86_64": Cpu("amd64", "x86_64", "ld-linux-x86-64.so.2"),
 }
-"""By Android's name for it."""
+"""Android's name of an architecture -> the others."""
 
 START = """#!/system/bin/sh
 here=${{0%/*}}
@@ -56,34 +57,34 @@ NOT_RUN = (
     *("pydoc_data", "tests", "__pycache__", "include"),
     *("transformers", "quantization", "tools", "backend", "datasets"),  # of onnxruntime
 )
-"""Folders that no run imports."""
+"""Folders that are not needed at run time."""
 
 
 def bundle(cpu: Cpu, say: Callable[[str], None]) -> Path:
-    """The folder for a CPU, named by a hash of all that is in it; built where it is missing."""
+    """Return the bundle for a CPU, named by a hash of its content; build it if it is missing."""
     release = debian.release()
-    asked = f"{cpu} {release} {pins()}".encode() + Path(__file__).read_bytes()
-    place = cache() / hashlib.sha256(asked).hexdigest()[:16]
+    inputs = f"{cpu} {release} {pins()}".encode() + Path(__file__).read_bytes()
+    place = cache() / hashlib.sha256(inputs).hexdigest()[:16]
     with suppress(OSError):
         return next(entry for entry in place.iterdir() if not entry.name.startswith("."))
-    say(f"building an interpreter for {cpu.machine} of this machine's packages, once")
+    say(f"building an interpreter for {cpu.machine} from this machine's packages (only once)")
     try:
         place.mkdir(parents=True, exist_ok=True)
         return build(cpu, release, place)
     except OSError as error:
         raise DeviceProblem(
-            f"{error.filename or place} cannot be written: {error.strerror}", "make room: 500 MB"
+            f"{error.filename or place} cannot be written: {error.strerror}", "free 500 MB"
         ) from None
 
 
 def cache() -> Path:
-    """Where bundles are kept on this machine."""
+    """Return the folder of bundles on this machine."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "edgewhisper" / "bundles"
 
 
 def build(cpu: Cpu, release: str, place: Path) -> Path:
-    """A new bundle in a folder."""
+    """Build a bundle in a folder; return its path."""
     with tempfile.TemporaryDirectory(prefix=".", dir=place) as temporary:
         work = Path(temporary)
         packages, python = parts(cpu, release, work)
@@ -99,24 +100,23 @@ def build(cpu: Cpu, release: str, place: Path) -> Path:
         (out / "python").write_text(START.format(loader=cpu.loader), encoding="ascii")
         (out / "python").chmod(0o755)
         target = place / hash_of(out)
-        with suppress(OSError):  # another process was faster
+        with suppress(OSError):  # another process may have built it meanwhile
             os.replace(out, target)
         return target
 
 
 def parts(cpu: Cpu, release: str, work: Path) -> tuple[list[Path], int]:
-    """The packages, and the minor version of the Python that is in them."""
+    """Download the Debian packages; return them and the minor version of their Python."""
     entries = debian.entries_of(release, "".join(debian.source_files()))
     config = debian.lay_out_apt(work, cpu.debian, entries)
     debian.update(config)
-    told = debian.apt(["apt-cache", "depends", "python3-minimal"], config)
-    found = re.search(r"python3\.(\d+)-minimal", told)
-    if found is None:
+    depends = debian.apt(["apt-cache", "depends", "python3-minimal"], config)
+    version = re.search(r"python3\.(\d+)-minimal", depends)
+    if version is None:
         raise DeviceProblem(
-            f"the sources of this machine's apt have no python3 for {cpu.debian}",
-            debian.NETWORK,
+            f"this machine's apt sources have no python3 for {cpu.debian}", debian.NETWORK
         )
-    python = int(found[1])
+    python = int(version[1])
     if (3, python) < LEAST_PYTHON:
         raise DeviceProblem(
             f"{release} has Python 3.{python}, and the runner needs "
@@ -128,20 +128,20 @@ def parts(cpu: Cpu, release: str, work: Path) -> tuple[list[Path], int]:
 
 
 def libc_of(packages: Sequence[Path]) -> int:
-    """The minor version of the C library."""
+    """Return glibc's minor version from the names of the packages."""
     names = " ".join(package.name for package in packages)
-    found = re.search(r"\blibc6_2\.(\d+)", names)
-    assert found is not None  # all others depend on it
-    return int(found[1])
+    version = re.search(r"\blibc6_2\.(\d+)", names)
+    assert version is not None  # all other packages depend on it
+    return int(version[1])
 
 
 def gather(cpu: Cpu, root: Path, out: Path) -> None:
-    """Copy loader and libraries, each under the names by which it is asked for."""
+    """Copy loader and libraries, each under the names by which programs load it."""
     folders = [root / part / f"{cpu.machine}-linux-gnu" for part in ("lib", "usr/lib")]
     by_file: dict[Path, list[Path]] = {}
     for path in [path for folder in folders for path in folder.glob("lib*.so*")]:
         by_file.setdefault(path.resolve(), []).append(path)
-    # a file has links by its short names; without any, its own name is the one
+    # libraries are loaded by the names of their links, or by their own name if they have none
     chosen = [
         path
         for file, names in by_file.items()
@@ -154,7 +154,7 @@ def gather(cpu: Cpu, root: Path, out: Path) -> None:
 
 
 def copy_tree(source: Path, target: Path, root: Path) -> None:
-    """Copy what a run can need of a folder."""
+    """Copy the files of a folder that are needed at run time."""
     for folder, folders, names in os.walk(source):
         folders[:] = [name for name in folders if name not in NOT_RUN]
         for name in names:
@@ -164,7 +164,7 @@ def copy_tree(source: Path, target: Path, root: Path) -> None:
 
 
 def copy(source: Path, target: Path, root: Path) -> None:
-    """Copy a file; a link becomes what it leads to, and nothing where that lies elsewhere."""
+    """Copy a file, following links; links that lead out of `root` are skipped."""
     real = source.resolve()
     if real.is_file() and real.is_relative_to(root.resolve()):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,9 +173,9 @@ def copy(source: Path, target: Path, root: Path) -> None:
 
 
 def hash_of(folder: Path) -> str:
-    """A hash of the names and bytes of all files in a folder."""
-    found = hashlib.sha256()
+    """Return a hash of the names and contents of all files in a folder."""
+    total = hashlib.sha256()
     for path in sorted(entry for entry in folder.rglob("*") if entry.is_file()):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        found.update(f"{path.relative_to(folder)} {digest}\n".encode())
-    return found.hexdigest()[:16]
+        total.update(f"{path.relative_to(folder)} {digest}\n".encode())
+    return total.hexdigest()[:16]

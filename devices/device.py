@@ -1,7 +1,7 @@
-"""A device is run, push, pull and describe; all else is derived.
+"""The interface of devices (run, push, pull, describe), their profiles, and how to open one.
 
-Profiles (`profiles/*.toml`) hold what is publicly known of a kind of device. A kind that can be
-reached is one file and one line in KINDS.
+A profile (`profiles/NAME.toml`) holds public facts about a device model. Its `kind` says how the
+device is reached: the module `devices.KIND` has a function `open_device(address, name, say)`.
 """
 
 import importlib
@@ -16,24 +16,16 @@ from typing import Any, NamedTuple, Self
 PROFILES = Path(__file__).parent / "profiles"
 RUNNER = Path(__file__).parent / "runner"
 
-KINDS = {
-    "local": "devices.local:LocalDevice",
-    "ssh": "devices.ssh:SshDevice",
-    "adb": "devices.adb:AdbDevice",
-    "browser": "devices.browser.device:BrowserDevice",
-}
-"""The kinds of device this release can reach, and their classes."""
-
 MOST_TEXT = 2000
 MOST_PARTS = 200
-"""Of what a device says about itself."""
+"""Limits of a device's description: characters of a text, elements of a list."""
 
 FAMILIES = {"rpi": "rpi4", "mobile": "pixel"}
-"""Names for a family of devices, and the profile they stand for."""
+"""Name of a family of devices -> the profile that it means."""
 
 
 class DeviceProblem(ValueError):
-    """A letter to the user: what was asked and what was found; `hint` says what to do next."""
+    """An error message for the user: what was asked, what was found; `hint` is what to do next."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -42,7 +34,7 @@ class DeviceProblem(ValueError):
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command on a device ended."""
+    """Exit code and output of a command on a device."""
 
     exit_code: int
     stdout: str
@@ -50,25 +42,25 @@ class Finished:
 
 
 class Packages(NamedTuple):
-    """What a program other than the runner is written for."""
+    """The packages that a program other than the runner needs."""
 
     requirements: tuple[str, ...]
-    """As pip writes them, of exact versions; what they need in turn comes with them."""
+    """pip requirements of exact versions; their dependencies are installed too."""
     modules: tuple[str, ...]
-    """What can be imported then."""
+    """The modules that can then be imported."""
 
 
 Env = Mapping[str, str] | None
-"""What a command finds in its environment beside the usual."""
+"""Additional environment variables of a command."""
 
 
 class Place(NamedTuple):
-    """A device to bench on, and how it is reached."""
+    """A device to bench on, and its address."""
 
     device: str = "local"
-    """The name of a profile, or of a family."""
+    """The name of a profile or family."""
     address: str | None = None
-    """What ssh calls it; the serial number that adb gives it; where its page is served."""
+    """The host for ssh, the serial number for adb, or the address on which the page is served."""
 
     def __str__(self) -> str:
         return self.device if self.address is None else f"{self.device} {self.address}"
@@ -79,22 +71,25 @@ class Device(ABC):
 
     name: str
     python: str
-    """The interpreter there that has numpy and onnxruntime."""
+    """The device's interpreter that has numpy and onnxruntime."""
     lacks: tuple[str, ...] = ()
-    """Options of the runner's that have no meaning there."""
+    """Options of the runner that the device does not support."""
     libraries: tuple[str, ...] = ()
-    """What else it should have, where that is to be had; told before the first command."""
+    """Further packages to install if available; set before the first command."""
 
     @abstractmethod
     def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
-        """Run a command in the work folder; `argv` reaches it word by word, through no shell."""
+        """Run a command in the work folder; `argv` is passed unchanged, without a shell."""
 
     def having(self, packages: Packages, python: Path) -> Self:
-        """This device and its work folder, for commands that need packages; raises where they are
-        not to be had. `python` has them on this machine."""
+        """Return this device with packages installed for its commands.
+
+        `python` is an interpreter on this machine that has them. Raises DeviceProblem if they
+        cannot be installed on the device.
+        """
         raise DeviceProblem(
-            f"{self.name}: {packages.requirements[0]} cannot be brought there",
-            "other engines run on this machine and over SSH: leave --rival out",
+            f"{self.name}: {packages.requirements[0]} cannot be installed there",
+            "other engines run only on this machine and over SSH: leave --rival out",
         )
 
     @abstractmethod
@@ -107,11 +102,11 @@ class Device(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return what the machine is and in what state; sources that lack read "unavailable"."""
+        """Return the machine's description and state; missing values read "unavailable"."""
 
     @abstractmethod
     def close(self) -> None:
-        """Remove the work folder; the end of a `with` block does it."""
+        """Remove the work folder; called at the end of a `with` block."""
 
     def __enter__(self) -> Self:
         return self
@@ -122,36 +117,36 @@ class Device(ABC):
 
 @dataclass(frozen=True)
 class Profile:
-    """What is publicly known of a kind of device."""
+    """Public facts about a device model."""
 
     name: str
     kind: str
-    """How it is reached: local, ssh, adb or browser."""
+    """How it is reached, the name of a module in devices/: local, ssh, adb or browser."""
     model: str
     cpu: str
     cores: int
     isa: tuple[str, ...]
-    """CPU features that matter to matrix products, as Linux spells them."""
+    """CPU features that matter for matrix products, by Linux's names."""
     memory_bytes: tuple[int, ...]
-    """The sizes it is sold with; empty where the machine itself is asked."""
+    """The memory sizes it is sold with; empty if the machine itself reports it."""
     precision: str
-    """The artifact precision that pays there."""
+    """The recommended precision of artifacts."""
     reason: str
-    """Why, in half a sentence."""
+    """The reason for the precision."""
 
 
 def profile_names() -> list[str]:
-    """Return the names of the profiles: the directory is the registry."""
+    """Return the names of the profiles, one per file in profiles/."""
     return sorted(path.stem for path in PROFILES.glob("*.toml"))
 
 
 def load_profile(name: str) -> Profile:
-    """Return a profile by its name or its family's; raise DeviceProblem for others."""
+    """Return a profile by its name or its family's name; raise DeviceProblem if unknown."""
     stem = FAMILIES.get(name, name)
     if stem not in profile_names():
         raise DeviceProblem(
-            f"device {name!r} is not known",
-            f"the known ones are {', '.join([*FAMILIES, *profile_names()])}",
+            f"unknown device {name!r}",
+            f"choose one of {', '.join([*FAMILIES, *profile_names()])}",
         )
     fields = tomllib.loads((PROFILES / f"{stem}.toml").read_text(encoding="utf-8"))
     fields |= {key: tuple(fields[key]) for key in ("isa", "memory_bytes")}
@@ -161,14 +156,10 @@ def load_profile(name: str) -> Profile:
 def open_device(
     name: str = "local", address: str | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Device:
-    """Return a device that is ready for work; use it in a `with` block.
-
-    `address` is a Place's; `say` hears what takes long.
-    """
-    profile = choose(name, address)
-    module, _, class_name = KINDS[profile.kind].partition(":")
-    kind = getattr(importlib.import_module(module), class_name)
-    device: Device = kind() if profile.kind == "local" else kind(address, name, say)
+    """Return a connected device; use it in a `with` block. `address` is that of a Place. `say` is
+    called with a progress line before slow steps."""
+    module = importlib.import_module(f"devices.{choose(name, address).kind}")
+    device: Device = module.open_device(address, name, say)
     return device
 
 
@@ -177,7 +168,7 @@ ADDRESSES = {
     "adb": ("--serial", "add --device mobile"),
     "browser": ("--listen", "add --device mobile --browser"),
 }
-"""The option that addresses a kind of device, and what is missing where too many are given."""
+"""Kind -> the option for its addresses, and the hint if there are more addresses than devices."""
 
 
 def places(
@@ -186,56 +177,57 @@ def places(
     serials: Sequence[str] = (),
     pages: Sequence[str] = (),
 ) -> list[Place]:
-    """Pair devices with their addresses: each host goes to the next device that ssh reaches, each
-    serial number to the next one that adb does, each page's address to the next browser.
+    """Pair devices with addresses, in order: hosts with devices over ssh, serial numbers with
+    phones, listen addresses with browsers.
 
-    Raises DeviceProblem where they do not come out even, or one device is named twice.
+    Raises DeviceProblem if addresses are left over or missing, or a device is given twice.
     """
     left = {"ssh": list(hosts), "adb": list(serials), "browser": list(pages)}
     found = []
     for name in names:
-        mine = left.get(load_profile(name).kind)
-        found.append(Place(name, mine.pop(0) if mine else None))
+        addresses = left.get(load_profile(name).kind)
+        found.append(Place(name, addresses.pop(0) if addresses else None))
     for kind, (option, more) in ADDRESSES.items():
         if left[kind]:
             raise DeviceProblem(
-                f"{option} {clean(left[kind][0])} is given, and no device is left that is reached "
-                f"by {kind}: {', '.join(names)}",
+                f"{option} {clean(left[kind][0])}: no device reached by {kind} is left "
+                f"({', '.join(names)})",
                 f"leave {option} out, or {more}",
             )
     ways = [(choose(*place).kind, place.address) for place in found]
     for place, way in zip(found, ways, strict=True):
         if ways.count(way) > 1:
             raise DeviceProblem(
-                f"{place} is named twice, and two runs at once disturb each other",
-                "name each device once",
+                f"{place} is given twice, and two runs at once disturb each other",
+                "give each device once",
             )
     if ("adb", None) in ways and [kind for kind, _ in ways].count("adb") > 1:
         raise DeviceProblem(
-            "of several phones one has no serial number, and may be any of them",
-            "give each of them its --serial; `adb devices` lists them",
+            "several phones are given, and one of them has no serial number",
+            "give one --serial per phone; `adb devices` lists them",
         )
     return found
 
 
 def in_browser(names: Sequence[str]) -> list[str]:
-    """Return the devices with each phone replaced by its browser; raise where there is none."""
+    """Return the devices with each phone replaced by its browser. Raises DeviceProblem if there is
+    no phone."""
     found = ["browser" if load_profile(name).kind == "adb" else name for name in names]
     if "browser" not in found:
         raise DeviceProblem(
-            f"--browser is given, and no phone is among the devices ({', '.join(names)})",
+            f"--browser: no phone is among the devices ({', '.join(names)})",
             "add --device mobile",
         )
     return found
 
 
 def choose(name: str, address: str | None) -> Profile:
-    """Return the profile of a device that can be opened so, or raise the letter why it cannot."""
+    """Return the profile of a device; raise DeviceProblem if it needs an address."""
     profile = load_profile(name)
     if profile.kind == "ssh" and address is None:
         raise DeviceProblem(
-            f"device {name!r} ({profile.model}) is reached by ssh, and no host is named",
-            "add --host and what `ssh` calls it, for example --host pi@raspberrypi.local",
+            f"device {name!r} ({profile.model}) is reached by ssh, and no host is given",
+            "add --host with the name that ssh uses, for example --host pi@raspberrypi.local",
         )
     return profile
 
@@ -248,24 +240,24 @@ def run_runner(
     timeout_s: float | None = None,
     python: str | None = None,
 ) -> dict[str, Any]:
-    """Run a program that speaks the runner's protocol; return the JSON of its last line.
+    """Run the runner, or another program with its protocol; return the JSON of its last line.
 
-    `python` is another interpreter there than the device's own.
-    Raises the program's own letter, or one that says how it ended without any.
+    `python` is an interpreter on the device, by default the device's own. Raises DeviceProblem with
+    the program's own message, or with its exit code.
     """
     done = device.run([python or device.python, "-m", module, *arguments], env, timeout_s)
-    answer = last_json(done.stdout)
-    if answer is not None and "error" in answer:
-        letter = (clean(str(answer[part])) for part in ("error", "hint") if part in answer)
-        raise DeviceProblem(f"{device.name}: {next(letter)}", next(letter, ""))
-    if done.exit_code or answer is None:
-        said = last_line(done.stderr) or "it said nothing"
+    result = last_json(done.stdout)
+    if result is not None and "error" in result:
+        message = (clean(str(result[part])) for part in ("error", "hint") if part in result)
+        raise DeviceProblem(f"{device.name}: {next(message)}", next(message, ""))
+    if done.exit_code or result is None:
+        output = last_line(done.stderr) or "no output"
         raise DeviceProblem(
-            f"{device.name}: {module} ended with exit code {done.exit_code} ({said})",
-            "a negative code is a signal, -9 mostly means that memory ran out; otherwise check "
-            "that numpy and onnxruntime are installed there",
+            f"{device.name}: {module} ended with exit code {done.exit_code} ({output})",
+            "a negative code is a signal, and -9 usually means that memory ran out; otherwise "
+            "check that numpy and onnxruntime are installed there",
         )
-    return answer
+    return result
 
 
 def last_json(stdout: str) -> dict[str, Any] | None:
@@ -277,19 +269,19 @@ def last_json(stdout: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def last_line(words: str) -> str:
-    """Return the last of what a program said that is not blank; nothing where it said nothing."""
-    lines = (clean(line).strip() for line in reversed(words.splitlines()))
+def last_line(output: str) -> str:
+    """Return the last non-blank line of a program's output, or an empty string."""
+    lines = (clean(line).strip() for line in reversed(output.splitlines()))
     return next(filter(None, lines), "")
 
 
-def clean(found: Any) -> Any:
-    """Return what a device has said, without what steers a terminal and of bounded length."""
-    if isinstance(found, str):
-        text = found if len(found) <= MOST_TEXT else f"{found[:MOST_TEXT]} ..."
+def clean(value: Any) -> Any:
+    """Return a device's output without control characters, and of bounded length."""
+    if isinstance(value, str):
+        text = value if len(value) <= MOST_TEXT else f"{value[:MOST_TEXT]} ..."
         return "".join(letter if letter.isprintable() else " " for letter in text)
-    if isinstance(found, list):
-        return [clean(value) for value in found[:MOST_PARTS]]
-    if isinstance(found, dict):
-        return {clean(key): clean(found[key]) for key in list(found)[:MOST_PARTS]}
-    return found
+    if isinstance(value, list):
+        return [clean(part) for part in value[:MOST_PARTS]]
+    if isinstance(value, dict):
+        return {clean(key): clean(value[key]) for key in list(value)[:MOST_PARTS]}
+    return value

@@ -1,4 +1,4 @@
-"""A device that does nothing: it keeps a record of what was asked and replays prepared answers."""
+"""A device for tests: it records the calls and replays prepared results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from devices.device import Device, DeviceProblem, Env, Finished
 
 @dataclass
 class FakeDevice(Device):
-    """Answers `run` with `replies` in order, `pull` with `files`, `describe` with `machine`."""
+    """Returns `replies` in order for `run`, `files` for `pull` and `machine` for `describe`."""
 
     replies: list[Finished] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -20,14 +20,14 @@ class FakeDevice(Device):
     python: str = "python3"
 
     def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
-        """Note the command and return the next reply."""
+        """Record the command and return the next reply."""
         self.calls.append(("run", *argv))
         if not self.replies:
             raise DeviceProblem(f"fake: no reply is left for {' '.join(argv)}")
         return self.replies.pop(0)
 
     def push(self, local: Path, remote: str) -> None:
-        """Note what was pushed; a file is kept, so that it can be looked at or pulled."""
+        """Record the push; a file's content is kept, so that it can be inspected or pulled."""
         self.calls.append(("push", remote))
         if Path(local).is_file():
             self.files[remote] = Path(local).read_bytes()

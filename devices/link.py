@@ -1,7 +1,7 @@
-"""A process that leads to the agent on a device: lines of JSON, bare bytes, and letters.
+"""A link to the agent on a device: a local process (ssh or adb) with the agent at its other end.
 
-What is started there is always the same, a python3 that reads agent.py from standard input; names,
-commands and files follow as data, so that nothing of them is a word of a shell.
+The command on the device is always the same, a python3 that reads agent.py from standard input.
+Names, commands and files follow as data, so a shell never parses them.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from devices.device import DeviceProblem, clean
 
 AGENT = Path(__file__).parent / "agent.py"
 READS_AGENT = "import sys;exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"
-"""What python3 there is given, and behind it the name by which it was started."""
+"""The code for the device's python3; its argument is the name by which python3 was started."""
 
 MOST_LINE = 1 << 27
-"""Of an answer: a command's output, with each character escaped."""
+"""Most bytes of an answer: a command's output, with each character escaped."""
 MOST_NOISE = 1 << 16
-"""That a login shell may say before the first answer."""
-MOST_WORDS = 1 << 13
-"""Of what the process says on stderr; the end is kept."""
+"""Most bytes that a login shell may print before the first answer."""
+MOST_STDERR = 1 << 13
+"""Bytes kept of the end of the process's stderr."""
 STALL_S = 60
-"""Without a byte taken."""
+"""Timeout without any byte transferred."""
 CLOSE_S = 10
 CHUNK = 1 << 16
 
 
 class Link(ABC):
-    """A process at whose other end agent.py runs; requests and answers take turns."""
+    """A process with agent.py at its other end; each request is followed by its answer."""
 
     def __init__(self, address: str, argv: Sequence[str], install: str) -> None:
         self.address = address
         self.open = False
-        """Whether the agent has ever answered."""
-        self.heard, self.words, self.noise = bytearray(), bytearray(), b""
+        """Whether the agent has answered before."""
+        self.received, self.stderr, self.noise = bytearray(), bytearray(), b""
         pipe = subprocess.PIPE
         try:
-            # a session of its own: Ctrl-C ends it through close(), when the agent has cleaned up
+            # in its own session, Ctrl-C does not kill it; close() ends it after the agent's cleanup
             self.process = subprocess.Popen(
                 argv, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
             )
@@ -66,36 +66,37 @@ class Link(ABC):
         self.send(f"{len(agent)}\n".encode() + agent)
 
     @abstractmethod
-    def why(self, code: int, words: str) -> tuple[str, str]:
-        """The letter for a process that has ended by itself, by its exit code and its words."""
+    def why(self, code: int, stderr: str) -> tuple[str, str]:
+        """Return message and hint for a process that ended, from its exit code and its stderr."""
 
     def listen(self, stderr: IO[bytes]) -> None:
-        """Keep the end of what the process says."""
+        """Keep the end of the process's stderr."""
         with stderr:
             while block := os.read(stderr.fileno(), CHUNK):
-                self.words += block
-                del self.words[:-MOST_WORDS]
+                self.stderr += block
+                del self.stderr[:-MOST_STDERR]
 
-    # ---------------------------------------------------------------------------- to and fro
+    # ---------------------------------------------------------------------- sending and receiving
 
     def send_line(self, value: dict[str, Any]) -> None:
+        """Send a request as a line of JSON."""
         self.send(json.dumps(value).encode() + b"\n")
 
     def send(self, data: bytes) -> None:
-        """Send all of it. Where nobody listens any more, the answer that is missing tells it."""
+        """Send all bytes. A broken pipe is ignored here; the missing answer reports it."""
         if self.stdin.closed:
             raise self.failure("the connection was closed")
         view, pipe = memoryview(data), self.stdin.fileno()
         while view:
             if not select.select([], [pipe], [], STALL_S)[1]:
-                raise self.failure(f"it took nothing for {STALL_S} s")
+                raise self.failure(f"it accepted no data for {STALL_S} s")
             try:
                 view = view[os.write(pipe, view) :]
             except BrokenPipeError:
                 return
 
     def send_file(self, path: Path, size: int) -> None:
-        """Send exactly so many bytes; where the file has shrunk, its hash there is wrong."""
+        """Send exactly `size` bytes; if the file has shrunk, zeros are sent and its hash fails."""
         with path.open("rb") as file:
             while size:
                 block = file.read(min(size, CHUNK)) or bytes(min(size, CHUNK))
@@ -103,7 +104,7 @@ class Link(ABC):
                 size -= len(block)
 
     def answer(self, patience_s: float | None) -> dict[str, Any]:
-        """Return the next answer; what a login shell has said before the first one is passed."""
+        """Return the next answer; output of a login shell before the first one is skipped."""
         deadline = None if patience_s is None else time.monotonic() + patience_s
         while True:
             line = self.line(deadline, patience_s)
@@ -112,66 +113,66 @@ class Link(ABC):
                 break
             self.noise += line
             if self.open or len(self.noise) > MOST_NOISE:
-                raise self.failure(f"it said {clean(line.decode('utf-8', 'replace'))!r}")
+                raise self.failure(f"it printed {clean(line.decode('utf-8', 'replace'))!r}")
         try:
-            found = json.loads(text)
+            answer = json.loads(text)
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise self.failure("its answer is no JSON object")
+            answer = None
+        if not isinstance(answer, dict):
+            raise self.failure("its answer is not a JSON object")
         self.open = True
-        return found
+        return answer
 
     def line(self, deadline: float | None, patience_s: float | None) -> bytes:
         """Return the next line."""
         searched = 0
-        while (end := self.heard.find(b"\n", searched)) < 0:
-            searched = len(self.heard)
+        while (end := self.received.find(b"\n", searched)) < 0:
+            searched = len(self.received)
             if searched > (MOST_LINE if self.open else MOST_NOISE):
                 raise self.failure(f"its answer is longer than {searched} bytes")
-            self.hear(deadline, patience_s)
-        line = bytes(self.heard[: end + 1])
-        del self.heard[: end + 1]
+            self.read_more(deadline, patience_s)
+        line = bytes(self.received[: end + 1])
+        del self.received[: end + 1]
         return line
 
-    def hear(self, deadline: float | None, patience_s: float | None) -> None:
-        """Wait for something to be said."""
+    def read_more(self, deadline: float | None, patience_s: float | None) -> None:
+        """Wait for output of the process and append it to `received`."""
         left = None if deadline is None else max(0, deadline - time.monotonic())
         if not select.select([self.stdout], [], [], left)[0]:
             raise self.failure(f"it did not answer within {patience_s:g} s")
         block = os.read(self.stdout.fileno(), CHUNK)
         if not block:
             raise self.failure()
-        self.heard += block
+        self.received += block
 
     def receive(self, file: IO[bytes], size: int) -> None:
         """Write the next bytes to a file."""
         while size:
-            if not self.heard:
-                self.hear(time.monotonic() + STALL_S, STALL_S)
-            block = bytes(self.heard[:size])
-            del self.heard[: len(block)]
+            if not self.received:
+                self.read_more(time.monotonic() + STALL_S, STALL_S)
+            block = bytes(self.received[:size])
+            del self.received[: len(block)]
             file.write(block)
             size -= len(block)
 
-    # ------------------------------------------------------------------------------- its end
+    # ------------------------------------------------------------------------------------- closing
 
-    def failure(self, found: str = "") -> DeviceProblem:
-        """End the connection; return the letter that says why: what was found, or the process's
-        own words."""
-        self.end(0 if found else CLOSE_S)
+    def failure(self, reason: str = "") -> DeviceProblem:
+        """Close the connection; return the error for `reason`, or for how the process ended."""
+        self.end(0 if reason else CLOSE_S)
         self.listener.join(CLOSE_S)
-        if found:
-            return self.letter(found, "check the machine there, and start again")
-        return self.letter(
-            *self.why(self.process.returncode, self.words.decode("utf-8", "replace"))
+        if reason:
+            return self.problem(reason, "check the device, and start again")
+        return self.problem(
+            *self.why(self.process.returncode, self.stderr.decode("utf-8", "replace"))
         )
 
-    def letter(self, found: str, hint: str) -> DeviceProblem:
-        return DeviceProblem(f"{self.address}: {found}", hint.format(host=self.address))
+    def problem(self, message: str, hint: str) -> DeviceProblem:
+        """Return an error that names the address."""
+        return DeviceProblem(f"{self.address}: {message}", hint.format(host=self.address))
 
     def close(self) -> None:
-        """End the connection, when the agent has cleaned up."""
+        """Close the connection after the agent's cleanup."""
         self.end(CLOSE_S)
         self.listener.join(CLOSE_S)
 

@@ -1,19 +1,19 @@
-"""This machine as a device: own processes, in a private folder that is removed at the end."""
+"""This machine as a device: commands run in a private folder that is removed at the end."""
 
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from copy import copy as twin
+from collections.abc import Callable, Sequence
+from copy import copy as shallow_copy
 from pathlib import Path
 from typing import Any, Self
 
 from devices.device import RUNNER, Device, DeviceProblem, Env, Finished, Packages, run_runner
 
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
-"""The environment a run inherits; the rest, thread settings above all, would change the result."""
+"""Environment variables that a run inherits; others, such as thread settings, change results."""
 
 
 class LocalDevice(Device):
@@ -25,7 +25,7 @@ class LocalDevice(Device):
     def __init__(self) -> None:
         self.work = Path(tempfile.mkdtemp(prefix="edgewhisper-"))  # mode 0700
         self.running: list[subprocess.Popen[str]] = []
-        """One at most."""
+        """The running process, at most one."""
 
     def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
         """Run a command in the work folder."""
@@ -43,7 +43,7 @@ class LocalDevice(Device):
             self.running.append(process)
             with process:
                 try:
-                    said = process.communicate(timeout=timeout_s)
+                    output = process.communicate(timeout=timeout_s)
                 except BaseException:
                     process.kill()
                     raise
@@ -56,13 +56,13 @@ class LocalDevice(Device):
             ) from None
         except OSError as error:
             raise DeviceProblem(f"local: {argv[0]} cannot be started: {error.strerror}") from None
-        return Finished(process.returncode, *said)
+        return Finished(process.returncode, *output)
 
     def having(self, packages: Packages, python: Path) -> Self:
-        """Let commands run with the interpreter that has the packages."""
-        found = twin(self)  # `running` is one list, for close()
-        found.python = str(python)
-        return found
+        """Return this device with `python` as its interpreter."""
+        device = shallow_copy(self)  # both share `running`, for close()
+        device.python = str(python)
+        return device
 
     def push(self, local: Path, remote: str) -> None:
         """Copy a file or a folder into the work folder."""
@@ -73,22 +73,27 @@ class LocalDevice(Device):
         copy(self.inside(remote), Path(local))
 
     def describe(self) -> dict[str, Any]:
-        """Return what the runner reads about this machine."""
+        """Return the runner's description of this machine."""
         self.push(RUNNER, "runner")
         return run_runner(self, ["describe"], timeout_s=60)
 
     def inside(self, remote: str) -> Path:
-        """Return the path of a remote name, which may not lead out of the work folder."""
+        """Return the path of a remote name; raise DeviceProblem outside the work folder."""
         path = (self.work / remote).resolve()
         if not path.is_relative_to(self.work.resolve()):
-            raise DeviceProblem(f"local: {remote} lies outside the work folder")
+            raise DeviceProblem(f"local: {remote} is outside the work folder")
         return path
 
     def close(self) -> None:
-        """End what runs, which another thread may be waiting for, and remove the work folder."""
+        """Kill the running command, even if another thread waits for it; remove the work folder."""
         for process in self.running:
             process.kill()
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def open_device(address: str | None, name: str, say: Callable[[str], None]) -> Device:
+    """Return this machine as a device."""
+    return LocalDevice()
 
 
 def inherited() -> dict[str, str]:
@@ -98,7 +103,7 @@ def inherited() -> dict[str, str]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file or a folder, replacing what stands there."""
+    """Copy a file or a folder, replacing existing files."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():

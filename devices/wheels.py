@@ -1,5 +1,5 @@
-"""The wheels of numpy and onnxruntime for another machine, by pip and its own configuration; for a
-Mac those of coremltools too, where they are asked for; and those of another program."""
+"""Downloads wheels for another machine with pip: numpy and onnxruntime, coremltools for a Mac, or
+the packages of another program."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from packaging.version import InvalidVersion, Version
 from devices.device import DeviceProblem, last_line
 
 NAMES = ("numpy", "onnxruntime")
-MAY = ("coremltools",)
-"""What is sent on request only, with all that it needs."""
+OPTIONAL = ("coremltools",)
+"""Packages that are installed on request only, with their dependencies."""
 LEAST_PYTHON = (3, 11)
-"""What devices/runner is written for."""
+"""The oldest Python that devices/runner supports."""
 OLDEST_GLIBC = 17
-"""Minor version of the oldest one that wheels are built for."""
+"""Minor version of the oldest glibc that wheels are built for."""
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,28 @@ class Target:
 
     python: tuple[int, int]
     machine: str
-    """As platform.machine() spells it: aarch64, x86_64, arm64."""
+    """The value of platform.machine(): aarch64, x86_64 or arm64."""
     release: int
-    """Of glibc the minor version, 36 for 2.36; of macOS the major one."""
+    """glibc's minor version (36 for 2.36), or macOS's major version."""
     system: str = "Linux"
     more: tuple[str, ...] = ()
-    """Of MAY."""
+    """Packages of OPTIONAL to install too."""
     only: tuple[str, ...] = ()
-    """Requirements in the place of NAMES, with all that they need: of another program."""
+    """Requirements of another program, installed with their dependencies instead of NAMES."""
 
     @property
     def names(self) -> list[str]:
-        """What it is to have."""
+        """The names of the packages to install."""
         return [Requirement(text).name for text in self.only] or [*NAMES, *self.more]
 
     @property
     def requirements(self) -> list[str]:
-        """In which versions."""
+        """The packages to install, with exact versions if possible."""
         return list(self.only) or pins(self.more)
 
     @property
     def options(self) -> list[str]:
-        """What tells pip about it."""
+        """pip's options for this interpreter."""
         abi = f"cp{self.python[0]}{self.python[1]}"
         return [
             *("--implementation", "cp", "--python-version", ".".join(map(str, self.python))),
@@ -64,7 +64,7 @@ class Target:
         ]
 
     def platforms(self) -> list[str]:
-        """Return the platforms whose wheels it takes, the newest first."""
+        """Return the platform tags that it supports, newest first."""
         if self.system == "Darwin":
             return list(mac_platforms((self.release, 0), self.machine))
         tags = [f"manylinux_2_{minor}_" for minor in range(self.release, OLDEST_GLIBC - 1, -1)]
@@ -72,9 +72,9 @@ class Target:
 
     @property
     def name(self) -> str:
-        """A name for what is installed there: other pins make another one."""
-        asked = f"{self} {self.requirements}"
-        return hashlib.sha256(asked.encode()).hexdigest()[:16]
+        """A name for the installed packages that changes with their versions."""
+        content = f"{self} {self.requirements}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
         libc = "macOS " if self.system == "Darwin" else "glibc 2."
@@ -84,80 +84,80 @@ class Target:
 
 @cache
 def ranges() -> dict[str, Requirement]:
-    """The versions that this release takes, by name: those in pyproject.toml."""
+    """Return the supported versions by package name, from pyproject.toml."""
     try:
-        asked = [Requirement(text) for text in metadata.requires("edgewhisper") or []]
+        texts = metadata.requires("edgewhisper") or []
     except metadata.PackageNotFoundError:  # run from its folder, without being installed
-        asked = []
-    found = {each.name: each for each in asked if "extra" not in str(each.marker)}
-    return {name: found.get(name, Requirement(name)) for name in (*NAMES, *MAY)}
+        texts = []
+    known = {each.name: each for each in map(Requirement, texts) if "extra" not in str(each.marker)}
+    return {name: known.get(name, Requirement(name)) for name in (*NAMES, *OPTIONAL)}
 
 
 def pins(more: Sequence[str] = ()) -> list[str]:
-    """The versions that run here: with them, texts and times can be compared."""
+    """Return requirements of the versions installed here, so that results are comparable."""
     return [pin(name) for name in (*NAMES, *more)]
 
 
 def pin(name: str) -> str:
-    """The version that runs here; coremltools may not be here, and then any in range."""
+    """Return the requirement of the version installed here, or of the supported range."""
     try:
         return f"{name}=={metadata.version(name)}"
     except metadata.PackageNotFoundError:
-        return in_words(name)
+        return range_of(name)
 
 
-def in_words(name: str) -> str:
-    """A range, for pip, without the marker, which asks what this machine is and not the device."""
+def range_of(name: str) -> str:
+    """Return the requirement of the supported range, without the marker for this machine."""
     return f"{name}{ranges()[name].specifier}"
 
 
 def in_range(versions: dict[str, Any], more: Sequence[str] = ()) -> bool:
-    """Whether what a device says is installed there is what this release takes."""
+    """Return whether the versions installed on a device are supported."""
     try:
-        found = {name: Version(versions[name]) for name in (*NAMES, *more)}
+        installed = {name: Version(versions[name]) for name in (*NAMES, *more)}
     except (KeyError, TypeError, InvalidVersion):
         return False
-    return all(ranges()[name].specifier.contains(found[name]) for name in found)
+    return all(ranges()[name].specifier.contains(version) for name, version in installed.items())
 
 
 def download(target: Target, folder: Path) -> list[Path]:
-    """Fetch the wheels into a folder: of the versions that run here, else the newest in range."""
-    asked = {"pinned": target.requirements}
+    """Download wheels to a folder: the versions installed here, or else the newest supported."""
+    choices = {"pinned": target.requirements}
     if not target.only:
-        asked["newest"] = [in_words(name) for name in target.names]
-    for name, requirements in asked.items():
-        said = pip(target, folder / name, requirements)
-        if not said:
+        choices["newest"] = [range_of(name) for name in target.names]
+    for name, requirements in choices.items():
+        error = pip(target, folder / name, requirements)
+        if not error:
             return sorted((folder / name).glob("*.whl"))
-    raise DeviceProblem(f"no wheels of {listed(target.names)} for {target}: {said}", hint(target))
+    raise DeviceProblem(f"no wheels of {listed(target.names)} for {target}: {error}", hint(target))
 
 
 def hint(target: Target) -> str:
-    """What helps where there are no wheels."""
+    """Return the hint for missing wheels."""
     if target.only:
-        return f"check that pip can reach its index, or do without {target.names[0]} there"
+        return f"check that pip can reach its index, or leave {target.names[0]} out there"
     if target.system == "Darwin":
         return (
             "check that pip can reach its index; onnxruntime's wheels need macOS 14, coremltools' "
-            "Python 3.13 or older: `brew install python@3.13` there"
+            "need Python 3.13 or older: `brew install python@3.13` there"
         )
     return "check that pip can reach its index, or install both on the device"
 
 
 def listed(names: Sequence[str]) -> str:
-    """a, b and c."""
+    """Return names as "a, b and c"."""
     *others, last = names
     return f"{', '.join(others)} and {last}"
 
 
 def pip(target: Target, folder: Path, requirements: Sequence[str]) -> str:
-    """Download wheels; return its last words where that failed, nothing otherwise."""
+    """Download wheels; return pip's last error line, or an empty string on success."""
     argv = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     argv += ["--only-binary=:all:", "--dest", str(folder), *target.options]
     if not (target.more or target.only):
-        argv.append("--no-deps")  # onnxruntime runs without what it names
+        argv.append("--no-deps")  # onnxruntime runs without its declared dependencies
     done = subprocess.run(
         [*argv, *requirements], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
-    said = last_line(done.stderr) or f"pip ended with exit code {done.returncode}"
-    return said if done.returncode else ""
+    error = last_line(done.stderr) or f"pip ended with exit code {done.returncode}"
+    return error if done.returncode else ""

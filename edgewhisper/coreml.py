@@ -13,8 +13,10 @@ from benchmarks.bench import OURS
 from benchmarks.reference_runtimes import Encoder
 from devices.device import run_runner
 from devices.local import LocalDevice
-from devices.runner.decode.rules import Logits, Rules, greedy
+from devices.runner.decode.greedy import greedy
+from devices.runner.decode.rules import Rules
 from devices.runner.engines.coreml import CACHES
+from devices.runner.interfaces import Logits
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor

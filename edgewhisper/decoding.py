@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import WhisperProcessor
 
 from devices.runner.audio import is_hum, is_silent, shortest, split
-from devices.runner.decode.rules import MOST_NO_SPEECH
+from devices.runner.decode.greedy import MOST_NO_SPEECH
 from edgewhisper.quiet import quiet
 from export.prompt import (
     AUTO,

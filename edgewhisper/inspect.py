@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.timing import summarise
 from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
-from devices.runner.engines import contract
-from devices.runner.engines.graph_file import Constant, Parts, read_graph
+from devices.runner.artifact import manifest as contract
+from devices.runner.artifact.graph_file import Constant, Parts, read_graph
+from devices.runner.artifact.tensors import DTYPES
 from export import artifact, layouts
 from export.problem import Problem
 
@@ -391,4 +392,4 @@ def cache_bytes(spec: dict[str, Any], filled: int) -> int:
     shape = list(spec["shape"])
     if len(shape) == 4:
         shape[2] = filled
-    return math.prod(shape) * contract.DTYPES[spec["dtype"]]
+    return math.prod(shape) * DTYPES[spec["dtype"]]

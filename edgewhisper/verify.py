@@ -20,9 +20,10 @@ from benchmarks.metadata import folder_bytes
 from benchmarks.speech.clips import Clip, read_manifest
 from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
-from devices.runner.decode.rules import AUTO, Rules
-from devices.runner.engines import contract
-from devices.runner.engines.graph_file import read_graph
+from devices.runner.artifact import manifest as contract
+from devices.runner.artifact.graph_file import read_graph
+from devices.runner.artifact.manifest import AUTO
+from devices.runner.decode.rules import Rules
 from export import artifact
 from export.layouts import LAYOUTS, graph_files, layouts_of, needed_files
 from export.onnx.graph import OPSETS

@@ -1,7 +1,7 @@
 """Targets, layouts and precisions: the one table of everything that can be exported.
 
 Standard library only, so that artifacts can be read without torch. Devices do not import this
-package; tests hold their copy (devices/runner/engines/contract.py) equal to this table.
+package; tests hold their copy (devices/runner/artifact/manifest.py) equal to this table.
 
 To add an ONNX layout: add a row here, write export/onnx/layouts/NAME.py, and add its decoding loop
 to benchmarks/reference_runtimes.py.

@@ -49,7 +49,8 @@ from benchmarks.rivals.protocol import (
     only_window,
     prompt_language,
 )
-from devices.runner.decode.rules import Rules, greedy
+from devices.runner.decode.greedy import greedy
+from devices.runner.decode.rules import Rules
 from devices.runner.problem import RunnerProblem
 
 MODEL = "ggml-model.bin"

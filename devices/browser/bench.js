@@ -1,15 +1,15 @@
-// Runs an artifact on onnxruntime-web, round by round, and sends ids of tokens and times back.
+// Runs an artifact in onnxruntime-web, round by round, and sends back token ids and times.
 //
-// One module for both sides. The page talks with the server that it came from and shows how far
-// it is. For every round it starts a worker, which loads the graphs anew, transcribes each clip
-// once and ends, as a process of the runner does elsewhere. devices/browser/job.py says what a job
-// is and settles all that can be settled beforehand; the loop here is that of runner/decode.py.
+// The page and its worker share this module. The page talks to its server and shows the progress.
+// For every round it starts a new worker, which loads the graphs, transcribes each clip once and
+// ends, like a process of the runner on other devices. devices/browser/job.py builds the jobs; the
+// decode loop is the same as in devices/runner/decode/greedy.py.
 
-const LOOP_TOKENS = 30; // a loop is at least 30 tokens which are
-const LOOP_COPIES = 5; // at least 5 copies of one phrase, in a row
+const LOOP_TOKENS = 30; // a loop is a phrase repeated over at least 30 tokens
+const LOOP_COPIES = 5; // and at least 5 times in a row
 const ALIVE_MS = 5000;
 const MEMORY_MS = 20000;
-const RETRY_MS = 50000; // the server waits a little longer for a page that is silent
+const RETRY_MS = 50000; // less than the server's timeout for a silent page
 const AGAIN_MS = 5000;
 const HELLOS = 4;
 
@@ -24,21 +24,21 @@ async function bytes(name) {
   return response.arrayBuffer();
 }
 
-// What is fetched is not timed: elsewhere it lies on the device.
+// Fetching is not timed: on other devices the files are local.
 async function fetchGraph({ file, beside, place }) {
   const externalData = [];
   for (const path of beside) externalData.push({ path, data: new Uint8Array(await bytes(place + path)) });
   return { graph: new Uint8Array(await bytes(file)), externalData };
 }
 
-// One at a time: a phone has no room for hours of speech.
+// Clips are fetched one at a time: a phone has no memory for hours of speech.
 async function fetchClip(clip) {
   const windows = [];
   for (const name of clip.windows) windows.push(new Float32Array(await bytes(name)));
   return { ...clip, windows };
 }
 
-// The length of the phrase that the text has fallen into repeating, or 0.
+// Returns the length of the phrase that the end of the text repeats, or 0.
 function loopPeriod(tokens) {
   for (let period = 1; period * LOOP_COPIES <= tokens.length; ++period) {
     const length = period * Math.max(LOOP_COPIES, Math.ceil(LOOP_TOKENS / period));
@@ -49,7 +49,7 @@ function loopPeriod(tokens) {
   return 0;
 }
 
-// The likeliest of the tokens that are allowed; the lower id of equals.
+// Returns the most probable allowed token; of equals the lower id.
 function likeliest(logits, forbidden) {
   let best = -1;
   for (let id = 0; id < logits.length; ++id) {
@@ -66,8 +66,8 @@ class Recognizer {
     for (const id of job.never) this.always[id] = 1;
     this.first = this.always.slice();
     for (const id of job.not_first) this.first[id] = 1;
-    // `heard.*` are the encoder's keys and values again, for who binds them in place
-    this.fetched = ["logits", ...Object.keys(job.caches)];
+    // not the outputs `heard.*`, copies of the cross caches for runtimes that bind in place
+    this.outputs = ["logits", ...Object.keys(job.caches)];
   }
 
   async open(decoder, encoder) {
@@ -78,8 +78,8 @@ class Recognizer {
     }
   }
 
-  // Tokens and times of one window. JavaScript hands every input over and gets every output back:
-  // unlike elsewhere, keys and values are copied between steps, and that is in the times.
+  // Returns tokens and times of one window. In JavaScript all inputs and outputs are copied, so the
+  // times include copying keys and values between steps, unlike on other devices.
   async window(pcm, { prompt, most }) {
     const { Tensor } = this.ort;
     const { windows, caches, eos, most_ids } = this.job;
@@ -89,7 +89,7 @@ class Recognizer {
     let started = performance.now();
     const sound = { pcm: new Tensor("float32", samples, [1, samples.length]) };
     const cross = await this.encoder.run(sound);
-    const found = { encoder_s: seconds(started), prompt_s: [], per_token_s: [], tokens: [] };
+    const result = { encoder_s: seconds(started), prompt_s: [], per_token_s: [], tokens: [] };
     this.at = "decoder.onnx";
     const state = { ...cross };
     for (const [name, shape] of Object.entries(caches)) {
@@ -101,16 +101,16 @@ class Recognizer {
       started = performance.now();
       state.input_ids = new Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
       state.past_length = new Tensor("int32", Int32Array.of(fed), [1]);
-      const given = await this.decoder.run(state, this.fetched);
-      for (const name of Object.keys(caches)) state[name.replace("present.", "past.")] = given[name];
+      const outputs = await this.decoder.run(state, this.outputs);
+      for (const name of Object.keys(caches)) state[name.replace("present.", "past.")] = outputs[name];
       fed += ids.length;
       clock.push(seconds(started));
-      return given.logits.data;
+      return outputs.logits.data;
     };
     let ids = prompt;
-    const { tokens } = found;
+    const { tokens } = result;
     while (tokens.length < most) {
-      const clock = tokens.length ? found.per_token_s : found.prompt_s;
+      const clock = tokens.length ? result.per_token_s : result.prompt_s;
       let logits;
       for (let at = 0; at < ids.length; at += most_ids) {
         logits = await step(ids.slice(at, at + most_ids), clock);
@@ -121,7 +121,7 @@ class Recognizer {
       ids = [token];
       if (loopPeriod(tokens)) break;
     }
-    return found;
+    return result;
   }
 
   async clip(clip) {
@@ -132,32 +132,32 @@ class Recognizer {
   }
 }
 
-async function work(job) {
+async function run(job) {
   const recognizer = new Recognizer(null, job);
-  const tell = (state, share) => self.postMessage({ state, share });
+  const report = (state, share) => self.postMessage({ state, share });
   try {
     recognizer.at = "loading";
-    tell("loading", 0);
+    report("loading", 0);
     const ort = (recognizer.ort = await import("./ort.wasm.min.mjs"));
     ort.env.wasm.numThreads = job.threads;
     ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href;
-    // The runtime starts with its first session, even one without a graph. Elsewhere importing
-    // it is no part of the time to load an artifact either.
+    // The runtime starts with its first session, even one without a graph. Its start is not timed,
+    // like the import of onnxruntime on other devices.
     await ort.InferenceSession.create(new Uint8Array(), { logSeverityLevel: 4 }).catch(() => {});
     const { clips } = job;
     const graphs = [await fetchGraph(job.decoder), await fetchGraph(job.encoder)];
     const started = performance.now();
     await recognizer.open(...graphs);
     const load_s = seconds(started);
-    tell("warming up", 0);
+    report("warming up", 0);
     for (const clip of clips.slice(0, job.warm_up)) await recognizer.clip(await fetchClip(clip));
-    const found = [];
+    const results = [];
     for (const clip of clips) {
-      found.push(await recognizer.clip(await fetchClip(clip)));
-      tell(`clip ${found.length} of ${clips.length}`, found.length / clips.length);
+      results.push(await recognizer.clip(await fetchClip(clip)));
+      report(`clip ${results.length} of ${clips.length}`, results.length / clips.length);
     }
-    // onnxruntime-web puts 1 there where the browser gives no threads
-    self.postMessage({ result: { load_s, clips: found, threads: ort.env.wasm.numThreads } });
+    // onnxruntime-web sets numThreads to 1 if the browser provides no threads
+    self.postMessage({ result: { load_s, clips: results, threads: ort.env.wasm.numThreads } });
   } catch (error) {
     self.postMessage({ error: { at: recognizer.at, reason: `${error?.message ?? error}` } });
   }
@@ -165,11 +165,11 @@ async function work(job) {
 
 // -------------------------------------------------------------------------------------- the page
 
-let page = null; // the number that the server gave this page
+let page = null; // this page's id, from the server
 
-// A network that is gone for a moment ends nothing.
-async function post(name, said) {
-  const request = { method: "POST", body: JSON.stringify({ page, ...said }), cache: "no-store" };
+// Posts a message and returns the answer; retries while the network is down.
+async function post(name, message) {
+  const request = { method: "POST", body: JSON.stringify({ page, ...message }), cache: "no-store" };
   const until = performance.now() + RETRY_MS;
   let response = null;
   while (response === null) {
@@ -185,7 +185,7 @@ async function post(name, said) {
   return answer;
 }
 
-// A function that returns a vector: WebAssembly.validate is false where SIMD is not known.
+// A module with a function that returns a vector; it validates only if SIMD is supported.
 const SIMD = Uint8Array.of(
   ...[0, 0x61, 0x73, 0x6d, 1, 0, 0, 0], // magic, version
   ...[1, 5, 1, 0x60, 0, 1, 0x7b], // types: () -> v128
@@ -214,10 +214,10 @@ function describe() {
   };
 }
 
-// What the browser counts for this page and its worker, where it tells. It is in no hurry with it.
+// Returns the memory of this page and its worker in bytes, or null. The measurement can take long.
 async function memory() {
   if (!self.crossOriginIsolated || !performance.measureUserAgentSpecificMemory) return null;
-  const late = new Promise((tell) => setTimeout(tell, MEMORY_MS, null));
+  const late = new Promise((resolve) => setTimeout(resolve, MEMORY_MS, null));
   const measured = performance.measureUserAgentSpecificMemory().then(({ bytes }) => bytes);
   return Promise.race([measured.catch(() => null), late]);
 }
@@ -231,31 +231,31 @@ function log(line) {
   document.getElementById("log").textContent += `${line}\n`;
 }
 
-const weighed = new Set(); // the artifacts whose memory is known
+const measured = new Set(); // the artifacts whose memory was measured
 
-// What one worker says of a job: a result or an error.
+// Runs a job in a new worker; resolves to its result or error.
 function round(job, number) {
-  return new Promise((tell) => {
+  return new Promise((resolve) => {
     const worker = new Worker("bench.js", { type: "module" });
     worker.onmessage = async ({ data }) => {
       if (data.state) return show(`round ${number}: ${data.state}`, data.share);
-      // once: it takes many seconds, and what it counts hardly changes between rounds
+      // measured once: it takes many seconds and hardly changes between rounds
       if (data.result) {
-        data.result.memory_bytes = weighed.has(job.decoder.file) ? null : await memory();
-        weighed.add(job.decoder.file);
+        data.result.memory_bytes = measured.has(job.decoder.file) ? null : await memory();
+        measured.add(job.decoder.file);
       }
       worker.terminate();
-      tell(data);
+      resolve(data);
     };
     worker.onerror = (event) => {
       worker.terminate();
-      tell({ error: { at: "the worker", reason: event.message ?? "it could not be started" } });
+      resolve({ error: { at: "the worker", reason: event.message ?? "it could not be started" } });
     };
     worker.postMessage(job);
   });
 }
 
-// A page that is loaded anew waits until the one before it counts as gone.
+// A reloaded page retries until the server treats the previous one as gone.
 async function hello() {
   for (let tries = 1; ; ++tries) {
     try {
@@ -270,17 +270,17 @@ async function hello() {
 
 async function serve() {
   page = (await hello()).page;
-  log(`${self.crossOriginIsolated ? navigator.hardwareConcurrency : 1} threads can be had`);
+  log(`threads available: ${self.crossOriginIsolated ? navigator.hardwareConcurrency : 1}`);
   for (let number = 1; ; ) {
     show("waiting for the next round");
     const { id, work, end } = await post("next");
-    if (end) return show("done: this page can be closed", 1);
+    if (end) return show("done; you can close this page", 1);
     if (!id) continue;
-    const beat = setInterval(() => post("alive").catch(() => {}), ALIVE_MS);
-    const said = await round(work, number);
-    clearInterval(beat);
-    await post("answer", { job: id, ...said });
-    log(said.error ? `round ${number}: ${said.error.reason}` : `round ${number}: ${summary(said)}`);
+    const timer = setInterval(() => post("alive").catch(() => {}), ALIVE_MS);
+    const answer = await round(work, number);
+    clearInterval(timer);
+    await post("answer", { job: id, ...answer });
+    log(`round ${number}: ${answer.error ? answer.error.reason : summary(answer)}`);
     ++number;
   }
 }
@@ -288,11 +288,11 @@ async function serve() {
 function summary({ result }) {
   const walls = result.clips.map((clip) => clip.wall_s).sort((a, b) => a - b);
   const median = walls[walls.length >> 1];
-  return `${walls.length} clips, ${(1000 * median).toFixed(0)} ms the middle one`;
+  return `${walls.length} clips, median ${(1000 * median).toFixed(0)} ms`;
 }
 
 if (typeof document === "undefined") {
-  self.onmessage = ({ data }) => work(data);
+  self.onmessage = ({ data }) => run(data);
 } else {
-  serve().catch((error) => show(`ended: ${error.message}`));
+  serve().catch((error) => show(`stopped: ${error.message}`));
 }

@@ -1,4 +1,4 @@
-"""A browser as a device: it opens one page, which stands for the runner there."""
+"""A browser as a device: it opens a page that takes the place of the runner."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from .site import Site
 
 PAGE = ("page.html", "bench.js")
 VISIT_S = 900.0
-"""So long a page is waited for."""
+"""Timeout for the page to be opened."""
 ROUND_S = 4 * 3600.0
+"""Timeout of a round."""
 
 
 class BrowserDevice(LocalDevice):
-    """What is pushed stays in a private folder here, and the page loads it from there.
-
-    Each round is a worker of its own in the page, as it is a process elsewhere.
-    """
+    """A browser. Pushed files stay in a private folder on this machine, and the page loads them.
+    Each round runs in a new worker of the page, as it runs in a new process on other devices."""
 
     name = "browser"
     lacks = ("compute_units", "minutes", "pin", "governor")
@@ -49,46 +48,47 @@ class BrowserDevice(LocalDevice):
         try:
             self.site.table |= {name: (here / name).read_bytes() for name in PAGE} | runtime
             url = self.site.url
-            say(f"open this on the phone, and leave it in front until it is done:\n{url}")
+            say(f"open this on the phone, and keep it in the foreground until it is done:\n{url}")
             say(qr_code(url))
         except BaseException:
             self.close()
             raise
 
     def describe(self) -> dict[str, Any]:
-        """Return what the page says about its browser; wait for it at first."""
+        """Return the page's description of its browser; wait for the page if necessary."""
         self.about = self.about or job.about(self.site.visitor(VISIT_S))
         return self.about
 
     def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
-        """Let the page do what the runner is asked for; it knows `bench` only."""
-        asked = parser().parse_args(argv[3:]) if argv[1:3] == ["-m", "runner"] else None
-        if asked is None or asked.command != "bench" or asked.repeats != 1:
+        """Have the page execute a command of the runner; only `bench` is supported."""
+        options = parser().parse_args(argv[3:]) if argv[1:3] == ["-m", "runner"] else None
+        if options is None or options.command != "bench" or options.repeats != 1:
             raise DeviceProblem(f"browser: a page cannot run {' '.join(argv[2:5])}")
         for name in self.lacks:
-            if getattr(asked, name) is not None:
+            if getattr(options, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise DeviceProblem(
-                    f"browser: {option} {getattr(asked, name)}: a page cannot do that",
+                    f"browser: {option} {getattr(options, name)}: not supported in a browser",
                     f"leave {option} out",
                 )
+        clips = self.work / options.clips
         try:
-            made = job.make(self.work, str(asked.artifact), self.work / asked.clips, asked.threads)
+            made = job.make(self.work, str(options.artifact), clips, options.threads)
         except RunnerProblem as problem:
             raise DeviceProblem(f"browser: {problem}", problem.hint) from None
         self.site.table |= made.files
-        said = self.site.ask(made.work, timeout_s or ROUND_S)
-        return Finished(0, json.dumps(job.answered(made, said)), "")
+        answer = self.site.ask(made.work, timeout_s or ROUND_S)
+        return Finished(0, json.dumps(job.answered(made, answer)), "")
 
     def close(self) -> None:
-        """Tell the page that it is over; end the site, remove the folder."""
+        """Tell the page that it is done, stop serving and remove the folder."""
         self.site.close()
         super().close()
 
 
 def qr_code(address: str) -> str:
-    """Return an address as a picture of characters, white and black whatever a terminal's own
-    colours are: a phone may not read it the other way round."""
+    """Return an address as a QR code of characters. Colours are set explicitly, because some phones
+    cannot read an inverted code."""
     import segno
 
     drawn = io.StringIO()

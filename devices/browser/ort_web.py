@@ -1,8 +1,8 @@
-"""The files of onnxruntime-web that a page needs, fetched by npm once and checked at every use.
+"""The files of onnxruntime-web that the page needs, downloaded once with npm and always verified.
 
-It is no package of Python's, and its 14 MB of WebAssembly have no place in a repository. npm knows
-the user's mirror and proxy; what it brings counts only by the hashes below, so a folder that was
-filled by hand will do as well. This is the build for the CPU alone, which needs SIMD.
+It is not a Python package, and 14 MB of WebAssembly do not belong into a repository. npm knows the
+user's mirror and proxy. The files are verified with the hashes below, so they may also be copied
+into the folder by hand. This build runs on the CPU only and needs SIMD.
 """
 
 from __future__ import annotations
@@ -34,68 +34,69 @@ FILES = {
         "15f630c6337f41db71ee42794e3a00ce0b7c78939a71220b5d83368bf6ea7730"
     ),
 }
-"""Name in the package's dist/ -> SHA-512."""
+"""File in the package's dist/ -> SHA-512."""
 
 FETCH_S = 600
 
 
 def cache_folder() -> Path:
-    """Return where the files are kept."""
+    """Return the folder of the files."""
     return Path.home() / ".cache" / "edgewhisper" / f"onnxruntime-web-{VERSION}"
 
 
 def files(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, bytes]:
-    """Return name -> content, fetched into the folder where that does not hold them."""
-    if not intact(found := read(folder)):
-        say(f"fetching onnxruntime-web {VERSION} by npm, 33 MB, into {folder}")
-        found = fetch(folder)
+    """Return file name -> content, downloaded into the folder if any file is missing or changed."""
+    if not intact(contents := read(folder)):
+        say(f"downloading onnxruntime-web {VERSION} with npm, 33 MB, into {folder}")
+        contents = fetch(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, content in found.items():
+            for name, content in contents.items():
                 (folder / name).write_bytes(content)
         except OSError as error:
             raise DeviceProblem(
-                f"{folder} cannot be written: {error.strerror}", "make room there, 40 MB"
+                f"{folder} cannot be written: {error.strerror}", "free 40 MB there"
             ) from None
-    return found
+    return contents
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    """Return what is there of the files."""
+    """Return the contents of the files that exist."""
     return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
 
 
-def intact(found: dict[str, bytes]) -> bool:
-    return {name: hashlib.sha512(content).hexdigest() for name, content in found.items()} == FILES
+def intact(contents: dict[str, bytes]) -> bool:
+    """Return whether all files are there with the right hashes."""
+    return {name: hashlib.sha512(data).hexdigest() for name, data in contents.items()} == FILES
 
 
 def fetch(folder: Path) -> dict[str, bytes]:
-    """Return the files out of the package as npm brings it."""
+    """Return the contents of the files, from the package that npm downloads."""
     by_hand = (
-        f"install npm; or run `npm pack onnxruntime-web@{VERSION}` elsewhere, and put "
-        f"{', '.join(FILES)} from its package/dist into {folder}"
+        f"install npm; or run `npm pack onnxruntime-web@{VERSION}` elsewhere, and copy "
+        f"{', '.join(FILES)} from its package/dist to {folder}"
     )
     npm = which("npm")
     if npm is None:
         raise DeviceProblem(
             f"onnxruntime-web {VERSION}, which runs artifacts in a browser, is not in {folder}, "
-            "and there is no npm to fetch it",
+            "and npm is not installed to download it",
             by_hand,
         )
     with tempfile.TemporaryDirectory() as work:
         pack(npm, Path(work), by_hand)
-        found = unpack(Path(work))
-    if not intact(found):
+        contents = unpack(Path(work))
+    if not intact(contents):
         raise DeviceProblem(
-            f"what npm fetched is not onnxruntime-web {VERSION} as it was published: "
-            f"{len(found)} of {len(FILES)} files are in it, and not all have the known SHA-512",
-            f"look at the registry that `npm config get registry` names; {by_hand}",
+            f"npm downloaded something else than the published onnxruntime-web {VERSION}: "
+            f"{len(contents)} of {len(FILES)} files are in it, and not all have the known SHA-512",
+            f"check the registry that `npm config get registry` prints; {by_hand}",
         )
-    return found
+    return contents
 
 
 def pack(npm: str, work: Path, hint: str) -> None:
-    """Let npm put the package's archive into a folder."""
+    """Have npm write the package's archive to a folder."""
     words = [npm, "pack", f"onnxruntime-web@{VERSION}", "--ignore-scripts", "--silent"]
     try:
         done = subprocess.run(words, cwd=work, capture_output=True, text=True, timeout=FETCH_S)
@@ -104,19 +105,19 @@ def pack(npm: str, work: Path, hint: str) -> None:
         failed = str(error)
     if failed:
         raise DeviceProblem(
-            f"npm cannot fetch onnxruntime-web {VERSION} ({failed})",
-            f"check the connection and npm's registry; {hint}",
+            f"npm cannot download onnxruntime-web {VERSION} ({failed})",
+            f"check the network and npm's registry; {hint}",
         )
 
 
 def unpack(work: Path) -> dict[str, bytes]:
-    """Return the files of the archive in a folder; members are read, nothing is extracted."""
-    found = {}
+    """Return the contents of the files in the archive; nothing is extracted to disk."""
+    contents = {}
     for path in work.glob("*.tgz"):
-        # one that is cut or none is like one without the files: their hashes are missed
+        # a damaged archive lacks files, which the hashes then detect
         with suppress(tarfile.TarError, EOFError, OSError), tarfile.open(path) as archive:
             for name in FILES:
                 with suppress(KeyError):
                     member = archive.extractfile(f"package/dist/{name}")
-                    found[name] = member.read() if member else b""
-    return found
+                    contents[name] = member.read() if member else b""
+    return contents

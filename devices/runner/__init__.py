@@ -1,7 +1,7 @@
-"""What runs on the device: numpy and onnxruntime only, no torch, no tokenizer library. Core ML
-artifacts take coremltools on a Mac in the place of onnxruntime.
+"""Runs exported artifacts on a device. Needs only numpy and onnxruntime, or for Core ML artifacts
+numpy and coremltools.
 
-The folder is copied to the device as `runner/` and started there:
+The folder is copied to the device as the package `runner` and started there:
 
     python -m runner transcribe ARTIFACT WAV...
     python -m runner bench ARTIFACT CLIPS.json --repeats 1 --threads 2
@@ -16,8 +16,8 @@ In Python:
 
     print(Recognizer("ARTIFACT").transcribe("clip.wav").text)
 
-The last line on stdout is one JSON object. A failure is `{"error": ..., "hint": ...}` with exit
-code 1, and the same letter in words on stderr.
+The last line on stdout is one JSON object. On failure it is `{"error": ..., "hint": ...}`, the exit
+code is 1 and stderr has the same message as text.
 """
 
 import os
@@ -30,7 +30,7 @@ __all__ = ["Options", "Recognizer", "RunnerProblem", "Segment", "Transcript"]
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name; numpy and onnxruntime are imported with the first of them."""
+    """Return a public name; numpy and onnxruntime are imported on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import recognizer

@@ -1,98 +1,41 @@
-"""An artifact directory and what computes it: speech in, text and stage times out.
+"""Opens an artifact and transcribes audio with it; returns texts and stage times.
 
-What computes is an Engine: onnxruntime over the graphs of an ONNX artifact (sessions.py), Core ML
-over the packages of a Core ML one (coreml.py). Prompts, rules, windows, beams and second thoughts
-are the same for both.
+An Engine executes the graphs: onnxruntime for ONNX artifacts (engines/sessions.py), Core ML for
+Core ML artifacts (engines/coreml.py). Prompts, decoding rules, windows, beam search and temperature
+fallback are the same for both.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .audio import Pcm, checked_samples, is_silent, read_wav, shortest
-from .decode.listen import Listener, Options, Segment, plain
-from .decode.rules import Logits, Rules, detect, greedy
+from .artifact.manifest import check_files, read_manifest
+from .audio import checked_samples, is_silent, read_wav, shortest
+from .decode.greedy import detect, greedy
+from .decode.listen import Listener, Options, plain
+from .decode.rules import Rules
 from .decode.text import read_tokens, to_text
-from .engines.contract import check_files, read_manifest
+from .interfaces import Decoder, Engine, Logits, Pcm, Segment, Transcript
 from .problem import RunnerProblem
 
 if TYPE_CHECKING:
     from .engines.coreml import Opener
 
 
-class Decoder(Protocol):
-    """The decoder over one encoded window: feeds tokens, keeps their keys and values."""
-
-    fed: int
-    """How many tokens it was fed; at 0 it begins again."""
-    clock: list[float]
-    """Where the seconds of the next call go."""
-
-    def __call__(self, ids: Sequence[int]) -> Logits:
-        """Feed tokens behind those already fed; return the logits (vocab,) after the last.
-
-        The array may be the engine's own: the next call writes over it.
-        """
-
-    def branches(self, count: int) -> "Sequence[Decoder]":
-        """Return decoders over the same window with keys and values in memory of their own."""
-
-    def follow(self, other: Any) -> None:
-        """Go on from where another decoder over the same window is."""
-
-    def parts(self) -> dict[str, np.ndarray]:
-        """Return what can be seen of the parts between sound and logits."""
-
-
-class Engine(Protocol):
-    """An artifact's graphs, opened."""
-
-    def decoder_over(self, window: Pcm, times: "Transcript") -> Decoder:
-        """Return the decoder over one window (1, samples), which is encoded here."""
-
-
-@dataclass
-class Transcript:
-    """What is said in one recording, and how long each stage took, in seconds.
-
-    `language` is the code that prompted the model: asked for, named by the checkpoint or detected;
-    None where the model knows English only. `graph_s` is the encoder
-    graph: log-mel, encoder, cross keys and values; `mel_s` is log-mel's part of it, where that is
-    known. Lists of seconds have one entry a window, `per_token_s` one a decoder step after the
-    prompt's.
-    """
-
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    language: str | None = None
-    graph_s: list[float] = field(default_factory=list)
-    mel_s: list[float] = field(default_factory=list)
-    prompt_s: list[float] = field(default_factory=list)
-    per_token_s: list[float] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what is printed of it."""
-        segments = [segment.as_dict() for segment in self.segments]
-        return {"text": self.text, "language": self.language, "segments": segments}
-
-
 class Recognizer:
-    """One artifact, opened. Several threads may use it at once: each has keys and values of its own
-    (5.5 MB a thread for whisper-tiny), and the graphs are shared.
+    """An opened artifact. Several threads may use it at once: they share the graphs, and each has
+    its own key and value caches (5.5 MB per thread for whisper-tiny).
 
-    `guards` are two rules that transformers' generate() does not have: a silent window is not
-    decoded at all, and a text that has fallen into a loop is cut. The gate turns them off to
-    compare token for token.
+    `guards` are two rules that transformers' generate() does not have: silent windows are not
+    decoded, and a text that repeats itself is cut. The gate turns them off to compare tokens.
 
-    What the folder holds is checked first (contract.py). With `hashed` false, sizes of files are
-    compared with the manifest's and contents are not: for who has done that already.
+    The folder is checked first (artifact/). With `hashed` false, file sizes are compared with the
+    manifest but contents are not, for callers that have checked them already.
 
-    A Core ML artifact is run by Core ML on `compute_units` (coreml.UNITS), or where none are named
-    by what `open_package` returns.
+    A Core ML artifact runs in Core ML on `compute_units` (coreml.UNITS). If none are given,
+    `open_package` may open its packages in another runtime.
     """
 
     def __init__(
@@ -117,7 +60,7 @@ class Recognizer:
     def open_engine(
         self, threads: int | None, compute_units: str | None, open_package: "Opener | None"
     ) -> Engine:
-        """Return what computes the artifact; both need libraries of their own, imported here."""
+        """Return the artifact's engine; its library is imported here."""
         if self.manifest["target"] == "coreml":
             from .engines.coreml import UNITS, Packages, installed
 
@@ -126,8 +69,8 @@ class Recognizer:
             return Packages(self.folder, self.manifest, open_package)
         if compute_units is not None:
             raise RunnerProblem(
-                f"{self.folder}: compute units {compute_units!r} are asked for, and it is no "
-                "Core ML artifact",
+                f"{self.folder}: compute units {compute_units!r} need a Core ML artifact, and this "
+                "is not one",
                 "leave them out, or export with `--target coreml`",
             )
         from .engines.sessions import Sessions
@@ -137,10 +80,9 @@ class Recognizer:
     def transcribe(self, audio: Pcm | str | Path, **options: Any) -> Transcript:
         """Return the transcript of a WAV file or of 16 kHz samples of any length.
 
-        A file that is cut short is transcribed as far as it goes, with a warning. Samples are a
-        NumPy array (samples,), floats in [-1, 1] or int16 (see audio.checked_samples).
-        Keywords are the fields of Options: language, task, timestamps, beams, fallback, seed,
-        previous.
+        A truncated file is transcribed up to its end, with a warning. Samples are a NumPy array
+        (samples,), floats in [-1, 1] or int16 (see audio.checked_samples). Keywords are the fields
+        of Options: language, task, timestamps, beams, fallback, seed, previous.
         """
         transcript = Transcript()
         for _ in self.stream(audio, transcript, **options):
@@ -150,20 +92,16 @@ class Recognizer:
     def stream(
         self, audio: Pcm | str | Path, into: Transcript | None = None, **options: Any
     ) -> Iterator[Segment]:
-        """Yield the segments of a recording, each as soon as its window is decoded.
-
-        `into` is a transcript that grows with them; other keywords are those of transcribe().
-        """
+        """Yield the segments of a recording, each as soon as its window is decoded. The transcript
+        `into` is extended with them. Other keywords are those of transcribe()."""
         listener = Listener(self, Options(**options), Transcript() if into is None else into)
         return listener.segments(samples(audio))
 
     def window(
         self, pcm: Pcm, times: Transcript | None = None, language: str | None = None
     ) -> list[int]:
-        """Return the greedy tokens of one window, without prompt and end token.
-
-        A language that the model does not know counts as None: see Options.
-        """
+        """Return the greedy tokens of one window, without prompt and end token. A language that the
+        model does not know counts as None (see Options)."""
         pcm = checked_samples(pcm)
         if self.guards and is_silent(pcm):
             return []
@@ -176,28 +114,24 @@ class Recognizer:
         return greedy(step, self.rules.told(code, None, False), self.guards)
 
     def decoder_over(self, pcm: Pcm, times: Transcript) -> Decoder:
-        """Return the decoder over one window, which is encoded here."""
+        """Encode one window (samples,) and return the decoder over it."""
         return self.engine.decoder_over(pad(pcm, self.windows), times)
 
     def known(self, language: str | None) -> str | None:
-        """Return the model's code for a language, None where it cannot be told of it."""
-        found = plain(language or "")
-        return found if found in self.rules.languages else None
+        """Return the model's code for a language, or None if it has none."""
+        code = plain(language or "")
+        return code if code in self.rules.languages else None
 
     def logits(self, pcm: Pcm, tokens: Sequence[int]) -> Logits:
-        """Return the raw logits before each of the tokens and after the last, (tokens+1, vocab).
-
-        The tokens are fed as given, whatever the model itself would have said.
-        """
+        """Return the raw logits (tokens+1, vocab) before each of the tokens and after the last. The
+        tokens are forced, whatever the model itself would choose."""
         return self.parts(pcm, tokens)["logits"]
 
     def parts(
         self, pcm: Pcm, tokens: Sequence[int], language: str | None = None
     ) -> dict[str, np.ndarray]:
-        """Return the same logits, and what the engine shows of the parts before them.
-
-        The prompt is for `language` where the model knows it, otherwise the manifest's.
-        """
+        """Return the same logits, and the intermediate arrays that the engine exposes. The prompt
+        is for `language` if the model knows it, otherwise the manifest's."""
         decoder = self.decoder_over(checked_samples(pcm), Transcript())
         prompt = self.rules.told(self.known(language), None, False).prompt
         fed = [prompt, *((token,) for token in tokens)]
@@ -210,19 +144,19 @@ class Recognizer:
 
 
 def samples(audio: Pcm | str | Path) -> Pcm:
-    """Return the samples of a WAV file, or those that are given, see audio.checked_samples."""
+    """Return the samples of a WAV file, or the given samples after audio.checked_samples."""
     return (
         read_wav(audio, strict=False) if isinstance(audio, str | Path) else checked_samples(audio)
     )
 
 
 def pad(pcm: Pcm, windows: Sequence[int]) -> Pcm:
-    """Return the shortest of the windows that holds the samples, (1, n), with zeros behind them."""
+    """Return the samples padded with zeros to the shortest window that holds them, (1, n)."""
     window_samples = shortest(windows, len(pcm))
     if len(pcm) > window_samples:
         raise RunnerProblem(
             f"a window holds {window_samples} samples, {len(pcm)} were given",
-            "use transcribe(), which cuts longer audio in pauses",
+            "use transcribe(), which splits longer audio in pauses",
         )
     window = np.zeros((1, window_samples), np.float32)
     window[0, : len(pcm)] = pcm

@@ -27,10 +27,10 @@ from devices.device import Finished, open_device
 from devices.fake import FakeDevice
 from devices.runner.machine import host as machine
 from devices.runner.machine import tuning
+from devices.runner.machine.helper_process import HelperProcess
 from devices.runner.machine.host import UNAVAILABLE
 from devices.runner.measure import bench as measure
 from devices.runner.measure import telemetry
-from devices.runner.measure.helper_process import Beside
 from devices.runner.measure.telemetry import Linux, Sampler, Watch
 from devices.runner.problem import RunnerProblem
 from export.problem import Problem
@@ -215,7 +215,7 @@ def test_it_samples_this_machine_at_its_interval():
     assert all(isinstance(sample["load_average"], float) for sample in found["samples"])
     assert found["cpu_s"] > 0
     assert watched.checked({"telemetry": found})[1] == []
-    assert gone(sampler.beside.pid)
+    assert gone(sampler.helper.pid)
 
 
 @linux
@@ -250,7 +250,7 @@ def test_a_killed_parent_leaves_no_sampler(end):
 @linux
 def test_a_sampler_that_was_killed_leaves_a_run_without_samples():
     sampler = Sampler()
-    os.kill(sampler.beside.pid, signal.SIGKILL)
+    os.kill(sampler.helper.pid, signal.SIGKILL)
     found = sampler.finish()
     assert (found["samples"], found["cpu_s"]) == ([], UNAVAILABLE)
     assert watched.checked({"telemetry": found})[1] == []
@@ -259,8 +259,8 @@ def test_a_sampler_that_was_killed_leaves_a_run_without_samples():
 @linux
 def test_an_answer_larger_than_a_pipe_arrives_whole(rng):
     said = rng.bytes(3 << 20)
-    assert Beside(lambda asked: said).finish() == said
-    assert Beside(lambda asked: time.sleep(600)).finish(patience_s=0.1) == b""
+    assert HelperProcess(lambda stop: said).finish() == said
+    assert HelperProcess(lambda stop: time.sleep(600)).finish(patience_s=0.1) == b""
 
 
 # ------------------------------------------------------------------------- governor and pinning
@@ -314,12 +314,12 @@ def test_a_killed_runner_leaves_the_governor_as_it_was(pi, end):
 @linux
 def test_a_governor_that_cannot_be_set_gets_a_letter(pi, tmp_path, monkeypatch):
     with (
-        pytest.raises(RunnerProblem, match="has no governor"),
+        pytest.raises(RunnerProblem, match="the governor of this machine cannot be set"),
         tuning.governed("performance", tmp_path / "none"),
     ):
         pass
     with (
-        pytest.raises(RunnerProblem, match="cpu0 has ondemand performance"),
+        pytest.raises(RunnerProblem, match="cpu0 supports ondemand performance"),
         tuning.governed("turbo", pi),
     ):
         pass
@@ -334,16 +334,16 @@ def test_a_governor_that_cannot_be_set_gets_a_letter(pi, tmp_path, monkeypatch):
 def test_big_cores_have_the_highest_maximum_frequency(pi, tmp_path):
     assert tuning.cores_of("big", pi) == [3]
     assert tuning.cores_of("2,0,2", pi) == [0, 2]
-    with pytest.raises(RunnerProblem, match="does not tell its cores' maximum"):
+    with pytest.raises(RunnerProblem, match="does not report the maximum frequencies"):
         tuning.cores_of("big", tmp_path / "none")
     for words in ("", "0-1", "1,", "-1", "$(reboot)"):
-        with pytest.raises(RunnerProblem, match="names no cores"):
+        with pytest.raises(RunnerProblem, match="not a list of cores"):
             tuning.cores_of(words, pi)
 
 
 @linux
 def test_a_core_that_is_not_there_gets_a_letter():
-    with pytest.raises(RunnerProblem, match="--pin 4000: cores 4000 cannot be had"):
+    with pytest.raises(RunnerProblem, match="--pin 4000: cores 4000 are not available"):
         tuning.pin("4000")
 
 

@@ -1,5 +1,5 @@
-"""A phone over ADB: with a program that plays adb for the states and answers that adbd never gives,
-and with a real adbd and the real adb on loopback (make test-devices)."""
+"""A phone over ADB: with a fake adb for rare states and answers, and with a real adbd and adb on
+loopback (make test-devices)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def raised(of: Callable[[], object]) -> DeviceProblem:
 
 
 class Player:
-    """A program on the PATH that plays adb: `devices`, `push`, a line in a shell, the agent."""
+    """A fake adb on the PATH: `devices`, `push`, a shell command, the agent."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -86,13 +86,13 @@ def player(tmp_path, monkeypatch) -> Player:
     "serial",
     ["-s x", "-H", "a b", "a;b", "$(x)", "`x`", "a\nb", "", "a'b", "x" * 200, "../x", "a|b", "é"],
 )
-def test_a_serial_number_that_could_be_anything_else_is_refused_before_adb_sees_it(player, serial):
-    assert "is no serial number" in str(raised(lambda: AdbDevice(serial)))
+def test_malformed_serial_numbers_are_refused_before_adb_runs(player, serial):
+    assert "is not a serial number" in str(raised(lambda: AdbDevice(serial)))
     assert player.calls() == []
 
 
 @pytest.mark.parametrize("serial", ["8A1X0123", "emulator-5554", "192.168.1.7:5555", "[fe80::1]:5"])
-def test_adb_gets_the_serial_number_as_a_word_of_its_own(player, serial):
+def test_adb_gets_the_serial_number_as_one_argument(player, serial):
     player.says("devices", READY.format(f"{serial}\tdevice"))
     with AdbDevice(serial):
         pass
@@ -105,9 +105,9 @@ def test_adb_gets_the_serial_number_as_a_word_of_its_own(player, serial):
 @pytest.mark.parametrize(
     ("line", "found", "hint"),
     [
-        ("8A1X0123 unauthorized usb:1-1", "not been told to trust this computer", "unlock"),
-        ("8A1X0123 authorizing usb:1-1", "still asked whether it trusts", "in a moment"),
-        ("8A1X0123 offline usb:1-1", "adb calls it offline", "adb reconnect offline"),
+        ("8A1X0123 unauthorized usb:1-1", "does not trust this computer yet", "unlock"),
+        ("8A1X0123 authorizing usb:1-1", "asking whether to trust", "in a moment"),
+        ("8A1X0123 offline usb:1-1", "adb reports it as offline", "adb reconnect offline"),
         (
             "8A1X0123 no permissions (user in plugdev group; are your udev rules wrong?); see [x]",
             "this user may not open it",
@@ -117,7 +117,7 @@ def test_adb_gets_the_serial_number_as_a_word_of_its_own(player, serial):
         ("8A1X0123 bootloader", "its state is bootloader", "start Android"),
     ],
 )
-def test_a_phone_in_another_state_gets_a_letter(player, line, found, hint):
+def test_a_phone_in_another_state_gets_an_error_message(player, line, found, hint):
     player.says("devices", READY.format(line))
     for serial in (None, "8A1X0123"):
         said = raised(lambda serial=serial: AdbDevice(serial))
@@ -125,7 +125,7 @@ def test_a_phone_in_another_state_gets_a_letter(player, line, found, hint):
         assert hint in said.hint
 
 
-def test_of_several_phones_one_has_to_be_named(player):
+def test_with_several_phones_a_serial_number_is_required(player):
     player.says("devices", READY.format("one\tdevice usb:1-1\ntwo\tunauthorized\nthree\toffline"))
     found = raised(AdbDevice)
     assert str(found) == (
@@ -139,7 +139,7 @@ def test_of_several_phones_one_has_to_be_named(player):
     )
 
 
-def test_without_a_phone_or_without_adb_there_is_a_letter(player, monkeypatch, tmp_path):
+def test_a_missing_phone_or_adb_gets_an_error_message(player, monkeypatch, tmp_path):
     player.says("devices", READY.format(""))
     assert str(raised(AdbDevice)) == "no phone is attached"
     found = raised(lambda: AdbDevice("10.0.0.7:5555"))
@@ -150,7 +150,7 @@ def test_without_a_phone_or_without_adb_there_is_a_letter(player, monkeypatch, t
     assert "apt-get install adb" in found.hint
 
 
-def test_a_daemon_that_starts_first_is_no_phone(player):
+def test_messages_of_the_starting_daemon_are_not_phones(player):
     start = "* daemon not running; starting now at tcp:5037\n* daemon started successfully\n"
     player.says("devices", start + ONE)
     with AdbDevice() as device:
@@ -161,7 +161,7 @@ def test_a_daemon_that_starts_first_is_no_phone(player):
     "line",
     ["\x1b[2J\tdevice", "a;reboot\tdevice", "-d\tdevice", "\0\tdevice", "x" * 500 + "\tdevice"],
 )
-def test_a_phone_with_a_hostile_name_is_none(player, line):
+def test_a_phone_with_a_hostile_name_is_ignored(player, line):
     player.says("devices", READY.format(line))
     assert str(raised(AdbDevice)) == "no phone is attached"
 
@@ -170,11 +170,11 @@ def test_a_phone_with_a_hostile_name_is_none(player, line):
     ("said", "code", "found"),
     [
         ("adb: failed to check server version: \x1b[31mno\n", 1, "exit code 1 (adb: failed to"),
-        ("", 1, "exit code 1 (it said nothing)"),
+        ("", 1, "exit code 1 (no output)"),
         ("x" * 10_000_000, 0, "adb devices: adb"),
     ],
 )
-def test_an_adb_that_does_not_list_gets_a_letter(player, said, code, found):
+def test_a_failing_adb_devices_gets_an_error_message(player, said, code, found):
     player.says("devices", said, code)
     assert found in str(raised(AdbDevice))
 
@@ -183,7 +183,7 @@ def test_an_adb_that_does_not_list_gets_a_letter(player, said, code, found):
 
 
 @pytest.mark.parametrize("abi", ["armeabi-v7a", "x86", "riscv64", "\x1b[2J", "arm64-v8a;x"])
-def test_a_phone_of_another_cpu_gets_a_letter(player, abi):
+def test_a_phone_with_another_cpu_gets_an_error_message(player, abi):
     player.says("line", f"abi={abi}\nmachine=aarch64\n")
     found = str(raised(AdbDevice))
     assert "8A1X0123: its programs are for " in found and "arm64-v8a and x86_64" in found
@@ -194,33 +194,33 @@ def test_a_machine_without_getprop_is_asked_for_its_name(player):
     assert adb.probe("8A1X0123").cpu == bundle.CPUS["x86_64"]
 
 
-def test_a_folder_of_somebody_else_is_left_alone(player):
+def test_a_foreign_folder_is_refused(player):
     player.says("line", ANSWERS + "foreign=yes\n")
-    assert "belongs to somebody else, or is a link" in str(raised(AdbDevice))
+    assert "belongs to another user, or is a link" in str(raised(AdbDevice))
     assert len(player.calls()) == 2
 
 
 @pytest.mark.parametrize(
     ("said", "code", "found"),
     [
-        ("", 0, "adb ended with exit code 0 (it said nothing)"),
-        ("error: device '8A1X0123' not found\n", 1, "the connection was cut (error: device"),
-        ("error: closed\n", 1, "the connection was cut (error: closed)"),
+        ("", 0, "adb ended with exit code 0 (no output)"),
+        ("error: device '8A1X0123' not found\n", 1, "the connection was lost (error: device"),
+        ("error: closed\n", 1, "the connection was lost (error: closed)"),
         ("noise\n" * 100_000, 0, "8A1X0123: adb "),
         ("\xff\xfe\x1b]0;x\x07", 1, "exit code 1"),
     ],
 )
-def test_a_shell_that_answers_otherwise_gets_a_letter(player, said, code, found):
+def test_unexpected_shell_output_gets_an_error_message(player, said, code, found):
     player.says("line", said, code)
     assert found in str(raised(AdbDevice))
 
 
-def test_what_the_phone_lists_is_no_path(player):
+def test_names_listed_by_the_phone_are_not_used_as_paths(player):
     player.says("line", "machine=aarch64\nruntimes=../../x $(x) 0123456789ABCDEF /etc\n")
     assert adb.probe("8A1X0123").runtimes == ()
 
 
-def test_the_bundle_is_copied_where_it_is_not_there_yet_and_named_when_it_is_whole(player):
+def test_a_missing_bundle_is_copied_and_named_once_complete(player):
     player.says("line", "machine=aarch64\nruntimes=\n")
     told: list[str] = []
     player.says("agent", HELLO + (MARK + json.dumps(DONE) + "\n").encode(), waits=True)
@@ -234,7 +234,7 @@ def test_the_bundle_is_copied_where_it_is_not_there_yet_and_named_when_it_is_who
     assert "copying 0 MB to 8A1X0123" in told[0]
 
 
-def test_an_interpreter_that_cannot_import_its_own_parts_gets_a_letter(player):
+def test_a_bundle_that_cannot_import_numpy_gets_an_error_message(player):
     player.says("line", "machine=aarch64\nruntimes=\n")
     done = DONE | {"exit_code": 1, "stderr": "x\nImportError: \x1b dlopen failed\n"}
     player.says("agent", HELLO + (MARK + json.dumps(done) + "\n").encode(), waits=True)
@@ -254,10 +254,10 @@ DONE = {"exit_code": 0, "ended": "itself", "stdout": "", "stderr": ""}
     [
         ("adb: error: failed to copy 'x' to 'y': remote No space left on device\n", "is full"),
         ("adb: error: failed to read copy response: EOF\n", "exit code 1"),
-        ("adb: error: device offline\n", "the connection was cut"),
+        ("adb: error: device offline\n", "the connection was lost"),
     ],
 )
-def test_a_bundle_that_cannot_be_copied_gets_a_letter_and_is_removed(player, said, found):
+def test_a_partly_copied_bundle_gets_an_error_message_and_is_removed(player, said, found):
     player.says("line", "machine=aarch64\nruntimes=\n")
     player.says("push", said, 1)
     assert found in str(raised(AdbDevice))
@@ -269,14 +269,14 @@ def test_a_bundle_that_cannot_be_copied_gets_a_letter_and_is_removed(player, sai
     [
         (b"", "sh: python: Permission denied\n", 126, "exit code 126 (sh: python: Permission"),
         (b"sh: no python\n", "", 127, "exit code 127 (sh: no python)"),
-        (b"", "error: closed\n", 1, "the connection was cut (error: closed)"),
-        (b"\x1b[2J\n" * 50_000, "", 0, "it said ' [2J '"),
+        (b"", "error: closed\n", 1, "the connection was lost (error: closed)"),
+        (b"\x1b[2J\n" * 50_000, "", 0, "it printed ' [2J '"),
         (b"x" * 200_000, "", 0, "its answer is longer than"),
-        ((MARK + "[1]\n").encode(), "", 0, "its answer is no JSON object"),
+        ((MARK + "[1]\n").encode(), "", 0, "its answer is not a JSON object"),
         ((MARK + json.dumps({"error": "\x1b]0;x\x07 no"}) + "\n").encode(), "", 0, " ]0;x  no"),
     ],
 )
-def test_an_agent_that_answers_otherwise_gets_a_letter(player, said, words, code, found):
+def test_unexpected_answers_of_the_agent_get_error_messages(player, said, words, code, found):
     player.says("agent", said, code, words)
     said_by_it = raised(AdbDevice)
     assert found in str(said_by_it) and str(said_by_it).startswith("8A1X0123: ")
@@ -288,17 +288,17 @@ def test_a_phone_cannot_choose_where_its_files_go(player, tmp_path, name):
     player.says("agent", HELLO + (MARK + json.dumps(files) + "\n").encode() + b"?", waits=True)
     with AdbDevice() as device:
         found = raised(lambda: device.pull("out", tmp_path / "deep/out"))
-    assert "lies outside the work folder" in str(found)
+    assert "is outside the work folder" in str(found)
 
 
 @pytest.mark.parametrize("options", [[], ["--host", "pi", "--serial", "x"]])
-def test_devices_clean_wants_one_device(options, monkeypatch, capsys):
+def test_devices_clean_needs_one_device(options, monkeypatch, capsys):
     assert command(["devices", "clean", *options], monkeypatch) == 2
     assert "by --host or by --serial" in capsys.readouterr().err
 
 
 def command(words: list[str], monkeypatch) -> object:
-    """The exit code of a command line."""
+    """Return the exit code of a command line."""
     from edgewhisper.cli import main
 
     monkeypatch.setattr(sys, "argv", ["edgewhisper", *words])
@@ -322,7 +322,7 @@ def switched_on(tmp_path_factory) -> Iterator[adbd.Phone]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in phone.env.items():
             patch.setenv(name, value)
-        # kept between runs of the tests
+        # kept between test runs
         patch.setenv("XDG_CACHE_HOME", str(adbd.PLACE.with_name("cache")))
         phone.start()
         yield phone
@@ -331,13 +331,13 @@ def switched_on(tmp_path_factory) -> Iterator[adbd.Phone]:
 
 @pytest.fixture
 def arm_phone(switched_on, tmp_path_factory) -> Iterator[adbd.Phone]:
-    """Another one, whose programs are AArch64's; only its kernel and its adbd are not."""
+    """A phone with AArch64 programs, which run in an emulator; kernel and adbd are native."""
     tools, cores = pixel.tools("arm64-v8a"), pixel.cores(SLOW, FAST)
     with adbd.arm_programs() as possible:
         if not possible:
             pytest.skip("this kernel takes no programs of other machines (binfmt_misc)")
         found = adbd.Phone(tmp_path_factory.mktemp("arm"), tools, cores)
-        found.env = switched_on.env  # one server of adb has both
+        found.env = switched_on.env  # both use one adb server
         found.start()
         yield found
         found.stop()
@@ -345,13 +345,13 @@ def arm_phone(switched_on, tmp_path_factory) -> Iterator[adbd.Phone]:
 
 @pytest.fixture
 def phone(switched_on) -> adbd.Phone:
-    """Attached, whatever a test has done to the cable before."""
+    """The phone, reconnected if an earlier test unplugged it."""
     switched_on.plug_in()
     return switched_on
 
 
 real = pytest.mark.devices
-"""Needs a network for the bundle, once, and root."""
+"""Needs root, and once a network for the bundle."""
 
 
 @pytest.fixture
@@ -362,9 +362,7 @@ def few(clips) -> list:
 
 
 @real
-def test_a_bench_there_says_what_it_says_here_and_the_second_one_copies_nothing(
-    phone, exported, few, tmp_path
-):
+def test_a_bench_gives_the_same_texts_as_here_and_copies_files_once(phone, exported, few, tmp_path):
     from benchmarks import bench
 
     results = []
@@ -408,7 +406,7 @@ def test_the_same_clips_give_the_same_tokens_there_and_here(
 
 
 @real
-def test_a_phone_with_arm_s_programs_says_the_same_tokens(
+def test_a_phone_with_arm_programs_gives_the_same_tokens(
     arm_phone, digits, processor, few, tmp_path
 ):
     from benchmarks.bench import write_clips
@@ -438,7 +436,7 @@ def tokens(name: str, folder: Path, serial: str | None = None) -> list[list[list
 
 
 @real
-def test_the_fast_cores_are_taken_and_their_number_is_the_default(phone, exported, few):
+def test_fast_cores_are_used_and_set_the_default_thread_count(phone, exported, few):
     from benchmarks import bench
 
     if not {0, 1} <= os.sched_getaffinity(0):
@@ -451,7 +449,7 @@ def test_the_fast_cores_are_taken_and_their_number_is_the_default(phone, exporte
 
 
 @real
-def test_words_exit_codes_and_bytes_come_through_untouched(phone, tmp_path, rng):
+def test_arguments_exit_codes_and_bytes_are_passed_unchanged(phone, tmp_path, rng):
     words = ["a b", "$HOME", "$(touch x)", "`x`", "; rm x", "'", '"', "*", "", "-x", "--", "a\nb"]
     words += ["".join(map(chr, rng.integers(1, 0x300, 20))) for _ in range(20)]
     data = rng.bytes(int(rng.integers(1, 3_000_000)))
@@ -463,17 +461,15 @@ def test_words_exit_codes_and_bytes_come_through_untouched(phone, tmp_path, rng)
         assert device.run(fail) == Finished(5, "", "no")
         device.push(tmp_path / "in", "$(touch x)/a b")
         device.pull("$(touch x)/a b", tmp_path / "out")
-        assert "lies outside" in str(raised(lambda: device.push(tmp_path / "in", "../x")))
+        assert "is outside" in str(raised(lambda: device.push(tmp_path / "in", "../x")))
     assert (tmp_path / "out").read_bytes() == data
 
 
 @real
-def test_a_phone_that_is_unplugged_in_the_middle_of_a_push_is_told_so(
-    phone, tmp_path, rng, monkeypatch
-):
+def test_unplugging_during_a_push_gets_an_error_message(phone, tmp_path, rng, monkeypatch):
     (tmp_path / "large").write_bytes(rng.bytes(30_000_000))
     with AdbDevice(phone.serial) as device:
-        send, sent = device.far.send, [0]
+        send, sent = device.link.send, [0]
 
         def cut(data: bytes) -> None:
             send(data)
@@ -481,9 +477,9 @@ def test_a_phone_that_is_unplugged_in_the_middle_of_a_push_is_told_so(
             if before < 10_000_000 <= sent[0]:
                 phone.unplug()
 
-        monkeypatch.setattr(device.far, "send", cut)
+        monkeypatch.setattr(device.link, "send", cut)
         found = raised(lambda: device.push(tmp_path / "large", "large"))
-    assert str(found).startswith(f"{phone.serial}: the connection was cut (")
+    assert str(found).startswith(f"{phone.serial}: the connection was lost (")
     phone.plug_in()
     wait_until(lambda: phone.says(f"ls {adb.ROOT}/work") == "")
     with AdbDevice(phone.serial) as device:
@@ -492,7 +488,7 @@ def test_a_phone_that_is_unplugged_in_the_middle_of_a_push_is_told_so(
 
 
 @real
-def test_a_phone_that_is_unplugged_in_the_middle_of_a_run_ends_it(phone):
+def test_unplugging_during_a_run_ends_it(phone):
     with AdbDevice(phone.serial) as device:
         code = "import time; open('/data/local/tmp/began', 'w'); time.sleep(60)"
         found: list[DeviceProblem] = []
@@ -503,7 +499,7 @@ def test_a_phone_that_is_unplugged_in_the_middle_of_a_run_ends_it(phone):
         wait_until(lambda: "began" in phone.says("ls /data/local/tmp"))
         phone.unplug()
         run.join(60)
-    assert "the connection was cut (" in str(found[0]) and "plug it in again" in found[0].hint
+    assert "the connection was lost (" in str(found[0]) and "plug it in again" in found[0].hint
     phone.plug_in()
     wait_until(lambda: phone.says(f"ls {adb.ROOT}/work") == "")
     with AdbDevice(phone.serial) as device:
@@ -518,7 +514,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 
 @real
-def test_an_interpreter_that_is_killed_there_is_told(phone):
+def test_a_killed_agent_is_reported(phone):
     with AdbDevice(phone.serial) as device:
         code = "import os; os.kill(os.getppid(), 9)"
         found = raised(lambda: device.run([device.python, "-c", code]))
@@ -527,7 +523,7 @@ def test_an_interpreter_that_is_killed_there_is_told(phone):
 
 
 @real
-def test_devices_clean_removes_all_of_it(phone, tmp_path, monkeypatch, capsys):
+def test_devices_clean_removes_everything(phone, tmp_path, monkeypatch, capsys):
     (tmp_path / "a").write_bytes(b"x" * 2_000_000)
     with AdbDevice(phone.serial) as device:
         device.push(tmp_path / "a", "a")
@@ -539,18 +535,18 @@ def test_devices_clean_removes_all_of_it(phone, tmp_path, monkeypatch, capsys):
 
 @real
 @pytest.mark.parametrize("kind", ["link", "foreign"])
-def test_another_users_folder_there_is_left_alone(phone, kind):
+def test_another_users_folder_is_not_touched(phone, kind):
     adb.remove_all(phone.serial)
     made = "ln -s /data X" if kind == "link" else "mkdir X; chown 1234 X"
     phone.says(made.replace("X", adb.ROOT))
     found = raised(lambda: AdbDevice(phone.serial))
-    assert "belongs to somebody else, or is a link" in str(found)
+    assert "belongs to another user, or is a link" in str(found)
     assert "runtime" not in phone.says(f"ls {adb.ROOT}/")
     phone.says(f"rm -r {adb.ROOT}")
 
 
 @real
-def test_full_storage_gets_a_letter_and_nothing_is_left(phone):
+def test_full_storage_gets_an_error_message_and_is_cleaned_up(phone):
     phone.stop()
     phone.start(room="40m")
     try:
@@ -563,7 +559,7 @@ def test_full_storage_gets_a_letter_and_nothing_is_left(phone):
 
 
 @real
-def test_a_bundle_that_is_cut_is_no_bundle(phone):
+def test_a_truncated_bundle_is_copied_again(phone):
     adb.remove_all(phone.serial)
     unplug = threading.Thread(
         target=lambda: (wait_until(lambda: ".part" in runtimes(phone)), phone.unplug())

@@ -1,4 +1,4 @@
-"""What a phone says of itself: tools in Android's formats under a folder."""
+"""Descriptions of a phone, from fake tools with Android's output formats in a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from devices.runner.machine import android
 from devices.runner.machine import host as machine
 
 PIXEL_8 = [1704000] * 4 + [2367000] * 4 + [2914000]
-"""Its cores in their order, in kHz."""
+"""Maximum frequencies of its cores in kHz."""
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def lay_out(base: Path, tools: dict[str, str], files: dict[str, str]) -> None:
         (base / "sys" / name).write_text(text)
 
 
-def test_a_phone_is_told_by_its_properties_and_services(phone):
+def test_a_phone_is_described_by_its_properties_and_services(phone):
     found = machine.describe(phone)
     wanted = {
         "model": "Google Pixel 8",
@@ -51,15 +51,15 @@ def test_a_phone_is_told_by_its_properties_and_services(phone):
     assert found["core_frequencies_max_hz"] == [1000.0 * khz for khz in PIXEL_8]
 
 
-def test_a_sample_has_the_clocks_of_all_cores(phone):
+def test_a_sample_has_the_frequencies_of_all_cores(phone):
     found = android.readings(phone)
     assert found["frequency_hz"] == [1000.0 * (khz // 2) for khz in PIXEL_8]
     assert (found["temperature_c"], found["throttled"]) == (47.2, "light")
-    assert found["power_w"] == "unavailable"  # the cable feeds it
+    assert found["power_w"] == "unavailable"  # it is plugged in
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_power_is_what_the_battery_gives_when_nothing_else_does(phone, sign):
+def test_power_is_reported_only_on_battery(phone, sign):
     supply = {
         f"class/power_supply/battery/{name}": text
         for name, text in {"current_now": f"{sign * 500_000}\n", "voltage_now": "4000000\n"}.items()
@@ -70,7 +70,7 @@ def test_power_is_what_the_battery_gives_when_nothing_else_does(phone, sign):
     assert android.readings(phone)["power_w"] == pytest.approx(0.5 * 4.205)
 
 
-def test_what_is_missing_reads_unavailable_and_never_zero(tmp_path):
+def test_missing_sources_read_unavailable_and_never_zero(tmp_path):
     lay_out(tmp_path, {"getprop": "exit 1\n"}, {})
     found = android.describe(tmp_path) | android.readings(tmp_path)
     del found["pinned_to"]
@@ -79,7 +79,7 @@ def test_what_is_missing_reads_unavailable_and_never_zero(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "x", "  level: \n  scale: 0\n", "\0" * 100, "]: [" * 1000])
-def test_strange_answers_read_unavailable(tmp_path, text):
+def test_malformed_output_reads_unavailable(tmp_path, text):
     lay_out(tmp_path, {name: f"cat <<'END'\n{text}\nEND\n" for name in ("getprop", "dumpsys")}, {})
     found = android.describe(tmp_path) | android.readings(tmp_path)
     del found["pinned_to"]
@@ -87,7 +87,7 @@ def test_strange_answers_read_unavailable(tmp_path, text):
 
 
 @pytest.mark.parametrize("seconds", [30])
-def test_a_tool_that_hangs_is_given_up(tmp_path, monkeypatch, seconds):
+def test_a_tool_that_hangs_times_out(tmp_path, monkeypatch, seconds):
     monkeypatch.setattr(android, "TOOL_S", 0.2)
     lay_out(tmp_path, {"dumpsys": f"exec sleep {seconds}\n"}, {})
     assert android.tool(tmp_path, "dumpsys", "battery") == "unavailable"
@@ -106,14 +106,14 @@ def test_a_tool_that_hangs_is_given_up(tmp_path, monkeypatch, seconds):
     ],
     ids=["pixel-8", "two-kinds", "one-kind", "untold"],
 )
-def test_big_cores_are_those_that_are_not_of_the_slowest_kind(tmp_path, khz, big):
+def test_big_cores_are_faster_than_the_slowest_kind(tmp_path, khz, big):
     lay_out(tmp_path, {}, pixel.cores(*khz))
     assert android.big_cores(tmp_path) == big
 
 
 @pytest.fixture
 def affinity(monkeypatch) -> list[set[int]]:
-    """What the kernel is asked for, by a process that may use all but core 8."""
+    """Affinities requested by a process that may use all cores but core 8."""
     asked: list[set[int]] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: asked.append(cores))
@@ -123,17 +123,17 @@ def affinity(monkeypatch) -> list[set[int]]:
 @pytest.mark.parametrize(
     ("threads", "kept"), [(None, {4, 5, 6, 7}), (3, {4, 5, 6}), (9, set(range(8)))]
 )
-def test_a_run_keeps_to_the_fastest_cores_that_it_may_use(phone, affinity, threads, kept):
+def test_a_run_is_pinned_to_the_fastest_allowed_cores(phone, affinity, threads, kept):
     android.take_fast_cores(threads, phone)
     assert affinity == [kept]
 
 
-def test_of_the_clocks_that_of_the_fastest_core_in_use_is_told(phone, affinity):
+def test_the_frequency_of_the_fastest_core_in_use_is_reported(phone, affinity):
     found = machine.describe(phone)
     assert (found["frequency_max_hz"], found["frequency_hz"]) == (2.367e9, 1.1835e9)
     assert found["cores"] == 8
 
 
-def test_where_nothing_is_told_of_the_cores_all_are_kept(tmp_path, affinity):
+def test_without_known_frequencies_all_cores_are_used(tmp_path, affinity):
     android.take_fast_cores(2, tmp_path)
     assert affinity == []

@@ -1,4 +1,4 @@
-"""A browser as a device: its site, what a page may answer, and a real Chromium."""
+"""A browser as a device: the server, the checks of a page's answers, and a real Chromium."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def served() -> Iterator[Site]:
 def request(
     to: Site, name: str = "", method: str = "GET", path: str | None = None, **how: Any
 ) -> tuple[int, bytes, dict[str, str]]:
-    """Status, content and headers of the answer to a request for a name, or for a raw path."""
+    """Return status, content and headers of the response for a name or a raw path."""
     connection = http.client.HTTPConnection(*to.server_address, timeout=20)
     connection.request(method, path or f"/{to.token}/{name}", **how)
     answer = connection.getresponse()
@@ -69,7 +69,7 @@ def post(to: Site, name: str, said: Any) -> tuple[int, Any]:
 # ---------------------------------------------------------------------------------- who is let in
 
 
-def test_who_holds_the_address_gets_the_page_and_what_is_in_the_table(served):
+def test_clients_with_the_url_get_the_page_and_the_files_of_the_table(served):
     assert request(served)[:2] == (200, b"<p>page")
     assert request(served, "deep/x.bin")[:2] == (200, b"xxx")
     assert len(served.token) == 24  # of 144 random bits
@@ -78,7 +78,7 @@ def test_who_holds_the_address_gets_the_page_and_what_is_in_the_table(served):
     other.close()
 
 
-def test_without_the_token_nothing_is_told_apart(served):
+def test_without_the_token_every_request_gets_the_same_answer(served):
     token = served.token
     other = token[:-1] + ("A" if token[-1] != "A" else "B")
     wrong = ["/", "/page.html", f"/{other}/", f"/{token[:-1]}/", f"/{token}", f"/x/{token}/"]
@@ -92,13 +92,13 @@ def test_without_the_token_nothing_is_told_apart(served):
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost:1", "", "127.0.0.1"])
-def test_another_host_name_gets_nothing(served, host):
-    """A foreign page may point its own name at this machine."""
+def test_another_host_header_gets_nothing(served, host):
+    """DNS rebinding: a foreign page may point its own host name at this machine."""
     assert request(served, headers={"Host": host})[0] == 404
     assert request(served, headers={"Host": served.authority})[0] == 200
 
 
-def test_two_host_names_get_nothing(served):
+def test_two_host_headers_get_nothing(served):
     with socket.create_connection(served.server_address, timeout=20) as line:
         hosts = f"Host: {served.authority}\r\nHost: evil.example\r\n"
         line.sendall(f"GET /{served.token}/ HTTP/1.1\r\n{hosts}\r\n".encode())
@@ -113,7 +113,7 @@ def test_only_names_of_the_table_are_served(served, name):
     assert request(served, name)[:2] == (404, b"")
 
 
-def test_it_listens_on_one_address_only(served):
+def test_the_server_listens_on_one_address_only(served):
     assert served.server_address[0] == HERE
     with (
         pytest.raises(OSError),
@@ -125,20 +125,20 @@ def test_it_listens_on_one_address_only(served):
 @pytest.mark.parametrize(
     "listen", ["0.0.0.0", "phone.local", "::1", "127.0.0.1:x", "127.0.0.1:65536"]
 )
-def test_it_is_served_on_one_address_of_this_machine(listen):
-    with pytest.raises(DeviceProblem, match="is not one IPv4 address") as letter:
+def test_listen_must_be_one_address(listen):
+    with pytest.raises(DeviceProblem, match="is not an IPv4 address") as error:
         Site(listen)
-    assert "192.168" in letter.value.hint
+    assert "192.168" in error.value.hint
 
 
-def test_an_address_of_another_machine_gets_a_letter(served):
+def test_an_address_of_another_machine_gets_an_error_message(served):
     with pytest.raises(DeviceProblem, match=r"nothing can be served on 192\.0\.2\.7 port 0"):
         Site("192.0.2.7")
     with pytest.raises(DeviceProblem, match="Address already in use"):
         Site(served.authority)
 
 
-def test_threads_are_allowed_and_nothing_from_outside(served):
+def test_the_headers_enable_threads_and_forbid_other_origins(served):
     headers = request(served)[2]
     assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
     assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
@@ -148,7 +148,7 @@ def test_threads_are_allowed_and_nothing_from_outside(served):
     assert "python" not in headers["Server"].lower()
 
 
-def test_a_body_has_a_size_and_not_too_large_a_one(served):
+def test_bodies_need_a_length_below_the_limit(served):
     for length, status in (
         (site.MOST_BODY_BYTES + 1, 413),
         ("x", 411),
@@ -163,11 +163,11 @@ def test_a_body_has_a_size_and_not_too_large_a_one(served):
 
 
 @pytest.mark.parametrize("body", [b"", b"no", b"[]", b"\xff", b"[" * 100_000, b"1" * 5000])
-def test_what_is_no_object_of_json_is_refused(served, body):
+def test_a_body_that_is_not_a_json_object_is_refused(served, body):
     assert post(served, "hello", body) == (400, {})
 
 
-def test_silent_connections_are_bounded(served):
+def test_the_number_of_idle_connections_is_limited(served):
     lines = []
     for _ in range(site.MOST_CONNECTIONS):
         lines.append(socket.create_connection(served.server_address, timeout=20))
@@ -187,21 +187,21 @@ def test_silent_connections_are_bounded(served):
 
 
 def asked(to: Site, work: dict[str, Any]) -> tuple[list[Any], threading.Thread]:
-    """What ask() returns or raises, in a thread."""
+    """Collect the results and errors of ask() in a thread."""
     found: list[Any] = []
 
     def wait() -> None:
         try:
             found.append(to.ask(work, 60))
-        except DeviceProblem as letter:
-            found.append(letter)
+        except DeviceProblem as error:
+            found.append(error)
 
     thread = threading.Thread(target=wait)
     thread.start()
     return found, thread
 
 
-def test_a_job_is_given_to_the_page_and_one_answer_is_taken(served):
+def test_the_page_gets_the_job_and_one_answer_is_accepted(served):
     page = post(served, "hello", HELLO)[1]["page"]
     assert served.visitor(1) == HELLO
     found, thread = asked(served, {"n": 1})
@@ -211,25 +211,25 @@ def test_a_job_is_given_to_the_page_and_one_answer_is_taken(served):
     assert post(served, "answer", answer | {"job": "other"})[0] == 409
     assert post(served, "answer", answer | {"page": "other"})[0] == 409
     assert post(served, "answer", answer) == (200, {})
-    # it may come again, where ours was lost on its way, and is not taken
+    # a repeated answer, whose response was lost, is acknowledged but ignored
     assert post(served, "answer", answer | {"result": 8}) == (200, {})
     thread.join(20)
     assert found == [answer]
 
 
-def test_a_later_page_takes_over_but_not_in_the_middle_of_a_job(served):
+def test_a_later_page_takes_over_but_not_during_a_job(served):
     first = post(served, "hello", HELLO)[1]["page"]
     second = post(served, "hello", HELLO)[1]["page"]
     assert post(served, "alive", {"page": first})[0] == 409
     found, thread = asked(served, {})
     given = post(served, "next", {"page": second})[1]
-    assert post(served, "hello", HELLO) == (409, {"problem": "another page is at work"})
+    assert post(served, "hello", HELLO) == (409, {"problem": "another page is running"})
     post(served, "answer", {"page": second, "job": given["id"]})
     thread.join(20)
     assert found
 
 
-def test_after_a_round_only_the_same_browser_may_come_again(served):
+def test_after_a_round_only_the_same_browser_may_return(served):
     first = post(served, "hello", HELLO)[1]["page"]
     found, thread = asked(served, {})
     given = post(served, "next", {"page": first})[1]
@@ -237,13 +237,13 @@ def test_after_a_round_only_the_same_browser_may_come_again(served):
     assert post(served, "answer", said)[0] == 200
     thread.join(20)
     assert found
-    assert post(served, "answer", said) == (200, {})  # ours was lost on its way
+    assert post(served, "answer", said) == (200, {})  # the response was lost
     other = HELLO | {"user_agent": "another"}
     assert post(served, "hello", other) == (409, {"problem": "another browser is being measured"})
     assert post(served, "hello", HELLO)[0] == 200
 
 
-def test_what_a_page_cannot_do_is_said_before_anybody_opens_it(monkeypatch, exported, clips):
+def test_unsupported_options_are_refused_before_the_page_is_opened(monkeypatch, exported, clips):
     from benchmarks.bench import Measuring, bench
     from export.problem import Problem
 
@@ -253,7 +253,7 @@ def test_what_a_page_cannot_do_is_said_before_anybody_opens_it(monkeypatch, expo
                 bench(exported, device, read_manifest(clips)[:1], how)
 
 
-def test_a_letter_while_it_is_opened_leaves_nothing_that_runs(monkeypatch):
+def test_an_error_while_opening_leaves_nothing_running(monkeypatch):
     def fail(text):
         raise UnicodeEncodeError("latin-1", text, 0, 1, "no such letter")
 
@@ -263,21 +263,21 @@ def test_a_letter_while_it_is_opened_leaves_nothing_that_runs(monkeypatch):
     assert threading.active_count() == before
 
 
-def test_a_page_that_falls_silent_gets_a_letter(served, monkeypatch):
+def test_a_silent_page_gets_an_error_message(served, monkeypatch):
     monkeypatch.setattr(site, "SILENT_S", 0.2)
     post(served, "hello", HELLO)
-    with pytest.raises(DeviceProblem, match="gave no answer") as letter:
+    with pytest.raises(DeviceProblem, match="sent no answer") as error:
         served.ask({}, 60)
-    assert "keep it in front" in letter.value.hint
+    assert "keep it in the foreground" in error.value.hint
 
 
-def test_where_nobody_comes_the_address_is_told_again(served):
-    with pytest.raises(DeviceProblem, match="nobody has opened") as letter:
+def test_if_no_page_is_opened_the_error_repeats_the_url(served):
+    with pytest.raises(DeviceProblem, match="was not opened") as error:
         served.visitor(0.1)
-    assert served.url in str(letter.value)
+    assert served.url in str(error.value)
 
 
-def test_closing_ends_who_waits_and_tells_the_page(served):
+def test_closing_ends_waiting_calls_and_tells_the_page(served):
     page = post(served, "hello", HELLO)[1]["page"]
     _, thread = asked(served, {})
     told: list[Any] = []
@@ -299,7 +299,7 @@ def test_closing_ends_who_waits_and_tells_the_page(served):
 
 @pytest.fixture(scope="module")
 def work_folder(tmp_path_factory, exported, clips) -> Path:
-    """An artifact and two clips, the way a device has them."""
+    """A folder with an artifact and two clips, as on a device."""
     root = tmp_path_factory.mktemp("device")
     (root / "clips").mkdir()
     write_clips(read_manifest(clips)[:2], root / "clips")
@@ -313,7 +313,7 @@ def made(work_folder) -> job.Job:
 
 
 def good_answer(made: job.Job, token: int) -> dict[str, Any]:
-    """What a page may say: one token in every window."""
+    """A valid result of a page: one token in every window."""
     window = {"encoder_s": 0.03, "prompt_s": [0.01], "per_token_s": [0.002], "tokens": [token]}
     clips = [
         {"wall_s": 0.05, "windows": [{**window} for _ in clip["windows"]]}
@@ -323,12 +323,12 @@ def good_answer(made: job.Job, token: int) -> dict[str, Any]:
 
 
 def allowed(made: job.Job, rng: np.random.Generator) -> int:
-    """Any token that may be said."""
+    """Return a token that is not forbidden."""
     never = {*made.work["never"], made.work["eos"]}
     return int(rng.choice([i for i in range(made.work["vocabulary"]) if i not in never]))
 
 
-def test_an_answer_becomes_a_runner_s(made, exported, rng):
+def test_an_answer_gets_the_form_of_the_runners(made, exported, rng):
     token = allowed(made, rng)
     found = job.answered(made, {"result": good_answer(made, token)})
     assert found["tokens"] == [[token], [token]]
@@ -377,7 +377,7 @@ WINDOW = ("clips", 0, "windows", 0)
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_what_was_not_asked_is_no_result(made, rng, path, value):
+def test_answers_that_do_not_fit_the_job_are_refused(made, rng, path, value):
     answer = good_answer(made, allowed(made, rng))
     put(answer, path, value)
     with pytest.raises(DeviceProblem, match="answer has no usable"):
@@ -390,25 +390,25 @@ def test_an_answer_without_a_result_is_refused(made, said):
         job.answered(made, said)
 
 
-def test_a_token_that_is_never_said_is_refused(made, rng):
+def test_a_forbidden_token_is_refused(made, rng):
     for token in (made.work["eos"], int(rng.choice(made.work["never"]))):
         with pytest.raises(DeviceProblem, match="no usable tokens"):
             job.answered(made, {"result": good_answer(made, token)})
 
 
-def test_fewer_threads_than_asked_for_are_no_result(made, rng):
+def test_fewer_threads_than_requested_are_refused(made, rng):
     made.work["threads"] = 4
-    with pytest.raises(DeviceProblem, match="4 threads are asked for, and it gives 1") as letter:
+    with pytest.raises(DeviceProblem, match="--threads 4, but the browser provides 1") as error:
         job.answered(made, {"result": good_answer(made, allowed(made, rng))})
-    assert "leave --threads out" in letter.value.hint
+    assert "leave --threads out" in error.value.hint
 
 
 @pytest.mark.parametrize("error", [{"at": "decoder.onnx", "reason": "\x1b[2Jno\n" * 999}, 7, None])
-def test_what_the_page_could_not_do_is_said_without_steering_the_terminal(made, error):
-    with pytest.raises(DeviceProblem, match=r"onnxruntime-web .* failed at") as letter:
+def test_errors_of_the_page_are_shown_without_control_characters(made, error):
+    with pytest.raises(DeviceProblem, match=r"onnxruntime-web .* failed at") as error:
         job.answered(made, {"error": error})
-    assert str(letter.value).isprintable()
-    assert len(str(letter.value)) < 1000
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -423,10 +423,10 @@ def test_what_the_page_could_not_do_is_said_without_steering_the_terminal(made, 
         ("simd", "yes"),
     ],
 )
-def test_a_browser_that_describes_itself_oddly_is_refused(name, value):
-    with pytest.raises(DeviceProblem, match="gives no usable"):
+def test_a_malformed_description_of_a_browser_is_refused(name, value):
+    with pytest.raises(DeviceProblem, match="sent no usable"):
         job.about(HELLO | {name: value})
-    with pytest.raises(DeviceProblem, match="gives no usable"):
+    with pytest.raises(DeviceProblem, match="sent no usable"):
         job.about({key: told for key, told in HELLO.items() if key != name})
 
 
@@ -436,14 +436,14 @@ def test_a_browser_is_described_as_a_machine():
     assert found["cores"] == 1  # it gives no threads to a page that is not isolated
     assert found["user_agent"].isprintable()
     assert job.about(HELLO | {"cross_origin_isolated": True})["cores"] == 6
-    with pytest.raises(DeviceProblem, match="no SIMD in WebAssembly"):
+    with pytest.raises(DeviceProblem, match="lacks WebAssembly SIMD"):
         job.about(HELLO | {"simd": False})
 
 
 # ------------------------------------------------------------------------------------- the job
 
 
-def test_the_job_says_what_the_runner_would_do(made, work_folder, exported):
+def test_the_job_equals_what_the_runner_would_do(made, work_folder, exported):
     recognizer = Recognizer(exported)
     for clip, path in zip(
         made.work["clips"], sorted((work_folder / "clips").glob("*.wav")), strict=True
@@ -457,7 +457,7 @@ def test_the_job_says_what_the_runner_would_do(made, work_folder, exported):
     assert made.files["artifact/encoder.onnx"] == work_folder / "artifact/encoder.onnx"
 
 
-def test_long_sound_is_cut_and_silence_left_out(rng):
+def test_long_audio_is_split_and_silence_left_out(rng):
     speech = rng.normal(0, 0.1, 3000).astype(np.float32)
     quiet = np.zeros(4000, np.float32)
     found = job.sounding(np.concatenate([speech, quiet, speech]), 4000)
@@ -465,22 +465,22 @@ def test_long_sound_is_cut_and_silence_left_out(rng):
     assert sum(np.count_nonzero(piece) for piece in found.values()) == 6000
 
 
-def test_an_artifact_of_another_layout_gets_the_runner_s_letter(tmp_path, exported, monkeypatch):
+def test_an_artifact_of_another_layout_gets_the_runners_error(tmp_path, exported, monkeypatch):
     manifest = json.loads((exported / "manifest.json").read_text()) | {"layout": "transformers"}
     (tmp_path / "artifact").mkdir()
     (tmp_path / "artifact/manifest.json").write_text(json.dumps(manifest))
     with browser(monkeypatch) as device:
         device.push(tmp_path / "artifact", "artifacts/0")
-        with pytest.raises(DeviceProblem, match="this runner reads 'native'") as letter:
+        with pytest.raises(DeviceProblem, match="this runner reads 'native'") as error:
             run_runner(device, ["bench", "artifacts/0", "clips/clips.json", "--threads", "1"])
-    assert "--layout native" in letter.value.hint
+    assert "--layout native" in error.value.hint
 
 
 # --------------------------------------------------------------------------------- the whole device
 
 
 def browser(monkeypatch, say: Callable[[str], None] = lambda _: None) -> BrowserDevice:
-    """A device whose page is played here, so that onnxruntime-web is not needed."""
+    """A device with a simulated page, so that onnxruntime-web is not needed."""
     monkeypatch.setattr(ort_web, "files", lambda folder, say: dict.fromkeys(ort_web.FILES, b""))
     device = open_device("browser", HERE, say)
     assert isinstance(device, BrowserDevice)
@@ -488,7 +488,7 @@ def browser(monkeypatch, say: Callable[[str], None] = lambda _: None) -> Browser
 
 
 def play(device: BrowserDevice, token: Callable[[dict], int]) -> threading.Thread:
-    """A page that says one token for every window, until there are no more jobs."""
+    """Simulate a page that answers one token for every window, until there are no more jobs."""
 
     def talk() -> None:
         page = post(device.site, "hello", HELLO)[1]["page"]
@@ -525,12 +525,12 @@ def test_a_bench_goes_through_a_page(monkeypatch, exported, clips, rng):
     assert qr_code(place) in heard[1]
 
 
-def test_the_folder_it_serves_from_is_private(monkeypatch):
+def test_the_served_folder_is_private(monkeypatch):
     with browser(monkeypatch) as device:
         assert stat.S_IMODE(device.work.stat().st_mode) == 0o700
 
 
-def test_a_page_runs_nothing_but_bench(monkeypatch):
+def test_a_page_runs_only_bench(monkeypatch):
     with browser(monkeypatch) as device:
         with pytest.raises(DeviceProblem, match="a page cannot run"):
             run_runner(device, ["describe"])
@@ -550,15 +550,15 @@ def test_a_rival_does_not_run_in_a_page(monkeypatch, digits, clips):
     page.join(20)
 
 
-def test_a_phone_s_browser_takes_the_phone_s_place():
+def test_browser_replaces_the_phone_by_its_browser():
     assert places(in_browser(["local", "mobile"]), []) == [Place("local"), Place("browser")]
     assert in_browser(["pixel"]) == in_browser(["browser"]) == ["browser"]
     with pytest.raises(DeviceProblem, match=r"no phone is among the devices \(local, rpi4\)"):
         in_browser(["local", "rpi4"])
 
 
-def test_the_picture_holds_the_address():
-    """Drawn twice as wide as high, and not too large for a terminal."""
+def test_the_qr_code_encodes_the_url():
+    """The code is twice as wide as high, and fits into a terminal."""
     lines = qr_code("http://192.168.100.100:65535/" + "x" * 24 + "/").splitlines()
     assert 15 < len(lines) < 24
 
@@ -568,7 +568,7 @@ def test_the_picture_holds_the_address():
 
 @pytest.fixture
 def package(tmp_path, monkeypatch, rng) -> Path:
-    """What npm would bring, and an npm on the path that brings it."""
+    """The files of the package, and an npm on the PATH that delivers them."""
     made = {name: rng.bytes(100) for name in ort_web.FILES}
     hashes = {name: hashlib.sha512(content).hexdigest() for name, content in made.items()}
     monkeypatch.setattr(ort_web, "FILES", hashes)
@@ -585,36 +585,36 @@ def package(tmp_path, monkeypatch, rng) -> Path:
     return tmp_path
 
 
-def test_npm_brings_the_runtime_once(package):
+def test_the_runtime_is_downloaded_once(package):
     first = ort_web.files(package / "cache")
     assert ort_web.files(package / "cache") == first
     calls = (package / "calls").read_text().splitlines()
     assert calls == [f"pack onnxruntime-web@{ort_web.VERSION} --ignore-scripts --silent"]
 
 
-def test_a_file_that_was_changed_is_fetched_anew(package):
+def test_a_changed_file_is_downloaded_again(package):
     first = ort_web.files(package / "cache")
     (package / "cache" / ort_web.MODULE).write_bytes(b"changed")
     assert ort_web.files(package / "cache") == first
     assert len((package / "calls").read_text().splitlines()) == 2
 
 
-def test_what_npm_brings_counts_by_its_hash_only(package, monkeypatch):
+def test_downloaded_files_are_verified_by_their_hashes(package, monkeypatch):
     monkeypatch.setattr(ort_web, "FILES", dict.fromkeys(ort_web.FILES, "0" * 128))
-    with pytest.raises(DeviceProblem, match=r"not onnxruntime-web .* as it was"):
+    with pytest.raises(DeviceProblem, match=r"something else than the published onnxruntime-web"):
         ort_web.files(package / "cache")
     assert not (package / "cache").exists()
 
 
-def test_without_npm_a_letter_says_how_to_fill_the_folder(package, monkeypatch):
+def test_without_npm_the_error_explains_how_to_fill_the_folder(package, monkeypatch):
     monkeypatch.setenv("PATH", str(package))
-    with pytest.raises(DeviceProblem, match="there is no npm to fetch it") as letter:
+    with pytest.raises(DeviceProblem, match="npm is not installed to download it") as error:
         ort_web.files(package / "cache")
-    assert f"npm pack onnxruntime-web@{ort_web.VERSION}" in letter.value.hint
-    assert str(package / "cache") in letter.value.hint
+    assert f"npm pack onnxruntime-web@{ort_web.VERSION}" in error.value.hint
+    assert str(package / "cache") in error.value.hint
 
 
-def test_an_npm_that_fails_says_why(package):
+def test_an_npm_failure_is_reported(package):
     (package / "bin/npm").write_text("#!/bin/sh\necho 'npm ERR! ENOTFOUND' >&2; exit 7\n")
     with pytest.raises(DeviceProblem, match=r"exit code 7: npm ERR! ENOTFOUND"):
         ort_web.files(package / "cache")
@@ -639,12 +639,12 @@ def artifacts(tmp_path_factory, digits, exported, processor) -> dict[str, Path]:
 
 
 def both(root: Path, artifact: Path, clips: Path, *threads: int) -> list[tuple[dict, dict]]:
-    """Answers of a page in Chromium and of the runner here, for each number of threads."""
+    """Return the results of a page in Chromium and of the runner, for each number of threads."""
     found = []
     root.mkdir(exist_ok=True)
     write_clips(read_manifest(clips)[:CLIPS], root)
     with BrowserDevice(HERE) as page, LocalDevice() as local:
-        local.describe()  # which pushes the runner
+        local.describe()  # pushes the runner
         for device in (page, local):
             device.push(artifact, "artifacts/0")
             device.push(root, "clips")
@@ -659,9 +659,9 @@ def both(root: Path, artifact: Path, clips: Path, *threads: int) -> list[tuple[d
 @pytest.mark.devices
 @pytest.mark.skipif(chromium.PROGRAM is None, reason=chromium.MISSING)
 class TestInChromium:
-    """Fetches onnxruntime-web where it is not in the cache."""
+    """onnxruntime-web is downloaded if it is not in the cache."""
 
-    def test_int8_says_the_runner_s_tokens_on_one_thread_and_two(self, tmp_path, artifacts, clips):
+    def test_int8_gives_the_runners_tokens_on_one_thread_and_two(self, tmp_path, artifacts, clips):
         for page, local in both(tmp_path, artifacts["int8"], clips, 1, 2):
             assert page["tokens"] == local["tokens"]
             assert page["texts"] == local["texts"]
@@ -671,11 +671,11 @@ class TestInChromium:
                 assert min(page[stage]) > 0
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
-    def test_other_precisions_do_so_too(self, tmp_path, artifacts, clips, precision):
+    def test_other_precisions_give_the_runners_tokens(self, tmp_path, artifacts, clips, precision):
         ((page, local),) = both(tmp_path, artifacts[precision], clips, 1)
         assert page["tokens"] == local["tokens"]
 
-    def test_weights_beside_the_graphs_are_found(
+    def test_weights_in_separate_files_are_loaded(
         self, tmp_path, digits, processor, clips, monkeypatch
     ):
         from edgewhisper.whisper import load
@@ -688,7 +688,7 @@ class TestInChromium:
         ((page, local),) = both(tmp_path / "work", tmp_path / "artifact", clips, 1)
         assert page["tokens"] == local["tokens"]
 
-    def test_another_name_for_this_machine_opens_nothing(self, tmp_path, monkeypatch, served):
+    def test_another_name_of_this_machine_gets_nothing(self, tmp_path, monkeypatch, served):
         refused: list[str] = []
         reply = site.Handler.reply
 

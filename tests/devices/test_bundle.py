@@ -1,4 +1,4 @@
-"""The interpreter for a phone, built of packages and wheels; the one for ARM in an emulator."""
+"""The bundle for a phone, built from packages and wheels; the one for ARM runs in an emulator."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def raised(of: Callable[[], object]) -> DeviceProblem:
 # ---------------------------------------------------------------------------------- its parts
 
 
-def test_libraries_come_under_the_names_by_which_they_are_asked_for(tmp_path):
+def test_libraries_are_copied_under_the_names_that_programs_load(tmp_path):
     root, out = tmp_path / "root", tmp_path / "out"
     old, new = (root / part / "aarch64-linux-gnu" for part in ("lib", "usr/lib"))
     for folder, name in ((old, "libc.so.6"), (new, "libz.so.1.2.13"), (old, ARM.loader)):
@@ -47,7 +47,7 @@ def test_libraries_come_under_the_names_by_which_they_are_asked_for(tmp_path):
     assert not any(path.is_symlink() for path in (out / "lib").iterdir())
 
 
-def test_only_what_can_run_is_copied_and_no_link_leads_out(tmp_path):
+def test_only_files_needed_at_run_time_are_copied_and_no_link_leads_out(tmp_path):
     files = (
         "a.py",
         "a.pyi",
@@ -67,7 +67,7 @@ def test_only_what_can_run_is_copied_and_no_link_leads_out(tmp_path):
     assert found == {"a.py", "own.py", "deep/b.so"}
 
 
-def test_the_name_tells_every_byte_and_every_name(tmp_path, rng):
+def test_the_name_depends_on_all_file_names_and_contents(tmp_path, rng):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/a").write_bytes(rng.bytes(100))
     first = bundle.hash_of(tmp_path)
@@ -79,8 +79,8 @@ def test_the_name_tells_every_byte_and_every_name(tmp_path, rng):
     assert first != bundle.hash_of(tmp_path)
 
 
-def test_what_starts_it_takes_words_and_its_own_place_as_they_are(tmp_path):
-    """With a loader that shows what it is given."""
+def test_the_start_script_passes_arguments_and_its_own_path_unchanged(tmp_path):
+    """The loader is replaced by a script that prints its arguments."""
     home = tmp_path / "a b$x"
     (home / "lib").mkdir(parents=True)
     (home / "lib/loader").write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONHOME$LD_PRELOAD" "$@"\n')
@@ -93,7 +93,7 @@ def test_what_starts_it_takes_words_and_its_own_place_as_they_are(tmp_path):
     assert done.stdout.splitlines() == [*map(str, paths), "-s", "-c", "a b", "$HOME", "*"]
 
 
-def test_it_is_built_once_and_again_for_other_versions(tmp_path, monkeypatch):
+def test_a_bundle_is_built_once_and_again_for_other_versions(tmp_path, monkeypatch):
     built: list[Path] = []
 
     def build(cpu: object, release: str, place: Path) -> Path:
@@ -116,14 +116,14 @@ def test_it_is_built_once_and_again_for_other_versions(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------- this machine's apt
 
 
-def test_another_system_gets_a_letter(monkeypatch, tmp_path):
+def test_another_system_gets_an_error_message(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     found = raised(debian.release)
-    assert "there is no apt-get on this machine" in str(found) or "no release" in str(found)
+    assert "this machine has no apt-get" in str(found) or "no release" in str(found)
     assert "Debian or Ubuntu" in found.hint
 
 
-def test_a_program_of_apts_that_fails_is_told_by_its_last_words(tmp_path):
+def test_a_failing_apt_program_is_reported_with_its_last_line(tmp_path):
     found = raised(lambda: debian.apt(["sh", "-c", "echo 'E: \x1bno' >&2; exit 100"], tmp_path))
     assert str(found) == "sh ended with exit code 100 (E:  no)"
 
@@ -135,7 +135,7 @@ def test_a_program_of_apts_that_fails_is_told_by_its_last_words(tmp_path):
         ("  PreDepends: python3.10-minimal\n", "has Python 3.10, and the runner", "Ubuntu 24.04"),
     ],
 )
-def test_a_release_without_a_fitting_python_gets_a_letter(monkeypatch, tmp_path, told, found, hint):
+def test_a_release_with_too_old_a_python_is_refused(monkeypatch, tmp_path, told, found, hint):
     monkeypatch.setattr(debian, "apt", lambda argv, config: told)
     said = raised(lambda: bundle.parts(ARM, "jammy", tmp_path))
     assert found in str(said) and hint in said.hint
@@ -146,7 +146,7 @@ def test_a_release_without_a_fitting_python_gets_a_letter(monkeypatch, tmp_path,
 
 @pytest.mark.devices
 @pytest.mark.skipif(shutil.which("qemu-aarch64") is None, reason="qemu-user is missing")
-def test_the_bundle_for_arm_says_the_same_tokens_as_this_machine(
+def test_the_arm_bundle_gives_the_same_tokens_as_this_machine(
     digits, processor, clips, tmp_path, monkeypatch
 ):
     from adbd import PLACE

@@ -1,5 +1,7 @@
-"""A Raspberry Pi 4 over SSH, of which only the sshd is real: its python3 is an AArch64 program in
-qemu-user, which sees a Pi's /proc and /sys. make test-devices"""
+"""A simulated Raspberry Pi 4 over SSH (make test-devices).
+
+Only its sshd is real. Its python3 is an AArch64 program in qemu-user with a Pi's /proc and /sys.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def few(clips) -> list[Clip]:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, digits, processor) -> Path:
-    """In int8, which an emulator multiplies twice as fast."""
+    """An int8 artifact, which is twice as fast as fp32 in an emulator."""
     from edgewhisper.whisper import load
     from export.onnx.to_onnx import export_onnx
 
@@ -62,7 +64,7 @@ def configured(server, monkeypatch) -> None:
     monkeypatch.setenv(connection.CONFIG, str(server.config))
 
 
-def test_the_pi_is_told_as_one_and_no_time_of_it(artifact, few):
+def test_an_emulated_pi_is_described_without_timings(artifact, few):
     with open_device("rpi4", "pi") as device:
         result = bench(artifact, device, few, Measuring(1, 1))
     assert result["device"]["model"] == MODEL

@@ -1,5 +1,7 @@
-"""A Mac over SSH, of which only the sshd is real: see macs.py. What a real one does with a package,
-how fast and in how much memory, is not to be seen here."""
+"""A simulated Mac over SSH (see macs.py); only its sshd is real.
+
+These tests show nothing about a real Mac's results, speed or memory.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def one_server(tmp_path_factory) -> Iterator[sshd.Server]:
 
 @pytest.fixture
 def server(one_server, monkeypatch) -> sshd.Server:
-    """A Mac that nobody has used yet; it has one python3 that is new enough."""
+    """A new Mac with one python3 that is new enough."""
     one_server.fresh(monkeypatch)
     macs.become(one_server)
     macs.python(one_server, "python3.13")
@@ -68,8 +70,8 @@ def coreml(digits, clips, tmp_path_factory) -> Path:
 
 
 @real
-def test_the_first_python_that_coremltools_has_wheels_for_is_taken(server):
-    """Not the newest, nor one that is too old, nor the PATH's own when it is either."""
+def test_the_first_python_with_coremltools_wheels_is_used(server):
+    """Neither the newest nor one that is too old, even if it is in the PATH."""
     macs.python(server, "python3.13", macs.of_version(10))
     wanted = macs.python(server, "python3.12")
     macs.tool(server.bin, "python3", macs.of_version(14))
@@ -80,15 +82,15 @@ def test_the_first_python_that_coremltools_has_wheels_for_is_taken(server):
 
 
 @real
-def test_the_python_of_the_users_own_path_goes_before(server):
+def test_a_python_in_the_path_is_preferred(server):
     macs.python(server, "python3").rename(server.bin / "python3")
     with SshDevice("pi") as device:
         assert device.python == str(server.bin / "python3")
 
 
 @real
-def test_a_newer_one_is_taken_where_there_is_no_other(server):
-    """It has no coremltools, but may do for onnxruntime."""
+def test_a_newer_python_is_used_if_there_is_no_other(server):
+    """coremltools has no wheels for it, but onnxruntime may."""
     macs.python(server, "python3.13", macs.of_version(9))
     newer = 'case "$2" in *"<(3,14)"*) exit 1;; esac'
     wanted = macs.python(server, "python3", newer)
@@ -97,8 +99,8 @@ def test_a_newer_one_is_taken_where_there_is_no_other(server):
 
 
 @real
-def test_a_mac_with_apples_own_python_only_gets_a_letter(server):
-    """/usr/bin/python3 may be a stub, and starting it opens a window there."""
+def test_a_mac_with_only_apples_python_gets_an_error_message(server):
+    """/usr/bin/python3 may be a stub that opens an installer window."""
     macs.python(server, "python3.13", macs.of_version(9))
     macs.tool(server.bin, "python3", macs.of_version(9))
     found = raised(lambda: SshDevice("pi"))
@@ -119,7 +121,7 @@ def test_a_mac_with_apples_own_python_only_gets_a_letter(server):
     ],
     ids=["intel", "old", "nothing", "pypy"],
 )
-def test_a_mac_that_has_no_runtime_gets_a_letter(server, code, words):
+def test_an_unsupported_mac_gets_an_error_message(server, code, words):
     macs.python(server, "python3.13", f"export MAC_CODE={shlex.quote(code)}")
     with SshDevice("pi") as device:
         found = raised(device.prepare)
@@ -129,21 +131,21 @@ def test_a_mac_that_has_no_runtime_gets_a_letter(server, code, words):
 # -------------------------------------------------------------------------------- numpy and co.
 
 
-def test_wheels_are_asked_for_as_a_mac_needs_them():
+def test_wheels_are_requested_for_the_mac():
     target = Target((3, 13), "arm64", 15, "Darwin", ("coremltools",))
     platforms = [word for word in target.options if word.startswith("macosx")]
     assert platforms[0] == "macosx_15_0_arm64" and "macosx_16_0_arm64" not in platforms
     assert {"macosx_14_0_arm64", "macosx_11_0_arm64", "macosx_10_9_universal2"} <= set(platforms)
     assert str(target) == "Python 3.13 on arm64 with macOS 15"
     assert target.name != Target((3, 13), "arm64", 15, "Darwin").name
-    assert wheels.in_words("coremltools").startswith("coremltools")
+    assert wheels.range_of("coremltools").startswith("coremltools")
 
 
 MAC = "macosx_11_0_arm64"
 
 
 @real
-def test_what_a_mac_lacks_is_pushed_and_coremltools_on_request_only(server, index):
+def test_missing_packages_are_pushed_and_coremltools_on_request_only(server, index):
     hidden = "('site-packages', 'tests/helpers/mac')"
     none = f"sys.path[:] = [p for p in sys.path if not p.endswith({hidden})]"
     macs.python(server, "python3.13", f"export MAC_CODE={shlex.quote(none)}")
@@ -175,7 +177,7 @@ def test_what_a_mac_lacks_is_pushed_and_coremltools_on_request_only(server, inde
 
 
 @real
-def test_a_mac_says_what_it_is(server):
+def test_a_mac_is_described(server):
     with open_device("m1", "pi") as device:
         found = device.describe()
         again = run_runner(device, ["describe"])
@@ -194,7 +196,7 @@ def test_a_mac_says_what_it_is(server):
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch) -> Path:
-    """A PATH with nothing on it yet."""
+    """An empty folder as PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
     mac.has_powermetrics.cache_clear()
     yield tmp_path
@@ -207,14 +209,14 @@ READINGS = {
 }
 
 
-def test_tools_that_are_missing_read_unavailable(tools):
+def test_missing_tools_read_unavailable(tools):
     assert mac.readings().keys() == READINGS
     told = {name: value for name, value in mac.describe().items() if value != "unavailable"}
     assert told.keys() == {"load_average", "emulated"}
 
 
 @pytest.mark.parametrize("text", ["", "\xff\x1b", "-1%", "Combined Power: lots mW", "a: b: c\n:\n"])
-def test_tools_that_say_something_else_do_too(tools, text):
+def test_unexpected_output_of_tools_reads_unavailable(tools, text):
     for name in ("sysctl", "sw_vers", "pmset", "sudo"):
         macs.tool(tools, name, macs.prints(text))
     found = mac.describe()
@@ -222,7 +224,7 @@ def test_tools_that_say_something_else_do_too(tools, text):
     assert found["memory_bytes"] == found["power_source"] == "unavailable"
 
 
-def test_power_is_read_where_powermetrics_is_allowed_and_asked_for_once_where_not(tools):
+def test_power_needs_powermetrics_which_is_tried_once(tools):
     macs.tool(tools, "sudo", f"echo >>{tools}/asked", macs.REFUSED)
     assert [mac.readings()["power_w"] for _ in range(3)] == ["unavailable"] * 3
     assert (tools / "asked").read_text() == "\n"
@@ -240,7 +242,7 @@ MINI = (
 )
 
 
-def test_a_mini_has_no_battery_and_an_intel_processor_speed_limits(tools):
+def test_a_mac_may_lack_a_battery_and_intel_macs_report_speed_limits(tools):
     macs.tool(tools, "pmset", macs.prints(MINI))
     found = mac.describe()
     assert (found["power_source"], found["battery_share"]) == ("AC Power", "unavailable")
@@ -250,9 +252,9 @@ def test_a_mini_has_no_battery_and_an_intel_processor_speed_limits(tools):
 # --------------------------------------------------------------------------------------- memory
 
 
-def test_the_numbers_of_an_rusage_stand_where_the_header_has_them(rng):
-    """Offsets counted by hand in <sys/resource.h>: v0 has 10 numbers behind the uuid, v1 6, v2 2,
-    v3 9, and v4 begins with the logical writes."""
+def test_rusage_fields_are_at_the_headers_offsets(rng):
+    """Offsets were counted by hand in <sys/resource.h>: after the uuid, v0 has 10 numbers, v1 6,
+    v2 2, v3 9, and v4 begins with the logical writes."""
     raw = rng.bytes(mac.USAGE_BYTES)
     found = mac.usage_of(raw)
     assert mac.USAGE_BYTES == 16 + 8 * 35
@@ -275,7 +277,7 @@ def test_off_a_mac_there_is_no_footprint():
 
 
 @real
-def test_an_onnx_artifact_says_there_what_it_says_here(server, exported, few):
+def test_an_onnx_artifact_gives_the_same_texts_as_here(server, exported, few):
     how = benching.Measuring(1, 1)
     with open_device("m1", "pi") as device:
         there = benching.bench(exported, device, few, how)
@@ -293,8 +295,8 @@ PACKAGES = ("MelSpectrogram", "AudioEncoder", "TextDecoder")
 
 
 @real
-def test_packages_are_compiled_once_and_measured_on_each_of_the_units(server, coreml, few):
-    """Compiled and loaded first in a process of its own; the rounds load what was compiled."""
+def test_packages_are_compiled_once_and_measured_on_all_units(server, coreml, few):
+    """A separate process compiles and first loads them; the rounds load the compiled packages."""
     said: list[str] = []
     how = benching.Measuring(1, 1, compute_units=tuple(UNITS))
     with open_device("m1", "pi") as device:
@@ -318,7 +320,7 @@ def test_packages_are_compiled_once_and_measured_on_each_of_the_units(server, co
 
 
 @real
-def test_a_package_that_core_ml_refuses_gets_a_letter(server, coreml, few):
+def test_a_package_that_core_ml_rejects_gets_an_error_message(server, coreml, few):
     (server.home / "refuses").touch()
     with open_device("m1", "pi") as device:
         found = raised(lambda: benching.bench(coreml, device, few, benching.Measuring(1, 1)))
@@ -327,8 +329,8 @@ def test_a_package_that_core_ml_refuses_gets_a_letter(server, coreml, few):
 
 
 @real
-def test_two_files_that_a_macs_disk_takes_for_one_get_a_letter(server, tmp_path):
-    """Which disks do that, the folder's own name tells, found with its capitals swapped."""
+def test_names_that_differ_only_in_case_get_an_error_message(server, tmp_path):
+    """The agent detects such disks by looking up its own folder with swapped case."""
     for name in ("a/Model.bin", "a/model.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -340,7 +342,7 @@ def test_two_files_that_a_macs_disk_takes_for_one_get_a_letter(server, tmp_path)
     assert "takes a/Model.bin and a/model.bin for the same name" in str(found)
 
 
-def test_units_that_no_artifact_asks_for_get_a_letter(coreml, exported, few):
+def test_bad_compute_units_get_an_error_message(coreml, exported, few):
     def asked(source: Path, *units: str) -> list[str]:
         found = benching.by_units([benching.Candidate(source)], units)
         return [candidate.label for candidate in found]
@@ -348,7 +350,7 @@ def test_units_that_no_artifact_asks_for_get_a_letter(coreml, exported, few):
     assert asked(coreml) == ["fp32"]
     assert asked(coreml, "cpu", "all", "cpu") == ["fp32 (cpu)", "fp32 (all)"]
     assert len(asked(coreml, "each")) == 4
-    with pytest.raises(Problem, match="compute units 'gpu' are not known"):
+    with pytest.raises(Problem, match="unknown compute units 'gpu'"):
         asked(coreml, "cpu", "gpu")
     with pytest.raises(Problem, match="'cpu' are asked for, and there is no Core ML artifact"):
         asked(exported, "cpu")
@@ -360,7 +362,7 @@ def test_units_that_no_artifact_asks_for_get_a_letter(coreml, exported, few):
 
 
 @real
-def test_edgewhisper_devices_lists_it_and_clean_cleans_it(server, monkeypatch, capsys, tmp_path):
+def test_edgewhisper_devices_lists_and_cleans_a_mac(server, monkeypatch, capsys, tmp_path):
     from edgewhisper.cli import main
 
     def said(*words: str) -> str:
@@ -380,7 +382,7 @@ def test_edgewhisper_devices_lists_it_and_clean_cleans_it(server, monkeypatch, c
 
 
 @real
-def test_edgewhisper_bench_walks_the_road(server, exported, clips, tmp_path, monkeypatch, capsys):
+def test_edgewhisper_bench_runs_on_a_mac(server, exported, clips, tmp_path, monkeypatch, capsys):
     from edgewhisper.cli import main
 
     speech = manifest_of_some(clips, slice(2), tmp_path)

@@ -1,5 +1,4 @@
-"""A device over SSH: with a real sshd on loopback, and where that cannot give the state, with a
-program that plays ssh."""
+"""A device over SSH: with a real sshd on loopback, and with a fake ssh for rare states."""
 
 from __future__ import annotations
 
@@ -38,14 +37,14 @@ def one_server(tmp_path_factory) -> Iterator[sshd.Server]:
 
 @pytest.fixture
 def server(one_server, monkeypatch) -> sshd.Server:
-    """A device that nobody has used yet."""
+    """A new device."""
     one_server.fresh(monkeypatch)
     return one_server
 
 
 @pytest.fixture(scope="module")
 def pi(tmp_path_factory) -> Iterator[SshDevice]:
-    """A connection that a test uses and leaves as it was."""
+    """A shared connection; tests must leave it unchanged."""
     server = sshd.Server(tmp_path_factory.mktemp("other"))
     server.python()
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +56,7 @@ def pi(tmp_path_factory) -> Iterator[SshDevice]:
 
 
 def connect(name: str = "ssh") -> SshDevice:
-    """A device that has numpy and onnxruntime, which takes a while to find out."""
+    """A device with numpy and onnxruntime; checking for them takes a while."""
     device = SshDevice("pi", name)
     device.runtime = ""
     return device
@@ -94,7 +93,7 @@ HOSTILE = [
 
 
 @real
-def test_words_reach_the_command_untouched(pi, rng):
+def test_arguments_reach_the_command_unchanged(pi, rng):
     drawn = ["".join(map(chr, rng.integers(1, 0x300, 20))) for _ in range(20)]
     words = [*HOSTILE, *drawn]
     done = pi.run([*python("import sys, json; print(json.dumps(sys.argv[1:]))"), *words])
@@ -102,7 +101,7 @@ def test_words_reach_the_command_untouched(pi, rng):
 
 
 @real
-def test_exit_code_signal_and_stderr_come_back(pi):
+def test_exit_code_signal_and_stderr_are_returned(pi):
     assert pi.run(python("import sys; sys.stderr.write('no'); sys.exit(5)")) == Finished(
         5, "", "no"
     )
@@ -126,7 +125,7 @@ def test_a_command_runs_in_a_private_folder_with_a_clean_environment(server):
 
 
 @real
-def test_a_command_that_takes_too_long_is_ended_with_all_it_started(pi):
+def test_a_timeout_kills_the_command_and_its_children(pi):
     code = "import os, time; os.fork(); open(f'pid-{os.getpid()}', 'w'); time.sleep(60)"
     found = raised(lambda: pi.run(python(code), timeout_s=1))
     assert str(found) == "pi: python3 did not end within 1 s"
@@ -137,22 +136,22 @@ def test_a_command_that_takes_too_long_is_ended_with_all_it_started(pi):
 
 
 def alive(pid: str | int) -> bool:
-    """Whether a process runs; a dead one may wait for its parent to look."""
+    """Return whether a process is running; zombies do not count."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rsplit(")")[-1].split()[0] != "Z"
 
 
 @real
-def test_a_command_that_says_too_much_is_stopped(pi, monkeypatch):
+def test_a_command_with_too_much_output_is_stopped(pi, monkeypatch):
     monkeypatch.setattr("devices.remote.MOST_STDOUT", 100_000)
     found = raised(lambda: pi.run(python("while True: print('x' * 1000)")))
-    assert "said more than 0 MB" in str(found)
+    assert "printed more than 0 MB" in str(found)
     loud = pi.run(python("import sys\nfor _ in range(300): sys.stderr.write('x' * 999 + '\\n')"))
     assert len(loud.stderr) == 1 << 16
 
 
 @real
-def test_a_command_that_is_not_there_gets_a_letter(pi):
+def test_a_missing_command_gets_an_error_message(pi):
     assert "nowhere cannot be started: No such file" in str(raised(lambda: pi.run(["nowhere"])))
 
 
@@ -160,7 +159,7 @@ def test_a_command_that_is_not_there_gets_a_letter(pi):
 
 
 @real
-def test_files_and_folders_go_there_and_back(pi, tmp_path, rng):
+def test_files_and_folders_are_pushed_and_pulled(pi, tmp_path, rng):
     names = ["deep/x.bin", *(f"{word} {n}" for n, word in enumerate(HOSTILE)), "empty"]
     for name in names:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +175,7 @@ def test_files_and_folders_go_there_and_back(pi, tmp_path, rng):
 
 
 @real
-def test_only_what_has_changed_is_copied(server, tmp_path, rng):
+def test_only_changed_files_are_copied(server, tmp_path, rng):
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(rng.bytes(1000))
     (tmp_path / "twin").write_bytes((tmp_path / "a").read_bytes())
@@ -195,7 +194,7 @@ def test_only_what_has_changed_is_copied(server, tmp_path, rng):
 
 
 @real
-def test_a_file_that_a_power_cut_has_shortened_is_sent_again(server, tmp_path):
+def test_a_truncated_file_is_sent_again(server, tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     for content in (b"abc", b"ab"):
         with connect() as device:
@@ -211,11 +210,11 @@ def test_a_file_that_a_power_cut_has_shortened_is_sent_again(server, tmp_path):
 def test_nothing_is_written_outside_the_work_folder(pi, tmp_path, remote):
     (tmp_path / "x").write_text("x")
     for asked in (lambda: pi.push(tmp_path / "x", remote), lambda: pi.pull(remote, tmp_path / "y")):
-        assert "lies outside the work folder" in str(raised(asked))
+        assert "is outside the work folder" in str(raised(asked))
 
 
 @real
-def test_files_that_are_missing_get_letters(pi, tmp_path):
+def test_missing_files_get_error_messages(pi, tmp_path):
     assert "gone cannot be copied: No such file" in str(
         raised(lambda: pi.push(tmp_path / "gone", "x"))
     )
@@ -226,13 +225,13 @@ def test_files_that_are_missing_get_letters(pi, tmp_path):
 
 
 @real
-def test_a_jump_host_of_the_users_configuration_is_taken(server):
+def test_a_jump_host_of_the_users_configuration_is_used(server):
     with SshDevice("jump") as device:
         assert device.run(python("print(1)")).stdout == "1\n"
 
 
 @real
-def test_a_login_shell_may_talk(server):
+def test_output_of_the_login_shell_is_ignored(server):
     server.python(before="echo Welcome; echo")
     with connect() as device:
         assert device.facts["system"] == "Linux"
@@ -247,11 +246,11 @@ def test_unknown_and_changed_host_keys_and_wrong_keys_are_refused(server):
     server.add("locked", IdentityFile=server.folder / "other")
     server.add("closed", Port=sshd.free_port())
     said = {
-        "unknown": "its host key is not known here",
-        "strict": "its host key is not known here",
-        "changed": "its host key is not the one that is known here",
-        "locked": "it does not let you in",
-        "closed": "nothing listens there for SSH",
+        "unknown": "its host key is unknown",
+        "strict": "its host key is unknown",
+        "changed": "its host key has changed",
+        "locked": "login is refused",
+        "closed": "no SSH server is running there",
         "pi.invalid": "there is no host of that name",
     }
     for host, words in said.items():
@@ -263,7 +262,7 @@ def test_unknown_and_changed_host_keys_and_wrong_keys_are_refused(server):
 
 @pytest.fixture
 def player(tmp_path, monkeypatch) -> Callable[..., Path]:
-    """Puts a program on the PATH that plays ssh: it says what it is told and ends, or waits."""
+    """Put a fake ssh on the PATH that prints a given text and ends, or waits."""
 
     def play(said: bytes = b"", words: str = "", code: int = 255, waits: bool = False) -> Path:
         (tmp_path / "said").write_bytes(said)
@@ -286,14 +285,14 @@ def player(tmp_path, monkeypatch) -> Callable[..., Path]:
     "host",
     ["-oProxyCommand=touch x", "pi@-oX", "a b", "a;b", "$(x)", "`x`", "a\nb", "", "a'b", "x" * 300],
 )
-def test_a_host_that_could_be_anything_else_is_refused_before_ssh_sees_it(player, host):
+def test_malformed_hosts_are_refused_before_ssh_runs(player, host):
     argv = player()
-    assert "is no name of a host" in str(raised(lambda: SshDevice(host)))
+    assert "is not a valid host name" in str(raised(lambda: SshDevice(host)))
     assert not argv.exists()
 
 
 @pytest.mark.parametrize("host", ["pi", "pi@raspberrypi.local", "ssh://pi@h:22", "fe80::1%eth0"])
-def test_ssh_gets_the_same_words_for_every_host(player, host, monkeypatch):
+def test_ssh_gets_the_same_command_for_every_host(player, host, monkeypatch):
     argv = player()
     monkeypatch.setenv(connection.CONFIG, "a file")
     raised(lambda: SshDevice(host))
@@ -307,11 +306,11 @@ def test_ssh_gets_the_same_words_for_every_host(player, host, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ("ssh: connect to host pi port 22: Connection timed out\n", 255, "it does not answer"),
+        ("ssh: connect to host pi port 22: Connection timed out\n", 255, "it does not respond"),
         ("ssh: connect to host pi port 22: No route to host\n", 255, "it cannot be reached"),
         ("ssh: connect to host pi port 22: Network is unreachable\n", 255, "it cannot be reached"),
         ("ssh: Could not resolve hostname pi: Name or service", 255, "there is no host of that"),
-        ("Received disconnect: Too many authentication failures", 255, "after so many keys"),
+        ("Received disconnect: Too many authentication failures", 255, "after too many keys"),
         ("bash: line 1: python3: command not found\n", 127, "there is no python3"),
         ("SyntaxError: future feature annotations is not defined", 1, "its python3 is too old"),
         ("ModuleNotFoundError: No module named 'json'\n", 1, "parts of the standard library"),
@@ -320,17 +319,17 @@ def test_ssh_gets_the_same_words_for_every_host(player, host, monkeypatch):
             255,
             "exit code 255 (a.conf: line 3: Bad  [31mword)",
         ),
-        ("", 1, "ssh ended with exit code 1 (it said nothing)"),
+        ("", 1, "ssh ended with exit code 1 (no output)"),
     ],
 )
-def test_what_ssh_says_becomes_a_letter(player, words, code, said):
+def test_output_of_ssh_becomes_an_error_message(player, words, code, said):
     player(words=words, code=code)
     found = raised(lambda: SshDevice("pi"))
     assert said in str(found) and str(found).startswith("pi: ")
     assert found.hint and "\x1b" not in str(found)
 
 
-def test_without_ssh_there_is_a_letter(monkeypatch, tmp_path):
+def test_a_missing_ssh_gets_an_error_message(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     found = raised(lambda: SshDevice("pi"))
     assert str(found) == "ssh cannot be started: No such file or directory"
@@ -348,17 +347,17 @@ HELLO: dict = {}
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (b"x\n" * 50_000, "it said 'x '"),
+        (b"x\n" * 50_000, "it printed 'x '"),
         (b"x" * 200_000, "its answer is longer than"),
-        (answers(b"[" * 100_000), "its answer is no JSON object"),
-        (answers(b"[1]"), "its answer is no JSON object"),
-        (answers(b"\xff\xfe"), "its answer is no JSON object"),
+        (answers(b"[" * 100_000), "its answer is not a JSON object"),
+        (answers(b"[1]"), "its answer is not a JSON object"),
+        (answers(b"\xff\xfe"), "its answer is not a JSON object"),
         (answers({"error": "\x1b]0;owned\x07 no", "hint": ["\x9b31m"]}), "pi:  ]0;owned  no"),
         (answers({}), "it did not answer within"),
     ],
     ids=["noise", "one-line", "deep", "list", "bytes", "escapes", "nothing-more"],
 )
-def test_an_answer_is_data_of_bounded_size(player, monkeypatch, said, words):
+def test_oversized_and_malformed_answers_are_refused(player, monkeypatch, said, words):
     player(said, waits=True)
     monkeypatch.setattr("devices.remote.ANSWER_S", 1)
 
@@ -374,12 +373,12 @@ def test_an_answer_is_data_of_bounded_size(player, monkeypatch, said, words):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ({"missing": ["0" * 64]}, "asked for files that it was not offered"),
+        ({"missing": ["0" * 64]}, "requested files that were not offered"),
         ({"missing": "all"}, "has no missing"),
-        ({"missing": [["a"]]}, "asked for files that it was not offered"),
+        ({"missing": [["a"]]}, "requested files that were not offered"),
     ],
 )
-def test_a_device_gets_no_file_that_was_not_pushed(player, tmp_path, answer, words):
+def test_a_device_gets_only_pushed_files(player, tmp_path, answer, words):
     player(answers(HELLO, answer), waits=True)
     (tmp_path / "x").write_text("x")
     with connect() as device:
@@ -389,8 +388,8 @@ def test_a_device_gets_no_file_that_was_not_pushed(player, tmp_path, answer, wor
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ([["../x", 1]], "lies outside the work folder"),
-        ([["/tmp/x", 1]], "lies outside the work folder"),
+        ([["../x", 1]], "is outside the work folder"),
+        ([["/tmp/x", 1]], "is outside the work folder"),
         ([["x", 2**40]], "larger than 1 GiB"),
         ([["x", -1], ["y", 1]], "its list of files of out is none"),
         ([["x"]], "its list of files of out is none"),
@@ -404,7 +403,7 @@ def test_a_device_cannot_choose_where_its_files_go(player, tmp_path, files, word
     assert not (tmp_path / "deep/x").exists()
 
 
-def test_what_a_device_says_of_itself_cannot_steer_a_terminal(seed):
+def test_descriptions_have_no_control_characters(seed):
     hostile = {"model": "Pi\x1b[2J\u202e\x9b\0", "a\nb": ["\r" * 9, 1.5, None], "long": "x" * 10**6}
     found = clean(hostile)
     assert found["model"].split() == ["Pi", "[2J"] and found["a b"] == [" " * 9, 1.5, None]
@@ -412,13 +411,13 @@ def test_what_a_device_says_of_itself_cannot_steer_a_terminal(seed):
 
 
 @pytest.mark.parametrize("python", [None, [], ["3", "13"], [3]])
-def test_a_device_that_makes_up_its_python_gets_a_letter(player, python):
+def test_a_malformed_python_version_gets_an_error_message(player, python):
     player(answers({"python": python, "machine": "aarch64", "system": "Linux"}), waits=True)
     with SshDevice("pi") as device:
         assert "does not say what its python3 is" in str(raised(device.prepare))
 
 
-def test_a_file_that_vanishes_while_it_is_copied_gets_a_letter(player, tmp_path, monkeypatch):
+def test_a_file_that_vanishes_during_a_push_gets_an_error_message(player, tmp_path, monkeypatch):
     (tmp_path / "x").write_text("x")
     digest = hashlib.sha256(b"x").hexdigest()
     player(answers(HELLO, {"missing": [digest]}), waits=True)
@@ -431,7 +430,7 @@ def test_a_file_that_vanishes_while_it_is_copied_gets_a_letter(player, tmp_path,
 
 
 @real
-def test_a_place_here_that_cannot_be_written_gets_a_letter(server, tmp_path):
+def test_an_unwritable_target_gets_an_error_message(server, tmp_path):
     (tmp_path / "file").write_text("x")
     with connect() as device:
         device.push(tmp_path / "file", "a/b")
@@ -440,7 +439,7 @@ def test_a_place_here_that_cannot_be_written_gets_a_letter(server, tmp_path):
 
 
 @real
-def test_a_device_that_makes_up_its_description_gets_a_letter(server):
+def test_a_malformed_description_gets_an_error_message(server):
     said = 'case "$*" in *"runner describe"*) printf \'%s\' \'{"model": "x"}\'; exit;; esac'
     server.python(before=said)
     with connect("rpi") as device:
@@ -451,27 +450,27 @@ def test_a_device_that_makes_up_its_description_gets_a_letter(server):
 
 
 def far_process(device: SshDevice) -> str:
-    """The agent's process id."""
+    """Return the agent's process id."""
     return device.run(python("import os; print(os.getppid())")).stdout.strip()
 
 
 @real
-def test_a_push_that_is_cut_leaves_nothing_half(server, tmp_path, rng, monkeypatch):
+def test_an_interrupted_push_leaves_no_partial_files(server, tmp_path, rng, monkeypatch):
     (tmp_path / "a").write_bytes(rng.bytes(1000))
     (tmp_path / "large").write_bytes(rng.bytes(3_000_000))
     with connect() as device:
         far = far_process(device)
-        send, sent = device.far.send, []
+        send, sent = device.link.send, []
 
         def cut(data: bytes) -> None:
             send(data)
             sent.append(len(data))
             if sum(sent) > 1_000_000:
-                device.far.process.kill()
+                device.link.process.kill()
 
-        monkeypatch.setattr(device.far, "send", cut)
+        monkeypatch.setattr(device.link, "send", cut)
         found = raised(lambda: device.push(tmp_path, "artifact"))
-    assert "the connection was cut" in str(found)
+    assert "the connection was lost" in str(found)
     wait_until(lambda: not alive(far))
     assert server.working() == [] and server.stored() == 1
     with connect() as device:
@@ -482,11 +481,11 @@ def test_a_push_that_is_cut_leaves_nothing_half(server, tmp_path, rng, monkeypat
 
 
 @real
-def test_a_run_that_is_cut_ends_there_too(server):
+def test_a_lost_connection_ends_the_remote_command(server):
     pi = connect()
-    threading.Thread(target=after_its_start, args=(server, pi.far.process.kill)).start()
+    threading.Thread(target=after_its_start, args=(server, pi.link.process.kill)).start()
     found = raised(lambda: pi.run(python(NOTES_ITS_PID)))
-    assert str(found) == "pi: the connection was cut (ssh was ended by signal 9)"
+    assert str(found) == "pi: the connection was lost (ssh was ended by signal 9)"
     wait_until(lambda: server.working() == [])
     assert not alive((server.home / "pid").read_text())
     with connect() as again:
@@ -505,7 +504,7 @@ def after_its_start(server: sshd.Server, act: Callable[[], object]) -> None:
 
 
 @real
-def test_ctrl_c_ends_what_runs_there_before_it_ends_here(server):
+def test_ctrl_c_ends_the_remote_command_first(server):
     program = (
         "from devices.ssh import SshDevice\n"
         "with SshDevice('pi') as device:\n"
@@ -526,7 +525,7 @@ def test_ctrl_c_ends_what_runs_there_before_it_ends_here(server):
 
 
 @real
-def test_a_line_that_has_gone_dead_is_noticed(server, monkeypatch):
+def test_a_dead_connection_is_detected(server, monkeypatch):
     alive_options = {"ServerAliveInterval": 1, "ServerAliveCountMax": 1}
     monkeypatch.setattr(connection, "OPTIONS", connection.OPTIONS | alive_options)
     with connect() as device:
@@ -536,7 +535,7 @@ def test_a_line_that_has_gone_dead_is_noticed(server, monkeypatch):
             found = raised(lambda: device.run(python("print(1)")))
         finally:
             os.kill(session, signal.SIGKILL)
-    assert "the connection was cut (Timeout, server 127.0.0.1 not responding.)" in str(found)
+    assert "the connection was lost (Timeout, server 127.0.0.1 not responding.)" in str(found)
 
 
 def ancestors(pid: str) -> Iterator[int]:
@@ -551,7 +550,7 @@ def is_sshd(pid: int) -> bool:
 
 
 @real
-def test_a_killed_helper_is_told_and_the_next_one_clears_up_after_it(server):
+def test_a_killed_agent_is_reported_and_the_next_one_cleans_up(server):
     with connect() as device:
         far = far_process(device)
         found = raised(lambda: device.run(python(f"import os; os.kill({far}, 9)")))
@@ -560,11 +559,11 @@ def test_a_killed_helper_is_told_and_the_next_one_clears_up_after_it(server):
     (left,) = server.working()
     with connect() as first, connect() as second:
         assert not left.exists()
-        assert len(server.working()) == 2  # neither takes the other's for a dead one's
+        assert len(server.working()) == 2  # neither removes the other's work folder
         assert first.run(["python3", "-V"]).stdout == second.run(["python3", "-V"]).stdout
 
 
-FULL_SOON = "ulimit -f 200"  # no file grows beyond 100 or 200 kB, as on a disk that has filled up
+FULL_SOON = "ulimit -f 200"  # limits file sizes, like a full disk
 
 
 @real
@@ -574,12 +573,12 @@ FULL_SOON = "ulimit -f 200"  # no file grows beyond 100 or 200 kB, as on a disk 
         ({"before": FULL_SOON}, "the disk there is full (File too large)"),
         (
             {"code": "import os\nreal = os.statvfs\nos.statvfs = lambda p: real('/proc')"},
-            "3 MB are to be copied, and 0 MB are free there",
+            "3 MB have to be copied, and 0 MB are free there",
         ),
     ],
     ids=["filled-on-the-way", "full"],
 )
-def test_a_full_disk_gets_a_letter_and_the_connection_goes_on(server, tmp_path, rng, far, words):
+def test_the_connection_survives_a_full_disk(server, tmp_path, rng, far, words):
     (tmp_path / "large").write_bytes(rng.bytes(3_000_000))
     server.python(**far)
     with connect() as device:
@@ -591,7 +590,7 @@ def test_a_full_disk_gets_a_letter_and_the_connection_goes_on(server, tmp_path, 
 
 @real
 @pytest.mark.parametrize("kind", ["file", "link", "foreign"])
-def test_another_users_folder_is_left_alone(server, kind, tmp_path):
+def test_a_foreign_folder_is_refused(server, kind, tmp_path):
     server.private.parent.mkdir()
     if kind == "file":
         server.private.write_text("mine")
@@ -603,7 +602,7 @@ def test_another_users_folder_is_left_alone(server, kind, tmp_path):
     else:
         pytest.skip("only root can give a folder away")
     found = raised(lambda: SshDevice("pi"))
-    wanted = "belongs to user 12345" if kind == "foreign" else "is no folder"
+    wanted = "belongs to user 12345" if kind == "foreign" else "is not a folder"
     assert str(found).startswith(f"pi: {server.private} {wanted}")
     assert list(tmp_path.iterdir()) == []
     assert kind != "foreign" or list(server.private.iterdir()) == []
@@ -621,7 +620,7 @@ def test_another_users_folder_is_left_alone(server, kind, tmp_path):
     ],
     ids=["old", "32-bit", "armv7l", "musl", "bsd"],
 )
-def test_a_system_that_has_no_runtime_gets_a_letter_before_anything_is_copied(server, code, words):
+def test_an_unsupported_system_is_refused_before_anything_is_copied(server, code, words):
     server.python(code)
     with SshDevice("pi") as device:
         found = raised(lambda: device.push(Path(__file__), "x"))
@@ -631,7 +630,7 @@ def test_a_system_that_has_no_runtime_gets_a_letter_before_anything_is_copied(se
 
 
 @real
-def test_a_device_without_python_gets_a_letter(server):
+def test_a_device_without_python_gets_an_error_message(server):
     (server.bin / "python3").unlink()
     found = raised(lambda: SshDevice("pi"))
     assert str(found) == "pi: there is no python3"
@@ -645,8 +644,8 @@ SAID = "import numpy, onnxruntime; print(numpy.said, onnxruntime.said, numpy.__c
 
 
 @real
-def test_numpy_and_onnxruntime_are_pushed_once_where_they_are_missing(server, index):
-    server.python(options="-S")  # an interpreter without any packages
+def test_missing_numpy_and_onnxruntime_are_pushed_once(server, index):
+    server.python(options="-S")  # no installed packages are visible
     here = {name: metadata.version(name) for name in wheels.NAMES}
     for name, version in here.items():
         make_wheel(index, name, version)
@@ -660,7 +659,7 @@ def test_numpy_and_onnxruntime_are_pushed_once_where_they_are_missing(server, in
         assert (
             0 < device.sent_bytes == sum(p.stat().st_size for p in index.glob(f"*{PLATFORM}.whl"))
         )
-    assert server.stored() == 0  # the wheels are not kept beside what was in them
+    assert server.stored() == 0  # the wheels are removed after unpacking
     assert "lacks numpy and onnxruntime" in told[0]
     shutil.rmtree(index)
     with SshDevice("pi") as device:
@@ -669,7 +668,7 @@ def test_numpy_and_onnxruntime_are_pushed_once_where_they_are_missing(server, in
 
 
 @real
-def test_other_versions_in_range_do_where_these_have_no_wheel(server, index):
+def test_other_supported_versions_are_used_without_matching_wheels(server, index):
     server.python(options="-S")
     make_wheel(index, "numpy", "2.0.7")
     make_wheel(index, "numpy", "99.0")
@@ -679,7 +678,7 @@ def test_other_versions_in_range_do_where_these_have_no_wheel(server, index):
 
 
 @real
-def test_wheels_that_are_missing_or_do_not_work_get_letters(server, index):
+def test_missing_or_broken_wheels_get_error_messages(server, index):
     server.python(options="-S")
     make_wheel(index, "numpy", metadata.version("numpy"))
     with SshDevice("pi") as device:
@@ -693,7 +692,7 @@ def test_wheels_that_are_missing_or_do_not_work_get_letters(server, index):
     assert list((server.private / "runtime").iterdir()) == []
 
 
-def test_wheels_are_asked_for_as_the_device_needs_them():
+def test_wheels_are_requested_for_the_device():
     words = Target((3, 13), "aarch64", 31).options
     platforms = [word for word in words if word.startswith("manylinux")]
     assert platforms[0] == "manylinux_2_31_aarch64" and platforms[-1] == "manylinux2014_aarch64"
@@ -702,7 +701,7 @@ def test_wheels_are_asked_for_as_the_device_needs_them():
     assert Target((3, 13), "aarch64", 31).name != Target((3, 12), "aarch64", 31).name
 
 
-def test_versions_of_the_device_are_held_against_the_projects_own_ranges():
+def test_installed_versions_are_compared_with_the_supported_ranges():
     here = {name: metadata.version(name) for name in wheels.NAMES}
     assert wheels.in_range(here)
     for name, older in (("numpy", "1.26.4"), ("onnxruntime", "1.21.0")):
@@ -714,7 +713,7 @@ def test_versions_of_the_device_are_held_against_the_projects_own_ranges():
 
 
 @real
-def test_a_bench_there_says_what_it_says_here_and_the_second_one_copies_nothing(
+def test_a_bench_gives_the_same_texts_as_here_and_copies_files_once(
     server, exported, clips, monkeypatch
 ):
     from benchmarks import bench
@@ -750,14 +749,14 @@ def raising(error: type[Exception]) -> Callable[..., object]:
 
 
 @real
-def test_devices_clean_removes_all_of_it(server, tmp_path, monkeypatch, capsys):
+def test_devices_clean_removes_everything(server, tmp_path, monkeypatch, capsys):
     from edgewhisper.cli import main
 
     (tmp_path / "a").write_bytes(b"x" * 2_000_000)
     with connect() as device:
         device.push(tmp_path / "a", "a")
         with connect() as second:
-            assert "is in use by 1 more" in str(raised(second.clean))
+            assert "is in use by 1 other" in str(raised(second.clean))
     monkeypatch.setattr(sys, "argv", ["edgewhisper", "devices", "clean", "--host", "pi"])
     with pytest.raises(SystemExit) as end:
         main()

@@ -1,4 +1,4 @@
-"""A whole emulated AArch64 computer over SSH, whose memory is real. make test-devices"""
+"""A fully emulated AArch64 computer over SSH, with realistic memory use (make test-devices)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SWITCH_OFF = "open('/proc/sysrq-trigger', 'w').write('b'); input()"
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, digits, processor) -> Path:
-    """In int8, which an emulator multiplies twice as fast."""
+    """An int8 artifact, which is twice as fast as fp32 in an emulator."""
     from edgewhisper.whisper import load
     from export.onnx.to_onnx import export_onnx
 
@@ -52,13 +52,13 @@ def artifact(tmp_path_factory, digits, processor) -> Path:
 
 @pytest.fixture
 def few(clips) -> list[Clip]:
-    """One, and a short one: what takes a moment here takes minutes there."""
+    """One short clip: what takes a moment here takes minutes there."""
     return sorted(read_manifest(clips), key=lambda clip: len(clip.pcm()))[2:3]
 
 
 @contextmanager
 def computer(monkeypatch) -> Iterator[Device]:
-    """One that has just been switched on."""
+    """A freshly booted computer."""
     system.build(PLACE)
     port = sshd.free_port()
     with system.booted(PLACE, port, "cortex-a72", MEMORY_BYTES, CORES):
@@ -67,11 +67,11 @@ def computer(monkeypatch) -> Iterator[Device]:
             yield device
 
 
-def test_peak_memory_is_the_same_from_boot_to_boot(artifact, few, monkeypatch):
+def test_peak_memory_is_reproducible_across_boots(artifact, few, monkeypatch):
     peaks = []
     for _ in range(BOOTS):
         with computer(monkeypatch) as device:
-            # a second process finds all files in memory, and maps more of them at once
+            # in a second process all files are cached, so more pages are mapped at once
             result = bench(artifact, device, few, Measuring(2, 1))
         peaks.append(result["peak_rss_bytes"])
         assert result["emulated"] is True
@@ -83,7 +83,7 @@ def test_peak_memory_is_the_same_from_boot_to_boot(artifact, few, monkeypatch):
     assert max(peaks) <= 1.05 * min(peaks)
 
 
-def test_memory_and_tokens_are_those_of_a_real_computer(artifact, few, tmp_path, monkeypatch):
+def test_memory_limits_apply_and_tokens_are_the_same(artifact, few, tmp_path, monkeypatch):
     wanted = 200 << 20
     write_clips(few, tmp_path)
     with computer(monkeypatch) as there:
@@ -91,7 +91,7 @@ def test_memory_and_tokens_are_those_of_a_real_computer(artifact, few, tmp_path,
         assert grown == pytest.approx(wanted, rel=0.01)
         with open_device("local") as here:
             assert tokens(there, artifact, tmp_path) == tokens(here, artifact, tmp_path)
-        # more than it has: its kernel ends the program
+        # more than its memory: the kernel kills the program
         done = there.run([there.python, "-c", GROWTH, str(2 * MEMORY_BYTES)])
         assert done.exit_code == -9 or "MemoryError" in done.stderr
         with pytest.raises(DeviceProblem, match="computer: "):

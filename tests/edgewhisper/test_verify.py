@@ -196,7 +196,7 @@ def test_time_is_split_by_part_and_compared_with_a_floor(exported, monkeypatch, 
 def test_the_floor_counts_every_multiplication_and_byte_once(exported):
     """Compare with a manual count for the embedded model, 300 positions and 32 tokens."""
     manifest = json.loads((exported / "manifest.json").read_text())
-    from devices.runner.engines.graph_file import read_graph
+    from devices.runner.artifact.graph_file import read_graph
 
     encoder, decoder = (read_graph(exported / f"{name}.onnx") for name in ("encoder", "decoder"))
     d, units = 128, 512
@@ -247,7 +247,7 @@ def test_missing_and_invalid_facts_raise_a_problem(name, value, message, exporte
 
 def test_4_bit_and_8_bit_graphs_have_the_same_number_of_weights(digits, processor, tmp_path, rng):
     """A byte holds two 4-bit weights. Blocks of 32 inputs divide these widths."""
-    from devices.runner.engines.graph_file import read_graph
+    from devices.runner.artifact.graph_file import read_graph
     from export.onnx.to_onnx import export_onnx
 
     model, counts = random_whisper(digits, ffn=64), {}

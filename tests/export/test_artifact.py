@@ -231,7 +231,7 @@ def test_an_artifact_in_the_hub_cache_is_read(
 @pytest.mark.parametrize("target", ["outside", "../../blobs/../secret", "/etc/hostname", "gone"])
 @pytest.mark.parametrize("name", ["manifest.json", "tokens.json", "encoder.onnx"])
 def test_a_link_out_of_the_hub_cache_is_refused_by_name(exported, tmp_path, target, name):
-    from devices.runner.engines.links import leads_out as on_devices
+    from devices.runner.artifact.files import leads_out as on_devices
     from devices.runner.problem import RunnerProblem
     from devices.runner.recognizer import Recognizer
 
@@ -249,6 +249,6 @@ def test_a_link_out_of_the_hub_cache_is_refused_by_name(exported, tmp_path, targ
 
 @given(st.text(alphabet="ab./\\:\0", max_size=8))
 def test_the_devices_copy_of_the_path_check_gives_the_same_answer(name):
-    from devices.runner.engines.contract import stays_inside as on_devices
+    from devices.runner.artifact.files import stays_inside as on_devices
 
     assert stays_inside(name) == on_devices(name)

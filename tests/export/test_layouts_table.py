@@ -7,18 +7,18 @@ from importlib import import_module
 import pytest
 
 from benchmarks import reference_runtimes
-from devices.runner.engines import contract, whisperkit
+from devices.runner.artifact import manifest, whisperkit
 from export.coreml.programs import PROGRAMS
 from export.layouts import LAYOUTS, PACKAGES, RUNNER, TARGETS, graph_files, layouts_of
 
 
 def test_devices_run_the_layouts_that_the_table_gives_to_the_runner():
     runner = {layout.target: name for name, layout in LAYOUTS.items() if layout.runtime == RUNNER}
-    assert runner == contract.LAYOUTS
+    assert runner == manifest.LAYOUTS
 
 
 def test_devices_need_the_files_of_the_table():
-    assert LAYOUTS["native"].files == contract.NEEDED
+    assert LAYOUTS["native"].files == manifest.NEEDED
     assert tuple(whisperkit.PACKAGES) == PACKAGES
     assert {*whisperkit.NEEDED} <= {*LAYOUTS["whisperkit"].files}
 

@@ -1,10 +1,11 @@
-"""A phone of which only adbd is real: in a root of its own with Android's places and a few tools
-that say what a Pixel 8 would, reached over loopback by the system's adb.
+"""A simulated phone with a real adbd, reached over loopback by the system's adb.
 
-    python tests/helpers/adbd.py    fetches adbd into build/adbd, once
+adbd runs in its own root folder with Android's paths and fake tools that print a Pixel 8's output.
 
-Debian 13 is the one that has adbd; its packages are fetched on Debian 12 too and only unpacked.
-Running it takes root, for the root of its own.
+    python tests/helpers/adbd.py    downloads adbd to build/adbd, once
+
+The packages of adbd come from Debian 13, also on Debian 12, and are only unpacked. Running adbd
+needs root, because of its own root folder.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PLACE = Path(__file__).resolve().parents[2] / "build/adbd"
 SUITE = "trixie"
 PACKAGES = ("adbd", "dash", "coreutils", "qemu-user")
 EMULATOR = "usr/bin/qemu-aarch64"
-"""Linked statically there, so that it runs in the phone's root."""
+"""Statically linked, so that it runs in the phone's root folder."""
 ADBD = "usr/lib/android-sdk/platform-tools/adbd"
 LIBRARIES = f"/usr/lib/{os.uname().machine}-linux-gnu/android"
 LAUNCH = """
@@ -45,7 +46,7 @@ exec chroot {root} /usr/bin/env -i PATH=/usr/bin:/system/bin HOME=/ ADBD_PORT={p
 
 
 def missing() -> str:
-    """Why no adbd can be started here; nothing where one can."""
+    """Return why no adbd can be started here, or an empty string."""
     if os.getuid() != 0:
         return "adbd needs a root of its own, which takes root"
     tools = [name for name in ("adb", "gcc", "unshare") if shutil.which(name) is None]
@@ -80,7 +81,7 @@ def fetch() -> None:
 
 
 class Phone:
-    """One adbd, the system's adb with a server of its own, and what the phone says of itself."""
+    """An adbd, the system's adb with its own server, and the phone's properties."""
 
     def __init__(self, folder: Path, tools: dict[str, str], files: dict[str, str]) -> None:
         self.folder, self.root, self.sys = folder, folder / "root", folder / "sys"
@@ -104,7 +105,7 @@ class Phone:
         self.env = {"ANDROID_ADB_SERVER_PORT": str(free_port()), "HOME": str(folder)}
 
     def start(self, room: str = "2g") -> None:
-        """Switch it on, with nothing on it, and connect."""
+        """Start an empty phone and connect to it."""
         launch = LAUNCH.format(
             root=shlex.quote(str(self.root)),
             room=room,
@@ -121,7 +122,7 @@ class Phone:
         self.plug_in()
 
     def plug_in(self) -> None:
-        """Connect adb with it."""
+        """Connect adb to the phone."""
         assert self.process is not None
         deadline = time.monotonic() + 60
         while self.adb("-s", self.serial, "get-state") != "device\n":
@@ -131,11 +132,11 @@ class Phone:
             time.sleep(0.1)
 
     def unplug(self) -> None:
-        """Pull the cable; the phone goes on."""
+        """Disconnect; the phone keeps running."""
         self.adb("disconnect", self.serial)
 
     def stop(self) -> None:
-        """Switch it off, and forget what was on it."""
+        """Stop the phone and remove its files."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -151,13 +152,13 @@ class Phone:
         return done.stdout
 
     def says(self, line: str) -> str:
-        """What a line prints in the phone's shell."""
+        """Return the output of a command in the phone's shell."""
         return self.adb("-s", self.serial, "shell", "-T", line)
 
 
 MAGIC = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
 MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
-"""The head of an AArch64 program, and which of its bits count."""
+"""The header of an AArch64 program, and the mask of its relevant bits."""
 
 
 REGISTER = """
@@ -170,8 +171,10 @@ exec cat
 
 @contextmanager
 def arm_programs() -> Iterator[bool]:
-    """Have the kernel start AArch64 programs in the emulator meanwhile; whether it would. What is
-    registered lasts as long as the mount, which is the process's own."""
+    """Have the kernel run AArch64 programs in the emulator; yield whether that works.
+
+    The registration lasts as long as the mount, which is private to the process.
+    """
     line = f":edgewhisper-test:M::{MAGIC}:{MASK}:{PLACE / EMULATOR}:F"
     pipe = subprocess.PIPE
     argv = ["unshare", "-m", "sh", "-ec", REGISTER, line]

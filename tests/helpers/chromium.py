@@ -1,4 +1,4 @@
-"""A real Chromium without a window, which opens one address and can reach this machine only."""
+"""A headless Chromium that opens one address and can reach only this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLAGS = (
 def opened(
     address: str, profile: Path, hosts: str = "MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
 ) -> Iterator:
-    """The browser at work on a page; its profile is a folder that it may fill."""
+    """Run the browser on a page; its profile is stored in the given folder."""
     words = [str(PROGRAM), *FLAGS, f"--user-data-dir={profile}", f"--host-resolver-rules={hosts}"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([*words, address], start_new_session=True, **quiet)

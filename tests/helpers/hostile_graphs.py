@@ -100,28 +100,31 @@ def field(number: int, body: bytes) -> bytes:
 
 
 GRAPHS: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
-    "weights-up": (lambda: outside("../secret"), r"'w' stands in '../secret', which is no file"),
-    "weights-absolute": (lambda: outside("/etc/passwd"), r"'/etc/passwd', which is no file"),
-    "weights-unlisted": (lambda: outside("other.bin"), r"'other.bin', which is no file"),
-    "weights-in-a-folder": (lambda: outside("."), r"'.', which is no file"),
-    "library": (library, "operators of 'evil.ops', which come in a library"),
+    "weights-up": (
+        lambda: outside("../secret"),
+        r"'w' is stored in '../secret', which is not a file",
+    ),
+    "weights-absolute": (lambda: outside("/etc/passwd"), r"'/etc/passwd', which is not a file"),
+    "weights-unlisted": (lambda: outside("other.bin"), r"'other.bin', which is not a file"),
+    "weights-in-a-folder": (lambda: outside("."), r"'.', which is not a file"),
+    "library": (library, "operators of 'evil.ops', which need a library"),
     "library-undeclared": (
         undeclared_library,
-        "the operator Evil of 'evil.ops' comes in a library",
+        "the operator Evil of 'evil.ops' needs a library",
     ),
     "loop": (endless_loop, "a loop or a branch"),
-    "functions": (function, "functions or training steps of its own"),
+    "functions": (function, "functions or training steps"),
     "sparse": (sparse, "sparse constants"),
     "deep": (deep, "a loop or a branch"),
     "terabytes": (
         lambda: model([helper.make_node("ConstantOfShape", ["shape"], ["y"])], [shape(10**12)]),
-        "asks for 1000000000000 elements",
+        "creates 1000000000000 elements",
     ),
     "terabytes-by-product": (
         lambda: model([helper.make_node("Expand", ["x", "shape"], ["y"])], [shape(10**6, 10**6)]),
-        "asks for 1000000000000 elements",
+        "creates 1000000000000 elements",
     ),
-    "terabytes-by-node": (lambda: constant_node(10**12), "asks for 1000000000000 elements"),
+    "terabytes-by-node": (lambda: constant_node(10**12), "creates 1000000000000 elements"),
     "large-attribute": (
         lambda: model([helper.make_node("MatMulNBits", ["x"], ["y"], K=2**50)]),
         "with the number 1125899906842624",
@@ -152,13 +155,13 @@ GRAPHS: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
     ),
     "not-utf-8": (
         lambda: field(7, field(1, field(3, b"\xff\xfe"))),
-        "damaged or cut short, no ONNX graph",
+        "damaged or truncated ONNX graph",
     ),
     "long-name": (lambda: field(7, field(1, field(3, b"x" * 10**6))), "a name of 1000000 bytes"),
     "many-nodes": (lambda: field(7, b"\x0a\x00" * 30_000), "more than 20000 operators"),
-    "other-content": (lambda: b"MZ\x90\x00" * 100, "damaged or cut short, no ONNX graph"),
-    "zeros": (lambda: b"\0" * 100, "damaged or cut short, no ONNX graph"),
-    "empty-model": (lambda: model([]), "damaged or cut short, no ONNX graph"),
+    "other-content": (lambda: b"MZ\x90\x00" * 100, "damaged or truncated ONNX graph"),
+    "zeros": (lambda: b"\0" * 100, "damaged or truncated ONNX graph"),
+    "empty-model": (lambda: model([]), "damaged or truncated ONNX graph"),
 }
 """Name -> the file, and what its letter says."""
 

@@ -1,5 +1,5 @@
-"""A Mac that is none: the server of sshd.py, with the tools of macOS on its PATH, as they answer on
-an M1, and pythons where uv puts them, which take themselves for a Mac's (tests/helpers/mac/)."""
+"""A simulated Mac: the server of sshd.py with fake macOS tools that print the output of an M1, and
+pythons at uv's paths that pretend to run on a Mac (tests/helpers/mac/)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ REFUSED = "echo 'sudo: a password is required' >&2; exit 1"
 
 
 def tool(folder: Path, name: str, *lines: str) -> None:
-    """A program of shell's own words: there is no other on that PATH."""
+    """Write a shell script that uses only shell builtins: its PATH has no other programs."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
@@ -53,7 +53,7 @@ def prints(text: str) -> str:
 
 
 def become(server: sshd.Server) -> None:
-    """Put the tools on the PATH, and take its python3 away."""
+    """Put the tools on the PATH, and remove python3 from it."""
     (server.bin / "python3").unlink(missing_ok=True)
     cases = [f"{name}) {prints(f'{name}: {value}')}; echo;;" for name, value in SYSCTL.items()]
     cases.append("*) echo \"sysctl: unknown oid '$name'\" >&2; code=1;;")
@@ -67,7 +67,7 @@ def become(server: sshd.Server) -> None:
 
 
 def python(server: sshd.Server, name: str, before: str = ":") -> Path:
-    """One of the pythons in ~/.local/bin there."""
+    """Return the path of a python in the server's ~/.local/bin."""
     path = f"export PYTHONPATH={SITE}${{PYTHONPATH:+:$PYTHONPATH}}"
     folder = server.home / ".local/bin"
     tool(folder, name, before, path, f'exec {sys.executable} "$@"')
@@ -75,6 +75,6 @@ def python(server: sshd.Server, name: str, before: str = ":") -> Path:
 
 
 def of_version(minor: int) -> str:
-    """A line that makes a python3 one of 3.minor, as long as it is asked for nothing else."""
+    """Return a line of code that makes a python3 report the version 3.minor."""
     code = f"import sys; sys.version_info = (3, {minor}); exec(sys.argv[1])"
     return f'[ "$1" = -c ] && exec {sys.executable} -S -c {shlex.quote(code)} "$2"'

@@ -1,4 +1,4 @@
-"""What a Pixel 8 says of itself in the formats of Android 14's tools; the values are made up."""
+"""Output of a Pixel 8's tools in the formats of Android 14; the values are invented."""
 
 PROPERTIES = """[ro.build.version.release]: [14]
 [ro.build.version.sdk]: [34]
@@ -67,7 +67,7 @@ Temperature static thresholds from HAL:
 
 
 def tools(abi: str, usb: str = "true") -> dict[str, str]:
-    """Scripts that say it: name -> what stands below its first line."""
+    """Return scripts that print it: name -> the text after the script's first line."""
     dumps = {"battery": BATTERY.format(usb=usb), "power": POWER, "thermalservice": THERMAL}
     cases = "".join(f"{name}) cat <<'END'\n{text}END\n;;\n" for name, text in dumps.items())
     listed = f"cat <<'END'\n{PROPERTIES.format(abi=abi)}END\n"
@@ -78,7 +78,7 @@ def tools(abi: str, usb: str = "true") -> dict[str, str]:
 
 
 def cores(*highest_khz: int) -> dict[str, str]:
-    """Files of /sys: name -> content."""
+    """Return files of /sys: name -> content."""
     found = {f"devices/system/cpu/{name}": "0-1\n" for name in ("possible", "present")}
     for core, khz in enumerate(highest_khz):
         clock = f"devices/system/cpu/cpu{core}/cpufreq"

@@ -1,5 +1,5 @@
-"""A real sshd on a loopback port: keys, configuration and the home that it logs in to are in one
-folder, and what stands on its PATH is the test's to choose."""
+"""A real sshd on a loopback port. Keys, configuration and the home folder are in one folder, and
+tests choose the programs on its PATH."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXISTS = SSHD is not None and shutil.which("ssh") is not None
 
 
 class Server:
-    """One sshd, the host names that lead to it, and what its python3 is."""
+    """An sshd, the host names that connect to it, and its python3."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home, self.bin = folder, folder / "home", folder / "bin"
@@ -51,7 +51,7 @@ class Server:
         self.log_in()
 
     def log_in(self) -> None:
-        """Skip what needs it where a plain ssh cannot log in: a locked account, say."""
+        """Skip the test if a plain ssh cannot log in, for example with a locked account."""
         self.python()
         plain = ["ssh", "-F", self.config, "-o", "BatchMode=yes", "pi", "true"]
         done = subprocess.run(plain, capture_output=True, text=True, timeout=60)
@@ -62,7 +62,7 @@ class Server:
 
     def start(self) -> subprocess.Popen:
         if os.getuid() == 0:
-            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where root's sshd shuts itself in
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # needed by an sshd of root
         argv = [str(SSHD), "-D", "-e", "-f", str(self.folder / "sshd_config")]
         with (self.folder / "log").open("wb") as log:
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=log)
@@ -79,12 +79,12 @@ class Server:
         self.process.wait()
 
     def key_line(self, name: str) -> str:
-        """A line of known_hosts."""
+        """Return a line of known_hosts."""
         kind, key, *_ = (self.folder / f"{name}.pub").read_text().split()
         return f"[127.0.0.1]:{self.port} {kind} {key}\n"
 
     def add(self, name: str, **options: object) -> None:
-        """Another name for it in the user's configuration."""
+        """Add another name for the server to the user's configuration."""
         usual = {
             "HostName": "127.0.0.1",
             "Port": self.port,
@@ -97,19 +97,19 @@ class Server:
             file.write("\n  ".join([f"Host {name}", *lines]) + "\n")
 
     def fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A device that nobody has used yet, and the configuration that leads to it."""
+        """Reset the device, and set the configuration to connect to it."""
         monkeypatch.setenv(connection.CONFIG, str(self.config))
         self.reset()
 
     def reset(self) -> None:
-        """An empty home, and a python3 like this one."""
-        while self.home.exists():  # a connection that was cut may still be clearing up in it
+        """Create an empty home folder, and a python3 like this one."""
+        while self.home.exists():  # an agent may still be cleaning up in it
             shutil.rmtree(self.home, ignore_errors=True)
         self.home.mkdir()
         self.python()
 
     def python(self, code: str = "", options: str = "", before: str = ":") -> None:
-        """Make a python3 that begins with some code, and a shell that runs something before it."""
+        """Make a python3 that first runs some code, and a login shell that runs a command."""
         site = self.folder / "site"
         site.mkdir(exist_ok=True)
         (site / "sitecustomize.py").write_text(code)
@@ -117,7 +117,7 @@ class Server:
         self.script(before, [sys.executable, *options.split()])
 
     def script(self, before: str, interpreter: Sequence[str]) -> None:
-        """Make python3 a script that becomes an interpreter."""
+        """Make python3 a script that executes an interpreter."""
         path = self.bin / "python3"
         path.write_text(f'#!/bin/sh\n{before}\nexec {shlex.join(interpreter)} "$@"\n')
         path.chmod(0o755)
@@ -127,11 +127,11 @@ class Server:
         return self.home / ".cache/edgewhisper"
 
     def stored(self) -> int:
-        """The number of files kept there."""
+        """Return the number of files in the store."""
         return len(list((self.private / "store").glob("*")))
 
     def working(self) -> list[Path]:
-        """The work folders there."""
+        """Return the work folders."""
         return [path for path in (self.private / "work").glob("*") if path.is_dir()]
 
 

@@ -1,4 +1,4 @@
-"""Wheels of a few lines for pip, and the error that a device raises."""
+"""Minimal wheels for pip, and the error that a device raises."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLATFORM = f"manylinux_2_17_{os.uname().machine}"
 
 
 def make_wheel(folder: Path, name: str, version: str, code: str = "", tags: str = "") -> None:
-    """A wheel for the interpreter of these tests."""
+    """Write a wheel for the interpreter of these tests."""
     abi = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     tags = tags or f"{abi}-{abi}-{PLATFORM}"
     folder.mkdir(exist_ok=True)

@@ -1,1 +1,1 @@
-"""From logits to text: rules, greedy and beam search, timestamps, long recordings."""
+"""Decoding: from logits to text, by greedy or beam search, with Whisper's rules."""

@@ -1,35 +1,32 @@
-"""Beam search as transformers' generate() does it, with the same scores and the same ending.
+"""Beam search with the scores and the stopping rule of transformers' generate().
 
-The score of a finished text is the sum of its log-probabilities, divided by its length to the power
-of `length_penalty`; the end token counts in both. Log-probabilities are those of all tokens, before
-rules forbid some of them.
+The score of a finished text is the sum of its log-probabilities divided by its length to the power
+of `length_penalty`; the end token counts in both. Log-probabilities are normalised over all tokens,
+before forbidden ones are masked.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..interfaces import Decoder, Logits
 from .fallback import Attempt
-from .rules import Filter, Logits, Rules
-from .timestamps import log_sum_exp
-
-if TYPE_CHECKING:
-    from ..recognizer import Decoder
+from .greedy import Filter
+from .rules import Rules
+from .softmax import log_sum_exp
 
 Advance = Callable[[Sequence[int], Sequence[int]], Logits]
-"""parents, tokens -> logits (beams, vocab): each new beam goes on from its parent by its token."""
+"""parents, tokens -> logits (beams, vocab): each new beam extends its parent by its token."""
 
 NEVER = -1e9
-"""The score of a beam that is not there; transformers has the same."""
+"""The score of an unused beam, as in transformers."""
 
 
 @dataclass(frozen=True)
 class Beam:
-    """A text, and its score: a sum while it runs, penalised by length once it is finished."""
+    """A text and its score: a sum of log-probabilities, divided by the length penalty at the
+    end."""
 
     tokens: tuple[int, ...]
     score: float
@@ -39,7 +36,7 @@ class Beam:
 def beam_search(
     first: Logits, advance: Advance, rules: Rules, beams: int, length_penalty: float = 1.0
 ) -> Attempt:
-    """Return the best text that `beams` beams find; `first` are the logits behind the prompt."""
+    """Return the best text of a beam search; `first` are the logits (vocab,) after the prompt."""
     filters = Filter(rules)
     running = [Beam((), 0.0 if i == 0 else NEVER) for i in range(beams)]
     finished: list[Beam] = []
@@ -81,39 +78,36 @@ def best_candidates(
 def can_improve(
     running: Sequence[Beam], finished: Sequence[Beam], beams: int, divisor: float
 ) -> bool:
-    """Tell whether the best running beam, ended now, would beat the worst of the finished."""
+    """Return whether the best running beam, ended now, would beat the worst finished one."""
     if len(finished) < beams:
         return True
     return running[0].score / divisor > finished[-1].score
 
 
 def attempt_of(beam: Beam, rules: Rules) -> Attempt:
-    """Return what a finished beam says, without the end token; its score is the mean."""
+    """Return a finished beam without its end token; the score is the mean log-probability."""
     ended = beam.tokens[-1] == rules.eos
     return Attempt(list(beam.tokens[:-1] if ended else beam.tokens), beam.score)
 
 
-# --------------------------------------------------------------------------- on a real decoder
+# ------------------------------------------------------------------------------ decoder branches
 
 
 class Branches:
-    """One decoder a beam over the same window. `decoder` has been fed the prompt."""
+    """One decoder per beam over the same window. `decoder` has been fed the prompt."""
 
     def __init__(self, decoder: Decoder, count: int) -> None:
         self.branches = list(decoder.branches(count))
         self.branches[0].follow(decoder)
 
     def __call__(self, parents: Sequence[int], tokens: Sequence[int]) -> Logits:
-        """Go on from the parents by a token each; return the logits (beams, vocab)."""
+        """Extend each parent by its token; return the logits (beams, vocab)."""
         self.fork(parents)
         return np.stack([d((token,)) for d, token in zip(self.branches, tokens, strict=True)])
 
     def fork(self, parents: Sequence[int]) -> None:
-        """Let branch i go on from parents[i].
-
-        The first child of a branch takes it over; others follow it in a branch from which nobody
-        goes on.
-        """
+        """Reorder the branches so that branch i continues parents[i]. The first child of a branch
+        takes it over. Its other children copy its state into branches that have no children."""
         free = [i for i in range(len(parents)) if i not in parents]
         order: list[int] = []
         for parent in parents:

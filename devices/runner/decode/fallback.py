@@ -1,7 +1,7 @@
-"""Whisper's second thoughts: what reads like a failure is decoded again, at higher temperatures.
+"""Whisper's temperature fallback: failed windows are decoded again at higher temperatures.
 
-A failure is a text that compresses too well, because it repeats itself, or one that the model
-itself finds unlikely. An unlikely text where the model hears no speech is left out.
+A window fails if its text compresses too well, because it repeats itself, or if its mean
+log-probability is too low. It has no text if the probability of no speech is also high.
 """
 
 import zlib
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .rules import MOST_NO_SPEECH, Filter, Logits, Rules, Step, loop_period, say
-from .timestamps import log_sum_exp
+from ..interfaces import Logits
+from .greedy import MOST_NO_SPEECH, Filter, Step, say
+from .loops import loop_period
+from .rules import Rules
+from .softmax import log_sum_exp
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MOST_COMPRESSION = 2.4
@@ -20,8 +23,8 @@ LEAST_LOGPROB = -1.0
 
 @dataclass(frozen=True)
 class Attempt:
-    """Tokens, the mean log-probability of each of them and the end token, whether the text ends in
-    a loop, and how it was drawn."""
+    """Tokens, the mean log-probability of tokens and end token, whether the text ends in a loop,
+    and the sampling temperature."""
 
     tokens: list[int]
     logprob: float
@@ -30,14 +33,14 @@ class Attempt:
 
 
 class Sampler:
-    """Draws tokens at a temperature, or takes the likeliest at 0, and adds up log-probabilities."""
+    """Samples tokens at a temperature (0 is greedy), and sums their log-probabilities."""
 
     def __init__(self, rules: Rules, temperature: float, rng: np.random.Generator) -> None:
         self.filter, self.temperature, self.rng = Filter(rules), temperature, rng
         self.logprob, self.count = 0.0, 0
 
     def __call__(self, logits: Logits, tokens: Sequence[int]) -> int:
-        """Return the next token. Its log-probability is that at temperature 1."""
+        """Return the next token. Log-probabilities are those at temperature 1."""
         scores = self.filter(logits, tokens)
         token = draw(scores / self.temperature, self.rng) if self.temperature else scores.argmax()
         self.logprob += float(scores[token]) - log_sum_exp(scores)
@@ -46,7 +49,7 @@ class Sampler:
 
 
 def draw(scores: Logits, rng: np.random.Generator) -> int:
-    """Return an index with the probability that the softmax of the scores gives it."""
+    """Sample an index from the softmax of the scores."""
     shares = np.exp(scores - scores.max()).cumsum(dtype=np.float64)
     return int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
 
@@ -54,7 +57,7 @@ def draw(scores: Logits, rng: np.random.Generator) -> int:
 def sample(
     step: Step, rules: Rules, temperature: float, rng: np.random.Generator, stop_loops: bool
 ) -> Attempt:
-    """Decode once, token by token."""
+    """Decode once at a temperature and return the attempt."""
     sampler = Sampler(rules, temperature, rng)
     tokens = say(step, sampler, rules, stop_loops)
     looped = stop_loops and loop_period(tokens) > 0
@@ -66,9 +69,9 @@ def best_attempt(
     text_of: Callable[[list[int]], str],
     no_speech: Callable[[], float],
 ) -> Attempt:
-    """Return the first attempt that does not fail, at rising temperatures, or the last one.
+    """Return the first attempt that does not fail, at increasing temperatures, or the last one.
 
-    `no_speech()` is the probability of no speech, asked for only where the text is unlikely.
+    `no_speech()` returns the probability of no speech; it is called only if the text is unlikely.
     """
     silence = None
     for temperature in TEMPERATURES:

@@ -1,4 +1,4 @@
-"""Tokens to text by table, so that a device needs no tokenizer library."""
+"""Converts tokens to text with a table, so that a device needs no tokenizer library."""
 
 import base64
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.contract import read_json
+from ..artifact.files import read_json
 from ..problem import RunnerProblem
 
 MOST_BYTES = 2**24
 
 
 class Tokens:
-    """The bytes of every token. In one piece: as objects of their own they take 7 MB more."""
+    """The bytes of every token, in one array; separate objects would take 7 MB more."""
 
     def __init__(self, rows: list[bytes]) -> None:
         self.joined = b"".join(rows)
@@ -28,9 +28,9 @@ class Tokens:
 
 def read_tokens(path: Path) -> Tokens:
     """Read tokens.json: the bytes of each ordinary token id; special tokens are empty."""
-    told = read_json(path, MOST_BYTES)
+    content = read_json(path, MOST_BYTES)
     try:
-        rows = [base64.b64decode(row, validate=True) if row else b"" for row in list_of(told)]
+        rows = [base64.b64decode(row, validate=True) if row else b"" for row in list_of(content)]
         return Tokens(rows)
     except (ValueError, KeyError, TypeError) as error:
         raise RunnerProblem(
@@ -39,20 +39,20 @@ def read_tokens(path: Path) -> Tokens:
         ) from None
 
 
-def list_of(told: Any) -> list[Any]:
+def list_of(content: Any) -> list[Any]:
     """Return the rows of the token table."""
-    rows = told["bytes"]
+    rows = content["bytes"]
     if not isinstance(rows, list):
-        raise TypeError("`bytes` is no list")
+        raise TypeError("`bytes` is not a list")
     return rows
 
 
 def to_text(tokens: list[int], table: Tokens) -> str:
-    """Join the bytes of the tokens first: one letter may be spread over several tokens."""
+    """Return the text of tokens. Bytes are joined first: a character may span several tokens."""
     joined = b"".join(table[token] for token in tokens if token < len(table))
     return joined.decode("utf-8", errors="replace").strip()
 
 
 def join(pieces: list[str]) -> str:
-    """Put the texts of successive windows together."""
+    """Join the texts of successive windows with spaces."""
     return " ".join(piece for piece in pieces if piece)

@@ -1,34 +1,32 @@
-"""Whisper's timestamps: the rules under which they are said, and the segments they mark out.
+"""Whisper's timestamps: the rules for generating them, and the segments that they delimit.
 
-A timestamp is a token that stands for a time within the window, in steps of 0.02 s. A segment is
-said as <begin> text <end>, the next one starts with another timestamp: in the middle of a text they
+A timestamp is a token for a time within the window, in steps of 0.02 s. A segment is generated as
+<begin> text <end>, and the next one starts with another timestamp, so timestamps between segments
 come in pairs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .rules import Logits, Rules
+from ..interfaces import Logits
+from .rules import Rules
+from .softmax import log_sum_exp
 
 STEP_SAMPLES = 320
 """0.02 s at 16 kHz."""
 
 Part = tuple[int, int, list[int]]
-"""Begin and end in steps from the window's begin, and the tokens, timestamps among them."""
+"""Begin and end in steps from the window's start, and the tokens with their timestamps."""
 
 
 def forbid(scores: Logits, tokens: Sequence[int], rules: Rules) -> None:
-    """Set the scores (vocab,) of what may not follow the tokens to -inf, in place.
+    """Set the scores (vocab,) of tokens that may not follow to -inf, in place.
 
-    The first token is a timestamp within the first second or so. Timestamps come in pairs, except
-    before the end, and never go back. Where all timestamps together are likelier than any text
-    token, a timestamp is said.
+    The first token must be a timestamp up to max_initial_timestamp_index. Timestamps come in pairs,
+    except before the end token, and never decrease. If all timestamps together are more probable
+    than any text token, a timestamp must follow.
     """
     begin = rules.timestamp_begin
     assert begin is not None
@@ -51,21 +49,13 @@ def forbid(scores: Logits, tokens: Sequence[int], rules: Rules) -> None:
         text[:] = added[:] = -np.inf
 
 
-def log_sum_exp(scores: Logits) -> float:
-    """Return the logarithm of the sum of exponentials; -inf for nothing but -inf."""
-    highest = scores.max()
-    if highest == -np.inf:
-        return -np.inf
-    return float(highest + np.log(np.exp(scores - highest).sum()))
-
-
 def parts(tokens: list[int], rules: Rules, length: int) -> tuple[list[Part], int]:
-    """Return the finished segments of a window and the step where the next window begins.
+    """Return the finished segments of a window, and the step at which the next window begins.
 
-    `length` is the steps of sound in the window. Text behind the
-    last pair is left out where no timestamp closes it: the next window begins with it. A window
-    without pairs is one segment. Whisper lets that begin with the window, and end where it began if
-    no timestamp closes it; here it begins as the model says, and ends with the window.
+    `length` is the window's audio in steps. Text after the last pair is left out unless a timestamp
+    closes it, as the next window begins with it. A window without pairs is one segment: it begins
+    at the model's timestamp and ends with the window if no timestamp closes it. (Whisper begins it
+    with the window, and ends an unclosed one where it began.)
     """
     begin = rules.timestamp_begin
     assert begin is not None
@@ -77,6 +67,6 @@ def parts(tokens: list[int], rules: Rules, length: int) -> tuple[list[Part], int
         return [(start, stop, tokens)], length
     closed = is_stamp[-2:] == [False, True]
     cuts = [0, *pairs, *([len(tokens)] if closed else [])]
-    found = [tokens[a:b] for a, b in pairwise(cuts)]
-    marked = [(part[0] - begin, part[-1] - begin, part) for part in found]
-    return marked, length if closed else marked[-1][1]
+    pieces = [tokens[a:b] for a, b in pairwise(cuts)]
+    timed = [(piece[0] - begin, piece[-1] - begin, piece) for piece in pieces]
+    return timed, length if closed else timed[-1][1]

@@ -1,1 +1,1 @@
-"""What executes an artifact (onnxruntime, Core ML), and the checks before it is loaded."""
+"""Engines that execute an artifact's graphs: onnxruntime and Core ML."""

@@ -1,10 +1,9 @@
-"""An ONNX artifact's two sessions.
+"""Runs an ONNX artifact's encoder and decoder in onnxruntime.
 
-Memory: a graph's file is parsed and its weights are packed for their products; large weights stand
-in a file of their own, which is mapped. What was needed for loading only is given back after each
-of the two. The decoder is loaded first, for that takes most, and works without an arena, which
-would keep what packing took. Memory patterns are off: onnxruntime would plan one block for every
-length that the past ever had.
+Memory: onnxruntime parses a graph's file and packs its weights; large weights are in a separate
+file that is mapped. Memory that only loading needs is returned after each of the two. The decoder
+is loaded first, because it takes most. It has no arena, which would keep the memory of packing.
+Memory patterns are off, because onnxruntime would plan one block for every length of the past.
 """
 
 import threading
@@ -13,22 +12,18 @@ from collections.abc import Sequence
 from copy import copy
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from ..audio import Pcm
-from ..decode.rules import Logits
+from ..artifact.tensors import check_session
+from ..interfaces import Logits, Pcm, Transcript
 from ..machine.host import give_back_memory, return_large_blocks, usable_cores
-from ..problem import RunnerProblem
-from .contract import check_session, running
-
-if TYPE_CHECKING:
-    from ..recognizer import Transcript
+from ..problem import RunnerProblem, running
 
 MOST_IDS = 32
-"""Tokens that the decoder takes in one step."""
+"""Most tokens per decoder step."""
 
 PRODUCT = (
     b'\x08\t:[\n\x18\n\x01a\n\x01b\x12\x01y"\rMatMulInteger\x12\x00Z\x13\n\x01a\x12\x0e\n\x0c'
@@ -61,13 +56,13 @@ class Sessions:
         self.own = threading.local()
         self.caches(1)
 
-    def decoder_over(self, window: Pcm, times: "Transcript") -> "Decoder":
-        """Return the decoder over one window (1, samples), which is encoded here."""
+    def decoder_over(self, window: Pcm, times: Transcript) -> "Decoder":
+        """Encode one window (1, samples) and return the decoder over it."""
         return Decoder(self, window, times)
 
     def caches(self, count: int) -> list[State]:
-        """Return memory for so many decoders' own keys and values. Every thread has its own; it is
-        taken once, and kept as long as the thread lives."""
+        """Return `count` key and value caches of this thread. They are allocated once and kept as
+        long as the thread lives."""
         held: list[State] = self.own.__dict__.setdefault("caches", [])
         while len(held) < count:
             held.append(empty_cache(self.decoder))
@@ -75,13 +70,10 @@ class Sessions:
 
 
 class Decoder:
-    """The decoder over one encoded window: feeds tokens, keeps their keys and values.
+    """The decoder over one encoded window, with its key and value caches. The graph updates the
+    caches in place; only ids and logits are copied in a step."""
 
-    Keys and values stand in buffers that the graph fills in place, step by step; only ids and
-    logits cross over.
-    """
-
-    def __init__(self, sessions: Sessions, window: Pcm, times: "Transcript") -> None:
+    def __init__(self, sessions: Sessions, window: Pcm, times: Transcript) -> None:
         self.sessions, self.session, self.fed = sessions, sessions.decoder, 0
         self.path = sessions.folder / "decoder.onnx"
         self.clock, self.next_clock = times.prompt_s, times.per_token_s
@@ -93,14 +85,12 @@ class Decoder:
         self.write_to(sessions.caches(1)[0])
 
     def __call__(self, ids: Sequence[int]) -> Logits:
-        """Feed tokens behind those already fed; return the logits (vocab,) after the last.
-
-        The array is onnxruntime's own: the next call writes over it.
-        """
+        """Feed tokens after those already fed; return the logits (vocab,) after the last. The array
+        belongs to onnxruntime; the next call overwrites it."""
         for start in range(0, len(ids), MOST_IDS):
-            found = self.step(ids[start : start + MOST_IDS])
+            logits = self.step(ids[start : start + MOST_IDS])
         self.clock = self.next_clock
-        return found
+        return logits
 
     def step(self, ids: Sequence[int]) -> Logits:
         """Feed at most MOST_IDS tokens."""
@@ -110,39 +100,39 @@ class Decoder:
         with running(self.path):
             self.session.run_with_iobinding(self.binding)
         self.fed += len(ids)
-        found: Logits = self.binding.get_outputs()[0].numpy()[0, 0]
+        logits: Logits = self.binding.get_outputs()[0].numpy()[0, 0]
         self.clock.append(time.perf_counter() - started)
-        return found
+        return logits
 
     def branches(self, count: int) -> list["Decoder"]:
-        """Return decoders over the same window with keys and values in memory of their own."""
+        """Return `count` decoders over the same window, each with its own caches."""
         others = [copy(self) for _ in range(count)]
         for other, memory in zip(others, self.sessions.caches(count + 1)[1:], strict=True):
             other.write_to(memory)
         return others
 
     def write_to(self, cache: State) -> None:
-        """Keep the decoder's own keys and values in this memory."""
+        """Use this memory for the decoder's own keys and values."""
         self.past, self.binding = views(cache), bind(self.session, self.cross | cache)
 
     def follow(self, other: "Decoder") -> None:
-        """Go on from where another decoder over the same window is."""
+        """Copy the state of another decoder over the same window."""
         self.fed = other.fed
         for name, array in other.past.items():
             self.past[name][:, :, : self.fed] = array[:, :, : self.fed]
 
     def parts(self) -> dict[str, np.ndarray]:
-        """Return what can be seen of the parts between sound and logits: nothing."""
+        """Return no intermediate arrays: onnxruntime does not expose them."""
         return {}
 
 
 def views(state: State) -> Past:
-    """Return the memory of caches: onnxruntime lends it out."""
+    """Return the caches as NumPy arrays that share onnxruntime's memory."""
     return {name: held.numpy() for name, held in state.items()}
 
 
 def bind(decoder: ort.InferenceSession, state: State) -> Any:
-    """Return a binding in which every cache is read and written where it is."""
+    """Return a binding that reads and writes every cache in place."""
     binding = decoder.io_binding()
     for name, array in state.items():
         binding.bind_ortvalue_input(name, array)
@@ -156,13 +146,13 @@ def bind(decoder: ort.InferenceSession, state: State) -> Any:
 
 
 def encode(session: ort.InferenceSession, window: Pcm) -> State:
-    """Run the encoder graph; its outputs bear the names of the decoder's inputs."""
+    """Run the encoder graph; its outputs have the names of the decoder's inputs."""
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run_with_ort_values(names, {"pcm": value(window)}), strict=True))
 
 
 def empty_cache(decoder: ort.InferenceSession) -> State:
-    """Return room for the keys and values of all tokens that the decoder can be fed."""
+    """Return zeroed caches with the decoder's full capacity."""
     shapes = {output.name: output.shape for output in decoder.get_outputs()}
     return {
         name.replace("present.", "past."): value(np.zeros(shape, np.float32))
@@ -172,24 +162,24 @@ def empty_cache(decoder: ort.InferenceSession) -> State:
 
 
 def value(array: np.ndarray) -> Any:
-    """Return the array as onnxruntime holds it."""
+    """Return the array as an OrtValue."""
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def session_options(
     threads: int | None, arena: bool = True, exact: bool = True
 ) -> ort.SessionOptions:
-    """Return the options of a session: small memory, and no core busy with waiting.
+    """Return session options for low memory use and short busy-waiting.
 
-    A thread that waits for the next operator looks out for it for 0.1 ms, then sleeps. Measured on
-    whisper-tiny on two threads, that makes a token a fifth faster than sleeping at once, for 6 %
-    more CPU time; onnxruntime's default, a thousand times as long, took 2.8 times the CPU time on
-    two busy cores, and heats a small board for nothing.
+    A thread that waits for the next operator spins for 0.1 ms, then sleeps. On whisper-tiny with
+    two threads, tokens are 20 % faster than without spinning, for 6 % more CPU time. onnxruntime's
+    default spins a thousand times as long, took 2.8 times the CPU time on two busy cores, and heats
+    a small board.
 
-    `exact`: where int8 products saturate, onnxruntime rewrites int8 weights as uint8 while it loads
-    the graph. That is done nowhere else, for it costs time (measured with VNNI: the encoder took
-    1.6 times as long). Only graphs of the native layout can be loaded so, see
-    export/onnx/constants.py."""
+    With `exact`, onnxruntime rewrites int8 weights as uint8 at loading on processors where int8
+    products saturate. Elsewhere that is not needed and slow: with VNNI the encoder took 1.6 times
+    as long. It works for graphs of the native layout only, see export/onnx/constants.py.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
@@ -200,7 +190,7 @@ def session_options(
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     if exact and saturates():
         options.add_session_config_entry("session.x64quantprecision", "1")
-    options.log_severity_level = 4  # errors become letters
+    options.log_severity_level = 4  # errors are raised, not logged
     return options
 
 
@@ -224,19 +214,19 @@ def numbers(version: str) -> tuple[int, ...]:
 
 @cache
 def saturates() -> bool:
-    """Return whether onnxruntime adds pairs of int8 products in 16 bits on this processor."""
+    """Return whether int8 products saturate here: onnxruntime adds pairs of them in 16 bits."""
     session = ort.InferenceSession(PRODUCT, providers=["CPUExecutionProvider"])
     pair = {"a": np.full((1, 2), 255, np.uint8), "b": np.full((2, 1), 127, np.int8)}
     return bool(session.run(None, pair)[0] != 2 * 255 * 127)
 
 
 def open_session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    """Return a session on the CPU, or the letter that says why the graph does not load."""
+    """Return a session on the CPU; raise RunnerProblem if the graph does not load."""
     if not path.is_file():
         raise RunnerProblem(f"{path}: there is no such file", "copy the artifact again")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a class of its own for each status code
+    except Exception as error:  # onnxruntime has one class per status code
         reason = str(error).strip().splitlines()[0]
         raise RunnerProblem(
             f"{path}: onnxruntime {ort.__version__} cannot load it ({reason})",

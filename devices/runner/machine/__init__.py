@@ -1,1 +1,1 @@
-"""What this machine is, and how it is set: processor, memory, clocks, cores."""
+"""This machine: description and state, CPU cores and frequency, helper processes."""

@@ -1,7 +1,7 @@
-"""What Android says about a phone, and which of its cores are fast.
+"""Description and state of an Android phone, and its fast cores.
 
-Every tool and file may be missing or refused, and then reads "unavailable". `base` lets a test lay
-out a phone of its own under a folder. Standard library only.
+Every tool and file may be missing or forbidden; its value is then "unavailable". Tests pass `base`,
+a folder that stands for the root of a phone's file system. Standard library only.
 """
 
 import os
@@ -10,21 +10,21 @@ from pathlib import Path
 
 from .host import UNAVAILABLE, load_average, number, read
 
-MOST_SAID = 1 << 20
+MOST_OUTPUT = 1 << 20
 TOOL_S = 5
 PLUGS = {"AC": "mains", "USB": "usb", "Wireless": "wireless", "Dock": "dock"}
 THERMAL = ("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
-"""Android's names for how much it slows a phone down for its heat."""
+"""Android's names of the thermal throttling levels."""
 CPU_SENSOR = 0
 
 
 def here(base: Path = Path("/")) -> bool:
-    """Say whether this is Android."""
+    """Return whether this system is Android."""
     return (base / "system/bin/getprop").exists()
 
 
 def describe(base: Path = Path("/")) -> dict:
-    """Return the phone's model and state, with machine.describe's names where there are some."""
+    """Return the phone's model and state, with the keys of host.describe() and more."""
     props = properties(tool(base, "getprop"))
     battery, screen = tool(base, "dumpsys", "battery"), tool(base, "dumpsys", "power")
     release, sdk = (props.get(f"ro.build.version.{name}") for name in ("release", "sdk"))
@@ -32,26 +32,26 @@ def describe(base: Path = Path("/")) -> dict:
         "model": joined(props, "ro.product.manufacturer", "ro.product.model"),
         "cpu": joined(props, "ro.soc.manufacturer", "ro.soc.model"),
     }
-    seen, highest, kept = readings(base, battery), maxima(base), sorted(os.sched_getaffinity(0))
+    now, highest, cores = readings(base, battery), maxima(base), sorted(os.sched_getaffinity(0))
     return {
         **{key: value for key, value in named.items() if value != UNAVAILABLE},
         "abi": props.get("ro.product.cpu.abi", UNAVAILABLE),
         "os": f"Android {release} (SDK {sdk})" if release else UNAVAILABLE,
-        "temperature_c": seen["temperature_c"],
-        "throttled": seen["throttled"],
-        "battery_share": seen["battery_share"],
-        "battery_temperature_c": seen["battery_temperature_c"],
+        "temperature_c": now["temperature_c"],
+        "throttled": now["throttled"],
+        "battery_share": now["battery_share"],
+        "battery_temperature_c": now["battery_temperature_c"],
         "plugged": plugged(battery),
         "screen": screen_state(screen),
-        "frequency_hz": fastest(clocks(base, "scaling_cur_freq"), kept),
-        "frequency_max_hz": fastest(highest, kept),
+        "frequency_hz": fastest(clocks(base, "scaling_cur_freq"), cores),
+        "frequency_max_hz": fastest(highest, cores),
         "core_frequencies_max_hz": [hz for _, hz in sorted(highest.items())] or UNAVAILABLE,
-        "pinned_to": kept,
+        "pinned_to": cores,
     }
 
 
 def readings(base: Path = Path("/"), battery: str | None = None) -> dict:
-    """Return one sample of what changes while a phone works."""
+    """Return one telemetry sample of a phone."""
     battery = tool(base, "dumpsys", "battery") if battery is None else battery
     thermal = tool(base, "dumpsys", "thermalservice")
     return {
@@ -67,8 +67,8 @@ def readings(base: Path = Path("/"), battery: str | None = None) -> dict:
 
 
 def tool(base: Path, name: str, *words: str) -> str:
-    """Return what one of Android's programs says, or "unavailable"."""
-    import subprocess  # large, and on the phones only
+    """Return the output of an Android program, or "unavailable"."""
+    import subprocess  # large; imported on phones only
 
     argv = [str(base / "system/bin" / name), *words]
     none = subprocess.DEVNULL
@@ -78,31 +78,31 @@ def tool(base: Path, name: str, *words: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return UNAVAILABLE
-    said = done.stdout[:MOST_SAID].decode("utf-8", "replace")
-    return said if done.returncode == 0 and said.strip() else UNAVAILABLE
+    output = done.stdout[:MOST_OUTPUT].decode("utf-8", "replace")
+    return output if done.returncode == 0 and output.strip() else UNAVAILABLE
 
 
-def properties(said: str) -> dict[str, str]:
-    """Return getprop's list: a line is `[name]: [value]`; empty values are left out."""
-    return dict(re.findall(r"^\[([^\]\n]+)\]: \[([^\n]+)\]$", said, re.MULTILINE))
+def properties(output: str) -> dict[str, str]:
+    """Parse getprop's lines, `[name]: [value]`; empty values are left out."""
+    return dict(re.findall(r"^\[([^\]\n]+)\]: \[([^\n]+)\]$", output, re.MULTILINE))
 
 
 def joined(props: dict[str, str], maker: str, model: str) -> str:
-    """Return "Google Pixel 8", where the maker is not in the model's name anyway."""
+    """Return maker and model, such as "Google Pixel 8"; the maker is not repeated."""
     if model not in props:
         return UNAVAILABLE
     name, by = props[model], props.get(maker, "")
     return name if name.lower().startswith(by.lower()) else f"{by} {name}"
 
 
-def entry(said: str, name: str) -> str:
+def entry(output: str, name: str) -> str:
     """Return the value of an indented `name: value` line."""
-    found = re.search(rf"^\s+{re.escape(name)}: *(\S.*)$", said, re.MULTILINE)
+    found = re.search(rf"^\s+{re.escape(name)}: *(\S.*)$", output, re.MULTILINE)
     return found[1].strip() if found else UNAVAILABLE
 
 
 def share(battery: str) -> float | str:
-    """Return how full the battery is, 0 to 1."""
+    """Return the battery's charge, 0 to 1."""
     level, scale = (number(entry(battery, name), 1) for name in ("level", "scale"))
     if isinstance(level, str) or isinstance(scale, str) or scale <= 0:
         return UNAVAILABLE
@@ -110,34 +110,34 @@ def share(battery: str) -> float | str:
 
 
 def plugged(battery: str) -> str:
-    """Return where its power comes from: mains, usb, wireless, dock or battery."""
+    """Return the power source: mains, usb, wireless, dock or battery."""
     states = {plug: entry(battery, f"{plug} powered") for plug in PLUGS}
     if set(states.values()) == {UNAVAILABLE}:
         return UNAVAILABLE
     return next((PLUGS[plug] for plug, state in states.items() if state == "true"), "battery")
 
 
-def screen_state(said: str) -> str:
+def screen_state(output: str) -> str:
     """Return the screen's state, such as on, off or doze."""
     for pattern in (r"Display Power: state=(\w+)", r"mWakefulness=(\w+)"):
-        if found := re.search(pattern, said):
+        if found := re.search(pattern, output):
             return {"awake": "on", "asleep": "off"}.get(found[1].lower(), found[1].lower())
     return UNAVAILABLE
 
 
-def thermal_status(said: str) -> str:
-    """Return how much the system holds the phone back for its heat, by Android's own name."""
-    found = re.search(r"^\s*Thermal Status: (\d+)", said, re.MULTILINE)
+def thermal_status(output: str) -> str:
+    """Return Android's name of the current thermal throttling level."""
+    found = re.search(r"^\s*Thermal Status: (\d+)", output, re.MULTILINE)
     if found is None:
         return UNAVAILABLE
     return THERMAL[int(found[1])] if int(found[1]) < len(THERMAL) else found[1]
 
 
-def cpu_temperature(said: str) -> float | str:
-    """Return the hottest of the CPU's sensors; those read just now go before those kept."""
-    _, now, rest = said.partition("Current temperatures from HAL:")
+def cpu_temperature(output: str) -> float | str:
+    """Return the hottest CPU sensor; current readings are preferred to cached ones."""
+    _, now, rest = output.partition("Current temperatures from HAL:")
     pattern = rf"Temperature\{{mValue=(-?[\d.]+), mType={CPU_SENSOR},"
-    for text in (rest.partition("cooling devices")[0] if now else "", said):
+    for text in (rest.partition("cooling devices")[0] if now else "", output):
         values = [number_of(value) for value in re.findall(pattern, text)]
         if known := [value for value in values if value is not None]:
             return max(known)
@@ -145,7 +145,7 @@ def cpu_temperature(said: str) -> float | str:
 
 
 def number_of(text: str) -> float | None:
-    """Return a number; some phones give NaN or -273 for a sensor that sleeps."""
+    """Return a temperature; None for values such as NaN or -273 that idle sensors report."""
     try:
         value = float(text)
     except ValueError:
@@ -154,7 +154,7 @@ def number_of(text: str) -> float | None:
 
 
 def power(base: Path, battery: str) -> float | str:
-    """Return what is drawn from the battery, where that is all there is to draw from."""
+    """Return the power drawn from the battery in W; "unavailable" while it is plugged in."""
     supply = base / "sys/class/power_supply/battery"
     current, voltage = (
         number(read(supply / name), 1e-6) for name in ("current_now", "voltage_now")
@@ -166,11 +166,11 @@ def power(base: Path, battery: str) -> float | str:
     return abs(current) * voltage  # phones do not agree on the sign
 
 
-# -------------------------------------------------------------------------------------- the cores
+# ------------------------------------------------------------------------------------------- cores
 
 
 def clocks(base: Path, name: str) -> dict[int, float]:
-    """Return a clock file of every core that has it, in Hz."""
+    """Return the value of a cpufreq file by core, in Hz."""
     found = {}
     for path in (base / "sys/devices/system/cpu").glob(f"cpu[0-9]*/cpufreq/{name}"):
         if not isinstance(hertz := number(read(path), 1000), str):  # kHz there
@@ -179,32 +179,32 @@ def clocks(base: Path, name: str) -> dict[int, float]:
 
 
 def maxima(base: Path) -> dict[int, float]:
-    """Return the highest frequency of every core, in Hz."""
+    """Return the maximum frequency of every core, in Hz."""
     return clocks(base, "cpuinfo_max_freq")
 
 
 def fastest(hertz: dict[int, float], cores: list[int]) -> float | str:
-    """Return the highest of some cores' frequencies."""
+    """Return the highest frequency among the given cores, in Hz."""
     return max((hertz[core] for core in cores if core in hertz), default=UNAVAILABLE)
 
 
 def frequencies(base: Path) -> list[float] | str:
-    """Return what every core runs at now."""
+    """Return the current frequency of every core, in Hz."""
     return [hertz for _, hertz in sorted(clocks(base, "scaling_cur_freq").items())] or UNAVAILABLE
 
 
 def big_cores(base: Path = Path("/")) -> list[int]:
-    """Return the cores that are not of the slowest kind; all where there is one kind."""
+    """Return the cores that are faster than the slowest kind; all cores if all are alike."""
     highest = maxima(base)
     fast = [core for core, hertz in highest.items() if hertz > min(highest.values())]
     return sorted(fast or highest)
 
 
 def take_fast_cores(threads: int | None, base: Path = Path("/")) -> None:
-    """Keep this process, and what it starts, on the fastest cores: as many as it has threads, or
-    all big ones. The system may allow fewer; where it says nothing of its cores, all are kept."""
+    """Pin this process and its children to the `threads` fastest cores, by default to all big ones.
+    The system may allow fewer. Nothing changes if frequencies are unknown."""
     highest, allowed = maxima(base), os.sched_getaffinity(0)
     usable = sorted(highest.keys() & allowed, key=lambda core: (-highest[core], core))
-    wanted = set(usable[:threads]) if threads else {*big_cores(base)} & allowed
-    if wanted:
-        os.sched_setaffinity(0, wanted)
+    chosen = set(usable[:threads]) if threads else {*big_cores(base)} & allowed
+    if chosen:
+        os.sched_setaffinity(0, chosen)

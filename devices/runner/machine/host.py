@@ -1,7 +1,7 @@
-"""What this machine is and in what state: every source may be missing, and then reads so.
+"""Description and state of this machine; a missing source reads "unavailable".
 
-Standard library only; its larger parts are imported where they are used, for they would count in
-every peak of memory. `root` lets a test lay out a machine of its own under a folder.
+Standard library only. Large modules are imported where they are used, because they would count in
+every measured memory peak. Tests pass `root`, a folder that stands for the root of a file system.
 """
 
 import ctypes
@@ -23,11 +23,11 @@ ISA_FEATURES = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni"),
     *("avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
 )
-"""The CPU features that decide which kernel a matrix product gets, as Linux spells them."""
+"""CPU features that select the kernel of a matrix product, by Linux's names."""
 
 
 def describe(root: str | Path = "/") -> dict:
-    """Return model, CPU, cores, features, clock, temperature, memory and versions as JSON."""
+    """Return model, CPU, cores, features, frequency, temperature, memory and versions."""
     from . import android
 
     base = Path(root)
@@ -40,7 +40,7 @@ def describe(root: str | Path = "/") -> dict:
         "cores": usable_cores(),
         "isa": isa(cpuinfo),
         "governor": read(clock / "scaling_governor"),
-        "frequency_hz": number(read(clock / "scaling_cur_freq"), 1000),  # kHz there
+        "frequency_hz": number(read(clock / "scaling_cur_freq"), 1000),  # the file has kHz
         "frequency_max_hz": number(read(clock / "cpuinfo_max_freq"), 1000),
         "temperature_c": number(read(base / "sys/class/thermal/thermal_zone0/temp"), 0.001),
         "throttled": throttled(),
@@ -54,31 +54,31 @@ def describe(root: str | Path = "/") -> dict:
         **(android.describe(base) if android.here(base) else {}),
     }
     if sys.platform == "darwin":
-        from .mac import describe as of_a_mac
+        from .mac import describe as describe_mac
 
-        found |= of_a_mac()
+        found |= describe_mac()
     return found
 
 
 def emulated(base: Path, machine: str) -> bool:
-    """Say whether the CPU is made of software: on QEMU's own board, or under another kernel."""
+    """Return whether the CPU is emulated: QEMU's virtual board, or user-mode emulation."""
     return "dummy-virt" in read(base / "proc/device-tree/compatible") or translated(base, machine)
 
 
 def translated(base: Path, machine: str) -> bool:
-    """Say whether the kernel's CPU is of another kind than this program's, as under qemu-aarch64;
-    one before 6.1 does not say its own."""
+    """Return whether the kernel's architecture differs from this program's, as in user-mode QEMU.
+    Kernels before 6.1 do not report their architecture; then the answer is False."""
     kernel = read(base / "proc/sys/kernel/arch")
     return kernel != UNAVAILABLE and kind_of_cpu(kernel) != kind_of_cpu(machine)
 
 
 def kind_of_cpu(machine: str) -> str:
-    """Return the family of a machine's name: one that is 64 bits wide runs 32-bit programs too."""
+    """Return a machine's 64-bit architecture: a 64-bit kernel also runs 32-bit programs."""
     return re.sub(r"^(i.86|amd64)$", "x86_64", re.sub(r"^arm.*", "aarch64", machine))
 
 
 def read(path: Path) -> str:
-    """Return a small file's text, or "unavailable"."""
+    """Return the text of a small file, or "unavailable"."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
     except OSError:
@@ -87,25 +87,25 @@ def read(path: Path) -> str:
 
 
 def field(text: str, name: str) -> str:
-    """Return what follows `name:` in a /proc file."""
+    """Return the value after `name:` in a /proc file."""
     found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else UNAVAILABLE
 
 
 def number(text: str, scale: float) -> float | str:
-    """Return the leading number of a text, scaled to SI; a source that is missing stays so."""
+    """Return the leading number of a text times `scale`; "unavailable" if there is none."""
     found = re.match(r"-?\d+", text)
     return float(f"{int(found[0]) * scale:.12g}") if found else UNAVAILABLE
 
 
 def model(base: Path) -> str:
-    """Return the board's name: device tree on ARM boards, DMI on PCs."""
+    """Return the board's name, from the device tree on ARM boards, from DMI on PCs."""
     name = read(base / "proc/device-tree/model")
     return read(base / "sys/class/dmi/id/product_name") if name == UNAVAILABLE else name
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """Return the CPU's name; ARM kernels give numbers of implementer and part instead."""
+    """Return the CPU's name; for ARM kernels the numbers of implementer and part."""
     name = field(cpuinfo, "model name")
     if name == UNAVAILABLE and (part := field(cpuinfo, "CPU part")) != UNAVAILABLE:
         name = f"implementer {field(cpuinfo, 'CPU implementer')} part {part}"
@@ -120,8 +120,8 @@ def isa(cpuinfo: str) -> list[str] | str:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Return how many cores this process may use: affinity or a container's quota can make it fewer
-    than the machine has. A quota of one and a half counts as two."""
+    """Return how many cores this process may use, given its affinity and container quotas. A quota
+    of 1.5 cores counts as 2."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -129,10 +129,9 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def quotas(root: Path) -> Iterator[float]:
-    """Yield the cores' worth of time that each control group of this process allows.
+    """Yield the CPU quota, in cores, of each control group of this process and its parents.
 
-    /proc/self/cgroup names the groups; a limit of a group's parents holds as well. In a container,
-    its own group is often the root of what it sees.
+    /proc/self/cgroup names the groups. Inside a container its own group is often the visible root.
     """
     mounted = root / "sys/fs/cgroup"
     for line in read(root / "proc/self/cgroup").splitlines():
@@ -146,21 +145,21 @@ def quotas(root: Path) -> Iterator[float]:
             continue
         inside = PurePosixPath(path.lstrip("/"))
         for group in (inside, *inside.parents):
-            said = read(folder / group / limit).split()
+            numbers = read(folder / group / limit).split()
             if limit != "cpu.max":
-                said += read(folder / group / "cpu.cfs_period_us").split()
-            if len(said) == 2 and all(text.isdecimal() and int(text) for text in said):
-                yield int(said[0]) / int(said[1])
+                numbers += read(folder / group / "cpu.cfs_period_us").split()
+            if len(numbers) == 2 and all(text.isdecimal() and int(text) for text in numbers):
+                yield int(numbers[0]) / int(numbers[1])
 
 
 def os_name(release: str) -> str:
-    """Return the distribution's name; /etc/os-release is a list of shell assignments."""
+    """Return the distribution's name from the text of /etc/os-release."""
     found = re.search(r'^PRETTY_NAME="?([^"\n]+)', release, re.MULTILINE)
     return found[1] if found else platform.platform(terse=True)
 
 
 def load_average(text: str) -> float | str:
-    """Return how many threads wanted a core over the last minute: above `cores`, others waited."""
+    """Return the load average of the last minute."""
     found = re.match(r"[\d.]+", text)
     return float(found[0]) if found else UNAVAILABLE
 
@@ -172,7 +171,7 @@ def throttled() -> str:
 
 
 def vcgencmd(question: str) -> str:
-    """Return what a Raspberry Pi's firmware answers, or "unavailable"."""
+    """Return the output of the Raspberry Pi firmware's vcgencmd, or "unavailable"."""
     import shutil
     import subprocess
 
@@ -194,23 +193,23 @@ def vcgencmd(question: str) -> str:
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Let this process take so many bytes and no more, where the system can be told so. On a Mac
-    nothing is done: what it counts is not known from here, and Core ML maps a lot."""
+    """Limit this process to `more_bytes` of data beyond what it uses now, where the system can. On
+    a Mac nothing is done: Core ML maps a lot of memory, and what the limit counts is unknown."""
     if sys.platform == "darwin":
         return
     try:
         import resource
     except ImportError:  # Windows
         return
-    taken = number(field(read(Path("/proc/self/status")), "VmData"), 1024)
-    wanted = more_bytes + (int(taken) if not isinstance(taken, str) else 0)
+    used = number(field(read(Path("/proc/self/status")), "VmData"), 1024)
+    total = more_bytes + (int(used) if not isinstance(used, str) else 0)
     allowed = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    limit = wanted if allowed == resource.RLIM_INFINITY else min(wanted, allowed)
+    limit = total if allowed == resource.RLIM_INFINITY else min(total, allowed)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, allowed))
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Return the versions of what computes here, without importing it."""
+    """Return the versions of Python, numpy, onnxruntime and more, without importing them."""
     from importlib import metadata
 
     found = {"python": platform.python_version()}
@@ -223,12 +222,12 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def peak_rss_bytes(base: Path = Path("/")) -> int | str:
-    """Return the high-water mark of this process's resident memory (VmHWM, on a Mac ru_maxrss),
-    unless an emulator has its own in it."""
+    """Return this process's peak resident memory in bytes (VmHWM, on a Mac ru_maxrss). Returns
+    "unavailable" under user-mode emulation, whose own memory would count."""
     if sys.platform == "darwin":
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
     if translated(base, platform.machine()):
         return UNAVAILABLE
     peak = number(field(read(base / "proc/self/status"), "VmHWM"), 1024)
@@ -236,8 +235,8 @@ def peak_rss_bytes(base: Path = Path("/")) -> int | str:
 
 
 def peak_of_phase(base: Path = Path("/")) -> int | str:
-    """Return the peak of resident memory since the last call, and begin a new phase; "unavailable"
-    where the kernel does not let a process forget its high-water mark."""
+    """Return the peak resident memory since the last call in bytes, and reset the peak. Returns
+    "unavailable" if the kernel does not let a process reset its high-water mark."""
     peak = peak_rss_bytes(base)
     try:
         marks = os.open(base / "proc/self/clear_refs", os.O_WRONLY)
@@ -253,22 +252,22 @@ def peak_of_phase(base: Path = Path("/")) -> int | str:
 
 
 def return_large_blocks() -> None:
-    """Have glibc return every large block as it is freed, where it would learn to keep them.
+    """Have glibc return every large block to the system as soon as it is freed.
 
-    Its own bound of what counts as large grows with the blocks that it sees freed, to 32 MiB: from
-    then on they leave holes in its heap. Elsewhere nothing is done.
+    By default its threshold for large blocks grows up to 32 MiB with the blocks that are freed, and
+    smaller blocks then leave holes in the heap. Without glibc nothing is done.
     """
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def give_back_memory(folder: Path, maps: Path = Path("/proc/self/maps")) -> None:
-    """Return to the system what was freed, and pages of files mapped from `folder` that can be read
-    again: on Linux with glibc; elsewhere nothing is done.
+    """Return freed memory, and pages of files mapped from `folder`, to the system (Linux only).
 
-    Packing a large weight reads all of its file, of which only a few rows are needed afterwards.
+    Packing a large weight reads its whole file, of which few rows are needed afterwards; the system
+    reads those again on demand.
     """
-    if not maps.is_file():  # no Linux
+    if not maps.is_file():  # not Linux
         return
     libc, inside = ctypes.CDLL(None), f"{folder.resolve()}{os.sep}"
     if hasattr(libc, "malloc_trim"):

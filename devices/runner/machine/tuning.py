@@ -1,4 +1,4 @@
-"""Which cores a measurement runs on, and at which clock; the clock's governor is put back."""
+"""CPU affinity and frequency governor of a measurement; the governor is restored afterwards."""
 
 import os
 import re
@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..measure.helper_process import Beside, possible
 from ..problem import RunnerProblem
 from .android import big_cores
+from .helper_process import HelperProcess, can_fork
 from .host import UNAVAILABLE, read
 
 CORES = "sys/devices/system/cpu"
 
 
 def pin(asked: str, root: Path = Path("/")) -> list[int]:
-    """Run on these cores only: big, all, or their numbers; return those that the system grants."""
+    """Restrict this process to cores (big, all, or numbers); return those the system grants."""
     if not hasattr(os, "sched_setaffinity"):
         raise RunnerProblem(
             f"--pin {asked}: this system does not let a program choose its cores",
@@ -27,47 +27,45 @@ def pin(asked: str, root: Path = Path("/")) -> list[int]:
     except OSError as error:
         usable = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
         raise RunnerProblem(
-            f"--pin {asked}: cores {', '.join(map(str, cores))} cannot be had here "
+            f"--pin {asked}: cores {', '.join(map(str, cores))} are not available here "
             f"({error.strerror})",
-            f"those that can are {usable}",
+            f"available cores: {usable}",
         ) from None
     return sorted(os.sched_getaffinity(0))
 
 
 def cores_of(asked: str, root: Path) -> list[int]:
-    """Return the numbers of the cores that are asked for."""
+    """Return the core numbers of a --pin argument."""
     if asked == "all":
         return list(range(os.cpu_count() or 1))
     if asked == "big":
         if not (big := big_cores(root)):
             raise RunnerProblem(
-                "--pin big: the system does not tell its cores' maximum frequencies",
-                "name the cores, as in --pin 0,1",
+                "--pin big: the system does not report the maximum frequencies of its cores",
+                "give core numbers, such as --pin 0,1",
             )
         return big
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", asked):
         raise RunnerProblem(
-            f"--pin {asked}: that names no cores", "write big, all, or numbers such as 0,1"
+            f"--pin {asked}: not a list of cores", "use big, all, or numbers such as 0,1"
         )
     return sorted({int(core) for core in asked.split(",")})
 
 
 @contextmanager
 def governed(name: str | None, root: Path = Path("/")) -> Iterator[str]:
-    """Have all cores' clocks follow a governor meanwhile; yield the one that applies.
-
-    A process that is out of reach for who kills this one puts back what was there before.
-    """
+    """Set the frequency governor of all cores; yield the one that applies, restore the old one. A
+    helper process in a session of its own restores it even if this process is killed."""
     paths = sorted((root / CORES).glob("cpu[0-9]*/cpufreq/scaling_governor"))
     if name is None:
-        yield told(paths)
+        yield current_governor(paths)
         return
     before = {path: read(path) for path in paths}
     check(name, before)
-    keeper = Beside(lambda asked: put_back(asked, before), own_session=True)
+    keeper = HelperProcess(lambda stop: restore(stop, before), own_session=True)
     try:
         write(name, paths)
-        yield told(paths)
+        yield current_governor(paths)
     finally:
         keeper.finish()
 
@@ -78,40 +76,41 @@ def write(name: str, paths: list[Path]) -> None:
             path.write_text(name)
         except OSError as error:
             raise RunnerProblem(
-                f"--governor {name}: {path} does not take it ({error.strerror})",
+                f"--governor {name}: {path} rejects it ({error.strerror})",
                 "leave --governor out",
             ) from None
 
 
-def told(paths: list[Path]) -> str:
-    """Return the governor, or all of them where cores differ."""
-    found = {read(path) for path in paths}
-    return ", ".join(sorted(found)) if found else UNAVAILABLE
+def current_governor(paths: list[Path]) -> str:
+    """Return the governor; a comma-separated list if cores differ."""
+    names = {read(path) for path in paths}
+    return ", ".join(sorted(names)) if names else UNAVAILABLE
 
 
 def check(name: str, before: dict[Path, str]) -> None:
-    """Raise the letter for a governor that cannot be set."""
-    if not before or not possible():
+    """Raise RunnerProblem for a governor that cannot be set."""
+    if not before or not can_fork():
         raise RunnerProblem(
-            f"--governor {name}: this machine has no governor that could be set",
+            f"--governor {name}: the governor of this machine cannot be set",
             "leave --governor out",
         )
     for path in before:
         known = read(path.parent / "scaling_available_governors")
         if known != UNAVAILABLE and name not in known.split():
             raise RunnerProblem(
-                f"--governor {name}: {path.parent.parent.name} has {known}", "choose one of these"
+                f"--governor {name}: {path.parent.parent.name} supports {known}",
+                "choose one of these",
             )
         if not writable(path):
             raise RunnerProblem(
                 f"--governor {name}: user {os.getuid()} may not write {path}; it is {before[path]}",
-                f"once, there: echo {name} | sudo tee /{CORES}/cpu*/cpufreq/scaling_governor; then "
-                "leave --governor out",
+                f"run once on the device: echo {name} | sudo tee "
+                f"/{CORES}/cpu*/cpufreq/scaling_governor; then leave --governor out",
             )
 
 
 def writable(path: Path) -> bool:
-    """Say whether a file can be written, by opening it."""
+    """Return whether a file can be opened for writing."""
     try:
         os.close(os.open(path, os.O_WRONLY))
     except OSError:
@@ -119,11 +118,11 @@ def writable(path: Path) -> bool:
     return True
 
 
-def put_back(asked: int, before: dict[Path, str]) -> bytes:
-    """Wait for the other process, and write what was there before."""
-    while os.read(asked, 1):
+def restore(stop: int, before: dict[Path, str]) -> bytes:
+    """Wait for the other process to finish, then write the old governors."""
+    while os.read(stop, 1):
         pass
     for path, name in before.items():
-        with suppress(OSError):  # a core may be off by now
+        with suppress(OSError):  # a core may be offline now
             path.write_text(name)
     return b""

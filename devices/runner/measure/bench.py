@@ -1,10 +1,9 @@
-"""Time one artifact on clips, in this process, and keep every sample.
+"""Times one artifact on clips, in this process, and returns every sample.
 
-Log-mel is part of the ONNX encoder graph, so its time cannot be taken from outside. The graph runs
-whole and is timed whole; afterwards a second session with onnxruntime's profiler says which share
-of the kernel time belongs to the log-mel nodes, and each sample is divided in that proportion. It
-is that of the first clip's window, also where other clips take a window of another length. In Core
-ML log-mel is a package of its own.
+Log-mel is part of the ONNX encoder graph, so it cannot be timed separately. The graph is timed as a
+whole. Afterwards a second session with onnxruntime's profiler measures the log-mel nodes' share of
+the kernel time, and each sample is split in that proportion. The share is measured on the first
+clip's window and used for windows of all lengths. In Core ML, log-mel is a separate package.
 """
 
 import ctypes
@@ -21,21 +20,21 @@ from pathlib import Path
 
 import numpy as np
 
+from ..artifact.manifest import check_files, read_manifest
 from ..audio import Pcm, read_wav
-from ..engines.contract import check_files, read_manifest
 from ..machine.host import UNAVAILABLE, peak_of_phase, peak_rss_bytes, usable_cores, versions
 from ..problem import RunnerProblem
 from ..recognizer import Recognizer, Transcript, pad
 
 MEL_NODES = "log_mel/"
-"""The exporter names the log-mel nodes so."""
+"""Prefix of the log-mel nodes' names, set by the exporter."""
 
 WARM_UP_CLIPS = 3
 PROFILED_RUNS = 9
 MOST_SUSTAINED = 500_000
-"""Clips of a sustained run: more would not come through what a device may say."""
+"""Most clips of a sustained run, so that the result stays below the limit of a device's output."""
 MOST_CACHED = 0.05
-"""Share of a file that may be in memory where it counts as forgotten."""
+"""A file counts as dropped from the page cache if at most this share is still cached."""
 
 
 def bench(
@@ -46,39 +45,38 @@ def bench(
     compute_units: str | None = None,
     minutes: float | None = None,
 ) -> dict:
-    """Transcribe all clips `repeats` times and return texts, tokens and times, in seconds.
+    """Transcribe all clips `repeats` times and return texts, tokens and times in seconds.
 
-    Each is prompted for its language, as languages.json beside the list says it, where the model
-    can be told of that; otherwise for the one that the artifact is made for.
-    `load_s` is both sessions, manifest and tokens, without Python's imports; `end_to_end_s` goes
-    from the WAV file to the text, and `cpu_s` is the time of all cores for the same work; lists are
-    in the order of measurement. `timed_s` is where the monotonic clock stood before and after.
-    With `minutes`, clips are instead transcribed on and on for so long: see `sustain`.
+    Each clip is prompted for its language in languages.json, next to the list of clips, if the
+    model supports it, otherwise for the artifact's language. `load_s` covers both sessions,
+    manifest and tokens, without Python's imports. `end_to_end_s` is the time from WAV file to text,
+    `cpu_s` the CPU time of all cores for it; lists are in the order of measurement. `timed_s` is
+    the monotonic clock before and after the runs. With `minutes`, see `sustain`.
     """
     paths = read_clips(clips)
     spoken = read_languages(clips, len(paths))
     manifest = read_manifest(artifact)
-    check_files(artifact, manifest)  # before the clock starts, and so are the imports
+    check_files(artifact, manifest)  # checks and imports are not timed
     native = manifest["target"] == "onnx"
-    with suppress(ImportError):  # of which opening it tells more
+    with suppress(ImportError):  # opening the artifact raises a better error
         import_module("..engines.sessions" if native else "coremltools", __package__)
     memory = {"imports": peak_of_phase()}
     started = time.perf_counter()
     recognizer = Recognizer(artifact, threads, hashed=False, compute_units=compute_units)
     load_s = time.perf_counter() - started
     memory["load"] = peak_of_phase()
-    work = [(path, recognizer.known(code)) for path, code in zip(paths, spoken, strict=True)]
-    for number, (path, language) in enumerate(work[:WARM_UP_CLIPS]):
+    inputs = [(path, recognizer.known(code)) for path, code in zip(paths, spoken, strict=True)]
+    for number, (path, language) in enumerate(inputs[:WARM_UP_CLIPS]):
         recognizer.transcribe(path, language=language)
         if number == 0:
             memory["first"] = peak_of_phase()
     if minutes is not None:
-        return {"sustained": sustain(recognizer, work, minutes)}
+        return {"sustained": sustain(recognizer, inputs, minutes)}
     began_s = time.monotonic()
-    done = [timed(recognizer, *each) for _ in range(repeats) for each in work]
+    runs = [timed(recognizer, *each) for _ in range(repeats) for each in inputs]
     timed_s = [began_s, time.monotonic()]
-    transcripts = [transcript for _, _, transcript in done]
-    last, footprint = peak_rss_bytes(), peak_footprint()  # before the profiler takes its own
+    transcripts = [transcript for _, _, transcript in runs]
+    last, footprint = peak_rss_bytes(), peak_footprint()  # before the profiler adds its memory
     memory["run"] = peak_of_phase()
     first = read_wav(paths[0])[: recognizer.window_samples]
     window = pad(first, recognizer.windows)
@@ -86,8 +84,8 @@ def bench(
     return {
         "load_s": [load_s],
         **stages(transcripts, share),
-        "end_to_end_s": [wall for wall, _, _ in done],
-        "cpu_s": [cpu for _, cpu, _ in done],
+        "end_to_end_s": [wall for wall, _, _ in runs],
+        "cpu_s": [cpu for _, cpu, _ in runs],
         "timed_s": timed_s,
         "mel_share": share,
         "peak_rss_bytes": max([p for p in memory.values() if p != UNAVAILABLE], default=last),
@@ -102,7 +100,7 @@ def bench(
 
 
 def peak_footprint() -> dict[str, int | str]:
-    """Return what a Mac tells beside resident memory."""
+    """Return a Mac's peak physical footprint; nothing on other systems."""
     if sys.platform != "darwin":
         return {}
     from ..machine.mac import peak_footprint_bytes
@@ -111,21 +109,22 @@ def peak_footprint() -> dict[str, int | str]:
 
 
 def compile_first(artifact: Path, compute_units: str | None = None) -> dict[str, list[float]]:
-    """Compile a Core ML artifact for this machine and load it for the first time: in a process of
-    its own, for both take memory that no later load does. `compile_s` is empty where all packages
-    had been compiled before.
+    """Compile a Core ML artifact for this machine and load it for the first time.
 
-    The system may keep what a first load makes of a package for the Neural Engine, and then an
-    artifact that it has met before is no new one to it.
+    Run it in a separate process, as both take memory that later loads do not. `compile_s` is empty
+    if all packages were compiled before. macOS may cache what it prepares for the Neural Engine, so
+    an artifact it has loaded before is not cold.
     """
     from ..engines.coreml import UNITS, Packages, compile_packages, installed, library
 
     manifest = read_manifest(artifact)
     check_files(artifact, manifest)
     if manifest["target"] != "coreml":
-        raise RunnerProblem(f"{artifact}: it is no Core ML artifact", "bench it as it is")
+        raise RunnerProblem(
+            f"{artifact}: not a Core ML artifact", "run bench; nothing has to be compiled"
+        )
     opener = installed(compute_units or next(iter(UNITS)))
-    library(artifact)  # takes seconds, and not those that are asked for
+    library(artifact)  # importing it takes seconds that are not timed
     started = time.perf_counter()
     was_needed = compile_packages(artifact)
     compiled = time.perf_counter()
@@ -137,27 +136,28 @@ def compile_first(artifact: Path, compute_units: str | None = None) -> dict[str,
 
 
 def sustain(
-    recognizer: Recognizer, work: list[tuple[Path, str | None]], minutes: float
+    recognizer: Recognizer, inputs: list[tuple[Path, str | None]], minutes: float
 ) -> dict[str, list[float]]:
-    """Transcribe clips, one after the other and again from the first, for so many minutes.
-
-    Returns each one's seconds, and where the monotonic clock stood when it began.
-    """
-    ends_s = time.monotonic() + 60 * minutes
-    found: dict[str, list[float]] = {"end_to_end_s": [], "at_s": []}
-    for each in cycle(work):
+    """Transcribe the clips in a cycle for `minutes`. Returns the seconds of each transcription, and
+    the monotonic clock at its start."""
+    deadline = time.monotonic() + 60 * minutes
+    samples: dict[str, list[float]] = {"end_to_end_s": [], "at_s": []}
+    for each in cycle(inputs):
         at_s = time.monotonic()
-        if at_s >= ends_s or len(found["at_s"]) >= MOST_SUSTAINED:
-            return found
+        if at_s >= deadline or len(samples["at_s"]) >= MOST_SUSTAINED:
+            break
         wall, _, _ = timed(recognizer, *each)
-        found["end_to_end_s"].append(round(wall, 6))
-        found["at_s"].append(round(at_s, 3))
-    return found
+        samples["end_to_end_s"].append(round(wall, 6))
+        samples["at_s"].append(round(at_s, 3))
+    return samples
 
 
 def cold_load_s(artifact: Path, threads: int | None) -> float | str:
-    """Return the seconds to open an artifact none of whose files is in memory; for a process of its
-    own. "unavailable" where the system keeps them, as one without disk does."""
+    """Return the seconds to open an artifact whose files are not in the page cache.
+
+    Run it in a separate process. Returns "unavailable" if the system does not drop the files from
+    its cache, as on a file system in memory.
+    """
     manifest = read_manifest(artifact)
     if manifest["target"] != "onnx":
         return UNAVAILABLE
@@ -171,12 +171,12 @@ def cold_load_s(artifact: Path, threads: int | None) -> float | str:
 
 
 def dropped(path: Path) -> bool:
-    """Have the system forget a file that it has in memory; say whether it did."""
+    """Drop a file from the page cache; return whether that worked."""
     if not hasattr(os, "posix_fadvise"):
         return False
     file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)  # what is not on the disk yet stays in memory
+        os.fsync(file)  # pages that are not on disk yet cannot be dropped
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         return cached_share(file) <= MOST_CACHED
     except OSError:
@@ -186,7 +186,7 @@ def dropped(path: Path) -> bool:
 
 
 def cached_share(file: int) -> float:
-    """Return the share of an open file's pages that are in memory."""
+    """Return the share of an open file's pages that are in the page cache."""
     size = os.fstat(file).st_size
     if not size:
         return 0.0
@@ -204,13 +204,13 @@ def cached_share(file: int) -> float:
 
 
 def debug_signs() -> list[str]:
-    """Return what makes this interpreter or onnxruntime slower than those that are used."""
+    """Return why this interpreter or onnxruntime is slower than a release build."""
     runtime = sys.modules.get("onnxruntime")
-    told: Callable[[], str] = getattr(runtime, "get_build_info", lambda: "")
+    build_info: Callable[[], str] = getattr(runtime, "get_build_info", lambda: "")
     signs = {
         "python is a debug build": hasattr(sys, "gettotalrefcount"),
         "python runs with -X dev": sys.flags.dev_mode,
-        "onnxruntime is a debug build": "build type=Debug" in told(),
+        "onnxruntime is a debug build": "build type=Debug" in build_info(),
     }
     return [sign for sign, found in signs.items() if found]
 
@@ -221,14 +221,17 @@ def read_clips(path: Path) -> list[Path]:
         names = json.loads(path.read_text(encoding="utf-8"))
         clips = [path.parent / name for name in names]
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise RunnerProblem(f"{path}: no list of clips ({error})", 'write ["a.wav"]') from None
+        raise RunnerProblem(
+            f"{path}: not a list of clips ({error})", 'write a JSON list such as ["a.wav"]'
+        ) from None
     if not clips:
         raise RunnerProblem(f"{path}: the list of clips is empty", "name at least one WAV file")
     return clips
 
 
 def read_languages(clips: Path, count: int) -> list[str | None]:
-    """Read what is spoken in each clip; None for all of them where the list is not there."""
+    """Read the language of each clip from languages.json next to the list of clips. All languages
+    are None if there is no such file."""
     path = clips.parent / "languages.json"
     if not path.is_file():
         return [None] * count
@@ -237,22 +240,24 @@ def read_languages(clips: Path, count: int) -> list[str | None]:
         if not all(isinstance(code, str | None) for code in codes) or len(codes) != count:
             raise ValueError(f"{len(codes)} entries for {count} clips, each a code or null")
     except (OSError, ValueError, TypeError) as error:
-        raise RunnerProblem(f"{path}: no list of languages ({error})", 'write ["en"]') from None
+        raise RunnerProblem(
+            f"{path}: not a list of languages ({error})", 'write a JSON list such as ["en"]'
+        ) from None
     return list(codes)
 
 
 def timed(
     recognizer: Recognizer, path: Path, language: str | None
 ) -> tuple[float, float, Transcript]:
-    """Return the seconds from WAV file to text by the wall and of all cores, and the transcript."""
+    """Transcribe one clip; return wall-clock seconds, CPU seconds and the transcript."""
     wall, cpu = time.perf_counter(), time.process_time()
     transcript = recognizer.transcribe(path, language=language)
     return time.perf_counter() - wall, time.process_time() - cpu, transcript
 
 
 def stages(transcripts: list[Transcript], share: float | None) -> dict[str, list[float]]:
-    """Return the samples of each stage; the encoder graph is divided by log-mel's share, or as it
-    was timed."""
+    """Return the samples of each stage in seconds. The encoder graph's time is split by log-mel's
+    `share`; with None, log-mel was timed itself."""
     graph = [seconds for transcript in transcripts for seconds in transcript.graph_s]
     mel = [seconds for transcript in transcripts for seconds in transcript.mel_s]
     mel = mel if share is None else [share * seconds for seconds in graph]
@@ -265,8 +270,8 @@ def stages(transcripts: list[Transcript], share: float | None) -> dict[str, list
 
 
 def mel_share(artifact: Path, window: Pcm, threads: int | None) -> float:
-    """Return the share of the encoder graph's kernel time that the log-mel nodes take."""
-    import tempfile  # here, for it would count in every peak of memory
+    """Return the log-mel nodes' share of the encoder graph's kernel time."""
+    import tempfile  # imported late, as it would count in every memory peak
 
     from ..engines.sessions import encode, open_session, session_options
 
@@ -282,7 +287,7 @@ def mel_share(artifact: Path, window: Pcm, threads: int | None) -> float:
 
 
 def share_of(events: list[dict], prefix: str) -> float:
-    """Return the median share, over the runs, of kernels whose node's name has this prefix."""
+    """Return the median over the runs of the time share of kernels whose node has this prefix."""
     kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
     micros = np.array([kernel["dur"] for kernel in kernels], float).reshape(PROFILED_RUNS, -1)
     inside = np.array([k["name"].startswith(prefix) for k in kernels]).reshape(PROFILED_RUNS, -1)

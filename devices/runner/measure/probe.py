@@ -1,8 +1,8 @@
-"""Times of graphs of fixed shapes, one operator or a few of a kind each, on this machine.
+"""Microbenchmarks: times small graphs of fixed shapes on this machine.
 
-They are fed once and run again and again: floats are noise, codes random, other integers zero. They
-have memory as an artifact's graphs have it, as the decoder where their names begin so; what a graph
-fills in place, as the decoder does its caches, is bound as there.
+Each graph holds one operator, or several of one kind. Inputs are set once: floats are noise, int8
+codes random, other integers zero. Graphs whose names begin with "decoder" use the decoder's memory
+settings, the others the encoder's. Caches are updated in place, as in the decoder.
 """
 
 import time
@@ -19,9 +19,9 @@ DECODER = "decoder"
 WARM_UPS = 2
 LEAST_RUNS, MOST_RUNS = 7, 200
 ENOUGH_S = 0.05
-"""Of running one graph, where it did not take longer for the least runs."""
+"""Run a graph for at least this long."""
 OTHERS_BYTES = 2**23
-"""What a token's other weights are taken to be: so much is read and written before each run."""
+"""Memory that is read and written before each decoder run, like a token's other weights."""
 TYPES = {
     "tensor(float)": np.float32,
     "tensor(int8)": np.int8,
@@ -35,7 +35,7 @@ def probe_all(folder: Path, threads: int | None = None) -> dict[str, Any]:
     return_large_blocks()
     graphs = sorted(folder.glob("*.onnx"))
     if not graphs:
-        raise RunnerProblem(f"{folder}: there are no graphs to time", "copy them there again")
+        raise RunnerProblem(f"{folder}: there are no graphs to time", "copy the graphs again")
     return {
         "threads": threads or usable_cores(),
         "probes": {path.stem: probe(path, threads) for path in graphs},
@@ -44,7 +44,7 @@ def probe_all(folder: Path, threads: int | None = None) -> dict[str, Any]:
 
 
 def probe(path: Path, threads: int | None = None) -> list[float]:
-    """Return the seconds of every run of a graph, after some that warm up."""
+    """Return the seconds of every run of a graph, after warm-up runs."""
     arena = not path.name.startswith(DECODER)
     session = open_session(path, session_options(threads, arena))
     state = {given.name: value(sample(path, given)) for given in session.get_inputs()}
@@ -62,11 +62,11 @@ def probe(path: Path, threads: int | None = None) -> list[float]:
 
 
 def sample(path: Path, given: Any) -> np.ndarray:
-    """Return something to feed an input with."""
+    """Return values for one input."""
     if given.type not in TYPES or not all(isinstance(axis, int) for axis in given.shape):
         raise RunnerProblem(
             f"{path}: its input {given.name} is {given.type} of {given.shape}",
-            "a probe needs inputs of fixed shape",
+            "export the graph with inputs of fixed shape",
         )
     rng, dtype = np.random.default_rng(0), TYPES[given.type]
     if dtype is np.float32:

@@ -1,9 +1,9 @@
-"""Where the time of an artifact's graphs goes, and what this machine could do at best.
+"""Profiles an artifact's graphs: the time of each part, and the machine's copy rate.
 
-Whole runs are timed without the profiler; then the same runs with it say which share of the kernel
-time each part takes. The exporter names the nodes after the parts of the model they belong to
-(stem/, layers.3/feed_forward/, ...). Beside it stands the rate at which blocks of the size of the
-decoder are copied.
+Whole runs are timed without the profiler. The same runs with the profiler then give each part's
+share of the kernel time. The exporter names nodes after the parts of the model they belong to
+(stem/, layers.3/feed_forward/, ...). The copy rate, for blocks of the decoder's size, is the upper
+bound of the decoder's speed.
 """
 
 import json
@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..artifact.manifest import check_files, read_manifest
 from ..audio import SAMPLING_RATE, Pcm
-from ..engines.contract import check_files, read_manifest
 from ..engines.sessions import Sessions, open_session, session_options
 from ..machine.host import usable_cores, versions
 from ..problem import RunnerProblem
@@ -35,24 +35,24 @@ PARTS = {
 }
 OTHER = "other"
 CONTEXT = 32
-"""Tokens that the last timed step sees, as in a manifest's `macs`."""
+"""Context length of the last timed step, as in a manifest's `macs`."""
 RUNS = 7
 COPIES = 20
 
 
 def profile(artifact: Path, seconds: float, threads: int | None = None) -> dict[str, Any]:
-    """Return seconds a window and a token, the shares of their parts, and the machine's rate.
+    """Return seconds per window and token, the shares of their parts, and the copy rate.
 
-    The sound is noise of so many seconds, at most a window; tokens are forced, so that every run
-    does the same work whatever the model hears.
+    The audio is noise of `seconds`, at most one window. Tokens are forced, so that every run does
+    the same work whatever the model outputs.
     """
     check_files(artifact, read_manifest(artifact))
     recognizer = Recognizer(artifact, threads, guards=False, hashed=False)
     sessions = recognizer.engine
     if not isinstance(sessions, Sessions):
         raise RunnerProblem(
-            f"{artifact}: onnxruntime times the parts of ONNX graphs, and this is no ONNX artifact",
-            "time the whole of it with `edgewhisper bench`",
+            f"{artifact}: not an ONNX artifact; only onnxruntime times the parts of graphs",
+            "time the whole artifact with `edgewhisper bench`",
         )
     count = min(recognizer.window_samples, max(1, round(seconds * SAMPLING_RATE)))
     pcm = noise(count)
@@ -79,7 +79,7 @@ def noise(samples: int) -> Pcm:
 
 
 def window(recognizer: Recognizer, pcm: Pcm) -> Transcript:
-    """Encode one window, feed the prompt, and then the same token until CONTEXT are seen."""
+    """Encode one window, feed the prompt, then one token again and again up to CONTEXT tokens."""
     times = Transcript()
     step = recognizer.decoder_over(pcm, times)
     prompt = recognizer.rules.prompt
@@ -92,7 +92,7 @@ def window(recognizer: Recognizer, pcm: Pcm) -> Transcript:
 def profiled(
     recognizer: Recognizer, sessions: Sessions, pcm: Pcm, threads: int | None
 ) -> list[list[dict]]:
-    """Return the events of encoder and decoder over RUNS windows."""
+    """Return the profiler's events of encoder and decoder over RUNS windows."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("encoder", "decoder"):
             options = session_options(threads)
@@ -107,7 +107,7 @@ def profiled(
 
 
 def shares(events: Sequence[dict]) -> dict[str, float]:
-    """Return the share of the kernel time that each part takes, the largest first."""
+    """Return each part's share of the kernel time, largest first."""
     kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
     micros: dict[str, float] = {}
     for kernel in kernels:
@@ -118,41 +118,40 @@ def shares(events: Sequence[dict]) -> dict[str, float]:
 
 
 def part_of(node: str) -> str:
-    """Return the part that a node belongs to, by the last of its scopes that is known."""
+    """Return the part of the model a node belongs to, from the innermost known scope of its
+    name."""
     scopes = [scope.split(".")[0] for scope in node.split("/")[:-1]]
     return next((PARTS[scope] for scope in reversed(scopes) if scope in PARTS), OTHER)
 
 
 def copy_rate(block_bytes: int, threads: int) -> float:
-    """Return bytes read and written in a second where blocks of that size are copied.
-
-    A small block stays in the caches, as the weights of a small decoder do.
-    """
+    """Return the bytes per second, read and written, of copying blocks of `block_bytes`. Small
+    blocks stay in the CPU caches, as the weights of a small decoder do."""
     each = max(2**18, block_bytes // threads)
     blocks = [(np.ones(each, np.uint8), np.zeros(each, np.uint8)) for _ in range(threads)]
 
-    def work(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    def copy(pair: tuple[np.ndarray, np.ndarray]) -> None:
         for _ in range(COPIES):
             np.copyto(pair[1], pair[0])
 
-    return 2 * each * threads * COPIES / best(lambda: together(work, blocks))
+    return 2 * each * threads * COPIES / best(lambda: in_threads(copy, blocks))
 
 
-def together(work: Callable[[Any], None], items: Sequence[Any]) -> None:
-    """Do the work on every item, each in a thread of its own."""
-    workers = [threading.Thread(target=work, args=(item,)) for item in items[1:]]
+def in_threads(function: Callable[[Any], None], items: Sequence[Any]) -> None:
+    """Call a function on every item, each in its own thread."""
+    workers = [threading.Thread(target=function, args=(item,)) for item in items[1:]]
     for worker in workers:
         worker.start()
-    work(items[0])
+    function(items[0])
     for worker in workers:
         worker.join()
 
 
-def best(work: Callable[[], object]) -> float:
-    """Return the shortest of some times, in seconds: what disturbs a machine only adds to it."""
-    found = []
+def best(function: Callable[[], object]) -> float:
+    """Return the shortest of RUNS times in seconds: disturbances only make a run longer."""
+    times = []
     for _ in range(RUNS):
         started = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - started)
-    return min(found)
+        function()
+        times.append(time.perf_counter() - started)
+    return min(times)

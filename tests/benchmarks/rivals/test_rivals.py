@@ -43,7 +43,8 @@ from benchmarks.rivals.race import (
 from benchmarks.sizes import Size
 from benchmarks.speech.clips import read_manifest
 from devices.device import open_device, run_runner
-from devices.runner.decode.rules import Rules, greedy
+from devices.runner.decode.greedy import greedy
+from devices.runner.decode.rules import Rules
 from export.problem import Problem
 
 PYTHON = interpreter()

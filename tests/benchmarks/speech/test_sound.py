@@ -108,7 +108,7 @@ def test_a_placeholder_for_the_length_is_read_to_the_end(size, sound, tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(wav(sixteen(sound), size, size + 36))
     for read in (read_audio, read_wav):
-        with pytest.warns(UserWarning, match=f"promises {size} bytes of sound; all 128000 are"):
+        with pytest.warns(UserWarning, match=f"promises {size} bytes of audio; all 128000 are"):
             assert len(read(path)) == len(sound)
 
 

@@ -1,6 +1,6 @@
-"""int8 artifacts on x86 without VNNI, whose processors add pairs of products in 16 bits.
+"""int8 artifacts on x86 without VNNI, where pairs of products are added in 16 bits and saturate.
 
-The processor is emulated; the runner's own functions open the artifact and feed it, see
+The processor is emulated, and the runner's own functions open and run the artifact. See
 export/onnx/constants.py.
 """
 
@@ -54,16 +54,16 @@ def logits(artifact: Path, exact: str, emulated: bool, out: Path) -> np.ndarray:
 
 @pytest.fixture
 def artifact(make_whisper, processor, tmp_path) -> Path:
-    """Wide enough for hidden units in several pieces, whose products read equal weights."""
+    """A model wide enough for hidden units in several pieces, with saturating products."""
     model = make_whisper(ffn=3600)
     export_onnx(model, processor, tmp_path / "int8", "int8")
     return tmp_path / "int8"
 
 
-def test_products_are_exact_where_the_runner_opens_an_artifact(artifact, tmp_path):
+def test_int8_products_are_exact_in_the_runner(artifact, tmp_path):
     want = logits(artifact, "exact", False, tmp_path / "here.npy")
     found = logits(artifact, "exact", True, tmp_path / "there.npy")
     loose = logits(artifact, "not exact", True, tmp_path / "loose.npy")
-    # floats are summed in another order there, and a rounding of activations may tip
+    # floats are summed in another order there, so the rounding of an activation may differ
     assert np.abs(found - want).max() < 0.02 * np.abs(want).max()
     assert np.abs(loose - want).max() > 10 * np.abs(found - want).max()

@@ -1,4 +1,4 @@
-"""Artifacts from a stranger: whatever is wrong with one, a letter names the file and the reason."""
+"""Untrusted artifacts: whatever is wrong, an error message names the file and the reason."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from small_whisper import random_whisper
 
 from benchmarks.speech.clips import read_manifest as read_clips
 from devices.device import RUNNER
+from devices.runner.artifact import graph_file
+from devices.runner.artifact import manifest as contract
 from devices.runner.decode.text import read_tokens
-from devices.runner.engines import contract, graph_file
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper.verify import verify
@@ -32,7 +33,7 @@ from export.layouts import graph_files, needed_files
 from export.onnx.to_onnx import export_onnx
 
 LARGEST_BYTES = 64 * 2**20
-"""What reading a hostile file may take of Python's memory."""
+"""Limit of Python's memory for parsing a hostile file."""
 
 
 def random_artifact(folder: Path, digits: Path, processor, seed: int, precision: str, **sizes):
@@ -50,14 +51,14 @@ def original(tmp_path_factory, digits, processor, module_seed) -> Path:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, digits, processor, module_seed) -> Path:
-    """Another one, of four heads where that has two."""
+    """Another artifact, with four heads instead of two."""
     folder = tmp_path_factory.mktemp("hostile") / "other"
     return random_artifact(folder, digits, processor, module_seed, "int8", heads=4, ffn=32)
 
 
 @pytest.fixture
 def artifact(original, tmp_path) -> Path:
-    """A copy to be spoiled."""
+    """A copy of the artifact to be damaged."""
     return Path(shutil.copytree(original, tmp_path / "artifact"))
 
 
@@ -77,7 +78,7 @@ def one_clip(clips, tmp_path_factory) -> Path:
 
 
 def sign(folder: Path) -> None:
-    """Hashes and sizes as the files are now: a stranger writes the manifest as well."""
+    """Update hashes and sizes in the manifest, as an attacker could."""
     write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
 
 
@@ -86,21 +87,21 @@ def store(folder: Path, manifest: dict) -> None:
 
 
 def refused(folder: Path, one_clip: Path) -> str:
-    """What the runner's letter says; `verify` must refuse the artifact too, with the same file."""
-    with pytest.raises(RunnerProblem) as letter:
+    """Return the runner's error; `verify` must refuse the artifact too and name the same file."""
+    with pytest.raises(RunnerProblem) as error:
         Recognizer(folder, threads=1)
     report = verify(folder, one_clip)
     assert report.letter is not None
-    assert len(str(letter.value)) + len(str(report.letter)) < 3000
-    str(letter.value).encode(), str(report.letter).encode()  # both can be printed
-    named = {word.strip(":,").rsplit("/")[-1] for word in str(letter.value).split()}
+    assert len(str(error.value)) + len(str(report.letter)) < 3000
+    str(error.value).encode(), str(report.letter).encode()  # both can be printed
+    named = {word.strip(":,").rsplit("/")[-1] for word in str(error.value).split()}
     known = {*os.listdir(folder), "manifest.json", "encoder.onnx", "decoder.onnx", "tokens.json"}
-    assert any(name in str(report.letter) for name in named & known), (letter.value, report.letter)
-    return str(letter.value)
+    assert any(name in str(report.letter) for name in named & known), (error.value, report.letter)
+    return str(error.value)
 
 
-def test_the_artifact_itself_is_sound(original, one_clip):
-    """Its gate was never run, which is the last thing that is looked at."""
+def test_the_unchanged_artifact_is_accepted(original, one_clip):
+    """`verify` fails only at its last check: the gate was not run."""
     assert Recognizer(original, threads=1)
     assert [row["result"] for row in verify(original, one_clip).rows] == [*["ok"] * 4, "failed"]
 
@@ -109,7 +110,7 @@ def test_the_artifact_itself_is_sound(original, one_clip):
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx", "tokens.json"])
-def test_a_file_cut_anywhere_is_refused_signed_or_not(name, original, artifact, one_clip, rng):
+def test_truncated_files_are_refused(name, original, artifact, one_clip, rng):
     whole = (original / name).read_bytes()
     for place in rng.integers(0, len(whole) - 2, size=8):
         (artifact / name).write_bytes(whole[:place])
@@ -128,10 +129,10 @@ def test_a_flipped_bit_is_refused(name, original, artifact, one_clip, rng):
     assert f"{name}: damaged, its SHA-256 is not the manifest's" in refused(artifact, one_clip)
 
 
-def test_flipped_bytes_never_confuse_the_reader_of_graphs(original, tmp_path, rng):
-    """Signed, a flip in a weight is another model; one in the structure is a letter or harmless."""
+def test_flipped_bytes_never_crash_the_graph_parser(original, tmp_path, rng):
+    """With matching hashes, a flip in the structure gives an error message or is harmless."""
     whole, path = (original / "decoder.onnx").read_bytes(), tmp_path / "x.onnx"
-    letters = 0
+    errors = 0
     for _ in range(150):
         data = bytearray(whole)
         for place in rng.integers(0, len(data), size=int(rng.integers(1, 200))):
@@ -139,21 +140,21 @@ def test_flipped_bytes_never_confuse_the_reader_of_graphs(original, tmp_path, rn
         path.write_bytes(data)
         try:
             graph_file.read_graph(path)
-        except RunnerProblem as letter:
-            letters += 1
-            assert str(letter).startswith(f"{path}: ")
-    assert letters > 50
+        except RunnerProblem as error:
+            errors += 1
+            assert str(error).startswith(f"{path}: ")
+    assert errors > 50
 
 
-def test_bytes_without_sense_never_confuse_it_either(tmp_path, rng):
+def test_random_bytes_never_crash_the_graph_parser(tmp_path, rng):
     for size in rng.integers(1, 5000, size=100):
         (tmp_path / "x.onnx").write_bytes(rng.bytes(size))
         with pytest.raises(RunnerProblem, match=r"x\.onnx: "):
             graph_file.read_graph(tmp_path / "x.onnx")
 
 
-def test_onnxruntime_gets_flipped_graphs_in_a_process_of_its_own(artifact, original, rng, spoken):
-    """Three signed flips near the end, where nodes stand: the process ends with an answer."""
+def test_flipped_graphs_never_crash_the_runner(artifact, original, rng, spoken):
+    """Three flips near the end, where the nodes are: the process ends with a result or an error."""
     whole = bytearray((original / "decoder.onnx").read_bytes())
     first_node = whole.find(b"look_up/")
     for _ in range(3):
@@ -174,7 +175,7 @@ def test_a_graph_of_another_artifact_is_refused(name, other, artifact, one_clip)
     assert f"{name}: " in refused(artifact, one_clip)
 
 
-def test_graphs_that_have_changed_places_are_refused(artifact, one_clip):
+def test_swapped_graphs_are_refused(artifact, one_clip):
     (artifact / "encoder.onnx").rename(artifact / "x")
     (artifact / "decoder.onnx").rename(artifact / "encoder.onnx")
     (artifact / "x").rename(artifact / "decoder.onnx")
@@ -190,7 +191,7 @@ def test_links_are_refused(name, artifact, one_clip, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "decoder.onnx", "tokens.json"])
-def test_pipes_and_folders_are_refused_and_nobody_waits(name, artifact, one_clip):
+def test_pipes_and_folders_are_refused_without_blocking(name, artifact, one_clip):
     (artifact / name).unlink()
     os.mkfifo(artifact / name)
     assert f"{name}: not a regular file" in refused(artifact, one_clip)
@@ -206,7 +207,7 @@ OTHERS = ("transformers", "sherpa", "single")
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory, digits, processor, module_seed) -> Path:
-    """Folders of int8 artifacts in the other layouts, and in `wide` those of a wider model."""
+    """Folders of int8 artifacts in the other layouts; `wide` has those of a wider model."""
     root = tmp_path_factory.mktemp("layouts")
     for place, d_model in ((root, 32), (root / "wide", 64)):
         torch.manual_seed(module_seed)
@@ -217,7 +218,7 @@ def layouts(tmp_path_factory, digits, processor, module_seed) -> Path:
 
 
 def why_not(folder: Path, one_clip: Path, check: str) -> str:
-    """The letter of `verify`, which must come from that check."""
+    """Return the error message of `verify`, which must come from the given check."""
     report = verify(folder, one_clip, threads=1)
     assert report.letter is not None
     assert [row["check"] for row in report.rows if row["result"] == "failed"] == [check]
@@ -231,14 +232,14 @@ def graphs_in(folder: Path, layout: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_other_layouts_are_sound(layout, layouts, one_clip):
-    """But for the gate, which was never run."""
+def test_unchanged_artifacts_of_other_layouts_are_accepted(layout, layouts, one_clip):
+    """`verify` fails only because the gate was not run."""
     assert "has passed no gate" in why_not(layouts / layout, one_clip, "gate")
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_their_files_cut_anywhere_are_refused(layout, layouts, one_clip, tmp_path, rng):
-    """Each as it is; then a graph, or the weights beside it, signed."""
+def test_truncated_files_of_other_layouts_are_refused(layout, layouts, one_clip, tmp_path, rng):
+    """Every file without, then graphs and their weights with, matching hashes."""
     names = needed_files(layout, "int8")
     folder = Path(shutil.copytree(layouts / layout, tmp_path / layout))
     for name in names:
@@ -255,7 +256,7 @@ def test_their_files_cut_anywhere_are_refused(layout, layouts, one_clip, tmp_pat
 
 
 @pytest.mark.parametrize("layout", ["transformers", "sherpa"])
-def test_their_encoder_of_another_export_is_refused(layout, layouts, one_clip, tmp_path):
+def test_other_layouts_refuse_an_encoder_of_another_export(layout, layouts, one_clip, tmp_path):
     folder = Path(shutil.copytree(layouts / layout, tmp_path / layout))
     encoder = graphs_in(folder, layout)[0]
     shutil.copy(graphs_in(layouts / "wide" / layout, layout)[0], encoder)
@@ -264,7 +265,7 @@ def test_their_encoder_of_another_export_is_refused(layout, layouts, one_clip, t
 
 
 @pytest.mark.parametrize("layout", ["transformers", "sherpa"])
-def test_their_graphs_that_have_changed_places_are_refused(layout, layouts, one_clip, tmp_path):
+def test_swapped_graphs_are_refused_in_other_layouts(layout, layouts, one_clip, tmp_path):
     folder = Path(shutil.copytree(layouts / layout, tmp_path / layout))
     first, second = graphs_in(folder, layout)[-2:]
     first.rename(folder / "x")
@@ -274,10 +275,10 @@ def test_their_graphs_that_have_changed_places_are_refused(layout, layouts, one_
     assert f"{first}: its" in why_not(folder, one_clip, "contract")
 
 
-def test_unmerged_decoders_of_another_model_are_found(
+def test_unmerged_decoders_of_another_model_are_refused(
     layouts, digits, processor, one_clip, tmp_path
 ):
-    """Same shapes, other weights: only what they say tells."""
+    """Shapes are the same and weights differ: only the outputs reveal it."""
     other = tmp_path / "other"
     export_onnx(random_whisper(digits), processor, other, "int8", layout="transformers")
     folder = Path(shutil.copytree(layouts / "transformers", tmp_path / "mixed"))
@@ -309,7 +310,7 @@ ODD_FILES = [
 @pytest.mark.parametrize(
     ("layout", "name", "old", "new"), ODD_FILES, ids=[f"{row[1]}-{row[3]}" for row in ODD_FILES]
 )
-def test_files_beside_their_graphs_that_make_no_sense_are_refused(
+def test_malformed_companion_files_of_other_layouts_are_refused(
     layout, name, old, new, layouts, one_clip, tmp_path
 ):
     folder = Path(shutil.copytree(layouts / layout, tmp_path / layout))
@@ -332,7 +333,7 @@ def test_files_beside_their_graphs_that_make_no_sense_are_refused(
         ("no_speech", None, "its metadata lack no_speech"),
     ],
 )
-def test_absurd_metadata_of_sherpas_encoder_are_refused(
+def test_absurd_metadata_of_sherpas_encoder_is_refused(
     key, value, message, layouts, one_clip, tmp_path
 ):
     folder = Path(shutil.copytree(layouts / "sherpa", tmp_path / "sherpa"))
@@ -346,7 +347,7 @@ def test_absurd_metadata_of_sherpas_encoder_are_refused(
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_absurd_metadata_of_their_manifests_are_refused(layout, layouts, one_clip, tmp_path):
+def test_absurd_manifests_of_other_layouts_are_refused(layout, layouts, one_clip, tmp_path):
     whole = json.loads((layouts / layout / "manifest.json").read_text())
     graph = next(iter(whole["contract"]))
     for where, value, message in (
@@ -371,9 +372,9 @@ TEXTS = [
     pytest.param(b"\xff\xfe{}", "'utf-8' codec can't decode", id="not-utf-8"),
     pytest.param(b"[" * 200_000, "nested too deeply", id="deep-lists"),
     pytest.param(b'{"a":' * 200_000, "nested too deeply", id="deep-objects"),
-    pytest.param(b'{"format": NaN}', "NaN is no JSON number", id="nan"),
+    pytest.param(b'{"format": NaN}', "NaN is not a JSON number", id="nan"),
     pytest.param(b'{"format": ' + b"9" * 5000 + b"}", "digits", id="long-number"),
-    pytest.param(b" " * (8 * 2**20 + 1), "8388609 bytes, at most 8388608", id="large"),
+    pytest.param(b" " * (8 * 2**20 + 1), "8388609 bytes; the limit is 8388608", id="large"),
     pytest.param(b"", "cannot be read", id="empty"),
     pytest.param(b"\0" * 1000, "cannot be read", id="zeros"),
     pytest.param(b'{"format": 2, "target": "tflite"}', "for 'tflite'", id="other-target"),
@@ -383,7 +384,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(("text", "message"), TEXTS)
-def test_text_that_is_no_manifest_is_refused(text, message, artifact, one_clip):
+def test_a_file_that_is_not_a_manifest_is_refused(text, message, artifact, one_clip):
     (artifact / "manifest.json").write_bytes(text)
     assert message in refused(artifact, one_clip)
 
@@ -391,7 +392,7 @@ def test_text_that_is_no_manifest_is_refused(text, message, artifact, one_clip):
 @pytest.mark.parametrize(
     "text", [b"[" * 200_000, b'{"bytes": {"a": 1}}', b'{"bytes": [1]}', b'{"bytes": ["?"]}', b"[]"]
 )
-def test_a_token_table_that_is_none_is_refused(text, tmp_path):
+def test_a_malformed_token_table_is_refused(text, tmp_path):
     (tmp_path / "tokens.json").write_bytes(text)
     with pytest.raises(RunnerProblem, match=r"tokens\.json"):
         read_tokens(tmp_path / "tokens.json")
@@ -401,8 +402,8 @@ ABSURD = [
     ("audio.window_samples", -1, "a whole number from 1 to 960000"),
     ("audio.window_samples", 10**12, "a whole number from 1 to 960000"),
     ("audio.window_samples", "96000", "a whole number"),
-    ("audio.windows_samples", [96000, 32000], "do not ascend"),
-    ("audio.windows_samples", [32001, 96000], "no multiple of 320"),
+    ("audio.windows_samples", [96000, 32000], "must ascend"),
+    ("audio.windows_samples", [32001, 96000], "not a multiple of 320"),
     ("audio.windows_samples", [-320, 96000], "a whole number"),
     ("audio.windows_samples", [320] * 10**5, "a list of at most 64"),
     ("audio.hop_samples", 0, "a whole number"),
@@ -439,7 +440,7 @@ ABSURD = [
 
 
 def changed(manifest: dict, where: str, value: object) -> dict:
-    """A copy with another value in one place."""
+    """Return a copy with another value in one place."""
     found = deepcopy(manifest)
     place, *keys = found, *where.split(".")
     for key in keys[:-1]:
@@ -453,17 +454,17 @@ def changed(manifest: dict, where: str, value: object) -> dict:
 )
 def test_absurd_metadata_is_refused(where, value, message, manifest, tmp_path):
     store(tmp_path, changed(manifest, where, value))
-    with pytest.raises(RunnerProblem) as letter:
+    with pytest.raises(RunnerProblem) as error:
         contract.read_manifest(tmp_path)
-    assert str(letter.value).startswith(f"{tmp_path / 'manifest.json'}: ")
-    assert message in str(letter.value)
-    assert len(str(letter.value)) < 700
-    str(letter.value).encode()
-    assert letter.value.hint
+    assert str(error.value).startswith(f"{tmp_path / 'manifest.json'}: ")
+    assert message in str(error.value)
+    assert len(str(error.value)) < 700
+    str(error.value).encode()
+    assert error.value.hint
 
 
 def places(value: object, where: str = "") -> list[str]:
-    """Every place of a manifest, whole objects and lists too."""
+    """Yield every path in a manifest, including whole objects and lists."""
     inner = value.items() if isinstance(value, dict) else enumerate(value)
     found = []
     for key, held in inner:
@@ -476,8 +477,8 @@ def places(value: object, where: str = "") -> list[str]:
 WRONG = [None, True, -1, 10**12, 10**40, 1.5, "", "x" * 10**5, "\ud800", [], {}, [[]], {"": {}}]
 
 
-def test_no_wrong_value_anywhere_does_more_than_a_letter(manifest, tmp_path, rng):
-    """And what the runner calculates with is never of another type."""
+def test_wrong_values_anywhere_give_an_error_message_at_most(manifest, tmp_path, rng):
+    """Values that the runner computes with always have the right type."""
     told = {
         key: manifest[key] for key in manifest if key not in ("files", "provenance", "versions")
     }
@@ -488,17 +489,17 @@ def test_no_wrong_value_anywhere_does_more_than_a_letter(manifest, tmp_path, rng
         store(tmp_path, changed(manifest, str(where), value))
         try:
             found = contract.read_manifest(tmp_path)
-        except RunnerProblem as letter:
+        except RunnerProblem as error:
             refusals += 1
-            str(letter).encode()
-            assert len(str(letter)) < 700
+            str(error).encode()
+            assert len(str(error)) < 700
         else:
             assert type(found["audio"]["window_samples"]) is int
             assert type(found["decoding"]["max_new_tokens"]) is int
     assert refusals > 120
 
 
-def test_fields_that_are_missing_are_named(manifest, tmp_path):
+def test_missing_fields_are_named(manifest, tmp_path):
     for where in ("audio", "decoding", "contract", "contract.decoder", "decoding.eos", "files"):
         *outer, last = where.split(".")
         found = deepcopy(manifest)
@@ -511,7 +512,7 @@ def test_fields_that_are_missing_are_named(manifest, tmp_path):
             contract.read_manifest(tmp_path)
 
 
-def test_unknown_keys_are_let_be(manifest, tmp_path):
+def test_unknown_keys_are_ignored(manifest, tmp_path):
     found = changed(manifest, "news", {"of": ["a later release"]})
     found["audio"]["channels"] = 1
     store(tmp_path, found)
@@ -522,24 +523,24 @@ def test_unknown_keys_are_let_be(manifest, tmp_path):
 
 
 @pytest.mark.parametrize("name", hostile_graphs.GRAPHS)
-def test_a_graph_that_asks_for_what_none_needs_is_refused(name, artifact, one_clip):
+def test_dangerous_graphs_are_refused(name, artifact, one_clip):
     make, message = hostile_graphs.GRAPHS[name]
     hostile_graphs.write(artifact / "encoder.onnx", make())
     sign(artifact)
     tracemalloc.start()
-    with pytest.raises(RunnerProblem, match=message) as letter:
+    with pytest.raises(RunnerProblem, match=message) as error:
         Recognizer(artifact, threads=1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < LARGEST_BYTES
-    assert str(letter.value).startswith(f"{artifact / 'encoder.onnx'}: ")
+    assert str(error.value).startswith(f"{artifact / 'encoder.onnx'}: ")
     report = verify(artifact, one_clip)
     assert report.rows[2]["result"] == "failed"
-    assert str(report.letter) == str(letter.value)
+    assert str(report.letter) == str(error.value)
 
 
 def test_weights_in_a_link_within_the_folder_are_refused(artifact, tmp_path):
-    """Listed by its name, it still leads out of the folder."""
+    """A linked folder leads out of the artifact, even if the manifest lists the file."""
     (tmp_path / "secret").write_bytes(b"0123")
     (artifact / "weights.bin").write_bytes(b"0123")
     hostile_graphs.write(artifact / "encoder.onnx", hostile_graphs.outside("weights.bin"))
@@ -547,24 +548,24 @@ def test_weights_in_a_link_within_the_folder_are_refused(artifact, tmp_path):
     graph_file.read_graph(artifact / "encoder.onnx", ["weights.bin"])  # a file there is fine
     (artifact / "weights.bin").unlink()
     (artifact / "weights.bin").symlink_to(tmp_path / "secret")
-    with pytest.raises(RunnerProblem, match=r"'weights\.bin', which is no file of the artifact"):
+    with pytest.raises(RunnerProblem, match=r"'weights\.bin', which is not a file of the artifact"):
         Recognizer(artifact, threads=1)
 
 
-def test_loops_pass_where_a_layout_has_them(tmp_path):
+def test_loops_are_accepted_for_layouts_that_have_them(tmp_path):
     make, _ = hostile_graphs.GRAPHS["loop"]
     hostile_graphs.write(tmp_path / "x.onnx", make())
     kinds = [n.kind for n in graph_file.read_graph(tmp_path / "x.onnx", subgraphs=True).nodes]
     assert kinds == ["Identity", "Identity", "Loop"]
 
 
-def test_subgraphs_end_somewhere_even_there(tmp_path):
+def test_deeply_nested_subgraphs_are_refused(tmp_path):
     hostile_graphs.write(tmp_path / "x.onnx", hostile_graphs.deep())
     with pytest.raises(RunnerProblem, match="subgraphs more than 4 deep"):
         graph_file.read_graph(tmp_path / "x.onnx", subgraphs=True)
 
 
-def test_a_graph_is_read_as_onnx_reads_it(original):
+def test_parsed_graphs_equal_those_of_onnx(original):
     import onnx
 
     for name in ("encoder.onnx", "decoder.onnx"):
@@ -598,8 +599,8 @@ def run(artifact: Path, spoken: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_memory_that_a_graph_asks_for_as_it_runs_is_refused(artifact, one_clip, spoken):
-    """4 GB by a shape that is computed: the process has a limit, and says so."""
+def test_a_graph_that_allocates_too_much_at_run_time_is_refused(artifact, one_clip, spoken):
+    """A computed shape asks for 4 GB: the process hits its memory limit and reports it."""
     hostile_graphs.greedy_for_memory(artifact / "encoder.onnx")
     sign(artifact)
     done = run(artifact, spoken)
@@ -611,11 +612,11 @@ def test_memory_that_a_graph_asks_for_as_it_runs_is_refused(artifact, one_clip, 
     assert "encoder.onnx: the graph cannot be run" in str(report.letter)
 
 
-def test_a_run_that_does_not_end_is_ended(original, one_clip):
+def test_a_run_that_does_not_end_is_killed(original, one_clip):
     report = verify(original, one_clip, timeout_s=0.05)
     assert "did not end within 0.05 s" in str(report.letter)
 
 
-def test_noise_of_any_kind_in_the_folder_beside_is_no_matter(artifact, rng):
+def test_unrelated_files_in_the_folder_are_ignored(artifact, rng):
     (artifact / "notes.txt").write_bytes(rng.bytes(100))
     assert Recognizer(artifact, threads=1).window(np.zeros(100, np.float32)) == []

@@ -1,4 +1,4 @@
-"""What the runner hears beside greedy text: timestamps, languages, beams, second thoughts."""
+"""Transcription beyond greedy text: timestamps, languages, beam search, temperature fallback."""
 
 from __future__ import annotations
 
@@ -28,17 +28,12 @@ from devices.runner.decode.fallback import (
     draw,
     sample,
 )
+from devices.runner.decode.greedy import Filter, greedy, say
 from devices.runner.decode.listen import Listener, Options, code
-from devices.runner.decode.rules import (
-    Filter,
-    Rules,
-    greedy,
-    loop_period,
-    probability,
-    say,
-    without_loop,
-)
-from devices.runner.decode.timestamps import STEP_SAMPLES, log_sum_exp, parts
+from devices.runner.decode.loops import loop_period, without_loop
+from devices.runner.decode.rules import Rules
+from devices.runner.decode.softmax import log_sum_exp, probability
+from devices.runner.decode.timestamps import STEP_SAMPLES, parts
 from devices.runner.engines.sessions import MOST_IDS
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer, Transcript
@@ -81,7 +76,7 @@ def recognizer(exported) -> Recognizer:
 
 @pytest.fixture(scope="module")
 def plain(exported) -> Recognizer:
-    """The same without the guards that transformers does not have."""
+    """The same artifact without the guards, which transformers does not have."""
     return Recognizer(exported, threads=1, guards=False)
 
 
@@ -104,7 +99,7 @@ def features(processor, pcm: np.ndarray) -> torch.Tensor:
     spread=st.sampled_from([0.1, 1.0, 4.0]),
     first=st.sampled_from([None, 0, 5, 19]),
 )
-def test_the_same_tokens_are_forbidden_as_by_transformers(seed, tokens, spread, first):
+def test_the_forbidden_tokens_equal_those_of_transformers(seed, tokens, spread, first):
     told = rules(max_initial_timestamp_index=first).told(None, None, timestamps=True)
     logits = (spread * np.random.default_rng(seed).standard_normal(VOCAB)).astype(np.float32)
     config = SimpleNamespace(
@@ -124,7 +119,7 @@ def test_the_same_tokens_are_forbidden_as_by_transformers(seed, tokens, spread, 
     tokens=st.lists(st.one_of(st.integers(0, 3), st.integers(BEGIN, VOCAB - 1)), max_size=14),
     length=st.integers(1, 19),
 )
-def test_segments_are_those_of_transformers(tokens, length):
+def test_segments_equal_those_of_transformers(tokens, length):
     tokens = [BEGIN, *tokens]
     found, steps = parts(tokens, rules(), length)
     segments, offset = Whisper._retrieve_segment(
@@ -144,10 +139,10 @@ def test_segments_are_those_of_transformers(tokens, length):
     assert steps == int(offset) // 2
     times = [(0.5 * begin, 0.5 * end) for begin, end, _ in found]
     theirs = [s["tokens"].tolist() for s in segments]
-    if any(a >= BEGIN and b >= BEGIN for a, b in pairwise(tokens)):  # ours is another without
+    if any(a >= BEGIN and b >= BEGIN for a, b in pairwise(tokens)):  # without pairs, ours differs
         assert times == [(float(s["start"]), float(s["end"])) for s in segments]
         if not tokens[-1] >= BEGIN > tokens[-2]:
-            theirs[-1].pop()  # the begin of the segment that is left out
+            theirs[-1].pop()  # the start of the segment that is left out
     assert [part for _, _, part in found] == theirs
 
 
@@ -164,7 +159,7 @@ def test_a_window_without_pairs_is_one_segment(tokens, times):
     assert parts(tokens, rules(), 15) == ([(*times, tokens)], 15)
 
 
-def test_a_forbidden_text_leaves_the_array_of_logits_alone(rng):
+def test_the_filter_does_not_change_the_logits(rng):
     logits = rng.standard_normal(VOCAB).astype(np.float32)
     before = logits.copy()
     Filter(rules().told(None, None, True))(logits, [])
@@ -172,7 +167,7 @@ def test_a_forbidden_text_leaves_the_array_of_logits_alone(rng):
     assert np.array_equal(logits, before)
 
 
-def test_log_sum_exp_neither_overflows_nor_fails_on_nothing(rng):
+def test_log_sum_exp_does_not_overflow_and_accepts_minus_infinity(rng):
     values = rng.uniform(-5, 5, 50).astype(np.float32)
     assert log_sum_exp(values) == pytest.approx(np.log(np.exp(values).sum()), abs=1e-5)
     assert log_sum_exp(values + np.float32(1e4)) == pytest.approx(log_sum_exp(values) + 1e4)
@@ -180,7 +175,7 @@ def test_log_sum_exp_neither_overflows_nor_fails_on_nothing(rng):
 
 
 def test_tokens_with_timestamps_equal_those_of_generate(plain, torch_model, processor, pcms, rng):
-    """On speech, on noise, and on less than a window; one pass each, before anything is cut."""
+    """Speech, noise and less than a window; one window each."""
     noise = (0.1 * rng.standard_normal(WINDOW)).astype(np.float32)
     for pcm in [*pcms[:3], noise, pcms[3][: rng.integers(8_000, 30_000)]]:
         with torch.no_grad():
@@ -198,13 +193,12 @@ def test_tokens_with_timestamps_equal_those_of_generate(plain, torch_model, proc
         assert found[0] >= listener.rules.timestamp_begin
 
 
-# -------------------------------------------------------------- long sound, cut by timestamps
+# ------------------------------------------------------------ long audio, split by timestamps
 
 
 class Ideal(Listener):
-    """Hears words that are written into the samples: word n has the value n. It says those which
-    lie in the window as a whole, each with the times of its begin and end, and begins one that the
-    window cuts."""
+    """Reads words from the samples: word n has the value n. It returns the words that are entirely
+    in the window, with their start and end times, and the start of a word that the window cuts."""
 
     def window(self, pcm):
         begin, tokens = self.rules.timestamp_begin, []
@@ -219,7 +213,7 @@ class Ideal(Listener):
 
 
 def ideal(window_steps: int) -> Ideal:
-    """An ideal listener with so long a window."""
+    """Return an ideal recognizer with the given window length."""
     stub = SimpleNamespace(
         rules=rules(),
         window_samples=window_steps * STEP_SAMPLES,
@@ -235,13 +229,13 @@ def ideal(window_steps: int) -> Ideal:
     lead=st.integers(0, 130),
 )
 def test_no_word_is_lost_or_doubled_between_windows(words, lead):
-    """Words with pauses of 0.24 s and more, some of which are longer than a window."""
+    """Words with pauses of at least 0.24 s; some pauses are longer than a window."""
     steps, begins = [0] * lead, []
     for number, (length, gap) in enumerate(words, start=1):
         begins.append(len(steps))
         steps += [number] * length + [0] * gap
     pcm = np.repeat(np.array(steps, np.float32), STEP_SAMPLES)
-    pcm[1::2] *= -1  # what does not change is an offset, and no sound
+    pcm[1::2] *= -1  # a constant would count as an offset, not as sound
     listener = ideal(window_steps=60)
     segments = list(listener.segments(pcm))
     assert [segment.text for segment in segments] == [str(i + 1) for i in range(len(words))]
@@ -254,7 +248,7 @@ def test_no_word_is_lost_or_doubled_between_windows(words, lead):
     ]
 
 
-def test_timestamps_are_said_as_by_generate(plain, torch_model, processor, pcms):
+def test_timestamps_equal_those_of_generate(plain, torch_model, processor, pcms):
     listener = Listener(plain, Options(timestamps=True), Transcript())
     for pcm in pcms[:4]:
         with torch.no_grad():
@@ -270,7 +264,7 @@ def test_timestamps_are_said_as_by_generate(plain, torch_model, processor, pcms)
         assert any(token >= plain.rules.timestamp_begin for token in found)
 
 
-def test_times_never_go_back_and_stay_within_the_recording(recognizer, pcms, rng):
+def test_times_never_decrease_and_stay_within_the_recording(recognizer, pcms, rng):
     order = rng.permutation(len(pcms))
     pcm = np.concatenate([pcms[n] for n in order])
     found = list(recognizer.stream(pcm, timestamps=True, previous=bool(rng.integers(2))))
@@ -280,7 +274,7 @@ def test_times_never_go_back_and_stay_within_the_recording(recognizer, pcms, rng
     assert 0 <= times[0] <= times[-1] <= len(pcm) / 16_000
 
 
-def test_a_window_that_would_hardly_move_on_keeps_its_unfinished_text():
+def test_a_window_that_advances_less_than_a_second_keeps_its_text():
     listener = ideal(window_steps=300)
     listener.window = lambda pcm: [BEGIN, 1, BEGIN + 2, BEGIN + 2, 3, 4]
     segments = list(listener.segments(np.ones(STEP_SAMPLES * 320, np.float32)))
@@ -290,10 +284,10 @@ def test_a_window_that_would_hardly_move_on_keeps_its_unfinished_text():
 
 
 def test_joined_clips_are_cut_between_words(recognizer, clips, rng):
-    """Shipped clips in a drawn order, half a second or more between them, over several windows.
+    """Shipped clips in random order, with gaps of at least half a second, over several windows.
 
-    Every cut lies in such a gap, so the text is that of the stretches between cuts. (Labels are
-    compared elsewhere: more than six digits in a window are beyond the embedded model.)
+    Every cut is in a gap, so the text is that of the pieces between cuts. (Labels are compared
+    elsewhere: the embedded model cannot transcribe more than six digits per window.)
     """
     spoken = [clip.pcm() for clip in read_manifest(clips) if clip.text]
     pieces, silent = [], []
@@ -313,7 +307,7 @@ def test_joined_clips_are_cut_between_words(recognizer, clips, rng):
         assert recognizer.transcribe(pcm[start:stop]).tokens == segment.tokens
 
 
-def test_segments_come_as_they_are_decoded(recognizer, pcms):
+def test_segments_are_yielded_as_they_are_decoded(recognizer, pcms):
     transcript = Transcript()
     stream = recognizer.stream(np.concatenate([*pcms[:4], *pcms[:4]]), transcript)
     assert transcript.graph_s == []
@@ -328,7 +322,7 @@ def test_segments_come_as_they_are_decoded(recognizer, pcms):
 # --------------------------------------------------------------------------------- languages
 
 
-def test_the_prompt_is_told_language_task_and_timestamps():
+def test_options_set_language_task_and_timestamps_in_the_prompt():
     own = rules()
     assert own.told(None, None, False) == own
     assert own.told("hi", None, False).prompt == (41, 44, 43, SILENT)
@@ -340,31 +334,31 @@ def test_the_prompt_is_told_language_task_and_timestamps():
 
 
 @pytest.mark.parametrize("given", ["hi", "HI", "hi_in", "hi-IN", "<|hi|>", " hi "])
-def test_a_language_is_known_in_every_usual_spelling(given):
+def test_language_codes_are_accepted_in_every_usual_spelling(given):
     assert code(given, rules()) == "hi"
 
 
-def test_what_the_model_cannot_be_told_gets_a_letter(recognizer, pcms):
+def test_unsupported_options_get_an_error_message(recognizer, pcms):
     english = rules(languages={}, tasks={})
-    with pytest.raises(RunnerProblem, match=r"no token for the language 'hii', it knows 3") as e:
+    with pytest.raises(RunnerProblem, match=r"language 'hii': not among the 3 languages") as e:
         code("hii", rules())
     assert "'hi'" in e.value.hint
-    with pytest.raises(RunnerProblem, match=r"the language 'de' is asked for.* English only"):
+    with pytest.raises(RunnerProblem, match=r"language 'de': .* English only"):
         code("de", english)
-    with pytest.raises(RunnerProblem, match=r"the task 'translate' is asked for.* English only"):
+    with pytest.raises(RunnerProblem, match=r"task 'translate': .* English only"):
         Listener(SimpleNamespace(rules=english), Options(task="translate"), Transcript())
     for options, message in [
-        ({"beams": 0}, "beams = 0: there can be 1 to 32"),
-        ({"task": "sing"}, r"the task 'sing' is not among the artifact's \(trans"),
-        ({"language": "xx"}, "no token for the language 'xx'"),
+        ({"beams": 0}, "beams = 0: must be 1 to 32"),
+        ({"task": "sing"}, "task 'sing': the artifact's tasks are trans"),
+        ({"language": "xx"}, "language 'xx': not among"),
     ]:
         with pytest.raises(RunnerProblem, match=message):
             recognizer.stream(pcms[0], **options)
     stub = SimpleNamespace(rules=rules(previous=None))
-    with pytest.raises(RunnerProblem, match="the artifact has no token for that"):
+    with pytest.raises(RunnerProblem, match="the artifact has no token for prompting"):
         Listener(stub, Options(previous=True), Transcript())
     stub = SimpleNamespace(rules=rules(timestamp_begin=None))
-    with pytest.raises(RunnerProblem, match="no tokens for them"):
+    with pytest.raises(RunnerProblem, match="no timestamp tokens"):
         Listener(stub, Options(timestamps=True), Transcript())
 
 
@@ -387,7 +381,7 @@ def test_the_language_is_that_of_the_first_window_with_speech(
     assert transcript.language == wanted
 
 
-def test_hum_before_speech_settles_no_language(recognizer, pcms, monkeypatch):
+def test_hum_before_speech_does_not_settle_the_language(recognizer, pcms, monkeypatch):
     codes = iter([("de", 0.0), ("hi", 0.0)])
     monkeypatch.setattr(listen, "detect", lambda decoder, rules: next(codes))
     t = np.arange(WINDOW) / 16_000
@@ -406,7 +400,7 @@ def test_an_english_only_artifact_takes_english_auto_and_transcribe(language):
     assert transcript.language is None
 
 
-def test_the_language_is_found_out_as_transformers_does(plain, torch_model, processor, pcms, rng):
+def test_the_detected_language_is_that_of_transformers(plain, torch_model, processor, pcms, rng):
     languages = plain.rules.languages
     for pcm in [*pcms[:3], (0.1 * rng.standard_normal(WINDOW)).astype(np.float32)]:
         (wanted,) = torch_model.detect_language(features(processor, pcm)).tolist()
@@ -439,9 +433,9 @@ def test_another_language_gives_the_tokens_of_generate(plain, torch_model, proce
     room=st.integers(8, 80),
     timestamps=st.booleans(),
 )
-def test_the_prompt_with_text_from_before_is_that_of_transformers(said, room, timestamps):
+def test_the_prompt_with_previous_text_equals_that_of_transformers(said, room, timestamps):
     told = rules(max_new_tokens=room - 4).told(None, None, timestamps)
-    half = min(room // 2, told.max_new_tokens) - 1  # ours leaves room for a token, however small
+    half = min(room // 2, told.max_new_tokens) - 1  # ours leaves room for at least one token
     wanted, _ = Whisper._prepare_decoder_input_ids(
         cur_bsz=1,
         init_tokens=torch.tensor([told.prompt]),
@@ -467,7 +461,7 @@ def test_the_prompt_with_text_from_before_is_that_of_transformers(said, room, ti
 
 
 def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, processor, pcms, rng):
-    """Torch is fed the same prompt and text, and every token is its likeliest, but for rounding."""
+    """In torch, with the same prompt and text, every token is the best one, up to rounding."""
     for pcm in pcms[:3]:
         listener = Listener(plain, Options(previous=True), Transcript())
         said = rng.integers(0, 370, int(rng.integers(1, 50))).tolist()
@@ -480,7 +474,7 @@ def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, proces
             assert scores[token] > scores.max() - 2e-3
 
 
-def test_a_prompt_of_half_the_context_is_fed_in_parts(plain, torch_model, processor, pcms, rng):
+def test_a_long_prompt_is_fed_in_parts(plain, torch_model, processor, pcms, rng):
     told = plain.rules.after(rng.integers(0, 370, 100).tolist())
     assert MOST_IDS < len(told.prompt) == 32 + len(plain.rules.prompt)
     times = Transcript()
@@ -490,7 +484,7 @@ def test_a_prompt_of_half_the_context_is_fed_in_parts(plain, torch_model, proces
     assert (len(times.prompt_s), times.per_token_s) == (2, [])
 
 
-def test_what_was_drawn_hot_or_cut_from_a_loop_prompts_nothing(monkeypatch):
+def test_text_sampled_at_high_temperature_or_cut_prompts_nothing(monkeypatch):
     heard = []
     recognizer = SimpleNamespace(
         rules=rules(max_new_tokens=100),
@@ -519,7 +513,7 @@ def test_what_was_drawn_hot_or_cut_from_a_loop_prompts_nothing(monkeypatch):
 
 
 class Again:
-    """Beams on a torch model without any cache: every text is computed anew."""
+    """Beam branches on a torch model without a cache: every text is computed from scratch."""
 
     def __init__(self, model, encoded, prompt: Sequence[int]) -> None:
         self.model, self.encoded, self.texts = model, encoded, [tuple(prompt)]
@@ -536,11 +530,11 @@ class Again:
 
 
 ROUNDING = 2e-5
-"""Of sums of some ten log-probabilities in float32."""
+"""Rounding error of a sum of about ten log-probabilities in float32."""
 
 
 def watch_gaps(patch: pytest.MonkeyPatch) -> list[float]:
-    """The gaps between one candidate and the next, of those taken and the best one left out."""
+    """Return the score gaps between successive candidates, up to the best rejected one."""
     gaps, inner = [math.inf], beam.best_candidates
 
     def watched(logits, running, filters, count):
@@ -555,10 +549,10 @@ def watch_gaps(patch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize("beams", [2, 3, 5])
 @pytest.mark.parametrize("timestamps", [False, True], ids=["text", "timestamps"])
-def test_beams_find_what_transformers_finds(tiny_whisper, monkeypatch, rng, beams, timestamps):
-    """A random model, whose end token is one that it says, so that texts end at many lengths.
+def test_beam_search_equals_that_of_transformers(tiny_whisper, monkeypatch, rng, beams, timestamps):
+    """A random model with a probable end token, so that texts end at many lengths.
 
-    The texts may differ where two candidates had the same score but for rounding.
+    The texts may differ if two candidates have the same score up to rounding.
     """
     from export.manifest import decoding_rules
 
@@ -592,7 +586,7 @@ def test_beams_find_what_transformers_finds(tiny_whisper, monkeypatch, rng, beam
 
 
 @pytest.mark.parametrize("beams", [2, 4])
-def test_beams_on_the_artifact_equal_those_of_generate(plain, torch_model, processor, pcms, beams):
+def test_beam_search_equals_generate_on_the_artifact(plain, torch_model, processor, pcms, beams):
     silent = list(range(plain.rules.timestamp_begin, len(plain.table)))
     for pcm in pcms[:4]:
         with torch.no_grad():
@@ -608,8 +602,8 @@ def test_beams_on_the_artifact_equal_those_of_generate(plain, torch_model, proce
         )
 
 
-def test_branches_go_on_from_their_parents(plain, pcms, rng):
-    """Drawn parents and tokens: the logits are those of the same text, fed from the start."""
+def test_branches_continue_their_parents(plain, pcms, rng):
+    """For random parents and tokens, the logits equal those of the same text fed from the start."""
     count, texts = 4, [list(plain.rules.prompt)] * 4
     decoder = plain.decoder_over(pcms[0], Transcript())
     decoder(plain.rules.prompt)
@@ -627,7 +621,7 @@ def test_branches_go_on_from_their_parents(plain, pcms, rng):
 # ----------------------------------------------------------------------------- second thoughts
 
 
-def test_the_mean_log_probability_is_that_of_transformers(rng):
+def test_the_mean_log_probability_equals_that_of_transformers(rng):
     told, scores, tokens = rules(suppress_tokens=[3, 4]), [], []
     sampler = Sampler(told, temperature := float(rng.choice([0.0, 0.4, 1.0])), rng)
     for _ in range(6):
@@ -639,7 +633,7 @@ def test_the_mean_log_probability_is_that_of_transformers(rng):
     assert sampler.logprob / sampler.count == pytest.approx(float(wanted), abs=1e-5)
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely(rng):
+def test_tokens_are_sampled_with_their_probabilities(rng):
     logits = np.array([1.0, -np.inf, 2.0, 0.0, -np.inf], np.float32)
     drawn = np.bincount([draw(logits, rng) for _ in range(20_000)], minlength=5) / 20_000
     wanted = np.exp(logits) / np.exp(logits).sum()
@@ -649,8 +643,8 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(rng):
 
 
 def tries(*attempts: Attempt, silence: float = 0.0) -> tuple[Attempt, list[float], int]:
-    """Which attempt is taken of a script of them, at which temperatures, how often silence was
-    asked for."""
+    """Return the chosen attempt of a scripted list, the temperatures tried, and how often the
+    probability of no speech was computed."""
     asked, heard, script = [], [], iter(attempts)
 
     def attempt(temperature: float) -> Attempt:
@@ -669,12 +663,12 @@ GOOD, UNLIKELY = Attempt([1], -0.3), Attempt([1], LEAST_LOGPROB - 0.1)
 REPEATING, LOOPED = Attempt([1] * 60, -0.1), Attempt([1], -0.1, looped=True)
 
 
-def test_a_good_text_is_taken_at_once():
+def test_a_good_text_is_accepted_at_temperature_0():
     assert tries(GOOD) == (GOOD, [0.0], 0)
 
 
 @pytest.mark.parametrize("bad", [UNLIKELY, REPEATING, LOOPED], ids=["unlikely", "zlib", "loop"])
-def test_a_bad_text_is_tried_again_at_rising_temperatures(bad):
+def test_a_bad_text_is_decoded_again_at_increasing_temperatures(bad):
     found, temperatures, _ = tries(bad, bad, GOOD)
     assert (found, temperatures) == (GOOD, [0.0, 0.2, 0.4])
     found, temperatures, _ = tries(*[bad] * 6)
@@ -695,12 +689,12 @@ def test_repetition_compresses_well():
     assert compression_ratio("seven " * 40) > 2.4
 
 
-def test_likely_speech_gets_the_greedy_text_also_with_fallback(recognizer, pcms):
+def test_clear_speech_gets_the_greedy_text_with_fallback(recognizer, pcms):
     for pcm in pcms[:4]:
         assert recognizer.transcribe(pcm, fallback=True).text == recognizer.transcribe(pcm).text
 
 
-def test_the_same_seed_draws_the_same_tokens(plain, pcms, seed):
+def test_the_same_seed_gives_the_same_tokens(plain, pcms, seed):
     def drawn(seed: int) -> list[list[int]]:
         rng = np.random.default_rng(seed)
         told = Rules.from_manifest(plain.manifest["decoding"])
@@ -715,7 +709,7 @@ def test_the_same_seed_draws_the_same_tokens(plain, pcms, seed):
     assert drawn(seed) != drawn(seed + 1)
 
 
-def test_no_speech_is_likely_only_where_the_model_says_so(plain, torch_model, processor, pcms):
+def test_the_probability_of_no_speech_comes_from_the_model(plain, torch_model, processor, pcms):
     listener = Listener(plain, Options(fallback=True), Transcript())
     decoder = plain.decoder_over(pcms[0], listener.transcript)
     start = torch.tensor([[plain.rules.prompt[0]]])
@@ -727,7 +721,7 @@ def test_no_speech_is_likely_only_where_the_model_says_so(plain, torch_model, pr
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=70))
-def test_a_finished_text_is_cut_where_greedy_would_have_stopped(tokens):
+def test_a_beam_search_loop_is_cut_like_a_greedy_one(tokens):
     script = iter([*tokens, EOS])
 
     def step(ids):
@@ -738,7 +732,7 @@ def test_a_finished_text_is_cut_where_greedy_would_have_stopped(tokens):
     assert without_loop(tokens) == greedy(step, told, stop_loops=True)
 
 
-def test_the_end_of_room_ends_a_text():
+def test_a_text_ends_at_the_capacity_of_the_caches():
     told = rules(max_new_tokens=7)
     found = say(lambda ids: np.eye(VOCAB, dtype=np.float32)[3], Filter(told).likeliest, told, False)
     assert found == [3] * 7

@@ -1,4 +1,4 @@
-"""What runs on the device: WAV files good and bad, cutting, greedy decoding, the commands."""
+"""The runner: WAV files, splitting in pauses, greedy decoding, and the commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from hypothesis import strategies as st
 from benchmarks.speech.clips import read_manifest
 from devices.device import RUNNER
 from devices.runner.audio import FRAME, is_silent, read_wav, split
-from devices.runner.decode.rules import Rules, greedy, loop_period
+from devices.runner.decode.greedy import greedy
+from devices.runner.decode.loops import loop_period
+from devices.runner.decode.rules import Rules
 from devices.runner.decode.text import join, read_tokens, to_text
 from devices.runner.engines import sessions
 from devices.runner.machine.host import describe, give_back_memory, peak_rss_bytes
@@ -37,7 +39,7 @@ WINDOW = 96_000
 
 
 def wav(rate=16_000, channels=1, bits=16, coding=1, data=b"\0\0" * 1600, size=None) -> bytes:
-    """A WAV file, byte by byte, so that it can be wrong in one place."""
+    """Return the bytes of a WAV file; arguments can make one part of it wrong."""
     block = channels * bits // 8
     header = struct.pack("<HHIIHH", coding, channels, rate, rate * block, block, bits)
     chunks = b"fmt " + struct.pack("<I", len(header)) + header
@@ -68,7 +70,7 @@ def test_every_sample_width_reads_as_the_same_sound(tmp_path, rng, container, su
     assert np.abs(found - pcm).max() <= tolerance
 
 
-def test_stereo_is_averaged_with_a_note(tmp_path, rng):
+def test_stereo_is_averaged_with_a_warning(tmp_path, rng):
     stereo = rng.uniform(-0.9, 0.9, (500, 2)).astype(np.float32)
     soundfile.write(tmp_path / "s.wav", stereo, 16_000, subtype="FLOAT")
     with pytest.warns(UserWarning, match=r"s\.wav: 2 channels averaged into one"):
@@ -86,15 +88,18 @@ NAN = struct.pack("<4f", 0.1, float("nan"), float("inf"), 0.2)
 
 BAD_FILES = [
     pytest.param(b"", "the file is empty (0 bytes)", "again", id="empty-file"),
-    pytest.param(b"hello " * 9, "wanted a WAV file, found not audio", "ffmpeg", id="not-audio"),
+    pytest.param(b"hello " * 9, "expected a WAV file, found not audio", "ffmpeg", id="not-audio"),
     pytest.param(b"OggS" + b"\0" * 60, "found an Ogg file", "-ar 16000 -ac 1", id="ogg"),
     pytest.param(b"fLaC" + b"\0" * 60, "found a FLAC file", "-ar 16000 -ac 1", id="flac"),
-    pytest.param(
-        wav(rate=8000), "sampled at 8000 Hz, the model listens at 16000", "-ar", id="8kHz"
-    ),
+    pytest.param(wav(rate=8000), "sampled at 8000 Hz, the model needs 16000", "-ar", id="8kHz"),
     pytest.param(wav(data=b""), "there are no samples", "record", id="no-samples"),
     pytest.param(wav(bits=32, coding=3, data=NAN), "2 of 4 samples are NaN", "damaged", id="nan"),
-    pytest.param(wav(size=4000), "promises 4000 bytes of sound and 3200", "again", id="cut-short"),
+    pytest.param(
+        wav(size=4000),
+        "promises 4000 bytes of audio and the file has 3200",
+        "again",
+        id="cut-short",
+    ),
     pytest.param(wav()[:30], "truncated WAV file, 10 of 16 header bytes", "again", id="cut-header"),
     pytest.param(wav()[:36], "truncated WAV file, no `data` chunk", "again", id="no-data"),
     pytest.param(wav(coding=6, bits=8), "WAV coding 6 with 8 bits", "ffmpeg", id="a-law"),
@@ -103,17 +108,17 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("content", "message", "hint"), BAD_FILES)
-def test_a_bad_file_gets_a_letter_with_its_name(tmp_path, content, message, hint):
+def test_a_bad_file_gets_an_error_message_with_its_name(tmp_path, content, message, hint):
     path = tmp_path / "bad.wav"
     path.write_bytes(content)
-    with pytest.raises(RunnerProblem) as letter:
+    with pytest.raises(RunnerProblem) as error:
         read_wav(path)
-    assert str(letter.value).startswith(f"{path}: ")
-    assert message in str(letter.value)
-    assert hint in letter.value.hint
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert hint in error.value.hint
 
 
-def test_a_missing_file_and_a_folder_get_letters(tmp_path):
+def test_a_missing_file_and_a_folder_get_error_messages(tmp_path):
     with pytest.raises(RunnerProblem, match=r"gone\.wav: there is no such file$"):
         read_wav(tmp_path / "gone.wav")
     with pytest.raises(RunnerProblem, match="Is a directory"):
@@ -133,7 +138,7 @@ def test_a_header_cut_anywhere_never_crashes(tmp_path_factory, cut):
 
 
 def bursts(rng: np.random.Generator, lengths: list[float], gaps: list[float], noise: float):
-    """Tone bursts (words) with gaps (pauses), in seconds; and which samples are word."""
+    """Return tone bursts (words) with gaps (pauses), and a mask of the samples in words."""
     parts, words = [], []
     for length, gap in zip(lengths, gaps, strict=True):
         time = np.arange(int(length * 16_000)) / 16_000
@@ -184,8 +189,7 @@ def test_an_offset_or_hum_moves_no_cut_into_a_word(hum, amplitude, rng):
 
 
 def bursts_of_words(rng, count: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Words of vowel-like sound, a third of a second each, between pauses of 0.45 s, and where they
-    are."""
+    """Return vowel-like words of a third of a second between pauses of 0.45 s, and their spans."""
     parts, spans, place = [], [], 0
     for _ in range(count):
         t = np.arange(int(rng.integers(4000, 7000))) / 16_000
@@ -199,13 +203,13 @@ def bursts_of_words(rng, count: int) -> tuple[np.ndarray, list[tuple[int, int]]]
     return (sound + 3e-4 * rng.standard_normal(len(sound))).astype(np.float32), spans
 
 
-def test_short_audio_is_one_piece_and_silence_is_cut_too():
+def test_short_audio_is_one_piece_and_silence_is_split_too():
     assert split(np.ones(WINDOW, np.float32), WINDOW) == [slice(0, WINDOW)]
     assert len(split(np.zeros(10 * WINDOW, np.float32), WINDOW)) <= 20
 
 
 def test_the_longest_pause_of_the_later_half_is_taken(rng):
-    """Two closures of 80 ms and one pause of 0.3 s: the pause, in its middle."""
+    """Of two closures of 80 ms and a pause of 0.3 s, the cut is in the middle of the pause."""
     pcm, _ = bursts(rng, [3.2, 0.5, 0.6, 4.0], [0.08, 0.3, 0.08, 0.1], 1e-3)
     middle = (3.2 + 0.08 + 0.5 + 0.15) * 16_000
     assert abs(split(pcm, WINDOW)[0].stop - middle) <= 2 * FRAME
@@ -233,7 +237,7 @@ def rules(**changes) -> Rules:
 
 
 class Script:
-    """A decoder that wants to say given tokens, each with a runner-up one id above it."""
+    """A decoder whose best tokens are given; the second best is always the next id."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.fed = tokens, []
@@ -250,7 +254,7 @@ def test_the_prompt_is_fed_at_once_and_then_every_token():
     assert script.fed == [(7, 8), (3,), (4,)]
 
 
-def test_suppressed_tokens_give_way_to_the_next_likely():
+def test_suppressed_tokens_are_replaced_by_the_next_best():
     assert greedy(Script([3, 5, 9]), rules(suppress_tokens=[5]), stop_loops=True) == [3, 6]
 
 
@@ -313,7 +317,7 @@ def test_six_equal_digits_are_no_loop():
 # -------------------------------------------------------------------------------------------- text
 
 
-def test_a_letter_spread_over_tokens_is_joined_and_half_a_letter_replaced(tmp_path):
+def test_characters_that_span_tokens_are_joined_and_halves_replaced(tmp_path):
     parts = [b" na", "ï".encode()[:1], "ï".encode()[1:], b"ve"]
     rows = [base64.b64encode(part).decode() for part in parts]
     (tmp_path / "tokens.json").write_text(json.dumps({"bytes": [*rows, None]}))
@@ -323,7 +327,7 @@ def test_a_letter_spread_over_tokens_is_joined_and_half_a_letter_replaced(tmp_pa
     assert join(["one", "", "two"]) == "one two"
 
 
-def test_a_damaged_token_table_gets_a_letter(tmp_path):
+def test_a_damaged_token_table_gets_an_error_message(tmp_path):
     (tmp_path / "tokens.json").write_text('{"bytes": [')
     with pytest.raises(RunnerProblem, match=r"tokens\.json cannot be read"):
         read_tokens(tmp_path / "tokens.json")
@@ -338,9 +342,7 @@ def pcms(clips) -> list[np.ndarray]:
     return [clip.pcm()[:WINDOW] for clip in read_manifest(clips)[::4]]
 
 
-def test_tokens_equal_generates_greedy_on_speech_noise_and_silence(
-    exported, digits, processor, pcms, rng
-):
+def test_tokens_equal_generate_on_speech_noise_and_silence(exported, digits, processor, pcms, rng):
     from edgewhisper.decoding import greedy as reference
     from edgewhisper.whisper import load
 
@@ -376,7 +378,7 @@ def test_a_silent_window_is_not_decoded(exported):
     assert (transcript.text, transcript.graph_s) == ("", [])
 
 
-def test_logits_along_given_tokens_explain_the_greedy_choice(exported, pcms):
+def test_logits_of_forced_tokens_agree_with_greedy_decoding(exported, pcms):
     recognizer = Recognizer(exported, threads=1, guards=False)
     tokens = recognizer.window(pcms[3])
     logits = recognizer.logits(pcms[3], tokens)
@@ -406,15 +408,15 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("name", "content", "message", "hint"), DAMAGE)
-def test_a_damaged_artifact_gets_a_letter(exported, tmp_path, name, content, message, hint):
+def test_a_damaged_artifact_gets_an_error_message(exported, tmp_path, name, content, message, hint):
     folder = tmp_path / "artifact"
     shutil.copytree(exported, folder)
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content)
-    with pytest.raises(RunnerProblem, match=message) as letter:
+    with pytest.raises(RunnerProblem, match=message) as error:
         Recognizer(folder, threads=1)
-    assert hint in letter.value.hint
+    assert hint in error.value.hint
 
 
 # ------------------------------------------------------------------------------------ the commands
@@ -435,19 +437,19 @@ def device_folder(tmp_path_factory, exported, pcms) -> Path:
 
 
 def runner(folder: Path, *argv: str, piped: bytes = b"") -> tuple[int, dict, str]:
-    """Exit code, the JSON of the last line, and stderr; the process sees the folder only."""
+    """Run the runner in the folder only; return exit code, JSON of the last line, and stderr."""
     command = [sys.executable, "-m", "runner", *argv]
     done = subprocess.run(command, cwd=folder, env={}, capture_output=True, input=piped)
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr.decode()
 
 
 def python(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    """What another Python says that sees the folder only."""
+    """Run another Python in the folder only."""
     command = [sys.executable, *argv]
     return subprocess.run(command, cwd=folder, env={}, capture_output=True, text=True)
 
 
-def test_transcribe_prints_texts_and_notes_what_it_averaged(device_folder):
+def test_transcribe_prints_texts_and_warns_of_averaged_channels(device_folder):
     code, answer, stderr = runner(device_folder, "transcribe", "artifact", "a.wav", "s.wav")
     texts = [found["text"] for found in answer["transcripts"]]
     assert code == 0
@@ -455,7 +457,7 @@ def test_transcribe_prints_texts_and_notes_what_it_averaged(device_folder):
     assert stderr == "note:  s.wav: 2 channels averaged into one\n"
 
 
-def test_transcribe_streams_segments_and_takes_the_options(device_folder):
+def test_transcribe_streams_segments_and_accepts_the_options(device_folder):
     argv = ["transcribe", "artifact", "a.wav", "--language", "hi", "--beams", "2", "--stream"]
     done = python(device_folder, "-m", "runner", *argv)
     *segments, last = map(json.loads, done.stdout.splitlines())
@@ -464,10 +466,10 @@ def test_transcribe_streams_segments_and_takes_the_options(device_folder):
     assert segments == [{"audio": "a.wav", **segment} for segment in found["segments"]]
     code, answer, _ = runner(device_folder, *argv[:3], "--language", "xx")
     assert code == 1
-    assert "no token for the language 'xx'" in answer["error"]
+    assert "language 'xx': not among" in answer["error"]
 
 
-def test_sound_comes_through_standard_input(device_folder):
+def test_audio_is_read_from_standard_input(device_folder):
     _, wanted, _ = runner(device_folder, "transcribe", "artifact", "a.wav")
     content = (device_folder / "a.wav").read_bytes()
     code, answer, _ = runner(device_folder, "transcribe", "artifact", "-", piped=content)
@@ -501,14 +503,14 @@ def test_ctrl_c_ends_a_long_recording_cleanly(device_folder, pcms):
     assert (running.returncode, stderr) == (130, "interrupted\n")
 
 
-def test_threads_change_no_word(exported, pcms):
+def test_the_text_does_not_depend_on_the_number_of_threads(exported, pcms):
     one, two = (Recognizer(exported, threads=n) for n in (1, 2))
     assert [one.transcribe(pcm).tokens for pcm in pcms] == [
         two.transcribe(pcm).tokens for pcm in pcms
     ]
 
 
-def test_a_device_needs_few_lines_of_python(device_folder):
+def test_the_python_api_works_on_a_device(device_folder):
     code = (
         "import sys, runner\n"
         "assert not {'numpy', 'onnxruntime'} & set(sys.modules)\n"
@@ -545,7 +547,7 @@ def test_bench_prompts_each_clip_for_its_language(device_folder, monkeypatch):
     assert measure.read_languages(device_folder / "clips.json", 2) == [None, None]
 
 
-def test_bench_keeps_every_sample(device_folder):
+def test_bench_returns_every_sample(device_folder):
     code, answer, _ = runner(
         device_folder, *["bench", "artifact", "clips.json", "--repeats", "2", "--threads", "1"]
     )
@@ -563,7 +565,7 @@ def test_bench_keeps_every_sample(device_folder):
     assert set(answer["versions"]) == {"python", "numpy", "onnxruntime"}
 
 
-def test_a_letter_is_json_on_stdout_and_words_on_stderr(device_folder):
+def test_an_error_is_json_on_stdout_and_text_on_stderr(device_folder):
     code, answer, stderr = runner(device_folder, "transcribe", "artifact", "bad.wav")
     assert code == 1
     assert "sampled at 8000 Hz" in answer["error"]
@@ -572,10 +574,14 @@ def test_a_letter_is_json_on_stdout_and_words_on_stderr(device_folder):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[]", "the list of clips is empty"), ("{", "no list of clips"), (None, "no list of clips")],
+    [
+        ("[]", "the list of clips is empty"),
+        ("{", "not a list of clips"),
+        (None, "not a list of clips"),
+    ],
     ids=["empty", "no-json", "missing"],
 )
-def test_a_bad_list_of_clips_gets_a_letter(tmp_path, content, message):
+def test_a_bad_list_of_clips_gets_an_error_message(tmp_path, content, message):
     path = tmp_path / "clips.json"
     if content is not None:
         path.write_text(content)
@@ -585,7 +591,9 @@ def test_a_bad_list_of_clips_gets_a_letter(tmp_path, content, message):
 
 def test_the_runner_imports_only_numpy_and_onnxruntime(device_folder):
     code = (
-        "import sys; import runner.measure, runner.__main__; "
+        "import importlib, pkgutil, sys, runner\n"
+        "for module in pkgutil.walk_packages(runner.__path__, 'runner.'):\n"
+        "    importlib.import_module(module.name)\n"
         "print([m for m in ('torch', 'transformers', 'tokenizers', 'onnx', 'scipy', 'soundfile',"
         " 'edgewhisper', 'benchmarks', 'export', 'devices') if m in sys.modules])"
     )
@@ -609,7 +617,7 @@ PI = {
 }
 
 
-def test_a_raspberry_pi_is_read_in_si_units(tmp_path):
+def test_a_raspberry_pi_is_described_in_si_units(tmp_path):
     for name, text in PI.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -625,17 +633,17 @@ def test_a_raspberry_pi_is_read_in_si_units(tmp_path):
     assert found["os"] == "Debian GNU/Linux 12 (bookworm)"
 
 
-def test_sources_that_lack_read_unavailable_and_never_zero(tmp_path):
+def test_missing_files_read_unavailable_and_never_zero(tmp_path):
     found = describe(tmp_path)
     silent = ("model", "cpu", "isa", "governor", "frequency_hz", "temperature_c", "memory_bytes")
     assert {name: found[name] for name in silent} == dict.fromkeys(silent, "unavailable")
     assert peak_rss_bytes(tmp_path) == "unavailable"
 
 
-def test_mapped_pages_are_given_back_and_read_again(tmp_path, rng):
+def test_mapped_pages_are_returned_and_read_again(tmp_path, rng):
     held = rng.integers(0, 256, 2**22, np.uint8)
     held.tofile(tmp_path / "held.weights")
-    os.sync()  # pages that wait to be written stay
+    os.sync()  # pages not written to disk yet cannot be dropped
     mapped = np.memmap(tmp_path / "held.weights", mode="r")
     assert mapped.sum() == held.sum()
     before = resident(tmp_path / "held.weights")
@@ -649,8 +657,8 @@ def test_mapped_pages_are_given_back_and_read_again(tmp_path, rng):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and asks glibc")
 @pytest.mark.parametrize("returned", [False, True])
-def test_large_blocks_go_back_when_they_are_freed(returned):
-    """A block that lies under a smaller one stays where glibc has learnt to keep such blocks."""
+def test_large_blocks_are_returned_when_they_are_freed(returned):
+    """By default, glibc keeps a freed block below a smaller one once it has freed such blocks."""
     program = f"""
 import ctypes, re
 from devices.runner.machine.host import return_large_blocks
@@ -673,7 +681,7 @@ print(resident() - before)
 
 
 def resident(path):
-    """Kilobytes of a mapped file that are in memory, 0 where the system does not say."""
+    """Return the kilobytes of a mapped file that are in memory, or 0 if unknown."""
     try:
         told = Path("/proc/self/smaps").read_text()
     except OSError:
@@ -687,7 +695,7 @@ def test_the_high_water_mark_is_in_bytes(tmp_path):
     assert peak_rss_bytes(tmp_path) == 61234 * 1024
 
 
-def test_an_emulators_own_memory_is_not_told_as_a_programs(tmp_path):
+def test_an_emulators_memory_is_not_reported_as_the_programs(tmp_path):
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/status").write_text("VmHWM:\t   61234 kB\n")
     (tmp_path / "proc/sys/kernel").mkdir(parents=True)
@@ -700,10 +708,8 @@ def test_an_emulators_own_memory_is_not_told_as_a_programs(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"beams": 3}, {"timestamps": True}, {"fallback": True}])
 @pytest.mark.parametrize("threads", [2, 4])
-def test_a_recognizer_hears_several_recordings_at_once(
-    exported, pcms, threads, options, monkeypatch
-):
-    """Every step of a decoder lets the other threads in before its graph runs."""
+def test_threads_can_share_a_recognizer(exported, pcms, threads, options, monkeypatch):
+    """Every decoder step lets other threads run before its graph runs."""
     recognizer = Recognizer(exported, threads=1)
     alone = [recognizer.transcribe(pcm, **options).text for pcm in pcms]
     assert len(set(alone)) > 1
@@ -719,7 +725,7 @@ def test_a_recognizer_hears_several_recordings_at_once(
     assert found == alone
 
 
-def test_recordings_that_are_streamed_in_turns_keep_apart(exported, pcms):
+def test_interleaved_streams_do_not_mix(exported, pcms):
     recognizer = Recognizer(exported, threads=1)
     long = [np.concatenate([first, *pcms]) for first in pcms[:2]]
     alone = [[segment.text for segment in recognizer.stream(pcm)] for pcm in long]

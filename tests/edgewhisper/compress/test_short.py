@@ -21,7 +21,7 @@ from benchmarks.gate import EXACT, checkpoint_tokens, run_gate
 from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.wer import score
 from devices.runner.audio import shortest
-from devices.runner.decode.rules import loop_period
+from devices.runner.decode.loops import loop_period
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import calibration, decoding, pipeline, whisper

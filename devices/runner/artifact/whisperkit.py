@@ -1,20 +1,21 @@
-"""WhisperKit's layout: what its three packages must take and give, and the files of an artifact.
+"""WhisperKit's layout: checks the tensors of its three packages, and the files of an artifact.
 
-Standard library only, as contract.py, whose letters these are.
+Standard library only.
 """
 
 from pathlib import Path
 from typing import Any
 
 from ..problem import RunnerProblem
-from .contract import ONE_EXPORT, Told, check_file, described
-from .graph_file import AGAIN, UNTRUSTED
+from .fields import Told
+from .files import AGAIN, UNTRUSTED, check_file
+from .tensors import ONE_EXPORT, described
 
 FLOATS, IDS = ("float16", "float32"), ("int32",)
 
 Shapes = dict[str, tuple[tuple[str, ...], tuple[int | str, ...]]]
-"""Name of a tensor -> its types, and its axes: numbers, or sizes that are the same wherever they
-stand."""
+"""Name of a tensor -> its allowed types, and its axes. A named axis has the same size
+everywhere."""
 
 MEL: Shapes = {"melspectrogram_features": (FLOATS, (1, "mels", 1, "frames"))}
 STATES: Shapes = {"encoder_output_embeds": (FLOATS, (1, "d_model", 1, "positions"))}
@@ -33,8 +34,8 @@ STEP: Shapes = {
     "decoder_key_padding_mask": (FLOATS, (1, "room")),
 }
 LOGITS: Shapes = {"logits": (FLOATS, (1, 1, "vocabulary"))}
-MAY: Shapes = {"alignment_heads_weights": (FLOATS, (1, "positions"))}
-"""Given only by packages that tell the times of words."""
+OPTIONAL: Shapes = {"alignment_heads_weights": (FLOATS, (1, "positions"))}
+"""An output of packages with word timestamps."""
 
 PACKAGES: dict[str, dict[str, Shapes]] = {
     "MelSpectrogram": {"inputs": {"audio": (FLOATS, ("samples",))}, "outputs": MEL},
@@ -42,43 +43,43 @@ PACKAGES: dict[str, dict[str, Shapes]] = {
     "TextDecoder": {"inputs": STEP | CACHES | STATES, "outputs": LOGITS | UPDATES},
 }
 WITH_STATE = {"inputs": STEP | STATES, "outputs": LOGITS, "states": CACHES}
-"""A TextDecoder that keeps its caches itself."""
+"""A TextDecoder that holds its caches as Core ML states."""
 
 NEEDED = (*(f"{name}.mlpackage/Manifest.json" for name in PACKAGES), "tokens.json")
 
 
-def check_packages(told: Told, specs: dict[str, dict[str, list[Told]]]) -> tuple[int, int]:
-    """Return how many tokens there are and how many the decoder can be fed; raise a letter for a
-    tensor that WhisperKit would not know, or that does not fit the others."""
+def check_packages(root: Told, specs: dict[str, dict[str, list[Told]]]) -> tuple[int, int]:
+    """Return the vocabulary size, and how many tokens the decoder's caches hold. Raises
+    RunnerProblem for a tensor that WhisperKit does not support or that does not fit the others."""
     sizes: dict[str, int] = {}
-    for name, found in specs.items():
-        layout = WITH_STATE if "states" in found else PACKAGES[name]
-        for side, wanted in layout.items():
-            check_side(told.at("contract").at(name).at(side), found[side], wanted, sizes)
-    samples = told.at("audio").at("window_samples")
+    for name, sides in specs.items():
+        layout = WITH_STATE if "states" in sides else PACKAGES[name]
+        for side, expected in layout.items():
+            check_side(root.at("contract").at(name).at(side), sides[side], expected, sizes)
+    samples = root.at("audio").at("window_samples")
     if samples.value != sizes["samples"]:
         raise samples.wrong(f"the {sizes['samples']} of MelSpectrogram", ONE_EXPORT)
     return sizes["vocabulary"], sizes["room"]
 
 
-def check_side(told: Told, found: list[Told], wanted: Shapes, sizes: dict[str, int]) -> None:
-    """Raise a letter where names, types or shapes are others; what is learnt of sizes is noted."""
-    named = {spec.value["name"]: spec for spec in found}
-    for name in wanted.keys() - named.keys():
-        raise RunnerProblem(f"{told.path}: {told.where} lacks {name}", AGAIN)
+def check_side(side: Told, specs: list[Told], expected: Shapes, sizes: dict[str, int]) -> None:
+    """Raise RunnerProblem for wrong names, types or shapes; new sizes are added to `sizes`."""
+    named = {spec.value["name"]: spec for spec in specs}
+    for name in expected.keys() - named.keys():
+        raise RunnerProblem(f"{side.path}: {side.where} lacks {name}", AGAIN)
     for name, spec in named.items():
-        types, axes = (wanted | MAY).get(name, ((), ()))
+        types, axes = (expected | OPTIONAL).get(name, ((), ()))
         if spec.value["dtype"] not in types or not fits(spec.value["shape"], axes, sizes):
             raise RunnerProblem(
-                f"{told.path}: {spec.where} {name!r} is {described(spec.value)}, which does not "
-                f"fit WhisperKit's {list(axes)} of {' or '.join(types) or 'no type'} where "
-                f"{sizes or 'nothing'} is known",
+                f"{side.path}: {spec.where} {name!r} is {described(spec.value)}, which does not "
+                f"fit WhisperKit's {list(axes)} of {' or '.join(types) or 'no type'}; sizes so "
+                f"far: {sizes or 'none'}",
                 ONE_EXPORT,
             )
 
 
 def fits(shape: list[int | str], axes: tuple[int | str, ...], sizes: dict[str, int]) -> bool:
-    """Tell whether a shape is as wanted; a size that is seen for the first time is noted."""
+    """Return whether a shape fits the axes; the first size of a named axis is added to `sizes`."""
     for size, axis in zip(shape, axes, strict=False):
         if not isinstance(size, int):
             return False
@@ -88,7 +89,7 @@ def fits(shape: list[int | str], axes: tuple[int | str, ...], sizes: dict[str, i
 
 
 def check_package_files(folder: Path, files: dict[str, Any], hashed: bool) -> None:
-    """Raise a letter for a file of a package that is not as it was written, or is of none."""
+    """Raise RunnerProblem for a file of a package that was changed or is not in the manifest."""
     for name, entry in files.items():
         path = folder / name
         if name.split("/")[0].endswith(".mlpackage") or name in NEEDED:

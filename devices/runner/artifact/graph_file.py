@@ -1,8 +1,8 @@
-"""What stands in an ONNX file, read from its bytes before onnxruntime gets it.
+"""Parses an ONNX file and refuses dangerous graphs before onnxruntime opens it.
 
-onnxruntime does what a graph says: it reads weights from any file, takes as much memory as a shape
-asks for, and goes round a loop for ever. A graph of ours needs none of that, so files that ask for
-it are refused here. Weights are stepped over, not read; what is read is bounded.
+onnxruntime trusts a graph: it reads weights from any file, allocates whatever a shape asks for, and
+runs endless loops. EdgeWhisper's graphs need none of that, so such files are refused here. Weights
+are skipped, and the number of parsed fields is limited.
 
     ModelProto       7 graph, 8 opset_import, 20 training_info, 25 functions
     GraphProto       1 node, 5 initializer, 15 sparse_initializer
@@ -10,8 +10,8 @@ it are refused here. Weights are stepped over, not read; what is read is bounded
     AttributeProto   1 name, 3 i, 5 t, 6 g, 8 ints, 10 tensors, 11 graphs, 22 and 23 sparse
     TensorProto      1 dims, 2 data_type, 4 5 6 7 10 11 values, 8 name, 9 raw_data, 13 external_data
 
-Standard library only. Memory that is asked for by computing (a sum of sums that doubles) cannot be
-seen from here: the runner's commands run under a limit for that, see __main__.
+Standard library only. Memory that a graph allocates by computing (such as a tensor that doubles at
+every node) cannot be detected here; the runner's commands have a memory limit, see __main__.
 """
 
 import math
@@ -23,32 +23,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..problem import RunnerProblem
-from .links import leads_out
-
-AGAIN = "copy the whole artifact again, or export it again"
-UNTRUSTED = "do not use this artifact: it was not written by EdgeWhisper"
+from .files import AGAIN, UNTRUSTED, leads_out
 
 DOMAINS = ("", "ai.onnx", "com.microsoft")
-"""Those of onnxruntime itself; operators of all others come in libraries."""
+"""Operator domains built into onnxruntime; all others need a library."""
 
 BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 16: 16, 21: 4, 22: 4}
-"""Data type -> bits of an element: floats, integers, bool, bfloat16 and 4-bit integers."""
+"""Data type -> bits per element: floats, integers, bool, bfloat16 and 4-bit integers."""
 INT64 = 7
 
 MOST_BYTES = 2**31
 MOST_FIELDS = 3_000_000
 MOST_PARTS = 20_000
-"""Nodes and constants; whisper-large has some 4000."""
+"""Most nodes and constants; whisper-large has about 4000."""
 MOST_ELEMENTS = 2**28
-"""Of one tensor that a graph makes from a shape: 1 GiB of float32."""
-FEW = 16
-"""Elements of a constant that can be a shape."""
+"""Most elements of a tensor that a graph creates from a shape: 1 GiB of float32."""
+SMALL = 16
+"""Most elements of a constant that may be a shape."""
 DEEPEST = 4
 
 SHAPES = {"ConstantOfShape": (0,), "Expand": (1,), "Tile": (1,)}
-"""Operators whose output has as many elements as the product of these inputs' values."""
+"""Operator -> inputs, the product of whose values is the number of output elements."""
 COUNTS = {"Range": (0, 1, 2), "Pad": (1,), "OneHot": (1,), "Resize": (3,)}
-"""Likewise, as these values say one by one."""
+"""Operator -> inputs, each of whose values is a number of output elements along one axis."""
 
 Span = tuple[int, int]
 
@@ -61,10 +58,10 @@ class Constant:
     dims: tuple[int, ...] = ()
     data_type: int = 0
     stored: int = 0
-    """Bytes of it in the graph's own file."""
+    """Bytes stored in the graph's own file."""
     raw: Span | None = None
     values: tuple[int, ...] = ()
-    """Where it is a few int64."""
+    """The values of a small int64 constant."""
     location: str | None = None
     offset: int = 0
     length: int | None = None
@@ -91,7 +88,7 @@ class Node:
 
 @dataclass
 class Parts:
-    """All operators and constants of a graph, those of its subgraphs as well."""
+    """All operators and constants of a graph and its subgraphs."""
 
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Constant] = field(default_factory=dict)
@@ -99,15 +96,15 @@ class Parts:
 
 
 def read_graph(path: Path, files: Collection[str] = (), subgraphs: bool = False) -> Parts:
-    """Return the parts of an ONNX file, or the letter that says why it is not one to be run.
+    """Return the parts of an ONNX file; raise RunnerProblem for a damaged or dangerous one.
 
-    `files` are the names that the manifest lists, in which constants may stand as well;
-    `subgraphs` lets loops and branches pass.
+    `files` are the manifest's file names, which may hold external constants. With `subgraphs`,
+    loops and branches are allowed.
     """
     try:
         size = path.stat().st_size
         if not 0 < size <= MOST_BYTES:
-            raise RunnerProblem(f"{path}: {size} bytes are no ONNX graph", AGAIN)
+            raise RunnerProblem(f"{path}: not an ONNX graph ({size} bytes)", AGAIN)
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             reader = Reader(path, data, subgraphs)
             reader.model()
@@ -121,7 +118,7 @@ def read_graph(path: Path, files: Collection[str] = (), subgraphs: bool = False)
 
 
 class Reader:
-    """A walk through one file: its place, what was found, and how much more may be read."""
+    """A parser of one file: the parts so far, and how many more fields may be parsed."""
 
     def __init__(self, path: Path, data: mmap.mmap, subgraphs: bool) -> None:
         self.path, self.data, self.subgraphs = path, data, subgraphs
@@ -129,7 +126,7 @@ class Reader:
 
     def damaged(self, place: int) -> RunnerProblem:
         return RunnerProblem(
-            f"{self.path}: damaged or cut short, no ONNX graph at byte {place} of {len(self.data)}",
+            f"{self.path}: damaged or truncated ONNX graph at byte {place} of {len(self.data)}",
             AGAIN,
         )
 
@@ -137,7 +134,7 @@ class Reader:
         return RunnerProblem(f"{self.path}: {what}", UNTRUSTED)
 
     def varint(self, place: int, stop: int) -> tuple[int, int]:
-        """Return the number at a place, and the place behind it."""
+        """Return the varint at an offset, and the offset after it."""
         value = shift = 0
         while place < stop and shift < 70:
             byte = self.data[place]
@@ -149,7 +146,7 @@ class Reader:
         raise self.damaged(place)
 
     def fields(self, span: Span) -> Iterator[tuple[int, int | Span]]:
-        """Yield the fields of a message: number, and an integer or where its bytes are."""
+        """Yield the fields of a message: the number, and an integer or the span of the bytes."""
         data, varint = self.data, self.varint
         place, stop = span
         while place < stop:
@@ -188,7 +185,7 @@ class Reader:
         return value
 
     def numbers(self, value: int | Span) -> Iterator[int]:
-        """Yield signed integers, alone or packed."""
+        """Yield the signed integers of a single or packed field."""
         if isinstance(value, int):
             yield signed(value)
             return
@@ -206,9 +203,7 @@ class Reader:
             elif number == 8:
                 self.opset(self.span(value))
             elif number in (20, 25):
-                raise self.refused(
-                    "functions or training steps of its own, which no graph has here"
-                )
+                raise self.refused("functions or training steps, which are not supported")
         if not found or not self.parts.nodes:
             raise self.damaged(len(self.data))
 
@@ -220,7 +215,7 @@ class Reader:
             elif number == 2 and isinstance(value, int):
                 version = value
         if domain not in DOMAINS:
-            raise self.refused(f"operators of {domain!r}, which come in a library; none is loaded")
+            raise self.refused(f"operators of {domain!r}, which need a library; none is loaded")
         self.parts.opsets[domain] = version
 
     def graph(self, span: Span, depth: int) -> None:
@@ -230,13 +225,13 @@ class Reader:
             if number == 1:
                 self.parts.nodes.append(self.node(self.span(value), depth))
             elif number == 5:
-                self.keep(self.constant(self.span(value)))
+                self.add(self.constant(self.span(value)))
             elif number == 15:
-                raise self.refused("sparse constants, which no graph has here")
+                raise self.refused("sparse constants, which are not supported")
             if len(self.parts.nodes) + len(self.parts.constants) > MOST_PARTS:
                 raise self.refused(f"more than {MOST_PARTS} operators and constants")
 
-    def keep(self, constant: Constant) -> None:
+    def add(self, constant: Constant) -> None:
         self.parts.constants[constant.name] = constant
 
     def node(self, span: Span, depth: int) -> Node:
@@ -255,8 +250,8 @@ class Reader:
         return node
 
     def attribute(self, node: Node, span: Span, depth: int) -> None:
-        """Subgraphs and tensors in attributes count as the graph's own; a tensor gets the name of
-        the node's output, which it is where the node is a Constant."""
+        """Parse an attribute; its subgraphs and tensors count as the graph's own. A tensor gets the
+        name of the node's output, which is right for Constant nodes."""
         for number, value in self.fields(span):
             if number in (3, 8):
                 large = next((n for n in self.numbers(value) if abs(n) > MOST_BYTES), None)
@@ -265,16 +260,16 @@ class Reader:
             elif number in (5, 10):
                 constant = self.constant(self.span(value))
                 constant.name = node.outputs[0] if node.outputs else constant.name
-                self.keep(constant)
+                self.add(constant)
             elif number in (6, 11):
                 if not self.subgraphs:
                     raise self.refused(f"a loop or a branch ({node.kind} {node.name!r})")
                 self.graph(self.span(value), depth + 1)
             elif number in (22, 23):
-                raise self.refused("sparse constants, which no graph has here")
+                raise self.refused("sparse constants, which are not supported")
 
     def constant(self, span: Span) -> Constant:
-        found = Constant()
+        constant = Constant()
         dims: list[int] = []
         for number, value in self.fields(span):
             if number == 1:
@@ -282,26 +277,27 @@ class Reader:
                 if len(dims) > 8:
                     raise self.refused(f"a constant of {len(dims)} or more axes")
             elif number == 2 and isinstance(value, int):
-                found.data_type = value
+                constant.data_type = value
             elif number == 8:
-                found.name = self.text(value)
+                constant.name = self.text(value)
             elif number == 9:
-                found.raw = self.span(value)
-                found.stored += found.raw[1] - found.raw[0]
+                constant.raw = self.span(value)
+                constant.stored += constant.raw[1] - constant.raw[0]
             elif number in (4, 5, 6, 7, 10, 11):
-                found.stored += 10 if isinstance(value, int) else value[1] - value[0]
-                if number == 7 and found.stored <= 10 * FEW:
-                    found.values += tuple(self.numbers(value))
+                constant.stored += 10 if isinstance(value, int) else value[1] - value[0]
+                if number == 7 and constant.stored <= 10 * SMALL:
+                    constant.values += tuple(self.numbers(value))
             elif number == 13:
-                self.elsewhere(found, self.span(value))
-        found.dims = tuple(dims)
-        if found.data_type == INT64 and found.raw and found.stored in range(8, 8 * FEW + 1, 8):
-            start, stop = found.raw
-            found.values = struct.unpack(f"<{found.stored // 8}q", self.data[start:stop])
-        return found
+                self.external(constant, self.span(value))
+        constant.dims = tuple(dims)
+        sizes = range(8, 8 * SMALL + 1, 8)
+        if constant.data_type == INT64 and constant.raw and constant.stored in sizes:
+            start, stop = constant.raw
+            constant.values = struct.unpack(f"<{constant.stored // 8}q", self.data[start:stop])
+        return constant
 
-    def elsewhere(self, constant: Constant, span: Span) -> None:
-        """One key and its value of what says where in another file a constant is."""
+    def external(self, constant: Constant, span: Span) -> None:
+        """Parse one key and value of the location of a constant in another file."""
         pair = {number: self.text(value) for number, value in self.fields(span) if number < 3}
         key, value = pair.get(1, ""), pair.get(2, "")
         if key == "location":
@@ -317,30 +313,30 @@ def signed(number: int) -> int:
 
 
 def check_constant(path: Path, constant: Constant, files: Collection[str]) -> None:
-    """Its bytes must be as many as its shape and type say, and stand in a file of the artifact."""
+    """Raise RunnerProblem unless a constant's bytes fit its shape and are in the artifact."""
     name, dims = constant.name, list(constant.dims)
     if constant.data_type not in BITS:
         raise RunnerProblem(
-            f"{path}: the constant {name!r} is of data type {constant.data_type}, not numbers",
+            f"{path}: the constant {name!r} has the data type {constant.data_type}, not numbers",
             AGAIN,
         )
     if min(dims, default=0) < 0 or constant.elements > MOST_BYTES:
         raise RunnerProblem(f"{path}: the constant {name!r} has the shape {dims}", UNTRUSTED)
     if constant.location is not None:
-        check_elsewhere(path, constant, files)
+        check_external(path, constant, files)
         return
-    wanted = constant.bytes
-    fits = constant.stored == wanted if constant.raw else wanted <= 8 * constant.stored
+    needed = constant.bytes
+    fits = constant.stored == needed if constant.raw else needed <= 8 * constant.stored
     if not fits:
         raise RunnerProblem(
-            f"{path}: damaged, the constant {name!r} of shape {dims} needs {wanted} bytes and has "
+            f"{path}: damaged, the constant {name!r} of shape {dims} needs {needed} bytes and has "
             f"{constant.stored}",
             AGAIN,
         )
 
 
-def check_elsewhere(path: Path, constant: Constant, files: Collection[str]) -> None:
-    """A file of its own must be one that the manifest lists, beside the graph, and large enough."""
+def check_external(path: Path, constant: Constant, files: Collection[str]) -> None:
+    """Raise RunnerProblem unless an external constant is in a listed file that is large enough."""
     root = path.parent
     while root.name and not (root / "manifest.json").is_file():
         root = root.parent
@@ -353,25 +349,24 @@ def check_elsewhere(path: Path, constant: Constant, files: Collection[str]) -> N
         listed = plain = False
     if not listed or not plain:
         raise RunnerProblem(
-            f"{path}: the constant {constant.name!r} stands in {constant.location!r}, which is no "
-            "file of the artifact",
+            f"{path}: the constant {constant.name!r} is stored in {constant.location!r}, which is "
+            "not a file of the artifact",
             UNTRUSTED,
         )
     end = constant.offset + constant.bytes
     if constant.length not in (None, constant.bytes) or end > place.stat().st_size:
         raise RunnerProblem(
-            f"{path}: the constant {constant.name!r} of shape {list(constant.dims)} does not lie "
-            f"within the {place.stat().st_size} bytes of {constant.location}",
+            f"{path}: the constant {constant.name!r} of shape {list(constant.dims)} exceeds the "
+            f"{place.stat().st_size} bytes of {constant.location}",
             AGAIN,
         )
 
 
 def check_node(path: Path, node: Node, parts: Parts) -> None:
-    """Its operator is one of onnxruntime's, and no constant asks it for memory beyond reason."""
+    """Raise RunnerProblem for operators outside onnxruntime, and for huge output shapes."""
     if node.domain not in DOMAINS:
         raise RunnerProblem(
-            f"{path}: the operator {node.kind} of {node.domain!r} comes in a library; "
-            "none is loaded",
+            f"{path}: the operator {node.kind} of {node.domain!r} needs a library; none is loaded",
             UNTRUSTED,
         )
     for index in (*SHAPES.get(node.kind, ()), *COUNTS.get(node.kind, ())):
@@ -380,7 +375,7 @@ def check_node(path: Path, node: Node, parts: Parts) -> None:
         asked = math.prod(values) if node.kind in SHAPES else max(values, default=0)
         if asked > MOST_ELEMENTS:
             raise RunnerProblem(
-                f"{path}: {node.kind} {node.name!r} asks for {asked} elements, at most "
-                f"{MOST_ELEMENTS} are given",
+                f"{path}: {node.kind} {node.name!r} creates {asked} elements; the limit is "
+                f"{MOST_ELEMENTS}",
                 UNTRUSTED,
             )

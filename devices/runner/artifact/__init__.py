@@ -1,0 +1,1 @@
+"""An artifact folder: its manifest, files and graphs, checked before anything is loaded."""

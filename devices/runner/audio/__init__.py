@@ -1,0 +1,21 @@
+"""Audio in: reading WAV files, checking samples, splitting long recordings in pauses."""
+
+from ..interfaces import Pcm
+from .pauses import FRAME, find_cut, split
+from .samples import SAMPLING_RATE, checked_samples, is_hum, is_silent, shortest
+from .wav import check_whole, parse_riff, read_wav
+
+__all__ = [
+    "FRAME",
+    "SAMPLING_RATE",
+    "Pcm",
+    "check_whole",
+    "checked_samples",
+    "find_cut",
+    "is_hum",
+    "is_silent",
+    "parse_riff",
+    "read_wav",
+    "shortest",
+    "split",
+]
