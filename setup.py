@@ -7,11 +7,11 @@ as private subpackages (`edgewhisper._export`, ...), and every reference to them
 - import statements, by their position in the syntax tree
 - strings that are the dotted name of a module, as `python -m` and `import_module` take them
 
-An editable install (`pip install -e .`) uses the checkout as it is. The packages of LEFT_OUT need
-files of the checkout and are not part of a wheel.
+An editable install (`pip install -e .`) uses the checkout as it is.
 """
 
 import ast
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 PRIVATE = {name: f"edgewhisper._{name}" for name in ("export", "benchmarks", "devices")}
-LEFT_OUT = ("benchmarks.study", "benchmarks.aarch64", "benchmarks.readme")
 
 
 def private(name: str) -> str:
@@ -30,33 +29,23 @@ def private(name: str) -> str:
     return PRIVATE.get(top, top) + dot + rest
 
 
-def is_left_out(name: str) -> bool:
-    return any(name == left or name.startswith(f"{left}.") for left in LEFT_OUT)
-
-
 class BuildPackages(build_py):
     """Copies the packages; for a wheel, under their private names."""
 
     def run(self) -> None:
         self.modules: set[str] = set()
         if not self.editable_mode:
-            self.force = True  # an older build may lie in the same folder
+            shutil.rmtree(self.build_lib, ignore_errors=True)  # modules of an older build
             self.modules = {f"{package}.{name}" for package, name, _ in self.find_all_modules()}
             self.modules |= set(self.packages)
             self.rename()
         super().run()
 
     def rename(self) -> None:
-        self.packages = [private(name) for name in self.packages if not is_left_out(name)]
+        """Give packages, folders and data files their private names."""
+        self.packages = [private(name) for name in self.packages]
         self.package_dir = {**(self.package_dir or {}), **{v: k for k, v in PRIVATE.items()}}
         self.package_data = {private(name): glob for name, glob in self.package_data.items()}
-
-    def find_package_modules(self, package: str, package_dir: str) -> list[Any]:
-        public = {private(name): name for name in PRIVATE}
-        top = next((name for name in public if f"{package}.".startswith(f"{name}.")), None)
-        source = package if top is None else public[top] + package.removeprefix(top)
-        found = super().find_package_modules(package, package_dir)
-        return [entry for entry in found if not is_left_out(f"{source}.{entry[1]}")]
 
     def build_module(self, module: str, module_file: str, package: str) -> Any:
         outfile, copied = super().build_module(module, module_file, package)
