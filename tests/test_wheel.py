@@ -56,13 +56,10 @@ def environment(wheel, tmp_path_factory) -> Path:
     editable install of the project is not seen."""
     place = tmp_path_factory.mktemp("environment")
     venv.create(place, symlinks=True)
-    options = ["--no-deps", "--no-index", "-q", "--prefix", place, "--no-warn-script-location"]
-    run([sys.executable, "-m", "pip", "install", "--ignore-installed", *options, wheel], place)
+    pip = [sys.executable, "-m", "pip", "--python", place / "bin" / "python", "install"]
+    run([*pip, "--no-deps", "--no-index", "-q", wheel], place)
     shared = sysconfig.get_path("platlib")
     (site_packages(place) / "dependencies.pth").write_text(f"{shared}\n")
-    command = place / "bin" / "edgewhisper"  # pip wrote the path of this environment's Python
-    lines = command.read_text().splitlines()[1:]
-    command.write_text("\n".join([f"#!{place / 'bin' / 'python'}", *lines]) + "\n")
     return place
 
 
