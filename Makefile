@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all a user needs; both set up what they use, once.
+# A user needs `make demo` and `make test`. Both set up the environment on the first run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,16 +10,17 @@ INTEROP := build/interop
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    compress, export and measure Whisper tiny.en; ends in a table"
-	@echo "make test    run the tests"
-	@echo "make models  fetch OpenAI's tiny.en and base into build/models"
-	@echo "make test-real   run the tests on these models, and on the engines if rivals-env was made"
-	@echo "make test-slow   run those that take minutes"
-	@echo "make test-devices   run those that need an emulated device"
-	@echo "make interop run artifacts of other layouts in optimum, transformers.js and sherpa-onnx"
-	@echo "make aarch64 count instructions on emulated ARM cores, hold them against those kept"
-	@echo "make check   format, lint, types, direction of imports"
-	@echo "make rivals-env   install faster-whisper, whisper.cpp, sherpa-onnx, for bench --rival"
+	@echo "make demo          compress, export and measure Whisper tiny.en; ends in a table"
+	@echo "make test          run the tests"
+	@echo "make check         check format, lint, types and import contracts"
+	@echo "make test-slow     run the tests that take minutes"
+	@echo "make test-devices  run the tests that need an emulated device"
+	@echo "make test-real     run the tests on OpenAI's models, and on the rivals after make rivals-env"
+	@echo "make models        download OpenAI's tiny.en and base to build/models"
+	@echo "make rivals-env    install faster-whisper, whisper.cpp and sherpa-onnx for bench --rival"
+	@echo "make interop       run the layouts in optimum, transformers.js and sherpa-onnx"
+	@echo "make aarch64       count instructions on emulated ARM cores, compare with the stored counts"
+	@echo "make clean         remove the environments and edgewhisper-runs"
 
 demo: $(READY)
 	$(BIN)/edgewhisper demo
@@ -33,7 +34,7 @@ test: $(READY) sshd
 models: $(READY)
 	$(BIN)/python -m edgewhisper.checkpoints.fetch tiny.en base --out build/models
 
-# the engines of `make rivals-env` are tested where that was made
+# the rivals are tested if `make rivals-env` was run
 test-real: models
 	$(BIN)/python -m pytest -m real tests/real
 
@@ -56,19 +57,19 @@ $(INTEROP)/%/.ready: tests/interop/requirements-%.txt
 	$(@D)/bin/python -m pip install -q -r $<
 	@touch $@
 
-# --ignore-scripts: a package's install script would fetch a native runtime that is not used
+# --ignore-scripts: an install script would download a native runtime that is not used
 $(INTEROP)/js/.ready: tests/interop/package.json
 	@sh tests/helpers/system-packages.sh 'node --version' nodejs
 	@sh tests/helpers/system-packages.sh 'npm --version' npm
 	@mkdir -p $(@D) && cp $< $(@D)
 	@if npm --version >/dev/null 2>&1; then \
 	  cd $(@D) && npm install --silent --no-fund --no-audit --ignore-scripts && touch .ready; \
-	else echo "note: without node and npm transformers.js is not run"; fi
+	else echo "note: transformers.js is not run, because node or npm is missing"; fi
 
-# torch first and by exact version: a range would let pip choose a build with gigabytes of CUDA
+# torch first and by exact version: with a range, pip could choose a build with gigabytes of CUDA
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $(PYTHON) is too old, 3.11 or newer is needed."; \
+	  { echo "error: $(PYTHON) is too old; EdgeWhisper needs Python 3.11 or newer"; \
 	    echo "try:   make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@sh tests/helpers/system-packages.sh '$(PYTHON) -c "import ensurepip"' python3-venv
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
@@ -76,11 +77,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(READY)
 
-# where systemd runs, the package would start a server that listens to the whole network
+# with systemd, installing the package would start a server that listens on all interfaces
 sshd:
 	@test -d /run/systemd/system || sh tests/helpers/system-packages.sh 'test -x /usr/sbin/sshd' openssh-server
 
-# minutes of emulation; builds its machine in build/aarch64 on the first run, as `make aarch64`
+# takes minutes; builds the emulated machine in build/aarch64 on the first run, as `make aarch64` does
 test-devices: $(READY) sshd
 	@sh tests/helpers/system-packages.sh 'qemu-aarch64 --version' qemu-user
 	@sh tests/helpers/system-packages.sh 'qemu-system-aarch64 --version' qemu-system-arm
@@ -88,12 +89,12 @@ test-devices: $(READY) sshd
 	@sh tests/helpers/system-packages.sh 'cpio --version' cpio
 	@sh tests/helpers/system-packages.sh 'gcc --version' gcc
 	@sh tests/helpers/system-packages.sh 'adb --version' adb
-	@$(BIN)/python tests/helpers/adbd.py || echo "note: without adbd no phone is played on loopback"
+	@$(BIN)/python tests/helpers/adbd.py || echo "note: the tests of a phone on loopback are skipped, because adbd is missing"
 	@sh tests/helpers/system-packages.sh 'chromium --version' chromium
 	@sh tests/helpers/system-packages.sh 'npm --version' npm
 	$(BIN)/python -m pytest -m devices
 
-# tens of minutes of emulation; builds its machine in build/aarch64 on the first run
+# takes tens of minutes; builds the emulated machine in build/aarch64 on the first run
 aarch64: $(READY)
 	@sh tests/helpers/system-packages.sh 'qemu-aarch64 --version' qemu-user
 	@sh tests/helpers/system-packages.sh 'gcc --version' gcc
@@ -101,10 +102,10 @@ aarch64: $(READY)
 
 rivals-env: $(RIVALS)/.ready
 
-# whisper.cpp would use tiles on processors that have them, and end where the kernel grants none
+# whisper.cpp would use AMX tiles, and crash if the kernel does not grant them
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
-# pip would take a build of its cache, whose libraries do not find each other without the run path
+# --no-cache-dir: a cached build lacks the run path, and its libraries do not find each other
 $(RIVALS)/.ready: benchmarks/rivals/requirements.txt $(READY)
 	$(BIN)/python -m venv --clear $(RIVALS)
 	$(RIVALS)/bin/python -m pip install -q -r benchmarks/rivals/requirements.txt
@@ -113,8 +114,8 @@ $(RIVALS)/.ready: benchmarks/rivals/requirements.txt $(READY)
 	  CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" CMAKE_INSTALL_RPATH='$$ORIGIN' CMAKE_BUILD_WITH_INSTALL_RPATH=ON \
 	  $(RIVALS)/bin/python -m pip install -q --no-cache-dir --no-deps --no-binary pywhispercpp \
 	    --target $(RIVALS)/source $$(grep ^pywhispercpp== benchmarks/rivals/requirements.txt) || \
-	  { rm -rf $(RIVALS)/source; echo "note: it could not be built; its wheel is measured"; }; \
-	else echo "note: without a C++ compiler whisper.cpp is measured as its wheel"; fi
+	  { rm -rf $(RIVALS)/source; echo "note: whisper.cpp could not be built; its wheel is used"; }; \
+	else echo "note: the wheel of whisper.cpp is used, because there is no C++ compiler"; fi
 	@touch $@
 
 clean:

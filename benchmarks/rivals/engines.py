@@ -73,15 +73,15 @@ RIVALS = {name: kind for name, kind in ENGINES.items() if kind.rival}
 
 CODE = "engines"
 """The folder on a device for the programs of the rivals' own environment."""
-SHARED = ("__init__.py", "rivals/__init__.py", "rivals/protocol.py")
 
 
 def send_program(kind: Kind, device: Device) -> None:
-    """Copy an engine's program, and the few files that it is made of, into CODE."""
-    for name in (*SHARED, f"rivals/{kind.module}.py"):
-        device.push(PROJECT / "benchmarks" / name, f"{CODE}/benchmarks/{name}")
-    device.push(RUNNER.parent / "__init__.py", f"{CODE}/devices/__init__.py")
-    device.push(RUNNER, f"{CODE}/devices/runner")
+    """Copy an engine's program and the files that it imports into CODE, under the same names."""
+    rivals = Path(__file__).resolve().parent
+    places = [rivals / "protocol.py", rivals / f"{kind.module}.py", RUNNER.resolve()]
+    packages = {parent for place in places for parent in place.parents if PROJECT in parent.parents}
+    for place in (*(package / "__init__.py" for package in sorted(packages)), *places):
+        device.push(place, f"{CODE}/{place.relative_to(PROJECT).as_posix()}")
 
 
 def interpreter() -> Path:

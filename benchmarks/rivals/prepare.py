@@ -18,7 +18,8 @@ from export.problem import Problem
 
 POSITIONS_A_SECOND = 50
 PROMPT = 4
-PROJECT = Path(__file__).resolve().parent.parent.parent
+PROJECT = Path(__file__).resolve().parents[__name__.count(".")]
+"""The folder that the packages are imported from: the checkout, or site-packages."""
 
 
 @dataclass(frozen=True)
