@@ -183,7 +183,7 @@ def clips_to_run(
 
 def sample_clips() -> list[Clip]:
     """One short clip, to run the graphs on."""
-    from edgewhisper.pipeline import SPEECH
+    from edgewhisper.shipped import SPEECH
 
     return read_manifest(SPEECH / "test.jsonl")[:1]
 
@@ -241,7 +241,9 @@ def gate_anew(
 ) -> str:
     """The whole gate, as export runs it, against the checkpoint that the artifact is said to be
     of."""
-    from edgewhisper.pipeline import default_speech, gate, load_for
+    from edgewhisper.gating import gate
+    from edgewhisper.pipeline import load_for
+    from edgewhisper.shipped import default_speech
     from export.prompt import prompt_ids
     from export.shrink import layer_shapes
 

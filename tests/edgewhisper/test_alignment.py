@@ -176,7 +176,9 @@ def test_compress_saves_the_right_list(tmp_path, monkeypatch, make_whisper, proc
     (tmp_path / "two.jsonl").write_text("\n".join(clips.read_text().splitlines()[:2]))
     (tmp_path / "shrink.toml").write_text('[[step]]\nmethod = "shrink"\n')
     manifest = tmp_path / "two.jsonl"
-    slim = pipeline.compress("./base", "shrink.toml", manifest, manifest, Path("slim"))
+    slim = pipeline.compress(
+        pipeline.Request("./base", "shrink.toml", manifest, manifest, Path("slim"))
+    )
     saved = json.loads((slim / "generation_config.json").read_text())
     assert saved["alignment_heads"] == [[0, 1], [1, 2]]
     told = json.loads((slim / "compression.json").read_text())["steps"]["shrink"]
@@ -380,7 +382,7 @@ def test_compress_says_how_far_off_timestamps_are_before_and_after(
     )
     manifest = Path("few.jsonl")
     given = str(digits), "mine.toml", manifest, manifest, Path("slim")
-    slim = pipeline.compress(*given, allow_loss=True)
+    slim = pipeline.compress(pipeline.Request(*given, allow_loss=True))
     record = json.loads((slim / "compression.json").read_text())
     assert record["timestamps"]["judged_by"] == "the model before compression"
     assert record["before"]["timestamp_error_s"] == 0

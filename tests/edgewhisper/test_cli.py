@@ -1,4 +1,4 @@
-"""The command line as a user types it, and what it says to bad input."""
+"""The command line: its output, and its error messages for bad input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from edgewhisper.cli import main
 
 @dataclass
 class Done:
-    """How a command ended and what it said."""
+    """Exit code and output of a command."""
 
     returncode: int
     stdout: str
@@ -59,11 +59,11 @@ def edgewhisper(monkeypatch, capsys, tmp_path) -> Callable[..., Done]:
     return run
 
 
-def letter(done: Done) -> str:
-    """What a failed command told its user: two lines, exit code 1, no traceback."""
+def error_of(done: Done) -> str:
+    """Return stderr of a failed command: it ends in an error and a hint, without a traceback."""
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    lines = done.stderr.splitlines()[-2:]  # progress and notes come before
+    lines = done.stderr.splitlines()[-2:]  # progress and notes come first
     assert lines[0].startswith("error: ")
     assert lines[1].startswith("try:   ")
     return done.stderr
@@ -93,7 +93,7 @@ def test_help_imports_nothing_heavy(tmp_path):
         *("report", "demo", "recipes", "devices"),
     ],
 )
-def test_every_command_explains_itself(edgewhisper, command, tmp_path):
+def test_every_command_has_a_help_text(edgewhisper, command, tmp_path):
     done = edgewhisper(command, "--help")
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) > 4
@@ -108,41 +108,41 @@ def test_transcribe_prints_the_text(edgewhisper, tmp_path, digits, clips):
     assert sum(text == row["text"] for text, row in zip(texts, rows, strict=True)) >= 2
 
 
-def test_what_only_an_artifact_can_do_is_refused_to_a_checkpoint(edgewhisper, digits, spoken):
-    found = letter(edgewhisper("transcribe", digits, spoken, "--timestamps", "--beams", "3"))
-    assert "is a checkpoint, and timestamps and beams are for artifacts" in found
-    found = letter(edgewhisper("transcribe", digits, spoken, "--language", "tlh"))
-    assert "--language tlh: the model has no token for it" in found
+def test_options_of_artifacts_are_refused_for_a_checkpoint(edgewhisper, digits, spoken):
+    text = error_of(edgewhisper("transcribe", digits, spoken, "--timestamps", "--beams", "3"))
+    assert "is a checkpoint, and timestamps and beams are for artifacts" in text
+    text = error_of(edgewhisper("transcribe", digits, spoken, "--language", "tlh"))
+    assert "--language tlh: the model has no token for it" in text
 
 
-def test_a_checkpoint_takes_a_language_auto_and_transcribe(edgewhisper, digits, spoken):
+def test_a_checkpoint_accepts_a_language_auto_and_transcribe(edgewhisper, digits, spoken):
     for words, language in ((("--language", "auto"), None), (("--language", "English"), "en")):
         done = edgewhisper("transcribe", digits, spoken, *words, "--task", "transcribe", "--json")
         assert done.returncode == 0, done.stderr
-        (found,) = json.loads(done.stdout)
-        assert language in (None, found["language"])
+        (transcript,) = json.loads(done.stdout)
+        assert language in (None, transcript["language"])
 
 
-def test_a_gate_mode_that_is_not_there_is_refused(edgewhisper, digits):
-    found = letter(edgewhisper("export", digits, "--gate", "maybe"))
-    assert "--gate maybe is not there" in found
-    assert "use fail or warn or off" in found
+def test_an_unknown_gate_mode_is_refused(edgewhisper, digits):
+    text = error_of(edgewhisper("export", digits, "--gate", "maybe"))
+    assert "unknown --gate 'maybe'" in text
+    assert "choose fail, warn or off" in text
 
 
-def test_eval_json_has_the_agreed_names_and_nothing_else_on_stdout(
+def test_eval_json_has_the_documented_keys_and_is_alone_on_stdout(
     edgewhisper, tmp_path, digits, clips
 ):
     lines = clips.read_text().splitlines()[:6]
     shutil.copytree(clips.parent / "test", tmp_path / "test")
     (tmp_path / "few.jsonl").write_text("\n".join(lines))
     done = edgewhisper("eval", digits, "--speech", "few.jsonl", "--json")
-    found = json.loads(done.stdout)
-    assert {"wer", "cer", "wer_interval", "substitutions", "deletions", "insertions"} <= set(found)
-    assert 0 <= found["wer_per_utterance_mean"] <= 1
-    assert (found["utterances"], found["normalizer"]) == (6, "whisper-basic")
+    score = json.loads(done.stdout)
+    assert {"wer", "cer", "wer_interval", "substitutions", "deletions", "insertions"} <= set(score)
+    assert 0 <= score["wer_per_utterance_mean"] <= 1
+    assert (score["utterances"], score["normalizer"]) == (6, "whisper-basic")
 
 
-def test_eval_writes_each_clips_text_and_counts(edgewhisper, tmp_path, digits, clips):
+def test_eval_writes_the_text_and_counts_of_each_clip(edgewhisper, tmp_path, digits, clips):
     shutil.copytree(clips.parent / "test", tmp_path / "test")
     (tmp_path / "few.jsonl").write_text("\n".join(clips.read_text().splitlines()[:3]))
     done = edgewhisper("eval", digits, "--speech", "few.jsonl", "--texts", "texts.jsonl", "--json")
@@ -154,45 +154,47 @@ def test_eval_writes_each_clips_text_and_counts(edgewhisper, tmp_path, digits, c
     assert all(row["reference"] and row["text"] and row["lang"] == "en" for row in rows)
 
 
-def test_the_demo_names_a_model_that_is_not_there(edgewhisper):
-    text = letter(edgewhisper("demo", "--model", "./nowhere"))
+def test_the_demo_refuses_a_model_that_does_not_exist(edgewhisper):
+    text = error_of(edgewhisper("demo", "--model", "./nowhere"))
     assert "there is no such checkpoint" in text and "tiny.en" in text
 
 
-def test_eval_takes_a_folder_and_says_both_error_rates(edgewhisper, tmp_path, digits, spoken):
+def test_eval_reads_a_folder_and_prints_the_mean_wer_of_clips(
+    edgewhisper, tmp_path, digits, spoken
+):
     shutil.copy(spoken, tmp_path / "a.ogg")
     (tmp_path / "metadata.csv").write_text("file_name,sentence\na.ogg,zero\n")
     done = edgewhisper("eval", digits, "--speech", tmp_path, "--normalizer", "hindi-strict")
-    assert "mean of every clip's own WER" in done.stdout
+    assert "mean WER of the clips" in done.stdout
     assert "normalizer hindi-strict" in done.stdout
 
 
-def test_the_help_names_every_normalizer(edgewhisper):
+def test_the_help_of_eval_lists_every_normalizer(edgewhisper):
     from benchmarks.normalizers import NORMALIZERS
 
-    told = "".join(edgewhisper("eval", "--help").stdout.split())  # lines break at hyphens
-    assert all(name in told for name in NORMALIZERS)
+    text = "".join(edgewhisper("eval", "--help").stdout.split())  # lines break at hyphens
+    assert all(name in text for name in NORMALIZERS)
 
 
-def test_compare_shows_results_of_one_normalizer_only(edgewhisper, tmp_path):
+def test_compare_refuses_results_with_different_normalizers(edgewhisper, tmp_path):
     for name in ("hindi-strict", "hindi-wer"):
         write([make_result(name=name, normalizer=name)], tmp_path / f"{name}.jsonl")
     done = edgewhisper("compare", "hindi-strict.jsonl", "hindi-wer.jsonl")
-    assert "different normalizers: hindi-strict and hindi-wer" in letter(done)
+    assert "different normalizers: hindi-strict and hindi-wer" in error_of(done)
     assert not done.stdout
     assert edgewhisper("compare", "hindi-wer.jsonl", "hindi-wer.jsonl").returncode == 0
 
 
-def test_a_bare_compress_leaves_the_choice_of_recipe_to_the_model(edgewhisper, monkeypatch):
+def test_compress_without_arguments_leaves_model_and_recipe_open(edgewhisper, monkeypatch):
     from edgewhisper import pipeline
 
-    asked = []
-    monkeypatch.setattr(pipeline, "compress", lambda *given: asked.append(given))
+    requests = []
+    monkeypatch.setattr(pipeline, "compress", lambda request, say: requests.append(request))
     assert edgewhisper("compress").returncode == 0
-    assert asked[0][:2] == (None, None)
+    assert requests == [pipeline.Request()]
 
 
-def test_a_target_is_searched_for_and_the_trials_are_shown(edgewhisper, tmp_path, digits, clips):
+def test_compress_searches_for_a_target_and_prints_the_trials(edgewhisper, tmp_path, digits, clips):
     (tmp_path / "mine.toml").write_text(
         '[[step]]\nmethod = "shear"\nrank = 96\ncalibration = 2\n[step.training]\nsteps = 0\n'
         '[[search]]\nfield = "step.1.rank"\nlow = 64\nhigh = 112\n'
@@ -200,16 +202,16 @@ def test_a_target_is_searched_for_and_the_trials_are_shown(edgewhisper, tmp_path
     shutil.copytree(clips.parent / "test", tmp_path / "test")
     (tmp_path / "few.jsonl").write_text("\n".join(clips.read_text().splitlines()[:2]))
     speech = ("--speech", "few.jsonl", "--dev", "few.jsonl")
-    told = ("--recipe", "mine.toml", *speech, "--trials", "2", "--out", "out")
-    done = edgewhisper("compress", digits, *told, "--target-params", "99.5%")
+    words = ("--recipe", "mine.toml", *speech, "--trials", "2", "--out", "out")
+    done = edgewhisper("compress", digits, *words, "--target-params", "99.5%")
     assert done.returncode == 0, done.stderr
     assert "chosen" in done.stdout and "dev WER %" in done.stdout
     assert done.stdout.splitlines()[-1] == "wrote out"
-    found = json.loads((tmp_path / "out/pareto.json").read_text())
-    assert found["limits"]["parameters"] == int(0.995 * found["before"]["parameters"])
+    record = json.loads((tmp_path / "out/pareto.json").read_text())
+    assert record["limits"]["parameters"] == int(0.995 * record["before"]["parameters"])
 
 
-def test_recipes_say_what_may_be_searched(edgewhisper):
+def test_recipes_lists_the_fields_that_may_be_searched(edgewhisper):
     lines = edgewhisper("recipes").stdout.splitlines()
     quick = next(number for number, line in enumerate(lines) if line.startswith("quick"))
     assert lines[quick + 1].split() == ["searched:", "step.1.min_removed"]
@@ -227,8 +229,10 @@ KDQ = '[[step]]\nmethod = "kdq"\nteacher = "teacher"\n[step.training]\nsteps = 1
 
 @pytest.fixture
 def refused(edgewhisper, tmp_path, digits, clips) -> Callable[..., str]:
-    """The letter that `compress` answers a recipe with, which leaves nothing half done: two clips,
-    with `change` in their lines (None: no clips)."""
+    """Run `compress` with a recipe on two clips, check that it leaves no output; return its error.
+
+    `change` overrides fields of the clips; None: no clips.
+    """
 
     def run(recipe: str, change: dict | None = None, more: tuple = (), model: Path = digits) -> str:
         shutil.copytree(clips.parent / "test", tmp_path / "test")
@@ -238,8 +242,8 @@ def refused(edgewhisper, tmp_path, digits, clips) -> Callable[..., str]:
         (tmp_path / "mine.toml").write_text(recipe)
         before = {path.name for path in tmp_path.iterdir()}
         speech = ("--speech", "few.jsonl", "--dev", "few.jsonl")
-        told = ("--recipe", "mine.toml", *speech, *more, "--out", "out")
-        text = letter(edgewhisper("compress", model, *told))
+        words = ("--recipe", "mine.toml", *speech, *more, "--out", "out")
+        text = error_of(edgewhisper("compress", model, *words))
         assert {path.name for path in tmp_path.iterdir()} <= before | {"edgewhisper-runs"}
         runs = tmp_path / "edgewhisper-runs"
         assert all(path.name.startswith("unfinished-") for path in runs.glob("*"))
@@ -249,7 +253,7 @@ def refused(edgewhisper, tmp_path, digits, clips) -> Callable[..., str]:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "change", "more", "told"),
+    ("recipe", "change", "more", "message"),
     [
         pytest.param(TRAIN, None, (), "names no clips", id="empty manifest"),
         pytest.param(
@@ -279,7 +283,7 @@ def refused(edgewhisper, tmp_path, digits, clips) -> Callable[..., str]:
             {"lang": "hi"},
             ("--language", "sw"),
             "--language sw: the speech is in hi",
-            id="prompt that nothing needs",
+            id="needless prompt",
         ),
         pytest.param(
             SHEAR.format(200, 0), {}, (), "rank 200 is more than a table", id="rank above width"
@@ -289,14 +293,14 @@ def refused(edgewhisper, tmp_path, digits, clips) -> Callable[..., str]:
             {},
             (),
             "do not name each of the 2 decoder layers",
-            id="more layers than there are",
+            id="unknown layers",
         ),
         pytest.param(
             TRAIN.replace('"tspar"', '"tspar"\nencoder_element = 1e300'),
             {},
             (),
             "the loss is inf at step 1 of 1",
-            id="a loss that is not finite",
+            id="infinite loss",
         ),
         pytest.param(
             SHEAR.format(96, 0) + SEARCH,
@@ -309,7 +313,7 @@ def refused(edgewhisper, tmp_path, digits, clips) -> Callable[..., str]:
             SHEAR.format(96, 0) + SEARCH,
             {},
             ("--target-macs", "900G"),
-            "is met at once",
+            "is met already",
             id="target already met",
         ),
         pytest.param(
@@ -361,17 +365,19 @@ def refused(edgewhisper, tmp_path, digits, clips) -> Callable[..., str]:
             None,
             (),
             "recipe mine: step 2 (tspar) would change weights that step 1 (qat) has quantised",
-            id="quantised first",
+            id="step after quantisation",
         ),
     ],
 )
-def test_what_compress_cannot_do_is_a_letter_and_leaves_no_half_output(
-    recipe, change, more, told, refused
+def test_compress_refuses_what_it_cannot_do_and_leaves_no_output(
+    recipe, change, more, message, refused
 ):
-    assert told in refused(recipe, change, more)
+    assert message in refused(recipe, change, more)
 
 
-def test_a_teacher_with_another_table_of_tokens(refused, make_whisper, processor, tmp_path):
+def test_a_teacher_with_another_vocabulary_size_is_refused(
+    refused, make_whisper, processor, tmp_path
+):
     from edgewhisper import whisper
 
     teacher = make_whisper(d_model=16, ffn=16)
@@ -380,19 +386,19 @@ def test_a_teacher_with_another_table_of_tokens(refused, make_whisper, processor
     assert "the teacher teacher has 800 tokens, the student 783" in refused(KDQ, {})
 
 
-def test_a_teacher_that_spells_otherwise(refused, digits, tmp_path):
+def test_a_teacher_with_another_tokenizer_is_refused(refused, digits, tmp_path):
     copy = Path(shutil.copytree(digits, tmp_path / "teacher"))
-    told = json.loads((copy / "tokenizer.json").read_text("utf-8"))
-    vocabulary = told["model"]["vocab"]
+    tokenizer = json.loads((copy / "tokenizer.json").read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (copy / "tokenizer.json").write_text(json.dumps(told), "utf-8")
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
     text = refused(KDQ, {})
     assert "the teacher teacher spells text otherwise" in text
     assert "4 are in one vocabulary only or have another number" in text
 
 
-def test_a_checkpoint_that_is_quantised_already(refused, processor, digits, tmp_path):
-    """Before its dev clips are decoded."""
+def test_a_quantised_checkpoint_is_refused(refused, processor, digits, tmp_path):
+    """The check comes before the dev clips are decoded."""
     from edgewhisper import whisper
     from edgewhisper.compress import qat
     from edgewhisper.compress.work import Work
@@ -406,72 +412,76 @@ def test_a_checkpoint_that_is_quantised_already(refused, processor, digits, tmp_
     assert not (tmp_path / "edgewhisper-runs").exists()
 
 
-def test_targets_that_cannot_be(edgewhisper, tmp_path, monkeypatch):
-    assert "neither a count nor a share" in letter(edgewhisper("compress", "--target-params", "x"))
-    assert "on no device" in letter(edgewhisper("compress", "--target-latency", "400ms"))
+def test_invalid_targets_are_refused(edgewhisper, tmp_path, monkeypatch):
+    assert "neither a count nor a share" in error_of(
+        edgewhisper("compress", "--target-params", "x")
+    )
+    assert "needs a device" in error_of(edgewhisper("compress", "--target-latency", "400ms"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    text = letter(edgewhisper("compress", "--target-latency", "0.4s", "--device", "local"))
+    text = error_of(edgewhisper("compress", "--target-latency", "0.4s", "--device", "local"))
     assert "try:   measure it: edgewhisper devices calibrate --device local" in text
-    text = letter(edgewhisper("compress", "--max-wer-loss", "-1"))
+    text = error_of(edgewhisper("compress", "--max-wer-loss", "-1"))
     assert "--max-wer-loss -1 is not between 0 and 100 points" in text
-    assert "nothing to search without a target" in letter(edgewhisper("compress", "--trials", 3))
-    text = letter(edgewhisper("compress", "--recipe", "digits-imp", "--target-params", "60%"))
-    assert "recipe digits-imp: it does not say what may be searched" in text
+    assert "nothing to search without a target" in error_of(edgewhisper("compress", "--trials", 3))
+    text = error_of(edgewhisper("compress", "--recipe", "digits-imp", "--target-params", "60%"))
+    assert "recipe digits-imp has no [[search]] table" in text
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_normalizer_is_said_before_anything_is_transcribed(
+def test_an_unknown_normalizer_is_refused_before_transcription(
     edgewhisper, digits, clips, monkeypatch
 ):
-    from edgewhisper import pipeline
+    from edgewhisper import transcription
 
-    monkeypatch.setattr(pipeline, "transcriber", None)
-    text = letter(edgewhisper("eval", digits, "--speech", clips, "--normalizer", "hindi"))
+    monkeypatch.setattr(transcription, "transcriber", None)
+    text = error_of(edgewhisper("eval", digits, "--speech", clips, "--normalizer", "hindi"))
     assert "no normalizer 'hindi'" in text
     assert "hindi-wer" in text
 
 
-def test_a_language_without_a_normalizer(edgewhisper, tmp_path, digits, spoken):
+def test_a_language_without_a_normalizer_is_refused(edgewhisper, tmp_path, digits, spoken):
     row = {"audio": str(spoken), "text": "தமிழ் மொழி", "lang": "ta"}
     (tmp_path / "m.jsonl").write_text(json.dumps(row))
-    text = letter(edgewhisper("eval", digits, "--speech", "m.jsonl"))
+    text = error_of(edgewhisper("eval", digits, "--speech", "m.jsonl"))
     assert "'ta': whisper-basic would turn 4 of 9 characters" in text
 
 
 def test_a_refused_eval_writes_no_file(edgewhisper, tmp_path, digits, spoken):
     row = {"audio": str(spoken), "text": "தமிழ் மொழி", "lang": "ta"}
     (tmp_path / "m.jsonl").write_text(json.dumps(row))
-    done = edgewhisper("eval", digits, "--speech", "m.jsonl", "--json", "found.json")
-    assert "'ta': whisper-basic would turn 4 of 9 characters" in letter(done)
+    done = edgewhisper("eval", digits, "--speech", "m.jsonl", "--json", "scores.json")
+    assert "'ta': whisper-basic would turn 4 of 9 characters" in error_of(done)
     assert not done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
 
 
-def test_a_data_set_that_cannot_be_named_so(edgewhisper, digits):
-    text = letter(edgewhisper("eval", digits, "--speech", "hf:librispeech"))
+def test_an_invalid_data_set_name_is_refused(edgewhisper, digits):
+    text = error_of(edgewhisper("eval", digits, "--speech", "hf:librispeech"))
     assert "'hf:librispeech' does not name a data set" in text
 
 
-def test_a_missing_audio_file(edgewhisper, tmp_path, digits):
-    assert "no audio file nowhere.wav" in letter(edgewhisper("transcribe", digits, "nowhere.wav"))
+def test_a_missing_audio_file_is_refused(edgewhisper, tmp_path, digits):
+    assert "no audio file nowhere.wav" in error_of(edgewhisper("transcribe", digits, "nowhere.wav"))
 
 
-def test_a_file_that_is_not_audio(edgewhisper, tmp_path, digits):
+def test_a_file_that_is_not_audio_is_refused(edgewhisper, tmp_path, digits):
     (tmp_path / "a.wav").write_text("not audio")
-    assert "is not audio that can be read" in letter(edgewhisper("transcribe", digits, "a.wav"))
+    assert "is not audio that can be read" in error_of(edgewhisper("transcribe", digits, "a.wav"))
 
 
-def test_an_empty_recording(edgewhisper, tmp_path, digits):
+def test_an_empty_recording_is_refused(edgewhisper, tmp_path, digits):
     soundfile.write(tmp_path / "a.wav", np.zeros(0), 16000)
-    assert "holds no samples" in letter(edgewhisper("transcribe", digits, "a.wav"))
+    assert "holds no samples" in error_of(edgewhisper("transcribe", digits, "a.wav"))
 
 
-def test_a_recording_of_nan(edgewhisper, tmp_path, digits):
+def test_a_recording_of_nan_is_refused(edgewhisper, tmp_path, digits):
     soundfile.write(tmp_path / "a.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
-    assert "100 of 100 samples are NaN" in letter(edgewhisper("transcribe", digits, "a.wav"))
+    assert "100 of 100 samples are NaN" in error_of(edgewhisper("transcribe", digits, "a.wav"))
 
 
-def test_a_recording_that_was_cut_short(edgewhisper, tmp_path, digits, spoken, rng):
+def test_a_truncated_recording_warns_or_fails_with_strict(
+    edgewhisper, tmp_path, digits, spoken, rng
+):
     samples, rate = soundfile.read(spoken)
     for name in ("a.wav", "a.flac"):
         soundfile.write(tmp_path / name, samples, rate)
@@ -482,33 +492,33 @@ def test_a_recording_that_was_cut_short(edgewhisper, tmp_path, digits, spoken, r
     assert "truncated WAV file, its header" in done.stderr
     assert "its text may be incomplete" in done.stderr
     for name in ("a.wav", "a.flac"):
-        message = letter(edgewhisper("transcribe", digits, name, "--strict"))
+        message = error_of(edgewhisper("transcribe", digits, name, "--strict"))
         assert re.search("truncated|cannot be decoded to its end|is not audio|no samples", message)
 
 
 @pytest.fixture
 def piped(monkeypatch) -> Callable[[bytes], None]:
-    """Puts bytes into standard input."""
+    """A function that sets the bytes of standard input."""
     return lambda content: monkeypatch.setattr(
         sys, "stdin", SimpleNamespace(buffer=BytesIO(content))
     )
 
 
-def test_sound_comes_through_a_pipe(edgewhisper, exported, spoken, piped, tmp_path):
-    wanted = edgewhisper("transcribe", exported, spoken).stdout
+def test_transcribe_reads_audio_from_stdin(edgewhisper, exported, spoken, piped, tmp_path):
+    expected = edgewhisper("transcribe", exported, spoken).stdout
     samples, rate = soundfile.read(spoken)
     for kind in ("WAV", "FLAC"):
         soundfile.write(tmp_path / "a", samples, rate, format=kind)
         piped((tmp_path / "a").read_bytes())
-        assert edgewhisper("transcribe", exported, "-").stdout == wanted
+        assert edgewhisper("transcribe", exported, "-").stdout == expected
     piped(b"")
-    assert "- is not audio" in letter(edgewhisper("transcribe", exported, "-"))
+    assert "- is not audio" in error_of(edgewhisper("transcribe", exported, "-"))
 
 
-def test_the_text_of_a_long_file_is_written_as_it_is_heard(
+def test_the_text_of_a_long_file_is_printed_as_it_is_decoded(
     edgewhisper, exported, clips, tmp_path, monkeypatch
 ):
-    """What stands on the screen before each window is decoded, then all of it, as in the JSON."""
+    """More text is printed before each window is decoded; in the end it is the text of the JSON."""
     pcms = [clip.pcm() for clip in read_manifest(clips)[:12]]
     soundfile.write(tmp_path / "a.wav", np.concatenate(pcms), 16_000)
     written, shown, echo, over = [], [], typer.echo, Recognizer.decoder_over
@@ -527,7 +537,9 @@ def test_the_text_of_a_long_file_is_written_as_it_is_heard(
     assert both == f"a.wav\t{text}" * 2
 
 
-def test_ctrl_c_in_a_long_file_ends_it_cleanly(edgewhisper, exported, clips, tmp_path, rng):
+def test_ctrl_c_in_a_long_file_exits_with_130_and_writes_nothing(
+    edgewhisper, exported, clips, tmp_path, rng
+):
     pcms = [clip.pcm() for clip in read_manifest(clips)[:12]]
     soundfile.write(tmp_path / "a.wav", np.concatenate(pcms), 16_000)
     with pytest.MonkeyPatch.context() as patch:
@@ -539,7 +551,7 @@ def test_ctrl_c_in_a_long_file_ends_it_cleanly(edgewhisper, exported, clips, tmp
     assert not (tmp_path / "texts.json").exists()
 
 
-def test_eight_kilohertz_stereo_is_converted_and_said(edgewhisper, tmp_path, digits, spoken):
+def test_stereo_at_8_khz_is_converted_with_a_note(edgewhisper, tmp_path, digits, spoken):
     samples, rate = soundfile.read(spoken)
     halved = samples[::2]
     soundfile.write(tmp_path / "a.wav", np.stack([halved, halved], axis=1), rate // 2)
@@ -556,89 +568,89 @@ def test_silence_gives_no_text(edgewhisper, tmp_path, digits):
     assert (done.returncode, done.stdout.strip()) == (0, "")
 
 
-def test_a_recipe_with_a_wrong_key(edgewhisper, tmp_path):
+def test_a_recipe_with_an_unknown_key_is_refused(edgewhisper, tmp_path):
     (tmp_path / "mine.toml").write_text('[[step]]\nmethod = "tspar"\nlamda = 0.1\n')
-    text = letter(edgewhisper("compress", "--recipe", "mine.toml"))
+    text = error_of(edgewhisper("compress", "--recipe", "mine.toml"))
     assert "lamda" in text
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.toml"]
 
 
-def test_a_manifest_with_a_bad_line(edgewhisper, tmp_path, digits):
+def test_a_manifest_with_an_invalid_line_is_refused(edgewhisper, tmp_path, digits):
     (tmp_path / "m.jsonl").write_text('{"audio": 3}\n')
-    assert "m.jsonl, line 1: `audio` is 3" in letter(
+    assert "m.jsonl, line 1: `audio` is 3" in error_of(
         edgewhisper("eval", digits, "--speech", "m.jsonl")
     )
 
 
-def test_a_truncated_checkpoint(edgewhisper, tmp_path, digits, spoken):
+def test_a_truncated_checkpoint_is_refused(edgewhisper, tmp_path, digits, spoken):
     copy = Path(shutil.copytree(digits, tmp_path / "checkpoint"))
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     for command in (["transcribe", copy, spoken], ["export", copy]):
-        assert "cannot be read" in letter(edgewhisper(*command))
+        assert "cannot be read" in error_of(edgewhisper(*command))
     assert not (tmp_path / "edgewhisper-runs").exists()
 
 
-def test_a_model_without_speech_for_it(edgewhisper, tmp_path, digits):
+def test_a_model_without_fitting_speech_is_refused(edgewhisper, tmp_path, digits):
     copy = shutil.copytree(digits, tmp_path / "mine")
-    assert "no speech to compress it with" in letter(edgewhisper("compress", copy))
+    assert "no speech to compress it with" in error_of(edgewhisper("compress", copy))
 
 
-def test_an_output_that_exists(edgewhisper, tmp_path, digits):
+def test_an_existing_output_is_refused(edgewhisper, tmp_path, digits):
     (tmp_path / "taken").mkdir()
-    assert "taken exists already" in letter(edgewhisper("export", digits, "--out", "taken"))
+    assert "taken exists already" in error_of(edgewhisper("export", digits, "--out", "taken"))
 
 
-def test_an_output_that_cannot_be_written(edgewhisper, tmp_path, digits):
+def test_an_output_that_cannot_be_written_is_refused(edgewhisper, tmp_path, digits):
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in letter(edgewhisper("export", digits, "--out", "file/artifact"))
+    assert "cannot be written" in error_of(edgewhisper("export", digits, "--out", "file/artifact"))
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--target", "tflite"), ("--precision", "int3"), ("--layout", "mlx")],
 )
-def test_an_export_that_this_release_lacks(edgewhisper, tmp_path, option, value):
-    assert f"{option} {value} is not there" in letter(edgewhisper("export", option, value))
+def test_an_unknown_export_choice_is_refused(edgewhisper, tmp_path, option, value):
+    assert f"unknown {option} {value!r}" in error_of(edgewhisper("export", option, value))
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[str]:
-    """The precisions that an export, which does not take place, is asked for."""
+def precisions(monkeypatch) -> list[str]:
+    """Replace pipeline.export; returns the list of the precisions that it is called with."""
     from edgewhisper import pipeline
 
-    found: list[str] = []
-    monkeypatch.setattr(pipeline, "export", lambda source, precision, *_: found.append(precision))
-    return found
+    calls: list[str] = []
+    monkeypatch.setattr(pipeline, "export", lambda source, precision, *_: calls.append(precision))
+    return calls
 
 
 @pytest.mark.parametrize("name", [*profile_names(), *FAMILIES])
-def test_export_for_a_device_takes_the_precision_that_pays_there(edgewhisper, asked, name):
+def test_export_for_a_device_uses_its_best_precision(edgewhisper, precisions, name):
     profile = load_profile(name)
     done = edgewhisper("export", "--device", name)
-    assert asked == [profile.precision]
+    assert precisions == [profile.precision]
     assert f"{profile.precision} for {profile.name}: {profile.reason}" in done.stdout
 
 
-def test_a_precision_that_is_asked_for_stands_whatever_the_device(edgewhisper, asked):
+def test_a_given_precision_overrides_that_of_the_device(edgewhisper, precisions):
     done = edgewhisper("export", "--device", "m1", "--precision", "int4")
-    assert asked == ["int4"]
+    assert precisions == ["int4"]
     assert "m1" not in done.stdout
     edgewhisper("export")
-    assert asked == ["int4", None]  # the target's own
+    assert precisions == ["int4", None]  # the default of the target
 
 
-def test_export_for_an_unknown_device_names_the_known_ones(edgewhisper, asked):
-    assert "rpi4" in letter(edgewhisper("export", "--device", "toaster", "--precision", "fp32"))
-    assert asked == []
+def test_export_for_an_unknown_device_lists_the_known_ones(edgewhisper, precisions):
+    assert "rpi4" in error_of(edgewhisper("export", "--device", "toaster", "--precision", "fp32"))
+    assert precisions == []
 
 
-def test_bench_on_an_unknown_device_names_the_known_ones(edgewhisper):
-    text = letter(edgewhisper("bench", "--device", "toaster"))
+def test_bench_on_an_unknown_device_lists_the_known_ones(edgewhisper):
+    text = error_of(edgewhisper("bench", "--device", "toaster"))
     assert "local" in text
 
 
-def test_a_phone_without_the_program_that_reaches_it(edgewhisper, tmp_path, monkeypatch):
+def test_bench_on_a_phone_needs_adb(edgewhisper, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    text = letter(edgewhisper("bench", "--device", "mobile"))
+    text = error_of(edgewhisper("bench", "--device", "mobile"))
     assert "adb cannot be started" in text

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from benchmarks.speech.clips import Clip, read_manifest
-from edgewhisper import decoding, pipeline, runs, whisper
+from edgewhisper import decoding, job, pipeline, runs, training_speech, whisper
 from edgewhisper.compress import tspar
 from edgewhisper.compress.work import Work
 from edgewhisper.guard import Guard, Loss, TooMuchLost, likely_cause
+from edgewhisper.job import Job
 from edgewhisper.recipe import Recipe, load_recipe, parse
 from edgewhisper.training import Training
 from export.problem import Problem
@@ -143,8 +144,9 @@ def test_without_figures_both_fields_are_named():
 
 
 def test_a_ruined_model_ends_the_run_and_is_kept_under_a_name_that_says_so(few, digits):
+    request = pipeline.Request(str(digits), "ruinous.toml", few, few, Path("slim"))
     with pytest.raises(TooMuchLost) as found:
-        pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"))
+        pipeline.compress(request)
     place = Path("slim-failed-step-1-wsap")
     assert f"the checkpoint is in {place}" in str(found.value)
     assert found.value.hint.endswith("or add --allow-loss to accept it")
@@ -157,20 +159,19 @@ def test_a_ruined_model_ends_the_run_and_is_kept_under_a_name_that_says_so(few, 
 
     # a second time, nothing is overwritten
     with pytest.raises(TooMuchLost, match="slim-failed-step-1-wsap-2"):
-        pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"))
+        pipeline.compress(request)
 
 
 def test_export_never_takes_a_failed_checkpoint_for_the_newest(few, digits):
     with pytest.raises(TooMuchLost):
-        pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few)
+        pipeline.compress(pipeline.Request(str(digits), "ruinous.toml", few, few))
     assert [path.name for path in runs.RUNS.glob("checkpoint-*-failed-step-1-wsap")]
     assert runs.newest("checkpoint") is None
 
 
 def test_allow_loss_writes_it_and_its_card_says_so(few, digits):
-    place = pipeline.compress(
-        str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"), allow_loss=True
-    )
+    request = pipeline.Request(str(digits), "ruinous.toml", few, few, Path("slim"), allow_loss=True)
+    place = pipeline.compress(request)
     record = json.loads((place / "compression.json").read_text())["dev_wer"]
     assert [loss["step"] for loss in record["losses"]] == [1, 2, None]
     assert record["allow_loss"] and record["exceeded"]
@@ -186,7 +187,7 @@ def test_many_small_losses_are_too_much_together(tiny_whisper, processor, clips,
     with pytest.raises(
         TooMuchLost, match=r"the whole recipe raised dev WER from 5\.0 % to 13\.0 %"
     ):
-        pipeline.run_steps(tiny_whisper, recipe, work, lambda text: None, guard=Guard(5.0))
+        job.run_steps(tiny_whisper, recipe, work, lambda text: None, guard=Guard(5.0))
 
 
 def test_the_command_line_exits_with_1_and_says_where(few, digits, capsys, monkeypatch):
@@ -266,12 +267,12 @@ def test_the_bound_on_tokens_does_not_change_a_healthy_model(digits, processor, 
 
 
 def test_a_general_model_is_trained_on_the_clips_that_come_along():
-    found = pipeline.choose_speech("some/model", None, None, general=True)
+    found = training_speech.choose_speech("some/model", None, None, general=True)
     assert (len(found.train), len(found.dev)) == (60, 60)
     assert "Common Voice (CC0 1.0)" in str(found.source)
     assert not {c.audio for c in found.train} & {c.audio for c in found.dev}
     with pytest.raises(Problem, match="no speech to compress it with"):
-        pipeline.choose_speech("some/model", None, None)
+        training_speech.choose_speech("some/model", None, None)
 
 
 def test_it_learns_its_own_words_where_these_agree(monkeypatch):
@@ -279,19 +280,19 @@ def test_it_learns_its_own_words_where_these_agree(monkeypatch):
     monkeypatch.setattr(Clip, "pcm", lambda self: None)
     heard = ["Yesterday, I waited.", "Thank you. Thank you."]
     monkeypatch.setattr(decoding, "transcribe", lambda *a, **k: heard)
-    found = pipeline.in_own_words(None, None, clips)
+    found = training_speech.with_own_transcripts(None, None, clips)
     assert [clip.text for clip in found] == ["Yesterday, I waited.", "for the train"]
 
 
 def test_only_recipes_that_train_want_transcripts():
-    assert pipeline.trains(load_recipe("tspar"))
-    assert not pipeline.trains(load_recipe("lite"))
+    assert job.trains(load_recipe("tspar"))
+    assert not job.trains(load_recipe("lite"))
 
 
 def test_a_multilingual_model_is_told_that_the_clips_are_english():
     dense = SimpleNamespace(generation_config=SimpleNamespace(lang_to_id={"<|en|>": 1}))
     dense.generation_config.is_multilingual = True
-    job = pipeline.Job("base", Recipe("r", "", ()), dense, None, {}, {"source": pipeline.SHIPPED})
+    job = Job("base", Recipe("r", "", ()), dense, None, {}, {"source": training_speech.SHIPPED})
     assert ["English" in note for note in job.notes] == [True, True]
-    assert "name speech in yours with --speech" in job.notes[1]
-    assert pipeline.Job("base", Recipe("r", "", ()), dense, None, {}).notes == []
+    assert "use --speech with clips in your language" in job.notes[1]
+    assert Job("base", Recipe("r", "", ()), dense, None, {}).notes == []

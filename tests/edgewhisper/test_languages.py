@@ -17,7 +17,7 @@ from benchmarks.rivals.transformers import Rival
 from benchmarks.speech.clips import read_manifest
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
-from edgewhisper import alignment, decoding, pipeline, whisper
+from edgewhisper import alignment, decoding, job, pipeline, transcription, whisper
 from edgewhisper.compress.work import Work
 from edgewhisper.examples import token_ids
 from edgewhisper.languages import set_language, set_prompt
@@ -352,7 +352,9 @@ def test_speech_without_a_token_is_prompted_as_asked_from_training_to_the_artifa
         lambda *given, **options: heard.append(transcribe(*given, **options)) or heard[-1],
     )
     given = str(digits), "mine.toml", bambara, bambara
-    slim = pipeline.compress(*given, Path("slim"), language=code, allow_loss=True, **quiet)
+    slim = pipeline.compress(
+        pipeline.Request(*given, Path("slim"), language=code, allow_loss=True), **quiet
+    )
     model = whisper.load(slim)
     assert model.generation_config.language == code
     record = json.loads((slim / "compression.json").read_text())
@@ -368,11 +370,11 @@ def test_speech_without_a_token_is_prompted_as_asked_from_training_to_the_artifa
     assert told["decoding"]["prompt"] == token_ids(spoken[0], model, processor.tokenizer)[0]
     assert named(processor, told["decoding"]["prompt"]) == code
 
-    assert pipeline.evaluate("artifact", bambara).score.normalizer == "bambara"
+    assert transcription.evaluate("artifact", bambara).score.normalizer == "bambara"
     assert [transcript.language for transcript in heard] == [code] * 2
     rows = [json.loads(line) | {"lang": other} for line in bambara.read_text().splitlines()]
     Path("other.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pipeline.evaluate("artifact", Path("other.jsonl"), "none")
+    transcription.evaluate("artifact", Path("other.jsonl"), "none")
     assert [transcript.language for transcript in heard[2:]] == [other] * 2
 
 
@@ -381,13 +383,14 @@ def test_every_step_keeps_the_language(tiny_whisper, processor, few, drawn, tmp_
     tiny_whisper.generation_config.language = code
     work = Work(processor, in_languages(few[:2], [code] * 2), few[:2], tmp_path, original=None)
     recipe = parse("mine", STEPS.replace("rank = 96", "rank = 16"))
-    model = pipeline.run_steps(tiny_whisper, recipe, work, say=lambda text: None)
+    model = job.run_steps(tiny_whisper, recipe, work, say=lambda text: None)
     assert model.generation_config.language == code
 
 
 def test_interrupted_work_is_not_shared_between_prompts(bambara, digits, drawn):
     a, b = drawn(2)
     recipe = parse("mine", STEPS)
-    given = recipe, str(digits), bambara, bambara, None, 0, None
-    places = {pipeline.prepare(*given, language=code).work.run_dir for code in (a, b, a)}
+    given = str(digits), None, bambara, bambara
+    requests = [pipeline.Request(*given, language=code) for code in (a, b, a)]
+    places = {job.prepare(request, recipe).work.run_dir for request in requests}
     assert len(places) == 2
