@@ -8,7 +8,7 @@ from pathlib import Path
 from edgewhisper import whisper
 from edgewhisper.guard import TooMuchLost
 from edgewhisper.job import Request, Say
-from edgewhisper.pipeline import Benched, bench_candidates, compress, export
+from edgewhisper.pipeline import BenchOutcome, bench_candidates, compress, export
 from edgewhisper.shipped import DEFAULT_MODEL
 from export.problem import Problem
 
@@ -17,7 +17,7 @@ EMBEDDED = "digits"
 """Selects the embedded model, like a size name selects a Whisper."""
 
 
-def demo(model: str | None = None, say: Say = print) -> Benched:
+def demo(model: str | None = None, say: Say = print) -> BenchOutcome:
     """Compress, export and bench `model`, next to the dense checkpoint in transformers.
 
     `model` is "digits" for the embedded model, or any model of `compress`. The default is OpenAI's

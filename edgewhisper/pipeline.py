@@ -188,7 +188,7 @@ def load_for(
 # ------------------------------------------------------------------------------------ bench
 
 
-class Benched(NamedTuple):
+class BenchOutcome(NamedTuple):
     """The outcome of bench()."""
 
     results: list[dict[str, Any]]
@@ -206,7 +206,7 @@ def bench(
     how: Measuring | None = None,
     say: Say = print,
     rivals: Sequence[str] = (),
-) -> Benched:
+) -> BenchOutcome:
     """Measure artifacts on devices. The default device is this machine.
 
     With `baseline` or `rivals`, also measure a dense checkpoint in each rival engine. The default
@@ -239,7 +239,7 @@ def bench_candidates(
     speech: Path | None,
     how: Measuring | None,
     say: Say,
-) -> Benched:
+) -> BenchOutcome:
     """Measure candidates on devices and write the results to ./edgewhisper-runs.
 
     If no device gives a result, raises the error of the first one.
@@ -256,7 +256,7 @@ def bench_candidates(
     path = runs.new_path("result", ".jsonl")
     write(results, path)
     correct_tables({source.parent for source in sources}, say)
-    return Benched(results, path, failed)
+    return BenchOutcome(results, path, failed)
 
 
 def correct_tables(folders: set[Path], say: Say) -> None:

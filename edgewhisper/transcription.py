@@ -69,10 +69,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    source: str,
-    speech: Path,
-    normalizer: str | None = None,
-    compute_units: str | None = None,
+    source: str, speech: Path, normalizer: str | None = None, compute_units: str | None = None
 ) -> Evaluation:
     """Return the error rates of a checkpoint or an artifact on the clips of a manifest.
 

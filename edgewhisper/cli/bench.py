@@ -5,106 +5,108 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from edgewhisper.cli.options import SPEECH, FailIf, Json, Normalizer, Threads
 from edgewhisper.cli.output import print_error, print_results, say_for
 
+Artifacts = Annotated[
+    list[Path] | None,
+    Argument(
+        help="directories written by `edgewhisper export`; default: the newest artifact",
+        metavar="ARTIFACT...",
+    ),
+]
+Device = Annotated[
+    list[str] | None,
+    Option(
+        help="name of a device, see `edgewhisper devices`; may be repeated to measure in parallel; "
+        "default: local"
+    ),
+]
+Host = Annotated[
+    list[str] | None,
+    Option(metavar="USER@HOST", help="ssh address of a device; repeat it in the order of --device"),
+]
+Serial = Annotated[
+    list[str] | None,
+    Option(help="serial number of a phone, see `adb devices`; default: the only phone attached"),
+]
+Browser = Annotated[
+    bool, Option("--browser", help="measure in a phone's browser, with a page served from here")
+]
+Listen = Annotated[
+    str | None,
+    Option(
+        metavar="ADDRESS[:PORT]",
+        help="address to serve that page on; default: this machine's local address",
+    ),
+]
+Speech = Annotated[
+    Path | None,
+    Option(help=f"clips to transcribe: {SPEECH}; default: clips included with EdgeWhisper"),
+]
+Baseline = Annotated[
+    str | None,
+    Option(
+        help="also measure this uncompressed model (see MODEL of compress), in transformers or "
+        "in each --rival"
+    ),
+]
+Rival = Annotated[
+    list[str] | None,
+    Option(
+        help="also measure the uncompressed model in this engine: faster-whisper, whisper.cpp "
+        "or sherpa-onnx; may be repeated; the model is --baseline, or the embedded model if "
+        "the artifacts are made from it"
+    ),
+]
+Repeats = Annotated[
+    int, Option(min=1, help="number of rounds; each round measures everything once")
+]
+ComputeUnits = Annotated[
+    list[str] | None,
+    Option(
+        help="Core ML compute units: all, cpu, cpu-ane or cpu-gpu; may be repeated; the value "
+        "each measures all four; default: all"
+    ),
+]
+Minutes = Annotated[
+    float | None, Option(help="then run continuously for this many minutes (max 60)")
+]
+Interval = Annotated[
+    str | None,
+    Option(
+        metavar="SHARE",
+        help="add rounds, up to 50, until the 95 % interval of the median latency is at most "
+        "this share of the median, such as 2%",
+    ),
+]
+Governor = Annotated[
+    str | None, Option(help="CPU frequency governor during the run, e.g. performance")
+]
+Pin = Annotated[
+    str | None, Option(metavar="CORES", help="cores to run on: big, all, or numbers like 0,1")
+]
+
 
 def bench_cli(
-    artifacts: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            help="directories written by `edgewhisper export`; default: the newest artifact",
-            metavar="ARTIFACT...",
-        ),
-    ] = None,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="device to measure on, see `edgewhisper devices`; may be repeated, then the "
-            "devices are measured in parallel; default: local"
-        ),
-    ] = None,
-    host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="USER@HOST",
-            help="ssh address of a device; for several devices, repeat it in the order of --device",
-        ),
-    ] = None,
-    serial: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="serial number of a phone, see `adb devices`; default: the only phone attached"
-        ),
-    ] = None,
-    browser: Annotated[
-        bool,
-        typer.Option(
-            "--browser", help="measure in a phone's browser, with a page served from here"
-        ),
-    ] = False,
-    listen: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS[:PORT]",
-            help="address to serve that page on; default: this machine's address in the local "
-            "network",
-        ),
-    ] = None,
-    speech: Annotated[
-        Path | None,
-        typer.Option(
-            help=f"clips to transcribe: {SPEECH}; default: clips included with EdgeWhisper"
-        ),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            help="also measure this uncompressed model (see MODEL of compress), in transformers or "
-            "in each --rival"
-        ),
-    ] = None,
-    rival: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="also measure the uncompressed model in this engine: faster-whisper, whisper.cpp "
-            "or sherpa-onnx; may be repeated; the model is --baseline, or the embedded model if "
-            "the artifacts are made from it"
-        ),
-    ] = None,
-    repeats: Annotated[
-        int, typer.Option(min=1, help="number of rounds; each round measures everything once")
-    ] = 5,
+    artifacts: Artifacts = None,
+    device: Device = None,
+    host: Host = None,
+    serial: Serial = None,
+    browser: Browser = False,
+    listen: Listen = None,
+    speech: Speech = None,
+    baseline: Baseline = None,
+    rival: Rival = None,
+    repeats: Repeats = 5,
     threads: Threads = None,
-    compute_units: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Core ML compute units: all, cpu, cpu-ane or cpu-gpu; may be repeated; the value "
-            "each measures all four; default: all"
-        ),
-    ] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="after the rounds, run continuously for this many minutes, at most 60"),
-    ] = None,
-    interval: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="add rounds, up to 50, until the 95 % interval of the median latency is at most "
-            "this share of the median, such as 2%",
-        ),
-    ] = None,
-    governor: Annotated[
-        str | None,
-        typer.Option(help="CPU frequency governor during the run, such as performance"),
-    ] = None,
-    pin: Annotated[
-        str | None,
-        typer.Option(metavar="CORES", help="cores to run on: big, all, or numbers such as 0,1"),
-    ] = None,
+    compute_units: ComputeUnits = None,
+    minutes: Minutes = None,
+    interval: Interval = None,
+    governor: Governor = None,
+    pin: Pin = None,
     normalizer: Normalizer = None,
     fail_if: FailIf = None,
     json_file: Json = None,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument
 
 from edgewhisper.cli.options import FailIf, Json
 from edgewhisper.cli.output import emit, print_table
 
 
 def compare_cli(
-    results: Annotated[list[Path], typer.Argument(help="files written by `edgewhisper bench`")],
+    results: Annotated[list[Path], Argument(help="files written by `edgewhisper bench`")],
     fail_if: FailIf = None,
     json_file: Json = None,
 ) -> None:

@@ -5,92 +5,99 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from edgewhisper.cli.options import MODEL, SPEECH, Out
 from edgewhisper.cli.output import print_table, say
 
+Model = Annotated[str | None, Argument(help=f"{MODEL}; default: the embedded digits model")]
+Recipe = Annotated[
+    str | None,
+    Option(
+        help="name of a recipe (see `edgewhisper recipes`) or .toml file; default: lite, or "
+        "quick for the embedded model"
+    ),
+]
+Speech = Annotated[
+    Path | None,
+    Option(help=f"clips to train on: {SPEECH}; default: clips included with EdgeWhisper"),
+]
+Dev = Annotated[
+    Path | None,
+    Option(
+        help=f"dev clips, for measuring error rates and choosing thresholds: {SPEECH}; "
+        "default: every tenth clip of --speech"
+    ),
+]
+Seed = Annotated[int, Option(help="random seed")]
+Revision = Annotated[str | None, Option(help="revision of a model on the hub")]
+Language = Annotated[
+    str | None,
+    Option(
+        metavar="CODE",
+        help="language to prompt the model with, if it has no token for the language of the speech",
+    ),
+]
+TargetParams = Annotated[
+    str | None,
+    Option(
+        metavar="N|SHARE",
+        help="search for a model with at most this many parameters: 900000, 0.9M or 60%",
+    ),
+]
+TargetMacs = Annotated[
+    str | None,
+    Option(
+        metavar="N|SHARE",
+        help="search for a model with at most this many multiply-accumulates for one window "
+        "and 32 tokens",
+    ),
+]
+TargetLatency = Annotated[
+    str | None,
+    Option(
+        metavar="TIME",
+        help="search for a model with at most this latency on --device: 400ms or 0.4s",
+    ),
+]
+Device = Annotated[
+    str | None,
+    Option(help="device for --target-latency; run `edgewhisper devices calibrate` on it first"),
+]
+MaxWerLoss = Annotated[
+    float | None,
+    Option(
+        metavar="POINTS",
+        help="search for the smallest model whose word error rate (WER) on the dev clips rises "
+        "by at most this many percentage points",
+    ),
+]
+AllowLoss = Annotated[
+    bool,
+    Option(
+        "--allow-loss",
+        help="write the checkpoint even if its WER rises by more than max_wer_loss in the recipe",
+    ),
+]
+Trials = Annotated[int | None, Option(min=1, help="number of trials in a search; default: 12")]
+
 
 def compress_cli(
-    model: Annotated[
-        str | None, typer.Argument(help=f"{MODEL}; default: the embedded digits model")
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="name of a recipe (see `edgewhisper recipes`) or .toml file; default: lite, or "
-            "quick for the embedded model"
-        ),
-    ] = None,
-    speech: Annotated[
-        Path | None,
-        typer.Option(help=f"clips to train on: {SPEECH}; default: clips included with EdgeWhisper"),
-    ] = None,
-    dev: Annotated[
-        Path | None,
-        typer.Option(
-            help=f"dev clips, for measuring error rates and choosing thresholds: {SPEECH}; "
-            "default: every tenth clip of --speech"
-        ),
-    ] = None,
+    model: Model = None,
+    recipe: Recipe = None,
+    speech: Speech = None,
+    dev: Dev = None,
     out: Out = None,
-    seed: Annotated[int, typer.Option(help="random seed")] = 0,
-    revision: Annotated[str | None, typer.Option(help="revision of a model on the hub")] = None,
-    language: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CODE",
-            help="language to prompt the model with, if it has no token for the language of the "
-            "speech",
-        ),
-    ] = None,
-    target_params: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|SHARE",
-            help="search for a model with at most this many parameters: 900000, 0.9M or 60%",
-        ),
-    ] = None,
-    target_macs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|SHARE",
-            help="search for a model with at most this many multiply-accumulates for one window "
-            "and 32 tokens",
-        ),
-    ] = None,
-    target_latency: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            help="search for a model with at most this latency on --device: 400ms or 0.4s",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="device for --target-latency; run `edgewhisper devices calibrate` on it first"
-        ),
-    ] = None,
-    max_wer_loss: Annotated[
-        float | None,
-        typer.Option(
-            metavar="POINTS",
-            help="search for the smallest model whose word error rate (WER) on the dev clips rises "
-            "by at most this many percentage points",
-        ),
-    ] = None,
-    allow_loss: Annotated[
-        bool,
-        typer.Option(
-            "--allow-loss",
-            help="write the checkpoint even if its WER rises by more than max_wer_loss in the "
-            "recipe",
-        ),
-    ] = False,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="number of trials in a search; default: 12")
-    ] = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    language: Language = None,
+    target_params: TargetParams = None,
+    target_macs: TargetMacs = None,
+    target_latency: TargetLatency = None,
+    device: Device = None,
+    max_wer_loss: MaxWerLoss = None,
+    allow_loss: AllowLoss = False,
+    trials: Trials = None,
 ) -> None:
     """Make a checkpoint smaller with a recipe.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from edgewhisper.cli.options import MODEL
 from edgewhisper.cli.output import print_results, say
@@ -13,7 +13,7 @@ from edgewhisper.cli.output import print_results, say
 def demo_cli(
     model: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help=f"digits (the embedded model, needs no network), or a {MODEL}; default: tiny.en"
         ),
     ] = None,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from edgewhisper.cli.options import Threads
 from edgewhisper.cli.output import print_table, say
@@ -19,9 +20,9 @@ CONNECTIONS = {
 """Kind of device -> how to connect to it."""
 
 Host = Annotated[
-    str | None, typer.Option(metavar="USER@HOST", help="ssh address of the device, as for bench")
+    str | None, Option(metavar="USER@HOST", help="ssh address of the device, as for bench")
 ]
-Serial = Annotated[str | None, typer.Option(help="serial number of the phone, as for bench")]
+Serial = Annotated[str | None, Option(help="serial number of the phone, as for bench")]
 
 devices_app = typer.Typer()
 
@@ -59,17 +60,16 @@ def clean_cli(host: Host = None, serial: Serial = None) -> None:
 
 @devices_app.command("calibrate")
 def calibrate_cli(
-    device: Annotated[str, typer.Option(help="device name, see `edgewhisper devices`")] = "local",
+    device: Annotated[str, Option(help="device name, see `edgewhisper devices`")] = "local",
     host: Host = None,
     serial: Serial = None,
     threads: Threads = None,
     precision: Annotated[
-        str | None,
-        typer.Option(help="fp32, fp16, int8 or int4; default: the best one for the device"),
+        str | None, Option(help="fp32, fp16, int8 or int4; default: the best one for the device")
     ] = None,
     results: Annotated[
         list[Path] | None,
-        typer.Option(
+        Option(
             help="measure nothing: correct the existing table with this file, which bench wrote; "
             "may be repeated"
         ),

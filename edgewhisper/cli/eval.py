@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from edgewhisper.cli.options import SPEECH, Json, Normalizer, Source, Units
 from edgewhisper.cli.output import emit, say, write_text
@@ -14,12 +14,12 @@ from edgewhisper.cli.output import emit, say, write_text
 
 def eval_cli(
     source: Source,
-    speech: Annotated[Path, typer.Option(help=f"clips with reference texts: {SPEECH}")],
+    speech: Annotated[Path, Option(help=f"clips with reference texts: {SPEECH}")],
     normalizer: Normalizer = None,
     compute_units: Units = None,
     texts: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             metavar="FILE",
             help="also write the text and the word counts of each clip to this file, as JSON lines",
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from edgewhisper.cli.options import Json, Source, Threads
 from edgewhisper.cli.output import emit, print_table, say
@@ -15,7 +15,7 @@ def inspect_cli(
     source: Source,
     seconds: Annotated[
         float | None,
-        typer.Option(
+        Option(
             "--time",
             min=0.01,
             help="also time an artifact's graphs on this many seconds of audio; without a number: "

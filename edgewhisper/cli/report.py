@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from edgewhisper.cli.output import say
 
@@ -13,15 +13,15 @@ from edgewhisper.cli.output import say
 def report_cli(
     results: Annotated[
         list[Path] | None,
-        typer.Argument(
+        Argument(
             help="files written by `edgewhisper bench`; default: the newest one",
             metavar="RESULTS...",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
+    out: Annotated[Path, Option(help="HTML file to write")] = Path("report.html"),
     plots: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="also write the plots as PNG files into this folder"),
+        Option(metavar="FOLDER", help="also write the plots as PNG files into this folder"),
     ] = None,
 ) -> None:
     """Write an HTML page about results of bench.

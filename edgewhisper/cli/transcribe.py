@@ -6,53 +6,55 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from edgewhisper.cli.options import Json, Source, Threads, Units
 from edgewhisper.cli.output import emit, say
 
+Audio = Annotated[list[Path], Argument(help="sound files of any length; - reads from stdin")]
+Language = Annotated[
+    str | None,
+    Option(
+        help="language code such as hi, or auto to detect it; default: the language that the "
+        "model names, otherwise auto"
+    ),
+]
+Task = Annotated[
+    str | None,
+    Option(help="transcribe, or translate to translate into English; default: transcribe"),
+]
+Timestamps = Annotated[
+    bool,
+    Option(
+        "--timestamps",
+        help="print segments with start and end time; long audio is cut at segment ends",
+    ),
+]
+Beams = Annotated[int, Option(min=1, help="number of beams in beam search; 1: greedy decoding")]
+Fallback = Annotated[
+    bool,
+    Option("--fallback", help="if a window's text looks wrong, decode it again by random sampling"),
+]
+Seed = Annotated[int, Option(help="random seed of --fallback")]
+Previous = Annotated[
+    bool, Option("--previous", help="prompt each window with the text of the previous one")
+]
+Strict = Annotated[
+    bool, Option("--strict", help="fail on truncated sound files instead of warning")
+]
+
 
 def transcribe_cli(
     source: Source,
-    audio: Annotated[
-        list[Path], typer.Argument(help="sound files of any length; - reads from stdin")
-    ],
-    language: Annotated[
-        str | None,
-        typer.Option(
-            help="language code such as hi, or auto to detect it; default: the language that the "
-            "model names, otherwise auto"
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="transcribe, or translate to translate into English; default: transcribe"
-        ),
-    ] = None,
-    timestamps: Annotated[
-        bool,
-        typer.Option(
-            "--timestamps",
-            help="print segments with start and end time; long audio is cut at segment ends",
-        ),
-    ] = False,
-    beams: Annotated[
-        int, typer.Option(min=1, help="number of beams in beam search; 1: greedy decoding")
-    ] = 1,
-    fallback: Annotated[
-        bool,
-        typer.Option(
-            "--fallback", help="if a window's text looks wrong, decode it again by random sampling"
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="random seed of --fallback")] = 0,
-    previous: Annotated[
-        bool,
-        typer.Option("--previous", help="prompt each window with the text of the previous one"),
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="fail on truncated sound files instead of warning")
-    ] = False,
+    audio: Audio,
+    language: Language = None,
+    task: Task = None,
+    timestamps: Timestamps = False,
+    beams: Beams = 1,
+    fallback: Fallback = False,
+    seed: Seed = 0,
+    previous: Previous = False,
+    strict: Strict = False,
     threads: Threads = None,
     compute_units: Units = None,
     json_file: Json = None,

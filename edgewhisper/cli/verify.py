@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from edgewhisper.cli.options import SPEECH, Json, Threads
 from edgewhisper.cli.output import emit, print_table
 
 
 def verify_cli(
-    artifact: Annotated[Path, typer.Argument(help="directory written by `edgewhisper export`")],
+    artifact: Annotated[Path, Argument(help="directory written by `edgewhisper export`")],
     speech: Annotated[
-        Path | None, typer.Option(help=f"the clips that were given to export: {SPEECH}")
+        Path | None, Option(help=f"the clips that were given to export: {SPEECH}")
     ] = None,
     checkpoint: Annotated[
-        str | None,
-        typer.Option(help="also run the gate again with this checkpoint: directory or hub id"),
+        str | None, Option(help="also run the gate again with this checkpoint: directory or hub id")
     ] = None,
     threads: Threads = None,
     json_file: Json = None,
