@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -26,7 +27,7 @@ from edgewhisper.cli.report import report_cli
 from edgewhisper.cli.transcribe import transcribe_cli
 from edgewhisper.cli.verify import verify_cli
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress_cli,
     "export": export_cli,
     "bench": bench_cli,
