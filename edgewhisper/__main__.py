@@ -1,4 +1,7 @@
-"""`python -m edgewhisper`, for torchrun: torchrun --nproc_per_node 2 -m edgewhisper compress."""
+"""Run the command line with `python -m edgewhisper`.
+
+torchrun needs this form: `torchrun --nproc_per_node 2 -m edgewhisper compress`.
+"""
 
 from edgewhisper.cli import main
 

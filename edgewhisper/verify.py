@@ -188,7 +188,7 @@ def clips_to_run(
 
 def sample_clips() -> list[Clip]:
     """Return one short clip, on which the graphs are run."""
-    from edgewhisper.pipeline import SPEECH
+    from edgewhisper.shipped import SPEECH
 
     return read_manifest(SPEECH / "test.jsonl")[:1]
 
@@ -245,7 +245,9 @@ def gate_anew(
     folder: Path, manifest: dict[str, Any], named: list[Clip] | None, checkpoint: str
 ) -> str:
     """Run the gate of the export again, against the checkpoint that the artifact was made from."""
-    from edgewhisper.pipeline import default_speech, gate, load_for
+    from edgewhisper.gating import gate
+    from edgewhisper.pipeline import load_for
+    from edgewhisper.shipped import default_speech
     from export.prompt import prompt_ids
     from export.shrink import layer_shapes
 

@@ -68,7 +68,7 @@ def models(work: Path) -> Iterator[tuple[str, Any, Any]]:
 
     from benchmarks.rivals.models import make
     from edgewhisper import whisper
-    from edgewhisper.pipeline import DEFAULT_MODEL
+    from edgewhisper.shipped import DEFAULT_MODEL
 
     dense, processor = whisper.load(DEFAULT_MODEL), whisper.load_processor(DEFAULT_MODEL)
     yield "embedded", dense, processor
@@ -146,7 +146,7 @@ def spread(errors: Sequence[float]) -> str:
 
 
 def work(given: argparse.Namespace) -> None:
-    from edgewhisper.pipeline import SPEECH
+    from edgewhisper.shipped import SPEECH
 
     def say(text: str) -> None:
         print(text, file=sys.stderr)

@@ -38,7 +38,7 @@ def run_one(model: str, recipe: str, before: float) -> Line:
     with tempfile.TemporaryDirectory() as folder:
         out, failed = Path(folder) / "slim", None
         try:
-            place = pipeline.compress(model, recipe, out=out, say=say)
+            place = pipeline.compress(pipeline.Request(model, recipe, out=out), say)
         except TooMuchLost as error:
             failed, place = str(error), out.with_name(out.name + error.suffix)
         minutes = (time.monotonic() - started) / 60
@@ -75,9 +75,9 @@ def steps_in(record: Any) -> Iterator[int]:
 def test_wer(source: str) -> float:
     """WER of a checkpoint on the 80 test clips, normalizer whisper-basic."""
     from benchmarks.wer import score
-    from edgewhisper import decoding, pipeline, whisper
+    from edgewhisper import decoding, shipped, whisper
 
-    clips = read_manifest(pipeline.COMMON_VOICE / "test.jsonl")
+    clips = read_manifest(shipped.COMMON_VOICE / "test.jsonl")
     texts = decoding.transcribe(
         whisper.load(source),
         whisper.load_processor(source),

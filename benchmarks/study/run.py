@@ -137,7 +137,7 @@ def run_one(key: Key, text: str, speech: Speech, base: str) -> Line:
     import torch
 
     from benchmarks.metadata import clips_hash
-    from edgewhisper import alignment, pipeline, recipe, whisper
+    from edgewhisper import alignment, job, recipe, whisper
     from edgewhisper.compress.context import Context
     from export.cost import count_parameters, macs
     from export.versions import versions
@@ -148,7 +148,7 @@ def run_one(key: Key, text: str, speech: Speech, base: str) -> Line:
     with tempfile.TemporaryDirectory() as place:
         work = Context(processor, speech.train, speech.dev, Path(place), seed)
         steps = recipe.parse(f"{experiment}: {arm}", text)
-        model = pipeline.run_steps(whisper.load(base), steps, work, say=lambda text: None)
+        model = job.run_steps(whisper.load(base), steps, work, say=lambda text: None)
     alignment.settle(model)
     minutes = (time.monotonic() - started) / 60
     return {
@@ -251,7 +251,7 @@ def main() -> None:
     if not (given.speech and given.dev and given.judge):
         parser.error("--speech, --dev and --judge are needed")
     from benchmarks.speech.clips import read_manifest
-    from edgewhisper.pipeline import DEFAULT_MODEL
+    from edgewhisper.shipped import DEFAULT_MODEL
 
     judges = {path.stem: read_manifest(path) for path in given.judge}
     speech = Speech(read_manifest(given.speech), read_manifest(given.dev), judges)

@@ -47,7 +47,7 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
 
     from benchmarks.speech.clips import read_manifest
     from benchmarks.study.calibration_memory import peak_bytes
-    from edgewhisper.pipeline import SPEECH
+    from edgewhisper.shipped import SPEECH
     from edgewhisper.training import Training, train
 
     model, processor = random_model()
@@ -84,7 +84,7 @@ def random_model() -> tuple[Any, Any]:
     from transformers import WhisperFeatureExtractor
 
     from edgewhisper import whisper
-    from edgewhisper.pipeline import DEFAULT_MODEL
+    from edgewhisper.shipped import DEFAULT_MODEL
 
     digits, processor = whisper.load(DEFAULT_MODEL), whisper.load_processor(DEFAULT_MODEL)
     config = build_config(MODEL)

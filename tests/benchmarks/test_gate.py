@@ -30,7 +30,7 @@ from benchmarks.gate import (
 from benchmarks.metadata import clips_hash
 from benchmarks.speech.clips import read_manifest
 from devices.runner.recognizer import Recognizer
-from edgewhisper import decoding, pipeline, whisper
+from edgewhisper import decoding, gating, whisper
 from export.artifact import read_manifest as read_artifact
 from export.artifact import write_manifest
 from export.onnx.to_onnx import export_onnx
@@ -310,7 +310,7 @@ def test_each_clip_is_prompted_for_its_own_language(fp32, tokens, few):
     pcm, said = few[0].pcm(), reference[0][0]
     one, other = (recognizer.parts(pcm, said, language)["logits"] for language in ("de", "hi"))
     assert np.abs(one - other).max() > 1e-3
-    parts = pipeline.torch_parts(tokens.args[0], tokens.args[1], read_artifact(fp32))
+    parts = gating.torch_parts(tokens.args[0], tokens.args[1], read_artifact(fp32))
     figures = run_gate(fp32, reference, few, EXACT, parts, 1, languages)
     assert figures["identical_tokens"] == 1
 

@@ -371,7 +371,9 @@ def test_calibrate_takes_results_and_measures_nothing(benched, exported, cache, 
     assert latency.find_table("rpi5", "fp32").corrections["token"].results == 1
     assert len(rows) == len(KINDS) + 2
     path.write_text(json.dumps(result | {"threads": 1}) + "\n")
-    with pytest.raises(Problem, match="none of 1 results is of rpi5, fp32, 4 threads"):
+    with pytest.raises(
+        Problem, match="none of 1 results fits the latency table of rpi5, fp32, 4 threads"
+    ):
         pipeline.calibrate(Place("rpi5"), precision="fp32", results=[path])
 
 

@@ -771,11 +771,11 @@ def test_the_options_reach_the_bench(monkeypatch, tmp_path):
 
 
 def test_a_share_is_read_as_people_write_it():
-    from edgewhisper.cli import _share
+    from edgewhisper.cli.bench import share_of
 
-    assert _share("--interval", "2%") == _share("--interval", "0.02") == 0.02
-    with pytest.raises(Problem, match="--interval often is no share"):
-        _share("--interval", "often")
+    assert share_of("--interval", "2%") == share_of("--interval", "0.02") == 0.02
+    with pytest.raises(Problem, match="--interval often is not a valid share"):
+        share_of("--interval", "often")
 
 
 # ------------------------------------------------------------------------------ cores of a process

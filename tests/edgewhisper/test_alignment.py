@@ -177,7 +177,9 @@ def test_compress_saves_the_updated_list(tmp_path, monkeypatch, make_whisper, pr
     (tmp_path / "two.jsonl").write_text("\n".join(clips.read_text().splitlines()[:2]))
     (tmp_path / "shrink.toml").write_text('[[step]]\nmethod = "shrink"\n')
     manifest = tmp_path / "two.jsonl"
-    slim = pipeline.compress("./base", "shrink.toml", manifest, manifest, Path("slim"))
+    slim = pipeline.compress(
+        pipeline.Request("./base", "shrink.toml", manifest, manifest, Path("slim"))
+    )
     saved = json.loads((slim / "generation_config.json").read_text())
     assert saved["alignment_heads"] == [[0, 1], [1, 2]]
     record = json.loads((slim / "compression.json").read_text())["steps"]["shrink"]
@@ -380,8 +382,8 @@ def test_compress_records_the_timestamp_error_before_and_after(
         "[step.recovery]\nsteps = 0\n"
     )
     manifest = Path("few.jsonl")
-    arguments = str(digits), "mine.toml", manifest, manifest, Path("slim")
-    slim = pipeline.compress(*arguments, allow_loss=True)
+    given = str(digits), "mine.toml", manifest, manifest, Path("slim")
+    slim = pipeline.compress(pipeline.Request(*given, allow_loss=True))
     record = json.loads((slim / "compression.json").read_text())
     assert record["timestamps"]["judged_by"] == "the model before compression"
     assert record["before"]["timestamp_error_s"] == 0

@@ -38,7 +38,7 @@ from devices.runner.engines import coreml
 from devices.runner.measure import bench as measure
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer, Transcript
-from edgewhisper import decoding, inspect, pipeline, runs, whisper
+from edgewhisper import decoding, gating, inspect, pipeline, runs, transcription, whisper
 from edgewhisper.cli import main
 from edgewhisper.coreml import chosen
 from edgewhisper.verify import check_manifest, verify
@@ -419,7 +419,7 @@ def judged(model, processor, few, fp32):
     """The gate of a folder with the bounds of a precision. Torch's results are cached."""
     clips = read_manifest(few)
     reference = checkpoint_tokens(partial(decoding.greedy, model, processor), clips, 96_000)
-    ask = pipeline.torch_parts(model, processor, read_artifact(fp32))
+    ask = gating.torch_parts(model, processor, read_artifact(fp32))
     parts = cache(lambda raw, tokens: ask(np.frombuffer(raw, "<f4"), list(tokens)))
 
     def gate(folder: Path, bounds: Bounds) -> dict:
@@ -511,7 +511,7 @@ def test_an_encoder_is_gated_with_the_checkpoints_decoder(lone, few, digits):
     assert report.letter is None, report.letter
     assert report.rows[-1]["found"] == "the encoder's states of all 4 clips are those of the gate"
     with pytest.raises(RunnerProblem, match="the layout is 'encoder'; this runner reads"):
-        pipeline.open_artifact(str(lone))
+        transcription.open_artifact(str(lone))
 
 
 def test_a_damaged_encoder_fails_its_gate(lone, few, model, processor, tmp_path):
@@ -519,7 +519,7 @@ def test_a_damaged_encoder_fails_its_gate(lone, few, model, processor, tmp_path)
     damage(broken, "coreml-encoder", partial(np.roll, shift=1))
     manifest, clips = read_artifact(broken), read_manifest(few)
     with pytest.raises(GateFailure, match="clips get other tokens"):
-        pipeline.gate(broken, manifest, model, processor, clips)
+        gating.gate(broken, manifest, model, processor, clips)
     benching.write_clips(clips, tmp_path)
     now = reference_runtimes.answer_of(broken, tmp_path / "clips.json", None)["states"]
     with pytest.raises(GateFailure, match="states of 4 clips differ by"):
@@ -668,7 +668,7 @@ def test_the_reason_for_a_deployment_target_is_shown(changes, forms, line, fp32)
         ("--layout whisperkit", "--layout whisperkit is for --target coreml, and --target is onnx"),
         ("--precision pal4", "--precision pal4 is for --target coreml, and --target is onnx"),
         ("--target coreml --layout sherpa", "--layout sherpa is for --target onnx"),
-        ("--target coreml --layout mlx", "--layout mlx is not there"),
+        ("--target coreml --layout mlx", "unknown --layout 'mlx'"),
         ("--target coreml --device rpi4", "--target coreml for rpi4 (Raspberry Pi 4 Model B)"),
         ("--stateful --window 6", "--stateful and --window: for Core ML, and --target is onnx"),
         ("--no-word-timestamps", "--word-timestamps: for Core ML, and --target is onnx"),
@@ -704,7 +704,7 @@ def test_without_a_mac_the_interpreter_transcribes_and_is_named(edgewhisper, fp3
 
 def test_a_checkpoint_has_no_compute_units(edgewhisper, digits, few):
     code, _, err = edgewhisper("eval", digits, "--speech", few, "--compute-units", "cpu")
-    assert (code, "compute units 'cpu' are Core ML's" in err) == (1, True)
+    assert (code, "compute units 'cpu' are for Core ML" in err) == (1, True)
 
 
 def test_a_device_with_core_ml_benches_a_package(fp32, few):

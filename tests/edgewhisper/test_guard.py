@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from benchmarks.speech.clips import Clip, read_manifest
-from edgewhisper import decoding, pipeline, runs, whisper
+from edgewhisper import decoding, job, pipeline, runs, training_speech, whisper
 from edgewhisper.compress import tspar
 from edgewhisper.compress.context import Context
 from edgewhisper.guard import Guard, Loss, TooMuchLost, likely_cause
+from edgewhisper.job import Job
 from edgewhisper.recipe import Recipe, load_recipe, parse
 from edgewhisper.training import Training
 from export.problem import Problem
@@ -143,8 +144,9 @@ def test_without_measurements_the_hint_names_both():
 
 
 def test_a_ruined_model_stops_the_run_and_is_saved_as_failed(few, digits):
+    request = pipeline.Request(str(digits), "ruinous.toml", few, few, Path("slim"))
     with pytest.raises(TooMuchLost) as error:
-        pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"))
+        pipeline.compress(request)
     place = Path("slim-failed-step-1-wsap")
     assert f"the checkpoint is in {place}" in str(error.value)
     assert error.value.hint.endswith("or add --allow-loss to accept it")
@@ -157,20 +159,19 @@ def test_a_ruined_model_stops_the_run_and_is_saved_as_failed(few, digits):
 
     # a second time, nothing is overwritten
     with pytest.raises(TooMuchLost, match="slim-failed-step-1-wsap-2"):
-        pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"))
+        pipeline.compress(request)
 
 
 def test_a_failed_checkpoint_is_never_the_newest(few, digits):
     with pytest.raises(TooMuchLost):
-        pipeline.compress(str(digits), "ruinous.toml", speech=few, dev=few)
+        pipeline.compress(pipeline.Request(str(digits), "ruinous.toml", few, few))
     assert [path.name for path in runs.RUNS.glob("checkpoint-*-failed-step-1-wsap")]
     assert runs.newest("checkpoint") is None
 
 
 def test_allow_loss_saves_the_model_with_a_warning_in_its_card(few, digits):
-    place = pipeline.compress(
-        str(digits), "ruinous.toml", speech=few, dev=few, out=Path("slim"), allow_loss=True
-    )
+    request = pipeline.Request(str(digits), "ruinous.toml", few, few, Path("slim"), allow_loss=True)
+    place = pipeline.compress(request)
     record = json.loads((place / "compression.json").read_text())["dev_wer"]
     assert [loss["step"] for loss in record["losses"]] == [1, 2, None]
     assert record["allow_loss"] and record["exceeded"]
@@ -186,7 +187,7 @@ def test_the_sum_of_small_losses_is_limited(tiny_whisper, processor, clips, tmp_
     with pytest.raises(
         TooMuchLost, match=r"the whole recipe raised dev WER from 5\.0 % to 13\.0 %"
     ):
-        pipeline.run_steps(tiny_whisper, recipe, work, lambda text: None, guard=Guard(5.0))
+        job.run_steps(tiny_whisper, recipe, work, lambda text: None, guard=Guard(5.0))
 
 
 def test_the_command_line_exits_with_1_and_names_the_failed_checkpoint(
@@ -268,12 +269,12 @@ def test_the_token_limit_does_not_change_a_good_model(digits, processor, clips, 
 
 
 def test_a_general_model_is_trained_on_the_shipped_clips():
-    speech = pipeline.choose_speech("some/model", None, None, general=True)
-    assert (len(speech.train), len(speech.dev)) == (60, 60)
-    assert "Common Voice (CC0 1.0)" in str(speech.source)
-    assert not {c.audio for c in speech.train} & {c.audio for c in speech.dev}
+    found = training_speech.choose_speech("some/model", None, None, general=True)
+    assert (len(found.train), len(found.dev)) == (60, 60)
+    assert "Common Voice (CC0 1.0)" in str(found.source)
+    assert not {c.audio for c in found.train} & {c.audio for c in found.dev}
     with pytest.raises(Problem, match="no speech to compress it with"):
-        pipeline.choose_speech("some/model", None, None)
+        training_speech.choose_speech("some/model", None, None)
 
 
 def test_matching_transcripts_of_the_model_replace_the_texts(monkeypatch):
@@ -281,19 +282,19 @@ def test_matching_transcripts_of_the_model_replace_the_texts(monkeypatch):
     monkeypatch.setattr(Clip, "pcm", lambda self: None)
     texts = ["Yesterday, I waited.", "Thank you. Thank you."]
     monkeypatch.setattr(decoding, "transcribe", lambda *a, **k: texts)
-    labelled = pipeline.in_own_words(None, None, clips)
+    labelled = training_speech.with_own_transcripts(None, None, clips)
     assert [clip.text for clip in labelled] == ["Yesterday, I waited.", "for the train"]
 
 
-def test_only_recipes_that_train_need_transcripts():
-    assert pipeline.trains(load_recipe("tspar"))
-    assert not pipeline.trains(load_recipe("lite"))
+def test_only_recipes_that_train_want_transcripts():
+    assert job.trains(load_recipe("tspar"))
+    assert not job.trains(load_recipe("lite"))
 
 
 def test_notes_for_a_multilingual_model_say_that_the_clips_are_english():
     dense = SimpleNamespace(generation_config=SimpleNamespace(lang_to_id={"<|en|>": 1}))
     dense.generation_config.is_multilingual = True
-    job = pipeline.Job("base", Recipe("r", "", ()), dense, None, {}, {"source": pipeline.SHIPPED})
+    job = Job("base", Recipe("r", "", ()), dense, None, {}, {"source": training_speech.SHIPPED})
     assert ["English" in note for note in job.notes] == [True, True]
-    assert "name speech in yours with --speech" in job.notes[1]
-    assert pipeline.Job("base", Recipe("r", "", ()), dense, None, {}).notes == []
+    assert "use --speech with clips in your language" in job.notes[1]
+    assert Job("base", Recipe("r", "", ()), dense, None, {}).notes == []

@@ -17,7 +17,7 @@ from benchmarks.rivals.transformers import Rival
 from benchmarks.speech.clips import read_manifest
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
-from edgewhisper import alignment, decoding, pipeline, whisper
+from edgewhisper import alignment, decoding, job, pipeline, transcription, whisper
 from edgewhisper.compress.context import Context
 from edgewhisper.examples import token_ids
 from edgewhisper.languages import set_language, set_prompt
@@ -352,8 +352,10 @@ def test_the_requested_prompt_is_used_from_training_to_the_artifact(
         "transcribe",
         lambda *args, **kw: transcripts.append(transcribe(*args, **kw)) or transcripts[-1],
     )
-    arguments = str(digits), "mine.toml", bambara, bambara
-    slim = pipeline.compress(*arguments, Path("slim"), language=code, allow_loss=True, **silent)
+    given = str(digits), "mine.toml", bambara, bambara
+    slim = pipeline.compress(
+        pipeline.Request(*given, Path("slim"), language=code, allow_loss=True), **silent
+    )
     model = whisper.load(slim)
     assert model.generation_config.language == code
     record = json.loads((slim / "compression.json").read_text())
@@ -369,11 +371,11 @@ def test_the_requested_prompt_is_used_from_training_to_the_artifact(
     assert manifest["decoding"]["prompt"] == token_ids(spoken[0], model, processor.tokenizer)[0]
     assert named(processor, manifest["decoding"]["prompt"]) == code
 
-    assert pipeline.evaluate("artifact", bambara).score.normalizer == "bambara"
+    assert transcription.evaluate("artifact", bambara).score.normalizer == "bambara"
     assert [transcript.language for transcript in transcripts] == [code] * 2
     rows = [json.loads(line) | {"lang": other} for line in bambara.read_text().splitlines()]
     Path("other.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pipeline.evaluate("artifact", Path("other.jsonl"), "none")
+    transcription.evaluate("artifact", Path("other.jsonl"), "none")
     assert [transcript.language for transcript in transcripts[2:]] == [other] * 2
 
 
@@ -382,13 +384,14 @@ def test_every_step_keeps_the_language(tiny_whisper, processor, few, drawn, tmp_
     tiny_whisper.generation_config.language = code
     work = Context(processor, in_languages(few[:2], [code] * 2), few[:2], tmp_path, original=None)
     recipe = parse("mine", STEPS.replace("rank = 96", "rank = 16"))
-    model = pipeline.run_steps(tiny_whisper, recipe, work, say=lambda text: None)
+    model = job.run_steps(tiny_whisper, recipe, work, say=lambda text: None)
     assert model.generation_config.language == code
 
 
 def test_interrupted_runs_are_not_shared_between_prompt_languages(bambara, digits, drawn):
     a, b = drawn(2)
     recipe = parse("mine", STEPS)
-    arguments = recipe, str(digits), bambara, bambara, None, 0, None
-    places = {pipeline.prepare(*arguments, language=code).work.run_dir for code in (a, b, a)}
+    given = str(digits), None, bambara, bambara
+    requests = [pipeline.Request(*given, language=code) for code in (a, b, a)]
+    places = {job.prepare(request, recipe).work.run_dir for request in requests}
     assert len(places) == 2

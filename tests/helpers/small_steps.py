@@ -17,7 +17,7 @@ import torch
 from small_whisper import random_whisper
 
 from benchmarks.speech.clips import read_manifest
-from edgewhisper import pipeline, whisper
+from edgewhisper import shipped, whisper
 from edgewhisper.compress import imp, kdq, lite, merge, qat, shear, short, tspar, wsap
 from edgewhisper.compress.context import Context
 from edgewhisper.training import Training, train
@@ -101,7 +101,7 @@ def take(name: str, seed: int, place: Path, train_clips: int = 7) -> tuple[Any, 
     """
     step = STEPS[name]
     torch.manual_seed(seed)
-    digits, clips = pipeline.DEFAULT_MODEL, read_manifest(pipeline.SPEECH / "test.jsonl")
+    digits, clips = shipped.DEFAULT_MODEL, read_manifest(shipped.SPEECH / "test.jsonl")
     model = random_whisper(digits, d_model=16, ffn=16, decoder_layers=step.decoder_layers)
     options = step.options
     if getattr(options, "teacher", ""):
@@ -113,7 +113,7 @@ def take(name: str, seed: int, place: Path, train_clips: int = 7) -> tuple[Any, 
 
 def make_teacher(seed: int, folder: Path) -> None:
     torch.manual_seed(seed + 1)
-    digits = pipeline.DEFAULT_MODEL
+    digits = shipped.DEFAULT_MODEL
     teacher = random_whisper(digits, d_model=24, ffn=32, encoder_layers=3, decoder_layers=4)
     whisper.save(teacher, whisper.load_processor(digits), folder / TEACHER, {})
 

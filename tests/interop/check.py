@@ -29,7 +29,7 @@ import torch
 from benchmarks.reference_runtimes import Sherpa, open_artifact
 from benchmarks.speech.clips import read_manifest
 from devices.runner.audio import read_wav
-from edgewhisper import decoding, pipeline, whisper
+from edgewhisper import decoding, pipeline, shipped, whisper
 from export.onnx.to_onnx import export_onnx
 
 HERE = Path(__file__).parent
@@ -83,22 +83,17 @@ def irregular(source: Path, out: Path) -> Path:
 
 def merged(source: Path, out: Path) -> Path:
     """An irregular checkpoint after the recipe merged.toml: some minutes of training."""
-    speech = pipeline.SPEECH
-    return pipeline.compress(
-        str(source),
-        str(HERE / "merged.toml"),
-        speech / "train.jsonl",
-        speech / "dev.jsonl",
-        out,
-        say=lambda text: None,
-    )
+    speech = shipped.SPEECH
+    clips = speech / "train.jsonl", speech / "dev.jsonl"
+    request = pipeline.Request(str(source), str(HERE / "merged.toml"), *clips, out)
+    return pipeline.compress(request, lambda text: None)
 
 
 def write_clips(folder: Path, count: int) -> list[Path]:
     """The first of the shipped test clips as WAV files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for clip in read_manifest(pipeline.SPEECH / "test.jsonl")[:count]:
+    for clip in read_manifest(shipped.SPEECH / "test.jsonl")[:count]:
         path = folder / f"{clip.audio.stem}.wav"
         with wave.open(str(path), "wb") as file:
             file.setparams((1, 2, 16000, 0, "NONE", ""))
@@ -193,7 +188,7 @@ def there(command: Sequence[str | Path]) -> bool:
 
 def made_sources(work: Path) -> list[Path]:
     """The three checkpoints."""
-    source = pipeline.DEFAULT_MODEL
+    source = shipped.DEFAULT_MODEL
     pruned = irregular(source, work / "irregular")
     return [source, pruned, merged(pruned, work / "merged")]
 

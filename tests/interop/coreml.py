@@ -20,7 +20,7 @@ from benchmarks.gate import Bounds, GateFailure, bounds_for, checkpoint_tokens, 
 from benchmarks.metadata import folder_bytes
 from benchmarks.reference_runtimes import recognizer
 from benchmarks.speech.clips import Clip, read_manifest
-from edgewhisper import decoding, pipeline
+from edgewhisper import decoding, gating, pipeline, shipped
 from export.coreml.to_coreml import export_coreml
 from export.layouts import PACKAGES
 
@@ -38,7 +38,7 @@ def rows(source: Path, work: Path, precisions: Sequence[str], clips: list[Clip])
     for precision in precisions:
         place = work / f"{source.name}-coreml-{precision}"
         manifest = export_coreml(model, processor, place, precision)
-        parts = pipeline.torch_parts(model, processor, manifest)
+        parts = gating.torch_parts(model, processor, manifest)
         hearing, letter = recognizer(place, None, guards=False), ""
         try:
             figures = judge(hearing, reference, clips, bounds_for("coreml", precision), parts)
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--source", nargs="*", type=Path, help="checkpoints instead of the three")
     given = parser.parse_args()
     given.work.mkdir(parents=True)
-    clips = [clip for name in SETS for clip in read_manifest(pipeline.SPEECH / f"{name}.jsonl")]
+    clips = [clip for name in SETS for clip in read_manifest(shipped.SPEECH / f"{name}.jsonl")]
     warnings.simplefilter("ignore")  # a loss that is only told stands in its row
     sources = given.source or made_sources(given.work)
     failed = sum(rows(source, given.work, given.precision, clips) for source in sources)

@@ -6,8 +6,8 @@ import pytest
 from real_models import model
 
 from benchmarks.gate import GateFailure
-from edgewhisper import pipeline
-from edgewhisper.pipeline import Gating
+from edgewhisper import pipeline, shipped
+from edgewhisper.gating import Gating
 from export.artifact import read_manifest
 from export.problem import Problem
 
@@ -35,7 +35,7 @@ def test_int8_loses_no_more_words_than_by_chance(tmp_path):
 
 def test_speech_of_another_language_is_refused(tmp_path):
     """Spoken digits have the words of sentences, but in other texts here."""
-    clips = pipeline.SPEECH / "test.jsonl"
+    clips = shipped.SPEECH / "test.jsonl"
     lines = clips.read_text().splitlines()[:6]
     manifest = tmp_path / "foreign.jsonl"
     manifest.write_text("\n".join(lines).replace("test/", f"{clips.parent}/test/"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgewhisper import pipeline, whisper
+from edgewhisper import pipeline, shipped, whisper
 from edgewhisper.guard import TooMuchLost
 
 pytestmark = pytest.mark.real
@@ -43,17 +43,17 @@ learning_rate = 5e-4
 def dev(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Some of the dev clips, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    lines = (pipeline.COMMON_VOICE / "dev.jsonl").read_text("utf-8").splitlines()[:DEV_CLIPS]
+    lines = (shipped.COMMON_VOICE / "dev.jsonl").read_text("utf-8").splitlines()[:DEV_CLIPS]
     rows = [json.loads(line) for line in lines]
     text = "\n".join(
-        json.dumps(r | {"audio": str(pipeline.COMMON_VOICE / r["audio"])}) for r in rows
+        json.dumps(r | {"audio": str(shipped.COMMON_VOICE / r["audio"])}) for r in rows
     )
     (tmp_path / "dev.jsonl").write_text(text)
     return tmp_path / "dev.jsonl"
 
 
 def test_the_default_recipe_keeps_the_error_rate_and_names_its_speech(tiny_en, dev):
-    place = pipeline.compress(str(tiny_en), dev=dev, out=Path("slim"))
+    place = pipeline.compress(pipeline.Request(str(tiny_en), dev=dev, out=Path("slim")))
     record = json.loads((place / "compression.json").read_text())
     assert record["recipe"]["name"] == "lite"
     assert record["after"]["parameters"]["total"] < record["before"]["parameters"]["total"]
@@ -65,7 +65,7 @@ def test_the_default_recipe_keeps_the_error_rate_and_names_its_speech(tiny_en, d
 def test_pruning_a_third_at_once_is_refused_and_kept_apart(tiny_en, dev):
     Path("mine.toml").write_text(AS_IT_WAS)
     with pytest.raises(TooMuchLost, match=r"step 1 \(tspar\) raised dev WER") as found:
-        pipeline.compress(str(tiny_en), "mine.toml", dev=dev, out=Path("slim"))
+        pipeline.compress(pipeline.Request(str(tiny_en), "mine.toml", dev=dev, out=Path("slim")))
     place = Path("slim-failed-step-1-tspar")
     assert str(place) in str(found.value)
     assert "min_removed = 0.355" in found.value.hint or "learning rate" in found.value.hint

@@ -27,7 +27,7 @@ from devices.device import Packages, open_device
 from devices.fake import FakeDevice
 from devices.ssh import SshDevice
 from devices.wheels import Target
-from edgewhisper import pipeline, runs
+from edgewhisper import pipeline, runs, shipped
 from export.problem import Problem
 
 real_ssh = pytest.mark.skipif(not sshd.EXISTS, reason=sshd.MISSING)
@@ -245,27 +245,27 @@ def test_bench_writes_rivals_beside_artifacts_of_the_embedded_model(
 
 
 def test_an_artifact_of_another_model_asks_for_its_checkpoint(exported, tmp_path):
-    from edgewhisper.pipeline import _hashes, embedded_of
+    from edgewhisper.provenance import embedded_of, file_hashes
 
-    assert embedded_of([exported]) == pipeline.DEFAULT_MODEL
+    assert embedded_of([exported]) == shipped.DEFAULT_MODEL
     other = tmp_path / "other"
     shutil.copytree(exported, other)
     manifest = json.loads((other / "manifest.json").read_text())
-    first = {"base": {"files": _hashes(pipeline.DEFAULT_MODEL), "compression": None}}
+    first = {"base": {"files": file_hashes(shipped.DEFAULT_MODEL), "compression": None}}
     second = {"base": {"files": {"config.json": "another"}, "compression": first}}
 
     def recorded(record: dict) -> list[Path]:
         (other / "manifest.json").write_text(json.dumps(manifest | {"provenance": record}))
         return [exported, other]
 
-    assert embedded_of(recorded(second)) == pipeline.DEFAULT_MODEL
+    assert embedded_of(recorded(second)) == shipped.DEFAULT_MODEL
     second["base"]["compression"] = None
-    with pytest.raises(Problem, match=r"nothing in .*other says that it is made of") as found:
+    with pytest.raises(Problem, match=r"other was not made from the embedded model") as found:
         embedded_of(recorded(second))
     assert "--baseline" in found.value.hint
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"d_model": 64}))
-    with pytest.raises(Problem, match="--rival: nothing in"):
+    with pytest.raises(Problem, match="was not made from the embedded model"):
         embedded_of(recorded({}))
 
 

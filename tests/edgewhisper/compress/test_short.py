@@ -24,14 +24,14 @@ from devices.runner.audio import shortest
 from devices.runner.decode.loops import loop_period
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
-from edgewhisper import calibration, decoding, pipeline, whisper
+from edgewhisper import calibration, decoding, gating, pipeline, whisper
 from edgewhisper.compress import short
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.short import Lengths, Options, drawn_length, windows_for
 from edgewhisper.compress.teacher import Teacher
 from edgewhisper.examples import Examples
-from edgewhisper.pipeline import SPEECH
 from edgewhisper.recipe import parse
+from edgewhisper.shipped import SPEECH
 from edgewhisper.training import Training
 from export.artifact import read_manifest as read_artifact
 from export.cost import macs_by_window
@@ -287,7 +287,7 @@ def test_the_gate_uses_the_same_windows(short_whisper, processor, few, tmp_path)
         checkpoint_tokens(partial(decoding.greedy, short_whisper, processor), few, 96_000),
         few,
         EXACT,
-        pipeline.torch_parts(short_whisper, processor, manifest),
+        gating.torch_parts(short_whisper, processor, manifest),
         threads=1,
     )
     assert figures["identical_tokens"] == 1

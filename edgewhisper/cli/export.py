@@ -1,0 +1,137 @@
+"""`edgewhisper export`: turn a checkpoint into an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from edgewhisper.cli.choices import check_choices, precision_for
+from edgewhisper.cli.options import MODEL, SPEECH, Out
+from edgewhisper.cli.output import say
+
+Checkpoint = Annotated[
+    str | None,
+    Argument(
+        help=f"{MODEL}; default: the newest checkpoint in ./edgewhisper-runs, otherwise the "
+        "embedded digits model"
+    ),
+]
+Target = Annotated[str, Option(help="onnx or coreml")]
+Precision = Annotated[
+    str | None,
+    Option(
+        help="fp32, fp16, int8 or int4; for coreml also pal4, pal6 or pal8; default: int8 for "
+        "onnx, fp16 for coreml, or the best one for --device"
+    ),
+]
+Device = Annotated[
+    str | None,
+    Option(help="choose the default precision for this device; see `edgewhisper devices`"),
+]
+Layout = Annotated[
+    str | None,
+    Option(
+        help="runtime to write files for; onnx: native (EdgeWhisper's runner), transformers, "
+        "sherpa or single; coreml: whisperkit or encoder (for whisper.cpp); default: native or "
+        "whisperkit"
+    ),
+]
+Speech = Annotated[
+    Path | None,
+    Option(help=f"clips for the gate: {SPEECH}; default: clips included with EdgeWhisper"),
+]
+Gate = Annotated[
+    str,
+    Option(
+        help="fail: write nothing if the gate fails; warn: write the artifact and record the "
+        "failure; off: do not run the gate"
+    ),
+]
+GateClips = Annotated[
+    int | None,
+    Option(min=1, metavar="N", help="maximum number of clips for the gate; default: 100"),
+]
+Language = Annotated[
+    str | None,
+    Option(
+        metavar="CODE",
+        help="default language of the artifact, or auto to detect it; default: the language "
+        "that the checkpoint names, otherwise auto, or English for layouts with one prompt",
+    ),
+]
+Runtime = Annotated[
+    str | None,
+    Option(
+        metavar="VERSION",
+        help="onnx: oldest onnxruntime version that must run the artifact, such as 1.23; "
+        "default: the version that the fastest graphs need",
+    ),
+]
+DeploymentTarget = Annotated[
+    str | None, Option(help="coreml: iOS16, iOS17 or iOS18; default: the oldest one possible")
+]
+Stateful = Annotated[
+    bool,
+    Option("--stateful", help="coreml: keep the decoder's caches inside the model (needs iOS18)"),
+]
+WordTimestamps = Annotated[
+    bool | None,
+    Option(
+        "--word-timestamps/--no-word-timestamps",
+        help="coreml: output the weights of the alignment heads, for word timestamps; default: "
+        "on if the model has alignment heads",
+    ),
+]
+NeuralEngine = Annotated[
+    bool,
+    Option("--neural-engine", help="coreml: use the tensor layout that the Neural Engine prefers"),
+]
+Window = Annotated[
+    float | None,
+    Option(help="coreml: window length in seconds, one that the model has; default: the longest"),
+]
+
+
+def export_cli(
+    checkpoint: Checkpoint = None,
+    target: Target = "onnx",
+    precision: Precision = None,
+    device: Device = None,
+    layout: Layout = None,
+    speech: Speech = None,
+    gate: Gate = "fail",
+    gate_clips: GateClips = None,
+    language: Language = None,
+    runtime: Runtime = None,
+    out: Out = None,
+    deployment_target: DeploymentTarget = None,
+    stateful: Stateful = False,
+    word_timestamps: WordTimestamps = None,
+    neural_engine: NeuralEngine = False,
+    window: Window = None,
+) -> None:
+    """Turn a checkpoint into files that a device can run.
+
+    The last step is a check, called the gate: the files must give the same text as the checkpoint.
+    fp32 must give the same tokens. Other precisions fail if the word error rate rises by more than
+    0.5 percentage points with 95 % confidence, or by more than 10.5 points in any case. If the gate
+    fails, nothing is written.
+    """
+    options: dict[str, Any] = dict(
+        deployment_target=deployment_target,
+        stateful=stateful or None,
+        word_timestamps=word_timestamps,
+        neural_engine=neural_engine or None,
+        window=window,
+        runtime=runtime,
+    )
+    options = {name: value for name, value in options.items() if value is not None}
+    check_choices(target, gate, layout, options)
+    precision = precision_for(precision, device, target)
+    from edgewhisper import pipeline
+
+    gating = pipeline.Gating(gate, gate_clips)
+    rest = (checkpoint, precision, speech, out, say, layout, target, language, gating)
+    say(f"wrote {pipeline.export(*rest, **options)}")

@@ -1,0 +1,177 @@
+"""The Pareto front of a search's trials, the choice among them, and pareto.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.latency import Table
+from benchmarks.result import in_milliseconds
+from edgewhisper.search import Point, Tried
+from edgewhisper.targets import Targets
+from export.cost import window_macs
+
+if TYPE_CHECKING:
+    from edgewhisper.job import Job
+
+FORMAT = 1
+PARETO = "pareto.json"
+
+
+def front(trials: Sequence[Tried]) -> list[Tried]:
+    """Return the trials that no other trial dominates; of equal ones the first."""
+    good = [trial for trial in trials if succeeded(trial)]
+    return [
+        trial
+        for number, trial in enumerate(good)
+        if not any(dominates(other, trial) for other in good)
+        and trial.values not in [earlier.values for earlier in good[:number]]
+    ]
+
+
+def succeeded(trial: Tried) -> bool:
+    """Return whether the recipe could run with the trial's values."""
+    return trial.told.get("refused") is None
+
+
+def dominates(one: Tried, other: Tried) -> bool:
+    """Return whether `one` is at most as large on every axis, and smaller on one."""
+    return one.values != other.values and all(
+        a <= b for a, b in zip(one.values, other.values, strict=True)
+    )
+
+
+def choose(trials: Sequence[Tried], limits: Mapping[str, float]) -> Tried | None:
+    """Return the smallest trial within all limits, or None.
+
+    If only sizes are limited, return the most accurate trial.
+    """
+    good = [trial for trial in front(trials) if excess(trial.values, limits) == 0]
+    if not good:
+        return None
+    if limits["wer"] == math.inf:
+        return min(good, key=lambda trial: (trial.values[-1], trial.values))
+    return min(good, key=lambda trial: trial.values)
+
+
+def excess(values: Sequence[float], limits: Mapping[str, float]) -> float:
+    """Return how far values exceed the limits; 0 if they are within all limits.
+
+    The excess of a size is a share of its limit, that of WER an absolute difference.
+    """
+    total = 0.0
+    for value, (axis, limit) in zip(values, limits.items(), strict=True):
+        over = max(0.0, value - limit - 1e-9)
+        total += over if axis == "wer" else over / limit
+    return total
+
+
+# ------------------------------------------------------------------------------- pareto.json
+
+
+def trial_records(trials: Sequence[Tried], chosen: Tried) -> list[dict[str, Any]]:
+    """Return the entries of pareto.json, one for each trial.
+
+    "checkpoint" is the folder of a trial on the front: "." for the chosen one.
+    """
+    on_front = front(trials)
+    records = []
+    for number, trial in enumerate(trials, start=1):
+        kept = any(other is trial for other in on_front)
+        folder = "." if trial is chosen else f"front/{number:02d}"
+        records.append(
+            {
+                "trial": number,
+                "values": trial.point,
+                **measured_record(trial),
+                "front": kept,
+                "chosen": trial is chosen,
+                "checkpoint": folder if kept else None,
+            }
+        )
+    return records
+
+
+def measured_record(trial: Tried) -> dict[str, Any]:
+    """Return the measurements of a trial, or the reason why its values could not be used."""
+    if not succeeded(trial):
+        return {"refused": trial.told["refused"]}
+    measured = trial.told["measured"]
+    return {
+        "parameters": measured["parameters"]["total"],
+        "macs": window_macs(measured["macs"]),
+        **{name: measured[name] for name in ("latency_s",) if name in measured},
+        "dev_wer": measured["dev"]["wer"],
+        "dev_wer_interval": list(measured["dev"]["wer_interval"]),
+    }
+
+
+def write_pareto(
+    folder: Path,
+    job: Job,
+    targets: Targets,
+    limits: Mapping[str, float],
+    records: Sequence[dict[str, Any]],
+    table: Table | None,
+) -> None:
+    """Write pareto.json into `folder`."""
+    content = {
+        "format": FORMAT,
+        "recipe": job.recipe.name,
+        "searched": {knob.field: asdict(knob.dimension) for knob in job.recipe.knobs},
+        "asked": asdict(targets),
+        "limits": {axis: limit for axis, limit in limits.items() if limit < math.inf},
+        "macs_are": "of one full window and 32 tokens",
+        **({} if table is None else {"latency_is": f"of the same, predicted for {table}"}),
+        "before": measured_record(Tried({}, (), {"measured": job.before})),
+        "trials": list(records),
+    }
+    (folder / PARETO).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+# --------------------------------------------------------------------------- the printed table
+
+
+def table_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return all trials as rows of a table, smallest first."""
+    times = any("latency_s" in record for record in records)
+    ordered = sorted(records, key=lambda r: (r.get("parameters", math.inf), r["trial"]))
+    return [
+        {
+            "trial": str(record["trial"]),
+            **{name: value_text(value) for name, value in record["values"].items()},
+            **size_cells(record, times),
+            "front": "yes" if record["front"] else "",
+            "checkpoint": "chosen" if record["chosen"] else record["checkpoint"] or "",
+        }
+        for record in ordered
+    ]
+
+
+def size_cells(record: Mapping[str, Any], times: bool) -> dict[str, str]:
+    """Return the cells of the measurements; "-" for values that could not be used."""
+    if "refused" in record:
+        titles = ("parameters", "MMAC", *(["predicted ms"] if times else []), "dev WER %", "95 %")
+        return dict.fromkeys(titles, "-")
+    low, high = record["dev_wer_interval"]
+    return {
+        "parameters": f"{record['parameters']:,}",
+        "MMAC": f"{record['macs'] / 1e6:,.1f}",
+        **({"predicted ms": in_milliseconds(record["latency_s"])} if times else {}),
+        "dev WER %": f"{100 * record['dev_wer']:.2f}",
+        "95 %": f"{100 * low:.1f} to {100 * high:.1f}",
+    }
+
+
+def point_text(point: Point) -> str:
+    """Return the values of a trial like "step.1.rank = 32"."""
+    return ", ".join(f"{name} = {value_text(value)}" for name, value in point.items())
+
+
+def value_text(value: Any) -> str:
+    """Return a value with at most four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
