@@ -33,7 +33,10 @@ from edgewhisper.compress.shear import (
 )
 from edgewhisper.examples import Batch
 from export.cost import count_parameters, macs
-from export.onnx import graph as ops
+from export.manifest import Spec
+from export.onnx.graph import INT8, Graph
+from export.onnx.layers import quantise
+from export.onnx.tables import FactorisedTable, column_scales
 from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
 from export.shrink import layer_shapes
@@ -427,7 +430,7 @@ def test_both_factors_are_stored_once(precision, sheared, processor, tmp_path):
     rows, basis = (w.detach().numpy() for w in (factors.rows.weight, factors.up.weight.T))
     for weight in (rows, basis):
         if precision == "int8":
-            weight, scale = ops.quantise(weight / ops.column_scales(weight))
+            weight, scale = quantise(weight / column_scales(weight))
             assert any(np.array_equal(array, scale) for array in arrays)
         assert sum(a.dtype == weight.dtype and np.array_equal(a, weight) for a in arrays) == 1
     assert not any(783 in array.shape and 32 in array.shape for array in arrays)
@@ -443,14 +446,14 @@ def test_int8_logits_are_those_of_the_quantised_factors(
     factors = model.model.decoder.embed_tokens
     with torch.no_grad():
         for weight in (factors.rows.weight, factors.up.weight.T):
-            q, scale = ops.quantise(weight.detach().numpy())
+            q, scale = quantise(weight.detach().numpy())
             weight.copy_(torch.from_numpy(q * scale[:, None]))
-    graph = ops.Graph("int8")
+    graph = Graph("int8")
     rows, basis = (w.detach().numpy() for w in (factors.rows.weight, factors.up.weight.T))
-    table = ops.FactorisedTable(graph, rows, basis, ops.INT8)
+    table = FactorisedTable(graph, rows, basis, INT8)
     found_x, found_z = table.look_up("ids"), table.logits("x")
-    inputs = [ops.Spec("ids", (1, 5), "int64"), ops.Spec("x", (1, 3, 64))]
-    outputs = [ops.Spec(found_x, (1, 5, 64)), ops.Spec(found_z, (1, 3, 783))]
+    inputs = [Spec("ids", (1, 5), "int64"), Spec("x", (1, 3, 64))]
+    outputs = [Spec(found_x, (1, 5, 64)), Spec(found_z, (1, 3, 783))]
     onnx.save(graph.model("table", inputs, outputs), tmp_path / "table.onnx")
     session = open_model(tmp_path / "table.onnx")
     ids, x = rng.integers(0, 783, (1, 5)), rng.standard_normal((1, 3, 64)).astype(np.float32)
