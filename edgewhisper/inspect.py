@@ -294,7 +294,8 @@ def time_artifact(
             f"{folder}: there are no graphs to time, it is not an artifact",
             hint="export the checkpoint first: edgewhisper export",
         )
-    from benchmarks.latency import probe  # with torch, which the shapes of an artifact do not need
+    # imports torch, which the shapes of an artifact do not need
+    from benchmarks.calibrate_latency import probe
     from export.onnx.operators import Operator
 
     told = read_facts(folder)

@@ -651,7 +651,8 @@ def bench(
 ) -> Benched:
     """Measure artifacts on devices, by default on this machine, and beside them a dense checkpoint
     in rivals: `baseline`, in transformers where none is named."""
-    from benchmarks.bench import Candidate, in_own_form
+    from benchmarks.bench import Candidate
+    from benchmarks.candidates import in_own_form
     from benchmarks.reference_runtimes import has_core_ml
     from devices.device import Place, load_profile
 
@@ -775,7 +776,7 @@ def calibrate(
 
     Artifacts are looked for in ./edgewhisper-runs, here, and beside the results.
     """
-    from benchmarks import latency
+    from benchmarks import calibrate_latency, latency
     from benchmarks.result import read
 
     files = results or sorted(runs.RUNS.glob("result-*.jsonl"))
@@ -784,7 +785,7 @@ def calibrate(
     if results:
         table = latency.find_table(place.device, precision, threads)
     else:
-        table = latency.calibrate(place, precision, threads, say)
+        table = calibrate_latency.calibrate(place, precision, threads, say)
     corrected = latency.correct(table, lines, latency.artifacts_in(folders))
     if results and corrected is table:
         raise Problem(

@@ -12,8 +12,8 @@ import pytest
 import soundfile
 import typer
 
-from benchmarks.readme import PAGES, with_tables
 from benchmarks.speech.clips import read_manifest
+from benchmarks.study.readme import PAGES, with_tables
 from devices.device import RUNNER
 from edgewhisper.cli import app
 

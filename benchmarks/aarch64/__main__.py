@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.aarch64 import counts, machine
-from benchmarks.bench import write_clips
 from benchmarks.markdown import table
 from benchmarks.metadata import artifact_hash
 from benchmarks.program import exit_code, parser_of
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.wav import write_clips
 from export.artifact import verify
 
 PLACE = machine.PROJECT / "build/aarch64"

@@ -28,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.program import PROJECT
 from devices import debian
 from export.files import new_directory
 from export.problem import Problem
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
 VERSIONS = PROJECT / "constraints.txt"
 SOURCE = Path(__file__).with_name("count.c")
 SUITE, PYTHON = "bookworm", "3.11"

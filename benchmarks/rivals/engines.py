@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from benchmarks.program import PROJECT
 from benchmarks.rivals import prepare
-from benchmarks.rivals.prepare import PROJECT, Prepare
+from benchmarks.rivals.prepare import Prepare
 from devices.device import RUNNER, Device, Packages
 from export.problem import Problem
 

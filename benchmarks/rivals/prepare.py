@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.program import PROJECT
 from benchmarks.rivals.protocol import RULES
 from export.files import new_directory
 from export.problem import Problem
 
 POSITIONS_A_SECOND = 50
 PROMPT = 4
-PROJECT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)

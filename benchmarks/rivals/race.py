@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.bench import REFERENCE, accuracy, checkpoint_wer, merge, write_clips
+from benchmarks.bench import REFERENCE, accuracy, checkpoint_wer, merge
 from benchmarks.metadata import clips_hash, folder_bytes, folder_hash
+from benchmarks.program import PROJECT
 from benchmarks.result import (
     FORMAT,
     in_milliseconds,
@@ -27,9 +28,10 @@ from benchmarks.result import (
     wer,
 )
 from benchmarks.rivals.engines import ENGINES, count_parameters, refuse_missing, refuse_unknown
-from benchmarks.rivals.prepare import PROJECT, Order
+from benchmarks.rivals.prepare import Order
 from benchmarks.rivals.transformers import refuse_slim
 from benchmarks.speech.clips import Clip
+from benchmarks.speech.wav import write_clips
 from benchmarks.timing import ratio
 from devices.device import Device, open_device, run_runner
 from export.problem import Problem

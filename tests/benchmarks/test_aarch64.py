@@ -171,8 +171,8 @@ def test_codes_are_compared_as_what_they_stand_for(rng):
 
 
 def test_the_guest_does_the_same_work_twice(exported, clips, tmp_path):
-    from benchmarks.bench import write_clips
     from benchmarks.speech.clips import read_manifest
+    from benchmarks.speech.wav import write_clips
 
     write_clips(read_manifest(clips)[:2], tmp_path)
     work = machine.Work(exported, tuple(sorted(tmp_path.glob("*.wav"))), 1.0, tokens=2)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from benchmarks.bench import Candidate, Measuring, bench, bench_all, write_clips
+from benchmarks.bench import Candidate, Measuring, bench, bench_all
 from benchmarks.metadata import artifact_hash, clips_hash, file_hash, folder_hash
 from benchmarks.result import STAGES, validate
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.wav import write_clips
 from benchmarks.wer import word_errors
 from devices.device import Finished, open_device
 from devices.fake import FakeDevice
@@ -164,7 +165,7 @@ def test_a_damaged_artifact_is_not_measured(artifact, few, tmp_path):
 def test_impossible_requests_get_letters(artifact, digits, few, tmp_path):
     with pytest.raises(Problem, match="no clips to bench on"):
         bench(artifact, FakeDevice(), [])
-    with pytest.raises(Problem, match="there is no rival 'siri'") as letter:
+    with pytest.raises(Problem, match="unknown rival 'siri'") as letter:
         bench_all([Candidate(digits, rival="siri")], FakeDevice(), few)
     assert "transformers" in letter.value.hint
     with pytest.raises(Problem, match="runs on this machine only, not on fake"):

@@ -135,73 +135,75 @@ def test_a_bank_survives_save_and_load(tones, tmp_path):
 
 def small_trainer():
     """A trainer of a model small enough for a test, its plan and its tokens."""
-    from benchmarks.study.digits import model, train
+    from benchmarks.study.digits import batches, model, trainer
 
     torch.manual_seed(0)
-    plan = train.Plan(ema_start=0.0)
+    plan = batches.Plan(ema_start=0.0)
     processor = model.build_processor()
     tiny = model.build_model(model.Geometry(32, 2, 1, 1), processor)
-    return train.make_trainer(plan, tiny), plan, model.Tokens.of(processor.tokenizer)
+    return trainer.make_trainer(plan, tiny), plan, model.Tokens.of(processor.tokenizer)
 
 
 def train_on(trainer, plan, tokens, pools: Pools, steps: int) -> None:
     """A few updates on composed batches."""
-    from benchmarks.study.digits import train
+    from benchmarks.study.digits.batches import Request, compose_batch
+    from benchmarks.study.digits.trainer import train_step
 
     for _ in range(steps):
-        request = train.Request((0, trainer.step), 1.5, 2, 1, 0.5)
-        batch = train.compose_batch(pools, request)
-        train.train_step(trainer, plan, batch, tokens, fraction=0.5)
+        request = Request((0, trainer.step), 1.5, 2, 1, 0.5)
+        batch = compose_batch(pools, request)
+        train_step(trainer, plan, batch, tokens, fraction=0.5)
 
 
 def test_training_resumes_bit_for_bit(tones, tmp_path):
-    from benchmarks.study.digits import train
+    from benchmarks.study.digits.trainer import load_state, save_state, weights
 
     trainer, plan, tokens = small_trainer()
     train_on(trainer, plan, tokens, tones, 2)
-    train.save_state(trainer, tmp_path / "state.pt")
+    save_state(trainer, tmp_path / "state.pt")
     train_on(trainer, plan, tokens, tones, 2)
 
     resumed, _, _ = small_trainer()
-    train.load_state(resumed, tmp_path / "state.pt")
+    load_state(resumed, tmp_path / "state.pt")
     train_on(resumed, plan, tokens, tones, 2)
 
     assert resumed.step == trainer.step == 4
-    for name, tensor in train.weights(trainer.model).items():
-        assert torch.equal(tensor, train.weights(resumed.model)[name]), name
+    for name, tensor in weights(trainer.model).items():
+        assert torch.equal(tensor, weights(resumed.model)[name]), name
         assert torch.equal(trainer.average[name], resumed.average[name]), name
 
 
 def test_a_helper_returns_the_gradients_of_its_own_batch(tones, tmp_path):
-    from benchmarks.study.digits import train
+    from benchmarks.study.digits.batches import Request, compose_batch
+    from benchmarks.study.digits.trainer import backward, help_out, trained_parameters
 
     trainer, plan, tokens = small_trainer()
     tones.bank.save(tmp_path / "bank")
-    request = train.Request((0, 0, 1), 1.5, 2, 1, 0.5)
-    parameters = train.trained_parameters(trainer.model) + list(trainer.ctc.parameters())
+    request = Request((0, 0, 1), 1.5, 2, 1, 0.5)
+    parameters = trained_parameters(trainer.model) + list(trainer.ctc.parameters())
     flat = torch.zeros(sum(p.numel() for p in parameters))
     ours, theirs = multiprocessing.Pipe()
     with ours:
         ours.send(request)
         ours.send(0.5)
         work = (trainer.model, trainer.ctc, trainer.table, flat, plan, tokens)
-        thread = threading.Thread(target=train.help_out, args=(*work, tmp_path / "bank", theirs))
+        thread = threading.Thread(target=help_out, args=(*work, tmp_path / "bank", theirs))
         thread.start()
         found = ours.recv()
     thread.join()
 
     torch.manual_seed(sum(request.seed))
-    batch = train.compose_batch(tones, request)
-    again = train.backward(trainer.model, trainer.ctc, plan, batch, tokens, 0.5)
+    batch = compose_batch(tones, request)
+    again = backward(trainer.model, trainer.ctc, plan, batch, tokens, 0.5)
     assert found == pytest.approx(again)
     assert torch.allclose(flat, torch.cat([p.grad.flatten() for p in parameters]), atol=1e-6)
 
 
 def test_the_decoder_is_taught_the_prompt_then_the_digits_then_to_stop():
-    from benchmarks.study.digits import model, train
+    from benchmarks.study.digits import batches, model
 
     tokens = model.Tokens((10, 11, 12, 13), 9, tuple(range(10)))
-    inputs, targets = train.decoder_rows([[5], []], tokens)
+    inputs, targets = batches.decoder_rows([[5], []], tokens)
     assert inputs.tolist() == [[10, 11, 12, 13, 5], [10, 11, 12, 13, 9]]
     assert targets.tolist() == [[11, 12, 13, 5, 9], [11, 12, 13, 9, -100]]
 

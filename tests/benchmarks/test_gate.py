@@ -17,18 +17,17 @@ from benchmarks.gate import (
     EXACT,
     Bounds,
     GateFailure,
-    around_difference,
     checkpoint_tokens,
     evenly,
-    gate_again,
-    loss,
     refuse_foreign,
     run_gate,
     tokens_record,
-    too_much,
 )
+from benchmarks.gate_loss import loss, too_much
+from benchmarks.gate_record import gate_again
 from benchmarks.metadata import clips_hash
 from benchmarks.speech.clips import read_manifest
+from benchmarks.text_difference import around_difference
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, pipeline, whisper
 from export.artifact import read_manifest as read_artifact
@@ -142,7 +141,9 @@ def test_changed_words_fail_a_quantised_gate_and_the_first_clip_is_shown(
     int8, reference, few, tmp_path
 ):
     broken = damaged(int8, tmp_path / "broken", lambda w: np.roll(w, 1, axis=-1))
-    with pytest.raises(GateFailure, match=r"a loss of .* points .*, allowed are 0\.5") as failure:
+    with pytest.raises(
+        GateFailure, match=r"a loss of .* points .*; at most 0\.5 points"
+    ) as failure:
         run_gate(broken, reference, few, Bounds(), threads=1)
     name, wanted, found = shown(failure)
     assert name in [clip.audio.name for clip in few]
@@ -225,12 +226,14 @@ def test_other_tokens_of_the_same_words_pass_a_gate_of_words(few, said):
 
 def test_other_clips_and_gates_without_a_record_are_refused(few, said):
     gate, texts = record(few, said), [clip.text for clip in few]
-    with pytest.raises(Problem, match=rf"the gate heard {len(few)} other clips than these") as told:
+    with pytest.raises(
+        Problem, match=rf"the gate was run on {len(few)} other clips than these"
+    ) as told:
         gate_again(gate, few[1:], said[1:], texts[1:])
     assert "--speech" in told.value.hint
     for name in gate:
         broken = {key: value for key, value in gate.items() if key != name}
-        with pytest.raises(Problem, match=f"says no {name}"):
+        with pytest.raises(Problem, match=f"has no valid `{name}`"):
             gate_again(broken, few, said, texts)
 
 

@@ -12,6 +12,7 @@ import pytest
 from made_results import make_result
 from made_table import make_table
 
+from benchmarks import calibrate_latency as calibration
 from benchmarks import latency
 from benchmarks.latency import STAGES, Correction, Cost
 from benchmarks.study import latency_check
@@ -28,6 +29,7 @@ from export.onnx.operators import (
     KINDS,
     Operator,
     encoder_operators,
+    of_a_token,
     shapes_of,
     token_operators,
     work,
@@ -85,9 +87,9 @@ def test_the_fit_finds_the_costs_that_times_were_made_of(precision, rng):
         wanted[kind] = drawn
         for sizes in probes.GRIDS[kind]:
             operator = Operator(kind, sizes)
-            alone = times[Operator(EMPTY, (1,) if latency.of_a_token(operator) else (100,))]
-            times[operator] = alone + float(np.dot(latency.row(operator, precision), drawn))
-    found = latency.fit(times, precision)
+            alone = times[Operator(EMPTY, (1,) if of_a_token(operator) else (100,))]
+            times[operator] = alone + float(np.dot(calibration.row(operator, precision), drawn))
+    found = calibration.fit(times, precision)
     assert found["token"].overhead_s == 4e-5 and found["encoder"].overhead_s == 7e-6
     for kind, (overhead, a_mac, a_byte) in wanted.items():
         cost = found[kind]
@@ -104,7 +106,7 @@ def test_the_fit_finds_the_costs_that_times_were_made_of(precision, rng):
 def test_no_cost_is_below_zero(rng):
     """Times that fall as the work grows are noise."""
     rows = np.array([[1, 10.0, 5.0], [1, 100.0, 7.0], [1, 1000.0, 9.0]])
-    cost = latency.fit_kind(rows, np.sort(rng.uniform(1, 2, 3))[::-1], np.zeros(3))
+    cost = calibration.fit_kind(rows, np.sort(rng.uniform(1, 2, 3))[::-1], np.zeros(3))
     assert min(cost.overhead_s, cost.s_per_mac, cost.s_per_byte) >= 0
     assert len(cost.residuals) == 3 and max(map(abs, cost.residuals)) > 0
 
@@ -202,11 +204,11 @@ def test_what_is_smaller_takes_less(smaller, stage, make_whisper, rng):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_every_probe_is_a_graph_that_the_runner_times(precision, tmp_path):
     for kind, grid in probes.GRIDS.items():
-        prefix = latency.GRAPHS[latency.of_a_token(Operator(kind, grid[0]))]
+        prefix = latency.GRAPHS[of_a_token(Operator(kind, grid[0]))]
         probes.write(tmp_path, f"{prefix}-{kind}", Operator(kind, grid[0]), precision)
     answer = probe_all(tmp_path, threads=1)
     assert len(answer["probes"]) == len(probes.GRIDS)
-    assert all(latency.are_times(times) for times in answer["probes"].values())
+    assert all(calibration.are_times(times) for times in answer["probes"].values())
 
 
 def test_a_folder_without_graphs_is_a_letter(tmp_path):
@@ -218,13 +220,13 @@ def test_this_machine_is_calibrated(monkeypatch):
     """With two sizes of every operator."""
     few = {kind: sizes[:2] for kind, sizes in probes.GRIDS.items()}
     monkeypatch.setattr(probes, "GRIDS", few)
-    monkeypatch.setattr(latency, "ROUNDS", 1)
+    monkeypatch.setattr(calibration, "ROUNDS", 1)
     said: list[str] = []
-    table = latency.calibrate(Place("local"), "int8", 1, said.append)
+    table = calibration.calibrate(Place("local"), "int8", 1, said.append)
     assert (table.device, table.precision, table.threads) == ("local", "int8", 1)
     assert latency.parsed(json.loads(json.dumps({"format": 1, **asdict(table)}))) == table
     assert all(0 < table.operators[stage].overhead_s < 0.1 for stage in STAGES)
-    assert said[0] == f"local: {2 * len(few)} probes in int8 on 1 thread"
+    assert said[0] == f"local: {2 * len(few)} microbenchmarks in int8 on 1 thread"
     assert {row["operator"] for row in latency.rows_of(table)} == {*STAGES, *KINDS}
 
 
@@ -259,23 +261,28 @@ GOOD = {"probes": {"encoder-000": [1e-5, 2e-5]}, "versions": {"onnxruntime": "1"
 )
 def test_what_is_no_answer_is_refused(answer):
     device = FakeDevice(replies=[Finished(0, json.dumps(answer), "")])
-    with pytest.raises(Problem, match="fake: the runner's answer has no usable times of 1 probes"):
-        latency.ask(device, WANTED, 1)
-    assert latency.ask(FakeDevice(replies=[Finished(0, json.dumps(GOOD), "")]), WANTED, 1) == GOOD
+    with pytest.raises(
+        Problem, match="fake: the runner's answer has no usable times of 1 microbenchmarks"
+    ):
+        calibration.run_all(device, WANTED, 1)
+    assert (
+        calibration.run_all(FakeDevice(replies=[Finished(0, json.dumps(GOOD), "")]), WANTED, 1)
+        == GOOD
+    )
 
 
 def test_an_emulated_device_gives_no_table(monkeypatch):
     device = FakeDevice(machine={"emulated": True, "cores": 4})
-    monkeypatch.setattr(latency, "open_device", lambda *place, say: device)
+    monkeypatch.setattr(calibration, "open_device", lambda *place, say: device)
     with pytest.raises(Problem, match="rpi5 pi@five is emulated") as letter:
-        latency.calibrate(Place("rpi5", "pi@five"))
+        calibration.calibrate(Place("rpi5", "pi@five"))
     assert "--device local" in letter.value.hint
     assert ("push", "probes") not in device.calls
 
 
 def test_a_precision_that_graphs_do_not_have_is_a_letter():
-    with pytest.raises(Problem, match="there is no precision 'pal4' for ONNX"):
-        latency.calibrate(Place("local"), "pal4")
+    with pytest.raises(Problem, match="unknown ONNX precision 'pal4'"):
+        calibration.calibrate(Place("local"), "pal4")
 
 
 def test_inspect_times_its_products_as_probes(exported):
@@ -472,7 +479,7 @@ def test_a_damaged_table_is_refused(path, value, cache):
     told = {"format": 1, **asdict(make_table())}
     file = latency.write(make_table())
     file.write_text(damaged(told, *path, value=value))
-    with pytest.raises(Problem, match=r"rpi5-int8-4\.json is no latency table of") as letter:
+    with pytest.raises(Problem, match=r"rpi5-int8-4\.json is not a latency table of") as letter:
         latency.find_table("rpi5")
     assert "devices calibrate" in letter.value.hint
 
@@ -480,5 +487,5 @@ def test_a_damaged_table_is_refused(path, value, cache):
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, "x" * 2_000_000])
 def test_what_is_no_table_is_refused(text, cache):
     latency.write(make_table()).write_text(text)
-    with pytest.raises(Problem, match="is no latency table"):
+    with pytest.raises(Problem, match="is not a latency table"):
         latency.find_table("rpi5")

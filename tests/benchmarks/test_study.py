@@ -22,6 +22,7 @@ from benchmarks.study.experiments import (
     recipe_text,
 )
 from edgewhisper import recipe
+from edgewhisper.checkpoints import openai
 from edgewhisper.compress import METHODS
 from edgewhisper.compress.imp import kept_after
 from export.problem import Problem
@@ -296,6 +297,14 @@ def test_the_plot_of_the_same_lines_is_the_same_file(made, tmp_path):
 
 
 # -------------------------------------------------------------------------------- accounting
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_those_of_the_openai_checkpoints(name):
+    size, checkpoint = SIZES[name], openai.SIZES[name]
+    assert size.width == checkpoint.d_model
+    assert size.layers == checkpoint.encoder_layers == checkpoint.decoder_layers
+    assert (size.mels, size.vocabulary) == (checkpoint.num_mel_bins, checkpoint.vocab_size)
 
 
 @pytest.mark.parametrize(

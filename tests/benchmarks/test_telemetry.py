@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import bench
-from benchmarks import telemetry as watched
-from benchmarks.bench import Candidate, Measuring, bench_all, write_clips
+from benchmarks import telemetry as run_telemetry
+from benchmarks.bench import Candidate, Measuring, bench_all
 from benchmarks.result import STAGES, read, remarks, table_rows, validate, write
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.wav import write_clips
 from benchmarks.timing import ENOUGH_ROUNDS
 from devices.device import Finished, open_device
 from devices.fake import FakeDevice
@@ -29,7 +30,7 @@ from devices.runner.machine import host as machine
 from devices.runner.machine import tuning
 from devices.runner.machine.host import UNAVAILABLE
 from devices.runner.measure import bench as measure
-from devices.runner.measure import telemetry
+from devices.runner.measure import telemetry as sampler_module
 from devices.runner.measure.helper_process import Beside
 from devices.runner.measure.telemetry import Linux, Sampler, Watch
 from devices.runner.problem import RunnerProblem
@@ -171,7 +172,7 @@ def test_rates_come_from_two_samples(tmp_path, rng, monkeypatch):
     start = float(rng.integers(10, 1000))
     make(tmp_path, state(start, 5, 70))
     now = [1000.0]
-    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(sampler_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     watch = Watch(dict, tmp_path, 7)
     now[0] += 0.1
     assert watch.sample()["others_cores"] == UNAVAILABLE  # too soon for a rate
@@ -214,7 +215,7 @@ def test_it_samples_this_machine_at_its_interval():
     assert times[-1] <= found["ended_s"]
     assert all(isinstance(sample["load_average"], float) for sample in found["samples"])
     assert found["cpu_s"] > 0
-    assert watched.checked({"telemetry": found})[1] == []
+    assert run_telemetry.valid_fields({"telemetry": found})[1] == []
     assert gone(sampler.beside.pid)
 
 
@@ -234,7 +235,7 @@ def test_a_wall_clock_that_jumps_changes_no_time(monkeypatch, rng):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_parent_leaves_no_sampler(end):
     code = (
-        "import time; from devices.runner.telemetry import Sampler; "
+        "import time; from devices.runner.measure.telemetry import Sampler; "
         "print(Sampler().beside.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen(
@@ -253,7 +254,7 @@ def test_a_sampler_that_was_killed_leaves_a_run_without_samples():
     os.kill(sampler.beside.pid, signal.SIGKILL)
     found = sampler.finish()
     assert (found["samples"], found["cpu_s"]) == ([], UNAVAILABLE)
-    assert watched.checked({"telemetry": found})[1] == []
+    assert run_telemetry.valid_fields({"telemetry": found})[1] == []
 
 
 @linux
@@ -289,8 +290,9 @@ def test_a_governor_is_set_and_put_back(pi):
 def test_a_killed_runner_leaves_the_governor_as_it_was(pi, end):
     """Killed with all that it has started, as the agent does it over SSH."""
     code = (
-        "import sys, time; from pathlib import Path; from devices.runner.tuning import governed\n"
-        "from devices.runner.telemetry import Sampler\n"
+        "import sys, time; from pathlib import Path\n"
+        "from devices.runner.machine.tuning import governed\n"
+        "from devices.runner.measure.telemetry import Sampler\n"
         "with governed('performance', Path(sys.argv[1])) as name:\n"
         "    sampler = Sampler(); print(name, flush=True); time.sleep(600)"
     )
@@ -352,7 +354,7 @@ def test_a_core_that_is_not_there_gets_a_letter():
 @linux
 def test_memory_peaks_are_those_of_each_phase():
     code = (
-        "from devices.runner.machine import peak_of_phase, peak_rss_bytes\n"
+        "from devices.runner.machine.host import peak_of_phase, peak_rss_bytes\n"
         "peak_of_phase(); block = bytearray(200 << 20); block = None; high = peak_of_phase()\n"
         "print(high, peak_of_phase(), peak_rss_bytes())"
     )
@@ -408,7 +410,7 @@ def run(artifact: Path, listed: Path, *options: str, python: tuple[str, ...] = (
 def test_a_bench_tells_what_it_went_through(exported, listed):
     core = min(os.sched_getaffinity(0))
     answer = run(exported, listed, "--pin", str(core))
-    found, wrong = watched.checked(answer)
+    found, wrong = run_telemetry.valid_fields(answer)
     assert wrong == []
     assert (found["pinned"], found["threads"], found["debug"]) == ([core], 1, [])
     began, seen = found["telemetry"]["began_s"], found["telemetry"]
@@ -422,7 +424,9 @@ def test_a_bench_tells_what_it_went_through(exported, listed):
 
 @linux
 def test_a_sustained_run_lasts_as_long_as_it_was_asked(exported, listed):
-    found, wrong = watched.checked(run(exported, listed, "--threads", "1", "--minutes", "0.02"))
+    found, wrong = run_telemetry.valid_fields(
+        run(exported, listed, "--threads", "1", "--minutes", "0.02")
+    )
     assert wrong == []
     times, work = (found["sustained"][name] for name in ("at_s", "end_to_end_s"))
     assert len(times) == len(work) >= 1
@@ -456,7 +460,7 @@ def test_a_bench_here_has_it_all_in_its_result(exported, clips, tmp_path):
 
 
 def sample(at_s: float = 0.0, **changes) -> dict:
-    return watched.is_sample({"at_s": at_s} | changes)
+    return run_telemetry.require_sample({"at_s": at_s} | changes)
 
 
 def seen(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> dict:
@@ -483,7 +487,7 @@ def seen(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> di
         ("telemetry", []),
         ("telemetry", seen([{"at_s": 1.0}, {"at_s": 0.0}])),
         ("telemetry", seen([{"at_s": float("inf")}])),
-        ("telemetry", seen([{"at_s": 0.0}] * (watched.MOST_SAMPLES + 1))),
+        ("telemetry", seen([{"at_s": 0.0}] * (run_telemetry.MAX_SAMPLES + 1))),
         ("telemetry", seen([{"at_s": 0.0, "power_w": -1}])),
         ("telemetry", seen([{"at_s": 0.0, "frequency_hz": [1e9, "fast"]}])),
         ("telemetry", seen([{"at_s": 0.0, "throttled": {}}])),
@@ -496,19 +500,21 @@ def seen(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> di
     ],
 )
 def test_what_is_no_data_is_named(field, value):
-    assert watched.checked({field: value}) == ({}, [field])
+    assert run_telemetry.valid_fields({field: value}) == ({}, [field])
 
 
-NAMES = st.sampled_from([*watched.PHASES, *watched.READINGS, *sample(), *seen([]), "at_s"])
+NAMES = st.sampled_from(
+    [*run_telemetry.PHASES, *run_telemetry.READINGS, *sample(), *seen([]), "at_s"]
+)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=9),
 )
 
 
-@given(st.dictionaries(st.sampled_from(list(watched.READERS)), ANYTHING, min_size=1))
+@given(st.dictionaries(st.sampled_from(list(run_telemetry.READERS)), ANYTHING, min_size=1))
 def test_no_answer_is_an_error_of_ours(answer):
-    found, wrong = watched.checked(answer)
+    found, wrong = run_telemetry.valid_fields(answer)
     assert sorted([*found, *wrong]) == sorted(answer)
     json.dumps(found, allow_nan=False)
 
@@ -524,9 +530,9 @@ def test_an_answer_that_is_none_gets_a_letter(exported, clips):
 
 
 def test_what_a_device_says_does_not_steer_the_terminal():
-    found, _ = watched.checked({"governor": "on\x1b[2Jdemand" + "!" * 999})
+    found, _ = run_telemetry.valid_fields({"governor": "on\x1b[2Jdemand" + "!" * 999})
     assert found["governor"].startswith("on [2Jdemand")
-    assert len(found["governor"]) <= watched.MOST_WORDS
+    assert len(found["governor"]) <= run_telemetry.MAX_TEXT_CHARS
     assert "\x1b" not in sample(throttled="\x1b]0;x")["throttled"]
 
 
@@ -539,10 +545,10 @@ def test_energy_is_power_over_the_time_that_was_measured(rng):
     times = sorted([0.0, *rng.uniform(0, 10, 20), 10.0])
     known = [sample(t, power_w=3 + slope * t) for t in times]
     wanted = 3 * (end - start) + slope * (end**2 - start**2) / 2
-    assert watched.energy_j(seen(known), start, end) == pytest.approx(wanted)
-    assert watched.energy_j(seen([sample(0.0)]), start, end) is None
+    assert run_telemetry.energy_j(seen(known), start, end) == pytest.approx(wanted)
+    assert run_telemetry.energy_j(seen([sample(0.0)]), start, end) is None
     holes = [one if place % 2 else sample(one["at_s"]) for place, one in enumerate(known)]
-    assert watched.energy_j(seen([known[0], *holes, known[-1]]), start, end) == pytest.approx(
+    assert run_telemetry.energy_j(seen([known[0], *holes, known[-1]]), start, end) == pytest.approx(
         wanted
     )
 
@@ -557,14 +563,14 @@ def test_energy_of_a_second_of_sound_counts_whole_passes_only():
             "end_to_end_s": [2.0] * 5,
         },
     }
-    found = watched.fields([rounds], lasting, audio_s=10.0, clips=2)
+    found = run_telemetry.result_fields([rounds], lasting, audio_s=10.0, clips=2)
     assert found["telemetry"]["energy_j"] == pytest.approx(2 * (4 + 8))
     assert found["telemetry"]["energy_j_per_audio_s"] == pytest.approx(24 / 30)
     assert found["telemetry"]["samples"][-1]["at_s"] == 219.0
     assert found["telemetry"]["sampler_cores"] == pytest.approx(0.02 / 38)
     assert found["sustained"]["at_s"][0] == 202.0
     lasting["telemetry"]["samples"] = []
-    found = watched.fields([rounds], lasting, audio_s=10.0, clips=2)
+    found = run_telemetry.result_fields([rounds], lasting, audio_s=10.0, clips=2)
     assert found["telemetry"]["energy_j"] == found["telemetry"]["energy_j_per_audio_s"]
     assert found["telemetry"]["energy_j"] == UNAVAILABLE
 
@@ -578,7 +584,7 @@ def test_a_run_that_grows_slower_shows_it_whatever_clips_it_ends_with(rng):
     order = rng.permutation(3)
     rounds = np.stack([usual * factor for factor in (0.9, 1.0, 1.1)])[order].ravel()
     answer = {"end_to_end_s": times.tolist(), "at_s": at.tolist()}
-    found = watched.sustained(answer, 7.0, rounds.tolist(), clips=60)
+    found = run_telemetry.summarise_sustained(answer, 7.0, rounds.tolist(), clips=60)
     assert found["ratio"] == pytest.approx(2)
     assert (found["first_minute_s"], found["last_minute_s"]) == (10, 4)
     assert found["minutes"] == pytest.approx(times.sum() / 60)
@@ -600,14 +606,14 @@ def test_a_calm_run_is_not_called_disturbed():
         "end_to_end_s": [1.0, 1.01] * 3,
         "rounds": 3,
     }
-    assert watched.unstable_because(result, idle, []) == []
-    assert watched.unstable_because(result, [], []) == []
+    assert run_telemetry.unstable_because(result, idle, []) == []
+    assert run_telemetry.unstable_because(result, [], []) == []
     wild = result | {"end_to_end_s": [1.0, 1.0, 2.0, 2.0], "rounds": 2}
-    assert watched.unstable_because(wild, CALM, ["python is a debug build"] * 2) == [
-        "the medians of the 2 rounds lie 67% apart",
+    assert run_telemetry.unstable_because(wild, CALM, ["python is a debug build"] * 2) == [
+        "the medians of the 2 rounds differ by 67%",
         "python is a debug build, which is slower",
     ]
-    assert watched.unstable_because(wild | {"emulated": True}, CALM, []) == []
+    assert run_telemetry.unstable_because(wild | {"emulated": True}, CALM, []) == []
 
 
 def test_each_disturbance_is_said_with_its_number():
@@ -617,33 +623,35 @@ def test_each_disturbance_is_said_with_its_number():
         )
         for t in range(12)
     ]
-    assert watched.heat(hot) == (
+    assert run_telemetry.thermal_slowdown(hot) == (
         "the temperature rose from 54 to 90 °C and the clock fell from 1500 to 800 MHz"
     )
-    assert watched.heat(CALM) is None
+    assert run_telemetry.thermal_slowdown(CALM) is None
     turbo = [sample(0.0, temperature_c=45.0, frequency_hz=[4.9e9])]  # while one core imports
     steady = [sample(float(t), temperature_c=60.0, frequency_hz=[4.2e9]) for t in range(1, 12)]
-    assert watched.heat(turbo + steady) is None
+    assert run_telemetry.thermal_slowdown(turbo + steady) is None
     bits = [sample(0.0, throttled="0x20000"), sample(1.0, throttled="0x70005")]
-    assert watched.throttling(bits) == ("the firmware reported under-voltage, throttled (0x70005)")
-    since = [sample(0.0, throttled="0x0"), sample(1.0, throttled="0x20000")]
-    assert watched.throttling(since) == "the firmware reported frequency capped (0x20000)"
-    words = [sample(0.0, throttled="No warning"), sample(1.0, throttled="Level 2")]
-    assert watched.throttling(words) == (
-        "what the system says of throttling changed: No warning -> Level 2"
+    assert run_telemetry.throttling(bits) == (
+        "the firmware reported under-voltage, throttled (0x70005)"
     )
-    assert watched.throttling(words[:1]) is None
+    since = [sample(0.0, throttled="0x0"), sample(1.0, throttled="0x20000")]
+    assert run_telemetry.throttling(since) == "the firmware reported frequency capped (0x20000)"
+    words = [sample(0.0, throttled="No warning"), sample(1.0, throttled="Level 2")]
+    assert run_telemetry.throttling(words) == (
+        "the system's thermal state changed: No warning -> Level 2"
+    )
+    assert run_telemetry.throttling(words[:1]) is None
     hot = [sample(0.0, throttled="severe")] * 2
-    assert watched.throttling(hot) == "the system said of throttling: severe"
+    assert run_telemetry.throttling(hot) == "the system reported throttling: severe"
     load = [sample(load_average=5.25, others_cores=0.75, swapped_bytes=2.5e6)]
-    assert watched.crowding(load, 4) == "the load average was 5.2 on 4 cores"
-    assert watched.crowding([sample(load_average=4.4)], 4) is None
-    assert watched.crowding(load, None) is watched.crowding(load, 6) is None
-    assert watched.background(load) == "other programs took 0.75 of a core"
-    assert watched.swapping(load) == "2.5 MB of the program lay in swap"
+    assert run_telemetry.high_load(load, 4) == "the load average was 5.2 on 4 cores"
+    assert run_telemetry.high_load([sample(load_average=4.4)], 4) is None
+    assert run_telemetry.high_load(load, None) is run_telemetry.high_load(load, 6) is None
+    assert run_telemetry.other_programs(load) == "other programs used 0.75 cores"
+    assert run_telemetry.swapping(load) == "2.5 MB of the program were in swap"
     low = sample(battery_share=0.12)
-    assert watched.battery([low]) == "the battery was down to 12%"
-    assert watched.battery([low | {"charging": True}, sample(battery_share=0.9)]) is None
+    assert run_telemetry.low_battery([low]) == "the battery was down to 12%"
+    assert run_telemetry.low_battery([low | {"charging": True}, sample(battery_share=0.9)]) is None
 
 
 def test_a_disturbed_result_is_marked_and_explained_once():
@@ -662,14 +670,14 @@ def test_a_governor_and_a_sustained_run_are_notes():
     result = {"emulated": False, "end_to_end_s": [1.0] * 9, "rounds": 3, "governor": "ondemand"}
     found = result | {"sustained": {"minutes": 10.04, "ratio": 1.339}}
     words = [sample(0.0, throttled="0x0"), sample(1.0, throttled="0x4")]
-    assert watched.notes(found, words, None) == [
-        "the clock's governor was ondemand",
-        "1.34 times the time at the end of 10 minutes; the firmware reported throttled (0x4)",
+    assert run_telemetry.notes(found, words, None) == [
+        "the CPU frequency governor was ondemand",
+        "after 10 minutes a clip took 1.34 times as long; the firmware reported throttled (0x4)",
     ]
     quiet = result | {"governor": "performance", "telemetry": {"sampler_cores": 0.004}}
-    assert watched.notes(quiet, [], 0.01) == []
+    assert run_telemetry.notes(quiet, [], 0.01) == []
     dear = quiet | {"telemetry": {"sampler_cores": 0.023}}
-    assert watched.notes(dear, [], None) == ["watching took 2.3% of a core"]
+    assert run_telemetry.notes(dear, [], None) == ["telemetry used 2.3% of a core"]
 
 
 # ----------------------------------------------------------------------- rounds for an interval
@@ -695,8 +703,8 @@ def test_rounds_go_on_until_the_interval_is_as_narrow_as_asked(exported, three, 
     rounds = found["rounds"]
     assert 3 < rounds < 20
     assert rounds == len(found["load_s"]) == len([c for c in fake.calls if c[0] == "run"])
-    assert watched.narrow(found["end_to_end_s"], rounds, 0.02)
-    assert not watched.narrow(found["end_to_end_s"][:-3], rounds - 1, 0.02)
+    assert run_telemetry.interval_is_within(found["end_to_end_s"], rounds, 0.02)
+    assert not run_telemetry.interval_is_within(found["end_to_end_s"][:-3], rounds - 1, 0.02)
     assert found["notes"] == []
 
 
@@ -707,12 +715,12 @@ def test_calm_rounds_are_as_few_as_can_say_anything(exported, three):
 
 
 def test_an_interval_that_is_not_reached_is_said(exported, three, monkeypatch):
-    monkeypatch.setattr(bench, "MOST_ROUNDS", 4)
+    monkeypatch.setattr(bench, "MAX_ROUNDS", 4)
     fake = FakeDevice(replies=[reply([t, 2 * t, 3 * t]) for t in (1.0, 1.05, 0.95, 1.0)])
     found = bench.bench(exported, fake, three, Measuring(2, interval=0.02))
     assert found["rounds"] == 4
     (note,) = found["notes"]
-    assert note.endswith("of it after 4 rounds; 2.0% was asked for")
+    assert note.endswith("of it after 4 rounds; 2.0% was requested")
 
 
 def test_what_a_runner_is_asked_for_reaches_it(exported, three):
@@ -734,7 +742,7 @@ def test_what_a_runner_is_asked_for_reaches_it(exported, three):
     [
         ({"minutes": 0}, "--minutes 0 is not between 0 and 60"),
         ({"minutes": 61}, "--minutes 61 is not between"),
-        ({"interval": 1}, "--interval 1 is no share"),
+        ({"interval": 1}, "--interval 1 is not a valid share"),
     ],
 )
 def test_impossible_requests_get_letters(exported, three, changes, said):
@@ -745,7 +753,7 @@ def test_impossible_requests_get_letters(exported, three, changes, said):
 def test_a_rival_is_not_pinned_in_silence(digits, three):
     how = Measuring(1, pin="0", minutes=1)
     with pytest.raises(
-        Problem, match=r"--minutes and --pin: for artifacts, and .* another program"
+        Problem, match=r"--minutes and --pin can be used with artifacts only; .* is a rival"
     ):
         bench_all([Candidate(digits, rival="transformers")], FakeDevice(), three, how)
 

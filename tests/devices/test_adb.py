@@ -395,7 +395,7 @@ def test_a_bench_there_says_what_it_says_here_and_the_second_one_copies_nothing(
 def test_the_same_clips_give_the_same_tokens_there_and_here(
     phone, digits, processor, few, tmp_path, precision
 ):
-    from benchmarks.bench import write_clips
+    from benchmarks.speech.wav import write_clips
     from edgewhisper.whisper import load
     from export.onnx.to_onnx import export_onnx
 
@@ -411,7 +411,7 @@ def test_the_same_clips_give_the_same_tokens_there_and_here(
 def test_a_phone_with_arm_s_programs_says_the_same_tokens(
     arm_phone, digits, processor, few, tmp_path
 ):
-    from benchmarks.bench import write_clips
+    from benchmarks.speech.wav import write_clips
     from edgewhisper.whisper import load
     from export.onnx.to_onnx import export_onnx
 

@@ -18,6 +18,7 @@ from wheels_for_pip import make_wheel, raised
 
 from benchmarks import bench as benching
 from benchmarks import reference_runtimes as stock
+from benchmarks.candidates import by_units
 from benchmarks.result import read
 from benchmarks.speech.clips import read_manifest
 from devices import connection, wheels
@@ -342,18 +343,18 @@ def test_two_files_that_a_macs_disk_takes_for_one_get_a_letter(server, tmp_path)
 
 def test_units_that_no_artifact_asks_for_get_a_letter(coreml, exported, few):
     def asked(source: Path, *units: str) -> list[str]:
-        found = benching.by_units([benching.Candidate(source)], units)
+        found = by_units([benching.Candidate(source)], units)
         return [candidate.label for candidate in found]
 
     assert asked(coreml) == ["fp32"]
     assert asked(coreml, "cpu", "all", "cpu") == ["fp32 (cpu)", "fp32 (all)"]
     assert len(asked(coreml, "each")) == 4
-    with pytest.raises(Problem, match="compute units 'gpu' are not known"):
+    with pytest.raises(Problem, match="unknown compute units 'gpu'"):
         asked(coreml, "cpu", "gpu")
-    with pytest.raises(Problem, match="'cpu' are asked for, and there is no Core ML artifact"):
+    with pytest.raises(Problem, match="'cpu' are given, but none of the artifacts is for Core ML"):
         asked(exported, "cpu")
     both = [benching.Candidate(exported), benching.Candidate(coreml)]
-    assert [c.compute_units for c in benching.by_units(both, ("cpu",))] == [None, "cpu"]
+    assert [c.compute_units for c in by_units(both, ("cpu",))] == [None, "cpu"]
 
 
 # ---------------------------------------------------------------------------------- the command

@@ -427,7 +427,7 @@ def test_an_unknown_normalizer_is_said_before_anything_is_transcribed(
 
     monkeypatch.setattr(pipeline, "transcriber", None)
     text = letter(edgewhisper("eval", digits, "--speech", clips, "--normalizer", "hindi"))
-    assert "no normalizer 'hindi'" in text
+    assert "unknown normalizer 'hindi'" in text
     assert "hindi-wer" in text
 
 
@@ -458,12 +458,12 @@ def test_a_missing_audio_file(edgewhisper, tmp_path, digits):
 
 def test_a_file_that_is_not_audio(edgewhisper, tmp_path, digits):
     (tmp_path / "a.wav").write_text("not audio")
-    assert "is not audio that can be read" in letter(edgewhisper("transcribe", digits, "a.wav"))
+    assert "is not a readable sound file" in letter(edgewhisper("transcribe", digits, "a.wav"))
 
 
 def test_an_empty_recording(edgewhisper, tmp_path, digits):
     soundfile.write(tmp_path / "a.wav", np.zeros(0), 16000)
-    assert "holds no samples" in letter(edgewhisper("transcribe", digits, "a.wav"))
+    assert "has no samples" in letter(edgewhisper("transcribe", digits, "a.wav"))
 
 
 def test_a_recording_of_nan(edgewhisper, tmp_path, digits):

@@ -23,15 +23,11 @@ from some_clips import manifest_of_some
 
 from benchmarks import bench as benching
 from benchmarks import reference_runtimes as stock
-from benchmarks.gate import (
-    Bounds,
-    GateFailure,
-    bounds_for,
-    checkpoint_tokens,
-    run_gate,
-    states_again,
-)
+from benchmarks.gate import Bounds, GateFailure, bounds_for, checkpoint_tokens, run_gate
+from benchmarks.gate_record import states_again
+from benchmarks.result import STAGES
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.wav import write_clips
 from devices.fake import FakeDevice
 from devices.runner.decode.beam import Branches
 from devices.runner.engines import coreml
@@ -269,7 +265,7 @@ def test_a_manifest_that_promises_something_else_is_refused(kind, copy):
 
 def refused_by_runner(folder: Path) -> str:
     with pytest.raises(RunnerProblem) as letter:
-        Recognizer(folder, open_package=stock.Interpreted)
+        Recognizer(folder, open_package=stock.InterpretedPackage)
     assert letter.value.hint
     return str(letter.value)
 
@@ -315,7 +311,7 @@ def mac(monkeypatch) -> list[tuple]:
     class Model:
         def __init__(self, path, compute_units):
             opened.append((type(self).__name__, Path(path).name, compute_units))
-            self.package = stock.Interpreted(Path(path).with_suffix(".mlpackage"))
+            self.package = stock.InterpretedPackage(Path(path).with_suffix(".mlpackage"))
             self.make_state = self.package.new_state
 
         def predict(self, given, **more):
@@ -367,7 +363,7 @@ def test_states_are_copied_by_reading_and_writing_them(mac, digits, processor, t
 
 
 def test_a_bench_on_a_mac_times_log_mel_by_itself(mac, fp32, few, tmp_path):
-    benching.write_clips(read_manifest(few), tmp_path)
+    write_clips(read_manifest(few), tmp_path)
     found = measure.bench(fp32, tmp_path / "clips.json", 1, compute_units="cpu")
     assert {units.name for _, _, units in mac} == {"CPU_ONLY"}
     assert found["mel_share"] is None
@@ -436,7 +432,11 @@ def judged(model, processor, few, fp32):
     [
         ("TextDecoder", lambda w: np.roll(w, 1), "clips get other tokens"),
         ("AudioEncoder", lambda w: w * 1.002, "encoder states differ by .* from the checkpoint's"),
-        ("MelSpectrogram", lambda w: w * 1.001, "log-mel features differ by .* allowed is 0.0001"),
+        (
+            "MelSpectrogram",
+            lambda w: w * 1.001,
+            "log-mel features differ by .*; at most 0.0001 is allowed",
+        ),
         ("TextDecoder", lambda w: w * np.inf, "clips get other tokens"),
     ],
     ids=["rolled", "encoder off", "mel off", "no numbers"],
@@ -461,9 +461,9 @@ def test_the_bounds_are_the_precisions(judged, copy):
     damage(copy, "TextDecoder", partial(np.roll, shift=1))
     with pytest.raises(GateFailure, match=r"clips get other tokens .*, 98% must get the same"):
         judged(copy, bounds_for("coreml", "fp16"))
-    with pytest.raises(GateFailure, match=r"a loss of .* points .*, allowed are 0\.5"):
+    with pytest.raises(GateFailure, match=r"a loss of .* points .*; at most 0\.5 points"):
         judged(copy, bounds_for("coreml", "int8"))
-    with pytest.warns(match=r"a loss of .* points .*, allowed are 0\.5"):
+    with pytest.warns(match=r"a loss of .* points .*; at most 0\.5 points"):
         figures = judged(copy, bounds_for("coreml", "pal4"))
     assert figures["max_wer_loss_points"] == figures["wer_loss_points"] > 0.5
     assert bounds_for("onnx", "int4").strict
@@ -517,7 +517,7 @@ def test_a_damaged_encoder_fails_its_gate(lone, few, model, processor, tmp_path)
     manifest, clips = read_artifact(broken), read_manifest(few)
     with pytest.raises(GateFailure, match="clips get other tokens"):
         pipeline.gate(broken, manifest, model, processor, clips)
-    benching.write_clips(clips, tmp_path)
+    write_clips(clips, tmp_path)
     now = stock.answer_of(broken, tmp_path / "clips.json", None)["states"]
     with pytest.raises(GateFailure, match="states of 4 clips differ by"):
         states_again(manifest["gate"], clips, now)
@@ -637,7 +637,9 @@ def test_export_walks_the_road_on_the_embedded_default(edgewhisper, few, tmp_pat
     assert runs.newest("artifact", without="-coreml-") is None
     code, _, err = edgewhisper("bench", place)
     assert code == 1
-    assert "is for Core ML, which is on Apple's systems only, and local runs Linux" in err
+    assert (
+        "is a Core ML artifact, which can be timed on Apple systems only; local runs Linux" in err
+    )
 
 
 @pytest.mark.parametrize(
@@ -706,7 +708,7 @@ def test_compute_units_are_no_checkpoints(edgewhisper, digits, few):
 def test_a_device_with_core_ml_benches_a_package(fp32, few):
     """What is sent to a Mac, and what is asked of it."""
     clips = read_manifest(few)
-    told = {stage: [0.1] for stage in benching.STAGES} | {"peak_rss_bytes": 1, "mel_share": None}
+    told = {stage: [0.1] for stage in STAGES} | {"peak_rss_bytes": 1, "mel_share": None}
     told |= {"tokens": [], "texts": [clip.text for clip in clips], "versions": {}}
     told["end_to_end_s"] = [0.1] * len(clips)
     reply = SimpleNamespace(exit_code=0, stdout=json.dumps(told), stderr="")
@@ -731,5 +733,7 @@ def test_a_device_with_core_ml_benches_a_package(fp32, few):
         ("bench", "artifacts/0"),
     ]
     device = FakeDevice(machine={"kernel": "Linux 6", "emulated": False})
-    with pytest.raises(Problem, match="is for Core ML, which is on Apple's systems only"):
+    with pytest.raises(
+        Problem, match="is a Core ML artifact, which can be timed on Apple systems only"
+    ):
         benching.bench_all([candidate], device, clips, benching.Measuring(1))

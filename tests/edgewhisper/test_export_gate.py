@@ -118,7 +118,7 @@ def test_a_warning_of_lost_words_keeps_the_figures(digits, few, tmp_path, monkey
     from benchmarks import gate as gating
 
     monkeypatch.setattr(gating, "too_much", lambda lost, limit: True)
-    with pytest.raises(GateFailure, match=r"allowed are 0\.5"):
+    with pytest.raises(GateFailure, match=r"at most 0\.5 points are allowed"):
         exported(digits, few, tmp_path / "none")
     place = exported(digits, few, tmp_path / "out", gating=Gating("warn"))
     gate = read_artifact(place)["gate"]

@@ -98,7 +98,7 @@ def test_tokens_that_are_not_those_of_the_gate_are_found(exported, few, tmp_path
 
 def test_clips_that_the_gate_did_not_hear_are_refused(exported, clips):
     report = verify(exported, clips)
-    assert "the gate heard 3 other clips than these 40" in str(report.letter)
+    assert "the gate was run on 3 other clips than these 40" in str(report.letter)
 
 
 @pytest.mark.parametrize("layout", ["transformers", "sherpa", "single"])

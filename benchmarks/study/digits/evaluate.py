@@ -25,9 +25,9 @@ import numpy as np
 from benchmarks.study.digits import CHECKPOINT, SAMPLE_RATE, SPEECH, WINDOW_S
 from benchmarks.study.digits.banks import HELD_OUT_OTHER, HELD_OUT_SPEAKERS
 from benchmarks.study.digits.clips import coloured_noise
+from benchmarks.study.digits.model import quiet_transformers
 from benchmarks.study.digits.spectra import Row, read_clip, read_rows
 from benchmarks.study.digits.synthesise import HELD_OUT_WORDS, TEST_VARIANTS, random_voice, speak
-from benchmarks.study.digits.train import quiet_transformers
 from benchmarks.wer import count
 
 SEQUENCES = 120

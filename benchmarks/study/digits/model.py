@@ -170,3 +170,11 @@ def use_window(model: nn.Module, table: Tensor, window_s: float) -> None:
     encoder.embed_positions = nn.Embedding.from_pretrained(part, freeze=True).to(table.device)
     encoder.config.max_source_positions = rows
     model.config.max_source_positions = rows
+
+
+def quiet_transformers() -> None:
+    """Turn off transformers' progress bars and the warnings that generate() repeats every call."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from made_results import make_result
 
-from benchmarks.bench import write_clips
 from benchmarks.compare import compare_pair
 from benchmarks.result import table_rows
 from benchmarks.rivals import __main__ as command
@@ -42,6 +41,7 @@ from benchmarks.rivals.race import (
 )
 from benchmarks.sizes import Size
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.wav import write_clips
 from devices.device import open_device, run_runner
 from devices.runner.decode.rules import Rules, greedy
 from export.problem import Problem

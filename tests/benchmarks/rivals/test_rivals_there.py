@@ -18,7 +18,8 @@ from some_clips import manifest_of_some
 from wheels_for_pip import make_wheel, raised
 
 from benchmarks import bench as benching
-from benchmarks.bench import Candidate, Measuring, bench_all, in_own_form
+from benchmarks.bench import Candidate, Measuring, bench_all
+from benchmarks.candidates import in_own_form
 from benchmarks.result import RATIO, other_texts, read, table_rows
 from benchmarks.rivals import engines
 from benchmarks.rivals.engines import ENGINES, RIVALS, interpreter

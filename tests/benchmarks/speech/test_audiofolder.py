@@ -55,12 +55,16 @@ def test_a_spreadsheet_s_byte_order_mark_is_not_a_column(folder):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("csv", "path,text\na.wav,one\n", "no column `file_name`; there are `path`, `text`"),
-        ("csv", "file_name,label\na.wav,one\n", "holds the text; there are `file_name`, `label`"),
+        ("csv", "path,text\na.wav,one\n", "no column `file_name`; the columns are `path`, `text`"),
+        (
+            "csv",
+            "file_name,label\na.wav,one\n",
+            "for the text; the columns are `file_name`, `label`",
+        ),
         ("jsonl", '{"file_name": "a.wav", "words": 1}', "line 1: .* `file_name`, `words`"),
         ("csv", "file_name,text\na.wav,one\na.wav\n", "line 3: `text` is None"),
         ("csv", "file_name,text\nc.wav,one\n", r"line 2: there is no file .*c\.wav"),
-        ("csv", "file_name,text\n../a.wav,one\n", r"'\.\./a\.wav', which is outside the folder"),
+        ("csv", "file_name,text\n../a.wav,one\n", r"'\.\./a\.wav' is outside the folder"),
         ("csv", "file_name,text\n/etc/hostname,one\n", "outside the folder"),
         ("jsonl", '{"file_name": "a.wav"', "line 1: not JSON"),
         ("jsonl", "[]", "line 1: a list, not an object"),
@@ -94,7 +98,7 @@ def test_a_folder_of_splits_names_them(folder):
     for split in ("train", "test"):
         (folder / split).mkdir()
         (folder / split / "metadata.csv").write_text("file_name,text\n")
-    with pytest.raises(Problem, match="2 of its folders have") as letter:
+    with pytest.raises(Problem, match="2 of its folders have some") as letter:
         read_manifest(folder)
     assert letter.value.hint == f"name one of {folder / 'test'}, {folder / 'train'}"
 

@@ -118,7 +118,7 @@ def test_an_unknown_split_names_those_there_are(home):
     store(home, "train", spoken("one"))
     store(home, "test", spoken("two"))
     assert "hf:owner/name::" in refused("hf:owner/name::dev", "no split 'dev'; .* has train, test")
-    refused("hf:owner/name", "no split is named; the data set has train, test")
+    refused("hf:owner/name", "no split is given; the data set has train, test")
 
 
 def test_an_unknown_configuration_names_those_there_are(home):
@@ -132,18 +132,18 @@ def test_an_unknown_data_set(home):
 
 def test_no_column_of_text(home):
     store(home, "train", {"audio": spoken("one")["audio"], "label": [3]})
-    hint = refused("hf:owner/name", "no column holds the text; there are `audio`, `label`")
+    hint = refused("hf:owner/name", "no column for the text; the columns are `audio`, `label`")
     assert "sentence" in hint
 
 
 def test_no_column_of_audio(home):
     store(home, "train", {"text": ["one"], "label": [3]}, audio=None)
-    refused("hf:owner/name", "no column holds audio; there are `text`, `label`")
+    refused("hf:owner/name", "no column for the audio; the columns are `text`, `label`")
 
 
 def test_an_empty_split(home):
     store(home, "train", {"audio": [], "text": []})
-    refused("hf:owner/name", "holds no clips")
+    refused("hf:owner/name", "has no clips")
 
 
 def test_a_row_without_text_is_named_by_its_number(home):
@@ -168,7 +168,7 @@ def test_a_row_may_not_name_a_file_of_this_machine(home):
     ],
 )
 def test_only_the_hub_is_read_for_a_row(path):
-    with pytest.raises(Problem, match=r"row 3: `audio` holds no sound.* not on the hub"):
+    with pytest.raises(Problem, match=r"row 3: `audio` has no sound.* not on the hub"):
         hub.sound_bytes({"bytes": None, "path": path}, "audio", "row 3")
     assert hub.on_the_hub("zip://a.wav::hf://datasets/o/n/a.zip")
 
@@ -185,7 +185,7 @@ def test_a_row_may_name_a_file_of_its_repository(home, monkeypatch):
         file.write(sound(1600))
     stream = {"bytes": None, "path": "hf://datasets/owner/name/a.flac"}
     assert hub.sound_bytes(stream, "audio", "row 1") == sound(1600)
-    with pytest.raises(Problem, match=r"row 2: hf://.*b\.flac cannot be fetched"):
+    with pytest.raises(Problem, match=r"row 2: hf://.*b\.flac cannot be downloaded"):
         hub.sound_bytes({"path": "hf://datasets/owner/name/b.flac"}, "audio", "row 2")
 
 
@@ -207,7 +207,7 @@ def test_a_network_that_stops_leaves_nothing_behind(home, monkeypatch):
 
 def test_a_missing_library_is_named(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert refused("hf:owner/name", "datasets, which is not installed") == (
+    assert refused("hf:owner/name", "the library datasets, which is not installed") == (
         "pip install 'edgewhisper[data]'"
     )
 
@@ -216,7 +216,7 @@ def test_a_missing_library_is_named(home, monkeypatch):
     "text", ["hf:name", "hf:../..", "hf:a/b:c:d:e", "hf:a/b::d[:0]", "hf:a/b::"]
 )
 def test_what_is_no_data_set_s_name(text):
-    with pytest.raises(Problem, match="does not name a data set") as letter:
+    with pytest.raises(Problem, match="is not the name of a data set") as letter:
         hub.parse(text)
     assert "hf:OWNER/NAME:CONFIG:SPLIT" in letter.value.hint
 

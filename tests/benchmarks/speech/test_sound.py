@@ -89,7 +89,7 @@ def test_formats_whose_end_cannot_be_checked_are_not_read(sound, tmp_path):
     for format in ("VOC", "IRCAM", "PAF"):
         assert format not in FORMATS
         soundfile.write(tmp_path / "a", sound, RATE, format=format, subtype="PCM_16")
-        with pytest.raises(Problem, match=f"{format} files are not read"):
+        with pytest.raises(Problem, match=f"{format} files are not supported"):
             read_audio(tmp_path / "a")
 
 
@@ -173,7 +173,7 @@ def test_a_named_pipe_is_read(kind, sound, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="needs /dev/stdin")
 def test_standard_input_by_its_name_is_read(sound, tmp_path):
-    code = "from benchmarks.sound import read_audio; print(len(read_audio('/dev/stdin')))"
+    code = "from benchmarks.speech.sound import read_audio; print(len(read_audio('/dev/stdin')))"
     given = {"cwd": Path(__file__).parents[3], "capture_output": True}
     path = write(tmp_path, "wav", sound)
     piped = subprocess.run([sys.executable, "-c", code], input=path.read_bytes(), **given)
@@ -184,7 +184,7 @@ def test_standard_input_by_its_name_is_read(sound, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"no sound at all"])
 def test_a_pipe_without_sound_is_an_error(content):
-    code = "from benchmarks.sound import read_audio; read_audio('/dev/stdin')"
+    code = "from benchmarks.speech.sound import read_audio; read_audio('/dev/stdin')"
     given = {"cwd": Path(__file__).parents[3], "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", code], input=content.decode(), **given)
     assert "Problem: /dev/stdin is " in done.stderr

@@ -56,13 +56,13 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_text_is_not_audio(tmp_path):
     (tmp_path / "a.wav").write_text("hello")
-    with pytest.raises(Problem, match="is not audio that can be read"):
+    with pytest.raises(Problem, match="is not a readable sound file"):
         read_audio(tmp_path / "a.wav")
 
 
 def test_a_file_without_samples_is_refused(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(0), 16000)
-    with pytest.raises(Problem, match="holds no samples"):
+    with pytest.raises(Problem, match="has no samples"):
         read_audio(tmp_path / "a.wav")
 
 

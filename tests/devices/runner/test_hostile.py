@@ -328,7 +328,7 @@ def test_files_beside_their_graphs_that_make_no_sense_are_refused(
             r"a cache of \[2, \d+, 1000000000000\], the decoder takes",
         ),
         ("n_text_layer", "two", "ValueError: invalid literal"),
-        ("no_speech", None, "its metadata lack no_speech"),
+        ("no_speech", None, "its metadata has no no_speech"),
     ],
 )
 def test_absurd_metadata_of_sherpas_encoder_are_refused(

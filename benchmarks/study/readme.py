@@ -1,4 +1,4 @@
-"""Put the tables of the stored results into the READMEs: python -m benchmarks.readme.
+"""Put the tables of the stored results into the READMEs: python -m benchmarks.study.readme.
 
 All that is needed stands in benchmarks/results:
 
