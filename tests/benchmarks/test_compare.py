@@ -19,7 +19,7 @@ def test_a_result_does_not_differ_from_itself():
     found = measures(make_result(), make_result())
     assert found["end_to_end_s"]["ratio"] == 1
     assert not any(row["real"] for row in found.values())
-    assert found["wer"]["verdict"].startswith("no difference shown")
+    assert found["wer"]["verdict"].startswith("no significant difference")
 
 
 def test_half_the_time_is_twice_as_fast(rng):
@@ -41,13 +41,13 @@ def test_a_difference_within_the_noise_is_none():
     assert row["ratio"] == pytest.approx(1.01)
     assert row["interval"][0] < 1 < row["interval"][1]
     assert row["real"] is False
-    assert row["verdict"] == "no difference shown"
+    assert row["verdict"] == "no significant difference"
 
 
 def test_too_few_rounds_say_nothing():
     row = measures(make_result(rounds=2), make_result(rounds=2))["end_to_end_s"]
     assert row["real"] is None
-    assert row["verdict"] == "fewer than 3 rounds: cannot be said"
+    assert row["verdict"] == "undecided: fewer than 3 rounds"
 
 
 def test_a_busy_machine_is_said_in_the_verdict():
@@ -122,12 +122,12 @@ def test_all_are_compared_with_the_first_in_a_table():
         "measure": "total ms",
         "base": "50",
         "this": "50",
-        "verdict": "no difference shown",
+        "verdict": "no significant difference",
     }
 
 
 def test_one_result_is_not_enough():
-    with pytest.raises(Problem, match="1 result was given; two are needed"):
+    with pytest.raises(Problem, match="1 result was given; at least two are needed"):
         compare([make_result()])
 
 

@@ -91,9 +91,9 @@ def test_what_was_seen_beside_the_rounds_is_told(tmp_path):
     for fact in ("<td>400</td>", "<td>50</td>", "<td>unavailable</td>", "0.123", "2, 3"):
         assert fact in text
     assert "<p>~ made on local: the load average was 9.0 on 2 cores</p>" in text
-    assert "Beside the rounds" not in page([make_result()], {})
+    assert "<h2>Telemetry</h2>" not in page([make_result()], {})
 
 
 def test_times_of_an_emulated_device_are_not_told_beside_the_rounds_either():
     told = {"cold_load_s": [0.3], "telemetry": {"samples": [], "energy_j_per_audio_s": 1.0}}
-    assert "Beside the rounds" not in page([make_result(emulated=True, **told)], {})
+    assert "<h2>Telemetry</h2>" not in page([make_result(emulated=True, **told)], {})

@@ -55,7 +55,7 @@ def test_a_line_from_before_the_mean_per_utterance_is_read(tmp_path, result):
     new = result | {"wer_per_utterance_mean": 0.12}
     write([result, new], tmp_path / "r.jsonl")
     assert read(tmp_path / "r.jsonl") == [result, new]
-    with pytest.raises(Problem, match="field `wer_per_utterance_mean` is str"):
+    with pytest.raises(Problem, match="field `wer_per_utterance_mean` has type str"):
         validate(result | {"wer_per_utterance_mean": "0.12"})
 
 
@@ -68,10 +68,10 @@ def test_an_unknown_format_is_refused(result, version):
 
 @pytest.mark.parametrize("field", ["wer", "texts", "device", "emulated", "clips_hash"])
 def test_a_missing_or_wrong_field_is_named(result, field):
-    with pytest.raises(Problem, match=f"field `{field}` is set"):
+    with pytest.raises(Problem, match=f"field `{field}` has type set"):
         validate(result | {field: {1}})
     del result[field]
-    with pytest.raises(Problem, match=f"field `{field}` is nothing"):
+    with pytest.raises(Problem, match=f"field `{field}` is missing"):
         validate(result)
 
 
@@ -87,7 +87,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, result):
 
 def test_files_without_results_get_letters(tmp_path):
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(Problem, match="holds no results"):
+    with pytest.raises(Problem, match="has no results"):
         read(tmp_path / "empty")
     with pytest.raises(Problem, match="cannot be read"):
         read(tmp_path / "gone")

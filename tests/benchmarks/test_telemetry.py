@@ -662,7 +662,7 @@ def test_a_disturbed_result_is_marked_and_explained_once():
     rows = table_rows([calm, old, marked])
     assert [row["total ms"] for row in rows] == ["50", "50", "~50"]
     assert remarks([calm, old, marked]) == ["~ made on local: a; b", "note: made on local: c"]
-    with pytest.raises(Problem, match="field `telemetry` is list"):
+    with pytest.raises(Problem, match="field `telemetry` has type list"):
         validate(calm | {"telemetry": []})
 
 
