@@ -1,10 +1,10 @@
-"""Put the tables of the stored results into the READMEs: python -m benchmarks.study.readme.
+"""Write the tables of the stored results into the documentation: python -m benchmarks.study.readme.
 
-All that is needed stands in benchmarks/results:
+The results are in benchmarks/results:
 
-    demo.jsonl             the file that a new `edgewhisper demo` names, copied
-    tiny-en.jsonl          the file that `edgewhisper bench` beside rivals names, copied
-    edge.jsonl             the file that `edgewhisper bench` of the recipe edge names, copied
+    demo.jsonl             copy of the result file of `edgewhisper demo`
+    tiny-en.jsonl          copy of the result file of `edgewhisper bench` with rivals
+    edge.jsonl             copy of the result file of `edgewhisper bench` of the recipe edge
     study.jsonl            python -m benchmarks.study.run; study.png is drawn from it here
     accounting.jsonl       python -m benchmarks.study.accounting
     training_cost.jsonl    python -m benchmarks.study.training_cost
@@ -27,19 +27,19 @@ from benchmarks.result import brief_rows, read
 from benchmarks.rivals import race
 from benchmarks.study import accounting, tables, training_cost
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 RESULTS = HERE / "results"
 PAGES = (HERE.parent / "README.md", HERE / "study" / "README.md", HERE / "rivals" / "README.md")
 BLOCK = re.compile(r"(<!-- ([\w ]+?) table: .*? -->\n).*?(<!-- end -->)", flags=re.S)
 
 
 def with_tables(text: str) -> str:
-    """The text with its tables made anew."""
-    return BLOCK.sub(lambda found: found[1] + block(found[2]) + found[3], text)
+    """Return a page with its tables regenerated."""
+    return BLOCK.sub(lambda match: match[1] + block(match[2]) + match[3], text)
 
 
 def block(name: str) -> str:
-    """A table; where its results are not there, a line that says so."""
+    """Return a table, or a sentence if its results are missing."""
     try:
         return BLOCKS[name]()
     except FileNotFoundError as error:
@@ -47,14 +47,15 @@ def block(name: str) -> str:
 
 
 def benched(name: str) -> str:
+    """Return the table of a result file, with a line about the measurement."""
     results = read(RESULTS / name)
     first = results[0]
-    told = (
+    note = (
         f"\n{first['utterances']} clips, {first['threads']} threads on "
         f"{first['device'].get('cpu', 'unavailable')}; medians of {first['rounds']} interleaved "
         f"rounds ({first['measured_at'][:10]}).\n"
     )
-    return table(brief_rows(results)) + told
+    return table(brief_rows(results)) + note
 
 
 def verdicts() -> str:
@@ -73,32 +74,34 @@ def sizes() -> str:
 def training() -> str:
     lines = stored("training_cost.jsonl")
     first = lines[0]
-    told = (
+    note = (
         f"\n{first['parameters'] / 1e6:.1f} M parameters, {first['threads']} thread on "
         f"{first['device'].get('cpu', 'unavailable')} ({first['measured_at'][:10]}); weights, "
-        f"gradients and moments alone are {first['least_bytes'] / 1e9:.2f} GB in float32.\n"
+        f"gradients and moments alone take {first['least_bytes'] / 1e9:.2f} GB in float32.\n"
     )
-    return table(training_cost.rows(lines)) + told
+    return table(training_cost.rows(lines)) + note
 
 
 def instructions() -> str:
     rows = counts.read(RESULTS / "aarch64.jsonl")
     runtime = rows[0]["versions"]["onnxruntime"]
-    told = f"\nonnxruntime {runtime}, one thread; other versions of it may count otherwise.\n"
-    return table(counts.table_rows(rows)) + told
+    note = f"\nonnxruntime {runtime}, one thread; counts differ between its versions.\n"
+    return table(counts.table_rows(rows)) + note
 
 
 def rivals() -> str:
-    """End to end and in memory, a row a work and a number of threads."""
-    return table([row for work in works() for row in race.brief_rows(work)])
+    """Return times and memory, a row per workload and number of threads."""
+    return table([row for results in workloads() for row in race.brief_rows(results)])
 
 
 def rivals_in_full(rows: Callable[[list[dict[str, Any]]], list[dict[str, str]]]) -> str:
-    """One table a work."""
-    return "\n".join(f"**{race.work_told(work)}**\n\n{table(rows(work))}" for work in works())
+    """Return one table per workload."""
+    return "\n".join(
+        f"**{race.describe_work(results)}**\n\n{table(rows(results))}" for results in workloads()
+    )
 
 
-def works() -> list[list[dict[str, Any]]]:
+def workloads() -> list[list[dict[str, Any]]]:
     return [read(path) for path in sorted((RESULTS / "rivals").glob("*.jsonl"))]
 
 
@@ -117,7 +120,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "aarch64": instructions,
     "rivals": rivals,
     "engines": partial(rivals_in_full, race.rows),
-    "ratios": partial(rivals_in_full, lambda work: race.ratio_rows(race.ratios(work))),
+    "ratios": partial(rivals_in_full, lambda results: race.ratio_rows(race.ratios(results))),
 }
 
 

@@ -203,7 +203,7 @@ def test_the_rival_refuses_a_slim_checkpoint(digits, few, tmp_path):
     from benchmarks.rivals.transformers import refuse_slim
     from devices.runner.problem import RunnerProblem
 
-    with pytest.raises(RunnerProblem, match="transformers loads dense ones"):
+    with pytest.raises(RunnerProblem, match="transformers loads dense layers only"):
         refuse_slim(slim)
     with pytest.raises(RunnerProblem, match=r"no readable config\.json"):
         refuse_slim(tmp_path)

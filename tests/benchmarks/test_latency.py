@@ -403,7 +403,7 @@ def test_errors_are_shares_of_what_was_measured(benched, exported):
     assert found["sum", "encoder"] == pytest.approx(1 / 1.5 - 1)
     assert found["corrected", "encoder"] == pytest.approx(0)
     first = latency_check.rows_of(["made"], [[found], [found]])[0]
-    assert first["sum off by %"] == "-33 (-33 to -33)"
+    assert first["error of the sum %"] == "-33 (-33 to -33)"
 
 
 def test_the_models_that_are_checked_can_be_made(digits):

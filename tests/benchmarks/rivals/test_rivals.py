@@ -204,15 +204,13 @@ def test_blocks_agree_with_a_loop(rng):
 
 
 def test_whisper_cpp_is_not_given_what_it_would_misread(dense, digits, tmp_path):
-    with pytest.raises(Problem, match="no ggml file of kind 'q3'"):
+    with pytest.raises(Problem, match="unknown ggml kind 'q3'"):
         ggml.convert(dense, tmp_path / "out", "q3")
     config = json.loads((dense / "config.json").read_text())
     cases = {
-        "feed-forward layers are 128 wide; whisper.cpp takes them to be 256": {
-            "decoder_ffn_dim": 128
-        },
-        "shapes of their own": {"edgewhisper": {"format": 1}},
-        "40 wide; q8_0 has blocks of 32": {
+        "feed-forward layers are 128 wide; whisper.cpp assumes 256": {"decoder_ffn_dim": 128},
+        "individual shapes": {"edgewhisper": {"format": 1}},
+        "40 wide, not a multiple of q8_0's blocks of 32": {
             "d_model": 40,
             "encoder_ffn_dim": 160,
             "decoder_ffn_dim": 160,
@@ -483,7 +481,7 @@ def test_an_engine_that_is_not_installed_is_a_letter(few, tmp_path, capsys):
     write_clips(few[:1], tmp_path)
     assert main(Absent, [str(tmp_path), str(tmp_path / "clips.json")]) == 1
     letter = json.loads(capsys.readouterr().out)
-    assert letter["error"] == "there is no module `no_such_engine` in this engine's environment"
+    assert letter["error"] == "this engine's environment has no module `no_such_engine`"
     assert "make rivals-env" in letter["hint"]
 
 
@@ -500,7 +498,7 @@ def test_an_unknown_engine_is_a_letter_that_names_the_known_ones(digits, tmp_pat
     arguments = ["--model", str(digits), "--engines", "ours", "siri", "--models", str(tmp_path)]
     assert command.main(arguments) == 1
     told = capsys.readouterr().err
-    assert "there is no engine 'siri'" in told
+    assert "unknown engine 'siri'" in told
     assert all(name in told for name in ENGINES)
     assert command.main(["--model", str(tmp_path / "x"), "--models", str(tmp_path)]) == 1
     assert "no such directory" in capsys.readouterr().err
@@ -564,9 +562,9 @@ def test_tables_print_milliseconds_megabytes_and_no_error_rate_where_tokens_are_
     assert rows([made("a", 1, 0.1, forced_tokens=None)])[0]["WER %"] == "10.0"
     assert table_rows(results)[0]["WER %"] == "-"
     told = {row["measure"]: row for row in ratio_rows(ratios(results))}
-    assert told["total ms"]["times"] == "2.50"
-    assert told["total ms"]["this"] == "100"
-    assert told["peak MB"]["this"] == "72.0"
+    assert told["total ms"]["best rival / ours"] == "2.50"
+    assert told["total ms"]["value"] == "100"
+    assert told["peak MB"]["value"] == "72.0"
 
 
 def test_compare_reads_forced_results_and_leaves_error_rates_out():
