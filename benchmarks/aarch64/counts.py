@@ -170,7 +170,7 @@ def judge(rows: Sequence[Row], kept: Sequence[Row]) -> None:
             runtimes = (one["versions"]["onnxruntime"] for one in (before[key(row)], row))
             raise Problem(
                 f"{'; '.join(more)} (onnxruntime {' and '.join(runtimes)})",
-                "see which operators the export has gained; if the increase is justified, use --keep",
+                "see which operators the export has gained; if that is justified, use --keep",
             )
 
 

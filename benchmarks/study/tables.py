@@ -3,8 +3,8 @@
 The table has the mean word error rate of an arm's runs (one per seed) and its 95 % t-interval over
 the seeds. A verdict compares two arms seed by seed: D = WER(B) - WER(A) in points over the words of
 all test sets. A is better if the 95 % t-interval of the mean of D is above zero. With three seeds,
-an interval is wide (t = 4.3). It covers the variation of the seeds, not of the clips: other speakers
-would shift all arms.
+an interval is wide (t = 4.3). It covers the variation of the seeds, not of the clips: other
+speakers would shift all arms.
 """
 
 from __future__ import annotations

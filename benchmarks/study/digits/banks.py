@@ -56,7 +56,7 @@ def other_recorded_clips(source: Path) -> list[Clip]:
 
 
 def synthetic_clips(cache: Path) -> list[Clip]:
-    """Return the clips of a file written by synthesise.py or flite.py, with their kinds as pools."""
+    """Return the clips of a file from synthesise.py or flite.py, with their kinds as pools."""
     rng = np.random.default_rng(4)
     arrays = np.load(cache)
     ends = np.cumsum(arrays["length"])
