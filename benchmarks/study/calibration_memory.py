@@ -4,8 +4,9 @@
 
 The statistics of 32 layers are collected in one pass. A layer needs four matrices of 1280 x 1280
 float64, 52 MB: for the common input of q, k and v, the inputs of out_proj and fc1, and the output
-of fc2. A matrix for fc2's input would have 5120 x 5120 numbers, 210 MB, but only the covariance of
-its outputs is needed. Storing the activations of the paper's 100 clips in float32 would take 221 GB.
+of fc2. A matrix for the input of fc2 would have 5120 x 5120 numbers, 210 MB, but only the
+covariance of its outputs is needed. Storing the activations of the paper's 100 clips in float32
+would take 221 GB.
 
 All layers share one layer's weights, so that the measurement covers calibration and not the model:
 the process has torch, one layer, one window and the sums in memory. With a short window it takes

@@ -33,7 +33,7 @@ def test_half_the_time_is_twice_as_fast(rng):
     assert "times faster" in row["verdict"]
 
 
-def test_a_difference_within_the_noise_is_none():
+def test_a_difference_within_the_noise_is_not_significant():
     """Medians differ by 1 %, the samples of each by 40 %."""
     times = [0.08, 0.10, 0.12] * 10
     later = [0.0808, 0.101, 0.1212] * 10
@@ -44,13 +44,13 @@ def test_a_difference_within_the_noise_is_none():
     assert row["verdict"] == "no significant difference"
 
 
-def test_too_few_rounds_say_nothing():
+def test_too_few_rounds_are_undecided():
     row = measures(make_result(rounds=2), make_result(rounds=2))["end_to_end_s"]
     assert row["real"] is None
     assert row["verdict"] == "undecided: fewer than 3 rounds"
 
 
-def test_a_busy_machine_is_said_in_the_verdict():
+def test_a_verdict_mentions_an_unstable_run():
     busy = [0.05] * 10 + [0.1] * 10 + [0.05] * 10
     row = measures(make_result(end_to_end_s=busy), make_result())["end_to_end_s"]
     assert row["verdict"].endswith("; unstable")
@@ -89,11 +89,11 @@ def test_sizes_are_counted_not_sampled():
     ],
     ids=["clips", "normalizer", "emulated"],
 )
-def test_different_things_are_never_compared(field, value, said):
-    with pytest.raises(Problem, match=said) as letter:
+def test_results_of_different_measurements_are_refused(field, value, said):
+    with pytest.raises(Problem, match=said) as error:
         compare_pair(make_result(name="a"), make_result(name="b", **{field: value}))
-    assert str(letter.value).startswith("a and b were measured on")
-    assert "bench both" in letter.value.hint
+    assert str(error.value).startswith("a and b were measured on")
+    assert "bench both" in error.value.hint
 
 
 def test_versions_are_compared_only_when_asked():
@@ -154,7 +154,7 @@ def test_versions_may_differ_between_devices_and_not_on_one():
         compare([here, make_result(versions=new)])
 
 
-def test_no_ratio_of_times_is_formed_with_a_rival_of_other_texts():
+def test_there_is_no_time_ratio_for_a_rival_with_other_texts():
     ours = make_result(name="ours")
     rival = make_result(name="theirs", rival="r", wer=0.2, checkpoint_wer=0.1)
     rows = {row["measure"]: row for row in compare_pair(ours, rival)}

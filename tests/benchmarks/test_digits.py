@@ -94,7 +94,7 @@ def without_repeats(digits: list[int]) -> list[int]:
     return [d for d, before in zip(digits, [None, *digits], strict=False) if d != before]
 
 
-def test_composed_audio_says_what_its_text_says(tones):
+def test_composed_audio_matches_its_text(tones):
     mix = Mix(empty=0.0, phrase=0.0, real=1.0, mixed=0.0, hard=0.0)
     for seed in range(40):
         utterance = compose(np.random.default_rng(seed), tones, mix, 6.0, most=6, mask=False)
@@ -173,7 +173,7 @@ def test_training_resumes_bit_for_bit(tones, tmp_path):
         assert torch.equal(trainer.average[name], resumed.average[name]), name
 
 
-def test_a_helper_returns_the_gradients_of_its_own_batch(tones, tmp_path):
+def test_a_helper_returns_the_gradients_of_its_batch(tones, tmp_path):
     from benchmarks.study.digits.batches import Request, compose_batch
     from benchmarks.study.digits.trainer import backward, help_out, trained_parameters
 
@@ -199,7 +199,7 @@ def test_a_helper_returns_the_gradients_of_its_own_batch(tones, tmp_path):
     assert torch.allclose(flat, torch.cat([p.grad.flatten() for p in parameters]), atol=1e-6)
 
 
-def test_the_decoder_is_taught_the_prompt_then_the_digits_then_to_stop():
+def test_the_decoder_learns_the_prompt_the_digits_and_the_end():
     from benchmarks.study.digits import batches, model
 
     tokens = model.Tokens((10, 11, 12, 13), 9, tuple(range(10)))
@@ -217,7 +217,7 @@ def test_no_voice_is_shared_between_training_and_test():
     assert not set(DEV_VARIANTS) & set(TEST_VARIANTS)
 
 
-def test_shipped_clips_say_what_their_manifest_says():
+def test_shipped_clips_match_their_manifests():
     speakers = {}
     for split in ("train", "dev", "test"):
         rows = [json.loads(line) for line in (SPEECH / f"{split}.jsonl").read_text().splitlines()]
@@ -228,24 +228,24 @@ def test_shipped_clips_say_what_their_manifest_says():
     assert not speakers["train"] & speakers["test"]
 
 
-def test_numerals_are_not_taken_for_silence():
+def test_numerals_are_recognised_in_texts():
     assert says_digits("platforms one and three") and says_digits("268") and says_digits("sixteen")
     assert not says_digits("turn the lights off")
 
 
-def test_a_folder_without_recordings_says_where_to_get_them(tmp_path):
+def test_the_error_for_missing_recordings_has_their_url(tmp_path):
     with pytest.raises(FileNotFoundError, match="git clone https://github"):
         read_rows(tmp_path)
 
 
-def test_missing_espeak_says_how_to_install_it(monkeypatch):
+def test_the_error_for_missing_espeak_has_the_install_command(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(EspeakMissing, match="apt install espeak-ng"):
         speak("one", Voice("en-us"))
 
 
 @needs_espeak
-def test_espeak_says_a_word_without_silence_around_it():
+def test_espeak_clips_are_trimmed():
     samples = speak("seven", Voice("en-us", "f3"))
     assert 0.2 < len(samples) / SAMPLE_RATE < 1.0
     assert np.abs(samples).max() == pytest.approx(1.0)
@@ -254,18 +254,18 @@ def test_espeak_says_a_word_without_silence_around_it():
 @pytest.mark.skipif(
     shutil.which("flite") is None, reason="flite is not on the PATH (apt install flite)"
 )
-def test_flite_says_a_word_slower_when_asked():
+def test_flite_speaks_slower_at_a_lower_rate():
     brisk, slow = (flite.speak("seven", Voice("en-us", "slt", wpm=wpm)) for wpm in (220, 120))
     assert len(slow) > 1.4 * len(brisk) and np.abs(slow).max() == pytest.approx(1)
 
 
-def test_missing_flite_says_how_to_install_it(monkeypatch):
+def test_the_error_for_missing_flite_has_the_install_command(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(flite.ProgramMissing, match="apt install flite"):
         flite.speak("seven", Voice("en-us", "slt"))
 
 
-def test_flites_dev_voice_is_not_trained_on():
+def test_flites_dev_voice_is_not_in_the_training_data():
     rng = np.random.default_rng()
     said = list(flite.lines(rng, flite.TRAIN_VOICES, rounds=2))
     assert not {line.voice.variant for line in said} & set(flite.DEV_VOICES)
@@ -273,14 +273,14 @@ def test_flites_dev_voice_is_not_trained_on():
 
 
 @needs_checkpoint
-def test_the_checkpoint_writes_down_new_voices():
+def test_the_checkpoint_transcribes_new_voices():
     spoken = shipped("test")
     heard = transcribe(CHECKPOINT, [item.samples for item in spoken])
     assert score(spoken, heard).wer < 0.10
 
 
 @needs_checkpoint
-def test_the_checkpoint_keeps_quiet_when_nobody_speaks():
+def test_the_checkpoint_outputs_nothing_without_speech():
     rows = [json.loads(line) for line in (SPEECH / "other.jsonl").read_text().splitlines()]
     quiet = [SPEECH / row["audio"] for row in rows if row["lang"] == "zxx"]
     assert len(quiet) == 5

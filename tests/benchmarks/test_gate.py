@@ -151,9 +151,7 @@ def test_changed_words_fail_a_quantised_gate_and_the_first_clip_is_shown(
     assert "higher --precision" in failure.value.hint
 
 
-def test_logits_that_are_off_a_little_fail_an_exact_gate(
-    fp32, reference, few, torch_logits, tmp_path
-):
+def test_slightly_different_logits_fail_an_exact_gate(fp32, reference, few, torch_logits, tmp_path):
     """The token table grows by 0.2 %: every token stays, the numbers are wrong."""
     broken = damaged(fp32, tmp_path / "broken", lambda w: w * np.float32(1.002))
     options = {"bounds": EXACT, "parts": torch_logits, "threads": 1}
@@ -161,7 +159,7 @@ def test_logits_that_are_off_a_little_fail_an_exact_gate(
         run_gate(broken, reference[:2], few[:2], **options)
 
 
-def test_logits_that_are_no_numbers_fail_an_exact_gate(fp32, reference, few):
+def test_nan_logits_fail_an_exact_gate(fp32, reference, few):
     def nothing(pcm, tokens, language):
         return {"logits": np.full((len(tokens) + 1, 1), np.nan)}
 
@@ -195,7 +193,7 @@ def said(few, rng):
     return [[*tokens[0], rng.integers(700, size=3).tolist()], *tokens[1:]]
 
 
-def test_a_gate_keeps_what_asking_again_takes(fp32, reference, few):
+def test_a_gate_can_be_repeated_from_its_record(fp32, reference, few):
     figures = run_gate(fp32, reference[:2], few[:2], EXACT, threads=1)
     texts = [clip.text for clip in few[:2]]
     assert "the tokens of all 2 clips" in gate_again(figures, few[:2], reference[:2], texts)
@@ -209,14 +207,14 @@ def test_other_tokens_fail_an_exact_gate_and_name_the_clip(few, said):
         gate_again(gate, few, said, texts)
 
 
-def test_tokens_cut_between_other_windows_are_other_tokens(few, said):
+def test_the_same_tokens_in_other_windows_differ(few, said):
     gate, texts = record(few, said, exact=True), [clip.text for clip in few]
     said[0] = [said[0][0] + said[0][1]]
     with pytest.raises(GateFailure, match="1 of"):
         gate_again(gate, few, said, texts)
 
 
-def test_other_tokens_of_the_same_words_pass_a_gate_of_words(few, said):
+def test_other_tokens_with_the_same_words_pass_a_gate_of_words(few, said):
     gate, texts = record(few, said), [clip.text for clip in few]
     said[2][0].append(5)
     assert "within the gate's 0.5 points" in gate_again(gate, few, said, texts)
@@ -228,9 +226,9 @@ def test_other_clips_and_gates_without_a_record_are_refused(few, said):
     gate, texts = record(few, said), [clip.text for clip in few]
     with pytest.raises(
         Problem, match=rf"the gate was run on {len(few)} other clips than these"
-    ) as told:
+    ) as error:
         gate_again(gate, few[1:], said[1:], texts[1:])
-    assert "--speech" in told.value.hint
+    assert "--speech" in error.value.hint
     for name in gate:
         broken = {key: value for key, value in gate.items() if key != name}
         with pytest.raises(Problem, match=f"has no valid `{name}`"):
@@ -268,11 +266,11 @@ def lost(errors: list[tuple[int, int]], words: int) -> dict:
         pytest.param([(5, 1)] * 3, 6, False, id="better"),
     ],
 )
-def test_a_loss_fails_the_gate_where_it_is_more_than_chance(errors, words, fails):
+def test_a_loss_beyond_chance_fails_the_gate(errors, words, fails):
     assert too_much(lost(errors, words), 0.5) is fails
 
 
-def test_the_interval_of_a_loss_holds_it_and_is_paired():
+def test_the_interval_of_a_loss_is_paired():
     found = lost([(3, 4)] * 50, 10)
     assert found["wer_loss_interval"] == [10, 10], "the same loss in every clip"
     assert found["word_loss"] == 50
@@ -318,14 +316,14 @@ def test_each_clip_is_prompted_for_its_own_language(fp32, tokens, few):
     assert figures["identical_tokens"] == 1
 
 
-def test_a_checkpoint_that_does_not_know_the_speech_is_not_judged(few):
+def test_foreign_speech_is_refused(few):
     texts = [clip.text for clip in few]
     refuse_foreign(few, texts)
-    with pytest.raises(GateFailure, match=r"rate on these \d+ clips is \d{4,} %") as told:
+    with pytest.raises(GateFailure, match=r"rate on these \d+ clips is \d{4,} %") as error:
         refuse_foreign(few, ["some thing else " * 100 for _ in few])
-    assert "not this model's speech" in str(told.value)
-    assert len(str(told.value)) < 700
-    assert "--speech" in told.value.hint
+    assert "not this model's speech" in str(error.value)
+    assert len(str(error.value)) < 700
+    assert "--speech" in error.value.hint
 
 
 def test_texts_are_cut_around_their_first_difference():

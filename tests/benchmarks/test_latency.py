@@ -80,7 +80,7 @@ def irregular(make_whisper):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_the_fit_finds_the_costs_that_times_were_made_of(precision, rng):
+def test_the_fit_recovers_the_costs_of_generated_times(precision, rng):
     wanted, times = {}, {Operator(EMPTY, (1,)): 4e-5, Operator(EMPTY, (100,)): 7e-6}
     for kind in KINDS:
         drawn = 10 ** rng.uniform(-1, 1, 3) * [1e-5, 1e-11, 1e-10]
@@ -114,7 +114,7 @@ def test_no_cost_is_below_zero(rng):
 # ---------------------------------------------------------------------------------------- predict
 
 
-def test_a_prediction_is_the_sum_that_one_gets_by_hand(tiny_whisper):
+def test_a_prediction_equals_the_sum_computed_by_hand(tiny_whisper):
     """Of one layer each with two heads of 5 and 11, 31 units, and fc1 of rank 5; d_model is 32, the
     window 300, the vocabulary 783, and keys are widened to 16."""
     model = slim(tiny_whisper, [layer(2, 5, 11, 31, fc1=5)] * 2, [layer(2, 5, 11, 31, fc1=5)] * 2)
@@ -132,7 +132,7 @@ def test_a_prediction_is_the_sum_that_one_gets_by_hand(tiny_whisper):
     assert latency.predict(corrected, model) == 2 * window + 32 * 3 * token
 
 
-def test_products_are_those_that_cost_counts(make_whisper, rng):
+def test_multiply_accumulates_equal_those_of_export_cost(make_whisper, rng):
     width = 8 * int(rng.integers(1, 5))
     dense = make_whisper(d_model=2 * width, ffn=int(rng.integers(40, 200)), encoder_layers=3)
     rank = int(rng.integers(1, 8))
@@ -145,7 +145,7 @@ def test_products_are_those_that_cost_counts(make_whisper, rng):
         assert found["token"] == counted["decoder_per_token"]
 
 
-def test_operators_are_those_that_the_graphs_have(irregular, processor):
+def test_operators_match_the_nodes_of_the_graphs(irregular, processor):
     """Node for node, in a model whose hidden units are computed in pieces."""
     encoder = encoder_graph(irregular, processor.feature_extractor, "int8")[0]
     nodes = Counter(
@@ -182,7 +182,7 @@ def test_operators_are_those_that_the_graphs_have(irregular, processor):
         pytest.param({"layers": 1}, "both", id="layers"),
     ],
 )
-def test_what_is_smaller_takes_less(smaller, stage, make_whisper, rng):
+def test_a_smaller_model_has_a_smaller_prediction(smaller, stage, make_whisper, rng):
     """Whatever the device; with a rank that pays already."""
     costs = {kind: Cost(0.0, *10 ** rng.uniform(-12, -9, 2)) for kind in [*STAGES, *KINDS]}
     usual = {"heads": 2, "qk_dim": 24, "units": 64, "rank": 7, "token_rank": 6, "layers": 2}
@@ -202,7 +202,7 @@ def test_what_is_smaller_takes_less(smaller, stage, make_whisper, rng):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
-def test_every_probe_is_a_graph_that_the_runner_times(precision, tmp_path):
+def test_the_runner_times_every_microbenchmark(precision, tmp_path):
     for kind, grid in probes.GRIDS.items():
         prefix = latency.GRAPHS[of_a_token(Operator(kind, grid[0]))]
         probes.write(tmp_path, f"{prefix}-{kind}", Operator(kind, grid[0]), precision)
@@ -211,7 +211,7 @@ def test_every_probe_is_a_graph_that_the_runner_times(precision, tmp_path):
     assert all(calibration.are_times(times) for times in answer["probes"].values())
 
 
-def test_a_folder_without_graphs_is_a_letter(tmp_path):
+def test_a_folder_without_graphs_is_refused(tmp_path):
     with pytest.raises(RunnerProblem, match="there are no graphs to time"):
         probe_all(tmp_path)
 
@@ -259,7 +259,7 @@ GOOD = {"probes": {"encoder-000": [1e-5, 2e-5]}, "versions": {"onnxruntime": "1"
         pytest.param(GOOD | {"versions": {"onnxruntime": 1}}, id="a version that is a number"),
     ],
 )
-def test_what_is_no_answer_is_refused(answer):
+def test_an_invalid_answer_is_refused(answer):
     device = FakeDevice(replies=[Finished(0, json.dumps(answer), "")])
     with pytest.raises(
         Problem, match="fake: the runner's answer has no usable times of 1 microbenchmarks"
@@ -274,18 +274,18 @@ def test_what_is_no_answer_is_refused(answer):
 def test_an_emulated_device_gives_no_table(monkeypatch):
     device = FakeDevice(machine={"emulated": True, "cores": 4})
     monkeypatch.setattr(calibration, "open_device", lambda *place, say: device)
-    with pytest.raises(Problem, match="rpi5 pi@five is emulated") as letter:
+    with pytest.raises(Problem, match="rpi5 pi@five is emulated") as error:
         calibration.calibrate(Place("rpi5", "pi@five"))
-    assert "--device local" in letter.value.hint
+    assert "--device local" in error.value.hint
     assert ("push", "probes") not in device.calls
 
 
-def test_a_precision_that_graphs_do_not_have_is_a_letter():
+def test_an_unknown_precision_is_refused():
     with pytest.raises(Problem, match="unknown ONNX precision 'pal4'"):
         calibration.calibrate(Place("local"), "pal4")
 
 
-def test_inspect_times_its_products_as_probes(exported):
+def test_inspect_times_matrix_products_as_microbenchmarks(exported):
     """One way for both: a float32 artifact's floor is that of the float32 probe."""
     timed = inspect.time_artifact(exported, 1.0, threads=1)
     assert timed["machine"]["macs_per_s"].keys() == {"fp32", "int8"}
@@ -346,14 +346,14 @@ def test_results_of_bench_correct_the_table(benched, exported, digits):
         pytest.param({"device": {}}, id="no device"),
     ],
 )
-def test_results_of_something_else_do_not(other, benched, exported):
+def test_results_of_other_measurements_do_not_correct_the_table(other, benched, exported):
     table, _, result = benched
     assert (
         latency.correct(table, [result | other], latency.artifacts_in([exported.parent])) is table
     )
 
 
-def test_windows_of_several_lengths_say_nothing(benched, exported):
+def test_artifacts_with_several_windows_do_not_correct_the_table(benched, exported):
     table, _, result = benched
     shapes = latency.artifacts_in([exported.parent])
     several = {n: replace(s, layers={**s.layers, "windows": [100, 300]}) for n, s in shapes.items()}
@@ -368,7 +368,7 @@ def test_an_artifact_has_the_shapes_of_its_model(exported, digits, tmp_path):
     assert latency.artifacts_in([tmp_path]) == {}
 
 
-def test_calibrate_takes_results_and_measures_nothing(benched, exported, cache, tmp_path):
+def test_calibrate_with_results_measures_nothing(benched, exported, cache, tmp_path):
     table, _, result = benched
     latency.write(table)
     path = exported.parent / "made.jsonl"
@@ -382,7 +382,7 @@ def test_calibrate_takes_results_and_measures_nothing(benched, exported, cache, 
         pipeline.calibrate(Place("rpi5"), precision="fp32", results=[path])
 
 
-def test_what_bench_measures_corrects_the_tables_that_there_are(benched, exported, cache):
+def test_bench_results_correct_the_stored_tables(benched, exported, cache):
     table, _, result = benched
     latency.write(table)
     (latency.path_of("", "", "").parent / "damaged.json").write_text("{")
@@ -395,7 +395,7 @@ def test_what_bench_measures_corrects_the_tables_that_there_are(benched, exporte
     assert latency.learn([disturbed], [exported.parent]) == []
 
 
-def test_errors_are_shares_of_what_was_measured(benched, exported):
+def test_errors_are_relative_to_the_measured_times(benched, exported):
     table, sums, result = benched
     shapes = latency.artifacts_in([exported.parent])
     (found,) = latency_check.errors_of(table, [result], shapes)
@@ -406,7 +406,7 @@ def test_errors_are_shares_of_what_was_measured(benched, exported):
     assert first["error of the sum %"] == "-33 (-33 to -33)"
 
 
-def test_the_models_that_are_checked_can_be_made(digits):
+def test_the_checked_models_can_be_built(digits):
     for shapes in latency_check.SLIM.values():
         config = load(digits).config
         config.edgewhisper = {"format": 1, **copy.deepcopy(shapes)}
@@ -418,7 +418,7 @@ def test_the_models_that_are_checked_can_be_made(digits):
 # -------------------------------------------------------------------------------------- the table
 
 
-def test_a_table_is_found_as_it_was_written(cache):
+def test_a_stored_table_is_read_unchanged(cache):
     table = make_table({"linear": Cost(1e-6, 1e-11, 1e-10, [0.1, -0.2])})
     assert latency.write(table) == cache / "rpi5-int8-4.json"
     assert latency.find_table("rpi5") == table
@@ -436,10 +436,10 @@ def test_a_table_is_found_as_it_was_written(cache):
         (("local", "fp32", 2), "--device local --precision fp32 --threads 2"),
     ],
 )
-def test_where_there_is_none_the_letter_names_the_command(asked, command, cache):
-    with pytest.raises(Problem, match="there is no latency table of") as letter:
+def test_the_error_for_a_missing_table_has_the_command(asked, command, cache):
+    with pytest.raises(Problem, match="there is no latency table of") as error:
         latency.find_table(*asked)
-    assert letter.value.hint == f"measure it: edgewhisper devices calibrate {command}"
+    assert error.value.hint == f"measure it: edgewhisper devices calibrate {command}"
 
 
 def damaged(told: dict, *path: str, value: object) -> str:
@@ -479,13 +479,13 @@ def test_a_damaged_table_is_refused(path, value, cache):
     told = {"format": 1, **asdict(make_table())}
     file = latency.write(make_table())
     file.write_text(damaged(told, *path, value=value))
-    with pytest.raises(Problem, match=r"rpi5-int8-4\.json is not a latency table of") as letter:
+    with pytest.raises(Problem, match=r"rpi5-int8-4\.json is not a latency table of") as error:
         latency.find_table("rpi5")
-    assert "devices calibrate" in letter.value.hint
+    assert "devices calibrate" in error.value.hint
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, "x" * 2_000_000])
-def test_what_is_no_table_is_refused(text, cache):
+def test_a_file_without_a_table_is_refused(text, cache):
     latency.write(make_table()).write_text(text)
     with pytest.raises(Problem, match="is not a latency table"):
         latency.find_table("rpi5")

@@ -51,9 +51,7 @@ def answer(_: object) -> Finished:
 PLACES = [Place("rpi4", name) for name in "abc"]
 
 
-def test_all_devices_are_equipped_before_any_measures_and_then_all_at_once(
-    artifact, few, devices, monkeypatch
-):
+def test_all_devices_are_prepared_before_all_measure_at_once(artifact, few, devices, monkeypatch):
     together = threading.Barrier(3)
 
     def run(device, argv, *_):
@@ -113,7 +111,7 @@ def test_ctrl_c_closes_every_device(artifact, few, devices, monkeypatch):
     assert all(device.calls[-1] == ("close",) for device in devices.values())
 
 
-def test_ctrl_c_while_a_device_is_being_opened_closes_it_all_the_same(artifact, few, monkeypatch):
+def test_ctrl_c_closes_a_device_that_is_being_opened(artifact, few, monkeypatch):
     late, opening, given_up = FakeDevice(), threading.Event(), threading.Event()
 
     def open_late(*_):
@@ -133,7 +131,7 @@ def test_ctrl_c_while_a_device_is_being_opened_closes_it_all_the_same(artifact, 
     assert late.calls == [("close",)]
 
 
-def test_two_devices_of_one_name_are_told_apart(artifact, few, monkeypatch):
+def test_two_devices_of_one_profile_have_different_names(artifact, few, monkeypatch):
     monkeypatch.setattr(FakeDevice, "run", lambda *_: answer(None))
     monkeypatch.setattr(side_by_side, "open_device", lambda *_: FakeDevice(name="rpi4"))
     rest = ([Candidate(artifact)], PLACES[:2], few, Measuring(1), lambda _: None)

@@ -44,7 +44,7 @@ def steps_of(name: str, arm: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(("name", "arm"), ARMS)
-def test_an_arm_written_as_toml_reads_back_the_same(name, arm):
+def test_an_arm_is_read_from_toml_unchanged(name, arm):
     steps = steps_of(name, arm)
     assert tomllib.loads(recipe_text(steps, arm))["step"] == steps
 
@@ -79,7 +79,7 @@ def test_arms_that_train_have_the_same_budget(name, arm):
     assert sum(map(optimiser_steps, parsed.steps)) == STEPS
 
 
-def test_an_experiment_compares_arms_that_it_has():
+def test_an_experiment_compares_its_own_arms():
     for name, experiment in EXPERIMENTS.items():
         known = {*experiment.arms, *experiment.chosen_on_dev}
         named = {arm for pair in experiment.pairs for arm in pair} | set(experiment.published)
@@ -135,7 +135,7 @@ def runs_made(monkeypatch):
     return calls
 
 
-def test_finished_runs_are_not_made_again(made, runs_made, tmp_path):
+def test_finished_runs_are_not_repeated(made, runs_made, tmp_path):
     out = tmp_path / "study.jsonl"
     run.run_all(["made"], [0], None, out, "base")
     assert runs_made == [("made", "first", 0), ("made", "second", 0)]
@@ -144,7 +144,7 @@ def test_finished_runs_are_not_made_again(made, runs_made, tmp_path):
     assert [run.key_of(told) for told in run.read(out)] == runs_made
 
 
-def test_a_number_of_another_arm_is_that_of_the_same_seed(made, runs_made, tmp_path):
+def test_the_cost_of_another_arm_has_the_same_seed(made, runs_made, tmp_path):
     out = tmp_path / "study.jsonl"
     run.run_all(["made"], [0, 1], None, out, "base")
     found = {run.key_of(told): tomllib.loads(told["recipe"]) for told in run.read(out)}
@@ -152,7 +152,7 @@ def test_a_number_of_another_arm_is_that_of_the_same_seed(made, runs_made, tmp_p
     assert found["made", "second", 1]["step"][0]["budget"] == 1.25
 
 
-def test_a_stored_run_of_another_recipe_is_a_letter(made, runs_made, tmp_path):
+def test_a_stored_run_of_another_recipe_is_refused(made, runs_made, tmp_path):
     out = tmp_path / "study.jsonl"
     out.write_text(json.dumps(line("first", 0, 3, recipe="old")) + "\n")
     with pytest.raises(Problem, match="another recipe"):
@@ -160,12 +160,12 @@ def test_a_stored_run_of_another_recipe_is_a_letter(made, runs_made, tmp_path):
     assert runs_made == []
 
 
-def test_a_number_that_is_not_measured_yet_is_a_letter(made):
+def test_a_missing_cost_is_reported(made):
     with pytest.raises(Problem, match="not measured"):
         run.recipe_of(("made", "second", 0), [])
 
 
-def test_an_unknown_experiment_is_a_letter():
+def test_an_unknown_experiment_is_refused():
     with pytest.raises(Problem, match="unknown experiment 'purning'"):
         list(run.keys(["purning"], [0]))
 
@@ -179,7 +179,7 @@ def test_the_cost_that_low_rank_layers_leave():
     assert run.lite_cost({}) is None
 
 
-def test_a_run_measures_the_model_that_its_recipe_makes(clips, digits):
+def test_a_run_measures_the_model_of_its_recipe(clips, digits):
     few = read_manifest(clips)[:4]
     speech = run.Speech(few, few, {"here": few})
     key = ("dense", "dense", 0)
@@ -208,7 +208,7 @@ def paired(first: list[int], second: list[int]) -> list[dict]:
     ]
 
 
-def test_an_interval_whose_answer_is_known():
+def test_an_interval_with_a_known_answer():
     mean, low, high = tables.interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)  # 4.3027 / sqrt(3)
@@ -239,7 +239,7 @@ def test_a_verdict_compares_seed_by_seed(made, first, second, answer):
     ],
     ids=["better", "worse"],
 )
-def test_a_verdict_says_where_sizes_differ(made, first, second, answer):
+def test_a_verdict_mentions_different_sizes(made, first, second, answer):
     lines = paired(first, second)
     smaller = {"total": 1, "token_table": 1_000_000, "nonzero": 500_000}
     lines = [told | {"parameters": smaller} if told["arm"] == "first" else told for told in lines]
@@ -248,7 +248,7 @@ def test_a_verdict_says_where_sizes_differ(made, first, second, answer):
     assert sentence.answer == answer
 
 
-def test_the_summary_counts_what_is_ours(made, monkeypatch):
+def test_the_summary_counts_our_variants(made, monkeypatch):
     arms = {"first (ours)": made.arms["first"], "second": made.arms["second"]}
     ours = replace(made, arms=arms, pairs=(("first (ours)", "second"), ("second", "first (ours)")))
     monkeypatch.setitem(EXPERIMENTS, "made", ours)
@@ -264,7 +264,7 @@ def test_there_is_no_verdict_without_a_common_seed(made):
     assert tables.verdicts("made", lines) == []
 
 
-def test_what_is_chosen_on_dev_has_the_fewest_errors_there(made, monkeypatch):
+def test_the_arm_chosen_on_dev_has_the_fewest_errors_there(made, monkeypatch):
     chosen = replace(made, chosen_on_dev={"best": ("first", "second")})
     monkeypatch.setitem(EXPERIMENTS, "made", chosen)
     lines = paired([4, 1, 3], [2, 5, 3])
@@ -340,7 +340,7 @@ def test_kdqs_sizes_are_reproduced():
     assert found(lines, "tiny", "smaller than small") == pytest.approx(10.47, abs=0.005)
 
 
-def test_liteasrs_sizes_hang_together():
+def test_liteasrs_sizes_are_consistent():
     lines = list(accounting.lite())
     assert found(lines, "large-v3", "encoder") == pytest.approx(635, rel=0.01)
     assert found(lines, "large-v3", "encoder (b)") == pytest.approx(377, rel=0.01)
@@ -351,21 +351,21 @@ def test_liteasrs_sizes_hang_together():
 ENDS = ("smallest", "largest")
 
 
-def test_short_windows_cost_what_is_said_of_them():
+def test_the_cost_of_short_windows_is_reproduced():
     lines = list(accounting.short())
     assert found(lines, "small", "encoder, 10 s") == pytest.approx(0.28, abs=0.005)
     assert found(lines, "small", "encoder, 5 s") == pytest.approx(0.13, abs=0.005)
 
 
 @pytest.mark.parametrize("measured", [accounting.parameters, accounting.work])
-def test_no_unit_more_could_stay(measured, rng):
+def test_the_widest_model_is_found(measured, rng):
     limit = float(rng.uniform(0.8, 0.99)) * measured(accounting.build("tiny"))
     width = accounting.widest("tiny", measured, limit)
     at, above = (measured(accounting.build("tiny", ffn=w)) for w in (width, width + 1))
     assert at <= limit < above
 
 
-def test_the_stored_accounting_is_what_is_counted():
+def test_the_stored_accounting_is_up_to_date():
     stored = [json.loads(text) for text in accounting.STORED.read_text().splitlines()]
     counted = [vars(told) for system in (accounting.bald, accounting.kdq) for told in system()]
     systems = {told["system"] for told in counted}

@@ -104,7 +104,7 @@ def firmware(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------- made machines
 
 
-def test_a_raspberry_pi_5_is_read_whole(pi, firmware):
+def test_all_readings_of_a_raspberry_pi_5(pi, firmware):
     firmware(get_throttled="throttled=0x50005\n", pmic_read_adc=PMIC)
     assert Linux(pi).readings() == {
         "temperature_c": 48.312,
@@ -118,7 +118,7 @@ def test_a_raspberry_pi_5_is_read_whole(pi, firmware):
     }
 
 
-def test_a_question_that_the_firmware_does_not_know_is_asked_once(pi, firmware):
+def test_an_unknown_firmware_command_is_tried_once(pi, firmware):
     asked = firmware(get_throttled="throttled=0x0\n")
     sensors = Linux(pi)
     found = [sensors.readings() for _ in range(3)]
@@ -127,14 +127,14 @@ def test_a_question_that_the_firmware_does_not_know_is_asked_once(pi, firmware):
     assert asked.read_text().split().count("get_throttled") == 3
 
 
-def test_sources_that_a_machine_lacks_are_unavailable_and_never_zero(tmp_path, monkeypatch):
+def test_missing_sources_are_unavailable_and_not_zero(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     found = Watch(Linux(tmp_path).readings, tmp_path, os.getpid()).sample()
     assert len(found) == 10
     assert set(found.values()) == {UNAVAILABLE}
 
 
-def test_a_battery_tells_what_is_drawn_unless_it_is_charged(pi):
+def test_a_battery_reports_power_unless_it_is_charging(pi):
     make(pi / "sys/class/power_supply/BAT0", BATTERY)
     found = Linux(pi).readings()
     assert (found["battery_share"], found["battery_temperature_c"]) == (0.17, 31.4)
@@ -144,12 +144,12 @@ def test_a_battery_tells_what_is_drawn_unless_it_is_charged(pi):
     assert (found["power_w"], found["charging"]) == (UNAVAILABLE, True)
 
 
-def test_the_battery_of_a_mouse_is_not_the_machine_s(pi):
+def test_the_battery_of_a_mouse_is_ignored(pi):
     make(pi / "sys/class/power_supply/hidpp_battery_0", BATTERY | {"scope": "Device\n"})
     assert Linux(pi).readings()["battery_share"] == UNAVAILABLE
 
 
-def test_rates_come_from_two_samples(tmp_path, rng, monkeypatch):
+def test_rates_are_computed_from_two_samples(tmp_path, rng, monkeypatch):
     """0.5 s of others beside 2 s of the watched process and its children; 3 J by RAPL."""
     ticks = os.sysconf("SC_CLK_TCK")
     name = "a) 1 2 (b"
@@ -205,7 +205,7 @@ def gone(pid: int) -> bool:
 
 
 @linux
-def test_it_samples_this_machine_at_its_interval():
+def test_the_sampler_samples_this_machine_at_its_interval():
     sampler = Sampler(interval_s=0.2)
     time.sleep(1.5)
     found = sampler.finish()
@@ -220,7 +220,7 @@ def test_it_samples_this_machine_at_its_interval():
 
 
 @linux
-def test_a_wall_clock_that_jumps_changes_no_time(monkeypatch, rng):
+def test_a_jump_of_the_wall_clock_changes_no_time(monkeypatch, rng):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + float(rng.normal(0, 1e6)))
     sampler = Sampler(interval_s=0.1)
@@ -258,7 +258,7 @@ def test_a_sampler_that_was_killed_leaves_a_run_without_samples():
 
 
 @linux
-def test_an_answer_larger_than_a_pipe_arrives_whole(rng):
+def test_an_answer_larger_than_a_pipe_is_complete(rng):
     said = rng.bytes(3 << 20)
     assert Beside(lambda asked: said).finish() == said
     assert Beside(lambda asked: time.sleep(600)).finish(patience_s=0.1) == b""
@@ -273,7 +273,7 @@ def governors(root: Path) -> list[str]:
 
 
 @linux
-def test_a_governor_is_set_and_put_back(pi):
+def test_a_governor_is_set_and_restored(pi):
     with tuning.governed(None, pi) as found:
         assert found == "ondemand"
     with tuning.governed("performance", pi) as found:
@@ -287,7 +287,7 @@ def test_a_governor_is_set_and_put_back(pi):
 
 @linux
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_runner_leaves_the_governor_as_it_was(pi, end):
+def test_a_killed_runner_restores_the_governor(pi, end):
     """Killed with all that it has started, as the agent does it over SSH."""
     code = (
         "import sys, time; from pathlib import Path\n"
@@ -313,7 +313,7 @@ def test_a_killed_runner_leaves_the_governor_as_it_was(pi, end):
 
 
 @linux
-def test_a_governor_that_cannot_be_set_gets_a_letter(pi, tmp_path, monkeypatch):
+def test_a_governor_that_cannot_be_set_is_refused(pi, tmp_path, monkeypatch):
     with (
         pytest.raises(RunnerProblem, match="has no governor"),
         tuning.governed("performance", tmp_path / "none"),
@@ -325,10 +325,10 @@ def test_a_governor_that_cannot_be_set_gets_a_letter(pi, tmp_path, monkeypatch):
     ):
         pass
     monkeypatch.setattr(tuning, "writable", lambda path: False)  # root may write anything
-    with pytest.raises(RunnerProblem, match=r"may not write .*; it is ondemand$") as letter:  # noqa: SIM117
+    with pytest.raises(RunnerProblem, match=r"may not write .*; it is ondemand$") as error:  # noqa: SIM117
         with tuning.governed("performance", pi):
             pass
-    assert "sudo tee" in letter.value.hint
+    assert "sudo tee" in error.value.hint
     assert governors(pi) == ["ondemand"] * 4
 
 
@@ -343,7 +343,7 @@ def test_big_cores_have_the_highest_maximum_frequency(pi, tmp_path):
 
 
 @linux
-def test_a_core_that_is_not_there_gets_a_letter():
+def test_a_missing_core_is_refused():
     with pytest.raises(RunnerProblem, match="--pin 4000: cores 4000 cannot be had"):
         tuning.pin("4000")
 
@@ -352,7 +352,7 @@ def test_a_core_that_is_not_there_gets_a_letter():
 
 
 @linux
-def test_memory_peaks_are_those_of_each_phase():
+def test_memory_peaks_are_measured_per_phase():
     code = (
         "from devices.runner.machine.host import peak_of_phase, peak_rss_bytes\n"
         "peak_of_phase(); block = bytearray(200 << 20); block = None; high = peak_of_phase()\n"
@@ -366,7 +366,7 @@ def test_memory_peaks_are_those_of_each_phase():
     assert max(low, last) < 60 << 20
 
 
-def test_without_a_mark_to_reset_a_phase_is_unavailable(tmp_path):
+def test_memory_of_a_phase_is_unavailable_without_a_resettable_peak(tmp_path):
     from devices.runner.machine.host import peak_of_phase
 
     make(tmp_path, {"proc/self/status": "VmHWM:\t   61234 kB\n"})
@@ -374,7 +374,7 @@ def test_without_a_mark_to_reset_a_phase_is_unavailable(tmp_path):
 
 
 @linux
-def test_a_file_is_forgotten_and_read_again(tmp_path, rng):
+def test_a_file_is_dropped_from_the_page_cache(tmp_path, rng):
     path = tmp_path / "weights"
     path.write_bytes(said := rng.bytes(4 << 20))
     with path.open("rb") as file:
@@ -407,7 +407,7 @@ def run(artifact: Path, listed: Path, *options: str, python: tuple[str, ...] = (
 
 
 @linux
-def test_a_bench_tells_what_it_went_through(exported, listed):
+def test_a_bench_answer_has_telemetry(exported, listed):
     core = min(os.sched_getaffinity(0))
     answer = run(exported, listed, "--pin", str(core))
     found, wrong = run_telemetry.valid_fields(answer)
@@ -423,7 +423,7 @@ def test_a_bench_tells_what_it_went_through(exported, listed):
 
 
 @linux
-def test_a_sustained_run_lasts_as_long_as_it_was_asked(exported, listed):
+def test_a_sustained_run_lasts_for_the_given_minutes(exported, listed):
     found, wrong = run_telemetry.valid_fields(
         run(exported, listed, "--threads", "1", "--minutes", "0.02")
     )
@@ -434,13 +434,13 @@ def test_a_sustained_run_lasts_as_long_as_it_was_asked(exported, listed):
 
 
 @linux
-def test_an_interpreter_that_is_slower_is_noticed(exported, listed):
+def test_a_slower_interpreter_is_detected(exported, listed):
     answer = run(exported, listed, python=("-X", "dev"))
     assert answer["debug"] == ["python runs with -X dev"]
 
 
 @linux
-def test_a_bench_here_has_it_all_in_its_result(exported, clips, tmp_path):
+def test_a_bench_result_on_this_machine_is_complete(exported, clips, tmp_path):
     few = read_manifest(clips)[:3]
     how = Measuring(2, 1, minutes=0.02, pin=str(min(os.sched_getaffinity(0))))
     with open_device("local") as device:
@@ -499,7 +499,7 @@ def seen(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> di
         ("sustained", {"end_to_end_s": [1.0], "at_s": [1e300]}),
     ],
 )
-def test_what_is_no_data_is_named(field, value):
+def test_an_invalid_field_is_named(field, value):
     assert run_telemetry.valid_fields({field: value}) == ({}, [field])
 
 
@@ -513,13 +513,13 @@ ANYTHING = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(list(run_telemetry.READERS)), ANYTHING, min_size=1))
-def test_no_answer_is_an_error_of_ours(answer):
+def test_no_answer_raises_an_exception(answer):
     found, wrong = run_telemetry.valid_fields(answer)
     assert sorted([*found, *wrong]) == sorted(answer)
     json.dumps(found, allow_nan=False)
 
 
-def test_an_answer_that_is_none_gets_a_letter(exported, clips):
+def test_an_invalid_answer_is_refused(exported, clips):
     few = read_manifest(clips)[:3]
     fake = FakeDevice(replies=[reply([1.0] * 3, telemetry={"samples": "all"})])
     with pytest.raises(Problem, match=r"fake: the runner's answer has no usable telemetry$"):
@@ -529,7 +529,7 @@ def test_an_answer_that_is_none_gets_a_letter(exported, clips):
         bench.bench(exported, fake, few, Measuring(1, minutes=1))
 
 
-def test_what_a_device_says_does_not_steer_the_terminal():
+def test_texts_from_a_device_contain_no_terminal_codes():
     found, _ = run_telemetry.valid_fields({"governor": "on\x1b[2Jdemand" + "!" * 999})
     assert found["governor"].startswith("on [2Jdemand")
     assert len(found["governor"]) <= run_telemetry.MAX_TEXT_CHARS
@@ -539,7 +539,7 @@ def test_what_a_device_says_does_not_steer_the_terminal():
 # ----------------------------------------------------------------------------- energy and warmth
 
 
-def test_energy_is_power_over_the_time_that_was_measured(rng):
+def test_energy_is_the_integral_of_power_over_the_timed_span(rng):
     """A ramp: the trapezoidal rule is exact, wherever samples lie."""
     slope, start, end = rng.uniform(0.1, 2), 2.0, 8.0
     times = sorted([0.0, *rng.uniform(0, 10, 20), 10.0])
@@ -553,7 +553,7 @@ def test_energy_is_power_over_the_time_that_was_measured(rng):
     )
 
 
-def test_energy_of_a_second_of_sound_counts_whole_passes_only():
+def test_energy_per_second_of_audio_covers_whole_passes_only():
     steady = [sample(float(t), power_w=2.0) for t in range(20)]
     rounds = {"telemetry": seen(steady), "timed_s": [103.0, 107.0], "end_to_end_s": [2.0, 2.0]}
     lasting = {  # two clips, two and a half passes of 4 s, 200 s later
@@ -575,7 +575,7 @@ def test_energy_of_a_second_of_sound_counts_whole_passes_only():
     assert found["telemetry"]["energy_j"] == UNAVAILABLE
 
 
-def test_a_run_that_grows_slower_shows_it_whatever_clips_it_ends_with(rng):
+def test_the_sustained_ratio_does_not_depend_on_the_order_of_clips(rng):
     """Long clips at first and short ones at the end; twice as slow from the middle on."""
     usual = np.concatenate([np.full(30, 10.0), np.full(30, 2.0)])
     slow = np.where(np.arange(60) < 30, 1.0, 2.0)
@@ -596,7 +596,7 @@ def test_a_run_that_grows_slower_shows_it_whatever_clips_it_ends_with(rng):
 CALM = [sample(float(t), temperature_c=50.0 + t / 10, frequency_hz=[1.5e9]) for t in range(12)]
 
 
-def test_a_calm_run_is_not_called_disturbed():
+def test_a_stable_run_has_no_reasons_against_it():
     idle = [
         one | {"throttled": "0x50000", "load_average": 2.0, "others_cores": 0.1} for one in CALM
     ]
@@ -616,7 +616,7 @@ def test_a_calm_run_is_not_called_disturbed():
     assert run_telemetry.unstable_because(wild | {"emulated": True}, CALM, []) == []
 
 
-def test_each_disturbance_is_said_with_its_number():
+def test_each_disturbance_is_reported_with_its_number():
     hot = [
         sample(
             float(t), temperature_c=50.0 + 4 * t, frequency_hz=[6e8, 1.5e9 - 1e8 * max(0, t - 3)]
@@ -654,7 +654,7 @@ def test_each_disturbance_is_said_with_its_number():
     assert run_telemetry.low_battery([low | {"charging": True}, sample(battery_share=0.9)]) is None
 
 
-def test_a_disturbed_result_is_marked_and_explained_once():
+def test_an_unstable_result_is_marked_and_explained_once():
     from made_results import make_result
 
     calm, old = make_result(unstable_because=[], notes=[]), make_result()
@@ -694,7 +694,7 @@ def three(clips):
     return read_manifest(clips)[:3]
 
 
-def test_rounds_go_on_until_the_interval_is_as_narrow_as_asked(exported, three, rng):
+def test_rounds_are_added_until_the_interval_is_narrow_enough(exported, three, rng):
     """A round that was disturbed leaves all of the range; as many calm ones as it takes narrow it.
     That clips differ, by ten times here, is no noise."""
     replies = [reply([1.5, 0.3, 3.0])] + [reply([1.0, 0.2, 2.0])] * 30
@@ -708,13 +708,13 @@ def test_rounds_go_on_until_the_interval_is_as_narrow_as_asked(exported, three, 
     assert found["notes"] == []
 
 
-def test_calm_rounds_are_as_few_as_can_say_anything(exported, three):
+def test_a_stable_run_needs_the_fewest_rounds(exported, three):
     fake = FakeDevice(replies=[reply([1.0, 2.0, 3.0])] * 9)
     found = bench.bench(exported, fake, three, Measuring(1, interval=0.02))
     assert found["rounds"] == ENOUGH_ROUNDS
 
 
-def test_an_interval_that_is_not_reached_is_said(exported, three, monkeypatch):
+def test_an_interval_that_is_not_reached_is_noted(exported, three, monkeypatch):
     monkeypatch.setattr(bench, "MAX_ROUNDS", 4)
     fake = FakeDevice(replies=[reply([t, 2 * t, 3 * t]) for t in (1.0, 1.05, 0.95, 1.0)])
     found = bench.bench(exported, fake, three, Measuring(2, interval=0.02))
@@ -723,7 +723,7 @@ def test_an_interval_that_is_not_reached_is_said(exported, three, monkeypatch):
     assert note.endswith("of it after 4 rounds; 2.0% was requested")
 
 
-def test_what_a_runner_is_asked_for_reaches_it(exported, three):
+def test_the_options_reach_the_runner(exported, three):
     lasting = {"end_to_end_s": [1.0], "at_s": [5.0]}
     last = Finished(0, json.dumps({"sustained": lasting}), "")
     fake = FakeDevice(replies=[reply([1.0] * 3, threads=2, pinned=[1, 3]), last])
@@ -745,12 +745,12 @@ def test_what_a_runner_is_asked_for_reaches_it(exported, three):
         ({"interval": 1}, "--interval 1 is not a valid share"),
     ],
 )
-def test_impossible_requests_get_letters(exported, three, changes, said):
+def test_impossible_requests_are_refused(exported, three, changes, said):
     with pytest.raises(Problem, match=said):
         bench.bench(exported, FakeDevice(), three, replace(Measuring(1), **changes))
 
 
-def test_a_rival_is_not_pinned_in_silence(digits, three):
+def test_pinning_a_rival_is_refused(digits, three):
     how = Measuring(1, pin="0", minutes=1)
     with pytest.raises(
         Problem, match=r"--minutes and --pin can be used with artifacts only; .* is a rival"
@@ -777,7 +777,7 @@ def test_the_options_reach_the_bench(monkeypatch, tmp_path):
     assert wanted in heard
 
 
-def test_a_share_is_read_as_people_write_it():
+def test_a_share_is_a_percentage_or_a_fraction():
     from edgewhisper.cli import _share
 
     assert _share("--interval", "2%") == _share("--interval", "0.02") == 0.02
@@ -824,12 +824,12 @@ V1 = "sys/fs/cgroup/cpu,cpuacct"
         ("", {}, 8),
     ],
 )
-def test_a_quota_of_processor_time_makes_cores_fewer(groups, files, wanted, tmp_path, monkeypatch):
+def test_a_cpu_quota_limits_the_cores(groups, files, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(8), raising=False)
     assert machine.usable_cores(grouped(tmp_path, groups, files)) == wanted
 
 
-def test_affinity_makes_cores_fewer(tmp_path, monkeypatch):
+def test_cpu_affinity_limits_the_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
     root = grouped(tmp_path, "0::/\n", {"sys/fs/cgroup/cpu.max": "400000 100000"})
     assert machine.usable_cores(root) == 2

@@ -9,7 +9,7 @@ from scipy import stats
 from benchmarks.timing import by_round, median_interval, rank_below_median, ratio, summarise
 
 
-def test_a_hand_made_list():
+def test_the_summary_of_a_small_list():
     found = summarise([1.0, 2.0, 3.0, 4.0, 100.0])
     assert found.median == 3
     assert found.interval == (1, 100)
@@ -68,7 +68,7 @@ def test_rounds_that_jump_widen_the_interval(rng):
     assert wide[1] - wide[0] > 5 * (narrow[1] - narrow[0])
 
 
-def test_no_difference_is_rarely_called_one(rng):
+def test_equal_times_rarely_give_a_significant_ratio(rng):
     """Rounds are clusters, and five are few: the interval must still hold 1 more often than not."""
     wrong = 0
     for _ in range(40):

@@ -62,7 +62,7 @@ def test_a_split_becomes_clips(home):
     assert clips[0].audio.read_bytes() == sound(1600), "kept as it came, not decoded"
 
 
-def test_the_only_split_needs_no_name_and_other_rates_are_ours_to_convert(home):
+def test_the_only_split_needs_no_name_and_sound_is_resampled(home):
     store(
         home,
         "train",
@@ -79,7 +79,7 @@ def test_the_first_clips_of_a_split(home):
     assert [clip.text for clip in read_manifest("hf:owner/name::train[:2]")] == ["one", "two"]
 
 
-def test_what_was_fetched_once_is_not_fetched_again(home, monkeypatch):
+def test_a_downloaded_data_set_is_not_downloaded_again(home, monkeypatch):
     store(home, "train", spoken("one"))
     first = read_manifest("hf:owner/name::train")
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -94,7 +94,7 @@ def test_a_configuration_names_the_language(home):
     assert read_manifest("hf:owner/name:hi")[0].lang == "hi"
 
 
-def test_a_column_of_texts_may_be_called_by_its_language(home):
+def test_a_text_column_may_be_named_after_its_language(home):
     """As jeli-asr's is, which is what the recipe `bald` names."""
     (rows, texts) = spoken("kelen").values()
     store(home, "train", {"audio": rows, "duration": [0.1], "bam": texts, "french": ["un"]})
@@ -107,21 +107,21 @@ def test_a_column_of_texts_may_be_called_by_its_language(home):
 
 def refused(source: str, words: str) -> str:
     """The hint of the letter, which must be about the source; nothing stays in the cache."""
-    with pytest.raises(Problem, match=words) as letter:
+    with pytest.raises(Problem, match=words) as error:
         read_manifest(source)
-    assert source in str(letter.value)
+    assert source in str(error.value)
     assert not [*hub.cache().rglob("manifest.jsonl")]
-    return letter.value.hint
+    return error.value.hint
 
 
-def test_an_unknown_split_names_those_there_are(home):
+def test_an_unknown_split_lists_the_known_ones(home):
     store(home, "train", spoken("one"))
     store(home, "test", spoken("two"))
     assert "hf:owner/name::" in refused("hf:owner/name::dev", "no split 'dev'; .* has train, test")
     refused("hf:owner/name", "no split is given; the data set has train, test")
 
 
-def test_an_unknown_configuration_names_those_there_are(home):
+def test_an_unknown_configuration_lists_the_known_ones(home):
     store(home, "train", spoken("one"))
     refused("hf:owner/name:hi:train", r"cannot be opened \(.*'hi' not found.*default")
 
@@ -151,7 +151,7 @@ def test_a_row_without_text_is_named_by_its_number(home):
     refused("hf:owner/name", "row 1: `text` is None")
 
 
-def test_a_row_may_not_name_a_file_of_this_machine(home):
+def test_a_row_must_not_name_a_file_of_this_machine(home):
     (home / "secret.wav").write_bytes(sound(100))
     path = str(home / "secret.wav")
     store(home, "train", {"audio": [{"bytes": None, "path": path}], "text": ["one"]})
@@ -189,7 +189,7 @@ def test_a_row_may_name_a_file_of_its_repository(home, monkeypatch):
         hub.sound_bytes({"path": "hf://datasets/owner/name/b.flac"}, "audio", "row 2")
 
 
-def test_a_network_that_stops_leaves_nothing_behind(home, monkeypatch):
+def test_an_interrupted_download_leaves_no_files(home, monkeypatch):
     class Stream:
         column_names, features = ["audio", "text"], None
 
@@ -215,19 +215,19 @@ def test_a_missing_library_is_named(home, monkeypatch):
 @pytest.mark.parametrize(
     "text", ["hf:name", "hf:../..", "hf:a/b:c:d:e", "hf:a/b::d[:0]", "hf:a/b::"]
 )
-def test_what_is_no_data_set_s_name(text):
-    with pytest.raises(Problem, match="is not the name of a data set") as letter:
+def test_an_invalid_name_is_refused(text):
+    with pytest.raises(Problem, match="is not the name of a data set") as error:
         hub.parse(text)
-    assert "hf:OWNER/NAME:CONFIG:SPLIT" in letter.value.hint
+    assert "hf:OWNER/NAME:CONFIG:SPLIT" in error.value.hint
 
 
-def test_a_name_has_its_parts():
+def test_a_name_is_parsed_into_its_parts():
     assert hub.parse("hf:o/n.x:hi_in:test[:50]") == hub.Source("o/n.x", "hi_in", "test", 50)
     assert hub.parse("hf:o/n:hi") == hub.Source("o/n", "hi", None, None)
     assert hub.parse("hf:o/n::dev") == hub.Source("o/n", None, "dev", None)
 
 
-def test_a_fetched_manifest_is_a_manifest(home):
+def test_a_downloaded_data_set_has_a_manifest(home):
     store(home, "train", spoken("one") | {"speaker_id": [12]})
     rows = hub.fetch("hf:owner/name").read_text().splitlines()
     assert json.loads(rows[0]) == {

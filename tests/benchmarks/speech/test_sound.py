@@ -62,7 +62,7 @@ def quietly(path: Path, strict: bool = True) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_file_is_read_without_a_word(kind, sound, tmp_path):
+def test_a_complete_file_is_read_without_a_warning(kind, sound, tmp_path):
     found = quietly(write(tmp_path, kind, sound))
     assert abs(len(found) - len(sound)) < 2000
     assert 0.05 < np.abs(found).max() <= 1.1
@@ -104,7 +104,7 @@ def sixteen(sound: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("size", [0, 2_000_000_000, 1_500_000_000])
-def test_a_placeholder_for_the_length_is_read_to_the_end(size, sound, tmp_path):
+def test_a_file_with_a_placeholder_length_is_read_to_the_end(size, sound, tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(wav(sixteen(sound), size, size + 36))
     for read in (read_audio, read_wav):
@@ -113,14 +113,14 @@ def test_a_placeholder_for_the_length_is_read_to_the_end(size, sound, tmp_path):
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFFFFF - 36, 0x7FFFF000])
-def test_what_programs_write_into_pipes_is_read_to_the_end(size, sound, tmp_path):
+def test_wav_files_written_to_pipes_are_read_to_the_end(size, sound, tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(wav(sixteen(sound), size, size))
     assert len(quietly(path)) == len(read_wav(path)) == len(sound)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_a_header_that_promises_less_than_there_is_names_a_damaged_file(share, sound, tmp_path):
+def test_a_header_with_too_small_a_length_is_reported(share, sound, tmp_path):
     path, size = tmp_path / "a.wav", int(share * len(sound)) * 2
     path.write_bytes(wav(sixteen(sound), size))
     for read, error in ((read_audio, Problem), (read_wav, RunnerProblem)):
@@ -139,14 +139,14 @@ def test_a_header_that_promises_less_than_there_is_names_a_damaged_file(share, s
     ],
     ids=["id3", "LIST", "padding"],
 )
-def test_chunks_behind_the_sound_are_none_of_it(behind, sound, tmp_path):
+def test_chunks_after_the_samples_are_ignored(behind, sound, tmp_path):
     path = tmp_path / "a.wav"
     data = sixteen(sound)
     path.write_bytes(wav(data, len(data), behind=behind))
     assert len(quietly(path)) == len(read_wav(path)) == len(sound)
 
 
-def test_a_manifest_s_file_and_line_stand_before_what_is_wrong_with_a_clip(sound, tmp_path):
+def test_errors_of_a_clip_begin_with_its_manifest_and_line(sound, tmp_path):
     path = write(tmp_path, "wav", sound)
     path.write_bytes(path.read_bytes()[:1000])
     manifest = tmp_path / "clips.jsonl"
@@ -243,7 +243,7 @@ def test_floats_of_every_width_and_layout_are_the_same_samples(sound):
         (lambda x: np.where(np.arange(len(x)) < 2, np.inf, x), "2 of 64000 samples are NaN"),
     ],
 )
-def test_what_is_no_mono_sound_is_an_error(change, message, sound):
+def test_arrays_that_are_not_mono_sound_are_refused(change, message, sound):
     with pytest.raises(RunnerProblem, match=message):
         checked_samples(change(sound))
 

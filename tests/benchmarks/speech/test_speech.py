@@ -41,7 +41,7 @@ def _nothing():
     return contextlib.nullcontext()
 
 
-def test_stereo_is_averaged_and_said(tmp_path, rng):
+def test_stereo_is_averaged_with_a_warning(tmp_path, rng):
     stereo = rng.uniform(-0.5, 0.5, (1000, 2))
     soundfile.write(tmp_path / "a.wav", stereo, 16000, subtype="FLOAT")
     with pytest.warns(UserWarning, match="2 channels, averaged"):
@@ -114,7 +114,7 @@ def test_a_missing_manifest_is_named(tmp_path):
         read_manifest(tmp_path / "nowhere.jsonl")
 
 
-def test_clips_are_read_when_they_are_asked_for(clips, monkeypatch):
+def test_clips_are_read_on_access(clips, monkeypatch):
     from benchmarks.speech import clips as speech
 
     some = read_manifest(clips)[:5]
@@ -128,7 +128,7 @@ def test_clips_are_read_when_they_are_asked_for(clips, monkeypatch):
     assert opened[0] == some[3].audio
 
 
-def test_a_checkpoint_hears_a_few_clips_at_a_time(digits, processor, clips, monkeypatch):
+def test_a_checkpoint_transcribes_a_few_clips_at_a_time(digits, processor, clips, monkeypatch):
     """The same texts as of all at once, and never more in memory than so many."""
     from benchmarks.speech.clips import Samples
     from edgewhisper import decoding

@@ -131,7 +131,7 @@ def test_a_rival_is_pushed_once_and_takes_turns(server, index, exported, sherpa,
 
 
 @real_ssh
-def test_a_rival_without_a_wheel_gets_a_letter(server, index, sherpa, few):
+def test_a_rival_without_a_wheel_is_refused(server, index, sherpa, few):
     index.mkdir()
     with open_device("rpi", "pi") as device:
         found = raised(lambda: bench_all([sherpa], device, read_manifest(few), Measuring(1, 1)))
@@ -149,7 +149,7 @@ def test_a_rival_without_a_wheel_gets_a_letter(server, index, sherpa, few):
 
 
 @real_ssh
-def test_the_runner_does_not_see_what_a_rival_has(server, index):
+def test_the_runner_cannot_import_a_rivals_packages(server, index):
     make_engine(index)
     with SshDevice("pi", "rpi") as device:
         beside = device.having(ENGINES["sherpa-onnx"].packages, Path())
@@ -160,7 +160,7 @@ def test_the_runner_does_not_see_what_a_rival_has(server, index):
         assert beside.run(where).stdout == device.run(where).stdout
 
 
-def test_other_packages_make_another_runtime():
+def test_each_set_of_packages_has_its_own_runtime():
     targets = [Target((3, 13), "aarch64", 36)]
     for name in ("faster-whisper", "whisper.cpp", "sherpa-onnx"):
         targets.append(replace(targets[0], only=ENGINES[name].packages.requirements))
@@ -172,7 +172,7 @@ def test_other_packages_make_another_runtime():
 # ---------------------------------------------------------------------------------- where it cannot
 
 
-def test_a_device_that_is_reached_otherwise_gets_no_rival(sherpa, digits, few):
+def test_rivals_are_refused_on_devices_without_ssh(sherpa, digits, few):
     clips, fake = read_manifest(few), FakeDevice()
     found = raised(lambda: bench_all([sherpa], fake, clips))
     assert str(found) == "fake: sherpa-onnx==2.0.1 cannot be brought there"
@@ -182,9 +182,7 @@ def test_a_device_that_is_reached_otherwise_gets_no_rival(sherpa, digits, few):
         bench_all([Candidate(digits, "transformers")], fake, clips)
 
 
-def test_an_environment_that_is_missing_here_gets_a_letter(
-    sherpa, digits, few, tmp_path, monkeypatch
-):
+def test_a_missing_local_environment_is_reported(sherpa, digits, few, tmp_path, monkeypatch):
     monkeypatch.setenv(engines.PYTHON, str(tmp_path / "python"))
     with open_device() as device, pytest.raises(Problem, match=r"there is no .*/python") as found:
         bench_all([sherpa], device, read_manifest(few))
@@ -195,7 +193,7 @@ def test_an_environment_that_is_missing_here_gets_a_letter(
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_no_rival_is_given_a_slim_checkpoint(digits, tmp_path, name):
+def test_no_rival_accepts_a_compressed_checkpoint(digits, tmp_path, name):
     slim = tmp_path / "slim"
     shutil.copytree(digits, slim)
     config = json.loads((slim / "config.json").read_text())
@@ -221,7 +219,7 @@ def made_environment(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(engines.PYTHON, str(python))
 
 
-def test_bench_writes_rivals_beside_artifacts_of_the_embedded_model(
+def test_bench_writes_results_of_rivals_and_artifacts(
     exported, few, made_environment, tmp_path, monkeypatch, capsys
 ):
     from edgewhisper.cli import main
@@ -245,7 +243,7 @@ def test_bench_writes_rivals_beside_artifacts_of_the_embedded_model(
     assert f"! {rival['name']} on local: {said}" in printed
 
 
-def test_an_artifact_of_another_model_asks_for_its_checkpoint(exported, tmp_path):
+def test_an_artifact_of_another_model_needs_its_checkpoint(exported, tmp_path):
     from edgewhisper.pipeline import _hashes, embedded_of
 
     assert embedded_of([exported]) == pipeline.DEFAULT_MODEL
@@ -270,7 +268,7 @@ def test_an_artifact_of_another_model_asks_for_its_checkpoint(exported, tmp_path
         embedded_of(recorded({}))
 
 
-def test_what_another_interpreter_runs_ends_when_the_device_is_closed():
+def test_closing_a_device_ends_a_rivals_process():
     with open_device() as device:
         beside = device.having(Packages((), ()), Path(sys.executable))
         code = "import time; open('started', 'w'); time.sleep(60)"
@@ -286,7 +284,7 @@ def test_what_another_interpreter_runs_ends_when_the_device_is_closed():
 
 
 @pytest.mark.skipif(not interpreter().is_file(), reason="make rivals-env")
-def test_the_real_rivals_say_what_the_clips_say(exported, few, tmp_path, monkeypatch):
+def test_the_real_rivals_transcribe_the_clips(exported, few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["faster-whisper", "whisper.cpp", "sherpa-onnx"]
     once = Measuring(repeats=1, threads=1)
@@ -300,7 +298,7 @@ def test_the_real_rivals_say_what_the_clips_say(exported, few, tmp_path, monkeyp
     assert builds["whisper.cpp"].startswith(("wheel: ", "built from source: "))
 
 
-def test_a_checkpoint_that_runs_as_a_candidate_is_not_run_again(digits, exported, few):
+def test_a_checkpoint_that_is_a_candidate_is_not_run_again(digits, exported, few):
     once = Measuring(repeats=1, threads=1)
     candidates = [Candidate(digits, "transformers"), Candidate(exported)]
     with open_device() as device:
