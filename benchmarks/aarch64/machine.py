@@ -122,8 +122,8 @@ def checked(argv: Sequence[str], hint: str, env: Mapping[str, str] | None = None
     except OSError as error:
         raise Problem(f"{argv[0]} cannot be started: {error.strerror}", hint) from None
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise Problem(f"{argv[0]} ended with exit code {done.returncode} ({said})", hint)
+        message = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise Problem(f"{argv[0]} ended with exit code {done.returncode} ({message})", hint)
     return done.stdout
 
 

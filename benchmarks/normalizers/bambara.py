@@ -52,13 +52,13 @@ def one_orthography(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def in_full(found: re.Match[str]) -> str:
+def in_full(match: re.Match[str]) -> str:
     """Return the full form of a contracted word.
 
     The second word after the apostrophe decides between k'a la (kɛ), k'an ka (ko) and k'a ta (ka),
     and between n'a ma (na) and n'a ta (ni).
     """
-    letter, following = found[1], found[3]
+    letter, following = match[1], match[3]
     if letter == "k" and following == "la":
         return "kɛ "
     if letter == "k" and following in CLAUSE:
@@ -77,8 +77,8 @@ LONGEST = 9
 """Numbers with more digits are read digit by digit."""
 
 
-def in_words(found: re.Match[str]) -> str:
-    digits = found[0]
+def in_words(match: re.Match[str]) -> str:
+    digits = match[0]
     if len(digits) > LONGEST or (len(digits) > 1 and digits[0] == "0"):
         return f" {' '.join(ONES[int(digit)] for digit in digits)} "
     return f" {cardinal(int(digits))} "

@@ -26,7 +26,7 @@ def without_invisible(text: str) -> str:
 
 def ungrouped(text: str) -> str:
     """Remove the commas between groups of digits."""
-    return GROUPED.sub(lambda found: found[0].replace(",", ""), text)
+    return GROUPED.sub(lambda match: match[0].replace(",", ""), text)
 
 
 def readable(text: str) -> str:

@@ -107,7 +107,7 @@ def repaired(text: str) -> str:
         before = text
         text = one_encoding(LATE_NUKTA.sub(r"\2\1", text))  # puts the marks of a letter in order
         text = DOUBLED.sub(r"\1", text)
-        text = TYPED_PAIR.sub(lambda found: TYPED[found[0]], text)
+        text = TYPED_PAIR.sub(lambda match: TYPED[match[0]], text)
     return text
 
 
@@ -157,8 +157,8 @@ def in_words(text: str) -> str:
     return NUMBER.sub(_spelled, text)
 
 
-def _spelled(found: re.Match[str]) -> str:
-    whole, fraction, ordinal = found.groups(default="")
+def _spelled(match: re.Match[str]) -> str:
+    whole, fraction, ordinal = match.groups(default="")
     words = whole_number(whole)
     if fraction:
         words = f"{words} दशमलव {digit_by_digit(fraction)}"
@@ -208,11 +208,11 @@ GLIDE = re.compile(f"(?<=[^{VIRAMA}])य(?:ी(?P<i>ं?)|े(?P<e>ं?(?:ग[�
 
 def without_glide(word: str) -> str:
     """Replace गयी by गई and आयेगा by आएगा; the word ये and a y in a cluster stay."""
-    found = GLIDE.search(word)
-    if found is None:
+    match = GLIDE.search(word)
+    if match is None:
         return word
-    vowel, rest = ("ई", found["i"]) if found["e"] is None else ("ए", found["e"])
-    return word[: found.start()] + vowel + rest
+    vowel, rest = ("ई", match["i"]) if match["e"] is None else ("ए", match["e"])
+    return word[: match.start()] + vowel + rest
 
 
 hindi_wer = Hindi()

@@ -206,9 +206,9 @@ def run(argv: Sequence[str]) -> str:
     """Run a program and return its stdout. Raises Problem with the last line of its stderr."""
     done = subprocess.run(argv, cwd=PROJECT, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        message = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise Problem(
-            f"{' '.join(argv[:3])} ended with exit code {done.returncode} ({said})",
+            f"{' '.join(argv[:3])} ended with exit code {done.returncode} ({message})",
             hint="rebuild the rivals' environment: make rivals-env",
         )
     return done.stdout

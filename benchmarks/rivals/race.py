@@ -281,7 +281,7 @@ def middle(result: Mapping[str, Any], measure: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def ratio_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def ratio_rows(ratios: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return what `ratios` returns as rows of a table."""
     return [
         {
@@ -293,7 +293,7 @@ def ratio_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "best rival / ours": f"{row['ratio']:.2f}",
             "95 %": "{:.2f} to {:.2f}".format(*row["interval"]) if row["interval"] else "",
         }
-        for row in found
+        for row in ratios
     ]
 
 

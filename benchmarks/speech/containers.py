@@ -85,7 +85,7 @@ def _declared_end(content: memoryview, kind: str) -> int | None:
 def _chunk(
     content: memoryview,
     layout: str,
-    wanted: bytes,
+    chunk: bytes,
     start: int = 12,
     included: int = 0,
     align: int = 2,
@@ -98,7 +98,7 @@ def _chunk(
     while start + header <= len(content):
         name, size = struct.unpack_from(layout, content, start)
         size = max(size - included, 0)
-        if name == wanted:
+        if name == chunk:
             return start + header, size
         start += header + size
         start += -start % align
@@ -204,8 +204,8 @@ def _is_tag(content: memoryview, place: int) -> bool:
 
 def _next_frame(content: memoryview, place: int) -> int:
     """Return the byte where the next frame begins after other data, or the end."""
-    for found in range(place, min(place + 65536, len(content))):
-        size = _mp3_frame(content, found)
-        if size is not None and _mp3_frame(content, found + size) is not None:
-            return found
+    for start in range(place, min(place + 65536, len(content))):
+        size = _mp3_frame(content, start)
+        if size is not None and _mp3_frame(content, start + size) is not None:
+            return start
     return len(content)

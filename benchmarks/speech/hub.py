@@ -48,16 +48,16 @@ class Source:
 
 def parse(text: str) -> Source:
     """Parse hf:OWNER/NAME[:CONFIG][:SPLIT]. Raises Problem for anything else."""
-    found = SOURCE.fullmatch(text)
-    if found is None:
+    match = SOURCE.fullmatch(text)
+    if match is None:
         raise Problem(
             f"{text!r} is not the name of a data set",
             hint="write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG, hf:OWNER/NAME:CONFIG:SPLIT or, "
             "without a configuration, hf:OWNER/NAME::SPLIT; SPLIT[:100] takes 100 clips",
         )
-    first = found["first"]
+    first = match["first"]
     return Source(
-        found["repository"], found["config"] or None, found["split"], int(first) if first else None
+        match["repository"], match["config"] or None, match["split"], int(first) if first else None
     )
 
 

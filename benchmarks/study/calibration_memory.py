@@ -100,17 +100,17 @@ def main() -> None:
         "--positions", type=int, default=150, help="positions of a window; Whisper has 1500"
     )
     given = parser.parse_args()
-    found = measure(given.layers, given.positions)
+    sizes = measure(given.layers, given.positions)
     print(
-        f"{found['layers']} layers, {found['matrices']} matrices: "
-        f"{found['moments_bytes'] / 1e9:.2f} GB of sums; "
-        f"peak of the whole process {found['peak_rss_bytes'] / 1e9:.2f} GB, "
-        f"{found['seconds']:.0f} s for one window of {found['positions']} positions"
+        f"{sizes['layers']} layers, {sizes['matrices']} matrices: "
+        f"{sizes['moments_bytes'] / 1e9:.2f} GB of sums; "
+        f"peak of the whole process {sizes['peak_rss_bytes'] / 1e9:.2f} GB, "
+        f"{sizes['seconds']:.0f} s for one window of {sizes['positions']} positions"
     )
     print(
-        f"stored activations of {WINDOWS} windows: {found['stored_activations_bytes'] / 1e9:.0f} GB"
+        f"stored activations of {WINDOWS} windows: {sizes['stored_activations_bytes'] / 1e9:.0f} GB"
     )
-    print(json.dumps(found))
+    print(json.dumps(sizes))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Counting instructions: the plugin, the marks, the gate and the emulated machine's parts."""
+"""Instruction counts: the plugin, its marks, the check and the emulated machine."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def work(tmp_path) -> machine.Work:
 
 @pytest.fixture
 def row() -> dict:
-    """A row of the file that is kept."""
+    """Return the first stored row."""
     return copy.deepcopy(counts.read(command.KEPT)[0])
 
 
 def marks_of(stages: list[tuple[int, int, int]], rng) -> str:
-    """Marks around stages (number, instructions, dot products), with others between them."""
+    """Return marks of stages (number, instructions, dot products), with random gaps."""
     total, dots, lines = int(rng.integers(10**9)), 0, []
     for number, instructions, products in stages:
         total += int(rng.integers(1000))
@@ -51,7 +51,7 @@ def marks_of(stages: list[tuple[int, int, int]], rng) -> str:
 
 
 def rounds(work: machine.Work, rng) -> list[tuple[int, int, int]]:
-    """What each round's stages take, drawn at random."""
+    """Return random counts for the stages of each round."""
     once = [ENCODER, PROMPT, *[TOKEN] * work.tokens]
     return [
         (number, int(rng.integers(10**9, 10**10)), int(rng.integers(10**6)))
@@ -166,8 +166,8 @@ def test_quantised_values_are_compared_after_dequantisation(rng):
     scale = rng.random(6).astype(np.float32)
     found = counts.floats({"cross.0.key": codes, "cross.0.key_scale": scale})["cross.0.key"]
     for head in range(2):
-        wanted = codes[0, head] * scale[3 * head : 3 * head + 3]
-        np.testing.assert_array_equal(found[head], wanted)
+        expected = codes[0, head] * scale[3 * head : 3 * head + 3]
+        np.testing.assert_array_equal(found[head], expected)
 
 
 def test_the_guest_does_the_same_work_twice(exported, clips, tmp_path):
@@ -265,8 +265,10 @@ def test_a_missing_tool_is_named_with_its_package(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(command, "PLACE", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert command.main([]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: qemu-aarch64 is not installed\ntry:   install it: sudo apt-get")
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "error: qemu-aarch64 is not installed\ntry:   install it: sudo apt-get"
+    )
 
 
 @pytest.mark.parametrize("cpu", machine.CPUS)
@@ -297,7 +299,7 @@ def test_the_error_of_a_failed_program_has_its_last_line():
 
 @pytest.mark.parametrize(("profile", "cpu"), [("rpi4", "cortex-a72"), ("rpi5", "cortex-a76")])
 def test_a_profile_uses_int8_if_it_takes_fewer_instructions_than_fp32(profile, cpu):
-    """Of whisper-tiny's dimensions: 30 s of sound and 64 tokens."""
+    """Compare whisper-tiny's dimensions with 30 s of audio and 64 tokens."""
     kept = {row["name"]: row for row in counts.read(command.KEPT) if row["cpu"] == cpu}
 
     def total(precision: str) -> float:

@@ -1,4 +1,4 @@
-"""Bench: what goes to the device, in which order, and what comes back as a result."""
+"""Bench: what is pushed and run on the device, and the results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def few(clips):
 
 
 def reply(texts, **changes) -> Finished:
-    """What a runner prints: three clips of 10, 20 and 30 ms."""
+    """Return a runner's answer for three clips of 10, 20 and 30 ms."""
     stages = {stage: [0.01, 0.02, 0.03] for stage in STAGES} | {"load_s": [0.1]}
     rest = {"mel_share": 0.2, "peak_rss_bytes": 50_000_000, "versions": {"onnxruntime": "1.31"}}
     return Finished(0, json.dumps(stages | rest | {"texts": texts} | changes), "")
@@ -140,7 +140,7 @@ def test_clips_arrive_sample_by_sample(few, tmp_path):
 
 
 def test_clips_written_again_are_the_same_bytes(few, tmp_path, monkeypatch):
-    """Or a device would get them again for every bench."""
+    """Otherwise they would be copied to a device for every bench."""
     now = time.time()
     for day in range(2):
         monkeypatch.setattr(time, "time", lambda day=day: now + 86_400 * day)

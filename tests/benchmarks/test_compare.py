@@ -1,4 +1,4 @@
-"""Real differences are told from noise; results of different things are refused."""
+"""Comparison of results: significant differences, noise, and incomparable results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_half_the_time_is_twice_as_fast(rng):
 
 
 def test_a_difference_within_the_noise_is_not_significant():
-    """Medians differ by 1 %, the samples of each by 40 %."""
+    """The medians differ by 1 %, the samples of each result by 40 %."""
     times = [0.08, 0.10, 0.12] * 10
     later = [0.0808, 0.101, 0.1212] * 10
     row = measures(make_result(end_to_end_s=times), make_result(end_to_end_s=later))["end_to_end_s"]
@@ -57,7 +57,7 @@ def test_a_verdict_mentions_an_unstable_run():
 
 
 def test_word_errors_are_compared_clip_by_clip():
-    """Ten clips of three words; the other gets one more word wrong in six of them."""
+    """Of ten clips with three words, the other result has one more error in six."""
     base = make_result(clip_errors=[0] * 10, clip_words=[3] * 10, wer=0.0)
     worse = make_result(clip_errors=[1] * 6 + [0] * 4, clip_words=[3] * 10, wer=0.2)
     row = measures(base, worse)["wer"]
@@ -81,7 +81,7 @@ def test_sizes_are_counted_not_sampled():
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
         ("clips_hash", "f" * 64, "different clip sets: aaaaaaaaaaaa and ffffffffffff"),
         ("normalizer", "none", "different normalizers: whisper-basic and none"),
@@ -89,8 +89,8 @@ def test_sizes_are_counted_not_sampled():
     ],
     ids=["clips", "normalizer", "emulated"],
 )
-def test_results_of_different_measurements_are_refused(field, value, said):
-    with pytest.raises(Problem, match=said) as error:
+def test_results_of_different_measurements_are_refused(field, value, message):
+    with pytest.raises(Problem, match=message) as error:
         compare_pair(make_result(name="a"), make_result(name="b", **{field: value}))
     assert str(error.value).startswith("a and b were measured on")
     assert "bench both" in error.value.hint
@@ -142,8 +142,8 @@ def test_each_device_has_a_base_of_its_own():
         for other in found["others"]
     ]
     assert peaks == [0.5, 4.0, 0.25]
-    said = [row["device"] for row in found["rows"] if row["measure"] == "peak MB"]
-    assert said == ["a", "b : a", "b"]
+    devices = [row["device"] for row in found["rows"] if row["measure"] == "peak MB"]
+    assert devices == ["a", "b : a", "b"]
 
 
 def test_versions_may_differ_between_devices_and_not_on_one():

@@ -1,4 +1,4 @@
-"""The digits checkpoint: how it is trained, how it is judged, and that it works."""
+"""The digits checkpoint: training, evaluation, and transcription."""
 
 from __future__ import annotations
 
@@ -55,27 +55,27 @@ needs_espeak = pytest.mark.skipif(
 
 
 def tone(hertz: float, seconds: float = 0.4) -> np.ndarray:
-    """A faded sine: (samples,) float32."""
+    """Return a faded sine (samples,) float32."""
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     fade = np.minimum(1, np.minimum(time, time[::-1]) / 0.02)
     return (np.sin(2 * np.pi * hertz * time) * fade).astype(np.float32)
 
 
 def tone_of(digit: int) -> np.ndarray:
-    """Every digit has its own pitch, so that a spectrum can be read back."""
+    """Return the tone of a digit; each has its own pitch, so that a spectrum can be read back."""
     return tone(300 + 350 * digit)
 
 
 @pytest.fixture(scope="module")
 def tones() -> Pools:
-    """A bank in which one voice says each digit as its own tone."""
+    """A bank in which one voice has a tone for each digit."""
     clips = [Clip(tone_of(d), (d,), "beeper", "real") for d in range(10)]
     hiss = np.random.default_rng(0).standard_normal(10 * SAMPLE_RATE).astype(np.float32)
     return Pools(make_bank([*clips, Clip(hiss, (), "", "white")]))
 
 
 def read_tones(features: np.ndarray) -> list[int]:
-    """The digits whose tones stand in features (80, frames), in order."""
+    """Return the digits whose tones are in features (80, frames), in order."""
     centres = [int(mel_power(tone_of(d)).sum(0).argmax()) for d in range(10)]
     loud = features.max(0) > features.max() - 0.6
     runs, before = [], False
@@ -90,7 +90,7 @@ def read_tones(features: np.ndarray) -> list[int]:
 
 
 def without_repeats(digits: list[int]) -> list[int]:
-    """Runs of the same digit taken together."""
+    """Return digits with repetitions merged."""
     return [d for d, before in zip(digits, [None, *digits], strict=False) if d != before]
 
 
@@ -112,7 +112,7 @@ def test_hard_augmentation_stays_finite_and_in_whispers_range(tones):
 
 
 def test_composing_spectra_agrees_with_the_feature_extractor():
-    """Mean difference under 0.005 of a range of 2; up to 0.5 in the frames where a word begins."""
+    """The mean difference is below 0.005 of a range of 2, at most 0.5 where a word begins."""
     samples = np.zeros(6 * SAMPLE_RATE, np.float32)
     power = np.zeros((600, N_MELS), np.float32)
     for digit, frame in ((3, 20), (7, 90), (1, 200)):
@@ -134,7 +134,7 @@ def test_a_bank_survives_save_and_load(tones, tmp_path):
 
 
 def small_trainer():
-    """A trainer of a model small enough for a test, its plan and its tokens."""
+    """Return a trainer of a small model, its plan and its tokens."""
     from benchmarks.study.digits import batches, model, trainer
 
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def small_trainer():
 
 
 def train_on(trainer, plan, tokens, pools: Pools, steps: int) -> None:
-    """A few updates on composed batches."""
+    """Run `steps` updates on composed batches."""
     from benchmarks.study.digits.batches import Request, compose_batch
     from benchmarks.study.digits.trainer import train_step
 
@@ -267,9 +267,9 @@ def test_the_error_for_missing_flite_has_the_install_command(monkeypatch):
 
 def test_flites_dev_voice_is_not_in_the_training_data():
     rng = np.random.default_rng()
-    said = list(flite.lines(rng, flite.TRAIN_VOICES, rounds=2))
-    assert not {line.voice.variant for line in said} & set(flite.DEV_VOICES)
-    assert {line.kind for line in said} == {"natural", "phrase", "other"}
+    lines = list(flite.lines(rng, flite.TRAIN_VOICES, rounds=2))
+    assert not {line.voice.variant for line in lines} & set(flite.DEV_VOICES)
+    assert {line.kind for line in lines} == {"natural", "phrase", "other"}
 
 
 @needs_checkpoint
@@ -299,5 +299,5 @@ def test_the_checkpoint_works_in_the_pipeline():
 
     row = json.loads((SPEECH / "test.jsonl").read_text().splitlines()[0])
     recognise = pipeline("automatic-speech-recognition", model=str(CHECKPOINT))
-    said = recognise({"raw": read_level(SPEECH / row["audio"]), "sampling_rate": SAMPLE_RATE})
-    assert said["text"].split() == row["text"].split()
+    output = recognise({"raw": read_level(SPEECH / row["audio"]), "sampling_rate": SAMPLE_RATE})
+    assert output["text"].split() == row["text"].split()

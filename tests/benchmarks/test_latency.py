@@ -1,4 +1,4 @@
-"""The latency table: what operators cost on a device, and what a model would take there."""
+"""Latency tables: operator costs on a device, and predicted times of models."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from export.onnx.to_onnx import decoder_graph, encoder_graph
 from export.problem import Problem
 
 UNIT = {kind: Cost(0.0, s_per_mac=1.0) for kind in KINDS if kind != "log_mel"}
-"""A second a multiply-accumulate, without the front end, which cost.py does not count."""
+"""One second per multiply-accumulate, without the front end, which cost.py does not count."""
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The user's cache, empty."""
+    """An empty user cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/edgewhisper/latency"
 
@@ -55,9 +55,11 @@ def layer(heads: int, qk: int, v: int, units: int, **ranks: int) -> dict:
 
 
 def slim(model, encoder: list[dict], decoder: list[dict], **more):
-    """A model of other shapes and random weights."""
+    """Return a model with other shapes and random weights."""
     config = copy.deepcopy(model.config)
-    own = [{name: told for name, told in one.items() if name != "encoder_attn"} for one in encoder]
+    own = [
+        {name: entry for name, entry in one.items() if name != "encoder_attn"} for one in encoder
+    ]
     config.edgewhisper = {"format": 1, "encoder": own, "decoder": decoder, **more}
     found = WhisperForConditionalGeneration(config).eval()
     found.generation_config = model.generation_config
@@ -66,7 +68,7 @@ def slim(model, encoder: list[dict], decoder: list[dict], **more):
 
 @pytest.fixture
 def irregular(make_whisper):
-    """Heads and widths and ranks that differ from layer to layer, and a factorised token table."""
+    """A model whose heads, widths and ranks differ by layer, with a factorised token table."""
     low = {"self_attn__q_proj": 3, "fc1": 5}
     return slim(
         make_whisper(ffn=2000),
@@ -81,17 +83,17 @@ def irregular(make_whisper):
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_fit_recovers_the_costs_of_generated_times(precision, rng):
-    wanted, times = {}, {Operator(EMPTY, (1,)): 4e-5, Operator(EMPTY, (100,)): 7e-6}
+    expected, times = {}, {Operator(EMPTY, (1,)): 4e-5, Operator(EMPTY, (100,)): 7e-6}
     for kind in KINDS:
         drawn = 10 ** rng.uniform(-1, 1, 3) * [1e-5, 1e-11, 1e-10]
-        wanted[kind] = drawn
+        expected[kind] = drawn
         for sizes in probes.GRIDS[kind]:
             operator = Operator(kind, sizes)
             alone = times[Operator(EMPTY, (1,) if of_a_token(operator) else (100,))]
             times[operator] = alone + float(np.dot(calibration.row(operator, precision), drawn))
     found = calibration.fit(times, precision)
     assert found["token"].overhead_s == 4e-5 and found["encoder"].overhead_s == 7e-6
-    for kind, (overhead, a_mac, a_byte) in wanted.items():
+    for kind, (overhead, a_mac, a_byte) in expected.items():
         cost = found[kind]
         assert max(map(abs, cost.residuals)) < 1e-3
         assert cost.s_per_byte == pytest.approx(a_byte, rel=1e-2)
@@ -104,7 +106,7 @@ def test_the_fit_recovers_the_costs_of_generated_times(precision, rng):
 
 
 def test_no_cost_is_below_zero(rng):
-    """Times that fall as the work grows are noise."""
+    """Times that decrease with more work are noise."""
     rows = np.array([[1, 10.0, 5.0], [1, 100.0, 7.0], [1, 1000.0, 9.0]])
     cost = calibration.fit_kind(rows, np.sort(rng.uniform(1, 2, 3))[::-1], np.zeros(3))
     assert min(cost.overhead_s, cost.s_per_mac, cost.s_per_byte) >= 0
@@ -115,8 +117,8 @@ def test_no_cost_is_below_zero(rng):
 
 
 def test_a_prediction_equals_the_sum_computed_by_hand(tiny_whisper):
-    """Of one layer each with two heads of 5 and 11, 31 units, and fc1 of rank 5; d_model is 32, the
-    window 300, the vocabulary 783, and keys are widened to 16."""
+    """All layers have two heads of widths 5 and 11, 31 units, and fc1 of rank 5; d_model is 32, the
+    window 300, the vocabulary 783, and keys are padded to 16."""
     model = slim(tiny_whisper, [layer(2, 5, 11, 31, fc1=5)] * 2, [layer(2, 5, 11, 31, fc1=5)] * 2)
     a_layer = 32 * 10 * 2 + 32 * 22 + 22 * 32 + 32 * 5 + 5 * 31 + 31 * 32
     window = 300 * 2 * a_layer + 2 * 300**2 * 2 * 16 + 2 * 300 * 32 * (10 + 22)
@@ -146,7 +148,7 @@ def test_multiply_accumulates_equal_those_of_export_cost(make_whisper, rng):
 
 
 def test_operators_match_the_nodes_of_the_graphs(irregular, processor):
-    """Node for node, in a model whose hidden units are computed in pieces."""
+    """The numbers of nodes agree, in a model whose hidden units are computed in pieces."""
     encoder = encoder_graph(irregular, processor.feature_extractor, "int8")[0]
     nodes = Counter(
         node.op_type for node in encoder._nodes if not node.name.startswith(("stem", "log_mel"))
@@ -183,7 +185,7 @@ def test_operators_match_the_nodes_of_the_graphs(irregular, processor):
     ],
 )
 def test_a_smaller_model_has_a_smaller_prediction(smaller, stage, make_whisper, rng):
-    """Whatever the device; with a rank that pays already."""
+    """It holds for any device, with a rank that already reduces the work."""
     costs = {kind: Cost(0.0, *10 ** rng.uniform(-12, -9, 2)) for kind in [*STAGES, *KINDS]}
     usual = {"heads": 2, "qk_dim": 24, "units": 64, "rank": 7, "token_rank": 6, "layers": 2}
 
@@ -217,16 +219,16 @@ def test_a_folder_without_graphs_is_refused(tmp_path):
 
 
 def test_this_machine_is_calibrated(monkeypatch):
-    """With two sizes of every operator."""
+    """Calibration runs with two sizes of every operator."""
     few = {kind: sizes[:2] for kind, sizes in probes.GRIDS.items()}
     monkeypatch.setattr(probes, "GRIDS", few)
     monkeypatch.setattr(calibration, "ROUNDS", 1)
-    said: list[str] = []
-    table = calibration.calibrate(Place("local"), "int8", 1, said.append)
+    progress: list[str] = []
+    table = calibration.calibrate(Place("local"), "int8", 1, progress.append)
     assert (table.device, table.precision, table.threads) == ("local", "int8", 1)
     assert latency.parsed(json.loads(json.dumps({"format": 1, **asdict(table)}))) == table
     assert all(0 < table.operators[stage].overhead_s < 0.1 for stage in STAGES)
-    assert said[0] == f"local: {2 * len(few)} microbenchmarks in int8 on 1 thread"
+    assert progress[0] == f"local: {2 * len(few)} microbenchmarks in int8 on 1 thread"
     assert {row["operator"] for row in latency.rows_of(table)} == {*STAGES, *KINDS}
 
 
@@ -286,7 +288,7 @@ def test_an_unknown_precision_is_refused():
 
 
 def test_inspect_times_matrix_products_as_microbenchmarks(exported):
-    """One way for both: a float32 artifact's floor is that of the float32 probe."""
+    """A float32 artifact's minimum time comes from the float32 microbenchmark."""
     timed = inspect.time_artifact(exported, 1.0, threads=1)
     assert timed["machine"]["macs_per_s"].keys() == {"fp32", "int8"}
     assert all(rate > 1e8 for rate in timed["machine"]["macs_per_s"].values())
@@ -297,8 +299,10 @@ def test_inspect_times_matrix_products_as_microbenchmarks(exported):
 
 @pytest.fixture
 def benched(exported, digits):
-    """A table of the embedded model in float32, what it predicts, and a result of the artifact that
-    took 1.5 times as long in the encoder and 3 times a token."""
+    """A table, its prediction for the embedded model in float32, and a result.
+
+    The result's encoder took 1.5 times, its tokens 3 times as long as predicted.
+    """
     costs = {kind: Cost(1e-6, 1e-11, 1e-10) for kind in [*STAGES, *KINDS]}
     table = make_table(costs, precision="fp32")
     sums = latency.uncorrected(table, shapes_of(load(digits)))
@@ -373,8 +377,8 @@ def test_calibrate_with_results_measures_nothing(benched, exported, cache, tmp_p
     latency.write(table)
     path = exported.parent / "made.jsonl"
     path.write_text(json.dumps(result) + "\n")
-    rows, told = pipeline.calibrate(Place("rpi5"), precision="fp32", results=[path])
-    assert "corrected by 1 result (encoder times 1.50, token times 3.00)" in told
+    rows, sentence = pipeline.calibrate(Place("rpi5"), precision="fp32", results=[path])
+    assert "corrected by 1 result (encoder times 1.50, token times 3.00)" in sentence
     assert latency.find_table("rpi5", "fp32").corrections["token"].results == 1
     assert len(rows) == len(KINDS) + 2
     path.write_text(json.dumps(result | {"threads": 1}) + "\n")
@@ -442,13 +446,13 @@ def test_the_error_for_a_missing_table_has_the_command(asked, command, cache):
     assert error.value.hint == f"measure it: edgewhisper devices calibrate {command}"
 
 
-def damaged(told: dict, *path: str, value: object) -> str:
-    """A table's text in which something was changed."""
-    place = told
+def damaged(entry: dict, *path: str, value: object) -> str:
+    """Return a table as text with one value changed."""
+    place = entry
     for name in path[:-1]:
         place = place[name]
     place[path[-1]] = value
-    return json.dumps(told)
+    return json.dumps(entry)
 
 
 @pytest.mark.parametrize(
@@ -476,9 +480,9 @@ def damaged(told: dict, *path: str, value: object) -> str:
     ],
 )
 def test_a_damaged_table_is_refused(path, value, cache):
-    told = {"format": 1, **asdict(make_table())}
+    entry = {"format": 1, **asdict(make_table())}
     file = latency.write(make_table())
-    file.write_text(damaged(told, *path, value=value))
+    file.write_text(damaged(entry, *path, value=value))
     with pytest.raises(Problem, match=r"rpi5-int8-4\.json is not a latency table of") as error:
         latency.find_table("rpi5")
     assert "devices calibrate" in error.value.hint

@@ -1,4 +1,4 @@
-"""Limits for a build: what breaks them, and what is no limit."""
+"""Limits for --fail-if: parsing and checking."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_a_limit_is_checked_in_its_unit(text, kept, changes):
 
 
 def test_the_message_has_the_name_the_limit_and_the_value():
-    (said,) = broken([make_result()], [parse("total>40ms"), parse("wer>50%")])
-    assert said == "made on local fails total>40ms: it is 50ms"
+    (message,) = broken([make_result()], [parse("total>40ms"), parse("wer>50%")])
+    assert message == "made on local fails total>40ms: it is 50ms"
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_the_message_has_the_name_the_limit_and_the_value():
     ],
 )
 def test_an_unknown_value_exceeds_every_limit(text, changes):
-    (said,) = broken([make_result(**changes)], [parse(text)])
-    assert said.endswith("it is unknown")
+    (message,) = broken([make_result(**changes)], [parse(text)])
+    assert message.endswith("it is unknown")
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_only_significant_differences_exceed_a_factor(rng):
     slow = make_result(end_to_end_s=[float(t) for t in rng.normal(0.130, 0.001, 30)], name="slow")
     noisy = make_result(end_to_end_s=[0.02, 0.105, 0.9] * 10, name="noisy")
     found = compare([base, slow, noisy])
-    (said,) = broken_pairs(found, [parse("total>1.02x", relative=True)])
-    assert said.startswith("slow on local fails total>1.02x: it is 1.")
+    (message,) = broken_pairs(found, [parse("total>1.02x", relative=True)])
+    assert message.startswith("slow on local fails total>1.02x: it is 1.")
     assert broken_pairs(found, [parse("total>1.5x", relative=True)]) == []
 
 
 def test_a_missing_measurement_exceeds_every_factor():
     found = compare([make_result(), make_result(peak_rss_bytes="unavailable")])
-    (said,) = broken_pairs(found, [parse("peak>2x", relative=True)])
-    assert said.endswith("it is unknown (not measured)")
+    (message,) = broken_pairs(found, [parse("peak>2x", relative=True)])
+    assert message.endswith("it is unknown (not measured)")

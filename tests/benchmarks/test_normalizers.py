@@ -1,4 +1,4 @@
-"""Normalizers: what each makes of a sentence, and what none of them may lose."""
+"""Normalizers: their output for sentences, and what they must keep."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_whisper_basic_on_examples(text, expected):
 
 
 def test_whisper_basic_blanks_every_vowel_sign():
-    """Why Hindi has a normalizer of its own."""
+    """This is why Hindi has its own normalizer."""
     assert NORMALIZERS["whisper-basic"]("हमने चुना।") == "हमन च न"
 
 
@@ -188,7 +188,7 @@ def test_every_switch_changes_its_spellings_only():
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "words"),
     [
         (0, "शून्य"),
         (99, "निन्यानवे"),
@@ -198,8 +198,8 @@ def test_every_switch_changes_its_spellings_only():
         (12_34_56_789, "बारह करोड़ चौंतीस लाख छप्पन हजार सात सौ नवासी"),
     ],
 )
-def test_numbers_are_read_in_the_indian_system(number, said):
-    assert cardinal(number) == said
+def test_numbers_are_read_in_the_indian_system(number, words):
+    assert cardinal(number) == words
 
 
 def test_all_numbers_have_different_words():
@@ -232,7 +232,7 @@ def test_no_vowel_sign_is_lost_in_strict(text):
 
 @given(sentences)
 def test_no_vowel_is_lost_in_wer(text):
-    """-ये becomes -ए: a sign less, a vowel letter more. छ and छे become छह, so they are left out."""
+    """-ये becomes -ए, a vowel letter instead of a sign. छ is left out because छ and छे become छह."""
     text = text.replace("छ", "ख")
     found, vowels = hindi_wer(text), VOWELS + SIGNS
     assert [char in vowels for char in found].count(True) == [c in vowels for c in text].count(True)
@@ -358,7 +358,7 @@ def test_incomplete_by_language_names_are_refused():
 
 
 def test_the_shipped_clips_get_a_suitable_normalizer(clips):
-    """Number words would be merged: 'three one four' is one word, 314, in whisper-english."""
+    """whisper-english would merge number words: 'three one four' becomes 314."""
     names = {
         manifest.parent.name: name_for(read_manifest(manifest))
         for manifest in clips.parents[1].glob("*/*.jsonl")

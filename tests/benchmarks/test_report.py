@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else."""
+"""The report: a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_unavailable_temperature_is_not_plotted():
 
 
 def test_the_parts_of_a_clip_add_up_to_its_time():
-    """Ten clips in three rounds: two windows each, four tokens a clip."""
+    """Ten clips in three rounds, with two windows and four tokens per clip."""
     whole, windows, tokens = [0.1] * 30, [0.01] * 60, [0.005] * 120
     named = {"mel_s": windows, "encoder_s": windows, "prompt_s": [0.01] * 30}
     parts = mean_parts(make_result(end_to_end_s=whole, per_token_s=tokens, **named))
@@ -95,5 +95,5 @@ def test_the_report_shows_telemetry(tmp_path):
 
 
 def test_the_report_shows_no_telemetry_of_an_emulated_device():
-    told = {"cold_load_s": [0.3], "telemetry": {"samples": [], "energy_j_per_audio_s": 1.0}}
-    assert "<h2>Telemetry</h2>" not in page([make_result(emulated=True, **told)], {})
+    entry = {"cold_load_s": [0.3], "telemetry": {"samples": [], "energy_j_per_audio_s": 1.0}}
+    assert "<h2>Telemetry</h2>" not in page([make_result(emulated=True, **entry)], {})

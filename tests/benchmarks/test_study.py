@@ -1,4 +1,4 @@
-"""The study: experiments that run and compare, the papers' sums, and verdicts that are fair."""
+"""The study: experiments, runs, verdicts, and counts of the papers' sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ READY = [(name, arm) for name, arm in ARMS if methods(name) <= METHODS.keys()]
 
 
 def steps_of(name: str, arm: str) -> list[dict]:
-    """The arm's steps, 0.5 in the place of another arm's cost."""
+    """Return the arm's steps, with 0.5 for another arm's cost."""
     number = {True: 0.5}
     return [
         {key: number.get(isinstance(value, CostOf), value) for key, value in step.items()}
@@ -111,7 +111,7 @@ def line(arm: str, seed: int, wrong: int, experiment: str = "made", **more) -> d
 
 @pytest.fixture
 def made(monkeypatch):
-    """An experiment of two arms, the second of which has a number of the first."""
+    """An experiment of two arms; the second depends on the first's cost."""
     arms = {
         "first": [{"method": "lite"}],
         "second": [{"method": "lite", "budget": CostOf("first")}],
@@ -123,7 +123,7 @@ def made(monkeypatch):
 
 @pytest.fixture
 def runs_made(monkeypatch):
-    """Runs that take no time; the list of those that were made."""
+    """Replace real runs by fake ones; return the list of their keys."""
     calls = []
 
     def run_one(key, text, speech, base):
@@ -141,13 +141,13 @@ def test_finished_runs_are_not_repeated(made, runs_made, tmp_path):
     assert runs_made == [("made", "first", 0), ("made", "second", 0)]
     run.run_all(["made"], [0, 1], None, out, "base")
     assert runs_made[2:] == [("made", "first", 1), ("made", "second", 1)]
-    assert [run.key_of(told) for told in run.read(out)] == runs_made
+    assert [run.key_of(entry) for entry in run.read(out)] == runs_made
 
 
 def test_the_cost_of_another_arm_has_the_same_seed(made, runs_made, tmp_path):
     out = tmp_path / "study.jsonl"
     run.run_all(["made"], [0, 1], None, out, "base")
-    found = {run.key_of(told): tomllib.loads(told["recipe"]) for told in run.read(out)}
+    found = {run.key_of(entry): tomllib.loads(entry["recipe"]) for entry in run.read(out)}
     assert found["made", "second", 0]["step"][0]["budget"] == 0.25
     assert found["made", "second", 1]["step"][0]["budget"] == 1.25
 
@@ -183,12 +183,12 @@ def test_a_run_measures_the_model_of_its_recipe(clips, digits):
     few = read_manifest(clips)[:4]
     speech = run.Speech(few, few, {"here": few})
     key = ("dense", "dense", 0)
-    told = run.run_one(key, run.recipe_of(key, []), speech, str(digits))
-    assert told["parameters"]["total"] == 1_548_672
-    assert told["parameters"]["nonzero"] <= told["parameters"]["rest"]
-    assert told["scores"]["here"]["utterances"] == 4
-    assert told["dev"] is None  # nothing is chosen there
-    assert json.loads(json.dumps(told))["recipe"] == told["recipe"]
+    entry = run.run_one(key, run.recipe_of(key, []), speech, str(digits))
+    assert entry["parameters"]["total"] == 1_548_672
+    assert entry["parameters"]["nonzero"] <= entry["parameters"]["rest"]
+    assert entry["scores"]["here"]["utterances"] == 4
+    assert entry["dev"] is None  # this experiment chooses nothing
+    assert json.loads(json.dumps(entry))["recipe"] == entry["recipe"]
 
 
 def test_recipes_can_be_written_for_the_command_line(tmp_path):
@@ -242,7 +242,9 @@ def test_a_verdict_compares_seed_by_seed(made, first, second, answer):
 def test_a_verdict_mentions_different_sizes(made, first, second, answer):
     lines = paired(first, second)
     smaller = {"total": 1, "token_table": 1_000_000, "nonzero": 500_000}
-    lines = [told | {"parameters": smaller} if told["arm"] == "first" else told for told in lines]
+    lines = [
+        entry | {"parameters": smaller} if entry["arm"] == "first" else entry for entry in lines
+    ]
     sentence = tables.verdict("first", "second", tables.runs_of("made", lines))
     assert "nonzero 1.500 M against 2.000 M" in str(sentence)
     assert sentence.answer == answer
@@ -254,9 +256,9 @@ def test_the_summary_counts_our_variants(made, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "made", ours)
     lines = [line("first (ours)", s, w) for s, w in enumerate([5, 6, 7])]
     lines += [line("second", s, w) for s, w in enumerate([1, 2, 3])]
-    told = tables.summary(lines)
-    assert "1 comparisons" in told and "1 “no, worse”" in told
-    assert "first (ours) than second" in told
+    summary = tables.summary(lines)
+    assert "1 comparisons" in summary and "1 “no, worse”" in summary
+    assert "first (ours) than second" in summary
 
 
 def test_there_is_no_verdict_without_a_common_seed(made):
@@ -269,7 +271,7 @@ def test_the_arm_chosen_on_dev_has_the_fewest_errors_there(made, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "made", chosen)
     lines = paired([4, 1, 3], [2, 5, 3])
     best = tables.runs_of("made", lines)["best"]
-    assert {seed: told["arm"] for seed, told in best.items()} == {
+    assert {seed: entry["arm"] for seed, entry in best.items()} == {
         0: "second",
         1: "first",
         2: "first",
@@ -321,7 +323,7 @@ def test_whispers_sizes_are_counted_exactly(name, millions):
 
 
 def found(lines, model: str, what: str) -> float:
-    return next(told.ours for told in lines if told.model == model and told.what == what)
+    return next(entry.ours for entry in lines if entry.model == model and entry.what == what)
 
 
 def test_baldwhispers_sizes_are_reproduced():
@@ -345,7 +347,7 @@ def test_liteasrs_sizes_are_consistent():
     assert found(lines, "large-v3", "encoder") == pytest.approx(635, rel=0.01)
     assert found(lines, "large-v3", "encoder (b)") == pytest.approx(377, rel=0.01)
     low, high = (found(lines, "large-v3", f"encoder (c), {end} ranks") for end in ENDS)
-    assert low < 308 < high  # what is printed of the ranks allows the size that is printed
+    assert low < 308 < high  # the published ranks allow the published size
 
 
 ENDS = ("smallest", "largest")
@@ -367,10 +369,10 @@ def test_the_widest_model_is_found(measured, rng):
 
 def test_the_stored_accounting_is_up_to_date():
     stored = [json.loads(text) for text in accounting.STORED.read_text().splitlines()]
-    counted = [vars(told) for system in (accounting.bald, accounting.kdq) for told in system()]
-    systems = {told["system"] for told in counted}
-    assert [told for told in stored if told["system"] in systems] == counted
-    assert {told["system"] for told in stored} > systems
+    counted = [vars(entry) for system in (accounting.bald, accounting.kdq) for entry in system()]
+    systems = {entry["system"] for entry in counted}
+    assert [entry for entry in stored if entry["system"] in systems] == counted
+    assert {entry["system"] for entry in stored} > systems
 
 
 # ------------------------------------------------------------------------------ training cost
@@ -379,8 +381,8 @@ def test_the_stored_accounting_is_up_to_date():
 def test_the_cost_of_a_training_step_is_measured_in_the_real_loop(monkeypatch):
     monkeypatch.setitem(SIZES, training_cost.MODEL, Size(64, 1))
     case = {"batch_size": 2, "accumulate": 2, "precision": "no"}
-    told = training_cost.measure(case, steps=1)
-    assert told["steps"] == len(told["step_cpu_s"]) == 1
-    assert told["median_step_cpu_s"] > 0
-    assert told["peak_rss_bytes"] > told["least_bytes"] == 16 * told["parameters"]
-    assert training_cost.rows([told])[0]["passes per step"] == "2"
+    entry = training_cost.measure(case, steps=1)
+    assert entry["steps"] == len(entry["step_cpu_s"]) == 1
+    assert entry["median_step_cpu_s"] > 0
+    assert entry["peak_rss_bytes"] > entry["least_bytes"] == 16 * entry["parameters"]
+    assert training_cost.rows([entry])[0]["passes per step"] == "2"

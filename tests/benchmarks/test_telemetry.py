@@ -1,4 +1,4 @@
-"""How a run is watched: made machines under a folder, a real sampler, and what is said of both."""
+"""Telemetry of a run: simulated machines in a folder, the real sampler, and the reports."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def pi(tmp_path) -> Path:
 
 @pytest.fixture
 def firmware(tmp_path, monkeypatch):
-    """A vcgencmd that answers what it is given, and notes what it was asked."""
+    """A vcgencmd that gives fixed answers and records its arguments."""
 
     def put(**answers: str) -> Path:
         folder, asked = tmp_path / "bin", tmp_path / "asked"
@@ -101,7 +101,7 @@ def firmware(tmp_path, monkeypatch):
     return put
 
 
-# ------------------------------------------------------------------------------- made machines
+# -------------------------------------------------------------------------- simulated machines
 
 
 def test_all_readings_of_a_raspberry_pi_5(pi, firmware):
@@ -150,7 +150,7 @@ def test_the_battery_of_a_mouse_is_ignored(pi):
 
 
 def test_rates_are_computed_from_two_samples(tmp_path, rng, monkeypatch):
-    """0.5 s of others beside 2 s of the watched process and its children; 3 J by RAPL."""
+    """Other programs use 0.5 s, the measured process and its children 2 s; RAPL reports 3 J."""
     ticks = os.sysconf("SC_CLK_TCK")
     name = "a) 1 2 (b"
 
@@ -175,7 +175,7 @@ def test_rates_are_computed_from_two_samples(tmp_path, rng, monkeypatch):
     monkeypatch.setattr(sampler_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     watch = Watch(dict, tmp_path, 7)
     now[0] += 0.1
-    assert watch.sample()["others_cores"] == UNAVAILABLE  # too soon for a rate
+    assert watch.sample()["others_cores"] == UNAVAILABLE  # too early for a rate
     now[0] += 0.3
     make(tmp_path, state(start + 2.5, 7, 73))
     found = watch.sample()
@@ -183,7 +183,7 @@ def test_rates_are_computed_from_two_samples(tmp_path, rng, monkeypatch):
     assert found["power_w"] == pytest.approx(3 / 0.4, rel=0.01)
     assert found["swapped_bytes"] == 2048 * 1024
     now[0] += 0.3
-    make(tmp_path, state(start, 7, 0))  # counters that begin anew
+    make(tmp_path, state(start, 7, 0))  # the counters were reset
     again = watch.sample()
     assert (again["others_cores"], again["power_w"]) == (UNAVAILABLE, UNAVAILABLE)
 
@@ -192,7 +192,7 @@ def test_rates_are_computed_from_two_samples(tmp_path, rng, monkeypatch):
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, collected or not, within 30 s."""
+    """Return whether a process ends within 30 s."""
     ends = time.monotonic() + 30
     while time.monotonic() < ends:
         try:
@@ -211,7 +211,7 @@ def test_the_sampler_samples_this_machine_at_its_interval():
     found = sampler.finish()
     times = [sample["at_s"] for sample in found["samples"]]
     assert times == sorted(times)
-    assert 3 <= len(times) <= 10  # on a busy machine some are left out
+    assert 3 <= len(times) <= 10  # a busy machine may skip samples
     assert times[-1] <= found["ended_s"]
     assert all(isinstance(sample["load_average"], float) for sample in found["samples"])
     assert found["cpu_s"] > 0
@@ -244,7 +244,7 @@ def test_a_killed_parent_leaves_no_sampler(end):
         pid = int(parent.stdout.readline())
         assert Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
         parent.send_signal(end)
-        assert parent.stdout.read() == ""  # it holds nothing that others wait for
+        assert parent.stdout.read() == ""  # the sampler does not keep the pipe open
     assert gone(pid)
 
 
@@ -259,8 +259,8 @@ def test_a_sampler_that_was_killed_leaves_a_run_without_samples():
 
 @linux
 def test_an_answer_larger_than_a_pipe_is_complete(rng):
-    said = rng.bytes(3 << 20)
-    assert Beside(lambda asked: said).finish() == said
+    content = rng.bytes(3 << 20)
+    assert Beside(lambda asked: content).finish() == content
     assert Beside(lambda asked: time.sleep(600)).finish(patience_s=0.1) == b""
 
 
@@ -288,7 +288,7 @@ def test_a_governor_is_set_and_restored(pi):
 @linux
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_runner_restores_the_governor(pi, end):
-    """Killed with all that it has started, as the agent does it over SSH."""
+    """The whole process group is killed, as the agent does over SSH."""
     code = (
         "import sys, time; from pathlib import Path\n"
         "from devices.runner.machine.tuning import governed\n"
@@ -358,10 +358,10 @@ def test_memory_peaks_are_measured_per_phase():
         "peak_of_phase(); block = bytearray(200 << 20); block = None; high = peak_of_phase()\n"
         "print(high, peak_of_phase(), peak_rss_bytes())"
     )
-    said = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
-    if UNAVAILABLE in said.stdout:
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    if UNAVAILABLE in done.stdout:
         pytest.skip("the high-water mark cannot be reset here")
-    high, low, last = map(int, said.stdout.split())
+    high, low, last = map(int, done.stdout.split())
     assert 200 << 20 < high < 260 << 20
     assert max(low, last) < 60 << 20
 
@@ -376,13 +376,13 @@ def test_memory_of_a_phase_is_unavailable_without_a_resettable_peak(tmp_path):
 @linux
 def test_a_file_is_dropped_from_the_page_cache(tmp_path, rng):
     path = tmp_path / "weights"
-    path.write_bytes(said := rng.bytes(4 << 20))
+    path.write_bytes(content := rng.bytes(4 << 20))
     with path.open("rb") as file:
         assert measure.cached_share(file.fileno()) == 1
         if not measure.dropped(path):
             pytest.skip("this file system keeps files in memory")
         assert measure.cached_share(file.fileno()) <= measure.MOST_CACHED
-    assert path.read_bytes() == said
+    assert path.read_bytes() == content
     (tmp_path / "empty").touch()
     assert measure.dropped(tmp_path / "empty")
 
@@ -392,7 +392,7 @@ def test_a_file_is_dropped_from_the_page_cache(tmp_path, rng):
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory, clips) -> Path:
-    """Three clips as the runner takes them."""
+    """The list file of three clips, as the runner reads it."""
     folder = tmp_path_factory.mktemp("clips")
     write_clips(read_manifest(clips)[:3], folder)
     return folder / "clips.json"
@@ -413,9 +413,9 @@ def test_a_bench_answer_has_telemetry(exported, listed):
     found, wrong = run_telemetry.valid_fields(answer)
     assert wrong == []
     assert (found["pinned"], found["threads"], found["debug"]) == ([core], 1, [])
-    began, seen = found["telemetry"]["began_s"], found["telemetry"]
-    assert began < found["timed_s"][0] < found["timed_s"][1] < began + seen["ended_s"]
-    assert len(seen["samples"]) >= 2
+    began, record = found["telemetry"]["began_s"], found["telemetry"]
+    assert began < found["timed_s"][0] < found["timed_s"][1] < began + record["ended_s"]
+    assert len(record["samples"]) >= 2
     known = [size for size in found["memory_bytes_by_phase"].values() if size != UNAVAILABLE]
     assert answer["peak_rss_bytes"] == max(known, default=answer["peak_rss_bytes"])
     cold = found["cold_load_s"]
@@ -456,14 +456,14 @@ def test_a_bench_result_on_this_machine_is_complete(exported, clips, tmp_path):
     assert isinstance(found["unstable_because"], list)
 
 
-# -------------------------------------------------------------------------------- hostile answers
+# -------------------------------------------------------------------------------- invalid answers
 
 
 def sample(at_s: float = 0.0, **changes) -> dict:
     return run_telemetry.require_sample({"at_s": at_s} | changes)
 
 
-def seen(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> dict:
+def record_of(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> dict:
     last = samples[-1]["at_s"] if samples else 0.0
     numbers = {"began_s": began_s, "ended_s": last, "interval_s": 1.0, "cpu_s": cpu_s}
     return numbers | {"samples": samples}
@@ -485,14 +485,14 @@ def seen(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> di
         ("timed_s", [2.0, 1.0]),
         ("timed_s", [1.0]),
         ("telemetry", []),
-        ("telemetry", seen([{"at_s": 1.0}, {"at_s": 0.0}])),
-        ("telemetry", seen([{"at_s": float("inf")}])),
-        ("telemetry", seen([{"at_s": 0.0}] * (run_telemetry.MAX_SAMPLES + 1))),
-        ("telemetry", seen([{"at_s": 0.0, "power_w": -1}])),
-        ("telemetry", seen([{"at_s": 0.0, "frequency_hz": [1e9, "fast"]}])),
-        ("telemetry", seen([{"at_s": 0.0, "throttled": {}}])),
-        ("telemetry", seen([{"at_s": 0.0, "charging": "perhaps"}])),
-        ("telemetry", seen([]) | {"samples": ["sample"]}),
+        ("telemetry", record_of([{"at_s": 1.0}, {"at_s": 0.0}])),
+        ("telemetry", record_of([{"at_s": float("inf")}])),
+        ("telemetry", record_of([{"at_s": 0.0}] * (run_telemetry.MAX_SAMPLES + 1))),
+        ("telemetry", record_of([{"at_s": 0.0, "power_w": -1}])),
+        ("telemetry", record_of([{"at_s": 0.0, "frequency_hz": [1e9, "fast"]}])),
+        ("telemetry", record_of([{"at_s": 0.0, "throttled": {}}])),
+        ("telemetry", record_of([{"at_s": 0.0, "charging": "perhaps"}])),
+        ("telemetry", record_of([]) | {"samples": ["sample"]}),
         ("sustained", {"end_to_end_s": [], "at_s": []}),
         ("sustained", {"end_to_end_s": [1.0], "at_s": [1.0, 2.0]}),
         ("sustained", {"end_to_end_s": [1.0, 0.0], "at_s": [1.0, 2.0]}),
@@ -504,7 +504,7 @@ def test_an_invalid_field_is_named(field, value):
 
 
 NAMES = st.sampled_from(
-    [*run_telemetry.PHASES, *run_telemetry.READINGS, *sample(), *seen([]), "at_s"]
+    [*run_telemetry.PHASES, *run_telemetry.READINGS, *sample(), *record_of([]), "at_s"]
 )
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
@@ -536,28 +536,28 @@ def test_texts_from_a_device_contain_no_terminal_codes():
     assert "\x1b" not in sample(throttled="\x1b]0;x")["throttled"]
 
 
-# ----------------------------------------------------------------------------- energy and warmth
+# ------------------------------------------------------------------------------------- energy
 
 
 def test_energy_is_the_integral_of_power_over_the_timed_span(rng):
-    """A ramp: the trapezoidal rule is exact, wherever samples lie."""
+    """For a linear ramp the trapezoidal rule is exact for any sample times."""
     slope, start, end = rng.uniform(0.1, 2), 2.0, 8.0
     times = sorted([0.0, *rng.uniform(0, 10, 20), 10.0])
     known = [sample(t, power_w=3 + slope * t) for t in times]
-    wanted = 3 * (end - start) + slope * (end**2 - start**2) / 2
-    assert run_telemetry.energy_j(seen(known), start, end) == pytest.approx(wanted)
-    assert run_telemetry.energy_j(seen([sample(0.0)]), start, end) is None
+    expected = 3 * (end - start) + slope * (end**2 - start**2) / 2
+    assert run_telemetry.energy_j(record_of(known), start, end) == pytest.approx(expected)
+    assert run_telemetry.energy_j(record_of([sample(0.0)]), start, end) is None
     holes = [one if place % 2 else sample(one["at_s"]) for place, one in enumerate(known)]
-    assert run_telemetry.energy_j(seen([known[0], *holes, known[-1]]), start, end) == pytest.approx(
-        wanted
-    )
+    assert run_telemetry.energy_j(
+        record_of([known[0], *holes, known[-1]]), start, end
+    ) == pytest.approx(expected)
 
 
 def test_energy_per_second_of_audio_covers_whole_passes_only():
     steady = [sample(float(t), power_w=2.0) for t in range(20)]
-    rounds = {"telemetry": seen(steady), "timed_s": [103.0, 107.0], "end_to_end_s": [2.0, 2.0]}
+    rounds = {"telemetry": record_of(steady), "timed_s": [103.0, 107.0], "end_to_end_s": [2.0, 2.0]}
     lasting = {  # two clips, two and a half passes of 4 s, 200 s later
-        "telemetry": seen(steady, began_s=300.0),
+        "telemetry": record_of(steady, began_s=300.0),
         "sustained": {
             "at_s": [302.0, 304.0, 306.0, 308.0, 310.0],
             "end_to_end_s": [2.0] * 5,
@@ -576,7 +576,7 @@ def test_energy_per_second_of_audio_covers_whole_passes_only():
 
 
 def test_the_sustained_ratio_does_not_depend_on_the_order_of_clips(rng):
-    """Long clips at first and short ones at the end; twice as slow from the middle on."""
+    """Long clips come first and short ones last; the second half is twice as slow."""
     usual = np.concatenate([np.full(30, 10.0), np.full(30, 2.0)])
     slow = np.where(np.arange(60) < 30, 1.0, 2.0)
     times = usual * slow
@@ -591,7 +591,7 @@ def test_the_sustained_ratio_does_not_depend_on_the_order_of_clips(rng):
     assert found["at_s"][0] == 0
 
 
-# ----------------------------------------------------------------------- was the run disturbed?
+# ----------------------------------------------------------------------------------- stability
 
 CALM = [sample(float(t), temperature_c=50.0 + t / 10, frequency_hz=[1.5e9]) for t in range(12)]
 
@@ -695,8 +695,8 @@ def three(clips):
 
 
 def test_rounds_are_added_until_the_interval_is_narrow_enough(exported, three, rng):
-    """A round that was disturbed leaves all of the range; as many calm ones as it takes narrow it.
-    That clips differ, by ten times here, is no noise."""
+    """One disturbed round makes the interval wide; further rounds narrow it. Differences between
+    clips, here a factor of ten, do not widen it."""
     replies = [reply([1.5, 0.3, 3.0])] + [reply([1.0, 0.2, 2.0])] * 30
     fake = FakeDevice(replies=replies)
     found = bench.bench(exported, fake, three, Measuring(2, interval=0.02))
@@ -738,15 +738,15 @@ def test_the_options_reach_the_runner(exported, three):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"minutes": 0}, "--minutes 0 is not between 0 and 60"),
         ({"minutes": 61}, "--minutes 61 is not between"),
         ({"interval": 1}, "--interval 1 is not a valid share"),
     ],
 )
-def test_impossible_requests_are_refused(exported, three, changes, said):
-    with pytest.raises(Problem, match=said):
+def test_impossible_requests_are_refused(exported, three, changes, message):
+    with pytest.raises(Problem, match=message):
         bench.bench(exported, FakeDevice(), three, replace(Measuring(1), **changes))
 
 
@@ -764,17 +764,17 @@ def test_the_options_reach_the_bench(monkeypatch, tmp_path):
     from edgewhisper import pipeline
     from edgewhisper.cli import app
 
-    heard: list = []
+    received: list = []
 
-    def listen(*given):
-        heard.extend(given)
-        raise Problem("heard")
+    def receive(*given):
+        received.extend(given)
+        raise Problem("received")
 
-    monkeypatch.setattr(pipeline, "bench", listen)
+    monkeypatch.setattr(pipeline, "bench", receive)
     words = ["--minutes", "10", "--interval", "2%", "--governor", "performance", "--pin", "big"]
     CliRunner().invoke(app, ["bench", str(tmp_path), *words])
-    wanted = Measuring(minutes=10, interval=0.02, governor="performance", pin="big")
-    assert wanted in heard
+    expected = Measuring(minutes=10, interval=0.02, governor="performance", pin="big")
+    assert expected in received
 
 
 def test_a_share_is_a_percentage_or_a_fraction():
@@ -799,7 +799,7 @@ V1 = "sys/fs/cgroup/cpu,cpuacct"
 
 
 @pytest.mark.parametrize(
-    ("groups", "files", "wanted"),
+    ("groups", "files", "expected"),
     [
         ("0::/a/b\n", {"sys/fs/cgroup/a/b/cpu.max": "100000 100000\n"}, 1),
         ("0::/a/b\n", {"sys/fs/cgroup/a/cpu.max": "50000 100000\n"}, 1),
@@ -824,9 +824,9 @@ V1 = "sys/fs/cgroup/cpu,cpuacct"
         ("", {}, 8),
     ],
 )
-def test_a_cpu_quota_limits_the_cores(groups, files, wanted, tmp_path, monkeypatch):
+def test_a_cpu_quota_limits_the_cores(groups, files, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(8), raising=False)
-    assert machine.usable_cores(grouped(tmp_path, groups, files)) == wanted
+    assert machine.usable_cores(grouped(tmp_path, groups, files)) == expected
 
 
 def test_cpu_affinity_limits_the_cores(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Medians, their intervals, and ratios, against known answers and against simulation."""
+"""Medians, intervals and ratios, compared with known values and simulations."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_rounds_that_jump_widen_the_interval(rng):
 
 
 def test_equal_times_rarely_give_a_significant_ratio(rng):
-    """Rounds are clusters, and five are few: the interval must still hold 1 more often than not."""
+    """With only five rounds (clusters), the interval must still contain 1 in most cases."""
     wrong = 0
     for _ in range(40):
         a, b = (rng.normal(1, 0.05, (5, 1)) + rng.normal(0, 0.02, (5, 10)) for _ in range(2))

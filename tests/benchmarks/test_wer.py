@@ -18,7 +18,7 @@ def test_hand_counted_errors():
 
 
 def test_the_mean_per_utterance_weighs_clips_not_words():
-    """1 of 3 words wrong, 0 of 1, 2 put in where 1 was said; the clip without words is left out."""
+    """The clips have 1 error in 3 words, 0 in 1, and 2 in 1; the clip without words is left out."""
     references, hypotheses = (
         ["one two three", "five", "six", ""],
         ["one too three", "five", "6 7", "8"],

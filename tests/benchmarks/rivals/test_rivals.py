@@ -1,4 +1,4 @@
-"""Rivals: the ggml file, forced tokens, taking turns, ratios; the engines where they are."""
+"""Rivals: the ggml file, forced tokens, interleaved rounds, ratios, and the installed engines."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def few(clips):
 
 
 def read_ggml(path: Path) -> tuple[list[int], np.ndarray, list[bytes], dict]:
-    """Header, filters, words and tensors, written down from the layout alone."""
+    """Return header, filters, words and tensors, read by the format's description alone."""
     content, at = path.read_bytes(), 0
 
     def numbers(count: int) -> tuple[int, ...]:
@@ -273,14 +273,14 @@ def test_a_model_converted_by_an_older_version_is_replaced(digits, tmp_path):
 
 
 def write_english_only(digits: Path, out: Path) -> None:
-    """The rules of an English-only model, as write_rules() writes them."""
+    """Write the rules of an English-only model as write_rules() does."""
     written = ggml.decoding_rules_of(digits) | {"languages": {}, "tasks": {}}
     (out / RULES).write_text(json.dumps(written))
 
 
 @pytest.fixture
 def sherpa_languages(monkeypatch) -> list[str]:
-    """The languages in which a made sherpa-onnx decodes."""
+    """The list of languages that a fake sherpa-onnx decodes in."""
     decoded: list[str] = []
     whisper = SimpleNamespace(language="")
     config = SimpleNamespace(model_config=SimpleNamespace(whisper=whisper))
@@ -344,7 +344,7 @@ for spoken in ("de", "bam", "en"):
 print(json.dumps({"prompts": found, "suppressed": cpp.rules.suppress_tokens,
                   "first": cpp.rules.begin_suppress_tokens, "most": cpp.rules.max_new_tokens}))
 """
-"""The prompts of two engines for German, for Bambara, which the model lacks, and for English."""
+"""Prints the prompts of two engines for German, Bambara (unknown to the model) and English."""
 
 
 @with_rivals
@@ -378,7 +378,7 @@ def test_faster_whisper_and_whisper_cpp_are_prompted_in_each_clips_language(
 
 @pytest.fixture(scope="module")
 def random_checkpoint(tmp_path_factory) -> Path:
-    """Whisper's vocabulary on one layer of one head."""
+    """A random checkpoint with Whisper's vocabulary, one layer and one head."""
     from benchmarks.rivals.models import write
 
     out = tmp_path_factory.mktemp("random") / "whisper-small-random"
@@ -425,7 +425,7 @@ def test_our_artifact_has_a_window_as_long_as_the_noise(random_checkpoint, tmp_p
 # -------------------------------------------------------------------------------- forced tokens
 
 WRITTEN = Rules((9,), 5, (1,), (), None, 20)
-"""Token 5 ends the text."""
+"""Rules in which token 5 ends the text."""
 
 
 def test_exactly_the_given_number_of_tokens_is_forced(rng):
@@ -441,7 +441,7 @@ def test_exactly_the_given_number_of_tokens_is_forced(rng):
 
 
 class Scripted(Engine):
-    """Says what it was asked, and counts."""
+    """An engine that records its calls."""
 
     calls: list[str]
 
@@ -480,9 +480,9 @@ class Absent(Scripted):
 def test_a_missing_engine_is_reported(few, tmp_path, capsys):
     write_clips(few[:1], tmp_path)
     assert main(Absent, [str(tmp_path), str(tmp_path / "clips.json")]) == 1
-    letter = json.loads(capsys.readouterr().out)
-    assert letter["error"] == "this engine's environment has no module `no_such_engine`"
-    assert "make rivals-env" in letter["hint"]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["error"] == "this engine's environment has no module `no_such_engine`"
+    assert "make rivals-env" in answer["hint"]
 
 
 def test_a_missing_environment_is_reported(digits, tmp_path):
@@ -497,14 +497,14 @@ def test_a_missing_environment_is_reported(digits, tmp_path):
 def test_an_unknown_engine_lists_the_known_ones(digits, tmp_path, capsys):
     arguments = ["--model", str(digits), "--engines", "ours", "siri", "--models", str(tmp_path)]
     assert command.main(arguments) == 1
-    told = capsys.readouterr().err
-    assert "unknown engine 'siri'" in told
-    assert all(name in told for name in ENGINES)
+    output = capsys.readouterr().err
+    assert "unknown engine 'siri'" in output
+    assert all(name in output for name in ENGINES)
     assert command.main(["--model", str(tmp_path / "x"), "--models", str(tmp_path)]) == 1
     assert "no such directory" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------- turns and tables
+# ------------------------------------------------------------------------------- rounds and tables
 
 
 def test_cases_take_turns():
@@ -561,10 +561,10 @@ def test_tables_print_milliseconds_megabytes_and_no_error_rate_where_tokens_are_
     assert rows(results)[0]["WER %"] == "-"
     assert rows([made("a", 1, 0.1, forced_tokens=None)])[0]["WER %"] == "10.0"
     assert table_rows(results)[0]["WER %"] == "-"
-    told = {row["measure"]: row for row in ratio_rows(ratios(results))}
-    assert told["total ms"]["best rival / ours"] == "2.50"
-    assert told["total ms"]["value"] == "100"
-    assert told["peak MB"]["value"] == "72.0"
+    by_title = {row["measure"]: row for row in ratio_rows(ratios(results))}
+    assert by_title["total ms"]["best rival / ours"] == "2.50"
+    assert by_title["total ms"]["value"] == "100"
+    assert by_title["peak MB"]["value"] == "72.0"
 
 
 def test_compare_reads_forced_results_and_leaves_error_rates_out():
@@ -577,7 +577,7 @@ def test_compare_reads_forced_results_and_leaves_error_rates_out():
         compare_pair(first, make_result())
 
 
-# ---------------------------------------------------------------------------------- the real thing
+# ------------------------------------------------------------------------------- real engines
 
 
 def test_ours_and_transformers_run_on_the_shipped_model(digits, few, tmp_path):
@@ -602,7 +602,7 @@ def test_ours_and_transformers_decode_the_forced_tokens(digits, few, tmp_path, r
 
 @pytest.fixture
 def pushed(few) -> Iterator:
-    """This machine with the clips on it."""
+    """This machine as a device, with the clips pushed."""
     import tempfile
 
     with open_device("local") as device, tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,7 @@
-"""Rivals beside an artifact, on this machine and over SSH: an engine of a few lines in the place of
-sherpa-onnx, and the real ones where they are."""
+"""Rivals benched with artifacts, on this machine and over SSH.
+
+A fake engine replaces sherpa-onnx; the real engines are tested if they are installed.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ class OfflineRecognizer:
     def decode_stream(self, stream):
         stream.result = SimpleNamespace(tokens=["x"], text=f" {stream.heard} samples ")
 """
-"""Says how much it has heard."""
+"""A fake sherpa-onnx whose text is the number of samples."""
 
 STEPS_ASIDE = """
 import os, sys
@@ -60,7 +62,7 @@ del sys.modules["numpy"]
 import numpy
 sys.path.insert(0, here)
 """
-"""A numpy that takes no more than a line, where there is another behind it."""
+"""A one-line numpy that loads the next numpy on the path."""
 
 
 @pytest.fixture
@@ -70,13 +72,13 @@ def few(clips, tmp_path) -> Path:
 
 
 def heard(manifest: Path) -> list[str]:
-    """What the made engine says of them."""
+    """Return the fake engine's texts of the clips."""
     return [f"{len(clip.pcm())} samples" for clip in read_manifest(manifest)]
 
 
 @pytest.fixture(scope="module")
 def sherpa(digits, tmp_path_factory) -> Candidate:
-    """The embedded model as sherpa-onnx reads it."""
+    """The embedded model converted for sherpa-onnx."""
     folder = tmp_path_factory.mktemp("forms")
     return in_own_form(Candidate(digits, "sherpa-onnx"), folder, lambda text: None)
 
@@ -106,10 +108,10 @@ def server(one_server, monkeypatch) -> sshd.Server:
 @real_ssh
 def test_a_rival_is_pushed_once_and_takes_turns(server, index, exported, sherpa, few):
     make_engine(index)
-    told: list[str] = []
-    with open_device("rpi", "pi", told.append) as device:
+    progress: list[str] = []
+    with open_device("rpi", "pi", progress.append) as device:
         both = [sherpa, Candidate(exported)]
-        results = bench_all(both, device, read_manifest(few), Measuring(2, 1), told.append)
+        results = bench_all(both, device, read_manifest(few), Measuring(2, 1), progress.append)
     rival, ours = results
     assert rival["texts"] == heard(few) != ours["texts"]
     assert rival["name"] == "whisper-digits (sherpa-onnx)"
@@ -117,17 +119,17 @@ def test_a_rival_is_pushed_once_and_takes_turns(server, index, exported, sherpa,
     assert rival["clips_hash"] == ours["clips_hash"]
     assert rival["parameters"] == ours["parameters"]
     assert rival["artifact_bytes"] == sum(path.stat().st_size for path in sherpa.form.iterdir())
-    assert "pi lacks sherpa-onnx and numpy: fetching them for" in told[0]
-    turns = [line for line in told if "round" in line]
+    assert "pi lacks sherpa-onnx and numpy: fetching them for" in progress[0]
+    turns = [line for line in progress if "round" in line]
     assert [line.endswith(f"round {n} of 2") for n, line in zip((1, 1, 2, 2), turns, strict=True)]
     assert [line.startswith("whisper-digits") for line in turns] == [True, False] * 2
 
     shutil.rmtree(index)
-    with open_device("rpi", "pi", told.append) as device:
+    with open_device("rpi", "pi", progress.append) as device:
         again = benching.prepare([sherpa], device, read_manifest(few), Measuring(1, 1))
         assert device.sent_bytes == again.places[0].sent_bytes == 0
         assert benching.run_round(again, 0)["texts"] == heard(few)
-    assert len([line for line in told if "lacks" in line]) == 1
+    assert len([line for line in progress if "lacks" in line]) == 1
 
 
 @real_ssh
@@ -169,7 +171,7 @@ def test_each_set_of_packages_has_its_own_runtime():
     assert ENGINES["whisper.cpp"].packages == ENGINES["whisper.cpp-f16"].packages
 
 
-# ---------------------------------------------------------------------------------- where it cannot
+# ------------------------------------------------------------------------------ unsupported
 
 
 def test_rivals_are_refused_on_devices_without_ssh(sherpa, digits, few):
@@ -207,7 +209,7 @@ def test_no_rival_accepts_a_compressed_checkpoint(digits, tmp_path, name):
 
 @pytest.fixture
 def made_environment(tmp_path, monkeypatch) -> None:
-    """The rivals' environment: this interpreter, with the made engine in front."""
+    """A rivals' environment: this interpreter with the fake engine on its path."""
     make_engine(tmp_path / "wheels")
     (wheel,) = (tmp_path / "wheels").glob("sherpa*")
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")
@@ -239,8 +241,8 @@ def test_bench_writes_results_of_rivals_and_artifacts(
     assert "(sherpa-onnx)" in printed
     assert rival["checkpoint_wer"] == 0
     assert "checkpoint_wer" not in ours
-    said = f"WER {100 * rival['wer']:.1f} %, the checkpoint's 0.0 %: other texts"
-    assert f"! {rival['name']} on local: {said}" in printed
+    message = f"WER {100 * rival['wer']:.1f} %, the checkpoint's 0.0 %: other texts"
+    assert f"! {rival['name']} on local: {message}" in printed
 
 
 def test_an_artifact_of_another_model_needs_its_checkpoint(exported, tmp_path):

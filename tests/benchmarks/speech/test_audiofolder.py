@@ -1,4 +1,4 @@
-"""Folders in audiofolder form in the place of a manifest."""
+"""Folders in audiofolder format instead of a manifest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from export.problem import Problem
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two half seconds of sound, one of them deeper; no metadata yet."""
+    """Two sound files of 0.5 s, one in a subfolder, without metadata."""
     (tmp_path / "deep").mkdir()
     for name in ("a.wav", "deep/b.flac"):
         soundfile.write(tmp_path / name, np.full(8000, 0.1), 16000)

@@ -1,6 +1,6 @@
-"""Data sets of the hub in the place of a manifest, by the real library, offline.
+"""Data sets of the hub instead of a manifest, with the real library, offline.
 
-The library takes OWNER/NAME for a folder where there is one of that name; the tests make it.
+The library reads OWNER/NAME from a local folder of that name, which the tests create.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sound(samples: int, rate: int = 16000, kind: str = "FLAC") -> bytes:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty folder to work in, with a cache of its own for us and for the library."""
+    """An empty working folder with empty caches."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -37,7 +37,7 @@ def home(tmp_path, monkeypatch):
 
 
 def store(home, split: str, columns: dict, audio: str | None = "audio") -> None:
-    """A split of owner/name, as the hub stores it: sound files inside a parquet file."""
+    """Write a split of owner/name as the hub stores it: sound files inside a parquet file."""
     import datasets
 
     table = datasets.Dataset.from_dict(columns)
@@ -95,18 +95,18 @@ def test_a_configuration_names_the_language(home):
 
 
 def test_a_text_column_may_be_named_after_its_language(home):
-    """As jeli-asr's is, which is what the recipe `bald` names."""
+    """jeli-asr, which the recipe `bald` uses, has such a column."""
     (rows, texts) = spoken("kelen").values()
     store(home, "train", {"audio": rows, "duration": [0.1], "bam": texts, "french": ["un"]})
     (clip,) = read_manifest("hf:owner/name::train")
     assert (clip.text, clip.lang) == ("kelen", "bm")
 
 
-# ------------------------------------------------------------------------------------- letters
+# -------------------------------------------------------------------------------------- errors
 
 
 def refused(source: str, words: str) -> str:
-    """The hint of the letter, which must be about the source; nothing stays in the cache."""
+    """Check that reading fails with the source in the message; return the hint."""
     with pytest.raises(Problem, match=words) as error:
         read_manifest(source)
     assert source in str(error.value)
@@ -174,7 +174,7 @@ def test_only_the_hub_is_read_for_a_row(path):
 
 
 def test_a_row_may_name_a_file_of_its_repository(home, monkeypatch):
-    """With a stand-in for the hub's file system: the real one needs a network."""
+    """A fake file system replaces the hub, which needs a network."""
 
     class Hub(MemoryFileSystem):
         protocol = "hf"

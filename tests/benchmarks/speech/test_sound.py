@@ -1,4 +1,4 @@
-"""Sound files of every format, whole, cut short and with wrong headers; arrays of samples."""
+"""Sound files of every format: complete, cut short, with wrong headers; arrays of samples."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KINDS = {
 
 @pytest.fixture
 def sound(rng) -> np.ndarray:
-    """Noise whose loudness rises and falls, so that no two stretches are alike."""
+    """Noise with a varying loudness, so that all parts differ."""
     t = np.arange(SECONDS * RATE) / RATE
     loudness = 0.1 * (1 + np.sin(2 * np.pi * 0.7 * t))
     return (loudness * rng.standard_normal(len(t)).clip(-3, 3)).astype(np.float32)
@@ -79,7 +79,7 @@ def test_a_file_that_is_cut_short_is_refused_or_read_with_a_warning(kind, share,
     try:
         with pytest.warns(UserWarning, match="its text may be incomplete"):
             found = read_audio(path, strict=False)
-    except Problem as problem:  # Ogg of a few pages: not one of them may be whole
+    except Problem as problem:  # a short Ogg file may have no complete page
         assert kind in ("ogg", "opus"), problem
     else:
         assert 0.2 * len(sound) < len(found) < len(sound)

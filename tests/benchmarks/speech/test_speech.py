@@ -1,4 +1,4 @@
-"""Manifests and audio files, good and bad."""
+"""Valid and invalid manifests and sound files."""
 
 from __future__ import annotations
 
@@ -129,13 +129,13 @@ def test_clips_are_read_on_access(clips, monkeypatch):
 
 
 def test_a_checkpoint_transcribes_a_few_clips_at_a_time(digits, processor, clips, monkeypatch):
-    """The same texts as of all at once, and never more in memory than so many."""
+    """The texts are the same as for all clips at once, with at most CLIPS_AT_ONCE in memory."""
     from benchmarks.speech.clips import Samples
     from edgewhisper import decoding
     from edgewhisper.whisper import load
 
     some, model = read_manifest(clips)[:7], load(digits)
-    wanted = decoding.transcribe(model, processor, [clip.pcm() for clip in some])
+    expected = decoding.transcribe(model, processor, [clip.pcm() for clip in some])
     taken, shown = [], []
     monkeypatch.setattr(decoding, "CLIPS_AT_ONCE", 3)
     take = Samples.__getitem__
@@ -147,7 +147,7 @@ def test_a_checkpoint_transcribes_a_few_clips_at_a_time(digits, processor, clips
         return found
 
     monkeypatch.setattr(Samples, "__getitem__", counted)
-    assert decoding.transcribe(model, processor, Samples(some), done=shown.append) == wanted
+    assert decoding.transcribe(model, processor, Samples(some), done=shown.append) == expected
     assert taken == [3, 3, 1]
     assert shown == sorted(shown)
     assert shown[-1] == 7
