@@ -1,1 +1,1 @@
-"""Bench: an artifact, a device and speech in, results out."""
+"""Benchmarks: speech, error rates, the export gate, and measurements on devices."""

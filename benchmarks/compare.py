@@ -1,4 +1,4 @@
-"""Is the difference between two results real? With intervals, or a letter why nobody can say."""
+"""Compare results: is a difference real? With intervals, or an error for incomparable results."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ MUST_MATCH = {
 
 
 def compare(results: Sequence[dict[str, Any]], across_versions: bool = False) -> dict[str, Any]:
-    """Every further result against the first on its device; those against the first of all.
+    """Compare every result with the first one on its device, and the first result of each further
+    device with the first of all.
 
-    {"base": name, "others": [{"name", "device", "base_device", "measures": [...]}], "rows": a
-    table's rows}; the measures are compare_pair's. Raises Problem for fewer than two results, and
-    as compare_pair does.
+    Returns {"base": name, "others": [{"name", "device", "base_device", "measures"}], "rows": rows
+    of a table}; `measures` is what compare_pair returns. Raises Problem for fewer than two results,
+    and as compare_pair does.
     """
     if len(results) < 2:
         raise Problem(
-            f"{len(results)} result was given; two are needed",
+            f"{len(results)} result was given; at least two are needed",
             hint="name a file with several lines, or several files",
         )
-    found, bases = [], {device_of(results[0]): results[0]}
+    entries, bases = [], {device_of(results[0]): results[0]}
     for other in results[1:]:
         device = device_of(other)
         base = bases.get(device, results[0])
-        other_place = device not in bases  # whose python and runtime need not be the same
-        found.append(
+        other_place = device not in bases  # another device may have other versions
+        entries.append(
             {
                 "name": other["name"],
                 "device": device,
@@ -51,10 +52,10 @@ def compare(results: Sequence[dict[str, Any]], across_versions: bool = False) ->
         bases.setdefault(device, other)
     rows = [
         table_row(entry, measure, len(bases) > 1)
-        for entry in found
+        for entry in entries
         for measure in entry["measures"]
     ]
-    return {"base": results[0]["name"], "others": found, "rows": rows}
+    return {"base": results[0]["name"], "others": entries, "rows": rows}
 
 
 def device_of(result: dict[str, Any]) -> str:
@@ -64,15 +65,16 @@ def device_of(result: dict[str, Any]) -> str:
 def compare_pair(
     base: dict[str, Any], other: dict[str, Any], across_versions: bool = False
 ) -> list[dict[str, Any]]:
-    """One entry a measure: {measure, base, other, ratio, interval, real, verdict}.
+    """Return one entry per measure: {measure, base, other, ratio, interval, real, verdict}.
 
-    `ratio` is other / base; for the word error rate `difference` in points stands in its place.
-    `real` is true where the 95 % interval excludes no difference, null where none is known. A
-    verdict ends in "unstable" where rounds disagreed: the machine was busy, and a busy machine does
-    not slow all programs by the same factor; `cpu_s` is then the better witness. `ratio` is null
-    for the times of a rival that wrote other texts than its checkpoint; the verdict says so.
-    Raises Problem where the results do not measure the same thing; `across_versions` allows
-    different versions of the same library.
+    `ratio` is other / base; the word error rate has `difference` in points instead. `real` is true
+    if the 95 % interval excludes "no difference", null if there is no interval. A verdict ends in
+    "unstable" if rounds disagreed: a busy machine does not slow all programs equally, and `cpu_s`
+    is then more reliable. `ratio` is null for the times of a rival whose texts differ from its
+    checkpoint's.
+
+    Raises Problem if the results do not measure the same thing; `across_versions` allows different
+    versions of the same library.
     """
     refuse_mismatch(base, other, across_versions)
     sizes = [size_row(name, base, other) for name in SIZES]
@@ -82,7 +84,7 @@ def compare_pair(
 
 
 def refuse_mismatch(base: dict[str, Any], other: dict[str, Any], across_versions: bool) -> None:
-    """Raise the letter for results that must not be set side by side."""
+    """Raise Problem for results that cannot be compared."""
     for field, what in MUST_MATCH.items():
         if base.get(field) != other.get(field):
             raise Problem(
@@ -97,18 +99,18 @@ def refuse_mismatch(base: dict[str, Any], other: dict[str, Any], across_versions
         raise Problem(
             f"{base['name']} and {other['name']} were measured with different versions: "
             f"{', '.join(pairs)}",
-            hint="bench both again with one installation, or say that versions may differ",
+            hint="bench both again with one installation, or allow different versions",
         )
 
 
 def short(value: Any) -> str:
-    """A value for a letter; of a hash the beginning is enough."""
+    """Return a value for an error message; hashes are cut to 12 characters."""
     text = str(value)
     return text[:12] if len(text) == 64 else text
 
 
 def time_row(stage: str, base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
-    """A stage's row, or None where one of the two has no such stage."""
+    """Return a stage's entry, or None if one of the results did not measure it."""
     if not (base[stage] and other[stage]):
         return None
     medians = {"base": base["medians"][stage], "other": other["medians"][stage]}
@@ -132,17 +134,17 @@ NO_RATIO = {"ratio": None, "interval": None, "real": None}
 
 
 def no_ratio(*results: dict[str, Any]) -> str | None:
-    """Say which of the results is a rival's with other texts than its checkpoint's, and which."""
+    """Return which results are of rivals with other texts than their checkpoint, or None."""
     reasons = [f"{result['name']}: {why}" for result in results if (why := other_texts(result))]
     return "; ".join(reasons) or None
 
 
 def time_verdict(value: float, interval: tuple[float, float], real: bool | None) -> str:
-    """A row in words."""
+    """Return the verdict on a time: how many times faster or slower, with the interval."""
     if real is None:
-        return f"fewer than {ENOUGH_ROUNDS} rounds: cannot be said"
+        return f"undecided: fewer than {ENOUGH_ROUNDS} rounds"
     if not real:
-        return "no difference shown"
+        return "no significant difference"
     low, high = interval
     if value < 1:
         return f"{1 / value:.2f} times faster ({1 / high:.2f} to {1 / low:.2f})"
@@ -150,17 +152,17 @@ def time_verdict(value: float, interval: tuple[float, float], real: bool | None)
 
 
 def wer_row(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The difference of word error rates, by bootstrap over the clips, pair by pair.
+    """Return the entry of the word error rate, with a paired bootstrap interval over clips.
 
-    Bisani and Ney, Bootstrap estimates for confidence intervals in ASR performance evaluation,
-    2004: both systems are drawn on the same clips, so what makes a clip hard cancels.
+    Both systems are resampled on the same clips, so the difficulty of a clip cancels (Bisani and
+    Ney, Bootstrap estimates for confidence intervals in ASR performance evaluation, 2004).
     """
     words = np.array(base["clip_words"])
     excess = np.array(other["clip_errors"]) - np.array(base["clip_errors"])  # (clips,)
     low, high = (100 * bound for bound in interval(excess, words))
     difference, real = 100 * (other["wer"] - base["wer"]), not low <= 0 <= high
     worse = "worse" if difference > 0 else "better"
-    said = f"{abs(difference):.1f} points {worse}" if real else "no difference shown"
+    verdict = f"{abs(difference):.1f} points {worse}" if real else "no significant difference"
     return {
         "measure": "wer",
         "base": base["wer"],
@@ -168,12 +170,12 @@ def wer_row(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         "difference": difference,
         "interval": [low, high],
         "real": real,
-        "verdict": f"{said} ({low:+.1f} to {high:+.1f} points)",
+        "verdict": f"{verdict} ({low:+.1f} to {high:+.1f} points)",
     }
 
 
 def size_row(name: str, base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
-    """A size's row; sizes are counted, so every difference is real. None where one is unknown."""
+    """Return a size's entry, or None if one is unknown. Sizes are exact: any difference is real."""
     before, after = base[name], other[name]
     if not (isinstance(before, int) and isinstance(after, int)):
         return None
@@ -191,8 +193,8 @@ def size_row(name: str, base: dict[str, Any], other: dict[str, Any]) -> dict[str
 
 
 def table_row(entry: dict[str, Any], measure: dict[str, Any], places: bool) -> dict[str, str]:
-    """A measure as texts for a table, in milliseconds, per cent and megabytes; with `places`, it
-    says which device is set against which."""
+    """Return an entry as texts in milliseconds, per cent and megabytes; with `places`, also the
+    compared devices."""
     kind = measure["measure"]
     pair = dict.fromkeys([entry["device"], entry["base_device"]])
     return {
@@ -213,7 +215,7 @@ TITLES = {stage: title for title, stage in COLUMNS.items()} | {
 
 
 def number(kind: str, value: float) -> str:
-    """A measured value in the unit of its title."""
+    """Return a value as text in the unit of its title."""
     if kind == "wer":
         return f"{100 * value:.1f}"
     if kind.endswith("_bytes"):

@@ -1,55 +1,36 @@
-"""How long a model would take on a device, from the times that single operators take there.
+"""Latency tables: predict a model's time on a device, and correct the table with bench results.
 
-A device runs one probe for each operator and size of export/onnx/probes.py, and of each kind of
-operator
+A table holds the cost of each kind of operator on one device, precision and number of threads
+(calibrate_latency.py measures it). A model's time is the sum over its operators
+(export/onnx/operators.py), so no export and no bench is needed.
 
-    seconds = overhead + a * multiply-accumulates + b * bytes
+The sum leaves out colder caches and the Python code between the steps. Where artifacts were benched
+on the device, the median ratio of measured to predicted times corrects the table.
 
-is fitted by least squares of the relative errors, none of the three below zero. The sum over the
-operators of a model, as export/onnx/operators.py lists them, is its time: no export, no bench. What
-the sum leaves out (caches that are colder, Python between the steps) is in the ratio of measured to
-predicted times of artifacts that were benched there; with it the table is corrected.
-
-A table holds for one device, precision and number of threads. It stands in the user's cache,
-latency/DEVICE-PRECISION-THREADS.json.
+Tables are stored in the user's cache as latency/DEVICE-PRECISION-THREADS.json.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from benchmarks.metadata import artifact_hash
-from devices.device import (
-    FAMILIES,
-    RUNNER,
-    Device,
-    Place,
-    clean,
-    load_profile,
-    open_device,
-    run_runner,
-)
+from devices.device import FAMILIES, load_profile
 from export import artifact
 from export.files import cached, new_file
 from export.onnx.operators import (
-    EMPTY,
     KINDS,
     WEIGHT_BYTES,
     Operator,
     Shapes,
     encoder_operators,
-    of_a_token,
     shapes_of,
     token_operators,
     work,
@@ -60,29 +41,24 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = 1
-"""Of a table's file; another one where kinds of operators, or what is called their work, change."""
-ROUNDS = 3
+"""Format of a table's file; it changes with the kinds of operators and the definition of their
+work."""
 STAGES = ("encoder", "token")
-"""What is predicted: one full window with its front end, and one token."""
+"""The predicted stages: one full window with its front end, and one token."""
 GRAPHS = ("encoder", "decoder")
-"""Of these stages; a probe has memory as the graph has whose name it begins with."""
-MOST_S, MOST_TIMES, MOST_TABLE_BYTES = 3600.0, 1000, 1_000_000
-"""Of what another machine says, and of a table's file."""
-PROBING_S = 1800.0
-
-Wanted = Mapping[str, tuple[Operator, str]]
-"""Name of a probe -> its operator and precision."""
+"""The graph of each stage."""
+MAX_TABLE_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one kind of operator takes."""
+    """The cost of one kind of operator."""
 
     overhead_s: float
     s_per_mac: float = 0.0
     s_per_byte: float = 0.0
     residuals: list[float] = field(default_factory=list)
-    """Of each probe, how far the fit is off it, as a share of what was measured."""
+    """The fit's error for each microbenchmark, as a share of the measured time."""
 
     def seconds(self, macs: float, moved_bytes: float) -> float:
         return self.overhead_s + self.s_per_mac * macs + self.s_per_byte * moved_bytes
@@ -90,17 +66,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Correction:
-    """Measured times by predicted ones."""
+    """The ratio of measured to predicted times of a stage."""
 
     factor: float = 1.0
     results: int = 0
-    """How many it is the median of."""
+    """Number of results whose median ratio the factor is."""
 
 
 @dataclass(frozen=True)
 class Table:
+    """The latency table of one device, precision and number of threads."""
+
     device: str
-    """The name of its profile."""
+    """The name of the device's profile."""
     precision: str
     threads: int
     operators: dict[str, Cost]
@@ -116,175 +94,31 @@ class Table:
 
 
 def counted(count: int, noun: str) -> str:
+    """Return "1 thread" or "2 threads"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-# --------------------------------------------------------------------------------------- measure
-
-
-def calibrate(
-    place: Place,
-    precision: str | None = None,
-    threads: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
-    rounds: int = ROUNDS,
-) -> Table:
-    """Measure a device and fit its table; by default in the precision that pays there, on all
-    cores. A round is one process that runs every probe.
-
-    Raises the letters of the device, and Problem: an emulated device, a precision that ONNX graphs
-    do not have, an answer that is none.
-    """
-    profile = load_profile(place.device)
-    precision = known_precision(precision or profile.precision)
-    if profile.kind == "browser":
-        raise Problem(
-            "a page runs artifacts, and no single operators", hint="calibrate the phone over adb"
-        )
-    with open_device(*place, say=say) as device:
-        machine = device.describe()
-        if machine["emulated"]:
-            raise Problem(
-                f"{place} is emulated, and the times of an emulator say nothing of a device",
-                hint="calibrate a real one, or this machine with --device local",
-            )
-        cores = machine.get("cores")
-        threads = threads or (cores if isinstance(cores, int) else 1)
-        wanted = probes_in(precision)
-        say(f"{place}: {len(wanted)} probes in {precision} on {counted(threads, 'thread')}")
-        send(device, wanted)
-        answers = []
-        for number in range(rounds):
-            say(f"round {number + 1} of {rounds}")
-            answers.append(ask(device, wanted, threads))
-    times = {name: [t for answer in answers for t in answer["probes"][name]] for name in wanted}
-    return Table(
-        profile.name,
-        precision,
-        threads,
-        fit({wanted[name][0]: median(found) for name, found in times.items()}, precision),
-        clean(machine),
-        answers[-1]["versions"],
-        datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
-
 def known_precision(name: str) -> str:
-    """The name itself, if ONNX graphs have such a precision; else Problem is raised."""
+    """Return the name. Raises Problem if ONNX graphs have no such precision."""
     if name not in WEIGHT_BYTES:
         raise Problem(
-            f"there is no precision {name!r} for ONNX",
+            f"unknown ONNX precision {name!r}",
             hint=f"choose one of: {', '.join(WEIGHT_BYTES)}",
         )
     return name
-
-
-def probes_in(precision: str) -> dict[str, tuple[Operator, str]]:
-    from export.onnx.probes import grid
-
-    return {
-        f"{GRAPHS[of_a_token(operator)]}-{number:03}": (operator, precision)
-        for number, operator in enumerate(grid())
-    }
-
-
-def probe(device: Device, wanted: Wanted, threads: int | None) -> dict[str, list[float]]:
-    """The seconds that a device takes for graphs of these operators."""
-    send(device, wanted)
-    times: dict[str, list[float]] = ask(device, wanted, threads)["probes"]
-    return times
-
-
-def send(device: Device, wanted: Wanted) -> None:
-    """Push the runner, and a graph for every probe."""
-    from export.onnx.probes import write
-
-    device.push(RUNNER, "runner")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (operator, precision) in wanted.items():
-            write(Path(folder), name, operator, precision)
-        device.push(Path(folder), "probes")
-
-
-def ask(device: Device, wanted: Wanted, threads: int | None) -> dict[str, Any]:
-    """The times of one process; what another machine says is data, and checked."""
-    words = ["probe", "probes", *(["--threads", str(threads)] if threads else [])]
-    answer = run_runner(device, words, timeout_s=PROBING_S)
-    times, versions = answer.get("probes"), answer.get("versions")
-    if not (
-        isinstance(times, dict)
-        and times.keys() == wanted.keys()
-        and all(are_times(found) for found in times.values())
-        and isinstance(versions, dict)
-        and all(isinstance(version, str) for version in versions.values())
-    ):
-        raise Problem(
-            f"{device.name}: the runner's answer has no usable times of {len(wanted)} probes",
-            hint="calibrate again; if it stays so, something else answers there than the runner",
-        )
-    return {"probes": times, "versions": clean(versions)}
-
-
-def are_times(found: Any) -> bool:
-    if not (isinstance(found, list) and 0 < len(found) <= MOST_TIMES):
-        return False
-    return all(isinstance(time, float) and 0 < time < MOST_S for time in found)
-
-
-# ------------------------------------------------------------------------------------------- fit
-
-
-def fit(times: Mapping[Operator, float], precision: str) -> dict[str, Cost]:
-    """Kind -> its cost, from the seconds that a graph of each operator takes."""
-    empty = {stage_of(o): seconds for o, seconds in times.items() if o.kind == EMPTY}
-    kinds = {kind: [o for o in times if o.kind == kind] for kind in KINDS}
-    costs = {
-        kind: fit_kind(
-            np.array([row(operator, precision) for operator in operators]),
-            np.array([times[operator] for operator in operators]),
-            np.array([empty[stage_of(operator)] for operator in operators]),
-        )
-        for kind, operators in kinds.items()
-    }
-    return {stage: Cost(empty[stage]) for stage in STAGES} | costs
-
-
-def stage_of(operator: Operator) -> str:
-    return STAGES[of_a_token(operator)]
-
-
-def row(operator: Operator, precision: str) -> list[float]:
-    """How often an operator stands in its probe, with its work all together."""
-    from export.onnx.probes import copies
-
-    count, done = copies(operator, precision), work(operator, precision)
-    return [count, count * done.macs, count * done.bytes]
-
-
-def fit_kind(rows: np.ndarray, seconds: np.ndarray, empty: np.ndarray) -> Cost:
-    """rows (probes, 3), seconds (probes,); what an empty graph takes is not the operator's."""
-    from scipy.optimize import nnls
-
-    shares = rows / seconds[:, None]  # relative errors count alike, of 10 us as of 1 s
-    sizes = np.linalg.norm(shares, axis=0)
-    sizes[sizes == 0] = 1  # a kind without products
-    found = nnls(shares / sizes, 1 - empty / seconds)[0] / sizes
-    residuals = empty / seconds + shares @ found - 1
-    overhead, a_mac, a_byte = map(float, found)
-    return Cost(overhead, a_mac, a_byte, [round(float(share), 4) for share in residuals])
 
 
 # --------------------------------------------------------------------------------------- predict
 
 
 def predict(table: Table, model: nn.Module, tokens: int = 32) -> float:
-    """Seconds that the model as it stands takes for one full window and so many tokens."""
-    found = stages(table, shapes_of(model))
-    return found["encoder"] + tokens * found["token"]
+    """Return the predicted seconds of a model for one full window and `tokens` tokens."""
+    seconds = stages(table, shapes_of(model))
+    return seconds["encoder"] + tokens * seconds["token"]
 
 
 def stages(table: Table, shapes: Shapes) -> dict[str, float]:
-    """Seconds of each of STAGES, corrected by what was measured."""
+    """Return the predicted seconds of each stage, corrected by bench results."""
     return {
         stage: table.corrections[stage].factor * seconds
         for stage, seconds in uncorrected(table, shapes).items()
@@ -292,7 +126,7 @@ def stages(table: Table, shapes: Shapes) -> dict[str, float]:
 
 
 def uncorrected(table: Table, shapes: Shapes) -> dict[str, float]:
-    """The sums over the operators, and of each graph what it takes to run any."""
+    """Return the sum over the operators of each stage, plus the cost of an empty graph."""
     parts = (encoder_operators(shapes), token_operators(shapes))
     return {
         stage: table.operators[stage].overhead_s + sum(cost_of(table, each) for each in operators)
@@ -310,16 +144,17 @@ def cost_of(table: Table, operator: Operator) -> float:
 def correct(
     table: Table, results: Iterable[Mapping[str, Any]], artifacts: Mapping[str, Shapes]
 ) -> Table:
-    """The table with factors of the results that are of its device, precision and threads.
+    """Return the table corrected by the results of its device, precision and threads.
 
-    `artifacts` has the shapes of what was benched, by the hash. A stage's factor is the median of
-    measured by predicted times; results of artifacts that are not there, or have several windows,
-    say nothing. Where none is left the table stays as it is.
+    `artifacts` maps artifact hashes to shapes. A stage's factor is the median ratio of measured to
+    predicted times. Results of unknown artifacts and of artifacts with several windows are skipped.
+    Without any result left, the same table is returned.
     """
     pairs = [
         (measured(result), uncorrected(table, artifacts[result["artifact_hash"]]))
         for result in results
-        if is_of(result, table) and len(artifacts.get(result["artifact_hash"], NONE).windows) == 1
+        if matches(result, table)
+        and len(artifacts.get(result["artifact_hash"], UNKNOWN).windows) == 1
     ]
     if not pairs:
         return table
@@ -330,12 +165,12 @@ def correct(
     return replace(table, corrections=corrections)
 
 
-NONE = Shapes({"windows": []}, 0, 0, 0, 0)
-"""Of an artifact that is not there."""
+UNKNOWN = Shapes({"windows": []}, 0, 0, 0, 0)
+"""Shapes of an unknown artifact."""
 
 
 def measured(result: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each of STAGES in a result."""
+    """Return the measured seconds of each stage in a result."""
     medians = result["medians"]
     return {
         "encoder": medians["mel_s"] + medians["encoder_s"],
@@ -343,8 +178,8 @@ def measured(result: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def is_of(result: Mapping[str, Any], table: Table) -> bool:
-    """Whether a result was measured where the table was, in the same way."""
+def matches(result: Mapping[str, Any], table: Table) -> bool:
+    """Return whether a result was measured on the table's machine with the same options."""
     machine = result["device"]
     times = [result["medians"].get(stage) for stage in ("mel_s", "encoder_s", "per_token_s")]
     name = machine.get("name")
@@ -360,16 +195,16 @@ def is_of(result: Mapping[str, Any], table: Table) -> bool:
 
 
 def artifacts_in(folders: Iterable[Path]) -> dict[str, Shapes]:
-    """The shapes of the native artifacts that lie in these folders, by their hash."""
-    found = {}
+    """Return the shapes of the native artifacts directly below these folders, by artifact hash."""
+    shapes = {}
     for path in (path for folder in folders for path in folder.glob(f"*/{artifact.MANIFEST}")):
         try:
-            told = artifact.read_manifest(path.parent)
-            if told.get("layout") == "native":
-                found[artifact_hash(told)] = shapes_in(path.parent, told)
+            manifest = artifact.read_manifest(path.parent)
+            if manifest.get("layout") == "native":
+                shapes[artifact_hash(manifest)] = shapes_in(path.parent, manifest)
         except (Problem, OSError, ValueError, KeyError, TypeError):
-            continue  # not ours, or damaged: nothing can be learnt from it
-    return found
+            continue  # not an artifact of this project, or damaged
+    return shapes
 
 
 def shapes_in(folder: Path, manifest: Mapping[str, Any]) -> Shapes:
@@ -378,15 +213,16 @@ def shapes_in(folder: Path, manifest: Mapping[str, Any]) -> Shapes:
     return Shapes(manifest["layers"], *(config[name] for name in names))
 
 
-# ------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------- storage
 
 
 def path_of(device: str, precision: str, threads: int | str) -> Path:
+    """Return where the table of a device, precision and number of threads is stored."""
     return cached("latency") / f"{device}-{precision}-{threads}.json"
 
 
 def write(table: Table) -> Path:
-    """Put a table where `find_table` looks for it."""
+    """Store a table where find_table reads it; return the path."""
     path = path_of(table.device, table.precision, table.threads)
     with new_file(path) as temporary:
         text = json.dumps({"format": FORMAT, **asdict(table)}, indent=1, ensure_ascii=False)
@@ -395,13 +231,15 @@ def write(table: Table) -> Path:
 
 
 def table_paths() -> list[Path]:
-    """All tables in the user's cache."""
+    """Return the paths of all tables in the user's cache."""
     return sorted(path_of("", "", "").parent.glob("*.json"))
 
 
 def learn(results: Sequence[Mapping[str, Any]], folders: Iterable[Path]) -> list[Table]:
-    """Correct the tables in the cache by results whose artifacts lie in these folders; return those
-    that have changed. One that is damaged is left for who uses it."""
+    """Correct the stored tables with results of artifacts in these folders.
+
+    Returns the tables that changed. Damaged tables are skipped here; find_table reports them.
+    """
     changed, artifacts = [], artifacts_in(folders)
     for path in table_paths():
         with suppress(Problem):
@@ -414,95 +252,106 @@ def learn(results: Sequence[Mapping[str, Any]], folders: Iterable[Path]) -> list
 
 
 def find_table(device: str, precision: str | None = None, threads: int | None = None) -> Table:
-    """The table of a device, by default in the precision that pays there, and the newest of all
-    numbers of threads. Raises Problem where there is none, or it is damaged."""
+    """Return the stored table of a device.
+
+    By default the precision is the profile's, and the newest table of any number of threads is
+    returned. Raises Problem if there is none or it is damaged.
+    """
     profile = load_profile(device)
     precision = known_precision(precision or profile.precision)
-    wanted = path_of(profile.name, precision, threads or "*")
-    tables = [read(path) for path in wanted.parent.glob(wanted.name)]
+    pattern = path_of(profile.name, precision, threads or "*")
+    tables = [read(path) for path in pattern.parent.glob(pattern.name)]
     if not tables:
-        more = " --host USER@HOST" if profile.kind == "ssh" else ""
-        more += f" --precision {precision}" if precision != profile.precision else ""
-        more += f" --threads {threads}" if threads else ""
+        options = " --host USER@HOST" if profile.kind == "ssh" else ""
+        options += f" --precision {precision}" if precision != profile.precision else ""
+        options += f" --threads {threads}" if threads else ""
         raise Problem(
             f"there is no latency table of {profile.name} in {precision}",
-            hint=f"measure it: edgewhisper devices calibrate --device {profile.name}{more}",
+            hint=f"measure it: edgewhisper devices calibrate --device {profile.name}{options}",
         )
     return max(tables, key=lambda table: table.measured_at)
 
 
 def read(path: Path) -> Table:
-    """A table, after all of it was checked. Raises Problem."""
+    """Read and validate a table. Raises Problem."""
     try:
-        if path.stat().st_size > MOST_TABLE_BYTES:
+        if path.stat().st_size > MAX_TABLE_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes")
         return parsed(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Problem(
-            f"{path} is no latency table of format {FORMAT} ({error})",
-            hint="remove it, and measure again: edgewhisper devices calibrate",
+            f"{path} is not a latency table of format {FORMAT} ({error})",
+            hint="remove it and measure again: edgewhisper devices calibrate",
         ) from error
 
 
-def parsed(told: dict[str, Any]) -> Table:
-    """Raises KeyError, TypeError or ValueError where it is not what `write` wrote."""
-    need(told["format"] == FORMAT, "format")
-    need(set(told) == {"format", *Table.__dataclass_fields__}, "fields")
+def parsed(record: dict[str, Any]) -> Table:
+    """Return the table of a stored record. Raises KeyError, TypeError or ValueError if it is
+    invalid."""
+    require(record["format"] == FORMAT, "format")
+    require(set(record) == {"format", *Table.__dataclass_fields__}, "fields")
     for name in ("device", "precision", "measured_at"):
-        need(isinstance(told[name], str), name)
-    need(told["precision"] in WEIGHT_BYTES, "precision")
-    need(type(told["threads"]) is int and told["threads"] > 0, "threads")
-    need(isinstance(told["machine"], dict) and told["machine"]["emulated"] is False, "machine")
-    need(isinstance(told["versions"], dict), "versions")
-    operators = {kind: Cost(**cost) for kind, cost in told["operators"].items()}
-    need(operators.keys() == {*STAGES, *KINDS}, "operators")
+        require(isinstance(record[name], str), name)
+    require(record["precision"] in WEIGHT_BYTES, "precision")
+    require(type(record["threads"]) is int and record["threads"] > 0, "threads")
+    require(
+        isinstance(record["machine"], dict) and record["machine"]["emulated"] is False, "machine"
+    )
+    require(isinstance(record["versions"], dict), "versions")
+    operators = {kind: Cost(**cost) for kind, cost in record["operators"].items()}
+    require(operators.keys() == {*STAGES, *KINDS}, "operators")
     for kind, cost in operators.items():
         for number in (cost.overhead_s, cost.s_per_mac, cost.s_per_byte):
-            need(is_number(number) and number >= 0, kind)
-        need(isinstance(cost.residuals, list) and all(map(is_number, cost.residuals)), kind)
-    corrections = {stage: Correction(**each) for stage, each in told["corrections"].items()}
-    need(corrections.keys() == set(STAGES), "corrections")
+            require(is_number(number) and number >= 0, kind)
+        require(isinstance(cost.residuals, list) and all(map(is_number, cost.residuals)), kind)
+    corrections = {stage: Correction(**each) for stage, each in record["corrections"].items()}
+    require(corrections.keys() == set(STAGES), "corrections")
     for stage, each in corrections.items():
-        need(is_number(each.factor) and each.factor > 0 and type(each.results) is int, stage)
-    told = {name: value for name, value in told.items() if name != "format"}
-    return Table(**told | {"operators": operators, "corrections": corrections})
+        require(is_number(each.factor) and each.factor > 0 and type(each.results) is int, stage)
+    record = {name: value for name, value in record.items() if name != "format"}
+    return Table(**record | {"operators": operators, "corrections": corrections})
 
 
-def need(true: bool, what: str) -> None:
-    if not true:
-        raise ValueError(what)
+def require(condition: bool, field: str) -> None:
+    """Raise ValueError with the field's name unless the condition holds."""
+    if not condition:
+        raise ValueError(field)
 
 
-def is_number(found: Any) -> bool:
-    return type(found) in (int, float) and math.isfinite(found)
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# --------------------------------------------------------------------------------------- printing
 
 
 def rows_of(table: Table) -> list[dict[str, str]]:
-    """The table as it is printed: a row a kind of operator, and how well it is fitted."""
+    """Return the printed rows: the costs of each kind of operator and the errors of its fit."""
     return [
         {
             "operator": kind,
             "overhead us": f"{1e6 * cost.overhead_s:.2f}",
-            "GMAC/s": rate(cost.s_per_mac),
-            "GB/s": rate(cost.s_per_byte),
-            "probes off by %": middle(cost.residuals),
-            "most": f"{100 * max(map(abs, cost.residuals), default=0):.0f}",
+            "GMAC/s": per_nanosecond(cost.s_per_mac),
+            "GB/s": per_nanosecond(cost.s_per_byte),
+            "median fit error %": median_percent(cost.residuals),
+            "max": f"{100 * max(map(abs, cost.residuals), default=0):.0f}",
         }
         for kind, cost in table.operators.items()
     ]
 
 
 def told(table: Table) -> str:
-    """One sentence: what it is of, and how it was corrected."""
+    """Return a sentence with the table's name and its corrections."""
     factors = [f"{stage} times {each.factor:.2f}" for stage, each in table.corrections.items()]
     results = table.corrections[STAGES[0]].results
     by = f"corrected by {counted(results, 'result')} ({', '.join(factors)})"
-    return f"{table}: {by if results else 'no result of bench corrects it'}"
+    return f"{table}: {by if results else 'not corrected by bench results'}"
 
 
-def rate(seconds: float) -> str:
+def per_nanosecond(seconds: float) -> str:
+    """Return 10^9 times per second as text; "-" for a cost of zero."""
     return f"{1e-9 / seconds:.1f}" if seconds else "-"
 
 
-def middle(residuals: Sequence[float]) -> str:
+def median_percent(residuals: Sequence[float]) -> str:
     return f"{100 * median(map(abs, residuals)):.0f}" if residuals else "-"

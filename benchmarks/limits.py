@@ -1,7 +1,7 @@
-"""Limits that a result must keep: `total>400ms`, `wer>5%`; in a comparison `total>1.1x`.
+"""Limits for --fail-if: `total>400ms` or `wer>5%` for a result, `total>1.1x` for a comparison.
 
-What cannot be known, such as a time on an emulated device, breaks the limit: a build that is green
-because nothing was measured says nothing.
+An unknown value, such as a time on an emulated device, exceeds every limit: a build must not pass
+because nothing was measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIZES = {"size": "artifact_bytes", "peak": "peak_rss_bytes"}
 RATES = {"wer": "wer", "cer": "cer"}
 COUNTS = {"parameters": "parameters"}
 NAMES = TIMES | SIZES | RATES | COUNTS
-"""What a limit may be set to: how tables call it -> the field of a result."""
+"""Name in a limit (as in table titles) -> field of a result."""
 UNITS = (
     (TIMES, {"ms": 1e-3, "s": 1.0}),
     (SIZES, {"kB": 1e3, "MB": 1e6, "GB": 1e9}),
@@ -32,74 +32,77 @@ LIMIT = re.compile(r"\s*([a-z-]+)\s*>\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]+)\s*"
 
 @dataclass(frozen=True)
 class Limit:
+    """The largest allowed value of a field, or the largest allowed ratio."""
+
     text: str
-    """As it was asked for."""
+    """The limit as the user wrote it."""
     field: str
-    """Of a result."""
+    """Field of a result."""
     most: float
-    """In its unit."""
+    """The largest allowed value, in `unit`."""
     unit: str
     scale: float
-    """The unit in seconds, bytes, parameters or as a share; 1 of a factor."""
+    """The unit in seconds, bytes, parameters or as a share; 1 for a ratio."""
 
     def broken_by(self, value: float | None) -> str | None:
-        """The value in the limit's unit, where it is above it or not known; else None."""
+        """Return the value as text if it exceeds the limit or is unknown, else None."""
         if value is None:
-            return "not known"
+            return "unknown"
         broken = value > self.most * self.scale
         return f"{value / self.scale:.4g}{self.unit}" if broken else None
 
 
 def parse(text: str, relative: bool = False) -> Limit:
-    """A limit as a user writes it; one of a comparison is a factor. Raises Problem for others."""
-    name, most, unit = found.groups() if (found := LIMIT.fullmatch(text)) else ("", "", "")
+    """Parse a limit; in a comparison (`relative`) it is a factor. Raises Problem if invalid."""
+    name, most, unit = match.groups() if (match := LIMIT.fullmatch(text)) else ("", "", "")
     names = [known for known in NAMES if not (relative and known in RATES)]
     units = next((units for names, units in UNITS if name in names), {})
     units = FACTOR if relative else units
     if name not in names or unit not in units:
         example = "total>1.1x or peak>1x" if relative else "total>400ms, peak>125MB or wer>5%"
         raise Problem(
-            f"--fail-if {text!r} is no limit",
-            hint=f"write {example}; limits can be set to {', '.join(names)}",
+            f"--fail-if {text!r} is not a valid limit",
+            hint=f"write {example}; the names are {', '.join(names)}",
         )
     return Limit(text.strip(), NAMES[name], float(most), unit, units[unit])
 
 
 def broken(results: Sequence[dict[str, Any]], limits: Sequence[Limit]) -> list[str]:
-    """A sentence for each limit that a result does not keep."""
+    """Return a sentence for each limit that a result exceeds."""
     return [
-        f"{result['name']} on {result['device']['name']} breaks {limit.text}: it is {found}"
+        f"{result['name']} on {result['device']['name']} fails {limit.text}: it is {value}"
         for result in results
         for limit in limits
-        if (found := limit.broken_by(value_of(result, limit.field))) is not None
+        if (value := limit.broken_by(value_of(result, limit.field))) is not None
     ]
 
 
 def broken_pairs(compared: dict[str, Any], limits: Sequence[Limit]) -> list[str]:
-    """Likewise of benchmarks.compare.compare; a difference that may be noise breaks no limit."""
+    """Return a sentence for each limit that a comparison exceeds, except for insignificant
+    differences; `compared` is what benchmarks.compare.compare returns."""
     sentences = []
     for other in compared["others"]:
         rows = {measure["measure"]: measure for measure in other["measures"]}
         for limit in limits:
             row = rows.get(limit.field, {"ratio": None, "real": None, "verdict": "not measured"})
-            if (found := limit.broken_by(row["ratio"])) is not None and row["real"] is not False:
+            if (value := limit.broken_by(row["ratio"])) is not None and row["real"] is not False:
                 who = f"{other['name']} on {other['device']}"
-                sentences.append(f"{who} breaks {limit.text}: it is {found} ({row['verdict']})")
+                sentences.append(f"{who} fails {limit.text}: it is {value} ({row['verdict']})")
     return sentences
 
 
 def value_of(result: dict[str, Any], field: str) -> float | None:
-    """A result's value for a limit, or None where nobody knows it."""
+    """Return a result's value for a limit, or None if it is unknown."""
     if field in TIMES.values():
         return None if result["emulated"] else result["medians"].get(field)
     if field in RATES.values() and result.get("forced_tokens"):
         return None
-    found = result[field]
-    return found if isinstance(found, int | float) else None
+    value = result[field]
+    return value if isinstance(value, int | float) else None
 
 
 def refuse(sentences: Sequence[str]) -> None:
-    """Raise the letter about limits that are broken, if any are."""
+    """Raise Problem if there are sentences about exceeded limits."""
     if sentences:
         raise Problem(
             "; ".join(sentences), hint="the results are written; see them with `edgewhisper report`"

@@ -1,4 +1,4 @@
-"""Rows as Markdown, for the README."""
+"""Markdown tables for the documentation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Rows of equal keys as a Markdown table."""
+    """Return rows with equal keys as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

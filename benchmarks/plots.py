@@ -1,4 +1,4 @@
-"""Results as pictures: what accuracy costs, where the time goes, how warm the device grew."""
+"""Plots of results: accuracy against time and memory, times of the stages, temperature."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ if TYPE_CHECKING:
 
 Results = Sequence[dict[str, Any]]
 
-LARGEST_MARK = 2500
-"""Area of the largest artifact's mark, in square points."""
-MARKS = "osD^vPX*"
-"""One a device, in the order in which they come."""
+LARGEST_MARKER = 2500
+"""Area of the largest artifact's marker, in square points."""
+MARKERS = "osD^vPX*"
+"""Marker shapes of the devices, in order of appearance."""
 PARTS = {
     "log-mel": "mel_s",
     "encoder": "encoder_s",
     "prompt": "prompt_s",
     "tokens": "per_token_s",
 }
-"""What a clip's time is made of; what is left is reading the file, choosing tokens, Python."""
+"""Parts of a clip's time; the rest is reading the file, choosing tokens, and Python code."""
 
 
 def plots(results: Results) -> dict[str, bytes]:
-    """PNG files by name: those for which the results have something to show."""
+    """Return PNG files by name; plots without data are left out."""
     timed = [r for r in results if not r["emulated"] and "end_to_end_s" in r["medians"]]
-    weighed = [r for r in results if isinstance(r["peak_rss_bytes"], int)]
+    sized = [r for r in results if isinstance(r["peak_rss_bytes"], int)]
     warm = [r for r in results if temperatures(r)]
-    lasting = [r for r in results if r.get("sustained") and not r["emulated"]]
-    found = {}
+    sustained_runs = [r for r in results if r.get("sustained") and not r["emulated"]]
+    files = {}
     if timed:
-        found["latency"] = figure(lambda axes: latency(axes, timed))
-    if weighed:
-        found["memory"] = figure(lambda axes: memory(axes, weighed))
+        files["latency"] = figure(lambda axes: latency(axes, timed))
+    if sized:
+        files["memory"] = figure(lambda axes: memory(axes, sized))
     if timed:
-        found["stages"] = figure(lambda axes: stages(axes, timed), rows=len(timed))
+        files["stages"] = figure(lambda axes: stages(axes, timed), rows=len(timed))
     if warm:
-        found["temperature"] = figure(lambda axes: temperature(axes, warm))
-    if lasting:
-        found["sustained"] = figure(lambda axes: sustained(axes, lasting))
-    return found
+        files["temperature"] = figure(lambda axes: temperature(axes, warm))
+    if sustained_runs:
+        files["sustained"] = figure(lambda axes: sustained(axes, sustained_runs))
+    return files
 
 
 CAPTIONS = {
-    "latency": "Word error rate against end-to-end time, both with their 95 % interval; the area "
-    "of a mark is the size on disk.",
+    "latency": "Word error rate against end-to-end time, both with their 95 % interval. The area "
+    "of a marker is the size on disk.",
     "memory": "Word error rate against peak memory.",
-    "stages": "Where the time of a clip goes, on average.",
-    "temperature": "Temperature while it ran.",
-    "sustained": "Time of each clip while it ran on and on.",
+    "stages": "Mean time of a clip by stage.",
+    "temperature": "Temperature during the run.",
+    "sustained": "Time of each clip of the sustained run.",
 }
 
 
 def figure(draw: Callable[[Axes], None], rows: int = 8) -> bytes:
-    """A PNG of what `draw` puts on its axes; `rows` lines of text have room beside it."""
+    """Return a PNG of what `draw` plots; its height fits `rows` lines of labels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -75,28 +75,28 @@ def latency(axes: Axes, results: Results) -> None:
     for result in results:
         median = 1000 * result["medians"]["end_to_end_s"]
         low, high = (1000 * bound for bound in result["intervals"]["end_to_end_s"])
-        mark(axes, results, result, median, (low, high))
+        draw_marker(axes, results, result, median, (low, high))
     finish(axes, "end-to-end time per clip, ms")
 
 
 def memory(axes: Axes, results: Results) -> None:
     for result in results:
-        mark(axes, results, result, result["peak_rss_bytes"] / 1e6)
+        draw_marker(axes, results, result, result["peak_rss_bytes"] / 1e6)
     finish(axes, "peak memory, MB")
 
 
-def mark(
+def draw_marker(
     axes: Axes,
     results: Results,
     result: dict[str, Any],
     x: float,
     interval: tuple[float, float] | None = None,
 ) -> None:
-    """A result: its shape is the device's, its area the artifact's size."""
+    """Draw a result: the shape shows its device, the area its size on disk."""
     y, bounds = 100 * result["wer"], [100 * bound for bound in result["wer_interval"]]
     largest = max(each["artifact_bytes"] for each in results)
-    area = LARGEST_MARK * result["artifact_bytes"] / largest
-    shape = MARKS[devices(results).index(result["device"]["name"]) % len(MARKS)]
+    area = LARGEST_MARKER * result["artifact_bytes"] / largest
+    shape = MARKERS[devices(results).index(result["device"]["name"]) % len(MARKERS)]
     dots = axes.scatter(x, y, s=area, alpha=0.5, marker=shape)
     color, text = dots.get_facecolor(), f"{label(results, result)}, {size(result)}"
     axes.vlines(x, *bounds, color=color, label=text)
@@ -114,7 +114,7 @@ def finish(axes: Axes, x_title: str) -> None:
 
 
 def stages(axes: Axes, results: Results) -> None:
-    """One bar a result, the parts of a clip's mean time behind each other."""
+    """Draw one stacked bar per result: the parts of a clip's mean time."""
     names = [label(results, result) for result in results]
     parts = [mean_parts(result) for result in results]
     for part in parts[0]:
@@ -127,7 +127,7 @@ def stages(axes: Axes, results: Results) -> None:
 
 
 def mean_parts(result: dict[str, Any]) -> dict[str, float]:
-    """Seconds of each part, averaged over the clips; windows and tokens of a clip add up."""
+    """Return the mean seconds per clip of each part, summed over its windows and tokens."""
     clips = len(result["end_to_end_s"])
     parts = {name: sum(result[stage]) / clips for name, stage in PARTS.items()}
     rest = sum(result["end_to_end_s"]) / clips - sum(parts.values())
@@ -135,13 +135,13 @@ def mean_parts(result: dict[str, Any]) -> dict[str, float]:
 
 
 def before(parts: dict[str, float], name: str) -> float:
-    """Where a part begins: at the end of those in front of it."""
+    """Return where a part of a stacked bar begins."""
     ends = accumulate(parts.values(), initial=0.0)
     return dict(zip(parts, ends, strict=False))[name]
 
 
 def temperature(axes: Axes, results: Results) -> None:
-    """The devices' temperatures, second by second."""
+    """Draw the devices' temperatures over time."""
     for result in results:
         times, degrees = zip(*temperatures(result), strict=True)
         axes.plot(times, degrees, label=label(results, result))
@@ -151,11 +151,11 @@ def temperature(axes: Axes, results: Results) -> None:
 
 
 def sustained(axes: Axes, results: Results) -> None:
-    """The clips of the sustained runs, in the order in which they were transcribed."""
+    """Draw the time of each clip of the sustained runs."""
     for result in results:
-        told = result["sustained"]
-        times = [1000 * seconds for seconds in told["end_to_end_s"]]
-        axes.plot(told["at_s"], times, ".", markersize=2, label=label(results, result))
+        run = result["sustained"]
+        times = [1000 * seconds for seconds in run["end_to_end_s"]]
+        axes.plot(run["at_s"], times, ".", markersize=2, label=label(results, result))
     axes.set_xlabel("time, s")
     axes.set_ylabel("time of a clip, ms")
     axes.set_ylim(bottom=0)
@@ -163,22 +163,22 @@ def sustained(axes: Axes, results: Results) -> None:
 
 
 def temperatures(result: dict[str, Any]) -> list[tuple[float, float]]:
-    """(seconds since the run began, degrees Celsius) of the samples that have both."""
+    """Return (seconds since the start, degrees Celsius) of the samples that have both."""
     samples = (result.get("telemetry") or {}).get("samples", [])
     pairs = ((sample.get("at_s"), sample.get("temperature_c")) for sample in samples)
-    return [(at, found) for at, found in pairs if isinstance(found, float | int)]
+    return [(at, degrees) for at, degrees in pairs if isinstance(degrees, float | int)]
 
 
 def devices(results: Results) -> list[str]:
-    """Their names, in the order in which they come."""
+    """Return the names of the devices in order of appearance."""
     return list(dict.fromkeys(result["device"]["name"] for result in results))
 
 
 def label(results: Results, result: dict[str, Any]) -> str:
-    """A result's name, and its device's where there are several."""
+    """Return a result's name, with its device if there are several."""
     several = len(devices(results)) > 1
     text = f"{result['name']} on {result['device']['name']}" if several else str(result["name"])
-    return text.replace("$", r"\$")  # which begins a formula
+    return text.replace("$", r"\$")  # $ would begin a formula
 
 
 def size(result: dict[str, Any]) -> str:

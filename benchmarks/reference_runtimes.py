@@ -1,13 +1,15 @@
-"""Finished files of the layouts for other runtimes, fed as those feed them: ONNX graphs in plain
-onnxruntime, Core ML packages on a Mac in Core ML and elsewhere in the interpreter of export/.
+"""Reference runtimes: run artifacts of every layout as their own tools run them.
 
-Each class is what the gate asks of an artifact: `window_samples`, `window(pcm)` gives the greedy
-tokens, `text(tokens)` their text, and `parts(pcm, tokens)` what can be seen of the parts, with
-logits where they leave the files unchanged.
+ONNX graphs run in plain onnxruntime; Core ML packages run in Core ML on a Mac and in the
+interpreter of export/coreml elsewhere.
 
-As a program (`python -m benchmarks.reference_runtimes ARTIFACT CLIPS`) it does what the runner's
-`check` does for the native layout: the last line of stdout is JSON, tokens and texts or a letter,
-and the process has a limit of memory.
+Each class has what the gate needs: `window_samples`, `window(pcm)` for the greedy tokens,
+`text(tokens)` for their text and, if the layout returns intermediate results unchanged,
+`parts(pcm, tokens)`.
+
+As a program (`python -m benchmarks.reference_runtimes ARTIFACT CLIPS`) it does for these layouts
+what the runner's `check` does for the native one. The last line of stdout is JSON with tokens and
+texts, or with an error and a hint. The process has a memory limit.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from export.problem import Problem
 
 
 def open_artifact(folder: Path, threads: int | None = None) -> Hearing:
-    """The artifact in a loop of ours, whatever its layout."""
+    """Open an artifact of any layout in its reference runtime."""
     manifest = read_manifest(folder)
     layout = manifest.get("layout", "native")
     if layouts.LAYOUTS[layout].runtime == layouts.RUNNER:
@@ -60,7 +62,7 @@ def open_artifact(folder: Path, threads: int | None = None) -> Hearing:
 def recognizer(
     folder: Path, threads: int | None, guards: bool = True, compute_units: str | None = None
 ) -> Recognizer:
-    """The runner's recognizer, with packages in the interpreter where Core ML is not to be had."""
+    """Return the runner's recognizer; without Core ML, packages run in the interpreter."""
     return Recognizer(
         folder,
         threads,
@@ -75,47 +77,47 @@ def has_core_ml() -> bool:
 
 
 def opener(threads: int | None) -> Opener:
-    """What opens packages on this system."""
-    return installed("all") if has_core_ml() else partial(Interpreted, threads=threads)
+    """Return the function that opens Core ML packages on this system."""
+    return installed("all") if has_core_ml() else partial(InterpretedPackage, threads=threads)
 
 
 class Encoder:
-    """whisper.cpp's Core ML encoder, which takes log-mel features and gives states."""
+    """whisper.cpp's Core ML encoder, which maps log-mel features to encoder states."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None = None) -> None:
         from transformers import WhisperFeatureExtractor
 
         (name,) = graph_files(manifest["layout"], manifest["precision"])
-        self.path, told = Path(folder) / f"{name}.mlpackage", manifest["contract"][name]
+        self.path, contract = Path(folder) / f"{name}.mlpackage", manifest["contract"][name]
         audio = manifest["audio"]
         self.window_samples: int = audio["window_samples"]
         with blamed(self.path):
-            self.package = checked(opener(threads), self.path, told)
+            self.package = checked(opener(threads), self.path, contract)
             self.extractor = WhisperFeatureExtractor(
-                feature_size=told["inputs"][0]["shape"][1],
+                feature_size=contract["inputs"][0]["shape"][1],
                 chunk_length=self.window_samples // audio["sampling_rate"],
             )
 
     def states(self, pcm: np.ndarray) -> np.ndarray:
-        """(d_model, positions) of a window."""
+        """Return the encoder states (d_model, positions) of a window."""
         with blamed(self.path):
             mel = log_mel(self.extractor, pcm)
             (states,) = self.package.predict(typed(self.package, mel)).values()
-            found: np.ndarray = states[0].T.astype(np.float32)
-            return found
+            transposed: np.ndarray = states[0].T.astype(np.float32)
+            return transposed
 
     def some_states(self, pcm: np.ndarray) -> list[float]:
-        """A few of the first window's, evenly spread."""
+        """Return SAMPLED_STATES evenly spread states of the first window."""
         states = self.states(pcm[: self.window_samples]).ravel()
-        places = np.linspace(0, len(states) - 1, SOME_STATES).round().astype(int)
+        places = np.linspace(0, len(states) - 1, SAMPLED_STATES).round().astype(int)
         return [float(x) for x in states[places]]
 
 
-SOME_STATES = 16
+SAMPLED_STATES = 16
 
 
-class Interpreted:
-    """A package in the interpreter of what was saved."""
+class InterpretedPackage:
+    """A Core ML package in the interpreter of export/coreml."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import torch
@@ -132,8 +134,8 @@ class Interpreted:
         target.update({name: value.clone() for name, value in source.items()})
 
 
-class _Files:
-    """Sessions over an artifact's graphs, and the rules of its manifest."""
+class _OnnxRuntime:
+    """Sessions for an artifact's graphs, and the decoding rules of its manifest."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
         self.folder, self.manifest = Path(folder), manifest
@@ -141,17 +143,18 @@ class _Files:
         self.window_samples: int = manifest["audio"]["window_samples"]
         files = graph_files(manifest["layout"], manifest["precision"])
         self.paths = [self.folder / name for name in files.values()]
-        # as the tools of these layouts open them, which ask for no exact int8 products
+        # the tools of these layouts do not request exact int8 products
         options = session_options(threads, exact=False)
         self.sessions = [open_session(path, options) for path in self.paths]
         for name, path, session in zip(files, self.paths, self.sessions, strict=True):
             check_session(path, session, manifest["contract"][name])
 
 
-class Transformers(_Files):
-    """`window` uses the merged decoder, `logits` the two others, which must agree.
+class TransformersRuntime(_OnnxRuntime):
+    """The layout of optimum and transformers.js.
 
-    The past of the first step is the one that optimum makes up from config.json.
+    `window` uses the merged decoder, `logits` the two separate ones; both must agree. The empty
+    past of the first step has the shape that optimum derives from config.json.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
@@ -163,8 +166,8 @@ class Transformers(_Files):
             config = WhisperConfig.from_pretrained(folder)
             heads, layers = config.num_attention_heads, config.decoder_layers
             self.no_past = np.zeros((1, heads, 0, config.d_model // heads), np.float32)
-            if (found := len(self.later.get_outputs()) // 2) != layers:
-                raise ValueError(f"it says {layers} decoder layers, the graphs have {found}")
+            if (count := len(self.later.get_outputs()) // 2) != layers:
+                raise ValueError(f"it has {layers} decoder layers, the graphs have {count}")
         with blamed(self.folder / "preprocessor_config.json"):
             self.extractor = WhisperFeatureExtractor.from_pretrained(folder)
         with blamed(self.folder / "tokenizer.json"):
@@ -178,15 +181,16 @@ class Transformers(_Files):
         return tokens
 
     def _check_unmerged(self, pcm: np.ndarray, tokens: list[int]) -> None:
-        """Where a model is in doubt, rounding may decide; more often than not they say the same."""
-        likeliest, wanted = Filter(self.rules).likeliest, [*tokens, self.rules.eos]
+        """Raise RunnerProblem if the separate decoders choose other tokens in more than half of the
+        steps; rounding may decide between equally likely tokens."""
+        likeliest, expected = Filter(self.rules).likeliest, [*tokens, self.rules.eos]
         rows = enumerate(self.logits(pcm, tokens))
-        found = [likeliest(row, tokens[:place]) for place, row in rows]
-        wrong = sum(a != b for a, b in zip(found, wanted, strict=True))
-        if 2 * wrong > len(wanted):
+        actual = [likeliest(row, tokens[:place]) for place, row in rows]
+        wrong = sum(a != b for a, b in zip(actual, expected, strict=True))
+        if 2 * wrong > len(expected):
             raise RunnerProblem(
-                f"{self.paths[2]}: it and {self.paths[3].name} say other tokens than "
-                f"{self.paths[1].name}, {wrong} of {len(wanted)}",
+                f"{self.paths[2]}: it and {self.paths[3].name} choose other tokens than "
+                f"{self.paths[1].name}, {wrong} of {len(expected)}",
                 ONE_EXPORT,
             )
 
@@ -207,42 +211,45 @@ class Transformers(_Files):
         with blamed(self.folder / "preprocessor_config.json"):
             features = log_mel(self.extractor, pcm)
         with blamed(self.paths[0]):
-            heard = self.encoder.run(None, {"input_features": features})[0]
+            states = self.encoder.run(None, {"input_features": features})[0]
         cache: dict[str, np.ndarray] = {}
 
         def step(ids: Sequence[int]) -> Logits:
             session = self.merged if merged else self.later if cache else self.first
             known = {
                 "input_ids": np.array([ids], np.int64),
-                "encoder_hidden_states": heard,
+                "encoder_hidden_states": states,
                 "use_cache_branch": np.array([bool(cache)]),
             }
             names = [spec.name for spec in session.get_inputs()]
             feed = {n: known[n] if n in known else cache.get(n, self.no_past) for n in names}
-            outputs = [spec.name for spec in session.get_outputs()]
-            found = dict(zip(outputs, session.run(None, feed), strict=True))
-            for name, array in found.items():
+            names = [spec.name for spec in session.get_outputs()]
+            outputs = dict(zip(names, session.run(None, feed), strict=True))
+            for name, array in outputs.items():
                 past = name.replace("present", "past_key_values")
                 if name != "logits" and not (past in cache and ".encoder." in past):
                     cache[past] = array
-            return found["logits"][0, -1]
+            return outputs["logits"][0, -1]
 
         return step
 
 
-class Sherpa(_Files):
-    """As sherpa-onnx does it: frames as far as the sound goes, zeros behind, all layers' caches in
-    one piece, the likeliest token at every step. The rules are in the graph, so its logits are not
-    the model's and are not offered."""
+class Sherpa(_OnnxRuntime):
+    """The layout of sherpa-onnx.
+
+    The encoder gets the clip's frames followed by zeros, the caches of all layers are one array,
+    and decoding is greedy. The decoding rules are part of the graph, so the logits differ from the
+    model's and there is no `parts`.
+    """
 
     TAIL = 1000
-    """Frames of zeros that it puts behind every clip."""
-    ASKED = (
+    """Frames of zeros that sherpa-onnx appends to every clip."""
+    REQUIRED = (
         *("n_mels", "n_text_layer", "n_text_ctx", "n_text_state", "n_vocab", "sot", "eot"),
         *("blank_id", "translate", "transcribe", "is_multilingual", "no_timestamps", "no_speech"),
         *("sot_sequence", "all_language_tokens", "all_language_codes"),
     )
-    """Metadata without which it ends."""
+    """Metadata without which sherpa-onnx exits."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
         from transformers import WhisperFeatureExtractor
@@ -250,34 +257,36 @@ class Sherpa(_Files):
         super().__init__(folder, manifest, threads)
         self.encoder, self.decoder = self.sessions
         with blamed(self.paths[0]):
-            told = self.encoder.get_modelmeta().custom_metadata_map
-            self._check(told)
-            self.prompt = [int(i) for i in told["sot_sequence"].split(",")]
-            self.prompt.append(int(told["no_timestamps"]))
+            metadata = self.encoder.get_modelmeta().custom_metadata_map
+            self._check(metadata)
+            self.prompt = [int(i) for i in metadata["sot_sequence"].split(",")]
+            self.prompt.append(int(metadata["no_timestamps"]))
             seconds = self.window_samples // manifest["audio"]["sampling_rate"]
-            mels = int(told["n_mels"])
+            mels = int(metadata["n_mels"])
             self.extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds)
         with blamed(self.folder / "whisper-tokens.txt"):
             lines = (self.folder / "whisper-tokens.txt").read_text(encoding="ascii").splitlines()
             rows = (line.split() for line in lines)
             self.table = {int(number): base64.b64decode(token) for token, number in rows}
 
-    def _check(self, told: dict[str, str]) -> None:
-        """What sherpa-onnx makes its cache of must be what the decoder takes, and the rest there:
-        it ends the process where something lacks."""
-        if missing := [name for name in self.ASKED if name not in told]:
-            raise ValueError(f"its metadata lack {', '.join(missing)}")
-        sizes = [int(told[f"n_text_{size}"]) for size in ("layer", "ctx", "state")]
+    def _check(self, metadata: dict[str, str]) -> None:
+        """Raise ValueError for missing metadata or a cache size that the decoder does not accept.
+
+        sherpa-onnx exits the process in these cases.
+        """
+        if missing := [name for name in self.REQUIRED if name not in metadata]:
+            raise ValueError(f"its metadata has no {', '.join(missing)}")
+        sizes = [int(metadata[f"n_text_{size}"]) for size in ("layer", "ctx", "state")]
         layers, _, room, width = taken = self.decoder.get_inputs()[1].shape
         if sizes != [layers, room, width]:
-            raise ValueError(f"its metadata make a cache of {sizes}, the decoder takes {taken}")
+            raise ValueError(f"its metadata gives a cache of {sizes}, the decoder takes {taken}")
         self.no_past = np.zeros((layers, 1, room, width), np.float32)
 
     def window(self, pcm: np.ndarray) -> list[int]:
-        return self.heard(self.mel(pcm))
+        return self.decode(self.mel(pcm))
 
-    def heard(self, mel: np.ndarray) -> list[int]:
-        """The tokens of frames (1, n_mels, n), whoever made them."""
+    def decode(self, mel: np.ndarray) -> list[int]:
+        """Return the greedy tokens of log-mel frames (1, n_mels, n)."""
         step = self._steps(mel)
         rules = replace(self.rules, prompt=tuple(self.prompt))
         rules = replace(rules, suppress_tokens=(), begin_suppress_tokens=(), timestamp_begin=None)
@@ -289,11 +298,11 @@ class Sherpa(_Files):
         return joined.decode("utf-8", errors="replace").strip()
 
     def mel(self, pcm: np.ndarray) -> np.ndarray:
-        """Frames that hear any of the clip, and zeros behind them."""
+        """Return the log-mel frames that overlap the clip, followed by TAIL frames of zeros."""
         whole = log_mel(self.extractor, pcm)
-        heard = min(-(-(len(pcm) + self.extractor.n_fft // 2) // self.extractor.hop_length), 3000)
+        frames = min(-(-(len(pcm) + self.extractor.n_fft // 2) // self.extractor.hop_length), 3000)
         tail = np.zeros((1, whole.shape[1], self.TAIL), np.float32)
-        return np.concatenate([whole[..., :heard], tail], axis=2)
+        return np.concatenate([whole[..., :frames], tail], axis=2)
 
     def _steps(self, mel: np.ndarray) -> Callable[[Sequence[int]], Logits]:
         with blamed(self.paths[0]):
@@ -311,8 +320,8 @@ class Sherpa(_Files):
         return step
 
 
-class Single(_Files):
-    """One call a window."""
+class SingleGraphRuntime(_OnnxRuntime):
+    """The layout of one graph that transcribes a window in one call."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
         super().__init__(folder, manifest, threads)
@@ -326,8 +335,8 @@ class Single(_Files):
             "max_new_tokens": np.array(self.rules.max_new_tokens, np.int64),
         }
         with blamed(self.paths[0]):
-            found: list[int] = self.session.run(None, feed)[0].tolist()
-            return found
+            tokens: list[int] = self.session.run(None, feed)[0].tolist()
+            return tokens
 
     def text(self, tokens: list[int]) -> str:
         return to_text(tokens, self.table)
@@ -335,8 +344,10 @@ class Single(_Files):
 
 @contextmanager
 def blamed(path: Path) -> Iterator[None]:
-    """Turn whatever is raised over a file into a letter that names it: libraries that read what
-    a stranger wrote raise anything."""
+    """Raise RunnerProblem that names the file for any exception inside the block.
+
+    Libraries raise exceptions of all kinds for files of unknown origin.
+    """
     try:
         yield
     except (RunnerProblem, Problem):
@@ -349,15 +360,15 @@ def blamed(path: Path) -> Iterator[None]:
 
 
 def log_mel(extractor: Any, pcm: np.ndarray) -> np.ndarray:
-    """(1, n_mels, frames) of a whole window."""
-    found = extractor(pcm, sampling_rate=extractor.sampling_rate, return_tensors="np")
-    return found.input_features.astype(np.float32)
+    """Return the log-mel features (1, n_mels, frames) of a window."""
+    features = extractor(pcm, sampling_rate=extractor.sampling_rate, return_tensors="np")
+    return features.input_features.astype(np.float32)
 
 
 LAYOUTS: dict[str, Callable[..., Hearing]] = {
-    "transformers": Transformers,
+    "transformers": TransformersRuntime,
     "sherpa": Sherpa,
-    "single": Single,
+    "single": SingleGraphRuntime,
 }
 
 
@@ -373,17 +384,24 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "transformers.models.whisper.feature_extraction_whisper",
     ),
 }
-"""What a layout's loop imports."""
+"""Modules that each layout's runtime imports."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """What an artifact says of a JSON list of WAV files; what computes is imported before the limit
-    of memory, which is for the artifact alone."""
+    """Run an artifact on a JSON list of WAV files and print its answer.
+
+    Libraries are imported before the memory limit is set, which applies to the artifact alone.
+    """
     parser = argparse.ArgumentParser(
-        prog="benchmarks.reference_runtimes", description="Run other layouts."
+        prog="benchmarks.reference_runtimes", description="Run artifacts of other layouts."
     )
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("clips", type=Path, nargs="?", help="without: only say what it is made of")
+    parser.add_argument(
+        "clips",
+        type=Path,
+        nargs="?",
+        help="without it, only list the operators of a Core ML artifact",
+    )
     parser.add_argument("--threads", type=int)
     given = parser.parse_args(argv)
     try:
@@ -392,14 +410,14 @@ def main(argv: list[str] | None = None) -> int:
             import_module(name)
         limit_memory(SPARE_BYTES + 8 * folder_bytes(given.artifact))
         answer = answer_of(given.artifact, given.clips, given.threads)
-    except (RunnerProblem, Problem) as letter:
-        answer = {"error": str(letter), "hint": letter.hint}
+    except (RunnerProblem, Problem) as error:
+        answer = {"error": str(error), "hint": error.hint}
     print(json.dumps(answer, ensure_ascii=False))
     return int("error" in answer)
 
 
 def answer_of(folder: Path, clips: Path | None, threads: int | None) -> dict[str, Any]:
-    """What the packages of a Core ML artifact are made of, or what any artifact says of clips."""
+    """Return an artifact's output for the clips; without clips, a Core ML artifact's operators."""
     manifest = read_manifest(folder)
     if clips is None:
         from export.coreml.contents import contents

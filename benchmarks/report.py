@@ -1,4 +1,4 @@
-"""Results as one self-contained HTML page: plots, the table, where the time goes, what ran."""
+"""Write results as one self-contained HTML page: plots, tables, telemetry and provenance."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ img { max-width: 100% } code { overflow-wrap: anywhere }
 """
 
 PHASES = {"first": "first clip"}
-"""What a phase is called where its name alone does not say it."""
+"""Titles of phases whose name alone is unclear."""
 
 
 def write_report(
     results: Sequence[dict[str, Any]], out: Path, plots_dir: Path | None = None
 ) -> None:
-    """Write the page, and its plots as files NAME.png into a folder as well.
+    """Write the page and, with `plots_dir`, its plots as NAME.png into that folder.
 
-    Raises Problem for no results or results of different clip sets.
+    Raises Problem for no results, and for results of different clip sets or normalizers.
     """
     if not results:
         raise Problem("there are no results to report", hint="run `edgewhisper bench` first")
@@ -46,7 +46,7 @@ def write_report(
         if len({result[field] for result in results}) > 1:
             raise Problem(
                 f"the {len(results)} results were measured on different {what}",
-                hint="write one report for each of them",
+                hint=f"write one report for each of the {what}",
             )
     drawn = plots(results)
     with new_file(out) as temporary:
@@ -56,19 +56,19 @@ def write_report(
 
 
 def write_plots(drawn: dict[str, bytes], folder: Path) -> None:
-    """One file a plot."""
+    """Write each plot to a file."""
     for name, png in drawn.items():
         with new_file(folder / f"{name}.png") as temporary:
             temporary.write_bytes(png)
 
 
 def page(results: Sequence[dict[str, Any]], drawn: dict[str, bytes]) -> str:
-    """The HTML text; it refers to nothing outside itself."""
+    """Return the HTML text, which loads nothing from outside."""
     first = results[0]
     facts = (
         f"{first['utterances']} clips, {first['words']} words, {first['audio_s']:.0f} s of speech; "
-        f"normalizer {first['normalizer']}. Times are medians; one marked ~ is in doubt, since its "
-        "rounds differ by more than a tenth or the run was disturbed."
+        f"normalizer {first['normalizer']}. Times are medians. A time marked ~ is unreliable: its "
+        "rounds differ by more than 10 % or the run was unstable."
     )
     return "\n".join(
         [
@@ -79,11 +79,11 @@ def page(results: Sequence[dict[str, Any]], drawn: dict[str, bytes]) -> str:
             *pictures(drawn),
             table(table_rows(results)),
             *(f"<p>{html.escape(remark)}</p>" for remark in remarks(results)),
-            "<h2>Where the time goes</h2>",
-            "<p>Milliseconds, median and 95 % interval. Log-mel runs inside the encoder graph: its "
-            "time is the share of the graph that a profiled run gave it.</p>",
+            "<h2>Time by stage</h2>",
+            "<p>Milliseconds, median and 95 % interval. Log-mel runs inside the encoder graph; its "
+            "time is a share of the graph's time, measured in a profiled run.</p>",
             table(stage_rows(results)),
-            *beside_section(results),
+            *telemetry_section(results),
             "<h2>What was measured</h2>",
             table(provenance_rows(results)),
             "</html>",
@@ -92,7 +92,7 @@ def page(results: Sequence[dict[str, Any]], drawn: dict[str, bytes]) -> str:
 
 
 def pictures(drawn: dict[str, bytes]) -> list[str]:
-    """The plots as image elements."""
+    """Return the plots as image elements."""
     return [
         f'<img alt="{CAPTIONS[name]}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         f"<p>{CAPTIONS[name]}</p>"
@@ -101,7 +101,7 @@ def pictures(drawn: dict[str, bytes]) -> list[str]:
 
 
 def stage_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Median and interval of each stage."""
+    """Return a row per result with the median and interval of each stage."""
     return [
         {"model": r["name"], "device": r["device"]["name"]}
         | {title: with_interval(r, s) for title, s in COLUMNS.items()}
@@ -110,7 +110,7 @@ def stage_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def with_interval(result: dict[str, Any], stage: str) -> str:
-    """`4.1 (3.9 to 4.4)`."""
+    """Return a median and its interval, such as `4.1 (3.9 to 4.4)`."""
     text = milliseconds(result, stage)
     if text == "-":
         return text
@@ -118,40 +118,40 @@ def with_interval(result: dict[str, Any], stage: str) -> str:
     return f"{text} ({low:.3g} to {high:.3g})"
 
 
-def beside_section(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What was seen beside the rounds, as far as any result has it."""
-    told = [beside(result) for result in results]
-    titles = list(dict.fromkeys(title for row in told for title in row))
+def telemetry_section(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the section about telemetry; empty if no result has any."""
+    cells_of = [telemetry_cells(result) for result in results]
+    titles = list(dict.fromkeys(title for row in cells_of for title in row))
     if not titles:
         return []
     rows = [
         {"model": result["name"], "device": result["device"]["name"]}
         | {title: row.get(title, "-") for title in titles}
-        for result, row in zip(results, told, strict=True)
+        for result, row in zip(results, cells_of, strict=True)
     ]
-    return ["<h2>Beside the rounds</h2>", table(rows)]
+    return ["<h2>Telemetry</h2>", table(rows)]
 
 
-def beside(result: dict[str, Any]) -> dict[str, str]:
-    """Title -> what a result says; a machine that could not tell reads "unavailable"."""
-    found = {}
+def telemetry_cells(result: dict[str, Any]) -> dict[str, str]:
+    """Return column title -> text of a result's telemetry."""
+    row = {}
     for title, field in (("cold load ms", "cold_load_s"), ("compile ms", "compile_s")):
         if (times := result.get(field)) and not result["emulated"]:
-            found[title] = times if isinstance(times, str) else in_milliseconds(median(times))
+            row[title] = times if isinstance(times, str) else in_milliseconds(median(times))
     for phase, count in result.get("memory_bytes_by_phase", {}).items():
-        found[f"peak MB, {PHASES.get(phase, phase)}"] = megabytes(count)
+        row[f"peak MB, {PHASES.get(phase, phase)}"] = megabytes(count)
     if "peak_footprint_bytes" in result:
-        found["peak footprint MB"] = megabytes(result["peak_footprint_bytes"])
+        row["peak footprint MB"] = megabytes(result["peak_footprint_bytes"])
     energy = result.get("telemetry", {}).get("energy_j_per_audio_s")
     if energy is not None and not result["emulated"]:
-        found["J a second of speech"] = energy if isinstance(energy, str) else f"{energy:.3g}"
+        row["J per second of speech"] = energy if isinstance(energy, str) else f"{energy:.3g}"
     if "pinned" in result:
-        found["cores"] = ", ".join(map(str, result["pinned"]))
-    return found
+        row["cores"] = ", ".join(map(str, result["pinned"]))
+    return row
 
 
 def provenance_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Hashes, machine and versions of each result."""
+    """Return a row per result with hashes, machine and versions."""
     return [
         {
             "model": result["name"],
@@ -175,11 +175,11 @@ def provenance_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Rows of the same titles as an HTML table; every text is escaped."""
+    """Return rows with equal titles as an HTML table with escaped texts."""
     body = (cells("td", row.values()) for row in rows)
     return "\n".join(["<table>", cells("th", rows[0]), *body, "</table>"])
 
 
 def cells(kind: str, texts: Iterable[str]) -> str:
-    """One row."""
+    """Return one row of an HTML table."""
     return "<tr>" + "".join(f"<{kind}>{html.escape(t)}</{kind}>" for t in texts) + "</tr>"

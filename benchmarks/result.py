@@ -1,31 +1,34 @@
-"""A result: what one candidate did with a clip set on a device, as one JSON line.
+"""A result: the measurements of one candidate on a clip set and a device, as one JSON line.
 
-Times are in seconds. A field of STAGES holds all samples in the order of measurement, in `rounds`
-equal parts; `medians`, `intervals`, `outliers` and `unstable` have an entry for each of them:
+Times are in seconds. A field of STAGES has all samples in the order of measurement, in `rounds`
+equal parts. `medians`, `intervals`, `outliers` and `unstable` have an entry for each stage:
 
     end_to_end_s: [0.051, 0.049, ...]   medians: {"end_to_end_s": 0.050, ...}
     intervals: {"end_to_end_s": [0.049, 0.052], ...}
 
-`load_s` one a round; `end_to_end_s` one a clip, from WAV file to text; `cpu_s` the time of all
-cores for the same, which other programs on the machine disturb less; `mel_s`, `encoder_s` and
-`prompt_s` one a window; `per_token_s` one a decoder step after the prompt's. Where log-mel runs
-inside the encoder graph, its time is the graph's times `mel_share`, the share of kernel time that
-a separate profiled run gave its nodes; for a rival with a front end of its own `mel_share` is null.
+    load_s                      one per round
+    mel_s, encoder_s, prompt_s  one per window
+    per_token_s                 one per decoder step after the prompt
+    end_to_end_s                one per clip, from WAV file to text
+    cpu_s                       one per clip, CPU time of all cores; less affected by other programs
 
-Of Core ML a result may have `compute_units`; `compile_s`, what it took to compile the packages, and
-`cold_load_s`, to load them for the first time, before any round: `load_s` is that of packages that
-are compiled and were loaded before. On a Mac `peak_footprint_bytes` stands beside resident memory.
+If log-mel runs inside the encoder graph, its time is the graph's time multiplied by `mel_share`:
+the share of kernel time that a separate profiled run measured. `mel_share` is null for a rival with
+a separate front end.
 
-A rival's result has `checkpoint_wer`, the word error rate of the checkpoint itself on the same
-clips: that of transformers in fp32. Where the rival's own differs by more than MOST_POINTS, its
-texts are not the checkpoint's, and no speed ratio is formed with its times. `build` is what an
-engine reports about how it was compiled.
+A Core ML result may have `compute_units`, `compile_s` (time to compile the packages) and
+`cold_load_s` (time of the first load, before any round; `load_s` is measured after it). On a Mac,
+`peak_footprint_bytes` is recorded in addition to resident memory.
 
-A result of `python -m benchmarks.rivals` may have `forced_tokens`: every engine was made to decode
-exactly so many tokens, and texts and error rates mean nothing.
+A rival's result has `checkpoint_wer`, the word error rate of the checkpoint in transformers (fp32)
+on the same clips. If the rival's own rate differs by more than MOST_POINTS, its texts are not the
+checkpoint's, and no speed ratio is computed. `build` is the engine's report of how it was compiled.
 
-What was seen beside the rounds; each is missing where nobody looked, and what a machine cannot tell
-reads "unavailable":
+A result of `python -m benchmarks.rivals` may have `forced_tokens`: every engine decoded exactly
+this number of tokens, so texts and error rates have no meaning.
+
+Telemetry of the run. A field is missing if it was not recorded, and "unavailable" if the machine
+does not report it:
 
     telemetry: {"interval_s": 1.0, "samples": [{"at_s": 0.02, "temperature_c": 48.3, ...}, ...],
                 "energy_j": 7.1, "energy_j_per_audio_s": 0.3, "sampler_cores": 0.004}
@@ -33,15 +36,15 @@ reads "unavailable":
                 "first_minute_s": 0.41, "last_minute_s": 0.55, "ratio": 1.34}
     memory_bytes_by_phase: {"imports": ..., "load": ..., "first": ..., "run": ...}
 
-`at_s` counts from the beginning of the first round; the keys of a sample are those of
-devices/runner/measure/telemetry.py; energy is that of the clips that were timed. A sustained
-`ratio` above 1 says that it grew slower. `cold_load_s` has one a round, with the artifact's files
-not in memory. `governor` and `pinned` are the clock's and the cores that were used,
-`unstable_because` sentences why the times are in doubt, `notes` others.
+`at_s` counts from the beginning of the first round. devices/runner/measure/telemetry.py defines the
+keys of a sample. Energy covers the timed clips. A sustained `ratio` above 1 means that the run got
+slower. `cold_load_s` has one time per round, measured with the artifact's files dropped from the
+page cache. `governor` is the CPU frequency governor, `pinned` the cores in use. `unstable_because`
+has sentences that explain why the times are unreliable, `notes` other remarks.
 
 Error rates are fractions; `wer_per_utterance_mean` is missing in older lines. `clip_errors` and
-`clip_words` are the word counts of each clip, from which two results can be compared pairwise. What
-is not known is null, never zero.
+`clip_words` are counts per clip, so that two results can be compared clip by clip. An unknown value
+is null, never zero.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ from export.problem import Problem
 FORMAT = 1
 
 MOST_POINTS = 1.0
-"""How far a rival's word error rate may be from the checkpoint's, in points."""
+"""The largest difference between the error rates of a rival and its checkpoint, in points."""
 
 STAGES = ("load_s", "mel_s", "encoder_s", "prompt_s", "per_token_s", "end_to_end_s", "cpu_s")
 
@@ -93,7 +96,7 @@ LATER: dict[str, type | tuple[type, ...]] = {
     "unstable_because": list,
     "notes": list,
 }
-"""Fields that lines written before them, or by others, lack; readers take them with `get`."""
+"""Optional fields, which older lines or other programs do not have; read them with `get`."""
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "format": int,
@@ -127,44 +130,45 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def summaries(samples: dict[str, list[float]], rounds: int) -> dict[str, dict[str, Any]]:
-    """The fields `medians`, `intervals`, `outliers` and `unstable` of the stages that ran."""
-    found = {stage: summarise(times, rounds) for stage, times in samples.items() if times}
+    """Return the fields `medians`, `intervals`, `outliers` and `unstable` of measured stages."""
+    by_stage = {stage: summarise(times, rounds) for stage, times in samples.items() if times}
     return {
-        "medians": {stage: summary.median for stage, summary in found.items()},
-        "intervals": {stage: list(summary.interval) for stage, summary in found.items()},
-        "outliers": {stage: summary.outliers for stage, summary in found.items()},
-        "unstable": {stage: summary.unstable for stage, summary in found.items()},
+        "medians": {stage: summary.median for stage, summary in by_stage.items()},
+        "intervals": {stage: list(summary.interval) for stage, summary in by_stage.items()},
+        "outliers": {stage: summary.outliers for stage, summary in by_stage.items()},
+        "unstable": {stage: summary.unstable for stage, summary in by_stage.items()},
     }
 
 
 def validate(result: Any, where: str = "result") -> dict[str, Any]:
-    """The result itself; raises Problem for another format, a missing or a wrong field."""
+    """Return the result. Raises Problem for another format and for missing or invalid fields."""
     version = result.get("format") if isinstance(result, dict) else None
     if version != FORMAT:
         raise Problem(
             f"{where}: result format {version!r}; this version reads {FORMAT}",
-            hint="bench again with this version, or read it with the one that wrote it",
+            hint="bench again with this version, or read it with the version that wrote it",
         )
     known = {name: kind for name, kind in LATER.items() if name in result}
     for name, kind in (FIELDS | known).items():
         if name not in result or not isinstance(result[name], kind):
-            found = type(result[name]).__name__ if name in result else "nothing"
+            kind_of = type(result[name]).__name__ if name in result else None
+            actual = f"has type {kind_of}" if kind_of else "is missing"
             raise Problem(
-                f"{where}: field `{name}` is {found}",
+                f"{where}: field `{name}` {actual}",
                 hint="the line is damaged: bench again",
             )
     return result
 
 
 def write(results: Iterable[dict[str, Any]], path: Path) -> None:
-    """Write results as JSON lines, whole or not at all; what stood in the file is replaced."""
+    """Write results as JSON lines, atomically; an existing file is replaced."""
     lines = [json.dumps(validate(result), ensure_ascii=False) for result in results]
     with new_file(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The results of a JSON-lines file. Raises Problem, with the number of the bad line."""
+    """Return the results of a JSON-lines file. Raises Problem with an invalid line's number."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -174,23 +178,23 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ) from error
     results = [parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not results:
-        raise Problem(f"{path} holds no results", hint="run `edgewhisper bench --json FILE`")
+        raise Problem(f"{path} has no results", hint="run `edgewhisper bench --json FILE`")
     return results
 
 
 def parse(line: str, where: str) -> dict[str, Any]:
-    """One line as a validated result."""
+    """Parse and validate one line."""
     try:
-        found = json.loads(line)
+        result = json.loads(line)
     except json.JSONDecodeError as error:
         raise Problem(f"{where}: not JSON ({error.msg})", hint="bench again") from error
-    return validate(found, where)
+    return validate(result, where)
 
 
 def other_texts(result: dict[str, Any]) -> str | None:
-    """Say why no speed ratio is formed with a rival's times; None if one may be.
+    """Return why no speed ratio is computed with a rival's times, or None.
 
-    An engine that writes less or more than the checkpoint also takes less or more time.
+    An engine that outputs other texts than the checkpoint does a different amount of work.
     """
     if "checkpoint_wer" not in result or result.get("forced_tokens"):
         return None
@@ -201,12 +205,12 @@ def other_texts(result: dict[str, Any]) -> str | None:
 
 
 def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Rows for a table: column title -> text, the same titles in every row.
+    """Return the rows of a table: column title -> text, with equal titles in all rows.
 
-    Emulated results print no milliseconds; `~` marks a time whose rounds disagree, and all times
-    of a run that was disturbed; `!` marks the times of a rival that wrote other texts than its
-    checkpoint. RATIO, where there are rivals whose texts were checked, is how many times as long as
-    our first artifact on the device a rival takes.
+    Emulated results have no milliseconds. `~` marks a time whose rounds disagree, and all times of
+    an unstable run. `!` marks the times of a rival whose texts differ from its checkpoint's. If the
+    texts of rivals were checked, the column RATIO has their total time divided by that of our first
+    artifact on the same device.
     """
     ratios = time_ratios(results)
     return [
@@ -229,8 +233,8 @@ RATIO = "total / ours"
 
 
 def time_ratios(results: Sequence[dict[str, Any]]) -> list[str]:
-    """For each result the text of its column RATIO: of a rival whose texts were checked the ratio,
-    or "-" if there is none; of other results nothing."""
+    """Return the column RATIO: for a rival with checked texts the ratio, or "-" if it has none;
+    "" for other results."""
     ours: dict[str, dict[str, Any]] = {}
     for result in results:
         if result["rival"] is None:
@@ -239,14 +243,14 @@ def time_ratios(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def time_ratio(result: dict[str, Any], ours: dict[str, Any] | None) -> str:
-    """The total of a rival divided by ours, with `~` if one of them is in doubt."""
+    """Return a rival's total time divided by ours, with `~` if one of them is unstable."""
     if result["rival"] is None or ours is None or "checkpoint_wer" not in result:
         return ""
     totals = [one["medians"].get("end_to_end_s") for one in (result, ours)]
     if other_texts(result) or result["emulated"] or ours["emulated"] or not all(totals):
         return "-"
-    doubt = any("~" in milliseconds(one, "end_to_end_s") for one in (result, ours))
-    return f"{'~' if doubt else ''}{totals[0] / totals[1]:.2f}"
+    unstable = any("~" in milliseconds(one, "end_to_end_s") for one in (result, ours))
+    return f"{'~' if unstable else ''}{totals[0] / totals[1]:.2f}"
 
 
 BRIEF = (
@@ -260,11 +264,11 @@ BRIEF = (
     "token ms",
     "total ms",
 )
-"""What fits a terminal and a README; the report has the rest."""
+"""The columns that fit a terminal and the documentation; the report has all."""
 
 
 def brief_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """table_rows with the columns of BRIEF, and the device where there are several."""
+    """Return table_rows with the columns of BRIEF, and the device if there are several."""
     rows = table_rows(results)
     several = len({row["device"] for row in rows}) > 1
     titles = [BRIEF[0], *(["device"] if several else []), *BRIEF[1:], RATIO]
@@ -283,18 +287,18 @@ COLUMNS = {
 
 
 def wer(result: dict[str, Any]) -> str:
-    """The word error rate for a table; none where the tokens were forced."""
+    """Return the word error rate for a table; "-" if the tokens were forced."""
     return "-" if result.get("forced_tokens") else f"{100 * result['wer']:.1f}"
 
 
 def wer_interval(result: dict[str, Any]) -> str:
-    """Where it lies, likewise."""
+    """Return the interval of the word error rate for a table; "-" if the tokens were forced."""
     low, high = (100 * bound for bound in result["wer_interval"])
     return "-" if result.get("forced_tokens") else f"{low:.1f} to {high:.1f}"
 
 
 def milliseconds(result: dict[str, Any], stage: str) -> str:
-    """A stage's median for a table."""
+    """Return a stage's median for a table."""
     if result["emulated"] or stage not in result["medians"]:
         return "-"
     mark = "~" if result["unstable"][stage] or result.get("unstable_because") else ""
@@ -303,7 +307,7 @@ def milliseconds(result: dict[str, Any], stage: str) -> str:
 
 
 def remarks(results: Sequence[dict[str, Any]]) -> list[str]:
-    """The lines below a table: why times are marked, notes, and how engines were compiled."""
+    """Return the lines below a table: why times are marked, notes, and builds of engines."""
     lines = [
         (mark, result, "; ".join(result[field]))
         for mark, field in (("~", "unstable_because"), ("note:", "notes"))
@@ -316,16 +320,16 @@ def remarks(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def in_milliseconds(seconds: float) -> str:
-    """Three digits, or all before the point."""
+    """Return milliseconds with three significant digits, or as an integer from 1000 on."""
     value = 1000 * seconds
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def megabytes(count: int | str) -> str:
-    """Bytes for a table; a device that cannot say reads "unavailable"."""
+    """Return bytes in megabytes for a table, or "unavailable"."""
     return count if isinstance(count, str) else f"{count / 1e6:.0f}"
 
 
 def millions(count: int | None) -> str:
-    """A number of parameters for a table."""
+    """Return a number of parameters in millions for a table."""
     return "-" if count is None else f"{count / 1e6:.2f} M"

@@ -1,6 +1,6 @@
-"""Several devices at once: all of them get what they need, and then all of them measure.
+"""Bench on several devices at once: first all devices are prepared, then all measure.
 
-A device that fails does not stop the others, and copying to one is over before another is timed.
+A device that fails does not stop the others. All copying ends before any device is timed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from devices.device import DeviceProblem, Place, open_device
 from export.problem import Problem
 
 Say = Callable[[str], None]
-Letter = Problem | DeviceProblem
+Failure = Problem | DeviceProblem
 
 
 def bench_places(
@@ -26,46 +26,46 @@ def bench_places(
     clips: Sequence[Clip],
     how: Measuring,
     say: Say,
-) -> tuple[list[dict[str, Any]], list[Letter]]:
-    """The results of each device, in the order of `places`; and the letters of those that failed.
+) -> tuple[list[dict[str, Any]], list[Failure]]:
+    """Return the results of the devices, in the order of `places`, and the errors of failed ones.
 
-    Ctrl-C closes the devices, which ends what runs there.
+    Ctrl-C closes the devices, which ends the programs there.
     """
 
     names, lock, over = [place.device for place in places], threading.Lock(), threading.Event()
 
-    def equip(place: Place) -> tuple[Prepared, Say]:
+    def prepare_on(place: Place) -> tuple[Prepared, Say]:
         tell = say if len(places) == 1 else lambda text: say(f"{place}: {text}")
         device = open_device(*place, tell)
         with lock:
             opened.push(device)
             if over.is_set():  # Ctrl-C came while it was being opened
                 opened.close()
-                raise DeviceProblem(f"{place}: it was opened too late")
+                raise DeviceProblem(f"{place}: opened after Ctrl-C")
         if names.count(place.device) > 1:
             device.name = str(place)
         return prepare(candidates, device, clips, how), tell
 
-    # the devices are closed before the threads are waited for, which end by that
+    # the devices are closed before the threads are joined, because that ends the threads
     with ThreadPoolExecutor(max_workers=len(places)) as pool, ExitStack() as opened:
         try:
-            ready, failed = gather([pool.submit(equip, place) for place in places])
+            ready, failed = gather([pool.submit(prepare_on, place) for place in places])
             checkpoints = checkpoint_wers(ready[0][0], say) if ready else {}
-            found, more = gather(
+            groups, more = gather(
                 [pool.submit(measure, place, tell, checkpoints) for place, tell in ready]
             )
         finally:
             with lock:
                 over.set()
-    return [result for results in found for result in results], failed + more
+    return [result for results in groups for result in results], failed + more
 
 
-def gather(futures: Iterable[Future[Any]]) -> tuple[list[Any], list[Letter]]:
-    """What they return, and the letters that they raise; any other error is raised."""
-    found, letters = [], []
+def gather(futures: Iterable[Future[Any]]) -> tuple[list[Any], list[Failure]]:
+    """Return the futures' results and their Problems and DeviceProblems; others are raised."""
+    results, failures = [], []
     for future in futures:
         try:
-            found.append(future.result())
-        except (Problem, DeviceProblem) as letter:
-            letters.append(letter)
-    return found, letters
+            results.append(future.result())
+        except (Problem, DeviceProblem) as error:
+            failures.append(error)
+    return results, failures

@@ -1,15 +1,21 @@
-"""Whisper's published dimensions."""
+"""Published dimensions of the Whisper models (Radford et al. 2022, arXiv:2212.04356).
+
+edgewhisper/checkpoints/openai.py has the same dimensions, which must not be imported here; a test
+holds both equal.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 HEAD = 64
-"""Width of an attention head in every Whisper."""
+"""Width of an attention head in all Whisper models."""
 
 
 @dataclass(frozen=True)
 class Size:
+    """The dimensions of a model with as many decoder layers as encoder layers."""
+
     width: int
     layers: int
     mels: int = 80

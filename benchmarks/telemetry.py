@@ -1,7 +1,7 @@
-"""What was seen beside the rounds: is it data, what does it say together, was the run disturbed?
+"""Telemetry of a run: check what the device reports, merge it, and judge whether the run is stable.
 
-The sampler (devices/runner/measure/telemetry.py) runs on the device; all that it says is checked
-here.
+The sampler (devices/runner/measure/telemetry.py) runs on the device. Its answer comes from another
+machine, so every value is validated here before it is used.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from benchmarks.timing import ENOUGH_ROUNDS, UNSTABLE_SPREAD, by_round, median_i
 from devices.device import clean
 
 UNAVAILABLE = "unavailable"
-MOST = 1e12
-"""Of any number; seconds, for one."""
-MOST_SAMPLES = 20_000
-"""Of one process's telemetry; 60 minutes have 3600."""
-MOST_CLIPS = 500_000
-LEAST_S = 1e-9
-"""That a clip may take."""
-MOST_CORES = 4096
-MOST_WORDS = 200
+MAX_NUMBER = 1e12
+"""The largest number that is accepted where no other range is given."""
+MAX_SAMPLES = 20_000
+"""The most telemetry samples of one process; 60 minutes have 3600."""
+MAX_CLIPS = 500_000
+MIN_CLIP_S = 1e-9
+MAX_CORES = 4096
+MAX_TEXT_CHARS = 200
 PHASES = ("imports", "load", "first", "run")
 
 READINGS = {
@@ -34,227 +33,244 @@ READINGS = {
     "battery_share": (0, 1),
     "power_w": (0, 1e5),
     "load_average": (0, 1e6),
-    "others_cores": (0, MOST_CORES),
+    "others_cores": (0, MAX_CORES),
     "swapped_bytes": (0, 1e15),
 }
-"""The numbers of a sample, and between what they are believed."""
+"""The numeric readings of a sample, each with its accepted range."""
 
 BUSY_CORES = 0.25
-"""What others may take of a core before a run counts as disturbed."""
+"""CPU use of other programs, in cores, above which a run is unstable."""
 SPARE_LOAD = 0.5
-"""That the load average may be above the cores: a run that uses all of them has one of so many."""
+"""How far the load average may exceed the number of cores; a run that uses all cores reaches it."""
 WARMER_C, SLOWER = 3.0, 0.95
-"""That a machine has to grow warmer, and the share to which its clock has to fall."""
-LEAST_SAMPLES = 12
-"""For a beginning and an end of three samples each."""
-LEAST_BATTERY = 0.2
-DEAR_CORES = 0.01
-"""What the sampler may take."""
+"""A run is thermally throttled if it gets this much warmer and the clock falls to this share."""
+MIN_SAMPLES = 12
+"""Enough for three samples at the beginning and three at the end."""
+MIN_BATTERY = 0.2
+MAX_SAMPLER_CORES = 0.01
+"""CPU use of the sampler, in cores, above which a note is added."""
 EDGE_S = 60.0
-"""The beginning and the end of a sustained run."""
+"""Length of the beginning and the end of a sustained run that are compared."""
 FIRMWARE = ("under-voltage", "frequency capped", "throttled", "soft temperature limit")
-"""Bits 0 to 3 of a Raspberry Pi's get_throttled; 16 to 19 say that it has been so since boot."""
+"""Bits 0 to 3 of a Raspberry Pi's get_throttled; bits 16 to 19 hold the same states since boot."""
 SLOWED = ("moderate", "severe", "critical", "emergency", "shutdown")
-"""What Android calls a phone that it holds back for its heat."""
+"""Android's names of the thermal states in which it slows a phone down."""
 
-# -------------------------------------------------------------------------------------- is it data?
+# -------------------------------------------------------------------------------- validation
 
 
-def checked(answer: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Those of an answer's fields that are known here, and the names of those that are not what
-    they should be: they come from another machine."""
-    found, wrong = {}, []
+def valid_fields(answer: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the known fields of an answer that are valid, and the names of the invalid ones."""
+    fields, invalid = {}, []
     for name, reader in READERS.items():
         if name in answer:
             try:
-                found[name] = reader(answer[name])
+                fields[name] = reader(answer[name])
             except (ValueError, TypeError, KeyError, OverflowError):
-                wrong.append(name)
-    return found, wrong
+                invalid.append(name)
+    return fields, invalid
 
 
-def is_number(value: Any, low: float = 0, high: float = MOST) -> float:
-    """The number itself, if it is one between these."""
+def require_number(value: Any, low: float = 0, high: float = MAX_NUMBER) -> float:
+    """Return the number. Raises ValueError for another type or a number outside the range."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError
     return value
 
 
-def is_known(value: Any, low: float = 0, high: float = MOST) -> float | str:
-    """Likewise, or "unavailable"."""
-    return UNAVAILABLE if value == UNAVAILABLE else is_number(value, low, high)
+def number_or_unavailable(value: Any, low: float = 0, high: float = MAX_NUMBER) -> float | str:
+    """Return the number or "unavailable". Raises ValueError for anything else."""
+    return UNAVAILABLE if value == UNAVAILABLE else require_number(value, low, high)
 
 
-def is_list(value: Any, most: int) -> list[Any]:
-    if not isinstance(value, list) or len(value) > most:
+def require_list(value: Any, max_length: int) -> list[Any]:
+    """Return the list. Raises ValueError for another type or a longer list."""
+    if not isinstance(value, list) or len(value) > max_length:
         raise ValueError
     return value
 
 
-def is_count(value: Any, low: int, high: int) -> int:
+def require_count(value: Any, low: int, high: int) -> int:
+    """Return the integer. Raises ValueError for another type or outside the range."""
     if not isinstance(value, int):
         raise ValueError
-    return int(is_number(value, low, high))
+    return int(require_number(value, low, high))
 
 
-def is_text(value: Any) -> str:
+def require_text(value: Any) -> str:
+    """Return the text, cut and without control characters. Raises ValueError for other types."""
     if not isinstance(value, str):
         raise ValueError
-    text: str = clean(value[:MOST_WORDS])
+    text: str = clean(value[:MAX_TEXT_CHARS])
     return text
 
 
-def is_span(value: Any) -> list[float]:
-    began, ended = map(is_number, is_list(value, 2))
+def require_span(value: Any) -> list[float]:
+    """Return [began_s, ended_s]. Raises ValueError if it is not a pair of increasing times."""
+    began, ended = map(require_number, require_list(value, 2))
     if ended < began:
         raise ValueError
     return [began, ended]
 
 
-def is_memory(value: dict[str, Any]) -> dict[str, Any]:
+def require_memory(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the peak memory in bytes of each phase."""
     return {
-        phase: UNAVAILABLE if value[phase] == UNAVAILABLE else is_count(value[phase], 0, 2**60)
+        phase: UNAVAILABLE if value[phase] == UNAVAILABLE else require_count(value[phase], 0, 2**60)
         for phase in PHASES
     }
 
 
-def is_telemetry(value: dict[str, Any]) -> dict[str, Any]:
-    """{began_s, ended_s, interval_s, samples, cpu_s}: began_s by the device's clock, the rest since
-    then."""
-    samples = [is_sample(one) for one in is_list(value["samples"], MOST_SAMPLES)]
+def require_telemetry(value: dict[str, Any]) -> dict[str, Any]:
+    """Return {began_s, ended_s, interval_s, samples, cpu_s}.
+
+    began_s is a time of the device's clock; all other times count from it.
+    """
+    samples = [require_sample(one) for one in require_list(value["samples"], MAX_SAMPLES)]
     times = [one["at_s"] for one in samples]
     if times != sorted(times):
         raise ValueError
-    numbers = {name: is_number(value[name]) for name in ("began_s", "ended_s", "interval_s")}
-    return {**numbers, "samples": samples, "cpu_s": is_known(value["cpu_s"])}
+    numbers = {name: require_number(value[name]) for name in ("began_s", "ended_s", "interval_s")}
+    return {**numbers, "samples": samples, "cpu_s": number_or_unavailable(value["cpu_s"])}
 
 
-def is_sample(value: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"at_s": is_number(value["at_s"])}
+def require_sample(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a telemetry sample with every reading; missing ones are "unavailable"."""
+    sample: dict[str, Any] = {"at_s": require_number(value["at_s"])}
     for name, (low, high) in READINGS.items():
-        found[name] = is_known(value.get(name, UNAVAILABLE), low, high)
+        sample[name] = number_or_unavailable(value.get(name, UNAVAILABLE), low, high)
     clocks = value.get("frequency_hz", UNAVAILABLE)
     if clocks != UNAVAILABLE:
-        clocks = [is_known(clock, 0, 1e12) for clock in is_list(clocks, MOST_CORES)]
+        clocks = [number_or_unavailable(hz, 0, 1e12) for hz in require_list(clocks, MAX_CORES)]
     charging = value.get("charging", UNAVAILABLE)
     if not (isinstance(charging, bool) or charging == UNAVAILABLE):
         raise ValueError
-    throttled = is_text(value.get("throttled", UNAVAILABLE))
-    return {**found, "frequency_hz": clocks, "throttled": throttled, "charging": charging}
+    throttled = require_text(value.get("throttled", UNAVAILABLE))
+    return {**sample, "frequency_hz": clocks, "throttled": throttled, "charging": charging}
 
 
-def is_sustained(value: dict[str, Any]) -> dict[str, list[float]]:
-    times = [is_number(one) for one in is_list(value["at_s"], MOST_CLIPS)]
-    work = [is_number(one, LEAST_S) for one in is_list(value["end_to_end_s"], MOST_CLIPS)]
-    if not times or len(times) != len(work) or times != sorted(times):
+def require_sustained(value: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the start (`at_s`) and duration (`end_to_end_s`) of each clip of a sustained run."""
+    starts = [require_number(one) for one in require_list(value["at_s"], MAX_CLIPS)]
+    durations = [
+        require_number(one, MIN_CLIP_S) for one in require_list(value["end_to_end_s"], MAX_CLIPS)
+    ]
+    if not starts or len(starts) != len(durations) or starts != sorted(starts):
         raise ValueError
-    return {"end_to_end_s": work, "at_s": times}
+    return {"end_to_end_s": durations, "at_s": starts}
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
-    "threads": lambda value: is_count(value, 1, MOST_CORES),
-    "pinned": lambda value: [is_count(core, 0, MOST_CORES) for core in is_list(value, MOST_CORES)],
-    "governor": is_text,
-    "cold_load_s": is_known,
-    "memory_bytes_by_phase": is_memory,
-    "debug": lambda value: [is_text(sign) for sign in is_list(value, 9)],
-    "timed_s": is_span,
-    "telemetry": is_telemetry,
-    "sustained": is_sustained,
+    "threads": lambda value: require_count(value, 1, MAX_CORES),
+    "pinned": lambda value: [
+        require_count(core, 0, MAX_CORES) for core in require_list(value, MAX_CORES)
+    ],
+    "governor": require_text,
+    "cold_load_s": number_or_unavailable,
+    "memory_bytes_by_phase": require_memory,
+    "debug": lambda value: [require_text(sign) for sign in require_list(value, 9)],
+    "timed_s": require_span,
+    "telemetry": require_telemetry,
+    "sustained": require_sustained,
 }
 
-# ---------------------------------------------------------------------------- what it says together
+# ----------------------------------------------------------------------------- result fields
 
 
-def narrow(times: Sequence[float], rounds: int, share: float) -> bool:
-    """Whether the 95 % interval of the rounds' median is at most this share of it."""
+def interval_is_within(times: Sequence[float], rounds: int, share: float) -> bool:
+    """Return whether the 95 % interval of the rounds' median is at most `share` of it."""
     return rounds >= ENOUGH_ROUNDS and relative_interval(times, rounds) <= share
 
 
 def relative_interval(times: Sequence[float], rounds: int) -> float:
-    """Of the medians of rounds, each over the same clips: how much clips differ is no noise."""
-    middles = np.median(by_round(np.asarray(times, float), rounds), axis=1)
-    low, high = median_interval(middles)
-    middle = float(np.median(middles))
-    return (high - low) / middle if middle > 0 else math.inf
+    """Return the width of the 95 % interval of the median, as a share of the median.
 
-
-def fields(
-    rounds: Sequence[dict[str, Any]],
-    lasting: dict[str, Any] | None,
-    audio_s: float,
-    clips: int,
-) -> dict[str, Any]:
-    """The fields of a result that come from beside the rounds, as far as there is any of them.
-
-    `lasting` is the answer of the sustained run; times count from the first round's beginning.
+    It is computed from the medians of the rounds. Every round has the same clips, so differences
+    between clips do not widen it.
     """
-    found: dict[str, Any] = {}
-    watched = [answer for answer in [*rounds, lasting] if answer and "telemetry" in answer]
-    if watched:
-        found["telemetry"] = telemetry(watched, audio_s, clips)
-    if lasting is not None:
-        origin = watched[0]["telemetry"]["began_s"] if watched else lasting["sustained"]["at_s"][0]
+    medians = np.median(by_round(np.asarray(times, float), rounds), axis=1)
+    low, high = median_interval(medians)
+    median = float(np.median(medians))
+    return (high - low) / median if median > 0 else math.inf
+
+
+def result_fields(
+    rounds: Sequence[dict[str, Any]], last: dict[str, Any] | None, audio_s: float, clips: int
+) -> dict[str, Any]:
+    """Return the fields of a result that come from telemetry, as far as it is available.
+
+    `last` is the answer of the sustained run. Times count from the beginning of the first round.
+    """
+    fields: dict[str, Any] = {}
+    sampled = [answer for answer in [*rounds, last] if answer and "telemetry" in answer]
+    if sampled:
+        fields["telemetry"] = merge_telemetry(sampled, audio_s, clips)
+    if last is not None:
+        origin = sampled[0]["telemetry"]["began_s"] if sampled else last["sustained"]["at_s"][0]
         times = [time for answer in rounds for time in answer["end_to_end_s"]]
-        found["sustained"] = sustained(lasting["sustained"], origin, times, clips)
+        fields["sustained"] = summarise_sustained(last["sustained"], origin, times, clips)
     if all("cold_load_s" in answer for answer in rounds):
         cold = [answer["cold_load_s"] for answer in rounds]
-        found["cold_load_s"] = UNAVAILABLE if UNAVAILABLE in cold else cold
+        fields["cold_load_s"] = UNAVAILABLE if UNAVAILABLE in cold else cold
     if all("memory_bytes_by_phase" in answer for answer in rounds):
         phases = [answer["memory_bytes_by_phase"] for answer in rounds]
-        found["memory_bytes_by_phase"] = {
+        fields["memory_bytes_by_phase"] = {
             phase: max((p[phase] for p in phases if p[phase] != UNAVAILABLE), default=UNAVAILABLE)
             for phase in PHASES
         }
-    last = rounds[-1]
-    return found | {name: last[name] for name in ("pinned", "governor", "threads") if name in last}
+    final = rounds[-1]
+    return fields | {n: final[n] for n in ("pinned", "governor", "threads") if n in final}
 
 
-def telemetry(watched: Sequence[dict[str, Any]], audio_s: float, clips: int) -> dict[str, Any]:
-    """All samples on one axis; energy is that of the clips that were timed, without loading."""
-    seen = [answer["telemetry"] for answer in watched]
-    origin = seen[0]["began_s"]
-    spans = [span_and_audio(answer, audio_s, clips) for answer in watched]
-    drawn = [energy_j(one, *span[:2]) for one, span in zip(seen, spans, strict=True)]
-    known = [joules for joules in drawn if joules is not None]
-    energy = sum(known) if known and len(known) == len(drawn) else None
-    heard = sum(audio for _, _, audio in spans)
-    costs = [one["cpu_s"] for one in seen if one["cpu_s"] != UNAVAILABLE]
-    lasted = sum(one["ended_s"] for one in seen)
-    told = len(costs) == len(seen) and lasted > 0
+def merge_telemetry(
+    answers: Sequence[dict[str, Any]], audio_s: float, clips: int
+) -> dict[str, Any]:
+    """Return the field `telemetry`: the samples of all processes on one time axis.
+
+    Energy covers the timed clips, without loading.
+    """
+    records = [answer["telemetry"] for answer in answers]
+    origin = records[0]["began_s"]
+    spans = [timed_span(answer, audio_s, clips) for answer in answers]
+    joules = [energy_j(one, *span[:2]) for one, span in zip(records, spans, strict=True)]
+    known = [energy for energy in joules if energy is not None]
+    total = sum(known) if known and len(known) == len(joules) else None
+    transcribed_s = sum(audio for _, _, audio in spans)
+    cpu_times = [one["cpu_s"] for one in records if one["cpu_s"] != UNAVAILABLE]
+    duration_s = sum(one["ended_s"] for one in records)
+    has_cpu = len(cpu_times) == len(records) and duration_s > 0
+    per_second = total / transcribed_s if total is not None and transcribed_s else UNAVAILABLE
     return {
-        "interval_s": seen[0]["interval_s"],
+        "interval_s": records[0]["interval_s"],
         "samples": [
             {**sample, "at_s": round(one["began_s"] - origin + sample["at_s"], 4)}
-            for one in seen
+            for one in records
             for sample in one["samples"]
         ],
-        "energy_j": UNAVAILABLE if energy is None else energy,
-        "energy_j_per_audio_s": energy / heard if energy is not None and heard else UNAVAILABLE,
-        "sampler_cores": sum(costs) / lasted if told else UNAVAILABLE,
+        "energy_j": UNAVAILABLE if total is None else total,
+        "energy_j_per_audio_s": per_second,
+        "sampler_cores": sum(cpu_times) / duration_s if has_cpu else UNAVAILABLE,
     }
 
 
-def span_and_audio(
-    answer: dict[str, Any], audio_s: float, clips: int
-) -> tuple[float, float, float]:
-    """From when to when clips were transcribed, since the sampler began, and how much sound that
-    was; of a sustained run the whole passes, if there is one."""
+def timed_span(answer: dict[str, Any], audio_s: float, clips: int) -> tuple[float, float, float]:
+    """Return (start, end, audio) of the timed clips in seconds; start and end count from the
+    sampler's start. In a sustained run they cover whole passes over the clips, if there is one."""
     began = answer["telemetry"]["began_s"]
     if "sustained" not in answer:
         start, end = answer.get("timed_s", (began, began))
         return start - began, end - began, audio_s
-    times, work = answer["sustained"]["at_s"], answer["sustained"]["end_to_end_s"]
-    passes = len(times) // clips
+    starts, durations = answer["sustained"]["at_s"], answer["sustained"]["end_to_end_s"]
+    passes = len(starts) // clips
     if not passes:
-        return times[0] - began, times[-1] + work[-1] - began, audio_s * len(times) / clips
+        return starts[0] - began, starts[-1] + durations[-1] - began, audio_s * len(starts) / clips
     last = passes * clips - 1
-    return times[0] - began, times[last] + work[last] - began, audio_s * passes
+    return starts[0] - began, starts[last] + durations[last] - began, audio_s * passes
 
 
-def energy_j(seen: dict[str, Any], start_s: float, end_s: float) -> float | None:
-    """The energy drawn in between, by the trapezoidal rule; None where no power is known."""
-    known = [s for s in seen["samples"] if s["power_w"] != UNAVAILABLE]
+def energy_j(record: dict[str, Any], start_s: float, end_s: float) -> float | None:
+    """Return the energy drawn between two times by the trapezoidal rule; None without power."""
+    known = [s for s in record["samples"] if s["power_w"] != UNAVAILABLE]
     if not known or end_s <= start_s:
         return None
     times, power = (np.array([s[name] for s in known]) for name in ("at_s", "power_w"))
@@ -263,20 +279,22 @@ def energy_j(seen: dict[str, Any], start_s: float, end_s: float) -> float | None
     return float(np.trapezoid(np.interp(at, times, power), at))
 
 
-def sustained(
-    found: dict[str, list[float]], origin: float, rounds_s: Sequence[float], clips: int
+def summarise_sustained(
+    run: dict[str, list[float]], origin: float, rounds_s: Sequence[float], clips: int
 ) -> dict[str, Any]:
-    """The field `sustained`. `ratio` is the last minute against the first (of less than two
-    minutes, the halves), with each clip's time as a multiple of its median in the rounds: the same
-    clips need not be in both."""
-    times, at = np.array(found["end_to_end_s"]), np.array(found["at_s"])
-    usual = np.median(np.reshape(rounds_s, (-1, clips)), axis=0).clip(LEAST_S)  # (clips,)
+    """Return the field `sustained`.
+
+    `ratio` compares the last minute with the first (the halves, below two minutes). Each clip's
+    time is divided by its median in the rounds, so that the minutes may have different clips.
+    """
+    times, at = np.array(run["end_to_end_s"]), np.array(run["at_s"])
+    usual = np.median(np.reshape(rounds_s, (-1, clips)), axis=0).clip(MIN_CLIP_S)  # (clips,)
     relative = times / usual[np.arange(len(times)) % clips]
     edge = min(EDGE_S, (at[-1] - at[0]) / 2)
     first, last = at <= at[0] + edge, at >= at[-1] - edge
     return {
         "minutes": float(at[-1] + times[-1] - at[0]) / 60,
-        "end_to_end_s": found["end_to_end_s"],
+        "end_to_end_s": run["end_to_end_s"],
         "at_s": [round(one, 3) for one in (at - origin).tolist()],
         "first_minute_s": float(np.median(times[first])),
         "last_minute_s": float(np.median(times[last])),
@@ -284,46 +302,48 @@ def sustained(
     }
 
 
-# --------------------------------------------------------------------------- was the run disturbed?
+# --------------------------------------------------------------------------------- stability
 
 
 def unstable_because(
     result: dict[str, Any], samples: Sequence[dict[str, Any]], debug: Iterable[str]
 ) -> list[str]:
-    """Why the times should not be trusted, in sentences with numbers; nothing where they can be, or
-    where there are none: an emulator's are not told anyway."""
+    """Return the reasons why the times are unreliable, as sentences with numbers.
+
+    The list is empty for a stable run, and for an emulator, whose times are never reported.
+    """
     if result["emulated"]:
         return []
-    # a phone's load is that of all its cores, and of those that the run keeps to
+    # a phone's load average covers all cores, also those that the run is not pinned to
     cores = None if "pinned_to" in result["device"] else result["device"].get("cores")
-    found = [
-        disagreement(result["end_to_end_s"], result["rounds"]),
-        heat(samples),
+    reasons = [
+        round_disagreement(result["end_to_end_s"], result["rounds"]),
+        thermal_slowdown(samples),
         throttling(samples),
-        crowding(samples, cores if isinstance(cores, int) else None),
-        background(samples),
-        battery(samples),
+        high_load(samples, cores if isinstance(cores, int) else None),
+        other_programs(samples),
+        low_battery(samples),
         swapping(samples),
         *(f"{sign}, which is slower" for sign in dict.fromkeys(debug)),
     ]
-    return [sentence for sentence in found if sentence is not None]
+    return [sentence for sentence in reasons if sentence is not None]
 
 
-def values(samples: Sequence[dict[str, Any]], name: str) -> list[Any]:
-    """What is known of a reading."""
+def readings_of(samples: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    """Return the available values of a reading."""
     return [sample[name] for sample in samples if sample[name] != UNAVAILABLE]
 
 
-def disagreement(times: Sequence[float], rounds: int) -> str | None:
-    middles = np.median(by_round(np.asarray(times, float), rounds), axis=1)
-    spread = float(np.ptp(middles) / np.median(middles)) if np.median(middles) > 0 else 0.0
+def round_disagreement(times: Sequence[float], rounds: int) -> str | None:
+    medians = np.median(by_round(np.asarray(times, float), rounds), axis=1)
+    spread = float(np.ptp(medians) / np.median(medians)) if np.median(medians) > 0 else 0.0
     if spread <= UNSTABLE_SPREAD:
         return None
-    return f"the medians of the {rounds} rounds lie {spread:.0%} apart"
+    return f"the medians of the {rounds} rounds differ by {spread:.0%}"
 
 
-def heat(samples: Sequence[dict[str, Any]]) -> str | None:
-    """A clock that was higher before, on a machine that has grown warmer."""
+def thermal_slowdown(samples: Sequence[dict[str, Any]]) -> str | None:
+    """Report a machine that got warmer while its clock fell."""
     known = [
         (sample["temperature_c"], max(clocks))
         for sample in samples
@@ -331,9 +351,9 @@ def heat(samples: Sequence[dict[str, Any]]) -> str | None:
         and sample["frequency_hz"] != UNAVAILABLE
         and (clocks := [clock for clock in sample["frequency_hz"] if clock != UNAVAILABLE])
     ]
-    if len(known) < LEAST_SAMPLES:
+    if len(known) < MIN_SAMPLES:
         return None
-    quarter = len(known) // 4  # of which one moment, such as a core alone at its turbo, is little
+    quarter = len(known) // 4  # long enough to outweigh one moment of turbo on a single core
     (cold, fast), (warm, slow) = np.median([known[:quarter], known[-quarter:]], axis=1)
     if warm < cold + WARMER_C or slow >= SLOWER * fast:
         return None
@@ -344,19 +364,19 @@ def heat(samples: Sequence[dict[str, Any]]) -> str | None:
 
 
 def throttling(samples: Sequence[dict[str, Any]]) -> str | None:
-    """What the system itself says: a Raspberry Pi in bits, others in words."""
-    told = values(samples, "throttled")
-    bits = [int(text, 16) for text in told if re.fullmatch(r"0x[0-9a-fA-F]{1,8}", text)]
-    if len(bits) < len(told):
-        words = list(dict.fromkeys(told))
-        if slowed := [word for word in words if word in SLOWED]:
-            return f"the system said of throttling: {', '.join(slowed)}"
-        if len(words) < 2:
+    """Report what the system itself says: a Raspberry Pi in bits, other systems in words."""
+    reported = readings_of(samples, "throttled")
+    bits = [int(text, 16) for text in reported if re.fullmatch(r"0x[0-9a-fA-F]{1,8}", text)]
+    if len(bits) < len(reported):
+        states = list(dict.fromkeys(reported))
+        if slowed := [state for state in states if state in SLOWED]:
+            return f"the system reported throttling: {', '.join(slowed)}"
+        if len(states) < 2:
             return None
-        return f"what the system says of throttling changed: {' -> '.join(words[:4])}"
+        return f"the system's thermal state changed: {' -> '.join(states[:4])}"
     now = 0
     for state in bits:
-        # a bit of the past that was not set when the run began came up between two samples
+        # a since-boot bit that was not set at the first sample was raised between two samples
         now |= state & 0xF | (state & ~bits[0]) >> 16 & 0xF
     if not now:
         return None
@@ -364,58 +384,57 @@ def throttling(samples: Sequence[dict[str, Any]]) -> str | None:
     return f"the firmware reported {', '.join(names)} (0x{max(bits):x})"
 
 
-def crowding(samples: Sequence[dict[str, Any]], cores: int | None) -> str | None:
-    load = max(values(samples, "load_average"), default=0)
+def high_load(samples: Sequence[dict[str, Any]], cores: int | None) -> str | None:
+    load = max(readings_of(samples, "load_average"), default=0)
     if cores is None or load <= cores + SPARE_LOAD:
         return None
     return f"the load average was {load:.1f} on {cores} cores"
 
 
-def background(samples: Sequence[dict[str, Any]]) -> str | None:
-    known = values(samples, "others_cores")
+def other_programs(samples: Sequence[dict[str, Any]]) -> str | None:
+    known = readings_of(samples, "others_cores")
     if not known or np.mean(known) <= BUSY_CORES:
         return None
-    return f"other programs took {np.mean(known):.2f} of a core"
+    return f"other programs used {np.mean(known):.2f} cores"
 
 
-def battery(samples: Sequence[dict[str, Any]]) -> str | None:
+def low_battery(samples: Sequence[dict[str, Any]]) -> str | None:
     low = [
         share
         for sample in samples
         if (share := sample["battery_share"]) != UNAVAILABLE
-        and share < LEAST_BATTERY
+        and share < MIN_BATTERY
         and sample["charging"] is not True
     ]
     return f"the battery was down to {min(low):.0%}" if low else None
 
 
 def swapping(samples: Sequence[dict[str, Any]]) -> str | None:
-    most = max(values(samples, "swapped_bytes"), default=0)
-    return f"{most / 1e6:.1f} MB of the program lay in swap" if most else None
+    swapped = max(readings_of(samples, "swapped_bytes"), default=0)
+    return f"{swapped / 1e6:.1f} MB of the program were in swap" if swapped else None
 
 
-def notes(
-    result: dict[str, Any], lasting: Sequence[dict[str, Any]], share: float | None
-) -> list[str]:
-    """What is worth knowing and makes no result unstable; `lasting` are the samples of the
-    sustained run, which is there to show what warmth does."""
-    found = []
+def notes(result: dict[str, Any], last: Sequence[dict[str, Any]], share: float | None) -> list[str]:
+    """Return remarks that do not make a result unstable.
+
+    `last` holds the samples of the sustained run, which shows the effect of heat on purpose.
+    """
+    remarks = []
     governor = result.get("governor", UNAVAILABLE)
     if governor not in ("performance", UNAVAILABLE):
-        found.append(f"the clock's governor was {governor}")
+        remarks.append(f"the CPU frequency governor was {governor}")
     cost = result.get("telemetry", {}).get("sampler_cores", UNAVAILABLE)
-    if cost != UNAVAILABLE and cost > DEAR_CORES:
-        found.append(f"watching took {cost:.1%} of a core")
+    if cost != UNAVAILABLE and cost > MAX_SAMPLER_CORES:
+        remarks.append(f"telemetry used {cost:.1%} of a core")
     reached = relative_interval(result["end_to_end_s"], result["rounds"])
     if share is not None and reached > share:
-        found.append(
+        remarks.append(
             f"the 95 % interval of the median is {reached:.1%} of it after {result['rounds']} "
-            f"rounds; {share:.1%} was asked for"
+            f"rounds; {share:.1%} was requested"
         )
     if "sustained" in result and not result["emulated"]:
         minutes, ratio = (result["sustained"][name] for name in ("minutes", "ratio"))
-        heard = [s for s in (heat(lasting), throttling(lasting)) if s is not None]
-        found.append(
-            "; ".join([f"{ratio:.2f} times the time at the end of {minutes:.2g} minutes", *heard])
-        )
-    return found
+        causes = [s for s in (thermal_slowdown(last), throttling(last)) if s is not None]
+        change = f"after {minutes:.2g} minutes a clip took {ratio:.2f} times as long"
+        remarks.append("; ".join([change, *causes]))
+    return remarks

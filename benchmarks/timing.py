@@ -1,6 +1,6 @@
-"""What a list of times says: its middle, how sure that is, and whether one time beats another.
+"""Statistics of measured times: the median, its interval, and the ratio of two medians.
 
-Medians, because the disturbances of a timing are one-sided; every sample is kept elsewhere.
+Medians are used because disturbances only make a time longer. Results store every sample.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 COVERAGE = 0.95
 RESAMPLES = 2000
 UNSTABLE_SPREAD = 0.10
-"""Rounds whose medians differ by more than this share were disturbed."""
+"""A run is unstable if the medians of its rounds differ by more than this share."""
 ENOUGH_ROUNDS = 3
-"""With fewer rounds nothing is known about how much rounds differ."""
+"""With fewer rounds, the variation between rounds cannot be estimated."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The middle of some samples, in their unit."""
+    """Summary of samples, in their unit."""
 
     median: float
     interval: tuple[float, float]
-    """Where the median lies with 95 % confidence; the whole range below six samples."""
+    """95 % confidence interval of the median; the whole range for fewer than six samples."""
     outliers: float
     """Share of samples above the upper quartile by more than 1.5 interquartile ranges (Tukey)."""
     unstable: bool
@@ -38,20 +38,20 @@ class Summary:
 
 
 def summarise(samples: Sequence[float], rounds: int = 1) -> Summary:
-    """Describe samples that were taken in `rounds` equal parts, one after the other."""
+    """Summarise samples that consist of `rounds` equal consecutive parts."""
     values = np.asarray(samples, float)
     low, high = np.quantile(values, [0.25, 0.75])
-    middles = np.median(by_round(values, rounds), axis=1)
+    medians = np.median(by_round(values, rounds), axis=1)
     return Summary(
         median=float(np.median(values)),
         interval=median_interval(values),
         outliers=float(np.mean(values > high + 1.5 * (high - low))),
-        unstable=bool(np.ptp(middles) > UNSTABLE_SPREAD * np.median(middles)),
+        unstable=bool(np.ptp(medians) > UNSTABLE_SPREAD * np.median(medians)),
     )
 
 
 def by_round(samples: np.ndarray, rounds: int) -> np.ndarray:
-    """Return samples as (rounds, samples a round); as one round where they do not divide."""
+    """Return samples as (rounds, samples per round); as one round if they do not divide evenly."""
     return samples.reshape(rounds if len(samples) % rounds == 0 else 1, -1)
 
 
@@ -82,19 +82,19 @@ def ratio(
 ) -> tuple[float, tuple[float, float]]:
     """Return the ratio of the medians and its 95 % interval.
 
-    Bootstrap in two stages, rounds first and then samples within them, because the samples of a
-    round share what disturbed it (Davison and Hinkley, Bootstrap Methods, 1997, 3.8).
+    The bootstrap has two stages, rounds and then samples within them, because the samples of a
+    round share its disturbances (Davison and Hinkley, Bootstrap Methods, 1997, 3.8).
     """
     rng = np.random.default_rng(0)
-    middles = resampled_medians(by_round(np.asarray(samples, float), rounds), rng)
-    base_middles = resampled_medians(by_round(np.asarray(base, float), base_rounds), rng)
+    medians = resampled_medians(by_round(np.asarray(samples, float), rounds), rng)
+    base_medians = resampled_medians(by_round(np.asarray(base, float), base_rounds), rng)
     tail = 50 * (1 - COVERAGE)
-    low, high = np.percentile(middles / base_middles, [tail, 100 - tail])
+    low, high = np.percentile(medians / base_medians, [tail, 100 - tail])
     return float(np.median(samples) / np.median(base)), (float(low), float(high))
 
 
 def resampled_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(rounds, n) -> (RESAMPLES,): the medians of rounds and samples drawn anew."""
+    """Return (RESAMPLES,) medians of rounds and samples drawn with replacement from (rounds, n)."""
     rounds, count = values.shape
     drawn = rng.integers(rounds, size=(RESAMPLES, rounds, 1))
     places = rng.integers(count, size=(RESAMPLES, rounds, count))

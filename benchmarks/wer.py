@@ -1,9 +1,11 @@
 """Word and character error rates with their counts and a bootstrap interval.
 
-`wer` is errors summed over all utterances by all reference words (corpus WER): utterances whose
-reference is empty count by the words put in, which is how invented text shows. The mean of every
-utterance's own WER stands beside it, because some papers report that (LiteASR: its average over
-data sets of such means): short utterances weigh more there, those without reference words nothing.
+`wer` is the corpus WER: the errors of all utterances divided by all reference words. Words inserted
+into utterances with an empty reference count as errors, so hallucinated text raises it.
+
+`wer_per_utterance_mean` is the mean of the utterances' own WERs, which some papers report (LiteASR
+averages it over data sets). Short utterances weigh more in it, and utterances without reference
+words are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ COVERAGE = 0.95
 
 @dataclass(frozen=True)
 class Score:
-    """Error rates as fractions (0.05 is 5 %), counts in words, the normalizer that was used."""
+    """Error rates as fractions (0.05 is 5 %), counts in words, and the normalizer."""
 
     wer: float
     wer_per_utterance_mean: float
@@ -47,9 +49,9 @@ def score(
     normalizer: str = "whisper-basic",
     languages: Sequence[str] | None = None,
 ) -> Score:
-    """Compare texts pairwise; `languages` are those of the texts, for a by-language normalizer.
+    """Score hypotheses against references; a by-language normalizer needs their `languages`.
 
-    Raises Problem: different lengths, or no reference word at all.
+    Raises Problem for lists of different lengths and if there is no reference word.
     """
     if len(references) != len(hypotheses):
         raise Problem(f"{len(references)} references but {len(hypotheses)} hypotheses")
@@ -58,14 +60,14 @@ def score(
     substitutions, deletions, insertions, words = (int(total) for total in counts.sum(axis=0))
     if words == 0:
         raise Problem(
-            "the clips hold no reference words, so there is no error rate",
-            hint="score clips without speech together with clips that have some",
+            "the clips have no reference words, so there is no error rate",
+            hint="score clips without speech together with clips that have speech",
         )
-    letters = np.array([count(r, h, characters=True) for r, h in pairs]).sum(axis=0)
+    characters = np.array([count(r, h, characters=True) for r, h in pairs]).sum(axis=0)
     return Score(
         wer=(substitutions + deletions + insertions) / words,
         wer_per_utterance_mean=_utterance_mean(counts[:, :3].sum(axis=1), counts[:, 3]),
-        cer=float(letters[:3].sum() / letters[3]),
+        cer=float(characters[:3].sum() / characters[3]),
         wer_interval=interval(counts[:, :3].sum(axis=1), counts[:, 3]),
         substitutions=substitutions,
         deletions=deletions,
@@ -78,15 +80,15 @@ def score(
 
 
 def count(reference: str, hypothesis: str, characters: bool = False) -> tuple[int, int, int, int]:
-    """Substitutions, deletions, insertions, and the reference's length, in words or characters."""
+    """Return substitutions, deletions, insertions and reference length, in words or characters."""
     import jiwer
 
-    if not reference:  # jiwer wants at least one reference word
+    if not reference:  # jiwer needs at least one reference word
         return 0, 0, len(hypothesis if characters else hypothesis.split()), 0
     process = jiwer.process_characters if characters else jiwer.process_words
-    found = process(reference, hypothesis)
-    length = found.hits + found.substitutions + found.deletions
-    return found.substitutions, found.deletions, found.insertions, length
+    output = process(reference, hypothesis)
+    length = output.hits + output.substitutions + output.deletions
+    return output.substitutions, output.deletions, output.insertions, length
 
 
 def normalized(
@@ -95,9 +97,9 @@ def normalized(
     normalizer: str,
     languages: Sequence[str] | None = None,
 ) -> list[tuple[str, str]]:
-    """Pairs of texts after normalisation."""
-    spoken = [None] * len(references) if languages is None else languages
-    cleaners = [normalizer_named(normalizer, language) for language in spoken]
+    """Return the pairs of texts after normalisation."""
+    codes = [None] * len(references) if languages is None else languages
+    cleaners = [normalizer_named(normalizer, code) for code in codes]
     texts = zip(cleaners, references, hypotheses, strict=True)
     return [(clean(reference), clean(hypothesis)) for clean, reference, hypothesis in texts]
 
@@ -108,7 +110,7 @@ def word_errors(
     normalizer: str,
     languages: Sequence[str] | None = None,
 ) -> list[tuple[int, int]]:
-    """Word errors and reference words of each pair."""
+    """Return the word errors and reference words of each pair."""
     return [
         (row["substitutions"] + row["deletions"] + row["insertions"], row["words"])
         for row in word_counts(references, hypotheses, normalizer, languages)
@@ -121,21 +123,24 @@ def word_counts(
     normalizer: str,
     languages: Sequence[str] | None = None,
 ) -> list[dict[str, int]]:
-    """The word counts of each pair, under the names of Score."""
+    """Return the word counts of each pair, named as in Score."""
     names = ("substitutions", "deletions", "insertions", "words")
     pairs = normalized(references, hypotheses, normalizer, languages)
     return [dict(zip(names, count(*pair), strict=True)) for pair in pairs]
 
 
 def _utterance_mean(errors: np.ndarray, words: np.ndarray) -> float:
-    """(utterances,) each: the mean of errors / words where there are words."""
+    """Return the mean of errors / words, (utterances,) each, over utterances with words."""
     spoken = words > 0
     return float((errors[spoken] / words[spoken]).mean())
 
 
 def interval(errors: np.ndarray, words: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of errors / words, by percentile bootstrap over utterances (Bisani and Ney
-    2004); the seed is fixed. Differences of errors between two systems give the paired interval."""
+    """Return the 95 % interval of errors / words by a percentile bootstrap over utterances (Bisani
+    and Ney 2004) with a fixed seed.
+
+    With the differences of two systems' errors it is the paired interval.
+    """
     totals = resampled_sums(np.stack([errors, words]))
     spoken = totals[:, 1] > 0
     rates = totals[spoken, 0] / totals[spoken, 1]
@@ -145,8 +150,10 @@ def interval(errors: np.ndarray, words: np.ndarray) -> tuple[float, float]:
 
 
 def resampled_sums(counts: np.ndarray) -> np.ndarray:
-    """Sums of (kinds, utterances) counts over RESAMPLES draws of the utterances with replacement:
-    (RESAMPLES, kinds). The seed is fixed. Draws are not kept, so that memory does not grow with
-    the number of utterances."""
+    """Return (RESAMPLES, kinds) sums of counts (kinds, utterances) over utterances drawn with
+    replacement.
+
+    The seed is fixed. One draw is in memory at a time, so memory does not grow with RESAMPLES.
+    """
     rng, number = np.random.default_rng(0), counts.shape[1]
     return np.stack([counts[:, rng.integers(number, size=number)].sum(1) for _ in range(RESAMPLES)])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from benchmarks.bench import OURS
+from benchmarks.program import OURS
 from benchmarks.reference_runtimes import Encoder
 from devices.device import run_runner
 from devices.local import LocalDevice

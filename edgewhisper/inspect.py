@@ -298,7 +298,8 @@ def time_artifact(
             f"{folder}: there are no graphs to time, because it is not an artifact",
             hint="export the checkpoint first: edgewhisper export",
         )
-    from benchmarks.latency import probe  # imports torch, which inspect does not need otherwise
+    # imports torch, which inspect does not need otherwise
+    from benchmarks.calibrate_latency import probe
     from export.onnx.operators import Operator
 
     manifest = read_facts(folder)

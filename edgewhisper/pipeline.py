@@ -211,7 +211,8 @@ def bench(
     With `baseline` or `rivals`, also measure a dense checkpoint in each rival engine. The default
     rival is transformers; the default baseline is the embedded model.
     """
-    from benchmarks.bench import Candidate, in_own_form
+    from benchmarks.bench import Candidate
+    from benchmarks.candidates import in_own_form
     from benchmarks.reference_runtimes import has_core_ml
     from devices.device import Place, load_profile
 
@@ -304,7 +305,7 @@ def calibrate(
     up in ./edgewhisper-runs, the working directory and the directories of the results. Returns the
     rows of the table and a sentence about it.
     """
-    from benchmarks import latency
+    from benchmarks import calibrate_latency, latency
     from benchmarks.result import read
 
     files = results or sorted(runs.RUNS.glob("result-*.jsonl"))
@@ -313,7 +314,7 @@ def calibrate(
     if results:
         table = latency.find_table(place.device, precision, threads)
     else:
-        table = latency.calibrate(place, precision, threads, say)
+        table = calibrate_latency.calibrate(place, precision, threads, say)
     corrected = latency.correct(table, lines, latency.artifacts_in(folders))
     if results and corrected is table:
         raise Problem(

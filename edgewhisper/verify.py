@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import OURS, write_clips
-from benchmarks.gate import MOST_CLIPS, evenly, gate_again, same_clips, states_again
+from benchmarks.gate import MOST_CLIPS, evenly
+from benchmarks.gate_record import gate_again, same_clips, states_again
 from benchmarks.metadata import folder_bytes
+from benchmarks.program import OURS
 from benchmarks.speech.clips import Clip, read_manifest
+from benchmarks.speech.wav import write_clips
 from devices.device import RUNNER, run_runner
 from devices.local import LocalDevice
 from devices.runner.artifact import manifest as contract

@@ -1,1 +1,1 @@
-"""How many instructions an artifact takes on AArch64, counted in an emulator."""
+"""Count the instructions of artifacts on AArch64 cores in an emulator."""

@@ -1,10 +1,10 @@
 /* A qemu plugin that counts the guest's instructions up to each mark.
  *
- * A guest sets mark number k by getpgid(-7000000 - k): no such process group can be, so a machine
- * without the plugin answers ESRCH and nothing else happens. Each mark writes a line to the file
- * of the argument out=: its number, the instructions so far, and how many of them were dot
- * products (SDOT, UDOT, and the matrix products of i8mm). One thread of the guest is counted
- * rightly; several would race for the counters.
+ * A guest sets mark number k by calling getpgid(-7000000 - k). No such process group can exist, so
+ * without the plugin the call returns ESRCH and has no effect. Each mark writes a line to the file
+ * of the argument out=: its number, the instructions so far, and the dot products among them (SDOT,
+ * UDOT, and the matrix products of i8mm). The guest must have one thread; several threads would
+ * race for the counters.
  */
 #include <inttypes.h>
 #include <stdio.h>

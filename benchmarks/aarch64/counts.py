@@ -1,8 +1,9 @@
-"""Counts of instructions: read from the marks, kept as JSON lines, compared with those kept.
+"""Instruction counts: computed from the plugin's marks, stored as JSON lines, and compared.
 
 A line has, for one artifact on one emulated core, the instructions of the encoder per second of its
-window, of the prompt's step and of a token's (the mean over the forced ones), how many of each are
-dot products, and how far the outputs are from x86-64's. No times: emulated ones mean nothing.
+window, of the prompt's decoder step and of a token's step (mean over the forced tokens), the number
+of dot products among them, and the difference of the outputs to x86-64. Times from emulators are
+never reported.
 """
 
 from __future__ import annotations
@@ -33,35 +34,38 @@ Row = dict[str, Any]
 
 
 def spans(text: str) -> dict[int, np.ndarray]:
-    """Number of a mark -> (instructions, dot products) from every such mark to the next, (n, 2)."""
+    """Return, for each mark, (instructions, dot products) up to the next mark, (n, 2).
+
+    Raises Problem if the text is not the plugin's output.
+    """
     try:
         marks = np.array([[int(word) for word in line.split()] for line in text.splitlines()])
         numbers, totals = marks[:, 0], marks[:, 1:3]
         if totals.shape[1] != 2 or (np.diff(totals, axis=0) < 0).any():
-            raise ValueError("not two totals that grow")
+            raise ValueError("the two totals do not increase")
     except (ValueError, IndexError) as error:
         raise Problem(
             f"the plugin's marks cannot be read ({error})",
-            "delete build/aarch64 to build the emulated machine anew",
+            "delete build/aarch64 to rebuild the emulated machine",
         ) from None
     between = np.diff(totals, axis=0)
     return {number: between[numbers[:-1] == number] for number in set(numbers.tolist()) - {END}}
 
 
-def counted(text: str, work: Work, window_s: float) -> dict[str, dict[str, float]]:
-    """`instructions` and `dot_products` of the last round, by stage."""
-    found = spans(text)
-    wanted = {ENCODER: work.rounds, PROMPT: work.rounds, TOKEN: work.rounds * work.tokens}
-    there = {number: len(span) for number, span in found.items()}
-    if there != wanted:
+def counted(text: str, task: Work, window_s: float) -> dict[str, dict[str, float]]:
+    """Return `instructions` and `dot_products` of the last round, by stage."""
+    by_mark = spans(text)
+    expected = {ENCODER: task.rounds, PROMPT: task.rounds, TOKEN: task.rounds * task.tokens}
+    actual = {number: len(span) for number, span in by_mark.items()}
+    if actual != expected:
         raise Problem(
-            f"the plugin saw {there} marks of {wanted}",
+            f"the plugin counted {actual} marks of {expected}",
             "the guest ended early or ran more than once; run it again",
         )
     last = {
-        "encoder_per_s": found[ENCODER][-1] / window_s,
-        "prompt": found[PROMPT][-1],
-        "token": found[TOKEN][-work.tokens :].mean(axis=0),
+        "encoder_per_s": by_mark[ENCODER][-1] / window_s,
+        "prompt": by_mark[PROMPT][-1],
+        "token": by_mark[TOKEN][-task.tokens :].mean(axis=0),
     }
     names = ("instructions", "dot_products")
     return {
@@ -74,11 +78,11 @@ def counted(text: str, work: Work, window_s: float) -> dict[str, dict[str, float
 
 
 def against(ours: Answer, theirs: Answer) -> Row:
-    """How far what one machine made is from what the other did."""
+    """Return the differences between the outputs of two machines."""
     same = sum(a == b for a, b in zip(ours.tokens, theirs.tokens, strict=True))
     logits = ours.arrays["logits"], theirs.arrays["logits"]
     return {
-        "encoder": max(farthest(floats(ours.arrays), floats(theirs.arrays)), default=0.0),
+        "encoder": max(errors(floats(ours.arrays), floats(theirs.arrays)), default=0.0),
         "logits": float(np.abs(logits[0] - logits[1]).max()),
         "logits_span": float(np.ptp(logits[1])),
         "clips": len(ours.tokens),
@@ -86,26 +90,27 @@ def against(ours: Answer, theirs: Answer) -> Row:
     }
 
 
-def farthest(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> list[float]:
+def errors(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> list[float]:
+    """Return the largest difference of each array."""
     return [float(np.abs(ours[name] - array).max()) for name, array in theirs.items()]
 
 
 def floats(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Keys and values as they are read: codes times the scale of each head's channels."""
-    found = {}
+    """Return keys and values (heads, room, width), with codes multiplied by their scales."""
+    dequantised = {}
     for name, array in arrays.items():
         if name.endswith((".key", ".value")):
             wide = array[0].astype(np.float32)  # (heads, room, width)
             scale = arrays.get(f"{name}_scale")
-            found[name] = wide if scale is None else wide * scale.reshape(len(wide), 1, -1)
-    return found
+            dequantised[name] = wide if scale is None else wide * scale.reshape(len(wide), 1, -1)
+    return dequantised
 
 
 # ------------------------------------------------------------------------------------- the gate
 
 
 def read(path: Path) -> list[Row]:
-    """The lines of a file of counts. Raises Problem where it is none."""
+    """Return the rows of a file of counts. Raises Problem for another file."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for row in rows:
@@ -114,13 +119,13 @@ def read(path: Path) -> list[Row]:
             key(row)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Problem(
-            f"{path}: no counts of this version ({error})", "keep them anew with --keep"
+            f"{path}: not a file of counts of this version ({error})", "store new ones with --keep"
         ) from None
     return rows
 
 
 def keep(rows: Sequence[Row], path: Path) -> None:
-    """Put rows into a file, in the place of those of the same artifacts and cores."""
+    """Store rows in a file; they replace rows of the same artifacts and cores."""
     kept = {key(row): row for row in (read(path) if path.is_file() else [])}
     kept |= {key(row): row for row in rows}
     with new_file(path) as temporary:
@@ -129,21 +134,21 @@ def keep(rows: Sequence[Row], path: Path) -> None:
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """Rows of one key have done the same work."""
+    """Return what identifies a row; rows with equal keys did the same work."""
     return tuple(row[name] for name in ("name", "cpu", "window_s", "tokens"))
 
 
 def change(row: Row, kept: Sequence[Row]) -> str:
-    """How much more the worst stage takes than was kept, for a table."""
+    """Return the largest increase of any stage over the stored row, for a table."""
     before = next((one for one in kept if key(one) == key(row)), None)
     if before is None:
-        return "none kept"
+        return "not stored"
     counts = (row["instructions"], before["instructions"])
     return f"{max(counts[0][stage] / counts[1][stage] for stage in STAGES) - 1:+.2%}"
 
 
 def risen(row: Row, kept: Row) -> list[str]:
-    """What takes more instructions than was kept for the same artifact and core."""
+    """Return a sentence for each stage with more instructions than in the stored row."""
     pairs = [(TITLES[s], kept["instructions"][s], row["instructions"][s]) for s in STAGES]
     where = f"{row['name']} on {row['cpu']}"
     return [
@@ -154,7 +159,7 @@ def risen(row: Row, kept: Row) -> list[str]:
 
 
 def judge(rows: Sequence[Row], kept: Sequence[Row]) -> None:
-    """Raises Problem where outputs are not x86-64's or counts have risen."""
+    """Raise Problem if outputs differ from x86-64 or counts have increased."""
     before = {key(row): row for row in kept}
     wrong = [sentence for row in rows for sentence in apart(row)]
     if wrong:
@@ -165,55 +170,59 @@ def judge(rows: Sequence[Row], kept: Sequence[Row]) -> None:
             runtimes = (one["versions"]["onnxruntime"] for one in (before[key(row)], row))
             raise Problem(
                 f"{'; '.join(more)} (onnxruntime {' and '.join(runtimes)})",
-                "see which operators the export has gained; if it is right, keep it with --keep",
+                "see which operators the export has gained; if that is justified, use --keep",
             )
 
 
 def apart(row: Row) -> list[str]:
-    """Outputs that differ from x86-64's: fp32 by more than rounding, the rest in tokens."""
+    """Return a sentence per difference to x86-64: tokens, and fp32 beyond rounding."""
     off, where = row["against_x86"], f"{row['name']} on {row['cpu']}"
-    found = []
+    sentences = []
     if off["clips_alike"] < off["clips"]:
         other = off["clips"] - off["clips_alike"]
-        found.append(f"{where}: {other} of {off['clips']} clips get other tokens than on x86-64")
+        sentences.append(
+            f"{where}: {other} of {off['clips']} clips get other tokens than on x86-64"
+        )
     if row["precision"] == "fp32":
-        found += [
-            f"{where}: {part} up to {off[part]:.1e} off x86-64's, {ALLOWED_ERROR:g} is allowed"
+        sentences += [
+            f"{where}: {part} differs from x86-64 by {off[part]:.1e}; {ALLOWED_ERROR:g} is allowed"
             for part in ("encoder", "logits")
             if off[part] > ALLOWED_ERROR
         ]
-    return found
+    return sentences
 
 
-# ------------------------------------------------------------------------------------ for people
+# ------------------------------------------------------------------------------------- tables
 
 
 def table_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Rows for a table: millions of instructions."""
+    """Return the rows of a table, in millions of instructions."""
     return [
         {
             "artifact": row["name"],
             "core (emulated)": row["cpu"],
             **{f"{TITLES[s]}, M": f"{row['instructions'][s] / 1e6:.3g}" for s in STAGES},
             "encoder's dot products": share(row),
-            "logits off x86-64": "{logits:.1e} of {logits_span:.0f}".format(**row["against_x86"]),
-            "clips alike": alike(row),
+            "logits error vs x86-64": "{logits:.1e} of {logits_span:.0f}".format(
+                **row["against_x86"]
+            ),
+            "same tokens": alike(row),
         }
         for row in rows
     ]
 
 
 def alike(row: Row) -> str:
-    """How many clips get the same tokens as on x86-64; random weights hear none."""
+    """Return how many clips get the same tokens as on x86-64; "-" for random weights."""
     off = row["against_x86"]
     return f"{off['clips_alike']} of {off['clips']}" if off["clips"] else "-"
 
 
 def share(row: Row) -> str:
-    """What part of the encoder's instructions are dot products."""
+    """Return the share of dot products among the encoder's instructions."""
     return f"{row['dot_products']['encoder_per_s'] / row['instructions']['encoder_per_s']:.0%}"
 
 
 def window_s(samples: Sequence[int], seconds: float) -> float:
-    """The length of the shortest window that holds so many seconds."""
+    """Return the length in seconds of the shortest window of at least `seconds`."""
     return min(n for n in samples if n >= round(seconds * SAMPLING_RATE)) / SAMPLING_RATE

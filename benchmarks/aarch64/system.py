@@ -1,11 +1,12 @@
-"""A whole AArch64 computer in an emulator: Debian's kernel, its Python and its sshd, on a disk of
-its own. Memory is what a real one would take; time means nothing.
+"""A complete AArch64 computer in an emulator: Debian's kernel, Python and sshd on a disk image.
 
-    vmlinuz, initrd     the kernel, and the modules that find the disk and the network
-    disk.img            Debian's arm64 packages, numpy and onnxruntime; no boot writes to it
-    id, known_hosts     of the user, whom its sshd lets in as root
+Memory use is realistic; times are not.
 
-It hears on a port of this machine's loopback interface only, and reaches nothing.
+    vmlinuz, initrd     the kernel, and the modules for the disk and the network
+    disk.img            Debian's arm64 packages, numpy and onnxruntime; never written to
+    id, known_hosts     the user's key, which may log in as root, and the host key
+
+It listens on a port of this machine's loopback interface and cannot reach any network.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ TOOLS = {
     "cpio": "cpio",
     "ssh-keygen": "openssh-client",
 }
-"""What builds and runs it, and Debian's package of each."""
+"""Programs that build and run it -> their Debian packages."""
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 PACKAGES = (f"python{PYTHON}-minimal", f"libpython{PYTHON}-stdlib", "libstdc++6", "openssh-server")
 TOOLBOX = "busybox-static"
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "ext4")
 DISK_BYTES = 600 << 20
 BOOT_S, LOGIN_S = 300, 30
-NETWORK = "it needs Debian's packages and the Python package index; try again with a network"
+NETWORK = "Debian's packages and the Python package index are needed; check the network"
 
 FIRST = """#!/bin/busybox sh
 export PATH=/bin
@@ -57,7 +58,7 @@ busybox mount -t ext4 /dev/vda /disk
 for place in proc sys dev; do busybox mount --move /$place /disk/$place; done
 exec busybox switch_root /disk /sbin/init
 """
-"""Run from the initial memory disk: find the real one, and go on there."""
+"""The init script of the initial memory disk, which mounts the real disk and continues there."""
 SECOND = """#!/bin/busybox sh
 export PATH=/usr/bin:/usr/sbin
 busybox mount -t tmpfs tmpfs /run
@@ -80,13 +81,13 @@ GROUPS = "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"
 
 
 def build(place: Path) -> None:
-    """Build it into a folder, once for the versions of constraints.txt and this file.
+    """Build the computer into a folder, once per version of constraints.txt and this file.
 
-    Raises Problem where a tool or a package cannot be had.
+    Raises Problem for a missing tool or package.
     """
     for tool, package in TOOLS.items():
         if shutil.which(tool, path=SBIN) is None:
-            raise Problem(f"there is no {tool}", f"install it: sudo apt-get install {package}")
+            raise Problem(f"{tool} is not installed", f"install it: sudo apt-get install {package}")
     made_of = VERSIONS.read_bytes() + Path(__file__).read_bytes()
     stamp = place / "made-of"
     if stamp.is_file() and stamp.read_bytes() == made_of:
@@ -107,7 +108,7 @@ def build(place: Path) -> None:
 
 
 def fetch(folder: Path) -> None:
-    """Packages with all that they depend on, the kernel, and wheels."""
+    """Download packages with their dependencies, the kernel, and wheels."""
     env = {"APT_CONFIG": str(lay_out_apt(folder, "".join(debian.source_files())))}
     checked(["apt-get", "update", "-qq"], NETWORK, env)
     archives = folder / "archives"
@@ -122,7 +123,7 @@ def fetch(folder: Path) -> None:
 
 
 def unpack(fetched: Path, root: Path) -> None:
-    """Packages and wheels; no script of theirs is run."""
+    """Unpack packages and wheels; their scripts are not run."""
     for package in sorted((fetched / "archives").glob("*.deb")):
         checked(["dpkg-deb", "-x", str(package), str(root)], NETWORK)
     for wheel in fetched.glob("*.whl"):
@@ -131,14 +132,14 @@ def unpack(fetched: Path, root: Path) -> None:
 
 
 def keys(place: Path) -> None:
-    """A key of the computer and one of the user."""
+    """Create the keys of the computer and of the user."""
     for name in ("host", "id"):
         made = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(place / name)]
         checked(made, "install openssh-client")
 
 
 def settle(place: Path, root: Path) -> None:
-    """What the packages' scripts would have set up: users, a shell, python3, sshd's settings."""
+    """Set up what the packages' scripts would: users, a shell, python3, sshd's settings."""
     (root / "etc/passwd").write_text(USERS, encoding="ascii")
     (root / "etc/group").write_text(GROUPS, encoding="ascii")
     (root / "etc/shadow").write_text("root:*:19000:0:99999:7:::\n", encoding="ascii")
@@ -162,7 +163,7 @@ def link(path: Path, target: str) -> None:
 
 
 def boot_files(place: Path, root: Path) -> None:
-    """The kernel, and the memory disk that it begins with."""
+    """Move the kernel out of the root and build the initial memory disk."""
     (modules,) = (root / "lib/modules").iterdir()
     shutil.move(root / "boot" / f"vmlinuz-{modules.name}", place / "vmlinuz")
     first = place / "first"
@@ -186,7 +187,7 @@ def boot_files(place: Path, root: Path) -> None:
 
 
 def disk(root: Path, out: Path) -> None:
-    """A file system with the folder's files, all of them root's."""
+    """Create a file system image with the folder's files, owned by root."""
     made = ["mke2fs", "-q", "-t", "ext4", "-E", "root_owner=0:0", "-d", str(root), str(out)]
     checked([*made, f"{DISK_BYTES >> 10}k"], "install e2fsprogs")
 
@@ -196,11 +197,11 @@ def disk(root: Path, out: Path) -> None:
 
 @contextmanager
 def booted(place: Path, port: int, cpu: str, memory_bytes: int, cores: int) -> Iterator[None]:
-    """The computer, from when its sshd answers on a port of this machine until it is cut off."""
+    """Run the computer inside the block; its sshd answers on a port of this machine."""
     console = place / f"console-{port}"
     argv = command(place, port, cpu, memory_bytes, cores)
-    with console.open("wb") as said:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+    with console.open("wb") as log:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         wait_for(process, place, port, console)
         yield
@@ -227,7 +228,7 @@ def command(place: Path, port: int, cpu: str, memory_bytes: int, cores: int) -> 
 
 
 def wait_for(process: subprocess.Popen[bytes], place: Path, port: int, console: Path) -> None:
-    """Until ssh can log in; raises Problem with the console's last line where it cannot."""
+    """Wait until ssh can log in. Raises Problem with the console's last line if it cannot."""
     deadline = time.monotonic() + BOOT_S
     login = ["ssh", "-F", str(ssh_config(place, port)), "-o", "BatchMode=yes", "computer", "true"]
     while process.poll() is None and time.monotonic() < deadline:
@@ -238,16 +239,16 @@ def wait_for(process: subprocess.Popen[bytes], place: Path, port: int, console: 
             if done.returncode == 0:
                 return
         time.sleep(0.5)
-    said = console.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+    lines = console.read_text(errors="replace").strip().splitlines() or ["no output"]
     ended = process.poll()
     what = f"did not answer within {BOOT_S} s" if ended is None else f"ended with exit code {ended}"
     raise Problem(
-        f"the emulated computer {what} ({said[-1]})", "delete build/aarch64/system to build it anew"
+        f"the emulated computer {what} ({lines[-1]})", "delete build/aarch64/system to rebuild it"
     )
 
 
 def ssh_config(place: Path, port: int) -> Path:
-    """ssh's configuration with the computer in it, under the name `computer`."""
+    """Write an ssh configuration for the host name `computer` and return its path."""
     kind, key, *_ = (place / "host.pub").read_text(encoding="ascii").split()
     known = place / f"known_hosts-{port}"
     known.write_text(f"[127.0.0.1]:{port} {kind} {key}\n", encoding="ascii")

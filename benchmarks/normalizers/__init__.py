@@ -1,16 +1,16 @@
 """Text normalizers by name. Results of different normalizers are never compared.
 
-A name stands for fixed rules: whoever changes what a normalizer does gives it a new name (such as
-hindi-wer-2), so that old results are not compared with new ones by mistake. Clips of several
-languages have a name that lists the normalizer of each, such as
-by-language:en=whisper-english,*=whisper-basic, where * stands for the languages not listed.
+The rules behind a name never change. A changed normalizer gets a new name (such as hindi-wer-2), so
+that new results are not compared with old ones by mistake. For clips of several languages, the name
+lists the normalizer of each, such as by-language:en=whisper-english,*=whisper-basic; * stands for
+all other languages.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from benchmarks.normalizers.bambara import bambara
 from benchmarks.normalizers.hindi import hindi_strict, hindi_wer
@@ -18,8 +18,15 @@ from benchmarks.normalizers.vistaar import vistaar
 from benchmarks.normalizers.whisper import whisper_basic, whisper_english
 from export.problem import Problem
 
-if TYPE_CHECKING:
-    from benchmarks.speech.clips import Clip
+
+class Spoken(Protocol):
+    """What a Clip has of a text: its words and their language."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def lang(self) -> str: ...
+
 
 NORMALIZERS: dict[str, Callable[[str], str]] = {
     "none": lambda text: " ".join(text.split()),
@@ -32,88 +39,86 @@ NORMALIZERS: dict[str, Callable[[str], str]] = {
 }
 
 BY_LANGUAGE = {"hi": "hindi-wer", "bm": "bambara", "en": "whisper-english"}
-"""What is used where none is named; for other languages whisper-basic where it does no harm."""
+"""The default normalizers; other languages use whisper-basic if it is harmless."""
 
 HARMLESS = 0.01
-"""The largest share of marks, which whisper-basic turns into spaces, among a text's characters."""
+"""whisper-basic turns combining marks into spaces; up to this share of them it is harmless."""
 
 MERGED = 0.1
-"""The largest share of words that whisper-english may merge into numbers: it makes one word of
-"three one four", 314. English texts with more number words are scored by whisper-basic."""
+"""whisper-english merges number words: "three one four" becomes 314. English texts in which it
+merges more than this share of the words are scored by whisper-basic."""
 
 MIXED = "by-language:"
 OTHERS = "*"
 
 
 def normalizer(name: str, language: str | None = None) -> Callable[[str], str]:
-    """The normalizer of that name, for a text in `language` where the name lists several.
+    """Return the normalizer of a name; a by-language name needs the text's language.
 
-    Raises Problem for an unknown name, which lists the known ones, and for a by-language name
-    without a normalizer for `language`.
+    Raises Problem for an unknown name and for a by-language name without an entry for `language`.
     """
     if name.startswith(MIXED):
-        return _of_mixed(name, language)
+        return _by_language(name, language)
     if name not in NORMALIZERS:
         raise Problem(
-            f"there is no normalizer {name!r}", hint=f"choose one of {', '.join(NORMALIZERS)}"
+            f"unknown normalizer {name!r}", hint=f"choose one of {', '.join(NORMALIZERS)}"
         )
     return NORMALIZERS[name]
 
 
-def _of_mixed(name: str, language: str | None) -> Callable[[str], str]:
+def _by_language(name: str, language: str | None) -> Callable[[str], str]:
     pairs = [pair.partition("=") for pair in name.removeprefix(MIXED).split(",")]
     names = {code: normalizer(plain) for code, _, plain in pairs}
     if language is None:
         return next(iter(names.values()))
-    found = names.get(base_code(language), names.get(OTHERS))
-    if found is None:
+    entry = names.get(base_code(language), names.get(OTHERS))
+    if entry is None:
         raise Problem(
-            f"the normalizer {name!r} says nothing about the language {language!r}",
+            f"the normalizer {name!r} has no entry for the language {language!r}",
             hint=f"add {base_code(language)}=NAME or {OTHERS}=NAME to it",
         )
-    return found
+    return entry
 
 
 def base_code(language: str) -> str:
-    """The language of a code without its region: en for en-US and EN_us."""
+    """Return a language code without its region: en for en-US and EN_us."""
     return language.lower().replace("_", "-").split("-")[0]
 
 
-def name_for(clips: Sequence[Clip], otherwise: str | None = None) -> str:
-    """The normalizer for the clips' language, or a by-language name where they need several.
+def name_for(clips: Sequence[Spoken], otherwise: str | None = None) -> str:
+    """Return the name of the normalizer for the clips' language, or a by-language name.
 
-    Where a language has none: `otherwise`, or where that is None a Problem which lists those there
-    are.
+    If a language has no normalizer, returns `otherwise`; raises Problem if that is None.
     """
     texts: dict[str, list[str]] = {}
     for clip in clips:
         texts.setdefault(base_code(clip.lang), []).append(clip.text)
     try:
-        return _joined({language: _of_language(language, said) for language, said in texts.items()})
+        return _joined({language: _for_texts(language, group) for language, group in texts.items()})
     except Problem:
         if otherwise is None:
             raise
         return otherwise
 
 
-def _of_language(language: str, texts: Sequence[str]) -> str:
+def _for_texts(language: str, texts: Sequence[str]) -> str:
     text = unicodedata.normalize("NFKC", "".join("".join(texts).split()))
     marks = sum(unicodedata.category(char)[0] == "M" for char in text)
     usual = BY_LANGUAGE.get(language, "whisper-basic")
     if usual.startswith("whisper-") and marks > HARMLESS * len(text):
         raise Problem(
-            f"there is no normalizer for texts such as these, whose language is given as "
-            f"{language!r}: whisper-basic would turn {marks} of {len(text)} characters into "
-            "spaces, because it takes vowel signs for decoration",
-            hint=f"correct `lang` if it is wrong ({_languages()}), or name one with --normalizer: "
-            f"{', '.join(NORMALIZERS)}; none leaves texts as they are",
+            f"no normalizer suits these texts, whose language is given as {language!r}: "
+            f"whisper-basic would turn {marks} of {len(text)} characters into spaces, because it "
+            "removes vowel signs",
+            hint=f"correct `lang` if it is wrong ({_languages()}), or choose a --normalizer: "
+            f"{', '.join(NORMALIZERS)}; `none` changes spaces only",
         )
     merges = usual == "whisper-english" and merged_share(texts) > MERGED
     return "whisper-basic" if merges else usual
 
 
 def merged_share(texts: Iterable[str]) -> float:
-    """The share of words that whisper-english merges with others."""
+    """Return the share of words that whisper-english merges with others."""
     before = after = 0
     for text in texts:
         words = len(whisper_basic(text).split())
@@ -123,7 +128,7 @@ def merged_share(texts: Iterable[str]) -> float:
 
 
 def _joined(names: dict[str, str]) -> str:
-    """The one normalizer of all languages, or the by-language name; whisper-basic is its *."""
+    """Return the common normalizer, or a by-language name in which * is whisper-basic."""
     if len(set(names.values())) <= 1:
         return next(iter(names.values()), "whisper-basic")
     special = [f"{code}={name}" for code, name in sorted(names.items()) if name != "whisper-basic"]

@@ -1,4 +1,4 @@
-"""What the normalizers share: brackets, signs that cannot be seen, grouped digits, kinds."""
+"""Shared steps of the normalizers: brackets, invisible characters, grouped digits, punctuation."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 import unicodedata
 
 BRACKETED = re.compile(r"[<\[][^>\]]*[>\]]|\([^)]*\)")
-"""Notes on noises and the like, as Whisper's normalizers find them."""
+"""Bracketed remarks, such as noises, by the same rule as Whisper's normalizers."""
 
 SPACES = str.maketrans(dict.fromkeys("\u00a0\u200b\u202f", " "))
 SELECTORS = "\ufe0e\ufe0f"
-"""They choose between the text and the picture form of a character."""
+"""Variation selectors, which choose the text or emoji form of a character."""
 
 GROUPED = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?![0-9]|,[0-9])")
-"""1,250,000 and, as in India, 12,50,000; not the list 1,2,3."""
+"""Digits grouped by commas: 1,250,000 and the Indian 12,50,000, but not the list 1,2,3."""
 
 
 def without_invisible(text: str) -> str:
-    """Joiners, byte order marks, soft hyphens and the like go; unusual spaces become spaces."""
+    """Remove joiners, byte order marks and soft hyphens; turn unusual spaces into spaces."""
     text = text.translate(SPACES)
     return "".join(
         char for char in text if unicodedata.category(char) != "Cf" and char not in SELECTORS
@@ -25,11 +25,11 @@ def without_invisible(text: str) -> str:
 
 
 def ungrouped(text: str) -> str:
-    """Numbers without the commas between their groups of digits."""
-    return GROUPED.sub(lambda found: found[0].replace(",", ""), text)
+    """Remove the commas between groups of digits."""
+    return GROUPED.sub(lambda match: match[0].replace(",", ""), text)
 
 
 def readable(text: str) -> str:
-    """Letters, marks and numbers, single spaces for the rest: vowel signs are marks and stay."""
+    """Keep letters, marks (such as vowel signs) and numbers; replace the rest by single spaces."""
     kept = (char if unicodedata.category(char)[0] in "LMN" else " " for char in text)
     return " ".join("".join(kept).split())

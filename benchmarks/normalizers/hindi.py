@@ -1,24 +1,24 @@
-"""Hindi: what counts as the same word. Ours; no published list of rules is reproduced here.
+"""Hindi: which spellings count as the same word. The rules are our own.
 
-Whisper's normalizer takes Devanagari's vowel signs for decoration (see whisper.py), so Hindi needs
-one that never drops a mark. Two profiles, steps of which can be switched one by one:
+Whisper's normalizer removes Devanagari's vowel signs (see whisper.py), so Hindi needs one that
+never drops a mark. There are two profiles, whose steps can be switched one by one:
 
-    hindi-strict   one encoding for one spelling, no punctuation; spelling counts
-    hindi-wer      besides, one spelling for what good writers spell in several ways
+    hindi-strict   one encoding per spelling, no punctuation; spelling counts
+    hindi-wer      additionally, one spelling for accepted variants
 
-    switch         folds                                     for example
+    switch         maps                                      for example
     numbers        digits, % and ₹ into words                 २०२५ = दो हजार पच्चीस, ₹50 = पचास रुपए
-    avagraha       ऽ away                                     सोऽहम् = सोहम्
-    chandrabindu   ँ into ं                                   माँ = मां (and, a pity, हँस = हंस)
+    avagraha       ऽ is removed                               सोऽहम् = सोहम्
+    chandrabindu   ँ into ं                                   माँ = मां (unfortunately also हँस = हंस)
     nasals         nasal and virama before its class into ं   हिन्दी = हिंदी, but not जन्म
-    nukta          the dot off क ख ग ज फ (and य न र ळ)        ज़मीन = जमीन; ड़ and ढ़ are Hindi's own
-    visarga        ः away at the end of a word, and in दुःख   प्रायः = प्राय, छः = छे = छह
-    endings        -ये -यी -यें -येगा into -ए -ई -एं -एगा          गये = गए, नयी = नई; the word ये stays
+    nukta          no dot on क ख ग ज फ (and य न र ळ)          ज़मीन = जमीन; ड़ and ढ़ keep it
+    visarga        no ः at the end of a word and in दुःख      प्रायः = प्राय, छः = छे = छह
+    endings        -ये -यी -यें -येगा into -ए -ई -एं -एगा          गये = गए, नयी = नई; not the word ये
 
-Never folded: long and short i and u (कि, की), ब and व, श and स, ॉ and ो, a final virama. Those are
-real errors. Numbers are read as plain numbers, years too (1947 is एक हजार नौ सौ सैंतालीस); a decimal
-point is दशमलव and what follows it is read digit by digit, as are more than nine digits (telephone
-numbers) and digits behind a leading zero.
+Differences in long and short i and u (कि, की), ब and व, श and स, ॉ and ो, and a final virama are
+errors in both profiles. Years are read as plain numbers (1947 is एक हजार नौ सौ सैंतालीस). A decimal
+point is दशमलव. Decimals, numbers of more than nine digits (telephone numbers) and numbers with a
+leading zero are read digit by digit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LETTERS = "\u0904-\u0939\u0958-\u0961"
 
 @dataclass(frozen=True)
 class Hindi:
-    """The switches; see the table above. All of them make hindi-wer, none hindi-strict."""
+    """A Hindi normalizer with switches (see the module); hindi-wer has all, hindi-strict none."""
 
     numbers: bool = True
     avagraha: bool = True
@@ -49,7 +49,7 @@ class Hindi:
 
     def __call__(self, text: str) -> str:
         text = without_invisible(text)
-        # before anything is composed or repaired: what stood beside it becomes neighbours
+        # first, because its neighbours may then compose or need a repair
         text = text.replace(AVAGRAHA, "") if self.avagraha else text
         text = repaired(BRACKETED.sub(" ", one_encoding(text)))
         text = ascii_digits(colons_that_are_visargas(text))
@@ -69,7 +69,7 @@ class Hindi:
 
 
 def one_encoding(text: str) -> str:
-    """Lowercase NFC, where nukta letters are two code points: NFC composes three of them."""
+    """Return the text in lowercase NFC, except that nukta letters are always two code points."""
     text = unicodedata.normalize("NFC", text.lower())
     return text.translate(NUKTA_LETTERS)
 
@@ -93,7 +93,7 @@ TYPED = {
     "ा" + "े": "ो",
     "ा" + "ै": "ौ",
 }
-"""Two signs that look like one, as they are often typed, and the one that is meant."""
+"""Two signs that look like one and are often typed for it -> the intended sign."""
 
 TYPED_PAIR = re.compile("|".join(TYPED))
 LATE_NUKTA = re.compile(f"([{VOWEL_SIGNS}]+)({NUKTA})")
@@ -101,13 +101,13 @@ DOUBLED = re.compile(f"([{VOWEL_SIGNS}{CHANDRABINDU}{ANUSVARA}{NUKTA}{VIRAMA}])\
 
 
 def repaired(text: str) -> str:
-    """Signs as they should have been typed; one repair may open the way for another."""
+    """Repair mistyped signs until nothing changes: one repair may enable another."""
     before = ""
-    while text != before:  # ends: every change shortens the text or moves a nukta forward
+    while text != before:  # it ends: every change shortens the text or moves a nukta forward
         before = text
-        text = one_encoding(LATE_NUKTA.sub(r"\2\1", text))  # orders what stands on a letter
+        text = one_encoding(LATE_NUKTA.sub(r"\2\1", text))  # puts the marks of a letter in order
         text = DOUBLED.sub(r"\1", text)
-        text = TYPED_PAIR.sub(lambda found: TYPED[found[0]], text)
+        text = TYPED_PAIR.sub(lambda match: TYPED[match[0]], text)
     return text
 
 
@@ -116,7 +116,7 @@ COLON_OF_SIX = re.compile("(?<![\u0900-\u097f])छ:")
 
 
 def colons_that_are_visargas(text: str) -> str:
-    """दु:ख and छ: are typed with a colon for want of a visarga; other colons are punctuation."""
+    """Replace colons typed instead of a visarga (दु:ख, छ:); other colons are punctuation."""
     return COLON_OF_SIX.sub("छ" + VISARGA, COLON_WITHIN.sub(VISARGA, text))
 
 
@@ -141,7 +141,7 @@ NUMBERS = """
 
 SCALES = ((10_000_000, "करोड़"), (100_000, "लाख"), (1000, "हजार"), (100, "सौ"))
 LONGEST = 9
-"""More digits than these are read one by one."""
+"""Numbers with more digits are read digit by digit."""
 
 PERCENT = re.compile(r"(?<=[0-9])\s*%")
 RUPEES = re.compile(r"₹\s*([0-9]+(?:\.[0-9]+)?(?:\s+(?:हजार|हज़ार|लाख|करोड़|अरब)(?!\S))?)")
@@ -149,21 +149,24 @@ NUMBER = re.compile(r"([0-9]+)(?:\.([0-9]+))?(व[ाीे][ंँ]?(?![\u0900-
 
 
 def in_words(text: str) -> str:
-    """70% -> सत्तर प्रतिशत, ₹5 लाख -> पाँच लाख रुपये, 15.5 -> पंद्रह दशमलव पाँच, 21वीं -> इक्कीसवीं."""
+    """Return the text with numbers in words.
+
+    70% -> सत्तर प्रतिशत, ₹5 लाख -> पाँच लाख रुपये, 15.5 -> पंद्रह दशमलव पाँच, 21वीं -> इक्कीसवीं.
+    """
     text = RUPEES.sub(r" \1 रुपये ", PERCENT.sub(" प्रतिशत ", text))
     return NUMBER.sub(_spelled, text)
 
 
-def _spelled(found: re.Match[str]) -> str:
-    whole, fraction, ordinal = found.groups(default="")
-    said = whole_number(whole)
+def _spelled(match: re.Match[str]) -> str:
+    whole, fraction, ordinal = match.groups(default="")
+    words = whole_number(whole)
     if fraction:
-        said = f"{said} दशमलव {digit_by_digit(fraction)}"
-    return f" {said}{ordinal} "
+        words = f"{words} दशमलव {digit_by_digit(fraction)}"
+    return f" {words}{ordinal} "
 
 
 def whole_number(digits: str) -> str:
-    """The digits 125000 -> एक लाख पच्चीस हजार."""
+    """Return digits in words: 125000 -> एक लाख पच्चीस हजार."""
     if len(digits) > LONGEST or (len(digits) > 1 and digits[0] == "0"):
         return digit_by_digit(digits)
     return cardinal(int(digits))
@@ -174,7 +177,7 @@ def digit_by_digit(digits: str) -> str:
 
 
 def cardinal(number: int) -> str:
-    """A number in the Indian system: hundreds, thousands, lakhs, crores."""
+    """Return a number in words, in the Indian system: hundreds, thousands, lakhs, crores."""
     if number < 100:
         return NUMBERS[number]
     size, name = next(scale for scale in SCALES if number >= scale[0])
@@ -187,7 +190,7 @@ def cardinal(number: int) -> str:
 NUKTA_OF_LOANS = re.compile(f"(?<=[कखगजफयनरळ]){NUKTA}")
 
 CLASSES = {"ङ": "क-घ", "ञ": "च-झ", "ण": "ट-ढ", "न": "त-ध", "म": "प-भ"}
-"""Each nasal and the stops that are spoken at the same place."""
+"""Nasal -> the stops with the same place of articulation."""
 
 SAME_CLASS_NASAL = re.compile(
     "|".join(f"{nasal}{VIRAMA}(?=[{stops}])" for nasal, stops in CLASSES.items())
@@ -195,7 +198,7 @@ SAME_CLASS_NASAL = re.compile(
 
 
 def without_visarga(word: str) -> str:
-    """In running text a final visarga mostly stands for a colon; a bare one stays."""
+    """Remove a final visarga, which mostly stands for a colon; a word of visargas only is kept."""
     word = (word.rstrip(VISARGA) or word).replace("दुःख", "दुख")
     return "छह" if word in ("छ", "छे") else word
 
@@ -204,12 +207,12 @@ GLIDE = re.compile(f"(?<=[^{VIRAMA}])य(?:ी(?P<i>ं?)|े(?P<e>ं?(?:ग[�
 
 
 def without_glide(word: str) -> str:
-    """गयी -> गई, आयेगा -> आएगा; not the word ये, nor a y that belongs to a cluster."""
-    found = GLIDE.search(word)
-    if found is None:
+    """Replace गयी by गई and आयेगा by आएगा; the word ये and a y in a cluster stay."""
+    match = GLIDE.search(word)
+    if match is None:
         return word
-    vowel, rest = ("ई", found["i"]) if found["e"] is None else ("ए", found["e"])
-    return word[: found.start()] + vowel + rest
+    vowel, rest = ("ई", match["i"]) if match["e"] is None else ("ए", match["e"])
+    return word[: match.start()] + vowel + rest
 
 
 hindi_wer = Hindi()

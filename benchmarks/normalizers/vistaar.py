@@ -1,14 +1,16 @@
-"""Hindi as the Vistaar benchmark scores it, for figures beside IndicWhisper's and its successors'.
+"""Hindi as the Vistaar benchmark scores it, to compare with IndicWhisper and its successors.
 
-The public practice (Bhogale et al. 2023, arXiv:2305.15386, and its evaluation script): delete ASCII
-punctuation, the danda and double danda, the Urdu full stop and the apostrophe, nothing put in their
-place; then the Indic NLP library's normalizer for the language with its defaults, which for
-Devanagari means: joiners, byte order mark and soft hyphen away, unusual spaces to spaces, curly
-quotes and dashes to ASCII, nukta letters as two code points, ॲ as ए. Case, digits, nasals and
-nuktas stay as written. Written here from that description.
+Source: Bhogale et al. 2023 (arXiv:2305.15386) and its evaluation script, reimplemented here from
+their description:
 
-We differ in one point: quotes and dashes are made ASCII before punctuation is deleted, not after.
-In the other order the curly ones survive as straight ones and a text normalised twice changes.
+1. Delete ASCII punctuation, danda, double danda, Urdu full stop and apostrophe, without a space.
+2. Apply the Indic NLP library's normalizer for the language with its defaults. For Devanagari it
+   removes joiners, byte order mark and soft hyphen, turns unusual spaces into spaces and curly
+   quotes and dashes into ASCII, writes nukta letters as two code points, and ॲ as ए. Case, digits,
+   nasals and nuktas do not change.
+
+We differ in one point: quotes and dashes become ASCII before punctuation is deleted. In the
+original order, curly quotes survive as straight ones, and normalising twice changes the text.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ NUKTA_LETTERS = str.maketrans(
 
 
 def vistaar(text: str) -> str:
-    """Normalise a sentence; the result has single spaces and none at its ends."""
+    """Normalise a sentence; the result has single spaces and no surrounding spaces."""
     for table in (TO_ASCII, PUNCTUATION, SPACES, INVISIBLE, NUKTA_LETTERS):
         text = text.translate(table)
     return " ".join(text.replace("\u0972", "ए").split())

@@ -1,12 +1,13 @@
 """Whisper's own normalizers (Radford et al. 2022, arXiv:2212.04356, appendix C), by transformers.
 
-whisper-basic: lowercase; drop what stands in brackets; every mark, symbol and punctuation character
-becomes a space. It destroys scripts whose vowels are combining marks (Devanagari, Thai and others):
-words fall apart into consonants and wrong vowels go unseen (Manohar et al. 2024, arXiv:2409.02449).
+whisper-basic makes text lowercase, removes bracketed text, and turns every mark, symbol and
+punctuation character into a space. It does not work for scripts whose vowels are combining marks
+(Devanagari, Thai and others): words fall apart into consonants and wrong vowels are not counted
+(Manohar et al. 2024, arXiv:2409.02449).
 
-whisper-english: besides, spells numbers as digits, contractions in full and British words the
-American way. The list of spellings is whisper_english.json beside this file: english.json of the
-package openai-whisper 20250625 (MIT, whisper_english.LICENSE).
+whisper-english also writes numbers as digits, contractions in full, and British words in American
+spelling. The spellings in whisper_english.json are english.json of the package openai-whisper
+20250625 (MIT, whisper_english.LICENSE).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ SPELLINGS = Path(__file__).with_name("whisper_english.json")
 
 
 def whisper_basic(text: str) -> str:
-    """Normalise a sentence; the result has single spaces and none at its ends."""
+    """Normalise a sentence; the result has single spaces and no surrounding spaces."""
     return " ".join(_basic()(text).split())
 
 
 def whisper_english(text: str) -> str:
-    """Normalise an English sentence; the result has single spaces and none at its ends.
+    """Normalise an English sentence; the result has single spaces and no surrounding spaces.
 
-    Unlike the others it is not idempotent: "it's" becomes "it is", "is" may meet a number next.
+    Unlike the other normalizers it is not idempotent.
     """
     return " ".join(_english()(text).split())
 
@@ -47,6 +48,6 @@ def _english() -> Callable[[str], str]:
 
 
 def spellings() -> dict[str, str]:
-    """British -> American."""
-    found: dict[str, str] = json.loads(SPELLINGS.read_text(encoding="utf-8"))
-    return found
+    """Return the map of British to American spellings."""
+    table: dict[str, str] = json.loads(SPELLINGS.read_text(encoding="utf-8"))
+    return table

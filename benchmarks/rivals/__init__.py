@@ -1,1 +1,1 @@
-"""Rivals: the same clips by other programs, behind the runner's protocol."""
+"""Rivals: other speech recognition engines, measured on the same clips by the same protocol."""

@@ -1,16 +1,16 @@
-"""The same checkpoint through several engines, side by side.
+"""Measure the same checkpoint in several engines.
 
     python -m benchmarks.rivals --size tiny --threads 1 2 --seconds 30 --tokens 64 --out FILE
     python -m benchmarks.rivals --size tiny --threads 1 2 --seconds 5 --tokens 20
     python -m benchmarks.rivals --model DIR --speech MANIFEST
 
-With --size the checkpoint has Whisper's dimensions and random weights, and hears noise; every
-engine is made to decode exactly --tokens tokens, for how long that takes does not depend on the
-weights. Our artifact then has a window of --seconds beside the full one; the rivals pad to the full
-one, as they do. With --model and --speech they decode to the end of the text, and the table has
-their word error rates.
+With --size, the checkpoint has Whisper's dimensions and random weights, and the input is noise.
+Every engine decodes exactly --tokens tokens: the time for that does not depend on the weights. Our
+artifact has a window of --seconds in addition to the full one; the rivals pad to the full window,
+as they always do. With --model and --speech, the engines decode to the end of the text, and the
+table has their word error rates.
 
---out keeps the results as JSON lines, which `edgewhisper compare` and `edgewhisper report` read.
+--out stores the results as JSON lines, which `edgewhisper compare` and `edgewhisper report` read.
 """
 
 from __future__ import annotations
@@ -38,33 +38,37 @@ LOUDNESS = 0.1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and print; a letter ends with code 1."""
+    """Run the command; return 1 after an error."""
     return exit_code(measure, parser(), argv)
 
 
 def parser() -> argparse.ArgumentParser:
-    found = parser_of("benchmarks.rivals", __doc__)
-    add = found.add_argument
+    parser = parser_of("benchmarks.rivals", __doc__)
+    add = parser.add_argument
     add("--size", choices=list(SIZES), default="tiny", help="dimensions of a random model")
     add("--model", type=Path, help="a dense checkpoint, instead of a random one")
     add("--speech", type=Path, help="a manifest of clips, instead of noise")
     add("--threads", type=count, nargs="+", default=[1, 2])
     add("--seconds", type=float, default=30.0, help="how long the noise is")
-    add("--tokens", type=count, help="decoded on every clip: 64 on noise, not forced on speech")
-    add("--engines", nargs="+", default=list(USUAL), help=f"of {', '.join(ENGINES)}")
+    add(
+        "--tokens",
+        type=count,
+        help="tokens to decode on every clip; default: 64 on noise, unlimited on speech",
+    )
+    add("--engines", nargs="+", default=list(USUAL), help=f"choose from {', '.join(ENGINES)}")
     add("--rounds", type=count, default=5)
-    add("--repeats", type=count, help="times that a round's process does its work")
-    add("--models", type=Path, help="where the engines' models are kept for the next call")
-    add("--python", type=Path, default=interpreter(), help="of the rivals")
-    add("--out", type=Path, help="results as JSON lines")
-    return found
+    add("--repeats", type=count, help="passes over the clips in each round")
+    add("--models", type=Path, help="folder that keeps the engines' models for the next call")
+    add("--python", type=Path, default=interpreter(), help="the rivals' Python interpreter")
+    add("--out", type=Path, help="file for the results, as JSON lines")
+    return parser
 
 
 def count(text: str) -> int:
-    """Read a count of at least 1."""
-    if (found := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{found} is less than 1")
-    return found
+    """Parse a count of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def measure(given: argparse.Namespace) -> None:
@@ -84,7 +88,7 @@ def measure(given: argparse.Namespace) -> None:
         )
     if given.out is not None:
         write(results, given.out)
-    print(told(work))
+    print(describe(work))
     print(table(rows(results)))
     if compared := ratio_rows(ratios(results)):
         print(table(compared))
@@ -92,12 +96,12 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def work_of(given: argparse.Namespace, place: Path, folder: Path) -> Work:
-    """What is to be done, with checkpoint and clips on disk."""
+    """Return the workload, with checkpoint and clips on disk."""
     checkpoint = given.model
     if checkpoint is None:
         checkpoint = place / f"whisper-{given.size}-random"
         if not checkpoint.is_dir():
-            print(f"{checkpoint.name}: random weights", file=sys.stderr)
+            print(f"{checkpoint.name}: creating random weights", file=sys.stderr)
             models.make(given.size, checkpoint)
     elif not checkpoint.is_dir():
         raise Problem(f"{checkpoint}: no such directory", hint="name a local checkpoint directory")
@@ -117,7 +121,7 @@ def work_of(given: argparse.Namespace, place: Path, folder: Path) -> Work:
 
 
 def noise(seconds: float, path: Path) -> Clip:
-    """White noise; the same for the same length."""
+    """Write white noise with a fixed seed; return it as a clip."""
     import soundfile
 
     samples = np.random.default_rng(0).standard_normal(round(seconds * SAMPLING_RATE))
@@ -125,14 +129,15 @@ def noise(seconds: float, path: Path) -> Clip:
     return Clip(path, "noise", "en", duration_s=seconds)
 
 
-def told(work: Work) -> str:
-    """What was done, in a line above the table."""
+def describe(work: Work) -> str:
+    """Return the line above the table."""
     sound = sum(clip.duration_s or 0 for clip in work.clips)
-    heard = f"{sound:g} s of noise" if work.clips[0].text == "noise" else f"{len(work.clips)} clips"
+    noise_only = work.clips[0].text == "noise"
+    clips = f"{sound:g} s of noise" if noise_only else f"{len(work.clips)} clips"
     ended = "decoded to the end of the text"
     if work.tokens is not None:
-        ended = f"exactly {work.tokens} tokens forced on every engine (end of text is suppressed)"
-    return f"{work.model}: {heard}, {ended}; medians of interleaved rounds\n"
+        ended = f"exactly {work.tokens} tokens forced in every engine (end of text is suppressed)"
+    return f"{work.model}: {clips}, {ended}; medians of interleaved rounds\n"
 
 
 if __name__ == "__main__":

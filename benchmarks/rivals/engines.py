@@ -1,4 +1,4 @@
-"""The engines that can be asked for: their programs, and what these need."""
+"""The known engines: their programs, models and packages."""
 
 from __future__ import annotations
 
@@ -10,33 +10,36 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from benchmarks.program import PROJECT
 from benchmarks.rivals import prepare
-from benchmarks.rivals.prepare import PROJECT, Prepare
+from benchmarks.rivals.prepare import Prepare
 from devices.device import RUNNER, Device, Packages
 from export.problem import Problem
 
 PYTHON = "EDGEWHISPER_RIVALS_PYTHON"
-"""Environment variable: another interpreter than that of `make rivals-env`."""
+"""Environment variable with a Python interpreter to use instead of that of `make rivals-env`."""
 REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How an engine comes to its model, and what it runs in."""
+    """An engine: its program, how its model is made, and the packages it needs."""
 
     module: str
-    """Its program: a module of this package."""
+    """The module of this package that runs it."""
     precision: str
     prepare: Prepare
     needs: tuple[str, ...] = ()
-    """Of requirements.txt. Empty: it lives in the toolchain's environment, not in the rivals'."""
+    """Packages of requirements.txt; if empty, it runs in the toolchain's environment."""
     imports: tuple[str, ...] = ()
+    """Modules that show whether the packages work."""
     rival: bool = True
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of its program."""
 
     @property
     def foreign(self) -> bool:
+        """Whether it runs in the rivals' environment."""
         return bool(self.needs)
 
     @property
@@ -45,7 +48,7 @@ class Kind:
 
     @property
     def packages(self) -> Packages:
-        """What it needs, in the versions of requirements.txt."""
+        """The packages it needs, in the versions of requirements.txt."""
         lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
         pins = {line.partition("==")[0]: line for line in lines if line[:1] != "#"}
         return Packages(tuple(pins[name] for name in (*self.needs, "numpy")), self.imports)
@@ -54,7 +57,7 @@ class Kind:
 FASTER = ("faster-whisper", "ctranslate2", "tokenizers", "onnxruntime"), ("faster_whisper",)
 CPP = ("pywhispercpp",), ("_pywhispercpp",)
 WHEEL = {"EDGEWHISPER_WHISPER_CPP": "wheel"}
-"""Without it whisper.cpp is the library built from source, if `make rivals-env` could build it."""
+"""Uses the published wheel instead of the library that `make rivals-env` built from source."""
 SHERPA = ("sherpa-onnx",), ("sherpa_onnx",)
 
 ENGINES = {
@@ -67,7 +70,7 @@ ENGINES = {
     "sherpa-onnx": Kind("sherpa_onnx", "int8", prepare.sherpa("int8"), *SHERPA),
     "transformers": Kind("transformers", "fp32", prepare.as_it_is),
 }
-"""What can be asked for."""
+"""Engines by name."""
 
 RIVALS = {name: kind for name, kind in ENGINES.items() if kind.rival}
 
@@ -85,32 +88,31 @@ def send_program(kind: Kind, device: Device) -> None:
 
 
 def interpreter() -> Path:
-    """The rivals' Python on this machine, whether it is there or not."""
+    """Return the path of the rivals' Python on this machine, which may not exist."""
     place = Path(os.environ.get(PYTHON) or PROJECT / "build/rivals/bin/python")
     return place.absolute()  # not resolved: an environment's interpreter is a link
 
 
 def refuse_unknown(engines: Sequence[str]) -> None:
+    """Raise Problem for unknown engines."""
     for engine in engines:
         if engine not in ENGINES:
-            raise Problem(
-                f"there is no engine {engine!r}", hint=f"choose among {', '.join(ENGINES)}"
-            )
+            raise Problem(f"unknown engine {engine!r}", hint=f"choose from {', '.join(ENGINES)}")
 
 
 def refuse_missing(engines: Sequence[str], python: Path, instead: str) -> None:
-    """Raise the letter for engines whose environment is not there."""
+    """Raise Problem for engines whose environment is missing."""
     foreign = [engine for engine in engines if ENGINES[engine].foreign]
     if foreign and not python.is_file():
         raise Problem(
-            f"{', '.join(foreign)}: the rivals' environment is unavailable, there is no {python}",
+            f"{', '.join(foreign)}: the rivals' environment is missing, there is no {python}",
             hint=f"make it with `make rivals-env`, or {instead}",
         )
 
 
 def count_parameters(checkpoint: Path) -> int | None:
-    """All weights of a checkpoint, from the header of its safetensors file; None where it has
-    several."""
+    """Return the number of weights in a checkpoint's safetensors file; None if it has several
+    files."""
     place = checkpoint / "model.safetensors"
     if not place.is_file():
         return None

@@ -1,19 +1,19 @@
-"""A checkpoint by faster-whisper: CTranslate2 in int8.
+"""Run a checkpoint in faster-whisper: CTranslate2 in int8.
 
     python -m benchmarks.rivals.faster_whisper MODEL CLIPS.json --threads 2 --tokens 64
 
-MODEL is a folder that CTranslate2's own converter wrote (to_ctranslate2.py). The calls are those of
+MODEL is a folder written by CTranslate2's own converter (to_ctranslate2.py). The calls are those of
 WhisperModel.transcribe() on one window: feature_extractor (`mel_s`), pad_or_trim and encode()
-(`encoder_s`), CTranslate2's generate() with beam_size 1. Prompt and suppressed tokens come from
-faster-whisper itself, as transcribe() has them by default without timestamps: language and task
-only for a multilingual model, the non-speech tokens, no blank at the beginning. What transcribe()
-does around these calls (segments, compression ratio, fallback) is left out, to the engine's favour.
+(`encoder_s`), and CTranslate2's generate() with beam_size 1. Prompt and suppressed tokens are
+faster-whisper's defaults without timestamps: language and task for a multilingual model only, the
+non-speech tokens, and no blank at the beginning. The other work of transcribe() (segments,
+compression ratio, fallback) is left out, which favours the engine.
 
-generate() runs prompt and all steps in C++. With forced tokens, a second call after the clip, on
-the same encoder output, stops after one token: its time is `prompt_s` (it computes the encoder's
-keys and values, feeds the prompt and takes one token), and what the whole call takes longer,
-divided by the further tokens, is `per_token_s`. It stands outside `end_to_end_s`. Without forced
-tokens the two are not told apart: both lists stay empty.
+generate() runs the prompt and all steps in C++. With forced tokens, a second call after each clip
+stops after one token. Its time is `prompt_s`; it computes the cross keys and values, processes the
+prompt and chooses one token. The additional time of the first call, divided by the number of
+further tokens, is `per_token_s`. The second call is not part of `end_to_end_s`. Without forced
+tokens, the two times cannot be separated and both lists are empty.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from devices.runner.problem import RunnerProblem
 
 
 class FasterWhisper(Engine):
+    """faster-whisper's WhisperModel."""
+
     imports = ("faster_whisper",)
     packages = ("faster-whisper", "ctranslate2")
 
@@ -60,9 +62,9 @@ class FasterWhisper(Engine):
             self.encoded = self.whisper.encode(features)
         self.tokenizer = self.tokenizer_for(language)
         started = time.perf_counter()
-        found = self.generate(self.tokens)
+        tokens = self.generate(self.tokens)
         self.decode_s = time.perf_counter() - started
-        return found, self.tokenizer.decode(found).strip()
+        return tokens, self.tokenizer.decode(tokens).strip()
 
     def features(self, pcm: Any) -> Any:
         """Return the features of transcribe(): log-mel without its last frame, in one window."""
@@ -72,14 +74,14 @@ class FasterWhisper(Engine):
         return pad_or_trim(self.whisper.feature_extractor(pcm)[..., :-1][..., :frames], frames)
 
     def tokenizer_for(self, language: str | None) -> Any:
-        """Return faster-whisper's tokenizer for a clip, which has prompt and suppressed tokens."""
+        """Return faster-whisper's tokenizer, which defines the prompt and suppressed tokens."""
         from faster_whisper.tokenizer import Tokenizer
 
         code, task = prompt_language(self.rules, language), prompt_task(self.rules)
         return Tokenizer(self.whisper.hf_tokenizer, code is not None, task, code)
 
     def generate(self, tokens: int | None) -> list[int]:
-        """Return greedy tokens, exactly `tokens` of them if that is a number."""
+        """Return greedy tokens; exactly `tokens` of them unless that is None."""
         from faster_whisper.transcribe import get_suppressed_tokens
 
         prompt = self.whisper.get_prompt(self.tokenizer, [], without_timestamps=True)
@@ -87,7 +89,7 @@ class FasterWhisper(Engine):
         length: dict[str, int] = {}
         if tokens is not None:
             suppressed.append(self.tokenizer.eot)
-            # CTranslate2 counts the prompt but its first token, and writes half of max_length
+            # CTranslate2 counts the prompt without its first token, generates half of max_length
             length["max_length"] = max(tokens + len(prompt) - 1, 2 * tokens)
         result = self.whisper.model.generate(
             self.encoded,
@@ -97,13 +99,13 @@ class FasterWhisper(Engine):
             suppress_tokens=suppressed,
             **length,
         )[0]
-        found: list[int] = [int(number) for number in result.sequences_ids[0]]
-        if tokens is not None and len(found) != tokens:
-            raise RunnerProblem(f"{tokens} tokens were forced, {len(found)} came")
-        return found
+        output: list[int] = [int(number) for number in result.sequences_ids[0]]
+        if tokens is not None and len(output) != tokens:
+            raise RunnerProblem(f"{tokens} tokens were forced, but {len(output)} were decoded")
+        return output
 
     def between(self) -> None:
-        """Where tokens are forced, the time of the first one alone."""
+        """If tokens are forced, measure the time of the first one alone."""
         if self.tokens is None or self.tokens < 2:
             return
         started = time.perf_counter()

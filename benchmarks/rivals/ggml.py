@@ -1,20 +1,22 @@
-"""whisper.cpp's model file, written from a Hugging Face checkpoint.
+"""Write whisper.cpp's model file from a Hugging Face checkpoint.
 
-    magic "ggml" | 11 int32: vocabulary, then of the encoder positions, width, heads, layers, of the
-    decoder the same four, mel bins, kind of file | mel filters: int32 bins, int32 frequencies,
-    float32 (bins, frequencies) | int32 words, each: int32 length, bytes | tensors until the end:
-    int32 axes, int32 length of the name, int32 type, int32 sizes from the innermost axis on, name,
-    data
+    magic        "ggml"
+    header       11 int32: vocabulary; positions, width, heads, layers of the encoder; the same of
+                 the decoder; mel bins; kind of file
+    mel filters  int32 bins, int32 frequencies, float32 (bins, frequencies)
+    words        int32 count; for each word int32 length and bytes
+    tensors      until the end: int32 axes, int32 length of the name, int32 type, int32 sizes from
+                 the innermost axis on, name, data
 
-All is little-endian. Kinds: `f16` and `q8_0` (the program's convolutions take no other kernels than
-float16, so a file in float32 would not run). In f16 every tensor of two axes or more is float16,
-save the positions and the convolutions' biases, which have one axis more than one expects; q8_0
-differs from it in the matrices, where 32 neighbouring inputs share a scale:
+All numbers are little-endian. The kinds are `f16` and `q8_0`; whisper.cpp's convolutions need
+float16 kernels, so a float32 file would not run. In f16, every tensor with at least two axes is
+float16, except the positions and the convolutions' biases, which have an extra axis. In q8_0, the
+matrices are quantised in blocks of 32 inputs with a common scale:
 
-    d = max |x| / 127,   q = round(x / d),   stored as float16 d, 32 times int8 q
+    d = max |x| / 127,   q = round(x / d),   stored as float16 d and 32 int8 q
 
-The program builds its graph from the header alone: feed-forward layers are four times as wide as
-the model, all layers alike. Read from whisper.cpp's behaviour; see its models/README.md.
+whisper.cpp builds its graph from the header alone: all layers are alike, and feed-forward layers
+are four times as wide as the model. The format follows whisper.cpp's models/README.md.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from export.problem import Problem
 MAGIC = 0x67676D6C
 
 QUANTISER = 2000
-"""A file with quantised tensors says the version of their format, 2, in thousands of its kind."""
+"""Files with quantised tensors add the version of their format, 2, times 1000 to the kind."""
 KINDS = {"f16": 1, "q8_0": 7 + QUANTISER}
 TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 BLOCK = 32
@@ -66,19 +68,19 @@ RENAMED = (
     (r"\.fc1\.", ".mlp.0."),
     (r"\.fc2\.", ".mlp.2."),
 )
-"""Hugging Face's names, step by step, into those of OpenAI's release."""
+"""Substitutions, applied in order, from Hugging Face's names to those of OpenAI's release."""
 
 TIED = "proj_out.weight"
 
 
 def convert(checkpoint: Path, out: Path, kind: str = "q8_0") -> None:
-    """Write a folder with the model file and the checkpoint's decoding rules (the engine knows only
-    the ids of OpenAI's vocabulary).
+    """Write a folder with the model file and the checkpoint's decoding rules.
 
-    Raises Problem: unknown kind, a checkpoint that the program's graph does not fit.
+    The rules are needed because the engine knows only the ids of OpenAI's vocabulary. Raises
+    Problem for an unknown kind, and for a checkpoint that does not fit whisper.cpp's graph.
     """
     if kind not in KINDS:
-        raise Problem(f"there is no ggml file of kind {kind!r}", hint=f"one of {', '.join(KINDS)}")
+        raise Problem(f"unknown ggml kind {kind!r}", hint=f"choose one of {', '.join(KINDS)}")
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     check(checkpoint, config, kind)
     with new_directory(out) as folder:
@@ -92,29 +94,29 @@ def convert(checkpoint: Path, out: Path, kind: str = "q8_0") -> None:
 
 
 def check(checkpoint: Path, config: dict[str, Any], kind: str) -> None:
-    """Raise the letter for a model that whisper.cpp would misread."""
+    """Raise Problem for a model that whisper.cpp cannot represent."""
     width = config["d_model"]
     if config.get("edgewhisper"):
         raise Problem(
-            f"{checkpoint}: its layers have shapes of their own; whisper.cpp has one for all",
+            f"{checkpoint}: its layers have individual shapes, which whisper.cpp does not support",
             hint="convert the dense checkpoint that it was made from",
         )
     for side in ("encoder", "decoder"):
         if config[f"{side}_ffn_dim"] != 4 * width:
             raise Problem(
                 f"{checkpoint}: the {side}'s feed-forward layers are {config[f'{side}_ffn_dim']} "
-                f"wide; whisper.cpp takes them to be {4 * width}, four times the model's width",
+                f"wide; whisper.cpp assumes {4 * width}, four times the model's width",
                 hint="leave whisper.cpp out for this model",
             )
     if kind == "q8_0" and width % BLOCK:
         raise Problem(
-            f"{checkpoint}: the model is {width} wide; q8_0 has blocks of {BLOCK} inputs",
+            f"{checkpoint}: the model is {width} wide, not a multiple of q8_0's blocks of {BLOCK}",
             hint="write f16 instead",
         )
 
 
 def header(config: dict[str, Any], kind: str) -> bytes:
-    """Magic and the eleven numbers."""
+    """Return the magic number and the eleven numbers of the header."""
     sides = (("encoder", "max_source_positions"), ("decoder", "max_target_positions"))
     sizes = [config["vocab_size"]]
     for side, positions in sides:
@@ -124,7 +126,7 @@ def header(config: dict[str, Any], kind: str) -> bytes:
 
 
 def filters(checkpoint: Path) -> bytes:
-    """The mel filters, (bins, frequencies), behind their sizes."""
+    """Return the sizes and values of the mel filters (bins, frequencies)."""
     from transformers import WhisperFeatureExtractor
 
     table = np.asarray(WhisperFeatureExtractor.from_pretrained(checkpoint).mel_filters).T
@@ -132,7 +134,7 @@ def filters(checkpoint: Path) -> bytes:
 
 
 def words(checkpoint: Path, vocabulary: int) -> bytes:
-    """The bytes of the ordinary tokens, which come first; the program names the others itself."""
+    """Return the bytes of the ordinary tokens, which come first; whisper.cpp names the others."""
     from transformers import WhisperTokenizer
 
     from export.tokens import token_bytes
@@ -145,7 +147,7 @@ def words(checkpoint: Path, vocabulary: int) -> bytes:
 
 
 def tensors(checkpoint: Path) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Names and arrays as whisper.cpp has them; the output is the token table again."""
+    """Yield tensors under whisper.cpp's names, without the output layer, which is tied."""
     from safetensors.numpy import load_file
 
     for name, array in load_file(checkpoint / "model.safetensors").items():
@@ -156,14 +158,14 @@ def tensors(checkpoint: Path) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def rename(name: str) -> str:
-    """model.decoder.layers.0.fc1.weight -> decoder.blocks.0.mlp.0.weight"""
+    """Return OpenAI's name: decoder.blocks.0.mlp.0.weight for model.decoder.layers.0.fc1.weight."""
     for pattern, text in RENAMED:
         name = re.sub(pattern, text, name)
     return name
 
 
 def type_of(name: str, array: NDArray[Any], kind: str) -> str:
-    """How a tensor is stored in a file of this kind."""
+    """Return the type of a tensor in a file of this kind."""
     if array.ndim < 2 or name in FLOATS:
         return "f32"
     return kind if array.ndim == 2 else "f16"
@@ -177,14 +179,17 @@ def write_tensor(file: BinaryIO, name: str, array: NDArray[Any], kind: str) -> N
 
 
 def data(array: NDArray[Any], stored: str) -> bytes:
-    """A tensor's bytes, row after row."""
+    """Return a tensor's bytes in row-major order."""
     if stored == "q8_0":
         return q8_0(array)
     return np.ascontiguousarray(array, "<f4" if stored == "f32" else "<f2").tobytes()
 
 
 def q8_0(array: NDArray[Any]) -> bytes:
-    """(..., inputs) -> blocks of a float16 scale and 32 int8 codes; halves round away from zero."""
+    """Quantise (..., inputs) to blocks of a float16 scale and 32 int8 codes.
+
+    Halves are rounded away from zero.
+    """
     blocks = np.asarray(array, np.float32).reshape(-1, BLOCK)
     scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)  # (blocks, 1)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
@@ -196,7 +201,7 @@ def q8_0(array: NDArray[Any]) -> bytes:
 
 
 def rules(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's decoding rules, and the window."""
+    """Return the checkpoint's decoding rules and the window in samples."""
     from transformers import WhisperFeatureExtractor
 
     samples = WhisperFeatureExtractor.from_pretrained(checkpoint).n_samples
@@ -204,7 +209,7 @@ def rules(checkpoint: Path) -> dict[str, Any]:
 
 
 def decoding_rules_of(checkpoint: Path) -> dict[str, Any]:
-    """Prompt, end, languages and suppressed tokens, as an artifact's manifest has them."""
+    """Return prompt, end, languages and suppressed tokens as in an artifact's manifest."""
     from transformers import GenerationConfig, WhisperConfig
 
     from export.manifest import decoding_rules

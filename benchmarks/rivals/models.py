@@ -1,10 +1,9 @@
-"""A checkpoint of Whisper's dimensions whose weights are random: engines take as long over it as
-over a trained one, and it needs no download.
+"""Create a checkpoint with Whisper's dimensions and random weights, without a download.
 
-Every engine reads it as one of OpenAI's: the vocabulary has 51 865 entries, with end of text,
-languages, tasks and timestamps where Whisper has them, and a tokenizer that goes with it. Its
-ordinary tokens are the bytes and as many pairs of bytes as make 50 257: no text of interest, but
-every byte string can be written with it.
+Engines need as much time for it as for a trained one, and read it like one of OpenAI's. The
+vocabulary has 51 865 entries, with end of text, languages, tasks and timestamps at Whisper's ids,
+and a matching tokenizer. The 50 257 ordinary tokens are all bytes and pairs of bytes, which can
+spell every byte string.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ LANGUAGES = 99
 END, START = 50_257, 50_258
 TASKS = {"translate": 50_358, "transcribe": 50_359}
 SILENT = 50_363
-"""<|notimestamps|>"""
+"""The id of <|notimestamps|>."""
 
 
 def make(size: str, out: Path, seed: int = 0) -> None:
-    """Write the checkpoint into the directory `out`."""
+    """Write a checkpoint of a named size into the directory `out`."""
     write(SIZES[size], out, seed)
 
 
 def write(size: Size, out: Path, seed: int = 0) -> None:
+    """Write a checkpoint with these dimensions into the directory `out`."""
     import torch
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
     from transformers import WhisperProcessor as Processor
@@ -72,7 +72,7 @@ def model_config(size: Size) -> WhisperConfig:
 
 
 def generation_config() -> GenerationConfig:
-    """Which ids mean what; nothing but timestamps is suppressed."""
+    """Return a generation config with Whisper's ids that suppresses only timestamps."""
     from transformers import GenerationConfig
 
     codes = list(languages())
@@ -93,12 +93,12 @@ def generation_config() -> GenerationConfig:
 
 
 def make_tokenizer() -> WhisperTokenizer:
-    """Byte-level BPE with the ids of OpenAI's multilingual vocabulary."""
+    """Return a byte-level BPE tokenizer with the ids of OpenAI's multilingual vocabulary."""
     return vocabulary.tokenizer(*ordinary(), vocabulary.special_tokens(LANGUAGES))
 
 
 def ordinary() -> tuple[list[str], list[tuple[str, str]]]:
-    """The 50 257 words, all bytes first, and the merges of the pairs behind them."""
+    """Return the 50 257 ordinary tokens, all bytes first, and the merges of the pairs."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
@@ -107,7 +107,7 @@ def ordinary() -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def languages() -> Iterator[str]:
-    """Codes of the languages, in Whisper's order."""
+    """Yield the language codes in Whisper's order."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES as known
 
     return islice(known, LANGUAGES)

@@ -1,11 +1,11 @@
-"""An artifact by the runner of this project, in a process like the rivals'.
+"""Run an artifact in this project's runner, by the same protocol as the rivals.
 
     python -m benchmarks.rivals.ours ARTIFACT CLIPS.json --threads 2 --tokens 64
 
-The runner's own measurement (devices/runner/measure/bench.py), with a forced number of tokens:
-log-mel's share of the encoder graph is taken by the profiler afterwards. The encoder's keys and
-values are computed in the encoder's graph. The runner's guards against silence and loops are off,
-as no rival has them on.
+It is the runner's own measurement (devices/runner/measure/bench.py) with a forced number of tokens.
+A profiled run afterwards measures log-mel's share of the encoder graph. The cross keys and values
+are computed in the encoder graph. The runner's guards against silence and loops are off, as in all
+rivals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 class Ours(Engine):
-    """The runner's recognizer; its transcripts carry the times."""
+    """The runner's recognizer, whose transcripts contain the times."""
 
     imports = ("devices.runner.recognizer", "devices.runner.engines.sessions")
     packages = ("numpy", "onnxruntime")
@@ -42,12 +42,12 @@ class Ours(Engine):
 
     def transcribe(self, path: Path, language: str | None = None) -> tuple[list[int], str]:
         self.first = self.first or path
-        found = self.recognizer.transcribe(path, language=self.recognizer.known(language))
-        self.done.append(found)
-        return found.tokens, found.text
+        transcript = self.recognizer.transcribe(path, language=self.recognizer.known(language))
+        self.done.append(transcript)
+        return transcript.tokens, transcript.text
 
     def finish(self) -> None:
-        """Divide the graph's times between log-mel and encoder."""
+        """Split the graph's times into log-mel and encoder."""
         from devices.runner.measure.bench import mel_share, stages
         from devices.runner.recognizer import pad
 
@@ -55,7 +55,7 @@ class Ours(Engine):
         pcm = read_wav(self.first)[: self.recognizer.window_samples]
         window = pad(pcm, self.recognizer.windows)
         self.mel_share = mel_share(self.artifact, window, self.threads)
-        timed = self.done[-len(self.watch.end_to_end_s) :]  # those before were to warm up
+        timed = self.done[-len(self.watch.end_to_end_s) :]  # without the warm-up
         for stage, seconds in stages(timed, self.mel_share).items():
             setattr(self.watch, stage, seconds)
 

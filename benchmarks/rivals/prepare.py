@@ -1,4 +1,4 @@
-"""A checkpoint in each engine's own form, by the tool that the engine's users have, or ours."""
+"""Convert a checkpoint into each engine's own model format, with its own tool or ours."""
 
 from __future__ import annotations
 
@@ -12,40 +12,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.program import PROJECT
 from benchmarks.rivals.protocol import RULES
 from export.files import new_directory
 from export.problem import Problem
 
 POSITIONS_A_SECOND = 50
 PROMPT = 4
-PROJECT = Path(__file__).resolve().parents[__name__.count(".")]
-"""The folder that the packages are imported from: the checkout, or site-packages."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a form is made of, and where. Forms of a former call are taken as they are, save those
-    that our exporter writes: it is what is being worked on."""
+    """The checkpoint to convert, and where to put the models.
+
+    Existing models are reused, except those of our exporter, which may have changed.
+    """
 
     checkpoint: Path
     models: Path
-    """The folder for all forms."""
+    """The folder for all converted models."""
     python: Path
-    """The interpreter of the rivals' environment."""
+    """The Python interpreter of the rivals' environment."""
     windows_s: tuple[float, ...] = ()
-    """Shorter windows of our artifact, in seconds."""
+    """Additional shorter windows of our artifact, in seconds."""
     tokens: int | None = None
-    """How many are forced."""
+    """The number of forced tokens, if tokens are forced."""
 
     def place(self, form: str) -> Path:
+        """Return the folder of a model in a format."""
         return self.models / f"{self.checkpoint.name}-{form}"
 
 
 Prepare = Callable[[Order], Path]
-"""Writes the form and says where it is."""
+"""Function that converts the checkpoint and returns the model's folder."""
 
 
 def as_it_is(order: Order) -> Path:
+    """Return the checkpoint itself."""
     return order.checkpoint
 
 
@@ -53,7 +56,7 @@ def as_it_is(order: Order) -> Path:
 
 
 def artifact(precision: str) -> Prepare:
-    """Our artifact; without a gate, for a model of random weights says nothing."""
+    """Return a converter to our artifact, without a gate: random weights cannot pass one."""
 
     def write(order: Order) -> Path:
         model, processor = load(order.checkpoint)
@@ -64,7 +67,8 @@ def artifact(precision: str) -> Prepare:
 
 
 def sherpa(precision: str) -> Prepare:
-    """The layout of sherpa-onnx, which decodes half as many tokens as the model has positions."""
+    """Return a converter to sherpa-onnx's layout. It decodes half as many tokens as there are
+    positions."""
 
     def write(order: Order) -> Path:
         model, processor = load(order.checkpoint)
@@ -80,7 +84,7 @@ def sherpa(precision: str) -> Prepare:
 
 
 def load(checkpoint: Path) -> tuple[Any, Any]:
-    """A dense checkpoint's model and processor, by transformers itself."""
+    """Load model and processor of a dense checkpoint with transformers."""
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -90,6 +94,7 @@ def load(checkpoint: Path) -> tuple[Any, Any]:
 
 
 def export(model: Any, processor: Any, place: Path, precision: str, layout: str) -> Path:
+    """Export an artifact into a folder, which is replaced; return the folder."""
     from export.onnx.to_onnx import export_onnx
 
     shutil.rmtree(place, ignore_errors=True)
@@ -99,7 +104,7 @@ def export(model: Any, processor: Any, place: Path, precision: str, layout: str)
 
 
 def set_windows(config: Any, windows_s: Sequence[float]) -> None:
-    """Record windows beside the full one, as the method `short` does."""
+    """Add shorter windows to the full one in the config, as the method `short` does."""
     from export.shrink import FORMAT
 
     full = config.max_source_positions
@@ -109,15 +114,15 @@ def set_windows(config: Any, windows_s: Sequence[float]) -> None:
 
 
 def force(model: Any, tokens: int) -> None:
-    """Leave room for twice as many tokens, and only ordinary ones to say."""
+    """Reduce the positions to twice the number of tokens, and suppress all but ordinary tokens."""
     from torch import nn
 
     config, generation, table = model.config, model.generation_config, model.model.decoder
     fewest, most = PROMPT + 1, config.max_target_positions // 2
     if not fewest <= tokens <= most:
         raise Problem(
-            f"{tokens} tokens are to be forced; sherpa-onnx decodes half as many as the model has "
-            f"positions, of which the prompt takes {PROMPT}",
+            f"{tokens} tokens cannot be forced: sherpa-onnx decodes half as many as the model has "
+            f"positions, {PROMPT} of them for the prompt",
             hint=f"force from {fewest} to {most} --tokens, or leave sherpa-onnx out",
         )
     positions = table.embed_positions.weight.detach()[: 2 * tokens].clone()
@@ -129,20 +134,23 @@ def force(model: Any, tokens: int) -> None:
 
 
 def name_by_number(place: Path) -> None:
-    """Let every token be called by its id: sherpa-onnx's Python package tells tokens as texts, and
-    cannot tell those that are half a letter, of which random weights say many."""
+    """Replace the text of every token by its id.
+
+    sherpa-onnx's Python package returns tokens as texts and cannot return incomplete characters,
+    which random weights often produce.
+    """
     (tokens,) = place.glob("*-tokens.txt")
     ids = [line.split()[1] for line in tokens.read_text(encoding="ascii").splitlines()]
     lines = [f"{b64encode(f' {number}'.encode()).decode()} {number}\n" for number in ids]
     tokens.write_text("".join(lines), encoding="ascii")
-    (place / "manifest.json").unlink()  # it has the file's hash, and sherpa-onnx does not read it
+    (place / "manifest.json").unlink()  # it has the file's old hash; sherpa-onnx does not need it
 
 
-# ------------------------------------------------------------------------------------- the others
+# --------------------------------------------------------------------------- other formats
 
 
 def ggml(kind: str) -> Prepare:
-    """whisper.cpp's model file, by our own writer."""
+    """Return a converter to whisper.cpp's model file, written by ggml.py."""
 
     def write(order: Order) -> Path:
         from benchmarks.rivals.ggml import convert
@@ -156,51 +164,51 @@ def ggml(kind: str) -> Prepare:
 
 
 def ctranslate2(order: Order) -> Path:
-    """CTranslate2's int8, by its own converter; see to_ctranslate2.py."""
+    """Convert to CTranslate2's int8 with its own converter; see to_ctranslate2.py."""
     place = order.place("ctranslate2-int8")
     if not is_written(place):
         if not order.python.is_file():
             raise Problem(
-                "faster-whisper: CTranslate2's converter writes its model, and it is in the "
-                f"rivals' environment, which is unavailable: there is no {order.python}",
+                "faster-whisper: its model is written by CTranslate2's converter in the rivals' "
+                f"environment, which is missing: there is no {order.python}",
                 hint="make it with `make rivals-env`, or leave faster-whisper out",
             )
         module, checkpoint = "benchmarks.rivals.to_ctranslate2", str(order.checkpoint)
         with new_directory(place) as folder:
-            folder.rmdir()  # the converter wants to make it
-            behind = packages(order.python)
-            run([sys.executable, "-m", module, checkpoint, str(folder), behind])
+            folder.rmdir()  # the converter creates it
+            site_packages = packages(order.python)
+            run([sys.executable, "-m", module, checkpoint, str(folder), site_packages])
             write_rules(order.checkpoint, folder)
     return place
 
 
 def is_written(place: Path) -> bool:
-    """Whether the form is there; one of an older version, without decoding rules, is removed."""
+    """Return whether the model exists; one of an older version, without rules, is deleted."""
     if place.is_dir() and not (place / RULES).is_file():
         shutil.rmtree(place)
     return place.is_dir()
 
 
 def write_rules(checkpoint: Path, place: Path) -> None:
-    """Write the checkpoint's decoding rules into a rival's form."""
+    """Write the checkpoint's decoding rules into a rival's model folder."""
     from benchmarks.rivals.ggml import decoding_rules_of
 
     (place / RULES).write_text(json.dumps(decoding_rules_of(checkpoint)) + "\n", encoding="utf-8")
 
 
 def packages(python: Path) -> str:
-    """Where the environment of an interpreter keeps its packages."""
+    """Return the site-packages folder of an interpreter's environment."""
     code = "import sysconfig; print(sysconfig.get_path('platlib'))"
     return run([str(python), "-c", code]).strip()
 
 
 def run(argv: Sequence[str]) -> str:
-    """What a program prints; raises the letter with the last line of its complaint."""
+    """Run a program and return its stdout. Raises Problem with the last line of its stderr."""
     done = subprocess.run(argv, cwd=PROJECT, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        message = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise Problem(
-            f"{' '.join(argv[:3])} ended with exit code {done.returncode} ({said})",
-            hint="make the rivals' environment anew: make rivals-env",
+            f"{' '.join(argv[:3])} ended with exit code {done.returncode} ({message})",
+            hint="rebuild the rivals' environment: make rivals-env",
         )
     return done.stdout

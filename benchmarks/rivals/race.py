@@ -1,7 +1,7 @@
-"""Engines x numbers of threads -> results, by turns.
+"""Engines x numbers of threads -> results, with interleaved rounds.
 
-Every case runs in a process of its own, and all of them take turns: A, B, C, A, B, C. A machine
-that grows warm or busy slows all alike.
+Every case runs in its own process, and all cases take turns: A, B, C, A, B, C. A machine that heats
+up or gets busy slows all of them equally.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.bench import REFERENCE, accuracy, checkpoint_wer, merge, write_clips
+from benchmarks.bench import REFERENCE, accuracy, checkpoint_wer, merge
 from benchmarks.metadata import clips_hash, folder_bytes, folder_hash
+from benchmarks.program import PROJECT
 from benchmarks.result import (
     FORMAT,
     in_milliseconds,
@@ -27,9 +28,10 @@ from benchmarks.result import (
     wer,
 )
 from benchmarks.rivals.engines import ENGINES, count_parameters, refuse_missing, refuse_unknown
-from benchmarks.rivals.prepare import PROJECT, Order
+from benchmarks.rivals.prepare import Order
 from benchmarks.rivals.transformers import refuse_slim
 from benchmarks.speech.clips import Clip
+from benchmarks.speech.wav import write_clips
 from benchmarks.timing import ratio
 from devices.device import Device, open_device, run_runner
 from export.problem import Problem
@@ -54,17 +56,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Work:
-    """What every engine is to do."""
+    """The checkpoint, clips and options that every engine gets."""
 
     model: str
-    """How tables call the checkpoint."""
+    """The checkpoint's name in tables."""
     checkpoint: Path
     clips: tuple[Clip, ...]
     tokens: int | None = None
-    """How many tokens every engine decodes; None: to the end of the text."""
+    """Number of tokens that every engine decodes; None: up to the end of the text."""
     repeats: int = 1
     windows_s: tuple[float, ...] = ()
-    """Shorter windows that our artifact gets beside the full one."""
+    """Shorter windows of our artifact, in addition to the full one."""
 
 
 def race(
@@ -77,11 +79,13 @@ def race(
     normalizer: str = "whisper-basic",
     say: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """The results of all cases. `models` is where the engines' own forms of the checkpoint are
-    written, or found from a former call; `python` the interpreter of the rivals' environment.
+    """Measure all cases and return their results.
 
-    Raises Problem: an unknown or missing engine, a checkpoint that it cannot have, another number
-    of tokens than was forced; and the engines' own letters.
+    `models` is the folder for the engines' converted models, which are reused if they exist;
+    `python` is the interpreter of the rivals' environment.
+
+    Raises Problem for an unknown or missing engine, a checkpoint that an engine cannot run and a
+    wrong number of forced tokens, and passes on the engines' errors.
     """
     refuse_unknown(engines)
     own = [name for name, kind in ENGINES.items() if not kind.foreign]
@@ -91,7 +95,7 @@ def race(
     order = Order(work.checkpoint, models, python, work.windows_s, work.tokens)
     places = {}
     for engine in engines:
-        say(f"{engine}: its model")
+        say(f"{engine}: converting the model")
         places[engine] = ENGINES[engine].prepare(order)
     cases = [Case(engine, count) for count in threads for engine in engines]
     with open_device("local") as device:
@@ -131,7 +135,8 @@ def race(
 def reference(
     work: Work, answers: Mapping[Case, Sequence[Mapping[str, Any]]], normalizer: str
 ) -> dict[str, float]:
-    """The field `checkpoint_wer`; nothing where the tokens are forced, and the texts no texts."""
+    """Return the field `checkpoint_wer`; nothing if tokens are forced, because texts then mean
+    nothing."""
     if work.tokens is not None:
         return {}
     own = [rounds[-1]["texts"] for case, rounds in answers.items() if case.engine == REFERENCE]
@@ -143,7 +148,7 @@ def reference(
 def by_turns(
     cases: Sequence[Case], rounds: int, run: Callable[[Case, int], T]
 ) -> dict[Case, list[T]]:
-    """Run all cases once, then all of them again: what each answered, round by round."""
+    """Run all cases once per round; return the answers of each case, round by round."""
     answers: dict[Case, list[T]] = {case: [] for case in cases}
     for turn in range(rounds):
         for case in cases:
@@ -152,7 +157,7 @@ def by_turns(
 
 
 def run_case(case: Case, work: Work, place: Path, device: Device, python: Path) -> dict[str, Any]:
-    """One process: its answer, in which every clip has the tokens that were asked for."""
+    """Run one process and return its answer. Raises Problem for a wrong number of forced tokens."""
     kind = ENGINES[case.engine]
     arguments = [str(place), "clips/clips.json", "--threads", str(case.threads)]
     arguments += ["--repeats", str(work.repeats)]
@@ -168,14 +173,14 @@ def run_case(case: Case, work: Work, place: Path, device: Device, python: Path) 
     counts = {len(tokens) for tokens in answer["tokens"]}
     if work.tokens is not None and counts != {work.tokens}:
         raise Problem(
-            f"{case.label}: {work.tokens} tokens were forced on every clip, {sorted(counts)} came",
-            hint="ask for fewer --tokens, or for longer clips: sherpa-onnx decodes 6 a second",
+            f"{case.label}: {work.tokens} tokens were forced, but {sorted(counts)} were decoded",
+            hint="use fewer --tokens or longer clips: sherpa-onnx decodes 6 tokens per second",
         )
     return answer
 
 
 def identify(case: Case, work: Work, place: Path) -> dict[str, Any]:
-    """The fields of a result that are known before anything runs."""
+    """Return the fields of a result that are known before anything runs."""
     kind = ENGINES[case.engine]
     manifest = {} if kind.rival else json.loads((place / "manifest.json").read_text("utf-8"))
     return {
@@ -192,7 +197,7 @@ def identify(case: Case, work: Work, place: Path) -> dict[str, Any]:
 
 
 def send_clips(clips: Sequence[Clip], device: Device) -> float:
-    """Write the clips where the engines find them; return their seconds of sound."""
+    """Push the clips to the device; return their duration in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         audio_s = write_clips(clips, Path(folder))
         device.push(Path(folder), "clips")
@@ -216,7 +221,7 @@ COMPARED = ("mel_s", "encoder_s", "per_token_s", "end_to_end_s", "peak_rss_bytes
 
 
 def rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The medians, a row a case."""
+    """Return a row of medians for each case."""
     return [
         {
             "engine": result["engine"],
@@ -232,28 +237,29 @@ def rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def ratios(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each of our results and each measure, how many times as much the best rival needs: the
-    one that is best at any of its numbers of threads, and the one that is best at ours.
+    """Compare each of our results with the best rival, for each measure.
 
-    {ours, measure, against, rival, value, best, ratio, interval}; `interval` is null for sizes. A
-    rival that wrote other texts than the checkpoint is left out.
+    The best rival is chosen twice: over all its numbers of threads ("at its best"), and with the
+    same number as ours ("same threads"). Returns {ours, measure, against, rival, value, best,
+    ratio, interval}, where ratio is best / value and `interval` is null for sizes. Rivals with
+    other texts than the checkpoint are left out.
     """
     rivals = [r for r in results if r["rival"] is not None and not other_texts(dict(r))]
-    found = []
+    rows = []
     for ours in (result for result in results if result["rival"] is None):
         same = [rival for rival in rivals if rival["threads"] == ours["threads"]]
         for measure in COMPARED:
             for against, those in (("at its best", rivals), ("same threads", same)):
                 row = against_best(ours, those, measure)
                 if row is not None:
-                    found.append({**row, "against": against})
-    return found
+                    rows.append({**row, "against": against})
+    return rows
 
 
 def against_best(
     ours: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], measure: str
 ) -> dict[str, Any] | None:
-    """One measure against the rival that needs least; None where it was not measured."""
+    """Return one measure of ours and of the rival with the smallest value; None if unmeasured."""
     known = [rival for rival in rivals if middle(rival, measure) is not None]
     value = middle(ours, measure)
     if value is None or not known:
@@ -270,34 +276,34 @@ def against_best(
 
 
 def middle(result: Mapping[str, Any], measure: str) -> float | None:
-    """The median of a stage, or a size; None where it is not known."""
-    found = result["medians"].get(measure) if measure.endswith("_s") else result[measure]
-    return float(found) if isinstance(found, int | float) else None
+    """Return the median of a stage, or a size; None if it is unknown."""
+    value = result["medians"].get(measure) if measure.endswith("_s") else result[measure]
+    return float(value) if isinstance(value, int | float) else None
 
 
-def ratio_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """`ratios` as texts."""
+def ratio_rows(ratios: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return what `ratios` returns as rows of a table."""
     return [
         {
             "ours": row["ours"],
             "measure": TITLES[row["measure"]],
-            "this": in_unit(row["measure"], row["value"]),
-            "least of the rivals": in_unit(row["measure"], row["best"]),
-            "by": f"{row['rival']} ({row['against']})",
-            "times": f"{row['ratio']:.2f}",
+            "value": in_unit(row["measure"], row["value"]),
+            "best rival's value": in_unit(row["measure"], row["best"]),
+            "best rival": f"{row['rival']} ({row['against']})",
+            "best rival / ours": f"{row['ratio']:.2f}",
             "95 %": "{:.2f} to {:.2f}".format(*row["interval"]) if row["interval"] else "",
         }
-        for row in found
+        for row in ratios
     ]
 
 
 def in_unit(measure: str, value: float) -> str:
-    """Milliseconds or megabytes."""
+    """Return a value as text in milliseconds or megabytes."""
     return in_milliseconds(value) if measure.endswith("_s") else f"{value / 1e6:.1f}"
 
 
-def work_told(results: Sequence[Mapping[str, Any]]) -> str:
-    """What was done, of stored results."""
+def describe_work(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the model, duration and tokens of stored results as text."""
     first = results[0]
     model, _, _ = str(first["name"]).partition(",")
     forced = first["forced_tokens"]
@@ -306,15 +312,15 @@ def work_told(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def brief_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """End to end against the rival that is fastest at its own best number of threads, and memory
-    against the one that takes least."""
-    found = [row for row in ratios(results) if row["against"] == "at its best"]
+    """Return rows that compare our total time with the fastest rival and our peak memory with the
+    smallest one, each at its best number of threads."""
+    best = [row for row in ratios(results) if row["against"] == "at its best"]
     by_ours = {
-        ours: {row["measure"]: row for row in found if row["ours"] == ours}
-        for ours in dict.fromkeys(row["ours"] for row in found)
+        ours: {row["measure"]: row for row in best if row["ours"] == ours}
+        for ours in dict.fromkeys(row["ours"] for row in best)
     }
     return [
-        {"work": work_told(results), "": ours}
+        {"workload": describe_work(results), "": ours}
         | {"total ms": in_unit("end_to_end_s", rows["end_to_end_s"]["value"])}
         | compared("end_to_end_s", "fastest rival", rows["end_to_end_s"])
         | {"peak MB": in_unit("peak_rss_bytes", rows["peak_rss_bytes"]["value"])}
@@ -324,7 +330,7 @@ def brief_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def compared(measure: str, title: str, row: Mapping[str, Any]) -> dict[str, str]:
-    """The best rival's figure, and how many times ours it is."""
+    """Return the best rival's value, and that value divided by ours."""
     return {
         title: f"{row['rival']}: {in_unit(measure, row['best'])}",
         f"{title} / ours": f"{row['ratio']:.2f}",

@@ -1,29 +1,31 @@
-"""A checkpoint by sherpa-onnx: its loop and its front end, over graphs in its layout.
+"""Run a checkpoint in sherpa-onnx: its front end and decoding loop with graphs in its layout.
 
     python -m benchmarks.rivals.sherpa_onnx MODEL CLIPS.json --threads 2 --tokens 64
 
-MODEL is a folder that export/onnx/layouts/sherpa.py wrote. The graphs are thus our operators where
-its own exporter traces and quantises PyTorch's; they hear the whole window whatever the clip. What
-is measured is the engine: its log-mel, its caches that are copied from step to step, its loop.
+MODEL is a folder written by export/onnx/layouts/sherpa.py. Its graphs have our operators, while
+sherpa-onnx's own exporter traces and quantises PyTorch's. They always process the full window. The
+measurement covers the engine: its log-mel, its caches, which are copied from step to step, and its
+loop.
 
 Each clip is transcribed in its own language. sherpa-onnx reads it from the recognizer's
 configuration, which is changed between clips (microseconds, nothing is loaded again). For an
-English-only model sherpa-onnx itself leaves language and task out of the prompt.
+English-only model, sherpa-onnx itself leaves language and task out of the prompt.
 
-The Python package has one call for encoder and decoder, so:
+The Python package has a single call for encoder and decoder, so:
 
     mel_s        accept_waveform(), which computes all frames
-    encoder_s    decode_stream() of a tenth of a second, after the clip and outside `end_to_end_s`:
-                 sherpa-onnx allows 6 tokens a second, so there the loop ends before its first. It
-                 is encoder, cross keys and values, and the prompt; `prompt_s` stays empty
-    per_token_s  what decode_stream() of the clip takes longer, divided by the tokens: the loop runs
-                 the decoder after every one of them. Only where tokens are forced: those of a few
-                 words take less than the encoder's time differs from run to run
+    encoder_s    decode_stream() of 0.1 s of silence, after the clip and outside `end_to_end_s`.
+                 sherpa-onnx allows 6 tokens per second, so the loop ends before the first token.
+                 The time covers the encoder, cross keys and values, and the prompt; `prompt_s` is
+                 empty
+    per_token_s  the additional time of decode_stream() for the clip, divided by the tokens. Only
+                 measured if tokens are forced: a few words take less time than the encoder's
+                 variation from run to run
 
-Tokens cannot be forced by its options. prepare.sherpa() therefore writes a model that has room for
-twice as many positions as tokens are wanted (the loop stops at half of them), and whose graph
-suppresses the end of text; per_token_s gains, as less is copied. The package tells no ids, so
-`tokens` are texts; of that model, the ids written out.
+The engine has no option to force tokens. prepare.sherpa() therefore writes a model with twice as
+many positions as forced tokens (the loop stops at half of them) whose graph suppresses the end of
+text. Its caches are smaller, which favours per_token_s. The package does not return ids: `tokens`
+are texts, for this model the ids as text.
 """
 
 from __future__ import annotations
@@ -40,10 +42,12 @@ from devices.runner.audio import SAMPLING_RATE, read_wav
 
 TOO_SHORT = np.zeros(SAMPLING_RATE // 10, np.float32)
 TAIL_FRAMES = 1
-"""Padding behind the clip; 0 would stand for ten seconds. The graphs fill the window themselves."""
+"""Padding after the clip; 0 means ten seconds. The graphs pad to the full window themselves."""
 
 
 class SherpaOnnx(Engine):
+    """sherpa-onnx's OfflineRecognizer."""
+
     imports = ("sherpa_onnx",)
     packages = ("sherpa-onnx",)
 
@@ -57,7 +61,7 @@ class SherpaOnnx(Engine):
             encoder=str(only(model, "*-encoder*.onnx")),
             decoder=str(only(model, "*-decoder*.onnx")),
             tokens=str(only(model, "*-tokens.txt")),
-            language=self.language or "en",  # an English-only model's is not read
+            language=self.language or "en",  # ignored for an English-only model
             task=prompt_task(self.rules),
             num_threads=threads,
             tail_paddings=TAIL_FRAMES,
@@ -68,29 +72,30 @@ class SherpaOnnx(Engine):
         self.set_language(prompt_language(self.rules, language))
         pcm = read_wav(path)
         with noted(self.watch.mel_s):
-            stream = self.heard(pcm)
+            stream = self.stream_of(pcm)
         started = time.perf_counter()
         self.recognizer.decode_stream(stream)
         self.decode_s = time.perf_counter() - started
-        found = list(stream.result.tokens)
-        return found, str(stream.result.text).strip()
+        tokens = list(stream.result.tokens)
+        return tokens, str(stream.result.text).strip()
 
     def set_language(self, code: str | None) -> None:
-        """Let the recognizer transcribe in another language than before."""
+        """Set the language that the recognizer transcribes."""
         if code == self.language:
             return
         config = self.recognizer.config
         config.model_config.whisper.language = self.language = code
         self.recognizer.recognizer.set_config(config)
 
-    def heard(self, pcm: Any) -> Any:
+    def stream_of(self, pcm: Any) -> Any:
+        """Return a stream with the samples' features computed."""
         stream = self.recognizer.create_stream()
         stream.accept_waveform(SAMPLING_RATE, pcm)
         return stream
 
     def between(self) -> None:
-        """The time without any token."""
-        stream = self.heard(TOO_SHORT)
+        """Measure the time without any token."""
+        stream = self.stream_of(TOO_SHORT)
         started = time.perf_counter()
         self.recognizer.decode_stream(stream)
         silent_s = time.perf_counter() - started
@@ -100,9 +105,9 @@ class SherpaOnnx(Engine):
 
 
 def only(folder: Path, pattern: str) -> Path:
-    """The one file of that name."""
-    (found,) = folder.glob(pattern)
-    return found
+    """Return the only file that matches a pattern."""
+    (path,) = folder.glob(pattern)
+    return path
 
 
 if __name__ == "__main__":

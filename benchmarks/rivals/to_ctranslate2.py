@@ -1,9 +1,9 @@
-"""A checkpoint in CTranslate2's form, by CTranslate2's own converter.
+"""Convert a checkpoint to CTranslate2's format with its own converter.
 
     python -m benchmarks.rivals.to_ctranslate2 CHECKPOINT OUT SITE_PACKAGES
 
-The converter needs torch and transformers, which the toolchain's environment has, and ctranslate2,
-which the rivals' has: this runs in the first, with the second's packages behind it on the path.
+The converter needs torch and transformers from the toolchain's environment, and ctranslate2 from
+the rivals' environment. It runs in the first, with the second's packages at the end of the path.
 """
 
 from __future__ import annotations

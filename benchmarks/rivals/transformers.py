@@ -1,15 +1,15 @@
-"""A checkpoint in fp32 PyTorch through transformers' generate(), as its documentation shows it.
+"""Run a checkpoint in fp32 PyTorch with transformers' generate(), as its documentation shows.
 
     python -m benchmarks.rivals.transformers CHECKPOINT CLIPS.json --repeats 1 --threads 2
 
-The languages of the clips stand in languages.json beside them, where they are known: each is
-prompted as in the checkpoint's training.
+The languages of the clips are read from languages.json in their folder, if it exists; they set the
+prompt as in the checkpoint's training.
 
-Answers as `python -m runner bench` does, in the same fields. Stages are timed by hooks: the
-feature extractor's call is `mel_s`, the encoder's forward `encoder_s`, the model's forward
-`prompt_s` the first time and `per_token_s` afterwards; what generate() does between them is in
-`end_to_end_s` only, as the runner's own loop is. The encoder's keys and values are computed in the
-prompt's forward. Dense checkpoints only: it loads with stock transformers.
+The answer has the fields of `python -m runner bench`. Hooks time the stages: `mel_s` is the feature
+extractor's call, `encoder_s` the encoder's forward, `prompt_s` the first forward of the model and
+`per_token_s` the later ones. The rest of generate() is in `end_to_end_s` only, as the runner's own
+loop is. The cross keys and values are computed in the prompt's forward. The checkpoint must be
+dense, because transformers' own classes load it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from export.prompt import language_for, task_of
 
 
 class Rival(Engine):
-    """Model and processor, with hooks that note the time of each stage."""
+    """Model and processor, with hooks that time each stage."""
 
     imports = (
         "transformers.models.whisper.modeling_whisper",
@@ -57,7 +57,7 @@ class Rival(Engine):
         self.hook(self.model, self.step_list)
 
     def generate_options(self, tokens: int | None) -> dict[str, Any]:
-        """When decoding ends; what is suppressed where an end is forced."""
+        """Return the options that end decoding, after `tokens` tokens unless that is None."""
         if tokens is None:
             return {"max_new_tokens": self.model.config.max_target_positions - 4}
         never = [*(self.model.generation_config.suppress_tokens or []), self.end]
@@ -68,27 +68,27 @@ class Rival(Engine):
         return int(self.model.config.eos_token_id)
 
     def hook(self, module: Any, times: Callable[[], list[float]]) -> None:
-        """Let a module's forward note its seconds in the list that `times()` returns."""
+        """Append the seconds of a module's forward to the list that `times()` returns."""
         begun: list[float] = []
         module.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter()))
         module.register_forward_hook(lambda *_: times().append(time.perf_counter() - begun.pop()))
 
     def step_list(self) -> list[float]:
-        """The list that the next decoder step belongs to."""
+        """Return the list for the time of the next decoder step."""
         self.first, prompt = False, self.first
         return self.watch.prompt_s if prompt else self.watch.per_token_s
 
     def transcribe(self, path: Path, language: str | None = None) -> tuple[list[int], str]:
-        """Tokens and text of a WAV file of any length, cut as the runner cuts it."""
+        """Return tokens and text of a WAV file, split into windows like in the runner."""
         pcm = read_wav(path)
         pieces = split(pcm, self.processor.feature_extractor.n_samples)
         tokens = [self.window(pcm[piece], language) for piece in pieces]
         decode = self.processor.tokenizer.decode
-        texts = [decode(found, skip_special_tokens=True).strip() for found in tokens]
+        texts = [decode(window, skip_special_tokens=True).strip() for window in tokens]
         return [token for window in tokens for token in window], join(texts)
 
     def window(self, pcm: Pcm, language: str | None = None) -> list[int]:
-        """Greedy tokens of one window, without prompt and end token."""
+        """Return the greedy tokens of one window, without prompt and end token."""
         import torch
 
         self.first = True
@@ -96,24 +96,28 @@ class Rival(Engine):
             features = self.processor(pcm, sampling_rate=16_000, return_tensors="pt").input_features
         config = self.model.generation_config
         code = language_for(config, language)
-        told = {} if code is None else {"language": code, "task": task_of(config)}
+        prompt = {} if code is None else {"language": code, "task": task_of(config)}
         with torch.no_grad():
-            found = self.model.generate(
-                features, do_sample=False, num_beams=1, **self.limits, **told
+            output = self.model.generate(
+                features, do_sample=False, num_beams=1, **self.limits, **prompt
             )[0].tolist()
-        return found[: found.index(self.end)] if self.end in found else found
+        return output[: output.index(self.end)] if self.end in output else output
 
 
 def refuse_slim(checkpoint: Path) -> None:
-    """Stock transformers would build dense layers and fill them at random."""
+    """Raise RunnerProblem for a compressed checkpoint.
+
+    transformers' own classes would build dense layers with random weights.
+    """
     try:
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunnerProblem(f"{checkpoint}: no readable config.json ({error})") from None
     if config.get("edgewhisper"):
         raise RunnerProblem(
-            f"{checkpoint}: its layers have shapes of their own; transformers loads dense ones",
-            "bench the dense checkpoint it was made from",
+            f"{checkpoint}: its layers have individual shapes; "
+            "transformers loads dense layers only",
+            "bench the dense checkpoint that it was made from",
         )
 
 

@@ -1,29 +1,29 @@
-"""A checkpoint by whisper.cpp, from the library that comes with pywhispercpp.
+"""Run a checkpoint in whisper.cpp, with the library of pywhispercpp.
 
     python -m benchmarks.rivals.whisper_cpp MODEL CLIPS.json --threads 2 --tokens 64
 
-MODEL is a folder that ggml.py wrote. pywhispercpp's binding of whisper_decode() takes one token and
-gives one logit, so the C functions are called as they are, through ctypes:
+MODEL is a folder written by ggml.py. pywhispercpp's binding of whisper_decode() takes one token and
+returns one logit, so the C functions are called through ctypes:
 
-    whisper_pcm_to_mel   mel_s; always 30 s and silence behind it
-    whisper_encode       encoder_s; the decoder's cross keys and values are part of it
+    whisper_pcm_to_mel   mel_s; always 30 s, followed by silence
+    whisper_encode       encoder_s; includes the decoder's cross keys and values
     whisper_decode       prompt_s for the prompt, per_token_s for each further token
 
-Everything else is as the library has it by default, flash attention on. That fills its keys up to a
-multiple of 256 positions and attends to the filling as well (whisper.cpp's pull request 3941): 36
-in the full window, too few to matter, but with the embedded model's 300 positions it says words
-twice. Models with another window than Whisper's therefore run without it.
+All other options have their defaults. Flash attention, on by default, pads the keys to a multiple
+of 256 positions and attends to the padding as well (whisper.cpp's pull request 3941). The full
+window has 36 such positions, which is too few to matter; with the embedded model's 300 positions,
+words are repeated. Models with another window than Whisper's therefore run without it.
 
-What whisper_full() does between these calls (sampling, fallback, timestamps) is left out, to the
-engine's favour. Tokens are chosen by the loop of our own runner under whisper_full()'s rules for
-no_timestamps: the prompt has language and task only in a multilingual model; no token behind the
-end of text is chosen, and neither that nor a blank at the beginning; non-speech tokens are allowed
-(suppress_nst is off by default); at most half of the text positions, less four, are decoded.
+The other work of whisper_full() (sampling, fallback, timestamps) is left out, which favours the
+engine. Our runner's loop chooses the tokens by whisper_full()'s rules for no_timestamps: the prompt
+has language and task for a multilingual model only; tokens after the end of text are suppressed,
+and at the beginning also the end of text and blank; non-speech tokens are allowed (suppress_nst is
+off by default); at most half of the text positions, less four, are decoded.
 
-`make rivals-env` installs pywhispercpp's wheel and, where there is a C++ compiler, also builds its
-source package for this processor into the folder `source` of the environment. The build is used if
-it is there, unless EDGEWHISPER_WHISPER_CPP is "wheel". `build` in the answer says which one it was
-and what the library says of itself.
+`make rivals-env` installs pywhispercpp's wheel and, if there is a C++ compiler, builds its source
+package for this processor into the folder `source` of the environment. That build is used if it
+exists, unless EDGEWHISPER_WHISPER_CPP is "wheel". `build` in the answer has the choice and the
+library's system information.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ from devices.runner.decode.rules import Rules
 from devices.runner.problem import RunnerProblem
 
 MODEL = "ggml-model.bin"
-"""In the folder that ggml.py writes."""
+"""The model's file in the folder written by ggml.py."""
 SOURCE = Path(sys.prefix) / "source"
-"""Where the environment has the library that was built from the source package."""
+"""The folder of the environment with the library built from source."""
 CHOICE = "EDGEWHISPER_WHISPER_CPP"
 
 Quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -65,6 +65,8 @@ FULL_WINDOW = 30 * 16_000
 
 
 class Heads(ctypes.Structure):
+    """whisper_aheads of whisper.cpp 1.8."""
+
     _fields_ = (("count", ctypes.c_size_t), ("heads", ctypes.c_void_p))
 
 
@@ -102,6 +104,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class WhisperCpp(Engine):
+    """whisper.cpp's C functions, called through ctypes."""
+
     imports = ("_pywhispercpp",)
     packages = ("pywhispercpp",)
 
@@ -124,7 +128,7 @@ class WhisperCpp(Engine):
         self.fed = 0
 
     def full_rules(self, rules: Rules) -> Rules:
-        """Return the rules that whisper_full() decodes by, with no_timestamps; see above."""
+        """Return the rules of whisper_full() with no_timestamps; see the module's docstring."""
         word = self.library.whisper_token_to_str
         blank = (i for i in range(rules.eos) if word(self.context, i) == b" ")
         return replace(
@@ -146,18 +150,18 @@ class WhisperCpp(Engine):
         return tokens, self.text(tokens)
 
     def prompted(self, code: str | None) -> Rules:
-        """Return the rules with another language in the prompt; None leaves the prompt."""
+        """Return the rules with another language in the prompt; None keeps the prompt."""
         rules = self.rules.told(code, None, timestamps=False)
         return replace(rules, max_new_tokens=self.rules.max_new_tokens)
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call one of the library's stages; the number of threads is their last argument."""
+        """Call a function of the library with the number of threads as last argument."""
         code = getattr(self.library, name)(self.context, *arguments, self.threads)
         if code:
             raise RunnerProblem(f"{name} of whisper.cpp ended with code {code}")
 
     def step(self, ids: Sequence[int]) -> Any:
-        """Feed tokens behind those already fed; the logits (vocab,) after the last."""
+        """Decode more tokens; return the logits (vocab,) after the last."""
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         with noted(self.watch.per_token_s if self.fed else self.watch.prompt_s):
             self.call("whisper_decode", tokens, len(ids), self.fed)
@@ -166,32 +170,32 @@ class WhisperCpp(Engine):
         return np.ctypeslib.as_array(rows, (len(ids), self.vocabulary))[-1]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of ordinary tokens; the library keeps their bytes up to a zero."""
+        """Return the text of ordinary tokens; the library returns their bytes up to a zero."""
         spell = self.library.whisper_token_to_str
-        found = b"".join(spell(self.context, t) for t in tokens if t < self.rules.eos)
-        return found.decode(errors="replace").strip()
+        content = b"".join(spell(self.context, t) for t in tokens if t < self.rules.eos)
+        return content.decode(errors="replace").strip()
 
 
 def uses_source() -> bool:
-    """Whether the library was built from the source package."""
+    """Return whether to use the library built from source."""
     return SOURCE.is_dir() and os.environ.get(CHOICE) != "wheel"
 
 
 def find_library() -> Path:
-    """The library that pywhispercpp's own module is linked with."""
+    """Return the library that pywhispercpp's module is linked with."""
     module = importlib.util.find_spec("_pywhispercpp")
     assert module is not None and module.origin is not None  # it has been imported
     libraries = sorted(Path(module.origin).parent.glob("libwhisper.*"))
     if not libraries:
         raise RunnerProblem(
-            f"{module.origin}: its folder has no libwhisper",
+            f"{module.origin}: there is no libwhisper in its folder",
             "install the version of pywhispercpp that requirements.txt names",
         )
     return libraries[0]
 
 
 def open_library(place: Path) -> Any:
-    """The library with its functions' types, muted."""
+    """Load the library, set the types of its functions and turn off its log."""
     library = ctypes.CDLL(str(place))
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
@@ -201,7 +205,7 @@ def open_library(place: Path) -> Any:
 
 
 MUTE = Quiet(lambda level, text, data: None)
-"""Kept as long as the process lives: the library calls it."""
+"""The log callback; referenced here because the library calls it until the process ends."""
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Clips: manifests, data sets of the hub, audiofolders, and the sound files they name."""
+"""Speech: clips from manifests, Hugging Face data sets and audiofolders, and their sound files."""

@@ -1,7 +1,7 @@
-"""Folders in Hugging Face's audiofolder form: sound files and a metadata.csv or metadata.jsonl.
+"""Read folders in Hugging Face's audiofolder format: sound files with metadata.csv or .jsonl.
 
-Every row names a file (`file_name`, relative to the folder) and its text (`text`, `sentence` or
-`transcription`); `lang` (or `locale`, `language`), `speaker` and `duration` are read where present.
+Every row has a file (`file_name`, relative to the folder) and its text (`text`, `sentence` or
+`transcription`). `lang` (or `locale`, `language`), `speaker` and `duration` are optional.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from benchmarks.speech import columns
-from benchmarks.speech.clips import Clip
 from export.problem import Problem
 from export.prompt import language_code
 
@@ -21,11 +20,11 @@ NAMES = ("metadata.csv", "metadata.jsonl")
 FILE = "file_name"
 
 
-def read_folder(folder: Path) -> list[Clip]:
-    """The clips of a folder, in its metadata's order.
+def read_folder(folder: Path) -> list[dict[str, Any]]:
+    """Return the fields of each Clip of a folder, in the order of its metadata.
 
-    Raises Problem: no metadata or two, no rows, columns by other names, a bad row with its number,
-    a file that is missing or outside the folder.
+    Raises Problem for missing or duplicate metadata, no rows, unknown column names, an invalid row
+    (with its number), and a file that is missing or outside the folder.
     """
     path = metadata_file(folder)
     try:
@@ -35,23 +34,23 @@ def read_folder(folder: Path) -> list[Clip]:
     except UnicodeDecodeError as error:
         raise Problem(f"{path} is not UTF-8 text", hint="save it as UTF-8") from error
     except csv.Error as error:
-        raise Problem(f"{path} is not CSV ({error})", hint="write it anew") from error
+        raise Problem(f"{path} is not CSV ({error})", hint="write it again") from error
     if not rows:
         raise Problem(f"{path} names no clips", hint=f"give it rows with `{FILE}` and `text`")
     return [_clip(path, number, row) for number, row in rows]
 
 
 def metadata_file(folder: Path) -> Path:
-    """The folder's one metadata file."""
-    found = [folder / name for name in NAMES if (folder / name).is_file()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise Problem(f"{folder} has both {' and '.join(NAMES)}", hint="keep one of them")
+    """Return the folder's only metadata file."""
+    files = [folder / name for name in NAMES if (folder / name).is_file()]
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise Problem(f"{folder} has both {' and '.join(NAMES)}", hint="delete one of them")
     splits = sorted({str(path.parent) for name in NAMES for path in folder.glob(f"*/{name}")})
     if splits:
         raise Problem(
-            f"{folder} has no metadata of its own, but {len(splits)} of its folders have",
+            f"{folder} has no metadata of its own, but {len(splits)} of its folders have some",
             hint=f"name one of {', '.join(splits)}",
         )
     raise Problem(
@@ -61,7 +60,7 @@ def metadata_file(folder: Path) -> Path:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row); a cell that a short line lacks is left out."""
+    """Yield (line number, row); cells that are missing in a short line are left out."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         names = reader.fieldnames or []
@@ -84,7 +83,8 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
         if not isinstance(row, dict):
             raise Problem(
-                f"{path}, line {number}: a {type(row).__name__}, not an object", hint="use {...}"
+                f"{path}, line {number}: a {type(row).__name__}, not an object",
+                hint="write an object, {...}",
             )
         _check_columns(row, f"{path}, line {number}")
         yield number, row
@@ -93,24 +93,24 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _check_columns(names: Any, where: str) -> None:
     if FILE not in names:
         raise Problem(
-            f"{where}: no column `{FILE}`; there are {columns.listed(names)}",
+            f"{where}: no column `{FILE}`; the columns are {columns.listed(names)}",
             hint=f"name the column of sound files `{FILE}`",
         )
     columns.text_column(names, where)
 
 
-def _clip(path: Path, number: int, row: dict[str, Any]) -> Clip:
+def _clip(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
     where = f"{path}, line {number}"
-    said = columns.find(row, columns.TEXTS) or columns.TEXT[0]
+    text = columns.find(row, columns.TEXTS) or columns.TEXT[0]
     lang, speaker = columns.find(row, columns.LANG), columns.find(row, columns.SPEAKER)
-    otherwise = columns.TEXT_BY_LANGUAGE.get(said, "en")
-    return Clip(
-        audio=_audio(path.parent, _string(row, FILE, where), where),
-        text=_string(row, said, where),
-        lang=language_code(str(row[lang])) if lang and row[lang] else otherwise,
-        speaker=str(row[speaker]) if speaker and row[speaker] is not None else None,
-        duration_s=_seconds(row.get("duration")),
-    )
+    default = columns.TEXT_BY_LANGUAGE.get(text, "en")
+    return {
+        "audio": _audio(path.parent, _string(row, FILE, where), where),
+        "text": _string(row, text, where),
+        "lang": language_code(str(row[lang])) if lang and row[lang] else default,
+        "speaker": str(row[speaker]) if speaker and row[speaker] is not None else None,
+        "duration_s": _seconds(row.get("duration")),
+    }
 
 
 def _string(row: dict[str, Any], name: str, where: str) -> str:
@@ -123,15 +123,18 @@ def _string(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def _audio(folder: Path, name: str, where: str) -> Path:
-    """By name, not by where links lead: downloaded folders hold links into a cache."""
+    """Return the path of a sound file in the folder.
+
+    The name is checked, not the target of a link: downloaded folders have links into a cache.
+    """
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
         raise Problem(
-            f"{where}: names the file {name!r}, which is outside the folder",
+            f"{where}: the file {name!r} is outside the folder",
             hint="keep the sound files in the folder, or write a manifest with their paths",
         )
     if not (folder / name).is_file():
-        raise Problem(f"{where}: there is no file {folder / name}", hint="check the name")
+        raise Problem(f"{where}: there is no file {folder / name}", hint="check `file_name`")
     return folder / name
 
 

@@ -1,8 +1,9 @@
-"""Speech: manifests of clips.
+"""Clips and the manifests that list them.
 
-A manifest is JSON lines: `audio` (relative to the manifest), `text`, `lang`, and optionally
-`speaker` and `duration` in seconds. Where a manifest is asked for, a folder in audiofolder form
-(audiofolder.py) or a data set of the hub, hf:OWNER/NAME[:CONFIG][:SPLIT] (hub.py), does as well.
+A manifest is a JSON-lines file with `audio` (relative to the manifest), `text`, `lang` and
+optionally `speaker` and `duration` in seconds. Instead of a manifest you can pass a folder in
+audiofolder format (audiofolder.py) or a data set of the Hugging Face hub,
+hf:OWNER/NAME[:CONFIG][:SPLIT] (hub.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from export.problem import Problem
 
 @dataclass(frozen=True)
 class Clip:
-    """One utterance: where its audio is, and what is said in it."""
+    """One utterance: its sound file, its text and its language."""
 
     audio: Path
     text: str
@@ -29,10 +30,13 @@ class Clip:
     speaker: str | None = None
     duration_s: float | None = None
     line: str | None = field(default=None, compare=False)
-    """Where it is named, such as "train.jsonl, line 3"."""
+    """Its place in a manifest, such as "train.jsonl, line 3"."""
 
     def pcm(self) -> np.ndarray:
-        """(samples,) float32 at 16 kHz. Raises Problem as read_audio, with `line` before it."""
+        """Return the samples (n,) float32 at 16 kHz.
+
+        Raises Problem as read_audio does, with `line` in front of the message.
+        """
         try:
             return read_audio(self.audio)
         except Problem as error:
@@ -42,7 +46,7 @@ class Clip:
 
 
 class Samples(Sequence[np.ndarray]):
-    """The samples of clips, each read when it is asked for: hours of speech take no memory."""
+    """The samples of clips, read on access, so that hours of speech need no memory."""
 
     def __init__(self, clips: Sequence[Clip]) -> None:
         self.clips = clips
@@ -61,9 +65,9 @@ class Samples(Sequence[np.ndarray]):
 
 
 def read_manifest(path: str | Path) -> list[Clip]:
-    """The clips of a manifest, a folder or a data set of the hub, in its order.
+    """Return the clips of a manifest, an audiofolder or a data set of the hub, in order.
 
-    Raises Problem: no such file, no clips, or a bad line, with its number; for the other forms as
+    Raises Problem for a missing file, no clips or an invalid line (with its number), and as
     read_folder and hub.fetch do.
     """
     if str(path).startswith("hf:"):
@@ -74,7 +78,7 @@ def read_manifest(path: str | Path) -> list[Clip]:
     if path.is_dir():
         from benchmarks.speech.audiofolder import read_folder
 
-        return read_folder(path)
+        return [Clip(**fields) for fields in read_folder(path)]
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -105,7 +109,9 @@ def _clip(path: Path, number: int, line: str) -> Clip:
             hint='a line looks like {"audio": "a.wav", "text": "three one", "lang": "en"}',
         ) from error
     if not isinstance(row, dict):
-        raise Problem(f"{where}: a {type(row).__name__}, not an object", hint="use {...}")
+        raise Problem(
+            f"{where}: a {type(row).__name__}, not an object", hint="write an object, {...}"
+        )
     for key in ("audio", "text"):
         if not isinstance(row.get(key), str):
             raise Problem(

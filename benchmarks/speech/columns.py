@@ -1,4 +1,4 @@
-"""Which columns of other people's tables hold what a manifest calls text, lang and speaker."""
+"""Column names that data sets use for a manifest's `text`, `lang` and `speaker`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from export.prompt import language_code
 
 TEXT = ("text", "sentence", "transcription", "transcript")
 TEXT_BY_LANGUAGE = {"bam": "bm"}
-"""Columns of transcripts that are called by their language, as jeli-asr's is, and its code."""
+"""Text columns named after their language, as in jeli-asr, and the language's code."""
 TEXTS = (*TEXT, *TEXT_BY_LANGUAGE)
 LANG = ("lang", "locale", "language")
 SPEAKER = ("speaker", "speaker_id")
 
 
 def find(columns: Iterable[str], known: tuple[str, ...]) -> str | None:
-    """The first of the known names that is among the columns."""
-    there = set(columns)
-    return next((name for name in known if name in there), None)
+    """Return the first known name that is a column, or None."""
+    names = set(columns)
+    return next((name for name in known if name in names), None)
 
 
 def text_column(columns: Iterable[str], where: str) -> str:
-    """The column of transcripts. Raises Problem, with the names that were found."""
+    """Return the column of transcripts. Raises Problem, with the columns, if there is none."""
     columns = list(columns)
-    found = find(columns, TEXTS)
-    if found is None:
+    column = find(columns, TEXTS)
+    if column is None:
         raise Problem(
-            f"{where}: no column holds the text; there are {listed(columns)}",
-            hint=f"name the column of transcripts {', '.join(TEXT[:-1])} or {TEXT[-1]}",
+            f"{where}: no column for the text; the columns are {listed(columns)}",
+            hint=f"rename the column of transcripts to {', '.join(TEXT[:-1])} or {TEXT[-1]}",
         )
-    return found
+    return column
 
 
 def listed(columns: Iterable[object]) -> str:
@@ -38,7 +38,7 @@ def listed(columns: Iterable[object]) -> str:
 
 
 def is_language(given: str) -> bool:
-    """Whether a word, such as the name of a configuration, is the code of a language we know."""
+    """Return whether a word, such as a configuration's name, is the code of a known language."""
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
     from benchmarks.normalizers import BY_LANGUAGE

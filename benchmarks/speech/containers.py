@@ -1,14 +1,13 @@
-"""Whether a sound file is whole, by what its container declares.
+"""Check whether a sound file is complete, from what its container declares.
 
     WAV, AIFF, W64, RF64, CAF   length of the chunk of samples
     AU, NIST                    length in the header
-    FLAC                        number of samples in the header (compared by who decodes them)
-    Ogg (Vorbis, Opus)          a page that ends each stream, pages numbered without a gap
-    MP3                         number of frames, where the first frame names it; a last frame that
-                                is complete
+    FLAC                        number of samples in the header (compared after decoding)
+    Ogg (Vorbis, Opus)          an end-of-stream page per stream, page numbers without a gap
+    MP3                         number of frames, if the first frame has it; a complete last frame
 
-Decoders read what is there and are silent about what is missing. WAV is in devices/runner/audio.py,
-since devices read it too. Sources: RFC 3533 (Ogg), RFC 9639 (FLAC), EBU Tech 3306 (RF64), Apple's
+Decoders do not report missing data. WAV is checked in devices/runner/audio.py, because devices read
+it too. Sources: RFC 3533 (Ogg), RFC 9639 (FLAC), EBU Tech 3306 (RF64), Apple's
 CAF specification, ISO 11172-3 (MP3), and the Xing header that LAME writes.
 """
 
@@ -18,13 +17,13 @@ import re
 import struct
 
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "FLAC", "OGG", "MP3")
-"""What is read: libsndfile's names of the formats whose end can be checked."""
+"""The supported formats, by libsndfile's names: those whose end can be checked."""
 
 UNKNOWN_32, UNKNOWN = 2**32 - 1, 2**62
-"""Lengths that a writer leaves who does not know: this one of 32 bits, 64 bits from here on."""
+"""Placeholder lengths of streamed files: this 32-bit number, and 64-bit numbers from this on."""
 MP3_RATES = (44100, 48000, 32000)
 MP3_KBITS = {
-    # (MPEG version 1, layer): by index; layers I, II, III are 3, 2, 1 in the header
+    # (is MPEG version 1, layer) -> bit rates by index; the header has 3, 2, 1 for layers I, II, III
     (True, 3): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (True, 1): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -35,7 +34,10 @@ MP3_KBITS = {
 
 
 def missing(content: memoryview, kind: str) -> str | None:
-    """What is missing at the end of a file, or None. `kind` is libsndfile's name of its format."""
+    """Return a description of what is missing at the end of a file, or None.
+
+    `kind` is libsndfile's name of its format.
+    """
     if kind == "MP3":
         return _mp3(content)
     if kind == "OGG":
@@ -43,11 +45,11 @@ def missing(content: memoryview, kind: str) -> str | None:
     end = _declared_end(content, kind)
     if end is None or end <= len(content):
         return None
-    return f"its header promises sound up to byte {end}, and the file has {len(content)} bytes"
+    return f"its header declares sound up to byte {end}, but the file has {len(content)} bytes"
 
 
 def with_true_length(content: memoryview) -> memoryview:
-    """A CAF file whose header promises what is there: libsndfile opens no other."""
+    """Return a CAF file whose header has the true length; libsndfile opens no other."""
     first, _ = _chunk(content, ">4sQ", b"data", start=8, align=1)
     if not first:
         return content
@@ -57,7 +59,7 @@ def with_true_length(content: memoryview) -> memoryview:
 
 
 def _declared_end(content: memoryview, kind: str) -> int | None:
-    """The byte behind the last sample, as the header has it; None where it does not say."""
+    """Return the byte after the last sample according to the header; None if it has no length."""
     magic = bytes(content[:4])
     if kind == "NIST":
         return _nist_end(bytes(content[:1024]))
@@ -73,7 +75,7 @@ def _declared_end(content: memoryview, kind: str) -> int | None:
         first, size = _chunk(content, "<4s12xQ", b"data", start=40, included=24, align=8)
     elif kind == "RF64" and len(content) >= 36:
         first, size = _chunk(content, "<4sI", b"data")
-        if size == UNKNOWN_32:  # then it is in the chunk ds64, which comes first
+        if size == UNKNOWN_32:  # the size is in the chunk ds64, which comes first
             (size,) = struct.unpack_from("<Q", content, 28)
     else:
         return None
@@ -83,18 +85,20 @@ def _declared_end(content: memoryview, kind: str) -> int | None:
 def _chunk(
     content: memoryview,
     layout: str,
-    wanted: bytes,
+    chunk: bytes,
     start: int = 12,
     included: int = 0,
     align: int = 2,
 ) -> tuple[int, int]:
-    """The first byte and the length of a chunk; (0, 0) where it is not there. `included` bytes of a
-    chunk's header count as its length."""
+    """Return the first byte and the length of a chunk, (0, 0) if it is missing.
+
+    `included` bytes of a chunk's header are part of its length.
+    """
     header = struct.calcsize(layout)
     while start + header <= len(content):
         name, size = struct.unpack_from(layout, content, start)
         size = max(size - included, 0)
-        if name == wanted:
+        if name == chunk:
             return start + header, size
         start += header + size
         start += -start % align
@@ -102,7 +106,7 @@ def _chunk(
 
 
 def _nist_end(header: bytes) -> int | None:
-    """A text of 1024 bytes: NIST_1A, its length, and lines such as `sample_count -i 16000`."""
+    """Return the end from a text header, which has lines such as `sample_count -i 16000`."""
     numbers = dict(re.findall(rb"(\w+) -i (\d+)", header))
     names = (b"sample_count", b"sample_n_bytes", b"channel_count")
     if not all(name in numbers for name in names[:2]):
@@ -113,58 +117,58 @@ def _nist_end(header: bytes) -> int | None:
 
 
 def _ogg(content: memoryview) -> str | None:
-    """Walk the pages: each is whole, each stream's are numbered, and the last one ends it."""
+    """Walk the Ogg pages; they must be complete, numbered without a gap, and end each stream."""
     place, streams = 0, dict[int, tuple[int, bool]]()
     while place < len(content):
         head = content[place : place + 27]
         if len(head) < 27 or head[:4] != b"OggS":
-            return f"no whole page of Ogg at byte {place} of {len(content)}"
+            return f"no complete Ogg page at byte {place} of {len(content)}"
         flags, serial, number, segments = head[5], *struct.unpack_from("<II", head, 14), head[26]
         lengths = content[place + 27 : place + 27 + segments]
         size = 27 + segments + sum(lengths)
         if len(lengths) < segments or place + size > len(content):
-            return f"the page of Ogg at byte {place} of {len(content)} is cut short"
+            return f"the Ogg page at byte {place} of {len(content)} is cut short"
         before = streams.get(serial)
         if before and number != before[0] + 1:
-            return f"pages {before[0] + 1} to {number - 1} of Ogg are not there"
+            return f"Ogg pages {before[0] + 1} to {number - 1} are missing"
         streams[serial] = number, bool(flags & 4)
         place += size
     if not all(ended for _, ended in streams.values()):
-        return "the page that ends the stream of Ogg is not there"
+        return "the Ogg page that ends the stream is missing"
     return None
 
 
 def _mp3(content: memoryview) -> str | None:
-    """Walk the frames: the last one is whole, and there are as many as the first one says."""
-    place, frames, wanted = _behind_id3(content), 0, None
+    """Walk the MP3 frames; the last must be complete, and their number as declared."""
+    place, frames, declared = _after_id3(content), 0, None
     while (size := _mp3_frame(content, place)) is not None:
         if place + size > len(content):
-            return f"the last frame of MP3, at byte {place} of {len(content)}, is cut short"
+            return f"the last MP3 frame, at byte {place} of {len(content)}, is cut short"
         if not frames:
-            wanted = _mp3_count(content[place : place + size])
+            declared = _mp3_count(content[place : place + size])
         frames += 1
         place += size
         if _mp3_frame(content, place) is None and not _is_tag(content, place):
             if len(content) - place in (1, 2, 3):
-                return f"the last frame of MP3, at byte {place} of {len(content)}, is cut short"
+                return f"the last MP3 frame, at byte {place} of {len(content)}, is cut short"
             place = _next_frame(content, place)
-    # the frame that holds the count is none of the counted ones
-    if wanted is not None and frames - 1 < wanted:
-        return f"{frames - 1} of {wanted} frames of MP3 are there"
+    # the frame with the count is not counted itself
+    if declared is not None and frames - 1 < declared:
+        return f"the file has {frames - 1} of {declared} MP3 frames"
     return None
 
 
-def _behind_id3(content: memoryview) -> int:
+def _after_id3(content: memoryview) -> int:
     if content[:3] != b"ID3" or len(content) < 10:
         return 0
     size = 0
-    for byte in content[6:10]:  # seven bits each
+    for byte in content[6:10]:  # seven bits per byte
         size = size << 7 | byte & 127
     return 10 + size + (10 if content[5] & 16 else 0)
 
 
 def _mp3_frame(content: memoryview, place: int) -> int | None:
-    """The length in bytes of the frame at a place; None where none begins."""
+    """Return the length in bytes of the frame that begins at a byte; None if none does."""
     if place + 4 > len(content):
         return None
     (head,) = struct.unpack_from(">I", content, place)
@@ -182,7 +186,7 @@ def _mp3_frame(content: memoryview, place: int) -> int | None:
 
 
 def _mp3_count(frame: memoryview) -> int | None:
-    """The number of frames that a Xing or VBRI header names."""
+    """Return the number of frames in a Xing or VBRI header, or None."""
     held = bytes(frame[:200])
     for tag in (b"Xing", b"Info"):
         at = held.find(tag)
@@ -199,9 +203,9 @@ def _is_tag(content: memoryview, place: int) -> bool:
 
 
 def _next_frame(content: memoryview, place: int) -> int:
-    """Where frames go on behind bytes that are none, or the end."""
-    for found in range(place, min(place + 65536, len(content))):
-        size = _mp3_frame(content, found)
-        if size is not None and _mp3_frame(content, found + size) is not None:
-            return found
+    """Return the byte where the next frame begins after other data, or the end."""
+    for start in range(place, min(place + 65536, len(content))):
+        size = _mp3_frame(content, start)
+        if size is not None and _mp3_frame(content, start + size) is not None:
+            return start
     return len(content)

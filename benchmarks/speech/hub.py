@@ -1,9 +1,8 @@
-"""Data sets of the Hugging Face hub as speech: hf:OWNER/NAME[:CONFIG][:SPLIT], SPLIT[:N] for the
-first N clips.
+"""Data sets of the Hugging Face hub as manifests: hf:OWNER/NAME[:CONFIG][:SPLIT].
 
-The `datasets` library streams the rows; sound files are kept as they come, undecoded, beside a
-manifest in a cache of ours. So training reads every clip as often as it likes, an interrupted run
-finds the same clips again, and the next run needs no network. Sound is decoded by speech.py.
+SPLIT[:N] takes the first N clips. The `datasets` library streams the rows. The sound files are
+stored undecoded, with a manifest, in the user's cache: training can read clips repeatedly, an
+interrupted run gets the same clips again, and the next run needs no network. sound.py decodes them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
 
 @dataclass(frozen=True)
 class Source:
-    """What hf:... asks for."""
+    """The parts of an hf:... name."""
 
     repository: str
     config: str | None
@@ -41,24 +40,24 @@ class Source:
 
     @property
     def folder(self) -> str:
-        """Where its clips are in the cache."""
+        """The name of its folder in the cache."""
         parts = [self.config or "default", self.split or "only", str(self.first or "all")]
         plain = [re.sub(r"[^\w.-]", "_", part) for part in parts]
         return "--".join([*self.repository.split("/"), *plain])
 
 
 def parse(text: str) -> Source:
-    """Raises Problem where the text is not hf:OWNER/NAME[:CONFIG][:SPLIT]."""
-    found = SOURCE.fullmatch(text)
-    if found is None:
+    """Parse hf:OWNER/NAME[:CONFIG][:SPLIT]. Raises Problem for anything else."""
+    match = SOURCE.fullmatch(text)
+    if match is None:
         raise Problem(
-            f"{text!r} does not name a data set",
-            hint="write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG, hf:OWNER/NAME:CONFIG:SPLIT or, where "
-            "there is no configuration, hf:OWNER/NAME::SPLIT; SPLIT[:100] takes 100 clips",
+            f"{text!r} is not the name of a data set",
+            hint="write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG, hf:OWNER/NAME:CONFIG:SPLIT or, "
+            "without a configuration, hf:OWNER/NAME::SPLIT; SPLIT[:100] takes 100 clips",
         )
-    first = found["first"]
+    first = match["first"]
     return Source(
-        found["repository"], found["config"] or None, found["split"], int(first) if first else None
+        match["repository"], match["config"] or None, match["split"], int(first) if first else None
     )
 
 
@@ -67,10 +66,10 @@ def cache() -> Path:
 
 
 def fetch(text: str) -> Path:
-    """The manifest of the clips, which are fetched the first time they are asked for.
+    """Return the path of a data set's manifest; its clips are downloaded on first use.
 
-    Raises Problem: not a data set's name, the library is missing, the data set, configuration or
-    split is not there, columns by other names, no clips, or the network stopped.
+    Raises Problem for an invalid name, a missing library, an unknown data set, configuration or
+    split, unknown column names, no clips, or a network failure.
     """
     source = parse(text)
     folder = cache() / source.folder
@@ -82,82 +81,83 @@ def fetch(text: str) -> Path:
         with new_directory(folder) as temporary:
             write(text, source, stream, temporary)
     except Problem:
-        if not manifest.is_file():  # else another process of the same run was here first
+        if not manifest.is_file():  # otherwise another process of the same run finished first
             raise
     return manifest
 
 
 def open_stream(text: str, source: Source) -> Any:
-    """The split's rows, nothing fetched yet but what says which there are."""
+    """Return the stream of a split's rows; only the list of splits is downloaded."""
     try:
         import datasets
     except ImportError as error:
         raise Problem(
-            f"{text} is read by the library datasets, which is not installed",
+            f"{text} needs the library datasets, which is not installed",
             hint="pip install 'edgewhisper[data]'",
         ) from error
     try:
         splits = datasets.load_dataset(source.repository, source.config, streaming=True)
-    except Exception as error:  # whatever network, hub and builders raise, it is told in one way
+    except Exception as error:  # network, hub and builders raise exceptions of many kinds
         raise Problem(
             f"{text}: the data set cannot be opened ({reason(error)})",
-            hint="check its name, its configuration (hf:OWNER/NAME:CONFIG), the network and, for "
-            "one with conditions, `hf auth login`",
+            hint="check its name, its configuration (hf:OWNER/NAME:CONFIG), the network and, for a "
+            "gated one, `hf auth login`",
         ) from error
     names = list(splits)
-    wanted = source.split or (names[0] if len(names) == 1 else None)
-    if wanted not in names:
-        what = "no split is named" if wanted is None else f"there is no split {wanted!r}"
+    split = source.split or (names[0] if len(names) == 1 else None)
+    if split not in names:
+        what = "no split is given" if split is None else f"there is no split {split!r}"
         raise Problem(
             f"{text}: {what}; the data set has {', '.join(names) or 'none'}",
             hint=f"write hf:{source.repository}:{source.config or ''}:{names[0] if names else ''}",
         )
-    return splits[wanted]
+    return splits[split]
 
 
 def write(text: str, source: Source, stream: Any, folder: Path) -> None:
-    """Sound files and manifest.jsonl of a split's rows."""
+    """Write the sound files and manifest.jsonl of a split's rows."""
     names = stream.column_names or list(next(rows(text, stream), {}))
     if not names:
-        raise Problem(f"{text} holds no clips", hint="name another split")
-    sound, said = sound_column(stream.features, names, text), columns.text_column(names, text)
+        raise Problem(f"{text} has no clips", hint="choose another split")
+    sound, sentence = sound_column(stream.features, names, text), columns.text_column(names, text)
     lang, speaker = columns.find(names, columns.LANG), columns.find(names, columns.SPEAKER)
     stream = undecoded(stream, sound)
-    stream = stream.select_columns([name for name in (sound, said, lang, speaker) if name])
+    stream = stream.select_columns([name for name in (sound, sentence, lang, speaker) if name])
     stream = stream if source.first is None else stream.take(source.first)
     configured = source.config if source.config and columns.is_language(source.config) else None
-    spoken = columns.TEXT_BY_LANGUAGE.get(said) or configured or "en"
+    default = columns.TEXT_BY_LANGUAGE.get(sentence) or configured or "en"
     lines = []
-    for number, row in enumerate(watched(text, source, stream), start=1):
+    for number, row in enumerate(with_progress(text, source, stream), start=1):
         where = f"{text}, row {number}"
-        if not isinstance(row[said], str):
+        if not isinstance(row[sentence], str):
             raise Problem(
-                f"{where}: `{said}` is {row[said]!r}, not a string", hint="name another data set"
+                f"{where}: `{sentence}` is {row[sentence]!r}, not a string",
+                hint="choose another data set",
             )
         name = f"{number:06}{suffix(row[sound])}"
         (folder / name).write_bytes(sound_bytes(row[sound], sound, where))
-        language = str(row[lang]) if lang and isinstance(row[lang], str) else spoken
-        line = {"audio": name, "text": row[said], "lang": language_code(language)}
+        language = str(row[lang]) if lang and isinstance(row[lang], str) else default
+        line = {"audio": name, "text": row[sentence], "lang": language_code(language)}
         lines.append(line | ({"speaker": str(row[speaker])} if speaker else {}))
     if not lines:
-        raise Problem(f"{text} holds no clips", hint="name another split")
-    told = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    (folder / "manifest.jsonl").write_text(told + "\n", encoding="utf-8")
+        raise Problem(f"{text} has no clips", hint="choose another split")
+    manifest = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (folder / "manifest.jsonl").write_text(manifest + "\n", encoding="utf-8")
 
 
 def sound_column(features: Any, names: list[str], text: str) -> str:
-    """The column of the library's Audio type, or the one that is called audio."""
+    """Return the column named audio, or the first of the library's type Audio."""
     typed = [name for name, kind in (features or {}).items() if type(kind).__name__ == "Audio"]
     if typed or "audio" in names:
         return "audio" if "audio" in names else typed[0]
     raise Problem(
-        f"{text}: no column holds audio; there are {columns.listed(names)}",
-        hint="name a data set, or a configuration of it, with a column of type Audio",
+        f"{text}: no column for the audio; the columns are {columns.listed(names)}",
+        hint="choose a data set, or a configuration of it, with a column of type Audio",
     )
 
 
 def undecoded(stream: Any, sound: str) -> Any:
-    """The same rows with sound as {"bytes", "path"}: decoding is our business."""
+    """Return the stream with undecoded sound, {"bytes", "path"}; sound.py decodes it."""
     import datasets
 
     if stream.features is None:
@@ -165,14 +165,14 @@ def undecoded(stream: Any, sound: str) -> Any:
     return stream.cast_column(sound, datasets.Audio(decode=False))
 
 
-def watched(text: str, source: Source, stream: Any) -> Iterable[dict[str, Any]]:
-    """The rows, with a bar on stderr where somebody watches; its length where it is known."""
+def with_progress(text: str, source: Source, stream: Any) -> Iterable[dict[str, Any]]:
+    """Return the rows, with a progress bar on stderr if that is a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     return track(
         rows(text, stream),
-        description=f"fetching {source.repository}",
+        description=f"downloading {source.repository}",
         total=source.first,
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
@@ -180,7 +180,7 @@ def watched(text: str, source: Source, stream: Any) -> Iterable[dict[str, Any]]:
 
 
 def rows(text: str, stream: Any) -> Iterator[dict[str, Any]]:
-    """A stream's rows; what stops it becomes a letter with the number of rows that came."""
+    """Yield a stream's rows. Raises Problem, with the number of rows, if the stream fails."""
     count = 0
     try:
         for row in stream:
@@ -188,27 +188,27 @@ def rows(text: str, stream: Any) -> Iterator[dict[str, Any]]:
             count += 1
     except Exception as error:  # as in open_stream
         raise Problem(
-            f"{text}: fetching stopped after {count} clips ({reason(error)})",
+            f"{text}: the download stopped after {count} clips ({reason(error)})",
             hint="check the network and run the command again",
         ) from error
 
 
 def suffix(sound: Any) -> str:
-    """The file's ending, where it is a plain one; what a file is, its content says."""
+    """Return the file's extension if it is a plain one; readers go by the content, not by it."""
     path = sound.get("path") if isinstance(sound, dict) else sound
     ending = PurePosixPath(str(path).split("::")[0]).suffix.lower() if path else ""
     return ending if SUFFIX.fullmatch(ending) else ""
 
 
 def sound_bytes(sound: Any, column: str, where: str) -> bytes:
-    """A row's sound file: in the row itself, or in the data set's repository and nowhere else."""
+    """Return a row's sound file, from the row itself or from the data set's repository only."""
     held = sound if isinstance(sound, dict) else {"path": sound}
     if isinstance(held.get("bytes"), bytes):
         return held["bytes"]
     path = held.get("path")
     if not isinstance(path, str) or not on_the_hub(path):
         raise Problem(
-            f"{where}: `{column}` holds no sound, but the path {path!r}, which is not on the hub",
+            f"{where}: `{column}` has no sound, but the path {path!r}, which is not on the hub",
             hint="read a folder on this machine by its own path, without hf:",
         )
     import fsspec
@@ -218,13 +218,13 @@ def sound_bytes(sound: Any, column: str, where: str) -> bytes:
             return file.read()
     except Exception as error:  # as in open_stream
         raise Problem(
-            f"{where}: {path} cannot be fetched ({reason(error)})",
+            f"{where}: {path} cannot be downloaded ({reason(error)})",
             hint="check the network and run the command again",
         ) from error
 
 
 def on_the_hub(path: str) -> bool:
-    """Whether a row's path leads to the hub: a data set must not name files of this machine."""
+    """Return whether a path is on the hub; a data set must not name files of this machine."""
     *within, place = path.split("::")
     return place.startswith("hf://") and all(part.startswith(INSIDE) for part in within)
 

@@ -1,4 +1,4 @@
-"""Sound files of every format, as the models want them: 16 kHz mono float32."""
+"""Read sound files of every supported format as 16 kHz mono float32."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from devices.runner.problem import RunnerProblem
 from export.problem import Problem
 
 KINDS = {b"OggS": "OGG", b"FORM": "AIFF", b"riff": "W64", b"RF64": "RF64"}
-"""The first bytes of files that libsndfile cannot open where they are cut short."""
-LEAST_RATE, MOST_RATE = 1000, 768_000
+"""The first bytes of the formats that libsndfile cannot open if they are cut short."""
+MIN_RATE, MAX_RATE = 1000, 768_000
 FORMATS_HINT = "give WAV, FLAC, OGG or MP3; convert other formats, for example with ffmpeg"
 
 
 def read_audio(path: str | Path, strict: bool = True) -> np.ndarray:
-    """Any sound file -> (samples,) float32 at 16 kHz, channels averaged, in [-1, 1] as stored; "-"
-    is standard input. Pipes are read as files are.
+    """Read a sound file as samples (n,) float32 at 16 kHz in [-1, 1], channels averaged.
 
-    Warns when it mixes channels down, when the source has less than 16 kHz, and when a WAV header
-    does not know its length. Raises Problem: no such file, not audio, empty, NaN or infinite
-    samples, and where `strict`, a file that is cut short; otherwise that is a warning, and what is
-    there is returned.
+    "-" is standard input; pipes can be read too. Warns if channels are averaged, if the source has
+    a sampling rate below 16 kHz, and if a WAV header has a placeholder for its length.
+
+    Raises Problem for a missing or empty file, a file that is not audio, and NaN or infinite
+    samples. A file that is cut short is an error if `strict`, otherwise a warning.
     """
     path = Path(path)
     try:
@@ -44,7 +44,7 @@ def read_audio(path: str | Path, strict: bool = True) -> np.ndarray:
 
 
 def _content(path: Path) -> memoryview:
-    """The bytes of a file, which are read where they are looked at, or all that a pipe gives."""
+    """Return the bytes of a file, mapped into memory, or everything that a pipe delivers."""
     if str(path) == "-":
         return memoryview(sys.stdin.buffer.read())
     if not path.exists() or path.is_dir():
@@ -63,7 +63,7 @@ def _content(path: Path) -> memoryview:
 
 
 def _wav(path: Path, content: memoryview) -> tuple[memoryview, str | None]:
-    """A WAV file with the length in its header that its samples have, and what is wrong with it."""
+    """Return a WAV file whose header has the true length, and its defect or None."""
     riff = parse_riff(path, content)
     declared = struct.unpack_from("<I", content, riff.start - 4)[0]
     if declared == len(riff.data):
@@ -76,7 +76,7 @@ def _wav(path: Path, content: memoryview) -> tuple[memoryview, str | None]:
 
 
 class _InMemory(BytesIO):
-    """A damaged header may send libsndfile to a place before the file: it gets the beginning."""
+    """A file in memory. Seeks before the beginning, as damaged headers cause, go to byte 0."""
 
     def seek(self, place: int, whence: int = 0) -> int:
         start = (0, self.tell(), len(self.getbuffer()))[whence]
@@ -84,7 +84,7 @@ class _InMemory(BytesIO):
 
 
 def _decode(path: Path, content: memoryview) -> tuple[list[np.ndarray], int, str | None]:
-    """Mono blocks, their sampling rate, and why samples may be missing."""
+    """Return mono blocks of samples, the sampling rate, and why samples are missing or None."""
     import soundfile
 
     blocks: list[np.ndarray] = []
@@ -94,32 +94,32 @@ def _decode(path: Path, content: memoryview) -> tuple[list[np.ndarray], int, str
         kind = KINDS.get(bytes(content[:4]))
         reason = (kind and missing(content, kind)) or _reason(error)
         raise Problem(
-            f"{path} is not audio that can be read ({reason})", hint=FORMATS_HINT
+            f"{path} is not a readable sound file ({reason})", hint=FORMATS_HINT
         ) from error
     with file:
         if file.format not in FORMATS:
-            raise Problem(f"{path}: {file.format} files are not read", hint=FORMATS_HINT)
-        if not LEAST_RATE <= file.samplerate <= MOST_RATE:
+            raise Problem(f"{path}: {file.format} files are not supported", hint=FORMATS_HINT)
+        if not MIN_RATE <= file.samplerate <= MAX_RATE:
             raise Problem(
-                f"{path}: a sampling rate of {file.samplerate} Hz; {LEAST_RATE} to {MOST_RATE} are "
-                "read",
+                f"{path}: a sampling rate of {file.samplerate} Hz is not supported; it must be "
+                f"{MIN_RATE} to {MAX_RATE} Hz",
                 hint="the header is damaged: copy or record it again",
             )
         if file.channels > 1:
             warnings.warn(f"{path}: {file.channels} channels, averaged to one.", stacklevel=3)
         broken = missing(content, file.format)
         try:
-            # what a block that cannot be decoded holds is lost
+            # the samples of a block that cannot be decoded are lost
             while len(block := file.read(file.samplerate // 8, "float32", always_2d=True)):
                 blocks.append(block[:, 0] if file.channels == 1 else block.mean(axis=1))
         except (soundfile.LibsndfileError, RuntimeError) as error:
             broken = broken or f"it cannot be decoded to its end ({_reason(error)})"
         count, declared, rate = sum(map(len, blocks)), file.frames, file.samplerate
     if broken is None and file.format == "FLAC" and count < declared < 2**62:
-        broken = f"its header promises {declared} samples and {count} are there"
+        broken = f"its header declares {declared} samples, but the file has {count}"
     if not count:
         raise Problem(
-            f"{path} holds no samples{f' ({broken})' if broken else ''}",
+            f"{path} has no samples{f' ({broken})' if broken else ''}",
             hint="record or copy it again, or leave it out",
         )
     return blocks, rate, broken

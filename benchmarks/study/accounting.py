@@ -1,11 +1,11 @@
-"""The papers' sizes and costs, counted again on Whisper's exact dimensions.
+"""Count the sizes and costs published in the papers, on Whisper's exact dimensions.
 
     python -m benchmarks.study.accounting [--out FILE]
 
-The models have no weights here (PyTorch's meta device): they are built with the shapes that a
-system leaves, and counted by the code that counts every checkpoint (export/cost.py). A line has
-what the paper prints under `published` (null where it prints nothing) and our count under `ours`.
-A megabyte is 10^6 bytes. Work is the multiply-accumulates of a 30 s window with 32 tokens.
+The models have no weights (PyTorch's meta device). They are built with the shapes that a method
+produces, and counted by the code that counts every checkpoint (export/cost.py). A line has the
+paper's figure in `published` (null if it has none) and our count in `ours`. A megabyte is 10^6
+bytes. Work is the number of multiply-accumulates of a 30 s window with 32 tokens.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ COUNTED = ("tiny", "base", "small", "medium")
 
 @dataclass(frozen=True)
 class Line:
+    """A figure of a paper and our count of it."""
+
     system: str
     model: str
     what: str
@@ -40,7 +42,7 @@ class Line:
 
 
 def build(name: str, **shape: Any) -> WhisperForConditionalGeneration:
-    """A Whisper of that size without weights; see build_config for its shape."""
+    """Return a Whisper without weights; build_config has the arguments."""
     import torch
 
     from edgewhisper.whisper import WhisperForConditionalGeneration
@@ -56,7 +58,7 @@ def build_config(
     ffn: int | None = None,
     token_rank: int | None = None,
 ) -> WhisperConfig:
-    """Whisper's dimensions, with what compression left of them."""
+    """Return the config of a Whisper size with the given compressed dimensions."""
     from transformers import WhisperConfig
 
     from export.shrink import FORMAT
@@ -94,19 +96,19 @@ def parameters(model: Any) -> int:
 
 
 def work(model: Any) -> int:
-    """Multiply-accumulates of a full window with 32 tokens."""
-    found = macs(model, TOKENS)
-    return found["encoder"] + found["cross"] + TOKENS * found["decoder_per_token"]
+    """Return the multiply-accumulates of a full window with 32 tokens."""
+    cost = macs(model, TOKENS)
+    return cost["encoder"] + cost["cross"] + TOKENS * cost["decoder_per_token"]
 
 
 def percent_less(after: float, before: float) -> float:
     return -100 * (1 - after / before)
 
 
-# --------------------------------------------------------------------------- Whisper as it is
+# --------------------------------------------------------------------------- uncompressed Whisper
 
 PRINTED_SIZES = {"tiny": 39e6, "base": 74e6, "small": 244e6, "medium": 769e6}
-"""Whisper's own paper; Hugging Face's tables of 37.8, 72.6, 241.7 and 763.9 M are ours."""
+"""Sizes in Whisper's paper; our counts are 37.8, 72.6, 241.7 and 763.9 M, as Hugging Face's."""
 
 
 def dense() -> Iterator[Line]:
@@ -132,29 +134,31 @@ TSPAR = {
 
 
 def tspar() -> Iterator[Line]:
-    """What removing feed-forward units gives, as many as each printed figure asks for.
+    """Yield the effect of removing as many feed-forward units as each published figure requires.
 
-    If one physical removal lay behind the three figures, the same units would give all of them.
-    Stored weights and memory fall alike when structure goes; so the printed -35 % counts zeros
-    that still take memory.
+    If the three figures came from one structural removal, the same units would give all three.
+    Removing structure reduces stored weights and memory equally, so the published -35 % counts
+    zeros that still take memory.
     """
     for name, printed in TSPAR.items():
         whole = build(name)
-        for asked, target in printed.items():
-            measured = work if asked == "work" else parameters
+        for figure, target in printed.items():
+            measured = work if figure == "work" else parameters
             left = widest(name, measured, (1 + target / 100) * measured(whole))
             model, units = build(name, ffn=left), 4 * SIZES[name].width
             how = f"{units - left} of {units} units of every feed-forward layer removed, so that "
-            how += f"{asked} falls by {-target} %"
-            for what in [what for what in printed if what != asked]:
+            how += f"{figure} falls by {-target} %"
+            for what in [what for what in printed if what != figure]:
                 of = work if what == "work" else parameters
                 change = percent_less(of(model), of(whole))
                 yield Line("TSPAR", name, what, "%", printed[what], change, how)
 
 
 def widest(name: str, measured: Callable[[Any], int], limit: float) -> int:
-    """The width of the feed-forward layers at which the model measures `limit` or just less; every
-    unit of every layer counts the same, so two models tell."""
+    """Return the largest feed-forward width at which the model measures at most `limit`.
+
+    Every unit counts the same, so two models determine the cost of a unit.
+    """
     full = 4 * SIZES[name].width
     most = measured(build(name))
     unit = (most - measured(build(name, ffn=1))) / (full - 1)
@@ -202,8 +206,11 @@ def kdq() -> Iterator[Line]:
 
 
 def kdq_bytes(model: Any, bits: int) -> float:
-    """As the authors count: tensors outside the encoder whose names end in "weight" have `bits`
-    bits, all others 16. OpenAI's decoder positions, a bare tensor, are among the others."""
+    """Return the size as the authors count it.
+
+    Tensors outside the encoder whose names end in "weight" have `bits` bits, all others 16. The
+    decoder's positions, in OpenAI's release a plain tensor, are among the others.
+    """
     total = 0
     for name, parameter in model.named_parameters():
         weight = name.endswith(".weight") and "embed_positions" not in name
@@ -223,27 +230,30 @@ LITE_RATIOS = {
     "fc1": (0.03, 0.19),
     "fc2": (0.07, 0.86),
 }
-"""Of configuration (c): smallest and largest rank of any layer, as a share of d_model."""
+"""Smallest and largest rank of any layer in configuration (c), as a share of d_model."""
 
 
 def lite() -> Iterator[Line]:
-    """The paper prints sizes, and of (c) the range of the ranks; the ranks follow from weights and
-    speech that are not here, so 377 M cannot be counted. What can be is how they hang together."""
+    """Yield checks of the published sizes and ranks against each other.
+
+    The paper gives sizes, and for (c) the range of the ranks. The ranks depend on the weights and
+    the calibration speech, so 377 M cannot be counted exactly.
+    """
     whole = encoder_parameters(build("large-v3"))
     yield Line("LiteASR", "large-v3", "encoder", "M", 635, whole / 1e6)
     for name, (millions, share) in LITE.items():
-        how = "the printed share of our count of the encoder"
+        how = "the published share of our count of the encoder"
         ours = share / 100 * whole / 1e6
         yield Line("LiteASR", "large-v3", f"encoder {name}", "M", millions, ours, how)
-        how = "of the linear layers' weights, if nothing else changes: the printed size, less all "
-        how += "that is no linear weight"
+        how = "share of the linear layers' weights if nothing else changes: the published size "
+        how += "without all other parameters"
         left = (millions * 1e6 - (whole - linear_weights())) / linear_weights()
         yield Line("LiteASR", "large-v3", f"weights left {name}", "%", None, 100 * left, how)
     for end, what in enumerate(("smallest", "largest")):
-        how = f"every layer with the {what} rank that is printed for its kind; dense where that is "
-        how += "no smaller"
-        found = (whole - linear_weights() + ranked_weights(end)) / 1e6
-        yield Line("LiteASR", "large-v3", f"encoder (c), {what} ranks", "M", 308, found, how)
+        how = f"every layer with the {what} published rank of its kind; dense if that is not "
+        how += "larger"
+        count = (whole - linear_weights() + ranked_weights(end)) / 1e6
+        yield Line("LiteASR", "large-v3", f"encoder (c), {what} ranks", "M", 308, count, how)
     for d_out, d_in, what in ((1280, 1280, "attention"), (5120, 1280, "feed-forward")):
         how = "rank at which two factors have as many weights as the layer"
         even = d_out * d_in / (d_out + d_in)
@@ -256,7 +266,7 @@ def encoder_parameters(model: Any) -> int:
 
 
 def linear_shapes() -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of one layer's linear weights."""
+    """Return the shapes (d_out, d_in) of one layer's linear weights."""
     width = SIZES["large-v3"].width
     square = {name: (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
     return {**square, "fc1": (4 * width, width), "fc2": (width, 4 * width)}
@@ -268,7 +278,7 @@ def linear_weights() -> int:
 
 
 def ranked_weights(end: int) -> float:
-    """With the smallest (0) or largest (1) ranks of (c) everywhere."""
+    """Return the weights with the smallest (0) or largest (1) ranks of (c) in all layers."""
     size = SIZES["large-v3"]
     layer = 0.0
     for name, (d_out, d_in) in linear_shapes().items():
@@ -280,16 +290,16 @@ def ranked_weights(end: int) -> float:
 # --------------------------------------------------------------------------- shorter contexts
 
 PRINTED_WINDOWS = {("small", 10): 0.28, ("small", 5): 0.13}
-"""Of the 30 s encoder's work: the arithmetic that short windows are argued for with."""
+"""Published shares of the 30 s encoder's work, the argument for short windows."""
 
 
 def short() -> Iterator[Line]:
     for name in COUNTED:
         whole = macs(build(name), TOKENS)["encoder"]
         for seconds in (15, 10, 5, 2):
-            found = macs(build(name, positions=50 * seconds), TOKENS)["encoder"] / whole
+            share = macs(build(name, positions=50 * seconds), TOKENS)["encoder"] / whole
             printed = PRINTED_WINDOWS.get((name, seconds))
-            yield Line("short windows", name, f"encoder, {seconds} s", "of 30 s", printed, found)
+            yield Line("short windows", name, f"encoder, {seconds} s", "of 30 s", printed, share)
 
 
 # -------------------------------------------------------------------------------------- table
@@ -308,7 +318,7 @@ def write(out: Path) -> None:
 
 
 def rows(stored: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The lines that have a published figure, for the README."""
+    """Return the table of the lines that have a published figure."""
     return [
         {
             "system": line["system"],
@@ -330,8 +340,8 @@ def main() -> None:
     write(given.out)
     for line in lines():
         printed = "-" if line.published is None else f"{line.published:g}"
-        told = f"{line.system:14} {line.model:9} {line.what:32} {printed:>8} {line.ours:10.4g}"
-        print(f"{told} {line.unit}  {line.how}")
+        text = f"{line.system:14} {line.model:9} {line.what:32} {printed:>8} {line.ours:10.4g}"
+        print(f"{text} {line.unit}  {line.how}")
 
 
 if __name__ == "__main__":

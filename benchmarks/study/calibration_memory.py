@@ -1,16 +1,17 @@
-"""How much memory does calibrating low-rank layers take, at the dimensions of Whisper large-v3?
+"""Measure the memory for calibrating low-rank layers at the dimensions of Whisper large-v3.
 
     python -m benchmarks.study.calibration_memory [--layers 32] [--positions 150]
 
-Statistics of 32 layers are taken in one pass. Per layer four matrices of 1280 x 1280 float64 are
-enough, 52 MB: the input of q, k and v (one for all three), of out_proj, of fc1, and what fc2
-writes. What fc2 reads would take 5120 x 5120, 210 MB; its outputs' covariance is all that is asked
-for. The activations of the paper's 100 clips, in float32, would be 221 GB.
+The statistics of 32 layers are collected in one pass. A layer needs four matrices of 1280 x 1280
+float64, 52 MB: for the common input of q, k and v, the inputs of out_proj and fc1, and the output
+of fc2. A matrix for the input of fc2 would have 5120 x 5120 numbers, 210 MB, but only the
+covariance of its outputs is needed. Storing the activations of the paper's 100 clips in float32
+would take 221 GB.
 
-The layers' weights are shared here, so that calibration is measured and not the model: the process
-holds torch, one layer, one window and the sums. A short window keeps the time to some seconds;
---positions 1500 is Whisper's and adds what one window needs while it passes. The numbers are
-random.
+All layers share one layer's weights, so that the measurement covers calibration and not the model:
+the process has torch, one layer, one window and the sums in memory. With a short window it takes
+seconds. --positions 1500 is Whisper's window and adds the activations of one window. The weights
+and features are random.
 """
 
 import argparse
@@ -26,13 +27,13 @@ WINDOWS, POSITIONS = 100, 1500
 
 
 def peak_bytes() -> int:
-    """The most memory this process ever held."""
+    """Return the peak memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def model_of(layers: int, positions: int):  # type: ignore[no-untyped-def] # torch comes later
-    """An encoder of large-v3's dimensions whose layers share one layer's weights."""
+def model_of(layers: int, positions: int):  # type: ignore[no-untyped-def] # torch is imported below
+    """Return an encoder with large-v3's dimensions whose layers share one layer's weights."""
     import torch
     from transformers import WhisperConfig
 
@@ -63,6 +64,7 @@ def model_of(layers: int, positions: int):  # type: ignore[no-untyped-def] # tor
 
 
 def measure(layers: int, positions: int) -> dict[str, float | int]:
+    """Calibrate on one window and return sizes in bytes and the time in seconds."""
     import torch
 
     from edgewhisper.calibration import Window, collect
@@ -72,7 +74,7 @@ def measure(layers: int, positions: int) -> dict[str, float | int]:
     model = model_of(layers, positions)
     window = Window(torch.randn(1, 128, 2 * positions), positions)
     speech = SimpleNamespace(clips=[window], windows=lambda model, decoder: [window])
-    with torch.no_grad():  # what a window needs with nobody listening
+    with torch.no_grad():  # the memory of a window without statistics
         model.model.encoder(window.features)
     points = where_to_listen(model, chosen(model, "model.encoder.layers.*"))
     started = time.monotonic()
@@ -95,19 +97,21 @@ def measure(layers: int, positions: int) -> dict[str, float | int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--positions", type=int, default=150, help="of a window; Whisper has 1500")
+    parser.add_argument(
+        "--positions", type=int, default=150, help="positions of a window; Whisper has 1500"
+    )
     given = parser.parse_args()
-    found = measure(given.layers, given.positions)
+    sizes = measure(given.layers, given.positions)
     print(
-        f"{found['layers']} layers, {found['matrices']} matrices: "
-        f"{found['moments_bytes'] / 1e9:.2f} GB of sums; "
-        f"peak of the whole process {found['peak_rss_bytes'] / 1e9:.2f} GB, "
-        f"{found['seconds']:.0f} s for one window of {found['positions']} positions"
+        f"{sizes['layers']} layers, {sizes['matrices']} matrices: "
+        f"{sizes['moments_bytes'] / 1e9:.2f} GB of sums; "
+        f"peak of the whole process {sizes['peak_rss_bytes'] / 1e9:.2f} GB, "
+        f"{sizes['seconds']:.0f} s for one window of {sizes['positions']} positions"
     )
     print(
-        f"stored activations of {WINDOWS} windows: {found['stored_activations_bytes'] / 1e9:.0f} GB"
+        f"stored activations of {WINDOWS} windows: {sizes['stored_activations_bytes'] / 1e9:.0f} GB"
     )
-    print(json.dumps(found))
+    print(json.dumps(sizes))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the study asks, as data: experiments, their arms, and which arm is held to beat which.
+"""The experiments of the study as data: their arms, and which pairs of arms are compared.
 
-An arm is the steps of a recipe. Within an experiment that trains, every arm makes the same number
-of optimiser steps on batches of the same size, drawn from the same clips: a comparison of methods
-must not be one of budgets. The budget is small, so that an arm takes about a minute on one core:
-differences that many hours of training would level out are in the numbers, on purpose.
+An arm is a list of recipe steps. In an experiment with training, all arms make the same number of
+optimiser steps with the same batch size on the same clips, so that methods and not budgets are
+compared. The budget is small: an arm takes about a minute on one core. Differences that hours of
+training would remove are therefore visible, on purpose.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,34 +11,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Step = dict[str, Any]
-"""A table [[step]] of a recipe."""
+"""A [[step]] table of a recipe."""
 
 STEPS, BATCH = 60, 8
-TRAINED = f"{STEPS} optimiser steps of {BATCH} clips in all, noise of 10 dB or less"
+TRAINED = f"{STEPS} optimiser steps of {BATCH} clips in total, noise of 10 dB or less"
 ZERO = 0.354
-"""What TSPAR reports for whisper-small: this share of the parameters is pruned."""
+"""Share of the parameters that TSPAR prunes from whisper-small."""
 MATRICES = 1_310_720 / 1_448_448
 """Share of the embedded model's parameters outside the token table that is in linear layers."""
 
 
 @dataclass(frozen=True)
 class CostOf:
-    """In the place of a number: what of the layers' weights an arm left, with the same seed."""
+    """Placeholder for a number: the share of the layers' weights that another arm kept with the
+    same seed."""
 
     arm: str
 
 
 @dataclass(frozen=True)
 class Experiment:
+    """A question, the arms that answer it, and the pairs of arms to compare."""
+
     question: str
     budget: str
     arms: Mapping[str, Sequence[Step]]
     pairs: Sequence[tuple[str, str]]
     """(A, B): is A better than B?"""
     published: Mapping[str, str] = field(default_factory=dict)
-    """What the papers report of an arm, on their models and speech."""
+    """Arm -> the result in its paper, on the paper's models and speech."""
     chosen_on_dev: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """A further arm: of each seed the run of these arms that has the lowest dev WER."""
+    """Additional arm -> arms; for each seed it takes their run with the lowest dev WER."""
 
 
 def training(steps: int, learning_rate: float = 5e-4) -> dict[str, Any]:
@@ -66,19 +69,19 @@ def lambdas(element: float, column: float) -> Step:
 
 
 def tspar(zero: float, **options: Any) -> list[Step]:
-    """All linear layers, pruned until `zero` is reached, nothing trained afterwards."""
+    """Return steps that prune all linear layers up to the share `zero`, without recovery."""
     step = {"method": "tspar", "search": False, "min_zero": zero, "training": training(STEPS)}
     return [step | options, SHRINK]
 
 
 def tspar_fc2(zero: float, **options: Any) -> list[Step]:
-    """Ours: the columns of fc2 alone; half of the steps after the pruning."""
+    """Return our variant: only columns of fc2, with half of the steps after pruning."""
     columns = {"reg_mode": "proximal", "c1": 0.1, "c2": -1.0, "rho": 0.1, **lambdas(0.0, 30.0)}
     return tspar(zero, **({"layers": "*.fc2"} | columns | HALF | options))
 
 
 def imp(zero: float, rounds: int) -> list[Step]:
-    """As large a share a round as takes so many of them; half of the steps after the last."""
+    """Return steps that prune in `rounds` rounds, with half of the steps after the last."""
     target = zero / MATRICES
     share = 1 - (1 - target) ** (1 / rounds) + 1e-6
     half = STEPS // 2
@@ -88,7 +91,7 @@ def imp(zero: float, rounds: int) -> list[Step]:
 
 
 def wsap(zero: float, scale: float) -> list[Step]:
-    """The published ratios 0.3, 0.5 and 0.7 times `scale`, which was found to reach `zero`."""
+    """Return steps with the ratios 0.3, 0.5 and 0.7 times `scale`, which reaches `zero`."""
     ratios = {n: round(scale * r, 6) for n, r in (("low", 0.3), ("middle", 0.5), ("high", 0.7))}
     return [{"method": "wsap", **ratios, "recovery": training(STEPS)}, SHRINK]
 
@@ -97,8 +100,8 @@ PROXIMAL = {"reg_mode": "proximal", **lambdas(3.0, 3.0)}
 ELEMENTS = {"reg_mode": "proximal", **lambdas(3.0, 0.0), "c2": 5.0, "rho": 0.0}
 
 PRUNING = Experiment(
-    question=f"TSPAR, IMP and WSAP where {ZERO:.1%} of the parameters outside the token table are "
-    "zero or gone",
+    question=f"TSPAR, IMP and WSAP with {ZERO:.1%} of the parameters outside the token table zero "
+    "or removed",
     budget=TRAINED,
     arms={
         "IMP": imp(ZERO, rounds=2),
@@ -135,7 +138,8 @@ PRUNING = Experiment(
 
 
 def merge(**options: Any) -> list[Step]:
-    """A fast learner: at 5e-4 so few steps mend none of these models."""
+    """Return a merge step with a high learning rate; at 5e-4, so few steps recover none of the
+    models."""
     return [{"method": "merge", **options, "training": training(STEPS, 2e-3)}]
 
 
@@ -143,7 +147,7 @@ ALPHAS = (0.1, 1.0, 10.0)
 MERGED = {f"merged, alpha {a:g}": merge(alpha=a, beta=1.0) for a in ALPHAS}
 
 MERGING = Experiment(
-    question="Two decoder layers become one: merged, or one of them dropped; the same distillation",
+    question="Two decoder layers merged into one, or one of them dropped, with equal distillation",
     budget=TRAINED,
     arms={"upper kept": merge(start="upper"), "lower kept": merge(start="lower"), **MERGED},
     pairs=(
@@ -169,7 +173,7 @@ STARTS = ("svd", "frequency", "activation")
 
 def shearing(rank: int, published: Mapping[str, str]) -> Experiment:
     return Experiment(
-        question=f"The token table (783 x 128) with rank {rank}: which start, the same recovery",
+        question=f"Initialisation of a token table (783 x 128) of rank {rank}, with equal recovery",
         budget=TRAINED,
         arms={f"rank {rank}, {start}": shear(rank, start) for start in STARTS},
         pairs=tuple((f"rank {rank}, {start}", f"rank {rank}, svd") for start in STARTS[1:]),
@@ -188,8 +192,8 @@ def lite(theta_attn: float, theta_mlp: float, **options: Any) -> list[Step]:
 
 
 LITE_BALANCED = Experiment(
-    question="LiteASR at its thresholds (b), 0.99 for attention and 0.999 for the feed-forward",
-    budget="no training; 100 clips of calibration, other ones for each seed",
+    question="LiteASR at its thresholds (b), 0.99 for attention and 0.999 for feed-forward layers",
+    budget="no training; 100 calibration clips, different ones for each seed",
     arms={
         "as published": lite(0.99, 0.999),
         "plain SVD, same ranks": lite(0.99, 0.999, basis="weights"),
@@ -213,8 +217,8 @@ LITE_BALANCED = Experiment(
 )
 
 LITE_TIGHT = Experiment(
-    question="LiteASR beyond its thresholds, 0.95 for all",
-    budget="no training; 100 clips of calibration, other ones for each seed",
+    question="LiteASR below its thresholds, 0.95 for all layers",
+    budget="no training; 100 calibration clips, different ones for each seed",
     arms={
         "as published": lite(0.95, 0.95),
         "plain SVD, same ranks": lite(0.95, 0.95, basis="weights"),
@@ -233,8 +237,8 @@ LITE_TIGHT = Experiment(
 )
 
 LITE_SEQUENTIAL = Experiment(
-    question="LiteASR beyond its thresholds, each layer fitted to the compressed ones before it",
-    budget="no training; 25 clips of calibration, other ones for each seed",
+    question="LiteASR below its thresholds, each layer fitted to the compressed layers before it",
+    budget="no training; 25 calibration clips, different ones for each seed",
     arms={
         "as published": lite(0.95, 0.95, clips=25),
         "sequential (ours)": lite(0.95, 0.95, clips=25, sequential=True),
@@ -246,14 +250,14 @@ LITE_SEQUENTIAL = Experiment(
 
 
 def kdq(**options: Any) -> list[Step]:
-    """The model learns from itself while all of its layers are rounded to 4 bits."""
+    """Return steps that distil the model into itself while all layers are rounded to 4 bits."""
     quantise = {"encoder": 4, "decoder": 4, "token_table": 8}
     step = {"method": "kdq", "encoder": True, **options, "quantise": quantise}
     return [{"training": training(STEPS)} | step]
 
 
 GUIDED = Experiment(
-    question="Distillation while weights become 4 bits: which layers are distilled, and by what",
+    question="Distillation during 4-bit quantisation: which layers, and with which loss",
     budget=TRAINED,
     arms={
         "rounded, not trained": kdq(training={"steps": 0}),
@@ -280,7 +284,7 @@ def short(steps: int, **options: Any) -> list[Step]:
 
 
 SHORT = Experiment(
-    question="Windows of a third and two thirds, taken where they hold the clip: naive or trained",
+    question="Windows of one and two thirds of the length, with and without training",
     budget=TRAINED,
     arms={
         "naive": short(0),
@@ -301,14 +305,14 @@ SHORT = Experiment(
 # --------------------------------------------------------------------- the order of recipe `edge`
 
 PRUNED = tspar_fc2(ZERO)
-PRUNED_AFTER = tspar_fc2(0.2, layers="*.fc2*")  # of both factors, and of what is left
+PRUNED_AFTER = tspar_fc2(0.2, layers="*.fc2*")  # both factors; a share of the remaining weights
 LOW_RANK = lite(0.99, 0.99, layers="*", mask_padding=True, sequential=True, share=True, clips=50)
 TABLE = [{"method": "shear", "theta": 0.9999, "start": "activation", "training": training(0)}]
 INT8 = [{"method": "qat", "stem": 8, "keep": 1.0, "training": training(STEPS // 2, 1e-4)}]
 RECORDED = short(0)
 
 EDGE = Experiment(
-    question="The steps of `edge`, in which order",
+    question="The order of the steps of `edge`",
     budget=f"{STEPS} optimiser steps for pruning, {STEPS // 2} for int8",
     arms={
         "windows, prune, low rank, table, int8": RECORDED + PRUNED + LOW_RANK + TABLE + INT8,
@@ -324,7 +328,7 @@ EDGE = Experiment(
 )
 
 DENSE = Experiment(
-    question="The embedded model as it is",
+    question="The uncompressed embedded model",
     budget="none",
     arms={"dense": [SHRINK]},
     pairs=(),
@@ -346,12 +350,12 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def methods(name: str) -> set[str]:
-    """What an experiment needs of edgewhisper.compress."""
+    """Return the names of the methods that an experiment uses."""
     return {step["method"] for steps in EXPERIMENTS[name].arms.values() for step in steps}
 
 
 def recipe_text(steps: Sequence[Step], title: str) -> str:
-    """The steps as a recipe file."""
+    """Return the steps as the text of a recipe file."""
     lines = [f"# {title}"]
     for step in steps:
         tables = {name: value for name, value in step.items() if isinstance(value, dict)}
@@ -363,7 +367,7 @@ def recipe_text(steps: Sequence[Step], title: str) -> str:
 
 
 def literal(value: Any) -> str:
-    """A TOML value: a text without quotes in it, a truth value or a number."""
+    """Return a string without quotes, a boolean or a number as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else repr(value)

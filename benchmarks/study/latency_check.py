@@ -1,13 +1,15 @@
-"""How far the latency table's predictions are from what is measured, on this machine.
+"""Compare the latency table's predictions with measured times on this machine.
 
     python -m benchmarks.study.latency_check [--threads 1] [--precision int8] [--rounds 3]
 
-Models are exported: the embedded one, three of its size with fewer and narrower heads and units,
-low ranks, a factorised token table (random weights, which take as long), and Whisper-tiny's
-dimensions (random too). In every round the table is measured and then all models are benched, so
-that a machine which grows busy is seen by both. Beside the median of the rounds stand two errors,
-the median too and all that were found: of the sum over the operators, and of that sum corrected by
-the embedded model's result of the round, which the others have no part in.
+The exported models are the embedded one, three compressed variants of it (fewer and narrower heads
+and units, low ranks, a factorised token table) and one with whisper-tiny's dimensions. All but the
+embedded one have random weights, which take the same time. Every round measures the table and then
+benches all models, so that a busy machine affects both.
+
+The table shows the median measured time and two errors of the prediction, each as median and range
+over the rounds: of the sum over the operators, and of that sum corrected by the round's result of
+the embedded model.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 from benchmarks import latency
 from benchmarks.bench import Candidate, Measuring, bench_all
+from benchmarks.calibrate_latency import calibrate
 from benchmarks.latency import STAGES, Table
 from benchmarks.markdown import table as markdown
 from benchmarks.program import exit_code, parser_of
@@ -35,35 +38,35 @@ RANKS = {"self_attn.q_proj": 24, "self_attn.k_proj": 24, "fc1": 40, "fc2": 32}
 
 
 def layer(heads: int, qk: int, v: int, units: int, ranks: dict[str, int]) -> dict[str, Any]:
-    """An encoder layer's shapes, as config.edgewhisper has them."""
+    """Return an encoder layer's shapes as in config.edgewhisper."""
     attention = {"heads": heads, "qk_dim": qk, "v_dim": v}
     return {"self_attn": attention, "ffn": units, "ranks": ranks}
 
 
-def crossing(shapes: dict[str, Any]) -> dict[str, Any]:
-    """A decoder layer's, whose cross-attention is as its own."""
+def decoder_layer(shapes: dict[str, Any]) -> dict[str, Any]:
+    """Return a decoder layer's shapes, with cross-attention like self-attention."""
     return shapes | {"encoder_attn": shapes["self_attn"]}
 
 
 SLIM: dict[str, dict[str, Any]] = {
     "fewer heads and units": {
         "encoder": [layer(h, 32, 32, f, {}) for h, f in ((3, 401), (2, 256), (3, 190), (4, 333))],
-        "decoder": [crossing(layer(h, 32, 32, f, {})) for h, f in ((2, 120), (3, 215))],
+        "decoder": [decoder_layer(layer(h, 32, 32, f, {})) for h, f in ((2, 120), (3, 215))],
     },
     "low rank": {
         "encoder": [layer(4, 32, 32, 512, RANKS)] * 4,
-        "decoder": [crossing(layer(4, 32, 32, 512, {"fc1": 48, "fc2": 48}))] * 2,
+        "decoder": [decoder_layer(layer(4, 32, 32, 512, {"fc1": 48, "fc2": 48}))] * 2,
     },
     "narrow heads, table of rank 32": {
         "encoder": [layer(4, 20, 27, 147, {"fc1": 32})] * 4,
-        "decoder": [crossing(layer(3, 20, 29, 260, {}))] * 2,
+        "decoder": [decoder_layer(layer(3, 20, 29, 260, {}))] * 2,
         "token_rank": 32,
     },
 }
 
 
-def models(work: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Name, model and processor of each that is benched."""
+def models(folder: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, model and processor of each benched model."""
     import torch
 
     from benchmarks.rivals.models import make
@@ -80,52 +83,53 @@ def models(work: Path) -> Iterator[tuple[str, Any, Any]]:
             slim = whisper.WhisperForConditionalGeneration(config).eval()
         slim.generation_config = dense.generation_config
         yield name, slim, processor
-    make("tiny", work / "checkpoint")
-    tiny = whisper.load(work / "checkpoint")
-    tiny.config.max_target_positions = TOKENS  # it would say all 448, whatever it hears
-    yield "tiny's dimensions", tiny, whisper.load_processor(work / "checkpoint")
+    make("tiny", folder / "checkpoint")
+    tiny = whisper.load(folder / "checkpoint")
+    tiny.config.max_target_positions = TOKENS  # random weights always decode up to the limit
+    yield "tiny's dimensions", tiny, whisper.load_processor(folder / "checkpoint")
 
 
-def candidates(work: Path, precision: str) -> list[Candidate]:
+def candidates(folder: Path, precision: str) -> list[Candidate]:
+    """Export all models into a folder."""
     from export.onnx.to_onnx import export_onnx
 
-    found = []
-    for number, (name, model, processor) in enumerate(models(work)):
-        place = work / "artifacts" / str(number)
+    exported = []
+    for number, (name, model, processor) in enumerate(models(folder)):
+        place = folder / "artifacts" / str(number)
         export_onnx(model, processor, place, precision)
-        found.append(Candidate(place, name=name))
-    return found
+        exported.append(Candidate(place, name=name))
+    return exported
 
 
 def errors_of(table: Table, results: Sequence[dict[str, Any]], shapes: dict) -> list[dict]:
-    """Of each result in turn: what was measured, and by how much both predictions miss it."""
+    """Return each result's measured times and the relative errors of both predictions."""
     corrected = latency.correct(table, results[:1], shapes)
-    found = []
+    errors = []
     for result in results:
         here = shapes[result["artifact_hash"]]
         times = latency.measured(result)
-        guesses = {
+        predictions = {
             "sum": latency.uncorrected(table, here),
             "corrected": latency.stages(corrected, here),
         }
-        found.append(
+        errors.append(
             {("measured", stage): times[stage] for stage in STAGES}
             | {
-                (name, stage): guess[stage] / times[stage] - 1
-                for name, guess in guesses.items()
+                (name, stage): prediction[stage] / times[stage] - 1
+                for name, prediction in predictions.items()
                 for stage in STAGES
             }
         )
-    return found
+    return errors
 
 
 def rows_of(names: Sequence[str], rounds: Sequence[Sequence[dict]]) -> list[dict[str, str]]:
-    """A row a model and stage; `rounds` has errors_of() each."""
+    """Return a row per model and stage; `rounds` has the errors_of() of each round."""
     rows = []
     for stage in STAGES:
         for number, name in enumerate(names):
             every = {
-                what: [found[number][what, stage] for found in rounds]
+                what: [errors[number][what, stage] for errors in rounds]
                 for what in ("measured", "sum", "corrected")
             }
             rows.append(
@@ -133,19 +137,21 @@ def rows_of(names: Sequence[str], rounds: Sequence[Sequence[dict]]) -> list[dict
                     "model": name,
                     "": stage,
                     "measured ms": f"{1e3 * median(every['measured']):.3g}",
-                    "sum off by %": spread(every["sum"]),
-                    "corrected off by %": spread(every["corrected"]),
+                    "error of the sum %": spread(every["sum"]),
+                    "error after correction %": spread(every["corrected"]),
                 }
             )
     return rows
 
 
 def spread(errors: Sequence[float]) -> str:
+    """Return the median and range in per cent, such as `+3 (-2 to +9)`."""
     low, middle, high = (100 * pick(errors) for pick in (min, median, max))
     return f"{middle:+.0f} ({low:+.0f} to {high:+.0f})"
 
 
-def work(given: argparse.Namespace) -> None:
+def compare(given: argparse.Namespace) -> None:
+    """Measure the rounds and print the tables."""
     from edgewhisper.shipped import SPEECH
 
     def say(text: str) -> None:
@@ -155,14 +161,14 @@ def work(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, LocalDevice() as device:
         ours = candidates(Path(folder), given.precision)
         shapes = latency.artifacts_in([Path(folder) / "artifacts"])
-        found = []
+        rounds = []
         for _ in range(given.rounds):
             place = Place("local")
-            table = latency.calibrate(place, given.precision, given.threads, say, rounds=1)
+            table = calibrate(place, given.precision, given.threads, say, rounds=1)
             results = bench_all(ours, device, clips, Measuring(1, given.threads), say)
-            found.append(errors_of(table, results, shapes))
-    print(markdown(rows_of([each.name for each in ours], found)))
-    print(f"{table}, {table.machine['cpu']}; {table.measured_at}; the last round's table:\n")
+            rounds.append(errors_of(table, results, shapes))
+    print(markdown(rows_of([each.name for each in ours], rounds)))
+    print(f"{table}, {table.machine['cpu']}; {table.measured_at}; table of the last round:\n")
     print(markdown(latency.rows_of(table)))
 
 
@@ -171,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--rounds", type=int, default=3)
-    return exit_code(work, parser, argv)
+    return exit_code(compare, parser, argv)
 
 
 if __name__ == "__main__":

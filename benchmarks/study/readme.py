@@ -161,7 +161,7 @@ def rivals() -> str:
 
 def rivals_in_full(rows: Callable[[list[dict[str, Any]]], list[dict[str, str]]]) -> str:
     """Return a table for each model and length of audio."""
-    return "\n".join(f"**{race.work_told(work)}**\n\n{table(rows(work))}" for work in works())
+    return "\n".join(f"**{race.describe_work(work)}**\n\n{table(rows(work))}" for work in works())
 
 
 def works() -> list[list[dict[str, Any]]]:

@@ -1,11 +1,10 @@
-"""Every shipped recipe on one of OpenAI's models, with the clips that come along.
+"""Run every shipped recipe on one of OpenAI's models, with the shipped clips.
 
     python -m benchmarks.study.real build/models/tiny.en --out real.jsonl [RECIPE ...]
 
-A line for each recipe: parameters, dev WER (60 clips) and test WER (80 clips) before and after,
-optimiser steps and minutes, or the error where a step lost too much. Recipes that are in the file
-are not run again, and one that was interrupted goes on where it stopped. The table is printed at
-the end.
+A line has parameters, dev WER (60 clips) and test WER (80 clips) before and after, optimiser steps
+and minutes, or the error if a step lost too many words. Recipes that are in the file are not run
+again; an interrupted recipe is resumed. The table is printed at the end.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from benchmarks.speech.clips import Samples, read_manifest
 
 Line = dict[str, Any]
 LEFT_OUT = ("digits-", "quick", "bald-paper")
-"""For the embedded model, and one that takes days."""
+"""Prefixes of recipes for the embedded model, and of one that takes days."""
 
 
 def run_one(model: str, recipe: str, before: float) -> Line:
-    """Compress by the recipe, and measure what comes out. `before` is the dense test WER."""
+    """Compress with a recipe and measure the result; `before` is the dense test WER."""
     import torch
 
     from edgewhisper import pipeline
@@ -61,7 +60,7 @@ def run_one(model: str, recipe: str, before: float) -> Line:
 
 
 def steps_in(record: Any) -> Iterator[int]:
-    """Optimiser steps of all trainings in a record."""
+    """Yield the optimiser steps of all trainings in a record."""
     if isinstance(record, list):
         for entry in record:
             yield from steps_in(entry)
@@ -73,7 +72,7 @@ def steps_in(record: Any) -> Iterator[int]:
 
 
 def test_wer(source: str) -> float:
-    """WER of a checkpoint on the 80 test clips, normalizer whisper-basic."""
+    """Return a checkpoint's WER on the 80 test clips, with the normalizer whisper-basic."""
     from benchmarks.wer import score
     from edgewhisper import decoding, shipped, whisper
 
@@ -88,6 +87,7 @@ def test_wer(source: str) -> float:
 
 
 def row(line: Line) -> dict[str, str]:
+    """Return a row of the table."""
     dense, slim = (counted["rest"] / 1e6 for counted in line["parameters"])
     dev, test = (
         f"{100 * before:.1f} -> {100 * after:.1f}"
@@ -118,19 +118,21 @@ def shipped() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a checkpoint directory of OpenAI's Whisper")
-    parser.add_argument("recipes", nargs="*", help="default: all that are meant for such a model")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines; may exist")
-    asked = parser.parse_intermixed_args()
-    text = asked.out.read_text("utf-8") if asked.out.exists() else ""
+    parser.add_argument("recipes", nargs="*", help="default: all that suit such a model")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON lines; appended to if it exists"
+    )
+    given = parser.parse_intermixed_args()
+    text = given.out.read_text("utf-8") if given.out.exists() else ""
     lines: list[Line] = [json.loads(line) for line in text.splitlines()]
-    done = {line["recipe"] for line in lines if line["model"] == Path(asked.model).name}
-    known = [line for line in lines if line["model"] == Path(asked.model).name]
-    todo = [name for name in asked.recipes or shipped() if name not in done]
-    before = known[0]["test_wer"][0] if known else test_wer(asked.model) if todo else 0.0
+    done = {line["recipe"] for line in lines if line["model"] == Path(given.model).name}
+    known = [line for line in lines if line["model"] == Path(given.model).name]
+    todo = [name for name in given.recipes or shipped() if name not in done]
+    before = known[0]["test_wer"][0] if known else test_wer(given.model) if todo else 0.0
     for recipe in todo:
-        say(f"{asked.model}: {recipe}")
-        lines.append(run_one(asked.model, recipe, before))
-        with asked.out.open("a", encoding="utf-8") as file:
+        say(f"{given.model}: {recipe}")
+        lines.append(run_one(given.model, recipe, before))
+        with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(lines[-1]) + "\n")
     say(table([row(line) for line in lines]))
 

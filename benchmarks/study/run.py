@@ -1,16 +1,16 @@
-"""Run the study: every arm of every experiment, once for each seed.
+"""Run the study: every arm of every experiment, once per seed.
 
     python -m benchmarks.study.run [EXPERIMENT ...] --speech train.jsonl --dev dev.jsonl
         --judge clean.jsonl --judge noisy.jsonl [--seeds 0 1 2] [--arm ARM ...] [--out FILE]
     python -m benchmarks.study.run --recipes DIRECTORY
 
-Every run adds one line to FILE: the recipe, sizes, costs, error rates with their counts. Runs that
-stand there already are not made again, so the same command goes on where it was stopped. The second
-form writes each arm's recipe, for `edgewhisper compress --recipe`.
+Every run appends one line to FILE with the recipe, sizes, costs, and error rates with their counts.
+Runs in the file are not repeated, so the same command continues an interrupted study. The second
+form writes each arm's recipe for `edgewhisper compress --recipe`.
 
-The runs share one process, or starting it would take longer than some of them; what each does
-follows from its recipe and seed alone. No threshold is chosen while a recipe runs: the dev clips
-only choose between finished arms, where an experiment says so.
+The runs share one process, because starting one takes longer than some runs. A run depends on its
+recipe and seed only. No threshold is chosen during a run; the dev clips only choose between
+finished arms in experiments that ask for it.
 """
 
 from __future__ import annotations
@@ -39,22 +39,24 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Speech:
+    """The clips of a study."""
+
     train: list[Clip]
     dev: list[Clip]
     judges: dict[str, list[Clip]]
-    """By the names of their manifests."""
+    """Name of a manifest -> its clips."""
 
 
 def keys(names: Sequence[str], seeds: Sequence[int]) -> Iterator[Key]:
-    """(experiment, arm, seed) of all runs; one seed after the other, so that every arm has had its
-    first run before any has its second. What is compared with nothing runs once.
+    """Yield (experiment, arm, seed) of all runs, ordered by seed.
 
-    Raises Problem for an unknown experiment."""
+    Experiments without pairs to compare run once. Raises Problem for an unknown experiment.
+    """
     for name in names:
         if name not in EXPERIMENTS:
             raise Problem(
-                f"study: there is no experiment {name!r}",
-                hint=f"use some of {', '.join(EXPERIMENTS)}",
+                f"study: unknown experiment {name!r}",
+                hint=f"choose from {', '.join(EXPERIMENTS)}",
             )
     for seed in seeds:
         for name in names:
@@ -63,7 +65,7 @@ def keys(names: Sequence[str], seeds: Sequence[int]) -> Iterator[Key]:
 
 
 def available() -> list[str]:
-    """The experiments whose methods are all there."""
+    """Return the experiments whose methods all exist."""
     from edgewhisper.compress import METHODS
 
     return [name for name in EXPERIMENTS if methods(name) <= METHODS.keys()]
@@ -74,7 +76,7 @@ def key_of(line: Line) -> Key:
 
 
 def read(path: Path) -> list[Line]:
-    """The stored lines, oldest first; none where there is no file yet."""
+    """Return the stored lines, oldest first; none if there is no file yet."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -88,52 +90,54 @@ def run_all(
     base: str,
     arms: Sequence[str] = (),
 ) -> None:
-    """Make the runs that `out` does not have, and add each to it when it is finished; `arms` are
-    those that are wanted, none: all."""
+    """Make the runs that are missing in `out` and append each when it is finished.
+
+    `arms` restricts the runs to these arms.
+    """
     for key in keys(names, seeds):
         if arms and key[1] not in arms:
             continue
         lines = read(out)
         text = recipe_of(key, lines)
-        found = next((line for line in lines if key_of(line) == key), None)
-        if found is not None and found["recipe"] != text:
+        stored = next((line for line in lines if key_of(line) == key), None)
+        if stored is not None and stored["recipe"] != text:
             raise Problem(
-                f"study: {out} holds a run of {key[0]}, {key[1]}, seed {key[2]} by another recipe",
-                hint="remove that line, or name another --out",
+                f"study: {out} has a run of {key[0]}, {key[1]}, seed {key[2]} with another recipe",
+                hint="remove that line, or choose another --out",
             )
-        if found is None:
+        if stored is None:
             line = run_one(key, text, speech, base)
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            print(told(line), flush=True)
+            print(describe(line), flush=True)
 
 
 def recipe_of(key: Key, lines: Sequence[Line]) -> str:
+    """Return the recipe of a run; `lines` are the stored runs."""
     experiment, arm, seed = key
     steps = [resolved(step, experiment, seed, lines) for step in EXPERIMENTS[experiment].arms[arm]]
     return recipe_text(steps, f"{experiment}: {arm}")
 
 
 def resolved(step: Step, experiment: str, seed: int, lines: Sequence[Line]) -> Step:
-    """The step with numbers in the place of every CostOf."""
+    """Return the step with every CostOf replaced by its number."""
 
     def value_of(value: Any) -> Any:
         if not isinstance(value, CostOf):
             return value
-        wanted = (experiment, value.arm, seed)
         for line in lines:
-            if key_of(line) == wanted:
+            if key_of(line) == (experiment, value.arm, seed):
                 return line["lite_cost"]
         raise Problem(
             f"study: the cost of {value.arm!r} with seed {seed} is not measured yet",
-            hint=f"run the experiment {experiment} from its first arm on",
+            hint=f"run all arms of the experiment {experiment}",
         )
 
     return {name: value_of(value) for name, value in step.items()}
 
 
 def run_one(key: Key, text: str, speech: Speech, base: str) -> Line:
-    """Compress the base model by that recipe, and measure what comes out."""
+    """Compress the base model with a recipe and return the line of the run."""
     import torch
 
     from benchmarks.metadata import clips_hash
@@ -179,7 +183,7 @@ def needs_dev(key: Key) -> bool:
 
 
 def nonzero(model: Any) -> int:
-    """Parameters outside the token table that are not zero."""
+    """Return the number of nonzero parameters outside the token table."""
     table = "model.decoder.embed_tokens."
     return sum(
         int((parameter != 0).sum())
@@ -189,18 +193,19 @@ def nonzero(model: Any) -> int:
 
 
 def lite_cost(record: dict[str, Any]) -> float | None:
-    """Share of the weights that LiteASR left of the layers it looked at."""
+    """Return the share of weights that LiteASR kept in its layers; None for other methods."""
     if "lite" not in record:
         return None
-    left = dense = 0
+    kept = dense = 0
     for layer in record["lite"]["layers"].values():
         d_out, d_in, rank = layer["outputs"], layer["inputs"], layer["rank"]
         dense += d_out * d_in
-        left += d_out * d_in if rank is None else rank * (d_out + d_in)
-    return left / dense
+        kept += d_out * d_in if rank is None else rank * (d_out + d_in)
+    return kept / dense
 
 
 def scored(model: Any, processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
+    """Return the error rates of a model on clips."""
     from benchmarks.normalizers import name_for
     from benchmarks.speech.clips import Samples
     from benchmarks.wer import score
@@ -212,7 +217,8 @@ def scored(model: Any, processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
     return score([clip.text for clip in clips], texts, name_for(clips), languages).as_dict()
 
 
-def told(line: Line) -> str:
+def describe(line: Line) -> str:
+    """Return a run's results as a line of text."""
     rates = ", ".join(f"{name} {100 * s['wer']:.2f} %" for name, s in line["scores"].items())
     if line["dev"]:
         rates += f", dev {100 * line['dev']['wer']:.2f} %"
@@ -225,7 +231,7 @@ def told(line: Line) -> str:
 
 
 def write_recipes(folder: Path) -> None:
-    """Every arm's recipe as a file, but those whose numbers follow from another arm's result."""
+    """Write the recipes of all arms that do not depend on another arm's result."""
     for name, experiment in EXPERIMENTS.items():
         for arm, steps in experiment.arms.items():
             if not any(isinstance(v, CostOf) for step in steps for v in step.values()):
@@ -240,11 +246,13 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint; default: the embedded model")
     parser.add_argument("--speech", type=Path, help="manifest to train and calibrate on")
     parser.add_argument("--dev", type=Path, help="manifest to choose between arms on")
-    parser.add_argument("--judge", type=Path, action="append", help="manifest to judge on")
+    parser.add_argument("--judge", type=Path, action="append", help="manifest of a test set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arm", action="append", help="only this one, or these; more seeds of it")
+    parser.add_argument("--arm", action="append", help="run only this arm; may be repeated")
     parser.add_argument("--out", type=Path, default=STORED)
-    parser.add_argument("--recipes", type=Path, help="write recipes there, run nothing")
+    parser.add_argument(
+        "--recipes", type=Path, help="write the recipes into this folder and run nothing"
+    )
     given = parser.parse_args()
     if given.recipes:
         return write_recipes(given.recipes)

@@ -1,10 +1,10 @@
-"""The study's tables, verdicts and plot, from the stored lines. Nothing here is written by hand.
+"""The study's tables, verdicts and plot, generated from the stored lines.
 
-Of an arm's runs (one a seed) the table has the mean of the word error rate and a 95 % t-interval
-over the seeds. A verdict compares two arms seed by seed: D = errors of B - errors of A, in points
-of the words of all judge sets, and again the t-interval of its mean. A is better where that
-interval lies above zero. With three seeds an interval is wide (t = 4.3), and it speaks of the
-seeds, not of the clips: other speakers would shift all arms.
+The table has the mean word error rate of an arm's runs (one per seed) and its 95 % t-interval over
+the seeds. A verdict compares two arms seed by seed: D = WER(B) - WER(A) in points over the words of
+all test sets. A is better if the 95 % t-interval of the mean of D is above zero. With three seeds,
+an interval is wide (t = 4.3). It covers the variation of the seeds, not of the clips: other
+speakers would shift all arms.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COVERAGE = 0.95
 
 
 def runs_of(name: str, lines: Sequence[Line]) -> Runs:
-    """The runs of one experiment, with the arms that are chosen on dev clips."""
+    """Return the runs of one experiment, with the arms that are chosen on dev clips."""
     experiment, runs = EXPERIMENTS[name], Runs()
     for line in lines:
         if line["experiment"] == name:
@@ -44,7 +44,7 @@ def runs_of(name: str, lines: Sequence[Line]) -> Runs:
 
 
 def chosen(runs: Runs, among: Sequence[str]) -> dict[int, Line]:
-    """Of every seed that all these arms have: the line with the lowest dev error rates."""
+    """Return, for every common seed of the arms, the line with the lowest dev error rates."""
     seeds = set.intersection(*(set(runs.get(arm, {})) for arm in among))
     return {
         seed: min(
@@ -59,7 +59,7 @@ def chosen(runs: Runs, among: Sequence[str]) -> dict[int, Line]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and a t-interval of it; the whole line where there is one value only."""
+    """Return the mean and its t-interval, which is infinite for a single value."""
     from scipy.stats import t
 
     mean = float(np.mean(values))
@@ -74,13 +74,13 @@ def errors(score: Mapping[str, Any]) -> int:
 
 
 def points(line: Line, judge: str | None = None) -> float:
-    """Word errors in percent of the words of one judge set, or of all."""
+    """Return the word error rate in per cent on one test set, or on all."""
     scores = [line["scores"][judge]] if judge else list(line["scores"].values())
     return 100 * sum(map(errors, scores)) / sum(score["words"] for score in scores)
 
 
 def refuse_mixture(lines: Sequence[Line]) -> None:
-    """Raises Problem where lines of other speech or normalizers stand among them."""
+    """Raise Problem for lines with different speech, normalizers or base models."""
     for what, of in {
         "speech": lambda line: line["speech"],
         "normalizers": lambda line: {n: s["normalizer"] for n, s in line["scores"].items()},
@@ -89,7 +89,7 @@ def refuse_mixture(lines: Sequence[Line]) -> None:
         if any(of(line) != of(lines[0]) for line in lines):
             raise Problem(
                 f"study: the {len(lines)} stored runs have different {what}",
-                hint="keep the runs of each in a file of its own",
+                hint="store the runs of each in a separate file",
             )
 
 
@@ -97,26 +97,26 @@ def refuse_mixture(lines: Sequence[Line]) -> None:
 
 
 def rows(name: str, lines: Sequence[Line]) -> list[dict[str, str]]:
-    """One row an arm; sizes are means over the seeds."""
-    runs = {"as it is": runs_of("dense", lines).get("dense", {}), **runs_of(name, lines)}
+    """Return a row per arm; sizes are means over the seeds."""
+    runs = {"uncompressed": runs_of("dense", lines).get("dense", {}), **runs_of(name, lines)}
     published = EXPERIMENTS[name].published
-    found_rows = []
+    table_rows = []
     for arm, of_seed in runs.items():
         if not of_seed:
             continue
-        found = list(of_seed.values())
-        row = {"arm": arm, "seeds": str(len(found))}
-        row["stored"] = millions(found, lambda line: line["parameters"]["total"])
-        row["nonzero"] = millions(found, total_nonzero)
-        row["encoder MMAC"] = f"{mean(found, lambda line: line['macs']['encoder']) / 1e6:.0f}"
-        for judge in found[0]["scores"]:
-            row[f"WER % {judge}"] = rate([points(line, judge) for line in found])
+        own = list(of_seed.values())
+        row = {"arm": arm, "seeds": str(len(own))}
+        row["stored"] = millions(own, lambda line: line["parameters"]["total"])
+        row["nonzero"] = millions(own, total_nonzero)
+        row["encoder MMAC"] = f"{mean(own, lambda line: line['macs']['encoder']) / 1e6:.0f}"
+        for judge in own[0]["scores"]:
+            row[f"WER % {judge}"] = rate([points(line, judge) for line in own])
         row["published"] = published.get(arm, "")
-        found_rows.append(row)
+        table_rows.append(row)
     if not published:
-        for row in found_rows:
+        for row in table_rows:
             del row["published"]
-    return found_rows
+    return table_rows
 
 
 def total_nonzero(line: Line) -> int:
@@ -132,7 +132,7 @@ def millions(lines: Sequence[Line], of: Any) -> str:
 
 
 def rate(values: Sequence[float]) -> str:
-    """`4.1 (3.2 to 5.0)`; no rate is below zero, whatever the interval says."""
+    """Return a mean and interval such as `4.1 (3.2 to 5.0)`, cut at zero."""
     middle, low, high = interval(values)
     return f"{middle:.1f}" + (f" ({max(low, 0):.1f} to {high:.1f})" if math.isfinite(low) else "")
 
@@ -143,9 +143,9 @@ def rate(values: Sequence[float]) -> str:
 BETTER, WORSE, NOISE, SAME, UNKNOWN = (
     "yes",
     "no, worse",
-    "within the noise",
+    "not significant",
     "the same",
-    "not known yet",
+    "unknown",
 )
 LARGER, SMALLER = ", but larger", ", but smaller"
 EQUAL_SIZE = 0.005
@@ -154,37 +154,40 @@ EQUAL_SIZE = 0.005
 
 @dataclass(frozen=True)
 class Verdict:
+    """Whether arm A is better than arm B."""
+
     a: str
     b: str
     answer: str
-    told: str
+    difference: str
+    """The difference in points, and in size if it is not equal."""
 
     def __str__(self) -> str:
-        return f"{self.a} better than {self.b}: **{self.answer}**, {self.told}"
+        return f"{self.a} better than {self.b}: **{self.answer}**, {self.difference}"
 
 
 def verdict(a: str, b: str, runs: Runs) -> Verdict | None:
-    """Whether A is better than B; None where no seed has both."""
+    """Return the verdict on two arms; None if they have no common seed."""
     seeds = sorted(set(runs.get(a, {})) & set(runs.get(b, {})))
     if not seeds:
         return None
     differences = [points(runs[b][seed]) - points(runs[a][seed]) for seed in seeds]
     middle, low, high = interval(differences)
-    told = f"{middle:+.2f} points"
-    told += f" ({low:+.2f} to {high:+.2f})" if math.isfinite(low) else ", one seed"
+    text = f"{middle:+.2f} points"
+    text += f" ({low:+.2f} to {high:+.2f})" if math.isfinite(low) else ", one seed"
     if not any(differences):
-        told = f"as many words wrong with each of {len(seeds)} seeds"
-    found = answer(differences)
+        text = f"equal word errors with all {len(seeds)} seeds"
+    verdict = answer(differences)
     sizes = [mean(list(runs[arm].values()), total_nonzero) / 1e6 for arm in (a, b)]
     if abs(sizes[0] - sizes[1]) > EQUAL_SIZE * sizes[1]:
-        told += f"; nonzero {sizes[0]:.3f} M against {sizes[1]:.3f} M"
+        text += f"; nonzero {sizes[0]:.3f} M against {sizes[1]:.3f} M"
         smaller = sizes[0] < sizes[1]
-        found += {(BETTER, False): LARGER, (WORSE, True): SMALLER}.get((found, smaller), "")
-    return Verdict(a, b, found, told)
+        verdict += {(BETTER, False): LARGER, (WORSE, True): SMALLER}.get((verdict, smaller), "")
+    return Verdict(a, b, verdict, text)
 
 
 def answer(differences: Sequence[float]) -> str:
-    """In a word, from B's errors less A's of every seed."""
+    """Return the answer for the differences WER(B) - WER(A) of all seeds."""
     _, low, high = interval(differences)
     if len(differences) < 2:
         return UNKNOWN
@@ -195,31 +198,37 @@ def answer(differences: Sequence[float]) -> str:
 
 def verdicts(name: str, lines: Sequence[Line]) -> list[Verdict]:
     runs = runs_of(name, lines)
-    found = [verdict(a, b, runs) for a, b in EXPERIMENTS[name].pairs]
-    return [one for one in found if one]
+    answers = [verdict(a, b, runs) for a, b in EXPERIMENTS[name].pairs]
+    return [one for one in answers if one]
 
 
 def verdict_rows(lines: Sequence[Line]) -> list[dict[str, str]]:
     return [
-        {"experiment": name, "A": v.a, "B": v.b, "A better?": v.answer, "points": v.told}
+        {
+            "experiment": name,
+            "A": v.a,
+            "B": v.b,
+            "A better?": v.answer,
+            "WER(B) - WER(A)": v.difference,
+        }
         for name in EXPERIMENTS
         for v in verdicts(name, lines)
     ]
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """How often what is ours won, and where it did not."""
+    """Return a sentence that counts the verdicts on our variants and lists the worse ones."""
     ours = [v for name in EXPERIMENTS for v in verdicts(name, lines) if "(ours)" in v.a]
     ours = [v for v in ours if v.answer != UNKNOWN]
     counts = Counter(v.answer for v in ours)
-    told = ", ".join(f"{count} “{word}”" for word, count in counts.most_common())
-    lost = "; ".join(f"{v.a} with {v.b}" for v in ours if v.answer.startswith(WORSE))
-    text = f"Of {len(ours)} comparisons of an option of ours: {told or 'none is measured yet'}."
-    return f"{text} Worse: {lost}.\n" if lost else f"{text}\n"
+    summary = ", ".join(f"{count} “{word}”" for word, count in counts.most_common())
+    worse = "; ".join(f"{v.a} than {v.b}" for v in ours if v.answer.startswith(WORSE))
+    text = f"{len(ours)} comparisons of our variants: {summary or 'none measured yet'}."
+    return f"{text} Worse: {worse}.\n" if worse else f"{text}\n"
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """All experiments of which something is stored: question, budget, table, verdicts."""
+    """Return the question, budget, table and verdicts of all experiments with stored runs."""
     refuse_mixture(lines)
     parts = []
     for name, experiment in EXPERIMENTS.items():
@@ -237,18 +246,18 @@ def heading(experiment: Experiment) -> str:
 
 
 def plot(lines: Sequence[Line], out: Path = PLOT) -> None:
-    """Errors of every arm, all judge sets together: a dot a seed, and the interval of the mean."""
+    """Plot the error rate of every arm on all test sets: one dot per seed, and the interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = {n: runs_of(n, lines) for n, e in EXPERIMENTS.items() if e.pairs}
-    found = {name: runs for name, runs in found.items() if runs}
-    heights = [1 + len(runs) for runs in found.values()]
+    by_name = {n: runs_of(n, lines) for n, e in EXPERIMENTS.items() if e.pairs}
+    by_name = {name: runs for name, runs in by_name.items() if runs}
+    heights = [1 + len(runs) for runs in by_name.values()]
     figure = Figure(figsize=(7.5, 0.27 * sum(heights) + 0.5), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(found), 1, height_ratios=heights, squeeze=False)[:, 0]
+    panels = figure.subplots(len(by_name), 1, height_ratios=heights, squeeze=False)[:, 0]
     dense = runs_of("dense", lines).get("dense", {})
-    for axes, (name, runs) in zip(panels, found.items(), strict=True):
+    for axes, (name, runs) in zip(panels, by_name.items(), strict=True):
         for row, of_seed in enumerate(runs.values()):
             values = [points(line) for line in of_seed.values()]
             middle, low, high = interval(values)
@@ -264,6 +273,6 @@ def plot(lines: Sequence[Line], out: Path = PLOT) -> None:
         axes.set_title(name, loc="left", fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
         axes.grid(axis="x", alpha=0.3)
-    panels[-1].set_xlabel("word error rate, %, all judge sets; dotted: the model as it is")
-    # no version or date in the file: the same lines make the same bytes
+    panels[-1].set_xlabel("word error rate, %, all test sets; dotted: the uncompressed model")
+    # without version and date in the file, equal lines give equal bytes
     figure.savefig(out, format="png", metadata={"Software": None})

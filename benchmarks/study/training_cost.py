@@ -1,14 +1,15 @@
-"""What one optimiser step of the training loop costs at the dimensions of whisper-small.
+"""Measure the cost of an optimiser step of the training loop at whisper-small's dimensions.
 
     python -m benchmarks.study.training_cost [--steps 4] [--out FILE]
 
-Each case runs in a process of its own, whose peak memory is the operating system's figure. The
-weights are random, the clips those that come with the embedded model, padded to 30 s as Whisper
-pads them; the loop is edgewhisper.training.train, as every method uses it, without a teacher (one
-more takes its weights, and a forward pass a step). The first step, which allocates, is left out.
-Seconds are the processor's, summed over threads: a busy machine does not lengthen them much.
+Each case runs in its own process, whose peak memory the operating system reports. The weights are
+random; the clips are the embedded model's, padded to 30 s as Whisper does. The loop is
+edgewhisper.training.train, as every method uses it, without a teacher (which adds its weights and a
+forward pass per step). The first step, which allocates memory, is left out. Seconds are CPU time,
+summed over threads, which a busy machine hardly changes.
 
-Least memory in float32: weights, gradients and AdamW's two moments, 16 bytes a parameter, 3.9 GB.
+The minimum memory in float32 is 3.9 GB: 16 bytes per parameter for weights, gradients and AdamW's
+two moments.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ CASES = (
 
 
 class Enough(Exception):
-    """Thrown out of the loop, so that no state of some gigabytes is saved at its end."""
+    """Raised to leave the loop before it saves a state of several gigabytes."""
 
 
 def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train for `steps` + 1 steps in this process; CPU seconds of each, and the peak until then."""
+    """Train for `steps` + 1 steps in this process; return CPU seconds per step and peak memory."""
     import torch
 
     from benchmarks.speech.clips import read_manifest
@@ -80,7 +81,8 @@ def measure(case: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def random_model() -> tuple[Any, Any]:
-    """Whisper-small without training, that reads the embedded model's tokens in 30 s windows."""
+    """Return a random whisper-small with the embedded model's tokens and 30 s windows, and its
+    processor."""
     from transformers import WhisperFeatureExtractor
 
     from edgewhisper import whisper
@@ -104,21 +106,22 @@ def machine() -> dict[str, Any]:
 
 
 def in_own_process(case: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Run `measure` in a new process and return its result."""
     command = [sys.executable, "-m", "benchmarks.study.training_cost", "--steps", str(steps)]
     done = subprocess.run(
         [*command, "--case", json.dumps(case)], check=True, stdout=subprocess.PIPE, text=True
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return line
 
 
 def rows(stored: list[dict[str, Any]]) -> list[dict[str, str]]:
     return [
         {
             "precision": {"no": "fp32"}.get(line["precision"], line["precision"]),
-            "clips a step": str(line["batch_size"]),
-            "in passes": str(line["accumulate"]),
-            "CPU s a step": f"{line['median_step_cpu_s']:.1f}",
+            "clips per step": str(line["batch_size"]),
+            "passes per step": str(line["accumulate"]),
+            "CPU s per step": f"{line['median_step_cpu_s']:.1f}",
             "peak GB": f"{line['peak_rss_bytes'] / 1e9:.2f}",
         }
         for line in stored
@@ -127,8 +130,10 @@ def rows(stored: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4, help="that are timed, after a first one")
-    parser.add_argument("--case", type=json.loads, help="measure this one, in this process")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="number of timed steps, after a first one"
+    )
+    parser.add_argument("--case", type=json.loads, help="measure this case in this process")
     parser.add_argument("--out", type=Path, default=STORED)
     given = parser.parse_args()
     if given.case:
@@ -137,9 +142,9 @@ def main() -> None:
 
     about: dict[str, Any] = {"device": machine(), "versions": versions()}
     about["measured_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    found = [in_own_process(case, given.steps) | about for case in CASES]
-    given.out.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
-    for row in rows(found):
+    lines = [in_own_process(case, given.steps) | about for case in CASES]
+    given.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    for row in rows(lines):
         print("  ".join(f"{name}: {value}" for name, value in row.items()))
 
 

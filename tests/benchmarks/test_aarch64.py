@@ -1,4 +1,4 @@
-"""Counting instructions: the plugin, the marks, the gate and the emulated machine's parts."""
+"""Instruction counts: the plugin, its marks, the check and the emulated machine."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def work(tmp_path) -> machine.Work:
 
 @pytest.fixture
 def row() -> dict:
-    """A row of the file that is kept."""
+    """Return the first stored row."""
     return copy.deepcopy(counts.read(command.KEPT)[0])
 
 
 def marks_of(stages: list[tuple[int, int, int]], rng) -> str:
-    """Marks around stages (number, instructions, dot products), with others between them."""
+    """Return marks of stages (number, instructions, dot products), with random gaps."""
     total, dots, lines = int(rng.integers(10**9)), 0, []
     for number, instructions, products in stages:
         total += int(rng.integers(1000))
@@ -51,7 +51,7 @@ def marks_of(stages: list[tuple[int, int, int]], rng) -> str:
 
 
 def rounds(work: machine.Work, rng) -> list[tuple[int, int, int]]:
-    """What each round's stages take, drawn at random."""
+    """Return random counts for the stages of each round."""
     once = [ENCODER, PROMPT, *[TOKEN] * work.tokens]
     return [
         (number, int(rng.integers(10**9, 10**10)), int(rng.integers(10**6)))
@@ -62,7 +62,7 @@ def rounds(work: machine.Work, rng) -> list[tuple[int, int, int]]:
 # ---------------------------------------------------------------------------------------- counts
 
 
-def test_the_last_round_counts_and_what_lies_between_stages_does_not(work, rng):
+def test_only_the_stages_of_the_last_round_are_counted(work, rng):
     stages = rounds(work, rng)
     found = counts.counted(marks_of(stages, rng), work, window_s=2.0)
     encoder, prompt, *tokens = stages[len(stages) // 2 :]
@@ -74,14 +74,14 @@ def test_the_last_round_counts_and_what_lies_between_stages_does_not(work, rng):
         }
 
 
-def test_a_guest_that_ended_early_is_noticed(work, rng):
+def test_a_guest_that_ended_early_is_detected(work, rng):
     text = marks_of(rounds(work, rng)[:-1], rng)
     with pytest.raises(Problem, match=r"3: 5}.* marks of .*3: 6}"):
         counts.counted(text, work, window_s=2.0)
 
 
 @pytest.mark.parametrize("text", ["", "1 2", "1 9 0\n0 8 0\n", "one two three\n"])
-def test_marks_that_are_none_get_a_letter(text):
+def test_invalid_marks_are_refused(text):
     with pytest.raises(Problem, match="marks cannot be read"):
         counts.spans(text)
 
@@ -89,7 +89,7 @@ def test_marks_that_are_none_get_a_letter(text):
 # ------------------------------------------------------------------------------------------ gate
 
 
-def test_what_is_kept_passes_its_own_gate():
+def test_stored_counts_pass_their_own_check():
     kept = counts.read(command.KEPT)
     counts.judge(kept, kept)
     assert all(row["emulated"] for row in kept)
@@ -99,16 +99,16 @@ def test_what_is_kept_passes_its_own_gate():
 
 
 @pytest.mark.parametrize("stage", counts.STAGES)
-def test_a_count_may_rise_by_a_hundredth_and_no_more(row, stage):
+def test_a_count_may_increase_by_one_per_cent(row, stage):
     now = copy.deepcopy(row)
     now["instructions"][stage] = int(row["instructions"][stage] * 1.0099)
     counts.judge([now], [row])
     now["instructions"][stage] = int(row["instructions"][stage] * 1.0111)
-    with pytest.raises(Problem) as letter:
+    with pytest.raises(Problem) as error:
         counts.judge([now], [row])
-    assert f"{row['name']} on {row['cpu']}: {counts.TITLES[stage]}" in str(letter.value)
-    assert "1.1% more than" in str(letter.value)
-    assert "--keep" in letter.value.hint
+    assert f"{row['name']} on {row['cpu']}: {counts.TITLES[stage]}" in str(error.value)
+    assert "1.1% more than" in str(error.value)
+    assert "--keep" in error.value.hint
 
 
 def test_fewer_instructions_and_unknown_artifacts_pass(row):
@@ -118,25 +118,25 @@ def test_fewer_instructions_and_unknown_artifacts_pass(row):
     counts.judge([row | {"name": "mine"}], [row | {"instructions": fewer["instructions"]}])
 
 
-def test_the_table_tells_the_change_of_the_worst_stage(row):
+def test_the_table_shows_the_largest_change_of_a_stage(row):
     now = copy.deepcopy(row)
     now["instructions"]["prompt"] = round(row["instructions"]["prompt"] * 1.25)
     now["instructions"]["token"] -= 1
     assert counts.change(now, [row | {"cpu": "other"}, row]) == "+25.00%"
-    assert counts.change(now | {"tokens": 99}, [row]) == "none kept"
+    assert counts.change(now | {"tokens": 99}, [row]) == "not stored"
 
 
-def test_other_tokens_than_on_x86_fail_and_so_do_fp32_outputs_beyond_rounding(row):
+def test_other_tokens_and_fp32_differences_beyond_rounding_fail(row):
     row["against_x86"] |= {"clips": 10, "clips_alike": 9}
     with pytest.raises(Problem, match="1 of 10 clips get other tokens"):
         counts.judge([row], [row])
     row["against_x86"] |= {"clips_alike": 10, "logits": 2e-5}
     counts.judge([row | {"precision": "int8"}], [row])
-    with pytest.raises(Problem, match=r"logits up to 2\.0e-05 off"):
+    with pytest.raises(Problem, match=r"logits differs from x86-64 by 2\.0e-05"):
         counts.judge([row | {"precision": "fp32"}], [row])
 
 
-def test_keeping_replaces_the_same_artifact_and_core_only(row, tmp_path):
+def test_storing_replaces_rows_of_the_same_artifact_and_core_only(row, tmp_path):
     place = tmp_path / "kept.jsonl"
     counts.keep([row, row | {"name": "other"}], place)
     counts.keep([row | {"precision": "fp16"}], place)
@@ -146,13 +146,13 @@ def test_keeping_replaces_the_same_artifact_and_core_only(row, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{}", "nothing", '{"format": 0}', "[]", '{"format": 1}'])
-def test_a_file_that_holds_no_counts_gets_a_letter(text, tmp_path):
+def test_a_file_without_counts_is_refused(text, tmp_path):
     (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(Problem, match="no counts of this version"):
+    with pytest.raises(Problem, match="not a file of counts of this version"):
         counts.read(tmp_path / "a.jsonl")
 
 
-def test_no_emulated_time_is_told(row):
+def test_no_emulated_time_is_reported(row):
     (found,) = counts.table_rows([row])
     assert "emulated" in " ".join(found)
     assert not any("ms" in title.split() for title in found)
@@ -161,18 +161,18 @@ def test_no_emulated_time_is_told(row):
 # --------------------------------------------------------------------------------------- outputs
 
 
-def test_codes_are_compared_as_what_they_stand_for(rng):
+def test_quantised_values_are_compared_after_dequantisation(rng):
     codes = rng.integers(-127, 128, (1, 2, 5, 3)).astype(np.int8)
     scale = rng.random(6).astype(np.float32)
     found = counts.floats({"cross.0.key": codes, "cross.0.key_scale": scale})["cross.0.key"]
     for head in range(2):
-        wanted = codes[0, head] * scale[3 * head : 3 * head + 3]
-        np.testing.assert_array_equal(found[head], wanted)
+        expected = codes[0, head] * scale[3 * head : 3 * head + 3]
+        np.testing.assert_array_equal(found[head], expected)
 
 
 def test_the_guest_does_the_same_work_twice(exported, clips, tmp_path):
-    from benchmarks.bench import write_clips
     from benchmarks.speech.clips import read_manifest
+    from benchmarks.speech.wav import write_clips
 
     write_clips(read_manifest(clips)[:2], tmp_path)
     work = machine.Work(exported, tuple(sorted(tmp_path.glob("*.wav"))), 1.0, tokens=2)
@@ -190,7 +190,7 @@ def test_the_guest_does_the_same_work_twice(exported, clips, tmp_path):
     assert off["clips_alike"] == 1
 
 
-def test_a_mark_does_nothing_where_nobody_counts():
+def test_a_mark_does_nothing_without_the_plugin():
     assert guest.mark(ENCODER) is None
 
 
@@ -218,7 +218,7 @@ for times in (1, 1, {more}):
 
 
 @emulated
-def test_the_plugin_counts_what_lies_between_marks(seed, tmp_path):
+def test_the_plugin_counts_instructions_between_marks(seed, tmp_path):
     more = 2 + seed % 9
     argv = machine.python(command.PLACE, "cortex-a72", tmp_path, tmp_path / "marks")
     machine.checked([*argv, "-S", "-c", COUNTED.format(more=more)], "", {})
@@ -228,10 +228,10 @@ def test_the_plugin_counts_what_lies_between_marks(seed, tmp_path):
     assert once[1] == often[1] == 0
 
 
-def test_a_plugin_without_its_header_gets_a_letter(tmp_path):
-    with pytest.raises(Problem, match=r"gcc (ended with exit code 1|cannot be started)") as letter:
+def test_a_missing_plugin_header_is_reported(tmp_path):
+    with pytest.raises(Problem, match=r"gcc (ended with exit code 1|cannot be started)") as error:
         machine.compile_plugin(tmp_path, tmp_path / "count.so")
-    assert "install gcc" in letter.value.hint
+    assert "install gcc" in error.value.hint
 
 
 DEB822 = """Types: deb
@@ -249,24 +249,26 @@ ONE_LINE = "deb [arch=amd64] http://one bookworm-security main\ndeb http://two {
 
 @pytest.mark.parametrize("form", [DEB822, ONE_LINE], ids=["deb822", "one-line"])
 @pytest.mark.parametrize("other", ["trixie", "nodistro", "cloud-sdk-bookworm"])
-def test_only_debian_12_is_fetched_from_with_its_sources(form, other):
+def test_only_debian_12_is_used_and_with_its_sources(form, other):
     (found,) = machine.debian_sources(form.format(other=other))
     assert "http://one" in found
     assert "deb-src" in found
 
 
-def test_another_system_gets_a_letter(tmp_path):
-    with pytest.raises(Problem, match="Debian 12's packages") as letter:
+def test_another_system_is_refused(tmp_path):
+    with pytest.raises(Problem, match="Debian 12's packages") as error:
         machine.lay_out_apt(tmp_path, DEB822.replace("bookworm", "trixie"))
-    assert "container" in letter.value.hint
+    assert "container" in error.value.hint
 
 
-def test_a_tool_that_is_missing_is_named_with_its_package(tmp_path, monkeypatch, capsys):
+def test_a_missing_tool_is_named_with_its_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "PLACE", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert command.main([]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: there is no qemu-aarch64\ntry:   install it: sudo apt-get")
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "error: qemu-aarch64 is not installed\ntry:   install it: sudo apt-get"
+    )
 
 
 @pytest.mark.parametrize("cpu", machine.CPUS)
@@ -280,13 +282,13 @@ def test_the_runner_reads_the_described_core(cpu, tmp_path):
     assert ("asimddp" in found["isa"]) == (cpu == "cortex-a76")
 
 
-def test_an_unknown_core_gets_the_known_ones(tmp_path):
-    with pytest.raises(Problem, match="'i386'") as letter:
+def test_an_unknown_core_lists_the_known_ones(tmp_path):
+    with pytest.raises(Problem, match="'i386'") as error:
         machine.describe(tmp_path, "i386", tmp_path / "seen")
-    assert "cortex-a72" in letter.value.hint
+    assert "cortex-a72" in error.value.hint
 
 
-def test_a_failing_program_is_told_by_its_last_words():
+def test_the_error_of_a_failed_program_has_its_last_line():
     argv = [sys.executable, "-c", "import sys; sys.exit('one\\ntwo')"]
     with pytest.raises(Problem, match=r"exit code 1 \(two\)"):
         machine.checked(argv, "")
@@ -296,8 +298,8 @@ def test_a_failing_program_is_told_by_its_last_words():
 
 
 @pytest.mark.parametrize(("profile", "cpu"), [("rpi4", "cortex-a72"), ("rpi5", "cortex-a76")])
-def test_a_profile_asks_for_int8_where_it_takes_fewer_instructions_than_fp32(profile, cpu):
-    """Of whisper-tiny's dimensions: 30 s of sound and 64 tokens."""
+def test_a_profile_uses_int8_if_it_takes_fewer_instructions_than_fp32(profile, cpu):
+    """Compare whisper-tiny's dimensions with 30 s of audio and 64 tokens."""
     kept = {row["name"]: row for row in counts.read(command.KEPT) if row["cpu"] == cpu}
 
     def total(precision: str) -> float:

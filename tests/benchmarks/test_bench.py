@@ -1,4 +1,4 @@
-"""Bench: what goes to the device, in which order, and what comes back as a result."""
+"""Bench: what is pushed and run on the device, and the results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from benchmarks.bench import Candidate, Measuring, bench, bench_all, write_clips
+from benchmarks.bench import Candidate, Measuring, bench, bench_all
 from benchmarks.metadata import artifact_hash, clips_hash, file_hash, folder_hash
 from benchmarks.result import STAGES, validate
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.wav import write_clips
 from benchmarks.wer import word_errors
 from devices.device import Finished, open_device
 from devices.fake import FakeDevice
@@ -41,7 +42,7 @@ def few(clips):
 
 
 def reply(texts, **changes) -> Finished:
-    """What a runner prints: three clips of 10, 20 and 30 ms."""
+    """Return a runner's answer for three clips of 10, 20 and 30 ms."""
     stages = {stage: [0.01, 0.02, 0.03] for stage in STAGES} | {"load_s": [0.1]}
     rest = {"mel_share": 0.2, "peak_rss_bytes": 50_000_000, "versions": {"onnxruntime": "1.31"}}
     return Finished(0, json.dumps(stages | rest | {"texts": texts} | changes), "")
@@ -78,7 +79,7 @@ def test_rounds_are_interleaved_and_samples_kept(artifact, few, tmp_path):
     assert second["clip_errors"] == second["clip_words"] == [len(c.text.split()) for c in few]
 
 
-def test_a_result_says_what_was_measured(artifact, few):
+def test_a_result_describes_what_was_measured(artifact, few):
     fake = FakeDevice(replies=[reply(["", "", ""])])
     found = bench(artifact, fake, few, Measuring(1, 3))
     manifest = read_artifact(artifact)
@@ -95,7 +96,7 @@ def test_a_result_says_what_was_measured(artifact, few):
     assert found["mel_share"] == 0.2
 
 
-def test_a_device_that_cannot_tell_its_memory_says_so(artifact, few):
+def test_unavailable_memory_is_reported_as_such(artifact, few):
     fake = FakeDevice(replies=[reply([""] * 3, peak_rss_bytes="unavailable")])
     assert bench(artifact, fake, few, Measuring(1))["peak_rss_bytes"] == "unavailable"
 
@@ -116,14 +117,14 @@ def test_a_device_that_cannot_tell_its_memory_says_so(artifact, few):
         ("versions", {"onnxruntime": ["1.31"]}),
     ],
 )
-def test_an_answer_that_is_none_gets_a_letter(artifact, few, wrong, value):
+def test_an_invalid_answer_is_refused(artifact, few, wrong, value):
     answer = json.loads(reply([""] * 3).stdout) | {wrong: value}
     fake = FakeDevice(replies=[Finished(0, json.dumps(answer), "")])
     with pytest.raises(Problem, match=f"fake: the runner's answer has no usable {wrong}$"):
         bench(artifact, fake, few, Measuring(1))
 
 
-def test_invented_words_count_where_nothing_is_said():
+def test_inserted_words_count_as_errors_in_silence():
     assert word_errors([""], ["one two"], "whisper-basic") == [(2, 0)]
     assert word_errors(["one"], ["two"], "whisper-basic") == [(1, 1)]
 
@@ -139,7 +140,7 @@ def test_clips_arrive_sample_by_sample(few, tmp_path):
 
 
 def test_clips_written_again_are_the_same_bytes(few, tmp_path, monkeypatch):
-    """Or a device would get them again for every bench."""
+    """Otherwise they would be copied to a device for every bench."""
     now = time.time()
     for day in range(2):
         monkeypatch.setattr(time, "time", lambda day=day: now + 86_400 * day)
@@ -161,12 +162,12 @@ def test_a_damaged_artifact_is_not_measured(artifact, few, tmp_path):
     assert fake.calls == []
 
 
-def test_impossible_requests_get_letters(artifact, digits, few, tmp_path):
+def test_impossible_requests_are_refused(artifact, digits, few, tmp_path):
     with pytest.raises(Problem, match="no clips to bench on"):
         bench(artifact, FakeDevice(), [])
-    with pytest.raises(Problem, match="there is no rival 'siri'") as letter:
+    with pytest.raises(Problem, match="unknown rival 'siri'") as error:
         bench_all([Candidate(digits, rival="siri")], FakeDevice(), few)
-    assert "transformers" in letter.value.hint
+    assert "transformers" in error.value.hint
     with pytest.raises(Problem, match="runs on this machine only, not on fake"):
         bench_all([Candidate(digits, rival="transformers")], FakeDevice(), few)
     with pytest.raises(Problem, match="no such directory"):
@@ -176,7 +177,7 @@ def test_impossible_requests_get_letters(artifact, digits, few, tmp_path):
 # -------------------------------------------------------------------------------- on this machine
 
 
-def test_artifact_and_rival_say_the_same_here(artifact, digits, few):
+def test_artifact_and_rival_give_the_same_texts(artifact, digits, few):
     candidates = [Candidate(digits, rival="transformers"), Candidate(artifact, name="int8")]
     with open_device("local") as device:
         rival, ours = bench_all(candidates, device, few, Measuring(1, 1))
@@ -194,7 +195,7 @@ def test_artifact_and_rival_say_the_same_here(artifact, digits, few):
     assert 20e6 < ours["peak_rss_bytes"] < rival["peak_rss_bytes"]
 
 
-def test_the_rival_refuses_a_slim_checkpoint(digits, few, tmp_path):
+def test_the_rival_refuses_a_compressed_checkpoint(digits, few, tmp_path):
     slim = tmp_path / "slim"
     shutil.copytree(digits, slim)
     config = json.loads((slim / "config.json").read_text())
@@ -202,7 +203,7 @@ def test_the_rival_refuses_a_slim_checkpoint(digits, few, tmp_path):
     from benchmarks.rivals.transformers import refuse_slim
     from devices.runner.problem import RunnerProblem
 
-    with pytest.raises(RunnerProblem, match="transformers loads dense ones"):
+    with pytest.raises(RunnerProblem, match="transformers loads dense layers only"):
         refuse_slim(slim)
     with pytest.raises(RunnerProblem, match=r"no readable config\.json"):
         refuse_slim(tmp_path)
@@ -211,7 +212,7 @@ def test_the_rival_refuses_a_slim_checkpoint(digits, few, tmp_path):
 # ----------------------------------------------------------------------------------------- hashes
 
 
-def test_hashes_follow_content_and_not_place(few, clips, tmp_path):
+def test_hashes_depend_on_content_and_not_on_paths(few, clips, tmp_path):
     for clip in few:
         shutil.copy(clip.audio, tmp_path / clip.audio.name)
     rows = [{"audio": clip.audio.name, "text": clip.text, "lang": clip.lang} for clip in few]

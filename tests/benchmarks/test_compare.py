@@ -1,4 +1,4 @@
-"""Real differences are told from noise; results of different things are refused."""
+"""Comparison of results: significant differences, noise, and incomparable results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_result_does_not_differ_from_itself():
     found = measures(make_result(), make_result())
     assert found["end_to_end_s"]["ratio"] == 1
     assert not any(row["real"] for row in found.values())
-    assert found["wer"]["verdict"].startswith("no difference shown")
+    assert found["wer"]["verdict"].startswith("no significant difference")
 
 
 def test_half_the_time_is_twice_as_fast(rng):
@@ -33,31 +33,31 @@ def test_half_the_time_is_twice_as_fast(rng):
     assert "times faster" in row["verdict"]
 
 
-def test_a_difference_within_the_noise_is_none():
-    """Medians differ by 1 %, the samples of each by 40 %."""
+def test_a_difference_within_the_noise_is_not_significant():
+    """The medians differ by 1 %, the samples of each result by 40 %."""
     times = [0.08, 0.10, 0.12] * 10
     later = [0.0808, 0.101, 0.1212] * 10
     row = measures(make_result(end_to_end_s=times), make_result(end_to_end_s=later))["end_to_end_s"]
     assert row["ratio"] == pytest.approx(1.01)
     assert row["interval"][0] < 1 < row["interval"][1]
     assert row["real"] is False
-    assert row["verdict"] == "no difference shown"
+    assert row["verdict"] == "no significant difference"
 
 
-def test_too_few_rounds_say_nothing():
+def test_too_few_rounds_are_undecided():
     row = measures(make_result(rounds=2), make_result(rounds=2))["end_to_end_s"]
     assert row["real"] is None
-    assert row["verdict"] == "fewer than 3 rounds: cannot be said"
+    assert row["verdict"] == "undecided: fewer than 3 rounds"
 
 
-def test_a_busy_machine_is_said_in_the_verdict():
+def test_a_verdict_mentions_an_unstable_run():
     busy = [0.05] * 10 + [0.1] * 10 + [0.05] * 10
     row = measures(make_result(end_to_end_s=busy), make_result())["end_to_end_s"]
     assert row["verdict"].endswith("; unstable")
 
 
 def test_word_errors_are_compared_clip_by_clip():
-    """Ten clips of three words; the other gets one more word wrong in six of them."""
+    """Of ten clips with three words, the other result has one more error in six."""
     base = make_result(clip_errors=[0] * 10, clip_words=[3] * 10, wer=0.0)
     worse = make_result(clip_errors=[1] * 6 + [0] * 4, clip_words=[3] * 10, wer=0.2)
     row = measures(base, worse)["wer"]
@@ -81,7 +81,7 @@ def test_sizes_are_counted_not_sampled():
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
         ("clips_hash", "f" * 64, "different clip sets: aaaaaaaaaaaa and ffffffffffff"),
         ("normalizer", "none", "different normalizers: whisper-basic and none"),
@@ -89,11 +89,11 @@ def test_sizes_are_counted_not_sampled():
     ],
     ids=["clips", "normalizer", "emulated"],
 )
-def test_different_things_are_never_compared(field, value, said):
-    with pytest.raises(Problem, match=said) as letter:
+def test_results_of_different_measurements_are_refused(field, value, message):
+    with pytest.raises(Problem, match=message) as error:
         compare_pair(make_result(name="a"), make_result(name="b", **{field: value}))
-    assert str(letter.value).startswith("a and b were measured on")
-    assert "bench both" in letter.value.hint
+    assert str(error.value).startswith("a and b were measured on")
+    assert "bench both" in error.value.hint
 
 
 def test_versions_are_compared_only_when_asked():
@@ -122,12 +122,12 @@ def test_all_are_compared_with_the_first_in_a_table():
         "measure": "total ms",
         "base": "50",
         "this": "50",
-        "verdict": "no difference shown",
+        "verdict": "no significant difference",
     }
 
 
 def test_one_result_is_not_enough():
-    with pytest.raises(Problem, match="1 result was given; two are needed"):
+    with pytest.raises(Problem, match="1 result was given; at least two are needed"):
         compare([make_result()])
 
 
@@ -142,8 +142,8 @@ def test_each_device_has_a_base_of_its_own():
         for other in found["others"]
     ]
     assert peaks == [0.5, 4.0, 0.25]
-    said = [row["device"] for row in found["rows"] if row["measure"] == "peak MB"]
-    assert said == ["a", "b : a", "b"]
+    devices = [row["device"] for row in found["rows"] if row["measure"] == "peak MB"]
+    assert devices == ["a", "b : a", "b"]
 
 
 def test_versions_may_differ_between_devices_and_not_on_one():
@@ -154,7 +154,7 @@ def test_versions_may_differ_between_devices_and_not_on_one():
         compare([here, make_result(versions=new)])
 
 
-def test_no_ratio_of_times_is_formed_with_a_rival_of_other_texts():
+def test_there_is_no_time_ratio_for_a_rival_with_other_texts():
     ours = make_result(name="ours")
     rival = make_result(name="theirs", rival="r", wer=0.2, checkpoint_wer=0.1)
     rows = {row["measure"]: row for row in compare_pair(ours, rival)}

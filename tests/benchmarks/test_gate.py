@@ -1,4 +1,4 @@
-"""The gate passes what says the same, and shows the clip where it does not."""
+"""The gate passes equal artifacts and shows the first clip that differs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from benchmarks.gate import (
     EXACT,
     Bounds,
     GateFailure,
-    around_difference,
     checkpoint_tokens,
     evenly,
-    gate_again,
-    loss,
     refuse_foreign,
     run_gate,
     tokens_record,
-    too_much,
 )
+from benchmarks.gate_loss import loss, too_much
+from benchmarks.gate_record import gate_again
 from benchmarks.metadata import clips_hash
 from benchmarks.speech.clips import read_manifest
+from benchmarks.text_difference import around_difference
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, gating, whisper
 from export.artifact import read_manifest as read_artifact
@@ -72,13 +71,13 @@ def tokens(model, processor):
 
 @pytest.fixture(scope="module")
 def reference(tokens, few):
-    """The checkpoint's tokens of the few clips."""
+    """The checkpoint's tokens of the clips."""
     return checkpoint_tokens(tokens, few, WINDOW)
 
 
 @pytest.fixture(scope="module")
 def torch_logits(model, processor, fp32):
-    """Logits of one pass of the decoder over prompt and tokens, without a cache."""
+    """Function that computes logits in one pass of the decoder, without a cache."""
     prompt = read_artifact(fp32)["decoding"]["prompt"]
 
     @torch.no_grad()
@@ -92,8 +91,7 @@ def torch_logits(model, processor, fp32):
 
 
 def damaged(artifact: Path, out: Path, change) -> Path:
-    """A copy of an artifact with one weight of its decoder changed: the widest that is used. Its
-    hashes are those of what it holds now."""
+    """Return a copy of an artifact with the decoder's largest weight changed and valid hashes."""
     shutil.copytree(artifact, out)
     graph = onnx.load(out / "decoder.onnx")
     weight = max(graph.graph.initializer, key=lambda tensor: np.prod(tensor.dims))
@@ -120,7 +118,7 @@ def test_int8_passes_on_words(int8, reference, few):
 
 
 def shown(failure: pytest.ExceptionInfo) -> tuple[str, str, str]:
-    """Clip, checkpoint's text and artifact's text, as the last three lines of the message."""
+    """Return the clip and both texts from the last three lines of the message."""
     form = r"\nclip: +(\S+) \(en.*\)\ncheckpoint: +'(.*)'\nartifact: +'(.*)'$"
     return re.search(form, str(failure.value)).groups()
 
@@ -131,9 +129,9 @@ def test_changed_tokens_fail_an_exact_gate_and_the_first_clip_is_shown(
     broken = damaged(fp32, tmp_path / "broken", lambda w: np.roll(w, 1, axis=-1))
     with pytest.raises(GateFailure, match=rf"\d+ of {len(few)} clips get other tokens") as failure:
         run_gate(broken, reference, few, EXACT, threads=1)
-    name, wanted, found = shown(failure)
+    name, expected, found = shown(failure)
     assert name == few[0].audio.name
-    assert wanted != found
+    assert expected != found
     assert re.search(r"token \d+: \d+, artifact (\d+|the end)\)", str(failure.value))
     assert failure.value.figures["identical_tokens"] < 1
 
@@ -142,25 +140,25 @@ def test_changed_words_fail_a_quantised_gate_and_the_first_clip_is_shown(
     int8, reference, few, tmp_path
 ):
     broken = damaged(int8, tmp_path / "broken", lambda w: np.roll(w, 1, axis=-1))
-    with pytest.raises(GateFailure, match=r"a loss of .* points .*, allowed are 0\.5") as failure:
+    with pytest.raises(
+        GateFailure, match=r"a loss of .* points .*; at most 0\.5 points"
+    ) as failure:
         run_gate(broken, reference, few, Bounds(), threads=1)
-    name, wanted, found = shown(failure)
+    name, expected, found = shown(failure)
     assert name in [clip.audio.name for clip in few]
-    assert wanted != found
+    assert expected != found
     assert "higher --precision" in failure.value.hint
 
 
-def test_logits_that_are_off_a_little_fail_an_exact_gate(
-    fp32, reference, few, torch_logits, tmp_path
-):
-    """The token table grows by 0.2 %: every token stays, the numbers are wrong."""
+def test_slightly_different_logits_fail_an_exact_gate(fp32, reference, few, torch_logits, tmp_path):
+    """The token table is scaled by 1.002: all tokens stay the same, the logits change."""
     broken = damaged(fp32, tmp_path / "broken", lambda w: w * np.float32(1.002))
     options = {"bounds": EXACT, "parts": torch_logits, "threads": 1}
     with pytest.raises(GateFailure, match=r"logits differ by .* from the checkpoint's"):
         run_gate(broken, reference[:2], few[:2], **options)
 
 
-def test_logits_that_are_no_numbers_fail_an_exact_gate(fp32, reference, few):
+def test_nan_logits_fail_an_exact_gate(fp32, reference, few):
     def nothing(pcm, tokens, language):
         return {"logits": np.full((len(tokens) + 1, 1), np.nan)}
 
@@ -176,11 +174,11 @@ def test_long_clips_are_compared_window_by_window(fp32, tokens, clips):
     assert figures["windows"] > 1
 
 
-# ------------------------------------------------------------------ again, without the checkpoint
+# -------------------------------------------------------------------- without the checkpoint
 
 
 def record(clips, tokens, **changes):
-    """What the manifest keeps of a gate in which all words were right."""
+    """Return the manifest's record of a gate without word errors."""
     kept = {"clips_hash": clips_hash(clips), "normalizer": "whisper-basic", "exact": False}
     kept |= {"checkpoint_errors": [0] * len(clips), "artifact_wer": 0.0}
     kept |= {"max_wer_loss_points": 0.5}
@@ -188,50 +186,52 @@ def record(clips, tokens, **changes):
 
 
 @pytest.fixture
-def said(few, rng):
-    """Drawn tokens of some clips, the first of two windows."""
+def drawn(few, rng):
+    """Random tokens of the clips; the first clip has two windows."""
     tokens = [[rng.integers(700, size=5).tolist()] for _ in few]
     return [[*tokens[0], rng.integers(700, size=3).tolist()], *tokens[1:]]
 
 
-def test_a_gate_keeps_what_asking_again_takes(fp32, reference, few):
+def test_a_gate_can_be_repeated_from_its_record(fp32, reference, few):
     figures = run_gate(fp32, reference[:2], few[:2], EXACT, threads=1)
     texts = [clip.text for clip in few[:2]]
     assert "the tokens of all 2 clips" in gate_again(figures, few[:2], reference[:2], texts)
 
 
-def test_other_tokens_fail_an_exact_gate_and_name_the_clip(few, said):
-    gate, texts = record(few, said, exact=True), [clip.text for clip in few]
-    said[1][0][2] += 1
+def test_other_tokens_fail_an_exact_gate_and_name_the_clip(few, drawn):
+    gate, texts = record(few, drawn, exact=True), [clip.text for clip in few]
+    drawn[1][0][2] += 1
     name = few[1].audio.name
     with pytest.raises(GateFailure, match=rf"(?s)1 of {len(few)} clips.*clip: +{name}"):
-        gate_again(gate, few, said, texts)
+        gate_again(gate, few, drawn, texts)
 
 
-def test_tokens_cut_between_other_windows_are_other_tokens(few, said):
-    gate, texts = record(few, said, exact=True), [clip.text for clip in few]
-    said[0] = [said[0][0] + said[0][1]]
+def test_the_same_tokens_in_other_windows_differ(few, drawn):
+    gate, texts = record(few, drawn, exact=True), [clip.text for clip in few]
+    drawn[0] = [drawn[0][0] + drawn[0][1]]
     with pytest.raises(GateFailure, match="1 of"):
-        gate_again(gate, few, said, texts)
+        gate_again(gate, few, drawn, texts)
 
 
-def test_other_tokens_of_the_same_words_pass_a_gate_of_words(few, said):
-    gate, texts = record(few, said), [clip.text for clip in few]
-    said[2][0].append(5)
-    assert "within the gate's 0.5 points" in gate_again(gate, few, said, texts)
+def test_other_tokens_with_the_same_words_pass_a_gate_of_words(few, drawn):
+    gate, texts = record(few, drawn), [clip.text for clip in few]
+    drawn[2][0].append(5)
+    assert "within the gate's 0.5 points" in gate_again(gate, few, drawn, texts)
     with pytest.raises(GateFailure, match=r"WER \d.*at the gate 0.00 %"):
-        gate_again(gate, few, said, ["nothing"] * len(texts))
+        gate_again(gate, few, drawn, ["nothing"] * len(texts))
 
 
-def test_other_clips_and_gates_without_a_record_are_refused(few, said):
-    gate, texts = record(few, said), [clip.text for clip in few]
-    with pytest.raises(Problem, match=rf"the gate heard {len(few)} other clips than these") as told:
-        gate_again(gate, few[1:], said[1:], texts[1:])
-    assert "--speech" in told.value.hint
+def test_other_clips_and_gates_without_a_record_are_refused(few, drawn):
+    gate, texts = record(few, drawn), [clip.text for clip in few]
+    with pytest.raises(
+        Problem, match=rf"the gate was run on {len(few)} other clips than these"
+    ) as error:
+        gate_again(gate, few[1:], drawn[1:], texts[1:])
+    assert "--speech" in error.value.hint
     for name in gate:
         broken = {key: value for key, value in gate.items() if key != name}
-        with pytest.raises(Problem, match=f"says no {name}"):
-            gate_again(broken, few, said, texts)
+        with pytest.raises(Problem, match=f"has no valid `{name}`"):
+            gate_again(broken, few, drawn, texts)
 
 
 def test_a_gate_without_clips_is_refused(fp32, reference):
@@ -239,11 +239,11 @@ def test_a_gate_without_clips_is_refused(fp32, reference):
         run_gate(fp32, [], [], EXACT)
 
 
-# ------------------------------------------------------------------------------ how much is lost
+# ------------------------------------------------------------------------------ loss of words
 
 
 def lost(errors: list[tuple[int, int]], words: int) -> dict:
-    """The loss of clips of so many words each, by their errors before and after."""
+    """Return the loss of clips with `words` words each, from their errors before and after."""
     before, after = zip(*errors, strict=True)
     return loss([(n, words) for n in before], [(n, words) for n in after])
 
@@ -265,18 +265,18 @@ def lost(errors: list[tuple[int, int]], words: int) -> dict:
         pytest.param([(5, 1)] * 3, 6, False, id="better"),
     ],
 )
-def test_a_loss_fails_the_gate_where_it_is_more_than_chance(errors, words, fails):
+def test_a_loss_beyond_chance_fails_the_gate(errors, words, fails):
     assert too_much(lost(errors, words), 0.5) is fails
 
 
-def test_the_interval_of_a_loss_holds_it_and_is_paired():
+def test_the_interval_of_a_loss_is_paired():
     found = lost([(3, 4)] * 50, 10)
     assert found["wer_loss_interval"] == [10, 10], "the same loss in every clip"
     assert found["word_loss"] == 50
     assert lost([(3, 4)] * 50, 10) == found
 
 
-# ------------------------------------------------------------------------------- what is compared
+# ---------------------------------------------------------------------------- clips and windows
 
 
 def test_clips_are_chosen_evenly_and_always_the_same():
@@ -301,28 +301,28 @@ def test_windows_are_decoded_in_batches_of_one_language_and_stay_in_place(few):
 
 
 def test_each_clip_is_prompted_for_its_own_language(fp32, tokens, few):
-    """In the checkpoint and in the artifact, whose logits are compared under the same prompt."""
+    """Checkpoint and artifact use the same prompt, also where logits are compared."""
     languages = ["de", "hi", "en", "xx", None, "fr", "de", "en"][: len(few)]
     reference = checkpoint_tokens(tokens, few, WINDOW, languages)
     recognizer = Recognizer(fp32, threads=1, guards=False)
-    for clip, language, wanted in zip(few, languages, reference, strict=True):
-        assert [recognizer.window(clip.pcm(), language=language)] == wanted
-    pcm, said = few[0].pcm(), reference[0][0]
-    one, other = (recognizer.parts(pcm, said, language)["logits"] for language in ("de", "hi"))
+    for clip, language, expected in zip(few, languages, reference, strict=True):
+        assert [recognizer.window(clip.pcm(), language=language)] == expected
+    pcm, drawn = few[0].pcm(), reference[0][0]
+    one, other = (recognizer.parts(pcm, drawn, language)["logits"] for language in ("de", "hi"))
     assert np.abs(one - other).max() > 1e-3
     parts = gating.torch_parts(tokens.args[0], tokens.args[1], read_artifact(fp32))
     figures = run_gate(fp32, reference, few, EXACT, parts, 1, languages)
     assert figures["identical_tokens"] == 1
 
 
-def test_a_checkpoint_that_does_not_know_the_speech_is_not_judged(few):
+def test_foreign_speech_is_refused(few):
     texts = [clip.text for clip in few]
     refuse_foreign(few, texts)
-    with pytest.raises(GateFailure, match=r"rate on these \d+ clips is \d{4,} %") as told:
+    with pytest.raises(GateFailure, match=r"rate on these \d+ clips is \d{4,} %") as error:
         refuse_foreign(few, ["some thing else " * 100 for _ in few])
-    assert "not this model's speech" in str(told.value)
-    assert len(str(told.value)) < 700
-    assert "--speech" in told.value.hint
+    assert "not this model's speech" in str(error.value)
+    assert len(str(error.value)) < 700
+    assert "--speech" in error.value.hint
 
 
 def test_texts_are_cut_around_their_first_difference():

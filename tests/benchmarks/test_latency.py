@@ -1,4 +1,4 @@
-"""The latency table: what operators cost on a device, and what a model would take there."""
+"""Latency tables: operator costs on a device, and predicted times of models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from made_results import make_result
 from made_table import make_table
 
+from benchmarks import calibrate_latency as calibration
 from benchmarks import latency
 from benchmarks.latency import STAGES, Correction, Cost
 from benchmarks.study import latency_check
@@ -29,6 +30,7 @@ from export.onnx.operators import (
     KINDS,
     Operator,
     encoder_operators,
+    of_a_token,
     shapes_of,
     token_operators,
     work,
@@ -36,12 +38,12 @@ from export.onnx.operators import (
 from export.problem import Problem
 
 UNIT = {kind: Cost(0.0, s_per_mac=1.0) for kind in KINDS if kind != "log_mel"}
-"""A second a multiply-accumulate, without the front end, which cost.py does not count."""
+"""One second per multiply-accumulate, without the front end, which cost.py does not count."""
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The user's cache, empty."""
+    """An empty user cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/edgewhisper/latency"
 
@@ -53,9 +55,11 @@ def layer(heads: int, qk: int, v: int, units: int, **ranks: int) -> dict:
 
 
 def slim(model, encoder: list[dict], decoder: list[dict], **more):
-    """A model of other shapes and random weights."""
+    """Return a model with other shapes and random weights."""
     config = copy.deepcopy(model.config)
-    own = [{name: told for name, told in one.items() if name != "encoder_attn"} for one in encoder]
+    own = [
+        {name: entry for name, entry in one.items() if name != "encoder_attn"} for one in encoder
+    ]
     config.edgewhisper = {"format": 1, "encoder": own, "decoder": decoder, **more}
     found = WhisperForConditionalGeneration(config).eval()
     found.generation_config = model.generation_config
@@ -64,7 +68,7 @@ def slim(model, encoder: list[dict], decoder: list[dict], **more):
 
 @pytest.fixture
 def irregular(make_whisper):
-    """Heads and widths and ranks that differ from layer to layer, and a factorised token table."""
+    """A model whose heads, widths and ranks differ by layer, with a factorised token table."""
     low = {"self_attn__q_proj": 3, "fc1": 5}
     return slim(
         make_whisper(ffn=2000),
@@ -78,18 +82,18 @@ def irregular(make_whisper):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_the_fit_finds_the_costs_that_times_were_made_of(precision, rng):
-    wanted, times = {}, {Operator(EMPTY, (1,)): 4e-5, Operator(EMPTY, (100,)): 7e-6}
+def test_the_fit_recovers_the_costs_of_generated_times(precision, rng):
+    expected, times = {}, {Operator(EMPTY, (1,)): 4e-5, Operator(EMPTY, (100,)): 7e-6}
     for kind in KINDS:
         drawn = 10 ** rng.uniform(-1, 1, 3) * [1e-5, 1e-11, 1e-10]
-        wanted[kind] = drawn
+        expected[kind] = drawn
         for sizes in probes.GRIDS[kind]:
             operator = Operator(kind, sizes)
-            alone = times[Operator(EMPTY, (1,) if latency.of_a_token(operator) else (100,))]
-            times[operator] = alone + float(np.dot(latency.row(operator, precision), drawn))
-    found = latency.fit(times, precision)
+            alone = times[Operator(EMPTY, (1,) if of_a_token(operator) else (100,))]
+            times[operator] = alone + float(np.dot(calibration.row(operator, precision), drawn))
+    found = calibration.fit(times, precision)
     assert found["token"].overhead_s == 4e-5 and found["encoder"].overhead_s == 7e-6
-    for kind, (overhead, a_mac, a_byte) in wanted.items():
+    for kind, (overhead, a_mac, a_byte) in expected.items():
         cost = found[kind]
         assert max(map(abs, cost.residuals)) < 1e-3
         assert cost.s_per_byte == pytest.approx(a_byte, rel=1e-2)
@@ -102,9 +106,9 @@ def test_the_fit_finds_the_costs_that_times_were_made_of(precision, rng):
 
 
 def test_no_cost_is_below_zero(rng):
-    """Times that fall as the work grows are noise."""
+    """Times that decrease with more work are noise."""
     rows = np.array([[1, 10.0, 5.0], [1, 100.0, 7.0], [1, 1000.0, 9.0]])
-    cost = latency.fit_kind(rows, np.sort(rng.uniform(1, 2, 3))[::-1], np.zeros(3))
+    cost = calibration.fit_kind(rows, np.sort(rng.uniform(1, 2, 3))[::-1], np.zeros(3))
     assert min(cost.overhead_s, cost.s_per_mac, cost.s_per_byte) >= 0
     assert len(cost.residuals) == 3 and max(map(abs, cost.residuals)) > 0
 
@@ -112,9 +116,9 @@ def test_no_cost_is_below_zero(rng):
 # ---------------------------------------------------------------------------------------- predict
 
 
-def test_a_prediction_is_the_sum_that_one_gets_by_hand(tiny_whisper):
-    """Of one layer each with two heads of 5 and 11, 31 units, and fc1 of rank 5; d_model is 32, the
-    window 300, the vocabulary 783, and keys are widened to 16."""
+def test_a_prediction_equals_the_sum_computed_by_hand(tiny_whisper):
+    """All layers have two heads of widths 5 and 11, 31 units, and fc1 of rank 5; d_model is 32, the
+    window 300, the vocabulary 783, and keys are padded to 16."""
     model = slim(tiny_whisper, [layer(2, 5, 11, 31, fc1=5)] * 2, [layer(2, 5, 11, 31, fc1=5)] * 2)
     a_layer = 32 * 10 * 2 + 32 * 22 + 22 * 32 + 32 * 5 + 5 * 31 + 31 * 32
     window = 300 * 2 * a_layer + 2 * 300**2 * 2 * 16 + 2 * 300 * 32 * (10 + 22)
@@ -130,7 +134,7 @@ def test_a_prediction_is_the_sum_that_one_gets_by_hand(tiny_whisper):
     assert latency.predict(corrected, model) == 2 * window + 32 * 3 * token
 
 
-def test_products_are_those_that_cost_counts(make_whisper, rng):
+def test_multiply_accumulates_equal_those_of_export_cost(make_whisper, rng):
     width = 8 * int(rng.integers(1, 5))
     dense = make_whisper(d_model=2 * width, ffn=int(rng.integers(40, 200)), encoder_layers=3)
     rank = int(rng.integers(1, 8))
@@ -143,8 +147,8 @@ def test_products_are_those_that_cost_counts(make_whisper, rng):
         assert found["token"] == counted["decoder_per_token"]
 
 
-def test_operators_are_those_that_the_graphs_have(irregular, processor):
-    """Node for node, in a model whose hidden units are computed in pieces."""
+def test_operators_match_the_nodes_of_the_graphs(irregular, processor):
+    """The numbers of nodes agree, in a model whose hidden units are computed in pieces."""
     encoder = encoder_graph(irregular, processor.feature_extractor, "int8")[0]
     nodes = Counter(
         node.op_type for node in encoder._nodes if not node.name.startswith(("stem", "log_mel"))
@@ -180,8 +184,8 @@ def test_operators_are_those_that_the_graphs_have(irregular, processor):
         pytest.param({"layers": 1}, "both", id="layers"),
     ],
 )
-def test_what_is_smaller_takes_less(smaller, stage, make_whisper, rng):
-    """Whatever the device; with a rank that pays already."""
+def test_a_smaller_model_has_a_smaller_prediction(smaller, stage, make_whisper, rng):
+    """It holds for any device, with a rank that already reduces the work."""
     costs = {kind: Cost(0.0, *10 ** rng.uniform(-12, -9, 2)) for kind in [*STAGES, *KINDS]}
     usual = {"heads": 2, "qk_dim": 24, "units": 64, "rank": 7, "token_rank": 6, "layers": 2}
 
@@ -200,31 +204,31 @@ def test_what_is_smaller_takes_less(smaller, stage, make_whisper, rng):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
-def test_every_probe_is_a_graph_that_the_runner_times(precision, tmp_path):
+def test_the_runner_times_every_microbenchmark(precision, tmp_path):
     for kind, grid in probes.GRIDS.items():
-        prefix = latency.GRAPHS[latency.of_a_token(Operator(kind, grid[0]))]
+        prefix = latency.GRAPHS[of_a_token(Operator(kind, grid[0]))]
         probes.write(tmp_path, f"{prefix}-{kind}", Operator(kind, grid[0]), precision)
     answer = probe_all(tmp_path, threads=1)
     assert len(answer["probes"]) == len(probes.GRIDS)
-    assert all(latency.are_times(times) for times in answer["probes"].values())
+    assert all(calibration.are_times(times) for times in answer["probes"].values())
 
 
-def test_a_folder_without_graphs_is_a_letter(tmp_path):
+def test_a_folder_without_graphs_is_refused(tmp_path):
     with pytest.raises(RunnerProblem, match="there are no graphs to time"):
         probe_all(tmp_path)
 
 
 def test_this_machine_is_calibrated(monkeypatch):
-    """With two sizes of every operator."""
+    """Calibration runs with two sizes of every operator."""
     few = {kind: sizes[:2] for kind, sizes in probes.GRIDS.items()}
     monkeypatch.setattr(probes, "GRIDS", few)
-    monkeypatch.setattr(latency, "ROUNDS", 1)
-    said: list[str] = []
-    table = latency.calibrate(Place("local"), "int8", 1, said.append)
+    monkeypatch.setattr(calibration, "ROUNDS", 1)
+    progress: list[str] = []
+    table = calibration.calibrate(Place("local"), "int8", 1, progress.append)
     assert (table.device, table.precision, table.threads) == ("local", "int8", 1)
     assert latency.parsed(json.loads(json.dumps({"format": 1, **asdict(table)}))) == table
     assert all(0 < table.operators[stage].overhead_s < 0.1 for stage in STAGES)
-    assert said[0] == f"local: {2 * len(few)} probes in int8 on 1 thread"
+    assert progress[0] == f"local: {2 * len(few)} microbenchmarks in int8 on 1 thread"
     assert {row["operator"] for row in latency.rows_of(table)} == {*STAGES, *KINDS}
 
 
@@ -257,29 +261,34 @@ GOOD = {"probes": {"encoder-000": [1e-5, 2e-5]}, "versions": {"onnxruntime": "1"
         pytest.param(GOOD | {"versions": {"onnxruntime": 1}}, id="a version that is a number"),
     ],
 )
-def test_what_is_no_answer_is_refused(answer):
+def test_an_invalid_answer_is_refused(answer):
     device = FakeDevice(replies=[Finished(0, json.dumps(answer), "")])
-    with pytest.raises(Problem, match="fake: the runner's answer has no usable times of 1 probes"):
-        latency.ask(device, WANTED, 1)
-    assert latency.ask(FakeDevice(replies=[Finished(0, json.dumps(GOOD), "")]), WANTED, 1) == GOOD
+    with pytest.raises(
+        Problem, match="fake: the runner's answer has no usable times of 1 microbenchmarks"
+    ):
+        calibration.run_all(device, WANTED, 1)
+    assert (
+        calibration.run_all(FakeDevice(replies=[Finished(0, json.dumps(GOOD), "")]), WANTED, 1)
+        == GOOD
+    )
 
 
 def test_an_emulated_device_gives_no_table(monkeypatch):
     device = FakeDevice(machine={"emulated": True, "cores": 4})
-    monkeypatch.setattr(latency, "open_device", lambda *place, say: device)
-    with pytest.raises(Problem, match="rpi5 pi@five is emulated") as letter:
-        latency.calibrate(Place("rpi5", "pi@five"))
-    assert "--device local" in letter.value.hint
+    monkeypatch.setattr(calibration, "open_device", lambda *place, say: device)
+    with pytest.raises(Problem, match="rpi5 pi@five is emulated") as error:
+        calibration.calibrate(Place("rpi5", "pi@five"))
+    assert "--device local" in error.value.hint
     assert ("push", "probes") not in device.calls
 
 
-def test_a_precision_that_graphs_do_not_have_is_a_letter():
-    with pytest.raises(Problem, match="there is no precision 'pal4' for ONNX"):
-        latency.calibrate(Place("local"), "pal4")
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(Problem, match="unknown ONNX precision 'pal4'"):
+        calibration.calibrate(Place("local"), "pal4")
 
 
-def test_inspect_times_its_products_as_probes(exported):
-    """One way for both: a float32 artifact's floor is that of the float32 probe."""
+def test_inspect_times_matrix_products_as_microbenchmarks(exported):
+    """A float32 artifact's minimum time comes from the float32 microbenchmark."""
     timed = inspect.time_artifact(exported, 1.0, threads=1)
     assert timed["machine"]["macs_per_s"].keys() == {"fp32", "int8"}
     assert all(rate > 1e8 for rate in timed["machine"]["macs_per_s"].values())
@@ -290,8 +299,10 @@ def test_inspect_times_its_products_as_probes(exported):
 
 @pytest.fixture
 def benched(exported, digits):
-    """A table of the embedded model in float32, what it predicts, and a result of the artifact that
-    took 1.5 times as long in the encoder and 3 times a token."""
+    """A table, its prediction for the embedded model in float32, and a result.
+
+    The result's encoder took 1.5 times, its tokens 3 times as long as predicted.
+    """
     costs = {kind: Cost(1e-6, 1e-11, 1e-10) for kind in [*STAGES, *KINDS]}
     table = make_table(costs, precision="fp32")
     sums = latency.uncorrected(table, shapes_of(load(digits)))
@@ -339,14 +350,14 @@ def test_results_of_bench_correct_the_table(benched, exported, digits):
         pytest.param({"device": {}}, id="no device"),
     ],
 )
-def test_results_of_something_else_do_not(other, benched, exported):
+def test_results_of_other_measurements_do_not_correct_the_table(other, benched, exported):
     table, _, result = benched
     assert (
         latency.correct(table, [result | other], latency.artifacts_in([exported.parent])) is table
     )
 
 
-def test_windows_of_several_lengths_say_nothing(benched, exported):
+def test_artifacts_with_several_windows_do_not_correct_the_table(benched, exported):
     table, _, result = benched
     shapes = latency.artifacts_in([exported.parent])
     several = {n: replace(s, layers={**s.layers, "windows": [100, 300]}) for n, s in shapes.items()}
@@ -361,13 +372,13 @@ def test_an_artifact_has_the_shapes_of_its_model(exported, digits, tmp_path):
     assert latency.artifacts_in([tmp_path]) == {}
 
 
-def test_calibrate_takes_results_and_measures_nothing(benched, exported, cache, tmp_path):
+def test_calibrate_with_results_measures_nothing(benched, exported, cache, tmp_path):
     table, _, result = benched
     latency.write(table)
     path = exported.parent / "made.jsonl"
     path.write_text(json.dumps(result) + "\n")
-    rows, told = pipeline.calibrate(Place("rpi5"), precision="fp32", results=[path])
-    assert "corrected by 1 result (encoder times 1.50, token times 3.00)" in told
+    rows, sentence = pipeline.calibrate(Place("rpi5"), precision="fp32", results=[path])
+    assert "corrected by 1 result (encoder times 1.50, token times 3.00)" in sentence
     assert latency.find_table("rpi5", "fp32").corrections["token"].results == 1
     assert len(rows) == len(KINDS) + 2
     path.write_text(json.dumps(result | {"threads": 1}) + "\n")
@@ -377,7 +388,7 @@ def test_calibrate_takes_results_and_measures_nothing(benched, exported, cache, 
         pipeline.calibrate(Place("rpi5"), precision="fp32", results=[path])
 
 
-def test_what_bench_measures_corrects_the_tables_that_there_are(benched, exported, cache):
+def test_bench_results_correct_the_stored_tables(benched, exported, cache):
     table, _, result = benched
     latency.write(table)
     (latency.path_of("", "", "").parent / "damaged.json").write_text("{")
@@ -390,7 +401,7 @@ def test_what_bench_measures_corrects_the_tables_that_there_are(benched, exporte
     assert latency.learn([disturbed], [exported.parent]) == []
 
 
-def test_errors_are_shares_of_what_was_measured(benched, exported):
+def test_errors_are_relative_to_the_measured_times(benched, exported):
     table, sums, result = benched
     shapes = latency.artifacts_in([exported.parent])
     (found,) = latency_check.errors_of(table, [result], shapes)
@@ -398,10 +409,10 @@ def test_errors_are_shares_of_what_was_measured(benched, exported):
     assert found["sum", "encoder"] == pytest.approx(1 / 1.5 - 1)
     assert found["corrected", "encoder"] == pytest.approx(0)
     first = latency_check.rows_of(["made"], [[found], [found]])[0]
-    assert first["sum off by %"] == "-33 (-33 to -33)"
+    assert first["error of the sum %"] == "-33 (-33 to -33)"
 
 
-def test_the_models_that_are_checked_can_be_made(digits):
+def test_the_checked_models_can_be_built(digits):
     for shapes in latency_check.SLIM.values():
         config = load(digits).config
         config.edgewhisper = {"format": 1, **copy.deepcopy(shapes)}
@@ -413,7 +424,7 @@ def test_the_models_that_are_checked_can_be_made(digits):
 # -------------------------------------------------------------------------------------- the table
 
 
-def test_a_table_is_found_as_it_was_written(cache):
+def test_a_stored_table_is_read_unchanged(cache):
     table = make_table({"linear": Cost(1e-6, 1e-11, 1e-10, [0.1, -0.2])})
     assert latency.write(table) == cache / "rpi5-int8-4.json"
     assert latency.find_table("rpi5") == table
@@ -431,19 +442,19 @@ def test_a_table_is_found_as_it_was_written(cache):
         (("local", "fp32", 2), "--device local --precision fp32 --threads 2"),
     ],
 )
-def test_where_there_is_none_the_letter_names_the_command(asked, command, cache):
-    with pytest.raises(Problem, match="there is no latency table of") as letter:
+def test_the_error_for_a_missing_table_has_the_command(asked, command, cache):
+    with pytest.raises(Problem, match="there is no latency table of") as error:
         latency.find_table(*asked)
-    assert letter.value.hint == f"measure it: edgewhisper devices calibrate {command}"
+    assert error.value.hint == f"measure it: edgewhisper devices calibrate {command}"
 
 
-def damaged(told: dict, *path: str, value: object) -> str:
-    """A table's text in which something was changed."""
-    place = told
+def damaged(entry: dict, *path: str, value: object) -> str:
+    """Return a table as text with one value changed."""
+    place = entry
     for name in path[:-1]:
         place = place[name]
     place[path[-1]] = value
-    return json.dumps(told)
+    return json.dumps(entry)
 
 
 @pytest.mark.parametrize(
@@ -471,16 +482,16 @@ def damaged(told: dict, *path: str, value: object) -> str:
     ],
 )
 def test_a_damaged_table_is_refused(path, value, cache):
-    told = {"format": 1, **asdict(make_table())}
+    entry = {"format": 1, **asdict(make_table())}
     file = latency.write(make_table())
-    file.write_text(damaged(told, *path, value=value))
-    with pytest.raises(Problem, match=r"rpi5-int8-4\.json is no latency table of") as letter:
+    file.write_text(damaged(entry, *path, value=value))
+    with pytest.raises(Problem, match=r"rpi5-int8-4\.json is not a latency table of") as error:
         latency.find_table("rpi5")
-    assert "devices calibrate" in letter.value.hint
+    assert "devices calibrate" in error.value.hint
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, "x" * 2_000_000])
-def test_what_is_no_table_is_refused(text, cache):
+def test_a_file_without_a_table_is_refused(text, cache):
     latency.write(make_table()).write_text(text)
-    with pytest.raises(Problem, match="is no latency table"):
+    with pytest.raises(Problem, match="is not a latency table"):
         latency.find_table("rpi5")

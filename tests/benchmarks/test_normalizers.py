@@ -1,4 +1,4 @@
-"""Normalizers: what each makes of a sentence, and what none of them may lose."""
+"""Normalizers: their output for sentences, and what they must keep."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ ZWJ, ZWNJ, NBSP = "\u200d", "\u200c", "\u00a0"
 IDEMPOTENT = [name for name in NORMALIZERS if name != "whisper-english"]  # see its docstring
 
 
-def test_an_unknown_normalizer_names_those_there_are():
-    with pytest.raises(Problem, match="no normalizer 'vowels'") as letter:
+def test_an_unknown_normalizer_lists_the_known_ones():
+    with pytest.raises(Problem, match="unknown normalizer 'vowels'") as error:
         normalizer("vowels")
-    assert all(name in letter.value.hint for name in NORMALIZERS)
+    assert all(name in error.value.hint for name in NORMALIZERS)
 
 
 @pytest.mark.parametrize("name", IDEMPOTENT)
 @given(text=st.text(max_size=40))
-def test_twice_is_once(name, text):
+def test_normalising_twice_changes_nothing(name, text):
     clean = NORMALIZERS[name]
     assert clean(clean(text)) == clean(text)
 
@@ -45,13 +45,13 @@ TROUBLE = "ािेैोौॅॉअआए़्ंँःऽयनमणदब
 @given(
     text=st.text(DEVANAGARI + 8 * TROUBLE + f"09.,:%₹()[]-'\"“’ aZ{ZWJ}{ZWNJ}{NBSP}", max_size=30)
 )
-def test_twice_is_once_in_devanagari(name, text):
+def test_normalising_devanagari_twice_changes_nothing(name, text):
     clean = NORMALIZERS[name]
     assert clean(clean(text)) == clean(text)
 
 
 @given(text=st.text("aeonygbtkɛɔɲŋÈÒÑ'’ 019,.-\u0300\u0301\u0302\u0303\u0323", max_size=30))
-def test_twice_is_once_in_bambara(text):
+def test_normalising_bambara_twice_changes_nothing(text):
     clean = NORMALIZERS["bambara"]
     assert clean(clean(text)) == clean(text)
 
@@ -73,11 +73,11 @@ def test_whisper_basic_on_examples(text, expected):
 
 
 def test_whisper_basic_blanks_every_vowel_sign():
-    """Why Hindi has a normalizer of its own."""
+    """This is why Hindi has its own normalizer."""
     assert NORMALIZERS["whisper-basic"]("हमने चुना।") == "हमन च न"
 
 
-def test_whisper_english_spells_as_its_list_says():
+def test_whisper_english_uses_its_spelling_list():
     clean = NORMALIZERS["whisper-english"]
     assert clean("Mr. Smith won't [cough] pay twenty five Pounds for that colour!") == (
         "mister smith will not pay £25 for that color"
@@ -171,7 +171,7 @@ def test_different_words_stay_different(pair):
     assert hindi_wer(one) == one != hindi_wer(other)
 
 
-def test_every_switch_folds_what_its_name_says():
+def test_every_switch_changes_its_spellings_only():
     texts = {
         "numbers": "6",
         "avagraha": "सोऽहम्",
@@ -188,7 +188,7 @@ def test_every_switch_folds_what_its_name_says():
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "words"),
     [
         (0, "शून्य"),
         (99, "निन्यानवे"),
@@ -198,11 +198,11 @@ def test_every_switch_folds_what_its_name_says():
         (12_34_56_789, "बारह करोड़ चौंतीस लाख छप्पन हजार सात सौ नवासी"),
     ],
 )
-def test_numbers_are_read_in_the_indian_system(number, said):
-    assert cardinal(number) == said
+def test_numbers_are_read_in_the_indian_system(number, words):
+    assert cardinal(number) == words
 
 
-def test_no_two_numbers_are_read_alike():
+def test_all_numbers_have_different_words():
     assert len({hindi_wer(str(number)) for number in range(1200)}) == 1200
 
 
@@ -232,7 +232,7 @@ def test_no_vowel_sign_is_lost_in_strict(text):
 
 @given(sentences)
 def test_no_vowel_is_lost_in_wer(text):
-    """-ये becomes -ए: a sign less, a vowel letter more. छ and छे become छह, so they are left out."""
+    """-ये becomes -ए, a vowel letter instead of a sign. छ is left out because छ and छे become छह."""
     text = text.replace("छ", "ख")
     found, vowels = hindi_wer(text), VOWELS + SIGNS
     assert [char in vowels for char in found].count(True) == [c in vowels for c in text].count(True)
@@ -327,12 +327,12 @@ def test_a_language_chooses_its_normalizer(lang, text, name):
 
 
 @pytest.mark.parametrize("lang", ["ta", "en"], ids=["tamil", "a-manifest-that-forgot-lang"])
-def test_a_language_without_a_normalizer_is_told_which_there_are(lang):
+def test_a_language_without_a_normalizer_lists_the_known_ones(lang):
     clips = clips_in((lang, "தமிழ் மொழி"))
-    with pytest.raises(Problem, match=rf"{lang!r}.* 4 of 9 characters into spaces") as letter:
+    with pytest.raises(Problem, match=rf"{lang!r}.* 4 of 9 characters into spaces") as error:
         name_for(clips)
-    assert "hi has hindi-wer, bm has bambara, en has whisper-english" in letter.value.hint
-    assert all(name in letter.value.hint for name in NORMALIZERS)
+    assert "hi has hindi-wer, bm has bambara, en has whisper-english" in error.value.hint
+    assert all(name in error.value.hint for name in NORMALIZERS)
     assert name_for(clips, otherwise="none") == "none"
 
 
@@ -349,16 +349,16 @@ def test_each_language_of_a_mixed_set_has_its_own_normalizer():
     assert name_for(clips_in(("en", "one two"), ("fr", "oui"))) == "whisper-basic"
 
 
-def test_by_language_names_that_say_too_little_are_refused():
-    with pytest.raises(Problem, match="no normalizer 'vowels'"):
+def test_incomplete_by_language_names_are_refused():
+    with pytest.raises(Problem, match="unknown normalizer 'vowels'"):
         normalizer("by-language:en=vowels")
-    with pytest.raises(Problem, match="says nothing about the language 'de'") as letter:
+    with pytest.raises(Problem, match="has no entry for the language 'de'") as error:
         normalizer("by-language:en=whisper-english", "de")
-    assert "add de=NAME" in letter.value.hint
+    assert "add de=NAME" in error.value.hint
 
 
-def test_the_clips_that_come_with_the_product_have_a_normalizer_that_suits_them(clips):
-    """Number words would be merged: 'three one four' is one word, 314, in whisper-english."""
+def test_the_shipped_clips_get_a_suitable_normalizer(clips):
+    """whisper-english would merge number words: 'three one four' becomes 314."""
     names = {
         manifest.parent.name: name_for(read_manifest(manifest))
         for manifest in clips.parents[1].glob("*/*.jsonl")
@@ -370,7 +370,7 @@ def test_the_clips_that_come_with_the_product_have_a_normalizer_that_suits_them(
 @pytest.mark.parametrize(
     ("lang", "text", "name"), [("hi", "हाँ", "hindi-wer"), ("ta", "தமிழ் மொழி", "none")]
 )
-def test_thresholds_are_chosen_by_the_dev_clips_language(monkeypatch, tmp_path, lang, text, name):
+def test_thresholds_use_the_normalizer_of_the_dev_clips(monkeypatch, tmp_path, lang, text, name):
     from edgewhisper import decoding
     from edgewhisper.compress.context import Context
 
@@ -383,8 +383,8 @@ def test_thresholds_are_chosen_by_the_dev_clips_language(monkeypatch, tmp_path, 
     assert (found.normalizer, found.wer) == (name, 0)
 
 
-def test_a_bench_by_an_unknown_normalizer_measures_nothing():
+def test_bench_refuses_an_unknown_normalizer_before_measuring():
     from benchmarks.bench import Measuring, bench_all
 
-    with pytest.raises(Problem, match="no normalizer 'vowels'"):
+    with pytest.raises(Problem, match="unknown normalizer 'vowels'"):
         bench_all([], None, clips_in(("en", "one")), Measuring(normalizer="vowels"))

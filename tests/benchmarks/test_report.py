@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else."""
+"""The report: a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.report import page, write_report
 from export.problem import Problem
 
 
-def test_the_page_stands_alone_and_shows_every_result(tmp_path):
+def test_the_page_is_self_contained_and_shows_every_result(tmp_path):
     results = [make_result(name="dense"), make_result(name="<slim> & fast", artifact_bytes=9)]
     write_report(results, tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
@@ -27,14 +27,14 @@ def test_the_page_stands_alone_and_shows_every_result(tmp_path):
         assert fact in text
 
 
-def test_a_plot_changes_with_what_it_shows():
+def test_a_plot_changes_with_its_data():
     one, two = plots([make_result()]), plots([make_result(wer=0.2)])
     assert one == plots([make_result()])
     assert one["latency"] != two["latency"] and one["memory"] != two["memory"]
     assert one["stages"] == two["stages"]
 
 
-def test_the_plots_are_files_as_well_where_a_folder_is_named(tmp_path):
+def test_the_plots_are_written_to_a_given_folder(tmp_path):
     sampled = {"samples": [{"at_s": at, "temperature_c": 40.0 + at} for at in range(9)]}
     on_and_on = {"minutes": 0.1, "at_s": [1.0, 2.0], "end_to_end_s": [0.05, 0.06], "ratio": 1.2}
     results = [make_result(), make_result(telemetry=sampled, name="$\\frac warm_")]
@@ -45,13 +45,13 @@ def test_the_plots_are_files_as_well_where_a_folder_is_named(tmp_path):
     assert found.keys() == {"latency", "memory", "stages", "temperature", "sustained"}
 
 
-def test_a_temperature_that_nobody_could_read_is_not_drawn():
+def test_an_unavailable_temperature_is_not_plotted():
     blind = {"samples": [{"at_s": 0, "temperature_c": "unavailable"}, {"at_s": 1}]}
     assert "temperature" not in plots([make_result(telemetry=blind)])
 
 
 def test_the_parts_of_a_clip_add_up_to_its_time():
-    """Ten clips in three rounds: two windows each, four tokens a clip."""
+    """Ten clips in three rounds, with two windows and four tokens per clip."""
     whole, windows, tokens = [0.1] * 30, [0.01] * 60, [0.005] * 120
     named = {"mel_s": windows, "encoder_s": windows, "prompt_s": [0.01] * 30}
     parts = mean_parts(make_result(end_to_end_s=whole, per_token_s=tokens, **named))
@@ -78,7 +78,7 @@ def test_a_mixture_is_refused_and_nothing_is_written(tmp_path, field):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_seen_beside_the_rounds_is_told(tmp_path):
+def test_the_report_shows_telemetry(tmp_path):
     watched = {
         "cold_load_s": [0.3, 0.5, 0.4],
         "memory_bytes_by_phase": {"imports": 50_000_000, "load": "unavailable"},
@@ -91,9 +91,9 @@ def test_what_was_seen_beside_the_rounds_is_told(tmp_path):
     for fact in ("<td>400</td>", "<td>50</td>", "<td>unavailable</td>", "0.123", "2, 3"):
         assert fact in text
     assert "<p>~ made on local: the load average was 9.0 on 2 cores</p>" in text
-    assert "Beside the rounds" not in page([make_result()], {})
+    assert "<h2>Telemetry</h2>" not in page([make_result()], {})
 
 
-def test_times_of_an_emulated_device_are_not_told_beside_the_rounds_either():
-    told = {"cold_load_s": [0.3], "telemetry": {"samples": [], "energy_j_per_audio_s": 1.0}}
-    assert "Beside the rounds" not in page([make_result(emulated=True, **told)], {})
+def test_the_report_shows_no_telemetry_of_an_emulated_device():
+    entry = {"cold_load_s": [0.3], "telemetry": {"samples": [], "energy_j_per_audio_s": 1.0}}
+    assert "<h2>Telemetry</h2>" not in page([make_result(emulated=True, **entry)], {})

@@ -1,4 +1,4 @@
-"""A result line: what it holds, how it is written, read, refused and shown."""
+"""Result lines: fields, writing, reading, validation and tables."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def result():
     return make_result()
 
 
-def test_a_result_survives_the_file(tmp_path):
+def test_a_result_is_read_as_it_was_written(tmp_path):
     results = [make_result(name="a"), make_result(name="ü", rival="transformers")]
     write(results, tmp_path / "r.jsonl")
     assert read(tmp_path / "r.jsonl") == results
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 2
 
 
-def test_the_names_that_other_tools_read_are_there(result):
+def test_a_result_has_all_public_fields(result):
     public = """wer cer wer_interval substitutions deletions insertions load_s mel_s encoder_s
     prompt_s per_token_s end_to_end_s peak_rss_bytes artifact_bytes parameters macs device
     emulated rival"""
@@ -50,12 +50,12 @@ def test_a_stage_without_samples_has_no_median():
     assert found["intervals"] == {"prompt_s": [1.0, 3.0]}
 
 
-def test_a_line_from_before_the_mean_per_utterance_is_read(tmp_path, result):
+def test_a_line_without_the_mean_per_utterance_is_read(tmp_path, result):
     assert "wer_per_utterance_mean" not in result
     new = result | {"wer_per_utterance_mean": 0.12}
     write([result, new], tmp_path / "r.jsonl")
     assert read(tmp_path / "r.jsonl") == [result, new]
-    with pytest.raises(Problem, match="field `wer_per_utterance_mean` is str"):
+    with pytest.raises(Problem, match="field `wer_per_utterance_mean` has type str"):
         validate(result | {"wer_per_utterance_mean": "0.12"})
 
 
@@ -68,10 +68,10 @@ def test_an_unknown_format_is_refused(result, version):
 
 @pytest.mark.parametrize("field", ["wer", "texts", "device", "emulated", "clips_hash"])
 def test_a_missing_or_wrong_field_is_named(result, field):
-    with pytest.raises(Problem, match=f"field `{field}` is set"):
+    with pytest.raises(Problem, match=f"field `{field}` has type set"):
         validate(result | {field: {1}})
     del result[field]
-    with pytest.raises(Problem, match=f"field `{field}` is nothing"):
+    with pytest.raises(Problem, match=f"field `{field}` is missing"):
         validate(result)
 
 
@@ -85,9 +85,9 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, result):
         read(path)
 
 
-def test_files_without_results_get_letters(tmp_path):
+def test_files_without_results_are_refused(tmp_path):
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(Problem, match="holds no results"):
+    with pytest.raises(Problem, match="has no results"):
         read(tmp_path / "empty")
     with pytest.raises(Problem, match="cannot be read"):
         read(tmp_path / "gone")
@@ -111,7 +111,7 @@ def test_rows_have_equal_titles_and_milliseconds():
     assert rows[0]["parameters"] == "1.35 M"
 
 
-def test_what_is_unknown_or_emulated_shows_no_number():
+def test_unknown_and_emulated_values_show_no_number():
     row = table_rows([make_result(emulated=True, peak_rss_bytes="unavailable", parameters=None)])[0]
     assert {row[title] for title in row if title.endswith(" ms")} == {"-"}
     assert (row["peak MB"], row["parameters"]) == ("unavailable", "-")
@@ -124,7 +124,7 @@ def test_unstable_times_are_marked():
 
 
 def made_rival(**changes) -> dict:
-    """A rival that takes 0.1 s where ours takes 0.05 s, with the same texts as its checkpoint."""
+    """Return a rival's result: its checkpoint's texts, and 0.1 s instead of our 0.05 s."""
     fields = {"name": "m (r)", "rival": "r", "checkpoint_wer": 0.1, "end_to_end_s": [0.1] * 30}
     return make_result(**fields | changes)
 
@@ -165,7 +165,7 @@ def test_ratios_are_printed_only_where_texts_were_checked_and_times_are_real():
     assert table_rows([made_rival(), busy])[0][RATIO] == "~2.00"
 
 
-def test_how_an_engine_was_compiled_stands_below_the_table():
+def test_the_build_of_an_engine_is_printed_below_the_table():
     (line,) = remarks([made_rival(build="wheel: AVX2 = 1")])
     assert line.startswith("note: m (r) on ")
     assert line.endswith(": wheel: AVX2 = 1")

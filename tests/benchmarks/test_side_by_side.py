@@ -1,4 +1,4 @@
-"""Several devices at once: none waits for another, and one that fails does not stop the rest."""
+"""Bench on several devices at once; a failing device does not stop the others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def few(clips):
 
 @pytest.fixture
 def devices(monkeypatch) -> dict[str, FakeDevice]:
-    """What is opened by an address: rpi4 at a, b or c."""
+    """Fake devices that are opened by the addresses a, b and c."""
     found = {name: FakeDevice(name=name) for name in "abc"}
     monkeypatch.setattr(side_by_side, "open_device", lambda _, address, say: found[address])
     return found
@@ -51,13 +51,11 @@ def answer(_: object) -> Finished:
 PLACES = [Place("rpi4", name) for name in "abc"]
 
 
-def test_all_devices_are_equipped_before_any_measures_and_then_all_at_once(
-    artifact, few, devices, monkeypatch
-):
+def test_all_devices_are_prepared_before_all_measure_at_once(artifact, few, devices, monkeypatch):
     together = threading.Barrier(3)
 
     def run(device, argv, *_):
-        together.wait(PATIENCE_S)  # broken, and an error, unless all three come here
+        together.wait(PATIENCE_S)  # fails unless all three devices get here
         assert all(("push", "clips") in other.calls for other in devices.values())
         return answer(argv)
 
@@ -83,12 +81,12 @@ def test_a_device_that_fails_does_not_stop_the_others(artifact, few, devices, mo
         monkeypatch.setattr(FakeDevice, name, act)
     results, failed = bench_places([Candidate(artifact)], PLACES, few, Measuring(1), lambda _: None)
     assert [result["device"]["name"] for result in results] == ["rpi4 a", "rpi4 c"]
-    assert [str(letter) for letter in failed] == ["b: it went away"]
+    assert [str(error) for error in failed] == ["b: it went away"]
     assert all(device.calls[-1] == ("close",) for device in devices.values())
 
 
 def test_ctrl_c_closes_every_device(artifact, few, devices, monkeypatch):
-    """A device that is closed ends what runs there, as a killed process does."""
+    """Closing a device ends its programs, like a killed process."""
     closed = threading.Event()
 
     def run(device, *_):
@@ -113,7 +111,7 @@ def test_ctrl_c_closes_every_device(artifact, few, devices, monkeypatch):
     assert all(device.calls[-1] == ("close",) for device in devices.values())
 
 
-def test_ctrl_c_while_a_device_is_being_opened_closes_it_all_the_same(artifact, few, monkeypatch):
+def test_ctrl_c_closes_a_device_that_is_being_opened(artifact, few, monkeypatch):
     late, opening, given_up = FakeDevice(), threading.Event(), threading.Event()
 
     def open_late(*_):
@@ -123,7 +121,7 @@ def test_ctrl_c_while_a_device_is_being_opened_closes_it_all_the_same(artifact, 
 
     def interrupted(_):
         assert opening.wait(PATIENCE_S)
-        threading.Timer(0.2, given_up.set).start()  # when the devices have been closed, mostly
+        threading.Timer(0.2, given_up.set).start()  # usually after the devices were closed
         raise KeyboardInterrupt
 
     monkeypatch.setattr(side_by_side, "open_device", open_late)
@@ -133,7 +131,7 @@ def test_ctrl_c_while_a_device_is_being_opened_closes_it_all_the_same(artifact, 
     assert late.calls == [("close",)]
 
 
-def test_two_devices_of_one_name_are_told_apart(artifact, few, monkeypatch):
+def test_two_devices_of_one_profile_have_different_names(artifact, few, monkeypatch):
     monkeypatch.setattr(FakeDevice, "run", lambda *_: answer(None))
     monkeypatch.setattr(side_by_side, "open_device", lambda *_: FakeDevice(name="rpi4"))
     rest = ([Candidate(artifact)], PLACES[:2], few, Measuring(1), lambda _: None)

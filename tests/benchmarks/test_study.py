@@ -1,4 +1,4 @@
-"""The study: experiments that run and compare, the papers' sums, and verdicts that are fair."""
+"""The study: experiments, runs, verdicts, and counts of the papers' sizes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from benchmarks.study.experiments import (
     recipe_text,
 )
 from edgewhisper import recipe
+from edgewhisper.checkpoints import openai
 from edgewhisper.compress import METHODS
 from edgewhisper.compress.imp import kept_after
 from export.problem import Problem
@@ -31,7 +32,7 @@ READY = [(name, arm) for name, arm in ARMS if methods(name) <= METHODS.keys()]
 
 
 def steps_of(name: str, arm: str) -> list[dict]:
-    """The arm's steps, 0.5 in the place of another arm's cost."""
+    """Return the arm's steps, with 0.5 for another arm's cost."""
     number = {True: 0.5}
     return [
         {key: number.get(isinstance(value, CostOf), value) for key, value in step.items()}
@@ -43,7 +44,7 @@ def steps_of(name: str, arm: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(("name", "arm"), ARMS)
-def test_an_arm_written_as_toml_reads_back_the_same(name, arm):
+def test_an_arm_is_read_from_toml_unchanged(name, arm):
     steps = steps_of(name, arm)
     assert tomllib.loads(recipe_text(steps, arm))["step"] == steps
 
@@ -78,7 +79,7 @@ def test_arms_that_train_have_the_same_budget(name, arm):
     assert sum(map(optimiser_steps, parsed.steps)) == STEPS
 
 
-def test_an_experiment_compares_arms_that_it_has():
+def test_an_experiment_compares_its_own_arms():
     for name, experiment in EXPERIMENTS.items():
         known = {*experiment.arms, *experiment.chosen_on_dev}
         named = {arm for pair in experiment.pairs for arm in pair} | set(experiment.published)
@@ -110,7 +111,7 @@ def line(arm: str, seed: int, wrong: int, experiment: str = "made", **more) -> d
 
 @pytest.fixture
 def made(monkeypatch):
-    """An experiment of two arms, the second of which has a number of the first."""
+    """An experiment of two arms; the second depends on the first's cost."""
     arms = {
         "first": [{"method": "lite"}],
         "second": [{"method": "lite", "budget": CostOf("first")}],
@@ -122,7 +123,7 @@ def made(monkeypatch):
 
 @pytest.fixture
 def runs_made(monkeypatch):
-    """Runs that take no time; the list of those that were made."""
+    """Replace real runs by fake ones; return the list of their keys."""
     calls = []
 
     def run_one(key, text, speech, base):
@@ -134,24 +135,24 @@ def runs_made(monkeypatch):
     return calls
 
 
-def test_finished_runs_are_not_made_again(made, runs_made, tmp_path):
+def test_finished_runs_are_not_repeated(made, runs_made, tmp_path):
     out = tmp_path / "study.jsonl"
     run.run_all(["made"], [0], None, out, "base")
     assert runs_made == [("made", "first", 0), ("made", "second", 0)]
     run.run_all(["made"], [0, 1], None, out, "base")
     assert runs_made[2:] == [("made", "first", 1), ("made", "second", 1)]
-    assert [run.key_of(told) for told in run.read(out)] == runs_made
+    assert [run.key_of(entry) for entry in run.read(out)] == runs_made
 
 
-def test_a_number_of_another_arm_is_that_of_the_same_seed(made, runs_made, tmp_path):
+def test_the_cost_of_another_arm_has_the_same_seed(made, runs_made, tmp_path):
     out = tmp_path / "study.jsonl"
     run.run_all(["made"], [0, 1], None, out, "base")
-    found = {run.key_of(told): tomllib.loads(told["recipe"]) for told in run.read(out)}
+    found = {run.key_of(entry): tomllib.loads(entry["recipe"]) for entry in run.read(out)}
     assert found["made", "second", 0]["step"][0]["budget"] == 0.25
     assert found["made", "second", 1]["step"][0]["budget"] == 1.25
 
 
-def test_a_stored_run_of_another_recipe_is_a_letter(made, runs_made, tmp_path):
+def test_a_stored_run_of_another_recipe_is_refused(made, runs_made, tmp_path):
     out = tmp_path / "study.jsonl"
     out.write_text(json.dumps(line("first", 0, 3, recipe="old")) + "\n")
     with pytest.raises(Problem, match="another recipe"):
@@ -159,13 +160,13 @@ def test_a_stored_run_of_another_recipe_is_a_letter(made, runs_made, tmp_path):
     assert runs_made == []
 
 
-def test_a_number_that_is_not_measured_yet_is_a_letter(made):
+def test_a_missing_cost_is_reported(made):
     with pytest.raises(Problem, match="not measured"):
         run.recipe_of(("made", "second", 0), [])
 
 
-def test_an_unknown_experiment_is_a_letter():
-    with pytest.raises(Problem, match="no experiment 'purning'"):
+def test_an_unknown_experiment_is_refused():
+    with pytest.raises(Problem, match="unknown experiment 'purning'"):
         list(run.keys(["purning"], [0]))
 
 
@@ -178,16 +179,16 @@ def test_the_cost_that_low_rank_layers_leave():
     assert run.lite_cost({}) is None
 
 
-def test_a_run_measures_the_model_that_its_recipe_makes(clips, digits):
+def test_a_run_measures_the_model_of_its_recipe(clips, digits):
     few = read_manifest(clips)[:4]
     speech = run.Speech(few, few, {"here": few})
     key = ("dense", "dense", 0)
-    told = run.run_one(key, run.recipe_of(key, []), speech, str(digits))
-    assert told["parameters"]["total"] == 1_548_672
-    assert told["parameters"]["nonzero"] <= told["parameters"]["rest"]
-    assert told["scores"]["here"]["utterances"] == 4
-    assert told["dev"] is None  # nothing is chosen there
-    assert json.loads(json.dumps(told))["recipe"] == told["recipe"]
+    entry = run.run_one(key, run.recipe_of(key, []), speech, str(digits))
+    assert entry["parameters"]["total"] == 1_548_672
+    assert entry["parameters"]["nonzero"] <= entry["parameters"]["rest"]
+    assert entry["scores"]["here"]["utterances"] == 4
+    assert entry["dev"] is None  # this experiment chooses nothing
+    assert json.loads(json.dumps(entry))["recipe"] == entry["recipe"]
 
 
 def test_recipes_can_be_written_for_the_command_line(tmp_path):
@@ -207,7 +208,7 @@ def paired(first: list[int], second: list[int]) -> list[dict]:
     ]
 
 
-def test_an_interval_whose_answer_is_known():
+def test_an_interval_with_a_known_answer():
     mean, low, high = tables.interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert (low, high) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)  # 4.3027 / sqrt(3)
@@ -218,9 +219,9 @@ def test_an_interval_whose_answer_is_known():
     [
         ([1, 2, 3], [5, 6, 7], "yes"),
         ([5, 6, 7], [1, 2, 3], "no, worse"),
-        ([1, 2, 3], [2, 4, 2], "within the noise"),
+        ([1, 2, 3], [2, 4, 2], "not significant"),
         ([1, 2, 3], [1, 2, 3], "the same"),
-        ([1], [9], "not known yet"),
+        ([1], [9], "unknown"),
     ],
     ids=["better", "worse", "noise", "same", "one-seed"],
 )
@@ -238,24 +239,26 @@ def test_a_verdict_compares_seed_by_seed(made, first, second, answer):
     ],
     ids=["better", "worse"],
 )
-def test_a_verdict_says_where_sizes_differ(made, first, second, answer):
+def test_a_verdict_mentions_different_sizes(made, first, second, answer):
     lines = paired(first, second)
     smaller = {"total": 1, "token_table": 1_000_000, "nonzero": 500_000}
-    lines = [told | {"parameters": smaller} if told["arm"] == "first" else told for told in lines]
+    lines = [
+        entry | {"parameters": smaller} if entry["arm"] == "first" else entry for entry in lines
+    ]
     sentence = tables.verdict("first", "second", tables.runs_of("made", lines))
     assert "nonzero 1.500 M against 2.000 M" in str(sentence)
     assert sentence.answer == answer
 
 
-def test_the_summary_counts_what_is_ours(made, monkeypatch):
+def test_the_summary_counts_our_variants(made, monkeypatch):
     arms = {"first (ours)": made.arms["first"], "second": made.arms["second"]}
     ours = replace(made, arms=arms, pairs=(("first (ours)", "second"), ("second", "first (ours)")))
     monkeypatch.setitem(EXPERIMENTS, "made", ours)
     lines = [line("first (ours)", s, w) for s, w in enumerate([5, 6, 7])]
     lines += [line("second", s, w) for s, w in enumerate([1, 2, 3])]
-    told = tables.summary(lines)
-    assert "Of 1 comparisons" in told and "1 “no, worse”" in told
-    assert "first (ours) with second" in told
+    summary = tables.summary(lines)
+    assert "1 comparisons" in summary and "1 “no, worse”" in summary
+    assert "first (ours) than second" in summary
 
 
 def test_there_is_no_verdict_without_a_common_seed(made):
@@ -263,12 +266,12 @@ def test_there_is_no_verdict_without_a_common_seed(made):
     assert tables.verdicts("made", lines) == []
 
 
-def test_what_is_chosen_on_dev_has_the_fewest_errors_there(made, monkeypatch):
+def test_the_arm_chosen_on_dev_has_the_fewest_errors_there(made, monkeypatch):
     chosen = replace(made, chosen_on_dev={"best": ("first", "second")})
     monkeypatch.setitem(EXPERIMENTS, "made", chosen)
     lines = paired([4, 1, 3], [2, 5, 3])
     best = tables.runs_of("made", lines)["best"]
-    assert {seed: told["arm"] for seed, told in best.items()} == {
+    assert {seed: entry["arm"] for seed, entry in best.items()} == {
         0: "second",
         1: "first",
         2: "first",
@@ -298,6 +301,14 @@ def test_the_plot_of_the_same_lines_is_the_same_file(made, tmp_path):
 # -------------------------------------------------------------------------------- accounting
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_those_of_the_openai_checkpoints(name):
+    size, checkpoint = SIZES[name], openai.SIZES[name]
+    assert size.width == checkpoint.d_model
+    assert size.layers == checkpoint.encoder_layers == checkpoint.decoder_layers
+    assert (size.mels, size.vocabulary) == (checkpoint.num_mel_bins, checkpoint.vocab_size)
+
+
 @pytest.mark.parametrize(
     ("name", "millions"), [("tiny", 37.76), ("base", 72.59), ("small", 241.73), ("medium", 763.86)]
 )
@@ -312,7 +323,7 @@ def test_whispers_sizes_are_counted_exactly(name, millions):
 
 
 def found(lines, model: str, what: str) -> float:
-    return next(told.ours for told in lines if told.model == model and told.what == what)
+    return next(entry.ours for entry in lines if entry.model == model and entry.what == what)
 
 
 def test_baldwhispers_sizes_are_reproduced():
@@ -331,37 +342,37 @@ def test_kdqs_sizes_are_reproduced():
     assert found(lines, "tiny", "smaller than small") == pytest.approx(10.47, abs=0.005)
 
 
-def test_liteasrs_sizes_hang_together():
+def test_liteasrs_sizes_are_consistent():
     lines = list(accounting.lite())
     assert found(lines, "large-v3", "encoder") == pytest.approx(635, rel=0.01)
     assert found(lines, "large-v3", "encoder (b)") == pytest.approx(377, rel=0.01)
     low, high = (found(lines, "large-v3", f"encoder (c), {end} ranks") for end in ENDS)
-    assert low < 308 < high  # what is printed of the ranks allows the size that is printed
+    assert low < 308 < high  # the published ranks allow the published size
 
 
 ENDS = ("smallest", "largest")
 
 
-def test_short_windows_cost_what_is_said_of_them():
+def test_the_cost_of_short_windows_is_reproduced():
     lines = list(accounting.short())
     assert found(lines, "small", "encoder, 10 s") == pytest.approx(0.28, abs=0.005)
     assert found(lines, "small", "encoder, 5 s") == pytest.approx(0.13, abs=0.005)
 
 
 @pytest.mark.parametrize("measured", [accounting.parameters, accounting.work])
-def test_no_unit_more_could_stay(measured, rng):
+def test_the_widest_model_is_found(measured, rng):
     limit = float(rng.uniform(0.8, 0.99)) * measured(accounting.build("tiny"))
     width = accounting.widest("tiny", measured, limit)
     at, above = (measured(accounting.build("tiny", ffn=w)) for w in (width, width + 1))
     assert at <= limit < above
 
 
-def test_the_stored_accounting_is_what_is_counted():
+def test_the_stored_accounting_is_up_to_date():
     stored = [json.loads(text) for text in accounting.STORED.read_text().splitlines()]
-    counted = [vars(told) for system in (accounting.bald, accounting.kdq) for told in system()]
-    systems = {told["system"] for told in counted}
-    assert [told for told in stored if told["system"] in systems] == counted
-    assert {told["system"] for told in stored} > systems
+    counted = [vars(entry) for system in (accounting.bald, accounting.kdq) for entry in system()]
+    systems = {entry["system"] for entry in counted}
+    assert [entry for entry in stored if entry["system"] in systems] == counted
+    assert {entry["system"] for entry in stored} > systems
 
 
 # ------------------------------------------------------------------------------ training cost
@@ -370,8 +381,8 @@ def test_the_stored_accounting_is_what_is_counted():
 def test_the_cost_of_a_training_step_is_measured_in_the_real_loop(monkeypatch):
     monkeypatch.setitem(SIZES, training_cost.MODEL, Size(64, 1))
     case = {"batch_size": 2, "accumulate": 2, "precision": "no"}
-    told = training_cost.measure(case, steps=1)
-    assert told["steps"] == len(told["step_cpu_s"]) == 1
-    assert told["median_step_cpu_s"] > 0
-    assert told["peak_rss_bytes"] > told["least_bytes"] == 16 * told["parameters"]
-    assert training_cost.rows([told])[0]["in passes"] == "2"
+    entry = training_cost.measure(case, steps=1)
+    assert entry["steps"] == len(entry["step_cpu_s"]) == 1
+    assert entry["median_step_cpu_s"] > 0
+    assert entry["peak_rss_bytes"] > entry["least_bytes"] == 16 * entry["parameters"]
+    assert training_cost.rows([entry])[0]["passes per step"] == "2"

@@ -1,4 +1,4 @@
-"""How a run is watched: made machines under a folder, a real sampler, and what is said of both."""
+"""Telemetry of a run: simulated machines in a folder, the real sampler, and the reports."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import bench
-from benchmarks import telemetry as watched
-from benchmarks.bench import Candidate, Measuring, bench_all, write_clips
+from benchmarks import telemetry as run_telemetry
+from benchmarks.bench import Candidate, Measuring, bench_all
 from benchmarks.result import STAGES, read, remarks, table_rows, validate, write
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.wav import write_clips
 from benchmarks.timing import ENOUGH_ROUNDS
 from devices.device import Finished, open_device
 from devices.fake import FakeDevice
@@ -30,7 +31,7 @@ from devices.runner.machine import tuning
 from devices.runner.machine.helper_process import HelperProcess
 from devices.runner.machine.host import UNAVAILABLE
 from devices.runner.measure import bench as measure
-from devices.runner.measure import telemetry
+from devices.runner.measure import telemetry as sampler_module
 from devices.runner.measure.telemetry import Linux, Sampler, Watch
 from devices.runner.problem import RunnerProblem
 from export.problem import Problem
@@ -84,7 +85,7 @@ def pi(tmp_path) -> Path:
 
 @pytest.fixture
 def firmware(tmp_path, monkeypatch):
-    """A vcgencmd that answers what it is given, and notes what it was asked."""
+    """A vcgencmd that gives fixed answers and records its arguments."""
 
     def put(**answers: str) -> Path:
         folder, asked = tmp_path / "bin", tmp_path / "asked"
@@ -100,10 +101,10 @@ def firmware(tmp_path, monkeypatch):
     return put
 
 
-# ------------------------------------------------------------------------------- made machines
+# -------------------------------------------------------------------------- simulated machines
 
 
-def test_a_raspberry_pi_5_is_read_whole(pi, firmware):
+def test_all_readings_of_a_raspberry_pi_5(pi, firmware):
     firmware(get_throttled="throttled=0x50005\n", pmic_read_adc=PMIC)
     assert Linux(pi).readings() == {
         "temperature_c": 48.312,
@@ -117,7 +118,7 @@ def test_a_raspberry_pi_5_is_read_whole(pi, firmware):
     }
 
 
-def test_a_question_that_the_firmware_does_not_know_is_asked_once(pi, firmware):
+def test_an_unknown_firmware_command_is_tried_once(pi, firmware):
     asked = firmware(get_throttled="throttled=0x0\n")
     sensors = Linux(pi)
     found = [sensors.readings() for _ in range(3)]
@@ -126,14 +127,14 @@ def test_a_question_that_the_firmware_does_not_know_is_asked_once(pi, firmware):
     assert asked.read_text().split().count("get_throttled") == 3
 
 
-def test_sources_that_a_machine_lacks_are_unavailable_and_never_zero(tmp_path, monkeypatch):
+def test_missing_sources_are_unavailable_and_not_zero(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     found = Watch(Linux(tmp_path).readings, tmp_path, os.getpid()).sample()
     assert len(found) == 10
     assert set(found.values()) == {UNAVAILABLE}
 
 
-def test_a_battery_tells_what_is_drawn_unless_it_is_charged(pi):
+def test_a_battery_reports_power_unless_it_is_charging(pi):
     make(pi / "sys/class/power_supply/BAT0", BATTERY)
     found = Linux(pi).readings()
     assert (found["battery_share"], found["battery_temperature_c"]) == (0.17, 31.4)
@@ -143,13 +144,13 @@ def test_a_battery_tells_what_is_drawn_unless_it_is_charged(pi):
     assert (found["power_w"], found["charging"]) == (UNAVAILABLE, True)
 
 
-def test_the_battery_of_a_mouse_is_not_the_machine_s(pi):
+def test_the_battery_of_a_mouse_is_ignored(pi):
     make(pi / "sys/class/power_supply/hidpp_battery_0", BATTERY | {"scope": "Device\n"})
     assert Linux(pi).readings()["battery_share"] == UNAVAILABLE
 
 
-def test_rates_come_from_two_samples(tmp_path, rng, monkeypatch):
-    """0.5 s of others beside 2 s of the watched process and its children; 3 J by RAPL."""
+def test_rates_are_computed_from_two_samples(tmp_path, rng, monkeypatch):
+    """Other programs use 0.5 s, the measured process and its children 2 s; RAPL reports 3 J."""
     ticks = os.sysconf("SC_CLK_TCK")
     name = "a) 1 2 (b"
 
@@ -171,10 +172,10 @@ def test_rates_come_from_two_samples(tmp_path, rng, monkeypatch):
     start = float(rng.integers(10, 1000))
     make(tmp_path, state(start, 5, 70))
     now = [1000.0]
-    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(sampler_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     watch = Watch(dict, tmp_path, 7)
     now[0] += 0.1
-    assert watch.sample()["others_cores"] == UNAVAILABLE  # too soon for a rate
+    assert watch.sample()["others_cores"] == UNAVAILABLE  # too early for a rate
     now[0] += 0.3
     make(tmp_path, state(start + 2.5, 7, 73))
     found = watch.sample()
@@ -182,7 +183,7 @@ def test_rates_come_from_two_samples(tmp_path, rng, monkeypatch):
     assert found["power_w"] == pytest.approx(3 / 0.4, rel=0.01)
     assert found["swapped_bytes"] == 2048 * 1024
     now[0] += 0.3
-    make(tmp_path, state(start, 7, 0))  # counters that begin anew
+    make(tmp_path, state(start, 7, 0))  # the counters were reset
     again = watch.sample()
     assert (again["others_cores"], again["power_w"]) == (UNAVAILABLE, UNAVAILABLE)
 
@@ -191,7 +192,7 @@ def test_rates_come_from_two_samples(tmp_path, rng, monkeypatch):
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, collected or not, within 30 s."""
+    """Return whether a process ends within 30 s."""
     ends = time.monotonic() + 30
     while time.monotonic() < ends:
         try:
@@ -204,22 +205,22 @@ def gone(pid: int) -> bool:
 
 
 @linux
-def test_it_samples_this_machine_at_its_interval():
+def test_the_sampler_samples_this_machine_at_its_interval():
     sampler = Sampler(interval_s=0.2)
     time.sleep(1.5)
     found = sampler.finish()
     times = [sample["at_s"] for sample in found["samples"]]
     assert times == sorted(times)
-    assert 3 <= len(times) <= 10  # on a busy machine some are left out
+    assert 3 <= len(times) <= 10  # a busy machine may skip samples
     assert times[-1] <= found["ended_s"]
     assert all(isinstance(sample["load_average"], float) for sample in found["samples"])
     assert found["cpu_s"] > 0
-    assert watched.checked({"telemetry": found})[1] == []
+    assert run_telemetry.valid_fields({"telemetry": found})[1] == []
     assert gone(sampler.helper.pid)
 
 
 @linux
-def test_a_wall_clock_that_jumps_changes_no_time(monkeypatch, rng):
+def test_a_jump_of_the_wall_clock_changes_no_time(monkeypatch, rng):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + float(rng.normal(0, 1e6)))
     sampler = Sampler(interval_s=0.1)
@@ -243,7 +244,7 @@ def test_a_killed_parent_leaves_no_sampler(end):
         pid = int(parent.stdout.readline())
         assert Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
         parent.send_signal(end)
-        assert parent.stdout.read() == ""  # it holds nothing that others wait for
+        assert parent.stdout.read() == ""  # the sampler does not keep the pipe open
     assert gone(pid)
 
 
@@ -253,13 +254,13 @@ def test_a_sampler_that_was_killed_leaves_a_run_without_samples():
     os.kill(sampler.helper.pid, signal.SIGKILL)
     found = sampler.finish()
     assert (found["samples"], found["cpu_s"]) == ([], UNAVAILABLE)
-    assert watched.checked({"telemetry": found})[1] == []
+    assert run_telemetry.valid_fields({"telemetry": found})[1] == []
 
 
 @linux
-def test_an_answer_larger_than_a_pipe_arrives_whole(rng):
-    said = rng.bytes(3 << 20)
-    assert HelperProcess(lambda stop: said).finish() == said
+def test_an_answer_larger_than_a_pipe_is_complete(rng):
+    content = rng.bytes(3 << 20)
+    assert HelperProcess(lambda stop: content).finish() == content
     assert HelperProcess(lambda stop: time.sleep(600)).finish(patience_s=0.1) == b""
 
 
@@ -272,7 +273,7 @@ def governors(root: Path) -> list[str]:
 
 
 @linux
-def test_a_governor_is_set_and_put_back(pi):
+def test_a_governor_is_set_and_restored(pi):
     with tuning.governed(None, pi) as found:
         assert found == "ondemand"
     with tuning.governed("performance", pi) as found:
@@ -286,8 +287,8 @@ def test_a_governor_is_set_and_put_back(pi):
 
 @linux
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_runner_leaves_the_governor_as_it_was(pi, end):
-    """Killed with all that it has started, as the agent does it over SSH."""
+def test_a_killed_runner_restores_the_governor(pi, end):
+    """The whole process group is killed, as the agent does over SSH."""
     code = (
         "import sys, time\nfrom pathlib import Path\n"
         "from devices.runner.machine.tuning import governed\n"
@@ -312,7 +313,7 @@ def test_a_killed_runner_leaves_the_governor_as_it_was(pi, end):
 
 
 @linux
-def test_a_governor_that_cannot_be_set_gets_a_letter(pi, tmp_path, monkeypatch):
+def test_a_governor_that_cannot_be_set_is_refused(pi, tmp_path, monkeypatch):
     with (
         pytest.raises(RunnerProblem, match="the governor of this machine cannot be set"),
         tuning.governed("performance", tmp_path / "none"),
@@ -324,10 +325,10 @@ def test_a_governor_that_cannot_be_set_gets_a_letter(pi, tmp_path, monkeypatch):
     ):
         pass
     monkeypatch.setattr(tuning, "writable", lambda path: False)  # root may write anything
-    with pytest.raises(RunnerProblem, match=r"may not write .*; it is ondemand$") as letter:  # noqa: SIM117
+    with pytest.raises(RunnerProblem, match=r"may not write .*; it is ondemand$") as error:  # noqa: SIM117
         with tuning.governed("performance", pi):
             pass
-    assert "sudo tee" in letter.value.hint
+    assert "sudo tee" in error.value.hint
     assert governors(pi) == ["ondemand"] * 4
 
 
@@ -342,7 +343,7 @@ def test_big_cores_have_the_highest_maximum_frequency(pi, tmp_path):
 
 
 @linux
-def test_a_core_that_is_not_there_gets_a_letter():
+def test_a_missing_core_is_refused():
     with pytest.raises(RunnerProblem, match="--pin 4000: cores 4000 are not available"):
         tuning.pin("4000")
 
@@ -351,21 +352,21 @@ def test_a_core_that_is_not_there_gets_a_letter():
 
 
 @linux
-def test_memory_peaks_are_those_of_each_phase():
+def test_memory_peaks_are_measured_per_phase():
     code = (
         "from devices.runner.machine.host import peak_of_phase, peak_rss_bytes\n"
         "peak_of_phase(); block = bytearray(200 << 20); block = None; high = peak_of_phase()\n"
         "print(high, peak_of_phase(), peak_rss_bytes())"
     )
-    said = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
-    if UNAVAILABLE in said.stdout:
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    if UNAVAILABLE in done.stdout:
         pytest.skip("the high-water mark cannot be reset here")
-    high, low, last = map(int, said.stdout.split())
+    high, low, last = map(int, done.stdout.split())
     assert 200 << 20 < high < 260 << 20
     assert max(low, last) < 60 << 20
 
 
-def test_without_a_mark_to_reset_a_phase_is_unavailable(tmp_path):
+def test_memory_of_a_phase_is_unavailable_without_a_resettable_peak(tmp_path):
     from devices.runner.machine.host import peak_of_phase
 
     make(tmp_path, {"proc/self/status": "VmHWM:\t   61234 kB\n"})
@@ -373,15 +374,15 @@ def test_without_a_mark_to_reset_a_phase_is_unavailable(tmp_path):
 
 
 @linux
-def test_a_file_is_forgotten_and_read_again(tmp_path, rng):
+def test_a_file_is_dropped_from_the_page_cache(tmp_path, rng):
     path = tmp_path / "weights"
-    path.write_bytes(said := rng.bytes(4 << 20))
+    path.write_bytes(content := rng.bytes(4 << 20))
     with path.open("rb") as file:
         assert measure.cached_share(file.fileno()) == 1
         if not measure.dropped(path):
             pytest.skip("this file system keeps files in memory")
         assert measure.cached_share(file.fileno()) <= measure.MOST_CACHED
-    assert path.read_bytes() == said
+    assert path.read_bytes() == content
     (tmp_path / "empty").touch()
     assert measure.dropped(tmp_path / "empty")
 
@@ -391,7 +392,7 @@ def test_a_file_is_forgotten_and_read_again(tmp_path, rng):
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory, clips) -> Path:
-    """Three clips as the runner takes them."""
+    """The list file of three clips, as the runner reads it."""
     folder = tmp_path_factory.mktemp("clips")
     write_clips(read_manifest(clips)[:3], folder)
     return folder / "clips.json"
@@ -406,15 +407,15 @@ def run(artifact: Path, listed: Path, *options: str, python: tuple[str, ...] = (
 
 
 @linux
-def test_a_bench_tells_what_it_went_through(exported, listed):
+def test_a_bench_answer_has_telemetry(exported, listed):
     core = min(os.sched_getaffinity(0))
     answer = run(exported, listed, "--pin", str(core))
-    found, wrong = watched.checked(answer)
+    found, wrong = run_telemetry.valid_fields(answer)
     assert wrong == []
     assert (found["pinned"], found["threads"], found["debug"]) == ([core], 1, [])
-    began, seen = found["telemetry"]["began_s"], found["telemetry"]
-    assert began < found["timed_s"][0] < found["timed_s"][1] < began + seen["ended_s"]
-    assert len(seen["samples"]) >= 2
+    began, record = found["telemetry"]["began_s"], found["telemetry"]
+    assert began < found["timed_s"][0] < found["timed_s"][1] < began + record["ended_s"]
+    assert len(record["samples"]) >= 2
     known = [size for size in found["memory_bytes_by_phase"].values() if size != UNAVAILABLE]
     assert answer["peak_rss_bytes"] == max(known, default=answer["peak_rss_bytes"])
     cold = found["cold_load_s"]
@@ -422,8 +423,10 @@ def test_a_bench_tells_what_it_went_through(exported, listed):
 
 
 @linux
-def test_a_sustained_run_lasts_as_long_as_it_was_asked(exported, listed):
-    found, wrong = watched.checked(run(exported, listed, "--threads", "1", "--minutes", "0.02"))
+def test_a_sustained_run_lasts_for_the_given_minutes(exported, listed):
+    found, wrong = run_telemetry.valid_fields(
+        run(exported, listed, "--threads", "1", "--minutes", "0.02")
+    )
     assert wrong == []
     times, work = (found["sustained"][name] for name in ("at_s", "end_to_end_s"))
     assert len(times) == len(work) >= 1
@@ -431,13 +434,13 @@ def test_a_sustained_run_lasts_as_long_as_it_was_asked(exported, listed):
 
 
 @linux
-def test_an_interpreter_that_is_slower_is_noticed(exported, listed):
+def test_a_slower_interpreter_is_detected(exported, listed):
     answer = run(exported, listed, python=("-X", "dev"))
     assert answer["debug"] == ["python runs with -X dev"]
 
 
 @linux
-def test_a_bench_here_has_it_all_in_its_result(exported, clips, tmp_path):
+def test_a_bench_result_on_this_machine_is_complete(exported, clips, tmp_path):
     few = read_manifest(clips)[:3]
     how = Measuring(2, 1, minutes=0.02, pin=str(min(os.sched_getaffinity(0))))
     with open_device("local") as device:
@@ -453,14 +456,14 @@ def test_a_bench_here_has_it_all_in_its_result(exported, clips, tmp_path):
     assert isinstance(found["unstable_because"], list)
 
 
-# -------------------------------------------------------------------------------- hostile answers
+# -------------------------------------------------------------------------------- invalid answers
 
 
 def sample(at_s: float = 0.0, **changes) -> dict:
-    return watched.is_sample({"at_s": at_s} | changes)
+    return run_telemetry.require_sample({"at_s": at_s} | changes)
 
 
-def seen(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> dict:
+def record_of(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> dict:
     last = samples[-1]["at_s"] if samples else 0.0
     numbers = {"began_s": began_s, "ended_s": last, "interval_s": 1.0, "cpu_s": cpu_s}
     return numbers | {"samples": samples}
@@ -482,39 +485,41 @@ def seen(samples: list[dict], began_s: float = 100.0, cpu_s: float = 0.01) -> di
         ("timed_s", [2.0, 1.0]),
         ("timed_s", [1.0]),
         ("telemetry", []),
-        ("telemetry", seen([{"at_s": 1.0}, {"at_s": 0.0}])),
-        ("telemetry", seen([{"at_s": float("inf")}])),
-        ("telemetry", seen([{"at_s": 0.0}] * (watched.MOST_SAMPLES + 1))),
-        ("telemetry", seen([{"at_s": 0.0, "power_w": -1}])),
-        ("telemetry", seen([{"at_s": 0.0, "frequency_hz": [1e9, "fast"]}])),
-        ("telemetry", seen([{"at_s": 0.0, "throttled": {}}])),
-        ("telemetry", seen([{"at_s": 0.0, "charging": "perhaps"}])),
-        ("telemetry", seen([]) | {"samples": ["sample"]}),
+        ("telemetry", record_of([{"at_s": 1.0}, {"at_s": 0.0}])),
+        ("telemetry", record_of([{"at_s": float("inf")}])),
+        ("telemetry", record_of([{"at_s": 0.0}] * (run_telemetry.MAX_SAMPLES + 1))),
+        ("telemetry", record_of([{"at_s": 0.0, "power_w": -1}])),
+        ("telemetry", record_of([{"at_s": 0.0, "frequency_hz": [1e9, "fast"]}])),
+        ("telemetry", record_of([{"at_s": 0.0, "throttled": {}}])),
+        ("telemetry", record_of([{"at_s": 0.0, "charging": "perhaps"}])),
+        ("telemetry", record_of([]) | {"samples": ["sample"]}),
         ("sustained", {"end_to_end_s": [], "at_s": []}),
         ("sustained", {"end_to_end_s": [1.0], "at_s": [1.0, 2.0]}),
         ("sustained", {"end_to_end_s": [1.0, 0.0], "at_s": [1.0, 2.0]}),
         ("sustained", {"end_to_end_s": [1.0], "at_s": [1e300]}),
     ],
 )
-def test_what_is_no_data_is_named(field, value):
-    assert watched.checked({field: value}) == ({}, [field])
+def test_an_invalid_field_is_named(field, value):
+    assert run_telemetry.valid_fields({field: value}) == ({}, [field])
 
 
-NAMES = st.sampled_from([*watched.PHASES, *watched.READINGS, *sample(), *seen([]), "at_s"])
+NAMES = st.sampled_from(
+    [*run_telemetry.PHASES, *run_telemetry.READINGS, *sample(), *record_of([]), "at_s"]
+)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=9),
 )
 
 
-@given(st.dictionaries(st.sampled_from(list(watched.READERS)), ANYTHING, min_size=1))
-def test_no_answer_is_an_error_of_ours(answer):
-    found, wrong = watched.checked(answer)
+@given(st.dictionaries(st.sampled_from(list(run_telemetry.READERS)), ANYTHING, min_size=1))
+def test_no_answer_raises_an_exception(answer):
+    found, wrong = run_telemetry.valid_fields(answer)
     assert sorted([*found, *wrong]) == sorted(answer)
     json.dumps(found, allow_nan=False)
 
 
-def test_an_answer_that_is_none_gets_a_letter(exported, clips):
+def test_an_invalid_answer_is_refused(exported, clips):
     few = read_manifest(clips)[:3]
     fake = FakeDevice(replies=[reply([1.0] * 3, telemetry={"samples": "all"})])
     with pytest.raises(Problem, match=r"fake: the runner's answer has no usable telemetry$"):
@@ -524,54 +529,54 @@ def test_an_answer_that_is_none_gets_a_letter(exported, clips):
         bench.bench(exported, fake, few, Measuring(1, minutes=1))
 
 
-def test_what_a_device_says_does_not_steer_the_terminal():
-    found, _ = watched.checked({"governor": "on\x1b[2Jdemand" + "!" * 999})
+def test_texts_from_a_device_contain_no_terminal_codes():
+    found, _ = run_telemetry.valid_fields({"governor": "on\x1b[2Jdemand" + "!" * 999})
     assert found["governor"].startswith("on [2Jdemand")
-    assert len(found["governor"]) <= watched.MOST_WORDS
+    assert len(found["governor"]) <= run_telemetry.MAX_TEXT_CHARS
     assert "\x1b" not in sample(throttled="\x1b]0;x")["throttled"]
 
 
-# ----------------------------------------------------------------------------- energy and warmth
+# ------------------------------------------------------------------------------------- energy
 
 
-def test_energy_is_power_over_the_time_that_was_measured(rng):
-    """A ramp: the trapezoidal rule is exact, wherever samples lie."""
+def test_energy_is_the_integral_of_power_over_the_timed_span(rng):
+    """For a linear ramp the trapezoidal rule is exact for any sample times."""
     slope, start, end = rng.uniform(0.1, 2), 2.0, 8.0
     times = sorted([0.0, *rng.uniform(0, 10, 20), 10.0])
     known = [sample(t, power_w=3 + slope * t) for t in times]
-    wanted = 3 * (end - start) + slope * (end**2 - start**2) / 2
-    assert watched.energy_j(seen(known), start, end) == pytest.approx(wanted)
-    assert watched.energy_j(seen([sample(0.0)]), start, end) is None
+    expected = 3 * (end - start) + slope * (end**2 - start**2) / 2
+    assert run_telemetry.energy_j(record_of(known), start, end) == pytest.approx(expected)
+    assert run_telemetry.energy_j(record_of([sample(0.0)]), start, end) is None
     holes = [one if place % 2 else sample(one["at_s"]) for place, one in enumerate(known)]
-    assert watched.energy_j(seen([known[0], *holes, known[-1]]), start, end) == pytest.approx(
-        wanted
-    )
+    assert run_telemetry.energy_j(
+        record_of([known[0], *holes, known[-1]]), start, end
+    ) == pytest.approx(expected)
 
 
-def test_energy_of_a_second_of_sound_counts_whole_passes_only():
+def test_energy_per_second_of_audio_covers_whole_passes_only():
     steady = [sample(float(t), power_w=2.0) for t in range(20)]
-    rounds = {"telemetry": seen(steady), "timed_s": [103.0, 107.0], "end_to_end_s": [2.0, 2.0]}
+    rounds = {"telemetry": record_of(steady), "timed_s": [103.0, 107.0], "end_to_end_s": [2.0, 2.0]}
     lasting = {  # two clips, two and a half passes of 4 s, 200 s later
-        "telemetry": seen(steady, began_s=300.0),
+        "telemetry": record_of(steady, began_s=300.0),
         "sustained": {
             "at_s": [302.0, 304.0, 306.0, 308.0, 310.0],
             "end_to_end_s": [2.0] * 5,
         },
     }
-    found = watched.fields([rounds], lasting, audio_s=10.0, clips=2)
+    found = run_telemetry.result_fields([rounds], lasting, audio_s=10.0, clips=2)
     assert found["telemetry"]["energy_j"] == pytest.approx(2 * (4 + 8))
     assert found["telemetry"]["energy_j_per_audio_s"] == pytest.approx(24 / 30)
     assert found["telemetry"]["samples"][-1]["at_s"] == 219.0
     assert found["telemetry"]["sampler_cores"] == pytest.approx(0.02 / 38)
     assert found["sustained"]["at_s"][0] == 202.0
     lasting["telemetry"]["samples"] = []
-    found = watched.fields([rounds], lasting, audio_s=10.0, clips=2)
+    found = run_telemetry.result_fields([rounds], lasting, audio_s=10.0, clips=2)
     assert found["telemetry"]["energy_j"] == found["telemetry"]["energy_j_per_audio_s"]
     assert found["telemetry"]["energy_j"] == UNAVAILABLE
 
 
-def test_a_run_that_grows_slower_shows_it_whatever_clips_it_ends_with(rng):
-    """Long clips at first and short ones at the end; twice as slow from the middle on."""
+def test_the_sustained_ratio_does_not_depend_on_the_order_of_clips(rng):
+    """Long clips come first and short ones last; the second half is twice as slow."""
     usual = np.concatenate([np.full(30, 10.0), np.full(30, 2.0)])
     slow = np.where(np.arange(60) < 30, 1.0, 2.0)
     times = usual * slow
@@ -579,19 +584,19 @@ def test_a_run_that_grows_slower_shows_it_whatever_clips_it_ends_with(rng):
     order = rng.permutation(3)
     rounds = np.stack([usual * factor for factor in (0.9, 1.0, 1.1)])[order].ravel()
     answer = {"end_to_end_s": times.tolist(), "at_s": at.tolist()}
-    found = watched.sustained(answer, 7.0, rounds.tolist(), clips=60)
+    found = run_telemetry.summarise_sustained(answer, 7.0, rounds.tolist(), clips=60)
     assert found["ratio"] == pytest.approx(2)
     assert (found["first_minute_s"], found["last_minute_s"]) == (10, 4)
     assert found["minutes"] == pytest.approx(times.sum() / 60)
     assert found["at_s"][0] == 0
 
 
-# ----------------------------------------------------------------------- was the run disturbed?
+# ----------------------------------------------------------------------------------- stability
 
 CALM = [sample(float(t), temperature_c=50.0 + t / 10, frequency_hz=[1.5e9]) for t in range(12)]
 
 
-def test_a_calm_run_is_not_called_disturbed():
+def test_a_stable_run_has_no_reasons_against_it():
     idle = [
         one | {"throttled": "0x50000", "load_average": 2.0, "others_cores": 0.1} for one in CALM
     ]
@@ -601,53 +606,55 @@ def test_a_calm_run_is_not_called_disturbed():
         "end_to_end_s": [1.0, 1.01] * 3,
         "rounds": 3,
     }
-    assert watched.unstable_because(result, idle, []) == []
-    assert watched.unstable_because(result, [], []) == []
+    assert run_telemetry.unstable_because(result, idle, []) == []
+    assert run_telemetry.unstable_because(result, [], []) == []
     wild = result | {"end_to_end_s": [1.0, 1.0, 2.0, 2.0], "rounds": 2}
-    assert watched.unstable_because(wild, CALM, ["python is a debug build"] * 2) == [
-        "the medians of the 2 rounds lie 67% apart",
+    assert run_telemetry.unstable_because(wild, CALM, ["python is a debug build"] * 2) == [
+        "the medians of the 2 rounds differ by 67%",
         "python is a debug build, which is slower",
     ]
-    assert watched.unstable_because(wild | {"emulated": True}, CALM, []) == []
+    assert run_telemetry.unstable_because(wild | {"emulated": True}, CALM, []) == []
 
 
-def test_each_disturbance_is_said_with_its_number():
+def test_each_disturbance_is_reported_with_its_number():
     hot = [
         sample(
             float(t), temperature_c=50.0 + 4 * t, frequency_hz=[6e8, 1.5e9 - 1e8 * max(0, t - 3)]
         )
         for t in range(12)
     ]
-    assert watched.heat(hot) == (
+    assert run_telemetry.thermal_slowdown(hot) == (
         "the temperature rose from 54 to 90 °C and the clock fell from 1500 to 800 MHz"
     )
-    assert watched.heat(CALM) is None
+    assert run_telemetry.thermal_slowdown(CALM) is None
     turbo = [sample(0.0, temperature_c=45.0, frequency_hz=[4.9e9])]  # while one core imports
     steady = [sample(float(t), temperature_c=60.0, frequency_hz=[4.2e9]) for t in range(1, 12)]
-    assert watched.heat(turbo + steady) is None
+    assert run_telemetry.thermal_slowdown(turbo + steady) is None
     bits = [sample(0.0, throttled="0x20000"), sample(1.0, throttled="0x70005")]
-    assert watched.throttling(bits) == ("the firmware reported under-voltage, throttled (0x70005)")
-    since = [sample(0.0, throttled="0x0"), sample(1.0, throttled="0x20000")]
-    assert watched.throttling(since) == "the firmware reported frequency capped (0x20000)"
-    words = [sample(0.0, throttled="No warning"), sample(1.0, throttled="Level 2")]
-    assert watched.throttling(words) == (
-        "what the system says of throttling changed: No warning -> Level 2"
+    assert run_telemetry.throttling(bits) == (
+        "the firmware reported under-voltage, throttled (0x70005)"
     )
-    assert watched.throttling(words[:1]) is None
+    since = [sample(0.0, throttled="0x0"), sample(1.0, throttled="0x20000")]
+    assert run_telemetry.throttling(since) == "the firmware reported frequency capped (0x20000)"
+    words = [sample(0.0, throttled="No warning"), sample(1.0, throttled="Level 2")]
+    assert run_telemetry.throttling(words) == (
+        "the system's thermal state changed: No warning -> Level 2"
+    )
+    assert run_telemetry.throttling(words[:1]) is None
     hot = [sample(0.0, throttled="severe")] * 2
-    assert watched.throttling(hot) == "the system said of throttling: severe"
+    assert run_telemetry.throttling(hot) == "the system reported throttling: severe"
     load = [sample(load_average=5.25, others_cores=0.75, swapped_bytes=2.5e6)]
-    assert watched.crowding(load, 4) == "the load average was 5.2 on 4 cores"
-    assert watched.crowding([sample(load_average=4.4)], 4) is None
-    assert watched.crowding(load, None) is watched.crowding(load, 6) is None
-    assert watched.background(load) == "other programs took 0.75 of a core"
-    assert watched.swapping(load) == "2.5 MB of the program lay in swap"
+    assert run_telemetry.high_load(load, 4) == "the load average was 5.2 on 4 cores"
+    assert run_telemetry.high_load([sample(load_average=4.4)], 4) is None
+    assert run_telemetry.high_load(load, None) is run_telemetry.high_load(load, 6) is None
+    assert run_telemetry.other_programs(load) == "other programs used 0.75 cores"
+    assert run_telemetry.swapping(load) == "2.5 MB of the program were in swap"
     low = sample(battery_share=0.12)
-    assert watched.battery([low]) == "the battery was down to 12%"
-    assert watched.battery([low | {"charging": True}, sample(battery_share=0.9)]) is None
+    assert run_telemetry.low_battery([low]) == "the battery was down to 12%"
+    assert run_telemetry.low_battery([low | {"charging": True}, sample(battery_share=0.9)]) is None
 
 
-def test_a_disturbed_result_is_marked_and_explained_once():
+def test_an_unstable_result_is_marked_and_explained_once():
     from made_results import make_result
 
     calm, old = make_result(unstable_because=[], notes=[]), make_result()
@@ -655,7 +662,7 @@ def test_a_disturbed_result_is_marked_and_explained_once():
     rows = table_rows([calm, old, marked])
     assert [row["total ms"] for row in rows] == ["50", "50", "~50"]
     assert remarks([calm, old, marked]) == ["~ made on local: a; b", "note: made on local: c"]
-    with pytest.raises(Problem, match="field `telemetry` is list"):
+    with pytest.raises(Problem, match="field `telemetry` has type list"):
         validate(calm | {"telemetry": []})
 
 
@@ -663,14 +670,14 @@ def test_a_governor_and_a_sustained_run_are_notes():
     result = {"emulated": False, "end_to_end_s": [1.0] * 9, "rounds": 3, "governor": "ondemand"}
     found = result | {"sustained": {"minutes": 10.04, "ratio": 1.339}}
     words = [sample(0.0, throttled="0x0"), sample(1.0, throttled="0x4")]
-    assert watched.notes(found, words, None) == [
-        "the clock's governor was ondemand",
-        "1.34 times the time at the end of 10 minutes; the firmware reported throttled (0x4)",
+    assert run_telemetry.notes(found, words, None) == [
+        "the CPU frequency governor was ondemand",
+        "after 10 minutes a clip took 1.34 times as long; the firmware reported throttled (0x4)",
     ]
     quiet = result | {"governor": "performance", "telemetry": {"sampler_cores": 0.004}}
-    assert watched.notes(quiet, [], 0.01) == []
+    assert run_telemetry.notes(quiet, [], 0.01) == []
     dear = quiet | {"telemetry": {"sampler_cores": 0.023}}
-    assert watched.notes(dear, [], None) == ["watching took 2.3% of a core"]
+    assert run_telemetry.notes(dear, [], None) == ["telemetry used 2.3% of a core"]
 
 
 # ----------------------------------------------------------------------- rounds for an interval
@@ -687,36 +694,36 @@ def three(clips):
     return read_manifest(clips)[:3]
 
 
-def test_rounds_go_on_until_the_interval_is_as_narrow_as_asked(exported, three, rng):
-    """A round that was disturbed leaves all of the range; as many calm ones as it takes narrow it.
-    That clips differ, by ten times here, is no noise."""
+def test_rounds_are_added_until_the_interval_is_narrow_enough(exported, three, rng):
+    """One disturbed round makes the interval wide; further rounds narrow it. Differences between
+    clips, here a factor of ten, do not widen it."""
     replies = [reply([1.5, 0.3, 3.0])] + [reply([1.0, 0.2, 2.0])] * 30
     fake = FakeDevice(replies=replies)
     found = bench.bench(exported, fake, three, Measuring(2, interval=0.02))
     rounds = found["rounds"]
     assert 3 < rounds < 20
     assert rounds == len(found["load_s"]) == len([c for c in fake.calls if c[0] == "run"])
-    assert watched.narrow(found["end_to_end_s"], rounds, 0.02)
-    assert not watched.narrow(found["end_to_end_s"][:-3], rounds - 1, 0.02)
+    assert run_telemetry.interval_is_within(found["end_to_end_s"], rounds, 0.02)
+    assert not run_telemetry.interval_is_within(found["end_to_end_s"][:-3], rounds - 1, 0.02)
     assert found["notes"] == []
 
 
-def test_calm_rounds_are_as_few_as_can_say_anything(exported, three):
+def test_a_stable_run_needs_the_fewest_rounds(exported, three):
     fake = FakeDevice(replies=[reply([1.0, 2.0, 3.0])] * 9)
     found = bench.bench(exported, fake, three, Measuring(1, interval=0.02))
     assert found["rounds"] == ENOUGH_ROUNDS
 
 
-def test_an_interval_that_is_not_reached_is_said(exported, three, monkeypatch):
-    monkeypatch.setattr(bench, "MOST_ROUNDS", 4)
+def test_an_interval_that_is_not_reached_is_noted(exported, three, monkeypatch):
+    monkeypatch.setattr(bench, "MAX_ROUNDS", 4)
     fake = FakeDevice(replies=[reply([t, 2 * t, 3 * t]) for t in (1.0, 1.05, 0.95, 1.0)])
     found = bench.bench(exported, fake, three, Measuring(2, interval=0.02))
     assert found["rounds"] == 4
     (note,) = found["notes"]
-    assert note.endswith("of it after 4 rounds; 2.0% was asked for")
+    assert note.endswith("of it after 4 rounds; 2.0% was requested")
 
 
-def test_what_a_runner_is_asked_for_reaches_it(exported, three):
+def test_the_options_reach_the_runner(exported, three):
     lasting = {"end_to_end_s": [1.0], "at_s": [5.0]}
     last = Finished(0, json.dumps({"sustained": lasting}), "")
     fake = FakeDevice(replies=[reply([1.0] * 3, threads=2, pinned=[1, 3]), last])
@@ -731,22 +738,22 @@ def test_what_a_runner_is_asked_for_reaches_it(exported, three):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"minutes": 0}, "--minutes 0 is not between 0 and 60"),
         ({"minutes": 61}, "--minutes 61 is not between"),
-        ({"interval": 1}, "--interval 1 is no share"),
+        ({"interval": 1}, "--interval 1 is not a valid share"),
     ],
 )
-def test_impossible_requests_get_letters(exported, three, changes, said):
-    with pytest.raises(Problem, match=said):
+def test_impossible_requests_are_refused(exported, three, changes, message):
+    with pytest.raises(Problem, match=message):
         bench.bench(exported, FakeDevice(), three, replace(Measuring(1), **changes))
 
 
-def test_a_rival_is_not_pinned_in_silence(digits, three):
+def test_pinning_a_rival_is_refused(digits, three):
     how = Measuring(1, pin="0", minutes=1)
     with pytest.raises(
-        Problem, match=r"--minutes and --pin: for artifacts, and .* another program"
+        Problem, match=r"--minutes and --pin can be used with artifacts only; .* is a rival"
     ):
         bench_all([Candidate(digits, rival="transformers")], FakeDevice(), three, how)
 
@@ -757,20 +764,20 @@ def test_the_options_reach_the_bench(monkeypatch, tmp_path):
     from edgewhisper import pipeline
     from edgewhisper.cli import app
 
-    heard: list = []
+    received: list = []
 
-    def listen(*given):
-        heard.extend(given)
-        raise Problem("heard")
+    def receive(*given):
+        received.extend(given)
+        raise Problem("received")
 
-    monkeypatch.setattr(pipeline, "bench", listen)
+    monkeypatch.setattr(pipeline, "bench", receive)
     words = ["--minutes", "10", "--interval", "2%", "--governor", "performance", "--pin", "big"]
     CliRunner().invoke(app, ["bench", str(tmp_path), *words])
-    wanted = Measuring(minutes=10, interval=0.02, governor="performance", pin="big")
-    assert wanted in heard
+    expected = Measuring(minutes=10, interval=0.02, governor="performance", pin="big")
+    assert expected in received
 
 
-def test_a_share_is_read_as_people_write_it():
+def test_a_share_is_a_percentage_or_a_fraction():
     from edgewhisper.cli.bench import share_of
 
     assert share_of("--interval", "2%") == share_of("--interval", "0.02") == 0.02
@@ -792,7 +799,7 @@ V1 = "sys/fs/cgroup/cpu,cpuacct"
 
 
 @pytest.mark.parametrize(
-    ("groups", "files", "wanted"),
+    ("groups", "files", "expected"),
     [
         ("0::/a/b\n", {"sys/fs/cgroup/a/b/cpu.max": "100000 100000\n"}, 1),
         ("0::/a/b\n", {"sys/fs/cgroup/a/cpu.max": "50000 100000\n"}, 1),
@@ -817,12 +824,12 @@ V1 = "sys/fs/cgroup/cpu,cpuacct"
         ("", {}, 8),
     ],
 )
-def test_a_quota_of_processor_time_makes_cores_fewer(groups, files, wanted, tmp_path, monkeypatch):
+def test_a_cpu_quota_limits_the_cores(groups, files, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(8), raising=False)
-    assert machine.usable_cores(grouped(tmp_path, groups, files)) == wanted
+    assert machine.usable_cores(grouped(tmp_path, groups, files)) == expected
 
 
-def test_affinity_makes_cores_fewer(tmp_path, monkeypatch):
+def test_cpu_affinity_limits_the_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
     root = grouped(tmp_path, "0::/\n", {"sys/fs/cgroup/cpu.max": "400000 100000"})
     assert machine.usable_cores(root) == 2

@@ -1,4 +1,4 @@
-"""Medians, their intervals, and ratios, against known answers and against simulation."""
+"""Medians, intervals and ratios, compared with known values and simulations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy import stats
 from benchmarks.timing import by_round, median_interval, rank_below_median, ratio, summarise
 
 
-def test_a_hand_made_list():
+def test_the_summary_of_a_small_list():
     found = summarise([1.0, 2.0, 3.0, 4.0, 100.0])
     assert found.median == 3
     assert found.interval == (1, 100)
@@ -68,8 +68,8 @@ def test_rounds_that_jump_widen_the_interval(rng):
     assert wide[1] - wide[0] > 5 * (narrow[1] - narrow[0])
 
 
-def test_no_difference_is_rarely_called_one(rng):
-    """Rounds are clusters, and five are few: the interval must still hold 1 more often than not."""
+def test_equal_times_rarely_give_a_significant_ratio(rng):
+    """With only five rounds (clusters), the interval must still contain 1 in most cases."""
     wrong = 0
     for _ in range(40):
         a, b = (rng.normal(1, 0.05, (5, 1)) + rng.normal(0, 0.02, (5, 10)) for _ in range(2))

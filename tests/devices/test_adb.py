@@ -393,7 +393,7 @@ def test_a_bench_gives_the_same_texts_as_here_and_copies_files_once(phone, expor
 def test_the_same_clips_give_the_same_tokens_there_and_here(
     phone, digits, processor, few, tmp_path, precision
 ):
-    from benchmarks.bench import write_clips
+    from benchmarks.speech.wav import write_clips
     from edgewhisper.whisper import load
     from export.onnx.to_onnx import export_onnx
 
@@ -409,7 +409,7 @@ def test_the_same_clips_give_the_same_tokens_there_and_here(
 def test_a_phone_with_arm_programs_gives_the_same_tokens(
     arm_phone, digits, processor, few, tmp_path
 ):
-    from benchmarks.bench import write_clips
+    from benchmarks.speech.wav import write_clips
     from edgewhisper.whisper import load
     from export.onnx.to_onnx import export_onnx
 

@@ -151,8 +151,8 @@ def test_the_arm_bundle_gives_the_same_tokens_as_this_machine(
 ):
     from adbd import PLACE
 
-    from benchmarks.bench import write_clips
     from benchmarks.speech.clips import read_manifest
+    from benchmarks.speech.wav import write_clips
     from edgewhisper.whisper import load
     from export.onnx.to_onnx import export_onnx
 

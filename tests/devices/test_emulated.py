@@ -13,9 +13,10 @@ import sshd
 
 from benchmarks.aarch64 import __main__ as command
 from benchmarks.aarch64 import machine
-from benchmarks.bench import Measuring, bench, write_clips
+from benchmarks.bench import Measuring, bench
 from benchmarks.result import brief_rows
 from benchmarks.speech.clips import Clip, read_manifest
+from benchmarks.speech.wav import write_clips
 from devices import connection
 from devices.device import RUNNER, Device, open_device, run_runner
 

@@ -20,6 +20,7 @@ from wheels_for_pip import make_wheel, raised
 
 from benchmarks import bench as benching
 from benchmarks import reference_runtimes as stock
+from benchmarks.candidates import by_units
 from benchmarks.result import read
 from benchmarks.speech.clips import read_manifest
 from devices import connection, wheels
@@ -344,7 +345,7 @@ def test_names_that_differ_only_in_case_get_an_error_message(server, tmp_path):
 
 def test_bad_compute_units_get_an_error_message(coreml, exported, few):
     def asked(source: Path, *units: str) -> list[str]:
-        found = benching.by_units([benching.Candidate(source)], units)
+        found = by_units([benching.Candidate(source)], units)
         return [candidate.label for candidate in found]
 
     assert asked(coreml) == ["fp32"]
@@ -352,10 +353,10 @@ def test_bad_compute_units_get_an_error_message(coreml, exported, few):
     assert len(asked(coreml, "each")) == 4
     with pytest.raises(Problem, match="unknown compute units 'gpu'"):
         asked(coreml, "cpu", "gpu")
-    with pytest.raises(Problem, match="'cpu' are asked for, and there is no Core ML artifact"):
+    with pytest.raises(Problem, match="'cpu' are given, but none of the artifacts is for Core ML"):
         asked(exported, "cpu")
     both = [benching.Candidate(exported), benching.Candidate(coreml)]
-    assert [c.compute_units for c in benching.by_units(both, ("cpu",))] == [None, "cpu"]
+    assert [c.compute_units for c in by_units(both, ("cpu",))] == [None, "cpu"]
 
 
 # ---------------------------------------------------------------------------------- the command

@@ -23,15 +23,11 @@ from some_clips import manifest_of_some
 
 from benchmarks import bench as benching
 from benchmarks import reference_runtimes
-from benchmarks.gate import (
-    Bounds,
-    GateFailure,
-    bounds_for,
-    checkpoint_tokens,
-    run_gate,
-    states_again,
-)
+from benchmarks.gate import Bounds, GateFailure, bounds_for, checkpoint_tokens, run_gate
+from benchmarks.gate_record import states_again
+from benchmarks.result import STAGES
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.wav import write_clips
 from devices.fake import FakeDevice
 from devices.runner.decode.beam import Branches
 from devices.runner.engines import coreml
@@ -269,7 +265,7 @@ def test_a_manifest_that_differs_from_the_packages_is_refused(kind, copy):
 
 def refused_by_runner(folder: Path) -> str:
     with pytest.raises(RunnerProblem) as error:
-        Recognizer(folder, open_package=reference_runtimes.Interpreted)
+        Recognizer(folder, open_package=reference_runtimes.InterpretedPackage)
     assert error.value.hint
     return str(error.value)
 
@@ -318,7 +314,9 @@ def mac(monkeypatch) -> list[tuple]:
     class Model:
         def __init__(self, path, compute_units):
             opened.append((type(self).__name__, Path(path).name, compute_units))
-            self.package = reference_runtimes.Interpreted(Path(path).with_suffix(".mlpackage"))
+            self.package = reference_runtimes.InterpretedPackage(
+                Path(path).with_suffix(".mlpackage")
+            )
             self.make_state = self.package.new_state
 
         def predict(self, inputs, **more):
@@ -370,7 +368,7 @@ def test_states_are_copied_by_reading_and_writing(mac, digits, processor, tmp_pa
 
 
 def test_a_bench_on_a_mac_times_log_mel_separately(mac, fp32, few, tmp_path):
-    benching.write_clips(read_manifest(few), tmp_path)
+    write_clips(read_manifest(few), tmp_path)
     times = measure.bench(fp32, tmp_path / "clips.json", 1, compute_units="cpu")
     assert {units.name for _, _, units in mac} == {"CPU_ONLY"}
     assert times["mel_share"] is None
@@ -439,7 +437,11 @@ def judged(model, processor, few, fp32):
     [
         ("TextDecoder", lambda w: np.roll(w, 1), "clips get other tokens"),
         ("AudioEncoder", lambda w: w * 1.002, "encoder states differ by .* from the checkpoint's"),
-        ("MelSpectrogram", lambda w: w * 1.001, "log-mel features differ by .* allowed is 0.0001"),
+        (
+            "MelSpectrogram",
+            lambda w: w * 1.001,
+            "log-mel features differ by .*; at most 0.0001 is allowed",
+        ),
         ("TextDecoder", lambda w: w * np.inf, "clips get other tokens"),
     ],
     ids=["rolled", "encoder scaled", "mel scaled", "infinite"],
@@ -464,9 +466,9 @@ def test_the_bounds_depend_on_the_precision(judged, copy):
     damage(copy, "TextDecoder", partial(np.roll, shift=1))
     with pytest.raises(GateFailure, match=r"clips get other tokens .*, 98% must get the same"):
         judged(copy, bounds_for("coreml", "fp16"))
-    with pytest.raises(GateFailure, match=r"a loss of .* points .*, allowed are 0\.5"):
+    with pytest.raises(GateFailure, match=r"a loss of .* points .*; at most 0\.5 points"):
         judged(copy, bounds_for("coreml", "int8"))
-    with pytest.warns(match=r"a loss of .* points .*, allowed are 0\.5"):
+    with pytest.warns(match=r"a loss of .* points .*; at most 0\.5 points"):
         figures = judged(copy, bounds_for("coreml", "pal4"))
     assert figures["max_wer_loss_points"] == figures["wer_loss_points"] > 0.5
     assert bounds_for("onnx", "int4").strict
@@ -520,7 +522,7 @@ def test_a_damaged_encoder_fails_its_gate(lone, few, model, processor, tmp_path)
     manifest, clips = read_artifact(broken), read_manifest(few)
     with pytest.raises(GateFailure, match="clips get other tokens"):
         gating.gate(broken, manifest, model, processor, clips)
-    benching.write_clips(clips, tmp_path)
+    write_clips(clips, tmp_path)
     now = reference_runtimes.answer_of(broken, tmp_path / "clips.json", None)["states"]
     with pytest.raises(GateFailure, match="states of 4 clips differ by"):
         states_again(manifest["gate"], clips, now)
@@ -641,7 +643,9 @@ def test_export_of_the_embedded_model(edgewhisper, few, tmp_path):
     assert runs.newest("artifact", without="-coreml-") is None
     code, _, err = edgewhisper("bench", place)
     assert code == 1
-    assert "is for Core ML, which is on Apple's systems only, and local runs Linux" in err
+    assert (
+        "is a Core ML artifact, which can be timed on Apple systems only; local runs Linux" in err
+    )
 
 
 @pytest.mark.parametrize(
@@ -710,7 +714,7 @@ def test_a_checkpoint_has_no_compute_units(edgewhisper, digits, few):
 def test_a_device_with_core_ml_benches_a_package(fp32, few):
     """The files and commands that are sent to a Mac."""
     clips = read_manifest(few)
-    answer = {stage: [0.1] for stage in benching.STAGES} | {"peak_rss_bytes": 1, "mel_share": None}
+    answer = {stage: [0.1] for stage in STAGES} | {"peak_rss_bytes": 1, "mel_share": None}
     answer |= {"tokens": [], "texts": [clip.text for clip in clips], "versions": {}}
     answer["end_to_end_s"] = [0.1] * len(clips)
     reply = SimpleNamespace(exit_code=0, stdout=json.dumps(answer), stderr="")
@@ -735,5 +739,7 @@ def test_a_device_with_core_ml_benches_a_package(fp32, few):
         ("bench", "artifacts/0"),
     ]
     device = FakeDevice(machine={"kernel": "Linux 6", "emulated": False})
-    with pytest.raises(Problem, match="is for Core ML, which is on Apple's systems only"):
+    with pytest.raises(
+        Problem, match="is a Core ML artifact, which can be timed on Apple systems only"
+    ):
         benching.bench_all([candidate], device, clips, benching.Measuring(1))

@@ -117,7 +117,7 @@ def test_gate_warn_records_the_figures_of_lost_words(digits, few, tmp_path, monk
     from benchmarks import gate as gating
 
     monkeypatch.setattr(gating, "too_much", lambda lost, limit: True)
-    with pytest.raises(GateFailure, match=r"allowed are 0\.5"):
+    with pytest.raises(GateFailure, match=r"at most 0\.5 points are allowed"):
         exported(digits, few, tmp_path / "none")
     place = exported(digits, few, tmp_path / "out", gating=Gating("warn"))
     gate = read_artifact(place)["gate"]

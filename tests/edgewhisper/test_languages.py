@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from benchmarks.bench import write_clips
 from benchmarks.rivals.protocol import languages_of
 from benchmarks.rivals.transformers import Rival
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.wav import write_clips
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from edgewhisper import alignment, decoding, job, pipeline, transcription, whisper

@@ -98,7 +98,7 @@ def test_other_tokens_than_the_gates_are_detected(exported, few, tmp_path):
 
 def test_other_clips_than_the_gates_are_refused(exported, clips):
     report = verify(exported, clips)
-    assert "the gate heard 3 other clips than these 40" in str(report.letter)
+    assert "the gate was run on 3 other clips than these 40" in str(report.letter)
 
 
 @pytest.mark.parametrize("layout", ["transformers", "sherpa", "single"])

@@ -153,7 +153,7 @@ def wanted_by_sherpa(
     script = [where / "sherpa/bin/python", HERE / "kaldi_mel.py", place, *clips]
     subprocess.run([str(word) for word in script], check=True)
     with np.load(place) as mels:
-        return [hearing.text(hearing.heard(mels[str(n)])) for n in range(len(clips))]
+        return [hearing.text(hearing.decode(mels[str(n)])) for n in range(len(clips))]
 
 
 def check(

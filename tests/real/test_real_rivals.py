@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from real_models import model
 
-from benchmarks.bench import Candidate, Measuring, bench_all, in_own_form
+from benchmarks.bench import Candidate, Measuring, bench_all
+from benchmarks.candidates import in_own_form
+from benchmarks.program import PROJECT
 from benchmarks.result import MOST_POINTS, RATIO, remarks, table_rows
 from benchmarks.rivals import prepare
 from benchmarks.rivals.engines import interpreter
-from benchmarks.rivals.prepare import PROJECT, Order
+from benchmarks.rivals.prepare import Order
 from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.wer import score
 from devices.device import open_device

@@ -1,9 +1,16 @@
-"""The embedded default checkpoint: a small Whisper that writes down spoken English digits.
+"""Training of the embedded default checkpoint, a small Whisper that transcribes English digits.
 
-synthesise.py   espeak-ng voices -> word and phrase clips (cached outside the repository)
-augment.py      composes utterances from mel power spectra, without touching waveforms
-train.py        trains from zero, by wall time, and resumes
+synthesise.py   word and phrase clips from espeak-ng voices (stored outside the repository)
+flite.py        the same from flite voices
+spectra.py      clips as mel power spectra
+banks.py        the training and dev banks of spectra
+augment.py      composes utterances from the spectra of a bank
+batches.py      the schedule and composition of batches
+model.py        tokenizer, model and initial weights
+trainer.py      training state, one step, helper processes
+train.py        trains from scratch for a wall time, and resumes
 evaluate.py     the fixed evaluation, as JSON
+manifests.py    recordings as speech manifests
 clips.py        the clips shipped in edgewhisper/assets/speech
 """
 

@@ -1,15 +1,15 @@
-"""Utterances composed in the mel power domain: many voices, rooms and noises out of few clips.
+"""Compose utterances in the mel power domain: many voices, rooms and noises from few clips.
 
-Per utterance, in the order of the physics:
+The steps of an utterance, in physical order:
 
-    voice     resampled versions (bank), formants moved separately (warp of the mel axis), pace
+    voice     resampled versions (bank), formant shift (warp of the mel axis), pace
     mouth     level of each word, pauses, tight or loose cutting
     channel   band limits, tilt, smooth random equaliser
     room      exponential decay along time
     noise     gaussian of any colour and modulation, or recorded, with its cross term
-    level     then log10, clamp and scale, as Whisper's feature extractor does
+    level     loudness, then log10, clamp and scale as in Whisper's feature extractor
 
-SpecAugment (Park et al. 2019) masks come last, on the features.
+SpecAugment masks (Park et al. 2019) are applied to the features.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of the kinds of utterance, and how hard the augmentation is (0 none, 1 full)."""
+    """Shares of the kinds of utterance, and strength of the augmentation (0 none, 1 full)."""
 
     empty: float = 0.12
     phrase: float = 0.08
     real: float = 0.50
-    """Share of word sequences that use recorded speakers; the rest is synthetic."""
+    """Share of word sequences with recorded speakers; the others are synthetic."""
     natural: float = 0.50
-    """Share of synthetic sequences spoken by flite's voices, which people were recorded for."""
+    """Share of synthetic sequences with flite's voices, which are built from recordings."""
     accented: float = 0.15
-    """Share of the other synthetic sequences spoken by voices of other languages."""
+    """Share of the other synthetic sequences with voices of other languages."""
     mixed: float = 0.1
-    """Share of sequences in which every word may have another speaker."""
+    """Share of sequences in which every word has a new speaker."""
     hard: float = 1.0
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """Features (80, frames) float32 and the digits in them."""
+    """An utterance: features (80, frames) float32 and its digits."""
 
     features: np.ndarray
     digits: list[int]
@@ -59,7 +59,7 @@ class Utterance:
 
 @cache
 def mel_hz() -> np.ndarray:
-    """Centre of each mel band in Hz: (80,)."""
+    """Return the centre of each mel band in Hz, (80,)."""
     filters = extractor().mel_filters  # (201, 80)
     hertz = np.arange(filters.shape[0]) * 8000 / (filters.shape[0] - 1)
     return (filters * hertz[:, None]).sum(0) / filters.sum(0)
@@ -67,32 +67,35 @@ def mel_hz() -> np.ndarray:
 
 @cache
 def band_weight() -> np.ndarray:
-    """Weights that turn mel power into total power: (80,). Slaney filters have unit area."""
+    """Return weights (80,) that turn mel power into total power; Slaney filters have unit area."""
     return (1 / extractor().mel_filters.sum(0)).astype(np.float32)
 
 
 @cache
 def bins_per_band() -> np.ndarray:
-    """Effective number of spectrum bins in each band: (80,). Averaging calms the cross term."""
+    """Return the effective number of spectrum bins per band, (80,).
+
+    Averaging over bins reduces the cross term of noise.
+    """
     filters = extractor().mel_filters
     return (filters.sum(0) ** 2 / (filters**2).sum(0)).astype(np.float32)
 
 
 @cache
 def normal_table() -> np.ndarray:
-    """A million standard normal numbers, drawn once: fresh ones for every frame cost too much."""
+    """Return a million standard normal numbers; drawing new ones for every frame is too slow."""
     return np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32)
 
 
 def normals(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Standard normal numbers from a random place of the table."""
+    """Return standard normal numbers from a random place in the table."""
     count = shape[0] * shape[1]
     first = int(rng.integers(len(normal_table()) - count))
     return normal_table()[first : first + count].reshape(shape)
 
 
 def axis_warp(factors: np.ndarray) -> np.ndarray:
-    """Matrix (80, 80) that moves formants: `factors` scale Hz at 0.5, 1.5, 2.5 and 4 kHz."""
+    """Return a matrix (80, 80) that shifts formants; `factors` scale 0.5, 1.5, 2.5 and 4 kHz."""
     hertz = mel_hz()
     factor = np.interp(hertz, [500, 1500, 2500, 4000, 8000], [*factors, 1.0])
     source = np.interp(hertz / factor, hertz, np.arange(N_MELS))
@@ -105,7 +108,10 @@ def axis_warp(factors: np.ndarray) -> np.ndarray:
 
 
 def channel_db(rng: np.random.Generator, hard: float, narrow: float) -> np.ndarray:
-    """Gain of a random microphone and line in dB: (80,); `narrow` is the chance of 4 kHz."""
+    """Return the gain (80,) in dB of a random microphone and line.
+
+    `narrow` is the probability of a 4 kHz telephone band.
+    """
     hertz = mel_hz()
     octave = np.log2(np.maximum(hertz, 80) / 1000)
     gain = octave * rng.uniform(-4, 4) * hard
@@ -127,7 +133,7 @@ def channel_db(rng: np.random.Generator, hard: float, narrow: float) -> np.ndarr
 
 
 class Pools:
-    """Clips of a bank by voice: `voices[kind]` lists {digit: clip indices}, one per voice."""
+    """The clips of a bank by voice: `voices[pool]` lists {digit: clip indices}, one per voice."""
 
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
@@ -144,17 +150,17 @@ class Pools:
             self.voices.setdefault(pool, []).append(by_digit)
 
     def has(self, pool: str) -> bool:
-        """Whether any clip is in `pool`."""
+        """Return whether a pool has clips."""
         return bool(self.clips.get(pool))
 
 
 def draw(rng: np.random.Generator, items: Sequence[T]) -> T:
-    """One item, uniformly."""
+    """Return a random item."""
     return items[int(rng.integers(len(items)))]
 
 
 def word_pool(rng: np.random.Generator, pools: Pools, mix: Mix) -> str:
-    """The pool of one voice: recorded, flite's, espeak-ng's, or with a foreign accent."""
+    """Draw the pool of a voice: recorded, flite, espeak-ng, or with a foreign accent."""
     if pools.has("real") and rng.random() < mix.real:
         return "real"
     if pools.has("natural") and rng.random() < mix.natural:
@@ -165,7 +171,7 @@ def word_pool(rng: np.random.Generator, pools: Pools, mix: Mix) -> str:
 
 
 def draw_voice(rng: np.random.Generator, pools: Pools, pool: str) -> dict[int, list[int]]:
-    """A voice of the pool. espeak-ng's are small: three together make one talker's words."""
+    """Draw a voice. espeak-ng's voices have few clips, so three of them are merged into one."""
     count = 1 if pool in ("real", "natural") else 3
     merged: dict[int, list[int]] = {}
     for _ in range(count):
@@ -175,7 +181,7 @@ def draw_voice(rng: np.random.Generator, pools: Pools, pool: str) -> dict[int, l
 
 
 def draw_words(rng: np.random.Generator, pools: Pools, mix: Mix, count: int) -> tuple[list, str]:
-    """Clip indices of `count` random digits, and the pool most of them come from."""
+    """Draw `count` random digits; return their clip indices and the pool of the last one."""
     pool = word_pool(rng, pools, mix)
     mixed = rng.random() < mix.mixed
     voice = draw_voice(rng, pools, pool)
@@ -189,7 +195,7 @@ def draw_words(rng: np.random.Generator, pools: Pools, mix: Mix, count: int) -> 
 
 
 def choose_clips(rng: np.random.Generator, pools: Pools, mix: Mix, most: int) -> tuple[list, str]:
-    """What is said: clip indices in order and their pool; nothing for noise and silence."""
+    """Draw the words of an utterance: clip indices and their pool; none for noise and silence."""
     kind = rng.random()
     if kind < mix.empty:
         if pools.has("other") and rng.random() < 0.65:
@@ -207,12 +213,12 @@ def choose_clips(rng: np.random.Generator, pools: Pools, mix: Mix, most: int) ->
 
 @dataclass(frozen=True)
 class Placement:
-    """Where speech frames come from and go: three arrays (speech frames,), and the clips used."""
+    """Source and target of the speech frames, arrays (speech frames,), and the placed clips."""
 
     source: np.ndarray
-    """Fractional frame number in the bank."""
+    """Fractional frame numbers in the bank."""
     target: np.ndarray
-    """Frame number in the window."""
+    """Frame numbers in the window."""
     gain_db: np.ndarray
     clips: list[int]
     end: int
@@ -220,7 +226,7 @@ class Placement:
 
 
 def draw_gap(rng: np.random.Generator, tight: float = 0.85) -> int:
-    """Frames between two words."""
+    """Draw the number of frames between two words."""
     seconds = rng.normal(0.12, 0.12) if rng.random() < tight else rng.uniform(0.3, 0.9)
     return int(max(0.0, seconds) * FRAMES_PER_S)
 
@@ -228,7 +234,8 @@ def draw_gap(rng: np.random.Generator, tight: float = 0.85) -> int:
 def place(
     rng: np.random.Generator, bank: Bank, clips: list[int], window: int, hard: float
 ) -> Placement:
-    """Lay clips one after the other into a window of `window` frames; drop what does not fit."""
+    """Place clips one after the other into a window of `window` frames; drop those that do not
+    fit."""
     pace = np.exp(rng.uniform(-0.25, 0.25) * hard)
     plan: list[tuple[int, np.ndarray, int]] = []
     total = 0
@@ -260,7 +267,7 @@ def place(
 
 
 def gather(bank: Bank, source: np.ndarray) -> np.ndarray:
-    """Log mel power at fractional frame numbers: (frames, 80) float32."""
+    """Return log mel power (frames, 80) float32 at fractional frame numbers."""
     low = source.astype(int)
     part = (source - low)[:, None].astype(np.float32)
     return bank.log_mel[low] * (1 - part) + bank.log_mel[low + 1] * part
@@ -269,7 +276,7 @@ def gather(bank: Bank, source: np.ndarray) -> np.ndarray:
 def speech_power(
     rng: np.random.Generator, bank: Bank, where: Placement, pool: str, window: int, hard: float
 ) -> np.ndarray:
-    """Mel power of the placed words through a random voice, channel and room: (window, 80)."""
+    """Return mel power (window, 80) of the placed words with a random voice, channel and room."""
     power = np.zeros((window, N_MELS), np.float32)
     if len(where.source) == 0:
         return power
@@ -286,7 +293,7 @@ def speech_power(
 
 
 def reverberate(power: np.ndarray, rt60_s: float, level_db: float) -> np.ndarray:
-    """Add an exponential tail that falls 60 dB in `rt60_s`; its first frame is `level_db` down."""
+    """Add an exponential tail that falls 60 dB in `rt60_s` and begins at `level_db`."""
     decay = 10 ** (-6 / (rt60_s * FRAMES_PER_S))
     return power + lfilter([0, 10 ** (level_db / 10)], [1, -decay], power, axis=0).astype(
         np.float32
@@ -294,7 +301,7 @@ def reverberate(power: np.ndarray, rt60_s: float, level_db: float) -> np.ndarray
 
 
 def noise_power(rng: np.random.Generator, pools: Pools, window: int) -> np.ndarray:
-    """Mel power of noise with total power about 1: (window, 80). Mostly gaussian, any colour."""
+    """Return mel power (window, 80) of mostly Gaussian noise of any colour, total power about 1."""
     kind = rng.random()
     name = "noise" if kind > 0.75 and pools.has("noise") else "white"
     clip = draw(rng, pools.clips[name])
@@ -312,7 +319,7 @@ def noise_power(rng: np.random.Generator, pools: Pools, window: int) -> np.ndarr
 
 
 def modulation_db(rng: np.random.Generator, window: int) -> np.ndarray:
-    """Slow swell, hum or bursts of a noise in dB: (window,)."""
+    """Return a slow modulation (window,) in dB: swell, hum or bursts."""
     time = np.arange(window) / FRAMES_PER_S
     if rng.random() < 0.5:
         rate = np.exp(rng.uniform(np.log(0.3), np.log(8)))
@@ -322,13 +329,16 @@ def modulation_db(rng: np.random.Generator, window: int) -> np.ndarray:
 
 
 def add_noise(rng: np.random.Generator, power: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """|S + N|**2 = |S|**2 + |N|**2 + 2 |S||N| cos(phase); the cross term averages over bins."""
+    """Return the power of speech plus noise.
+
+    |S + N|**2 = |S|**2 + |N|**2 + 2 |S||N| cos(phase); the cross term averages over bins.
+    """
     cross = normals(rng, power.shape) * np.sqrt(2 * power * noise / bins_per_band())
     return np.maximum(power + noise + cross, 0.1 * (power + noise))
 
 
 def mask_features(rng: np.random.Generator, features: np.ndarray) -> None:
-    """SpecAugment in place: two frequency masks and one or two time masks, set to the mean."""
+    """Apply SpecAugment in place: two frequency masks and one or two time masks with the mean."""
     fill = features.mean()
     for _ in range(2):
         first = rng.integers(0, N_MELS - 4)
@@ -339,18 +349,18 @@ def mask_features(rng: np.random.Generator, features: np.ndarray) -> None:
 
 
 def set_level(rng: np.random.Generator, power: np.ndarray, speech: bool) -> np.ndarray:
-    """Scale to a random loudness; a window without speech may be as faint as digital zeros."""
+    """Scale to a random loudness; windows without speech may be almost silent."""
     loudness_db = rng.uniform(-45, -12) if speech else rng.uniform(-100, -8)
     active = power @ band_weight()
     reference = active[active > 1e-6 * active.max()].mean() if active.max() > 0 else 1.0
-    # Total mel power of a sine of RMS 1 is about (sum of the window)**2 / 2 = 2e4: only a scale.
+    # The total mel power of a sine of RMS 1 is about (sum of the window)**2 / 2 = 2e4.
     return power * np.float32(2e4 * 10 ** (loudness_db / 10) / reference)
 
 
 def compose(
     rng: np.random.Generator, pools: Pools, mix: Mix, window_s: float, most: int, mask: bool = True
 ) -> Utterance:
-    """One training utterance of at most `most` digits in a window of `window_s` seconds."""
+    """Compose a training utterance of at most `most` digits in a window of `window_s` seconds."""
     window = round(window_s * FRAMES_PER_S)
     clips, pool = choose_clips(rng, pools, mix, most)
     where = place(rng, pools.bank, clips, window, mix.hard)

@@ -1,7 +1,7 @@
-"""Everything that training hears, as two banks of spectra: one to train on, one held out.
+"""Compute the training and dev banks of spectra from recordings and synthetic speech.
 
-Of the Free Spoken Digit Dataset, recordings 0 to 4 of each digit are held out, and so are the
-speakers lucas and theo whole.
+Held out from the Free Spoken Digit Dataset are recordings 0 to 4 of each digit, and all recordings
+of the speakers lucas and theo.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from benchmarks.study.digits.spectra import (
 )
 
 HELD_OUT_SPEAKERS = ("fsdd_lucas", "fsdd_theo")
-# Real audio kept for the evaluation: one wake word, two languages, one noise recording.
+# Recordings reserved for the evaluation: one wake word, two languages, one noise.
 HELD_OUT_OTHER = ("alexa", "test_fr", "test_pt", "noise2")
 
 
 def recorded_clips(source: Path, dev: bool) -> list[Clip]:
-    """Digits of the training speakers: recordings 5..49, or for `dev` the held-out 0..4."""
+    """Return digits of the training speakers: recordings 5..49, or the held-out 0..4 for `dev`."""
     clips = []
     for row in read_rows(source):
         if row.kind != "digit" or row.speaker in HELD_OUT_SPEAKERS:
@@ -43,7 +43,7 @@ def recorded_clips(source: Path, dev: bool) -> list[Clip]:
 
 
 def other_recorded_clips(source: Path) -> list[Clip]:
-    """Noises, words and sentences of a manifest that are not digits (none in a folder of FSDD)."""
+    """Return noises, words and sentences without digits of a manifest; FSDD has none."""
     clips = []
     for row in read_rows(source):
         held_out = any(name in row.path.stem or name == row.text for name in HELD_OUT_OTHER)
@@ -56,7 +56,7 @@ def other_recorded_clips(source: Path) -> list[Clip]:
 
 
 def synthetic_clips(cache: Path) -> list[Clip]:
-    """Clips of a cache written by synthesise.py or flite.py, its kinds as pools."""
+    """Return the clips of a file from synthesise.py or flite.py, with their kinds as pools."""
     rng = np.random.default_rng(4)
     arrays = np.load(cache)
     ends = np.cumsum(arrays["length"])
@@ -67,22 +67,22 @@ def synthetic_clips(cache: Path) -> list[Clip]:
     ):
         samples = audio[end - length : end].astype(np.float32) / 20_000
         digits = tuple(DIGITS.index(word) for word in str(text).split())
-        # flite has few voices, so each of its words gets a few sizes of the vocal tract.
+        # flite has few voices, so each of its words gets four lengths of the vocal tract
         for ratio in rng.choice(WARPS, 4, replace=False) if kind == "natural" else (1.0,):
-            said = resample(samples, ratio)[: 6 * SAMPLE_RATE]
-            clips.append(Clip(said, digits, f"{voice}@{ratio}", str(kind)))
+            resampled = resample(samples, ratio)[: 6 * SAMPLE_RATE]
+            clips.append(Clip(resampled, digits, f"{voice}@{ratio}", str(kind)))
     return clips
 
 
 def white_clips(seed: int, count: int = 6) -> list[Clip]:
-    """Ten seconds each of gaussian noise."""
+    """Return clips of ten seconds of Gaussian noise."""
     rng = np.random.default_rng(seed)
     samples = rng.standard_normal((count, 10 * SAMPLE_RATE)).astype(np.float32) * 0.1
     return [Clip(row, (), "", "white") for row in samples]
 
 
 def prepare_banks(source: Path, synthetic: list[Path], out: Path) -> tuple[Path, Path]:
-    """Compute the training and the dev bank once; their paths."""
+    """Compute the training and dev banks if they do not exist; return their paths."""
     train, dev = out / "bank-train", out / "bank-dev"
     if not train.with_suffix(".json").exists():
         others = other_recorded_clips(source)

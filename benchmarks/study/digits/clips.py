@@ -1,4 +1,4 @@
-"""The clips shipped in edgewhisper/assets/speech, so that the demo and tests need no download.
+"""Create the clips shipped in edgewhisper/assets/speech for the demo and the tests.
 
     python -m benchmarks.study.digits.clips [--out DIR]
 
@@ -7,8 +7,8 @@
     test     40 sequences by yet other voices
     other    silence, noises and foreign words (text ""), and one clip of about 20 s
 
-All are espeak-ng voices with a little variety: level, pauses, noise, and mostly the 4 kHz
-band of a telephone, which is also the band of the recordings the checkpoint learned from.
+All clips have espeak-ng voices with varied level, pauses and noise. Most are limited to the 4 kHz
+telephone band of the recordings that the checkpoint was trained on.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SPLITS = {"train": (240, TRAIN_VARIANTS), "dev": (60, DEV_VARIANTS), "test": (40
 
 
 def low_pass(samples: np.ndarray, cutoff_hz: float) -> np.ndarray:
-    """Take out everything above `cutoff_hz`, with a soft edge."""
+    """Remove frequencies above `cutoff_hz`, with a soft edge."""
     spectrum = np.fft.rfft(samples)
     hertz = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)
     return np.fft.irfft(spectrum / (1 + (hertz / cutoff_hz) ** 24), len(samples))
 
 
 def coloured_noise(rng: np.random.Generator, length: int, tilt: float = 0.0) -> np.ndarray:
-    """Gaussian noise of unit power whose spectrum falls as frequency**-tilt: (length,) float64."""
+    """Return Gaussian noise (length,) of unit power with a spectrum of frequency**-tilt."""
     spectrum = np.fft.rfft(rng.standard_normal(length))
     hertz = np.maximum(np.fft.rfftfreq(length, 1 / SAMPLE_RATE), 40.0)
     noise = np.fft.irfft(spectrum * hertz**-tilt, length)
@@ -52,14 +52,15 @@ def coloured_noise(rng: np.random.Generator, length: int, tilt: float = 0.0) -> 
 
 
 def silence(seconds: float) -> np.ndarray:
-    """Digital zeros."""
+    """Return digital silence."""
     return np.zeros(round(seconds * SAMPLE_RATE))
 
 
 def say_sequence(
     rng: np.random.Generator, voice: Voice, digits: list[str], breath: float
 ) -> np.ndarray:
-    """The digits by one voice: in one breath with probability `breath`, else word by word."""
+    """Return digits spoken by one voice, as a phrase with probability `breath`, else word by
+    word."""
     if rng.random() < breath:
         spoken = [speak(" ".join(digits), voice)]
     else:
@@ -71,7 +72,7 @@ def say_sequence(
 
 
 def vary(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
-    """Band, a little noise and level: (samples,) float64 with peak below 1."""
+    """Vary band, noise and level; return samples (n,) float64 with a peak below 1."""
     if rng.random() < 0.8:
         samples = low_pass(samples, 3800)
     rms = np.sqrt((samples**2).mean())
@@ -84,7 +85,7 @@ def vary(rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
 def sequence(
     rng: np.random.Generator, variants: list[str], count: int
 ) -> tuple[np.ndarray, str, str]:
-    """(samples, text, voice name) of `count` digits that fit the window; fewer when they do not."""
+    """Return (samples, text, voice name) of up to `count` digits that fit the window."""
     voice = random_voice(rng, variants)
     digits = [str(digit) for digit in rng.choice(DIGITS, count)]
     samples = say_sequence(rng, voice, digits, breath=0.4)
@@ -95,7 +96,7 @@ def sequence(
 
 
 def write_clip(folder: Path, name: str, samples: np.ndarray, text: str, speaker: str) -> dict:
-    """Encode one clip as Ogg Opus; the line of the manifest that describes it."""
+    """Encode a clip as Ogg Opus; return its line of the manifest."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(
@@ -106,12 +107,12 @@ def write_clip(folder: Path, name: str, samples: np.ndarray, text: str, speaker:
 
 
 def write_manifest(path: Path, rows: list[dict]) -> None:
-    """One JSON object per line."""
+    """Write a manifest, one JSON object per line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_split(out: Path, split: str, seed: int) -> None:
-    """The sequences of one split, one to six digits in turn."""
+    """Write the clips and manifest of a split, with one to six digits in turn."""
     count, variants = SPLITS[split]
     rng = np.random.default_rng([seed, *split.encode()])
     rows = []
@@ -123,7 +124,7 @@ def write_split(out: Path, split: str, seed: int) -> None:
 
 
 def long_clip(rng: np.random.Generator, seconds: float = 20.0) -> tuple[np.ndarray, str, str]:
-    """(samples, text, voice name) of digits by one voice until about `seconds` are filled."""
+    """Return (samples, text, voice name) of about `seconds` of digits by one voice."""
     voice, digits, parts, length = Voice("en-us", "m3", 50, 160), [], [], 0
     while length < (seconds - 0.8) * SAMPLE_RATE:
         digits.append(str(rng.choice(DIGITS)))
@@ -133,7 +134,7 @@ def long_clip(rng: np.random.Generator, seconds: float = 20.0) -> tuple[np.ndarr
 
 
 def other_clips(rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, str, str]]:
-    """(name, samples, text, speaker) of the clips that are not short digit sequences."""
+    """Yield (name, samples, text, speaker) of the clips that are not short digit sequences."""
     length = 4 * SAMPLE_RATE
     yield "silence", silence(4), "", ""
     yield "noise-faint", coloured_noise(rng, length) * 0.001, "", ""
@@ -149,7 +150,7 @@ def other_clips(rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray, str
 
 
 def write_other(out: Path, seed: int) -> None:
-    """Clips that are not short digit sequences."""
+    """Write the clips that are not short digit sequences."""
     rng = np.random.default_rng([seed, 99])
     rows = [
         write_clip(out, f"other/{name}.ogg", samples, text, speaker)
@@ -162,7 +163,7 @@ def write_other(out: Path, seed: int) -> None:
 
 
 def main() -> None:
-    """Command line: write all shipped clips."""
+    """Write all shipped clips."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=SPEECH)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,14 +1,14 @@
-"""The fixed evaluation of a digits checkpoint; the last line printed is JSON.
+"""Run the fixed evaluation of a digits checkpoint; the last line of stdout is JSON.
 
     python -m benchmarks.study.digits.evaluate --fsdd free-spoken-digit-dataset/recordings \
         [--checkpoint DIR] [--out scores.json]
 
-For each speaker, 120 sequences of one to six recordings are laid out by a fixed plan, clean and
-with white noise 10 dB below the speech. Lucas, and theo where the recordings have him, were
-never trained on; of the other speakers only recordings 0..4 were held out, and only those are
-used here. Silence, noises and words that are not digits must come out as nothing at all.
+For each speaker, a fixed plan gives 120 sequences of one to six recordings, clean and with white
+noise 10 dB below the speech. The speakers lucas and theo (if the recordings have him) were never
+trained on. For the other speakers, only the held-out recordings 0..4 are used. Silence, noise and
+words that are not digits must give empty texts.
 
-Without --fsdd only what needs no download is scored: the shipped clips, silence and noise.
+Without --fsdd, only the sets without a download are scored: the shipped clips, silence and noise.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import numpy as np
 from benchmarks.study.digits import CHECKPOINT, SAMPLE_RATE, SPEECH, WINDOW_S
 from benchmarks.study.digits.banks import HELD_OUT_OTHER, HELD_OUT_SPEAKERS
 from benchmarks.study.digits.clips import coloured_noise
+from benchmarks.study.digits.model import quiet_transformers
 from benchmarks.study.digits.spectra import Row, read_clip, read_rows
 from benchmarks.study.digits.synthesise import HELD_OUT_WORDS, TEST_VARIANTS, random_voice, speak
-from benchmarks.study.digits.train import quiet_transformers
 from benchmarks.wer import count
 
 SEQUENCES = 120
@@ -37,7 +37,7 @@ LONGEST = WINDOW_S * SAMPLE_RATE - 3200  # samples; a sequence stops before it g
 
 @dataclass(frozen=True)
 class Spoken:
-    """Audio (samples,) float32 at 16 kHz and what it says."""
+    """Audio (samples,) float32 at 16 kHz and its text."""
 
     samples: np.ndarray
     text: str
@@ -45,7 +45,7 @@ class Spoken:
 
 @dataclass(frozen=True)
 class Score:
-    """Words wrong of words spoken, and clips exactly right of clips."""
+    """Word errors out of words, and exactly transcribed clips out of clips."""
 
     errors: int
     words: int
@@ -54,7 +54,7 @@ class Score:
 
     @property
     def wer(self) -> float:
-        """Word error rate; 0 where nothing was said."""
+        """Word error rate; 0 if there are no words."""
         return self.errors / self.words if self.words else 0.0
 
 
@@ -62,7 +62,7 @@ class Score:
 
 
 def sequence_plan(recordings: int, count: int = SEQUENCES, seed: int = SEED) -> list[dict]:
-    """Which recordings, with which pauses in seconds, make each sequence; drawn in one order."""
+    """Return the recordings and pauses in seconds of each sequence, drawn with a fixed seed."""
     rng = np.random.default_rng(seed)
     plan = []
     for index in range(count):
@@ -78,35 +78,35 @@ def sequence_plan(recordings: int, count: int = SEQUENCES, seed: int = SEED) -> 
 
 
 def plan_hash(plan: list[dict]) -> str:
-    """Fingerprint of a plan."""
+    """Return a hash of a plan."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def pause(seconds: float) -> np.ndarray:
-    """Digital zeros."""
+    """Return digital silence."""
     return np.zeros(round(seconds * SAMPLE_RATE), np.float32)
 
 
 def lay_out(step: dict, clips: list[np.ndarray], texts: list[str]) -> Spoken:
-    """One sequence of the plan; words that would pass the window are left out."""
-    parts, said = [pause(step["lead_s"])], []
+    """Return one sequence of the plan; words that do not fit the window are left out."""
+    parts, words = [pause(step["lead_s"])], []
     for index, gap_s in zip(step["clips"], step["gaps_s"], strict=True):
         if sum(map(len, parts)) + len(clips[index]) > LONGEST:
             break
         parts += [clips[index] * 0.5, pause(gap_s)]
-        said.append(texts[index])
-    return Spoken(np.concatenate(parts), " ".join(said))
+        words.append(texts[index])
+    return Spoken(np.concatenate(parts), " ".join(words))
 
 
 def speaker_sequences(rows: list[Row]) -> list[Spoken]:
-    """The 120 sequences of one speaker's recordings."""
+    """Return the 120 sequences of one speaker's recordings."""
     clips = [read_clip(row.path) for row in rows]
     texts = [row.text for row in rows]
     return [lay_out(step, clips, texts) for step in sequence_plan(len(rows))]
 
 
 def add_white_noise(spoken: list[Spoken], snr_db: float, seed: int = SEED) -> list[Spoken]:
-    """White noise `snr_db` below the power of each sequence."""
+    """Add white noise `snr_db` below the power of each sequence."""
     rng = np.random.default_rng([seed, 10])
     noisy = []
     for item in spoken:
@@ -117,12 +117,12 @@ def add_white_noise(spoken: list[Spoken], snr_db: float, seed: int = SEED) -> li
 
 
 def nothing(samples: np.ndarray) -> Spoken:
-    """Audio in which no digit is said, at most one window of it."""
+    """Return audio without digits, cut to one window."""
     return Spoken(samples[: WINDOW_S * SAMPLE_RATE].astype(np.float32), "")
 
 
 def silences() -> list[Spoken]:
-    """Digital zeros of several lengths, and noise 60 to 90 dB below full scale."""
+    """Return silence of several lengths, and noise 60 to 90 dB below full scale."""
     rng = np.random.default_rng(11)
     zeros = [nothing(pause(seconds)) for seconds in (0.5, 1, 2, 4, 6)]
     faint = [
@@ -134,7 +134,7 @@ def silences() -> list[Spoken]:
 
 
 def noises(level_db: float) -> list[Spoken]:
-    """Twelve gaussian noises of three colours and four lengths at `level_db` of full scale."""
+    """Return twelve Gaussian noises of three colours and four lengths at a level in dBFS."""
     rng = np.random.default_rng(12)
     return [
         nothing(coloured_noise(rng, round(seconds * SAMPLE_RATE), tilt) * 10 ** (level_db / 20))
@@ -144,7 +144,7 @@ def noises(level_db: float) -> list[Spoken]:
 
 
 def foreign_words() -> dict[str, list[Spoken]]:
-    """Words of languages and voices that training never met; needs espeak-ng."""
+    """Return words in languages and voices that are not in the training data; needs espeak-ng."""
     rng = np.random.default_rng(13)
     spoken = {}
     for language, words in HELD_OUT_WORDS.items():
@@ -155,19 +155,19 @@ def foreign_words() -> dict[str, list[Spoken]]:
 
 
 def recorded_others(rows: list[Row]) -> dict[str, list[Spoken]]:
-    """Recordings without digits that were kept out of training, cut to windows."""
-    found: dict[str, list[Spoken]] = {}
+    """Return held-out recordings without digits, cut to windows."""
+    by_kind: dict[str, list[Spoken]] = {}
     for row in rows:
         if any(name in row.path.stem or name == row.text for name in HELD_OUT_OTHER):
             if "_norm" in row.path.stem:  # sentences with numerals in them
                 continue
             name = "recorded noise" if row.kind == "noise" else f"recorded {row.kind}s"
-            found.setdefault(name, []).append(nothing(read_clip(row.path) * 0.5))
-    return found
+            by_kind.setdefault(name, []).append(nothing(read_clip(row.path) * 0.5))
+    return by_kind
 
 
 def shipped(split: str) -> list[Spoken]:
-    """Clips of edgewhisper/assets/speech that fit the window."""
+    """Return the shipped clips that fit the window."""
     rows = map(json.loads, (SPEECH / f"{split}.jsonl").read_text().splitlines())
     return [
         Spoken(read_level(SPEECH / row["audio"]), row["text"])
@@ -177,7 +177,7 @@ def shipped(split: str) -> list[Spoken]:
 
 
 def read_level(path: Path) -> np.ndarray:
-    """Samples at 16 kHz as recorded, without normalising: (samples,) float32."""
+    """Return samples (n,) float32 at 16 kHz at their recorded level."""
     import soundfile
 
     samples, rate = soundfile.read(path, dtype="float32")
@@ -187,7 +187,7 @@ def read_level(path: Path) -> np.ndarray:
 
 
 def conditions(source: Path | None) -> dict[str, list[Spoken]]:
-    """All conditions by name, in the order of the report."""
+    """Return the clips of all conditions by name, in the order of the report."""
     sets: dict[str, list[Spoken]] = {}
     rows = read_rows(source) if source else []
     for speaker in sorted({row.speaker for row in rows if row.kind == "digit"}):
@@ -211,7 +211,7 @@ def conditions(source: Path | None) -> dict[str, list[Spoken]]:
 
 
 def transcribe(checkpoint: Path, audio: list[np.ndarray], batch: int = 24) -> list[str]:
-    """What the checkpoint writes for each clip, by a bare generate()."""
+    """Return the checkpoint's text of each clip, by generate() without options."""
     import torch
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -228,22 +228,22 @@ def transcribe(checkpoint: Path, audio: list[np.ndarray], batch: int = 24) -> li
     return [text.strip() for text in texts]
 
 
-def score(spoken: list[Spoken], heard: list[str]) -> Score:
-    """Count errors; for clips without digits every word written is an error."""
-    errors = [sum(count(s.text, h)[:3]) for s, h in zip(spoken, heard, strict=True)]
+def score(spoken: list[Spoken], texts: list[str]) -> Score:
+    """Count errors; in clips without digits every output word is an error."""
+    errors = [sum(count(s.text, h)[:3]) for s, h in zip(spoken, texts, strict=True)]
     words = sum(len(s.text.split()) for s in spoken)
     return Score(sum(errors), words, sum(e == 0 for e in errors), len(spoken))
 
 
 def evaluate(checkpoint: Path, source: Path | None) -> dict[str, Score]:
-    """Scores of every condition."""
+    """Return the scores of all conditions."""
     sets = conditions(source)
-    heard = iter(transcribe(checkpoint, [s.samples for items in sets.values() for s in items]))
-    return {name: score(items, [next(heard) for _ in items]) for name, items in sets.items()}
+    texts = iter(transcribe(checkpoint, [s.samples for items in sets.values() for s in items]))
+    return {name: score(items, [next(texts) for _ in items]) for name, items in sets.items()}
 
 
 def table(scores: dict[str, Score]) -> str:
-    """The scores as a Markdown table: word error rate, or clips that stay empty."""
+    """Return the scores as a Markdown table."""
     lines = ["| condition | word error rate | clips right |", "|---|---|---|"]
     for name, s in scores.items():
         wer = f"{100 * s.wer:.1f} % ({s.errors}/{s.words})" if s.words else "must be empty"
@@ -252,13 +252,13 @@ def table(scores: dict[str, Score]) -> str:
 
 
 def load_scores(path: Path) -> dict[str, Score]:
-    """Scores that `--out` wrote."""
+    """Read the scores written by `--out`."""
     rows = json.loads(path.read_text())
     return {name: Score(**{k: v for k, v in s.items() if k != "wer"}) for name, s in rows.items()}
 
 
 def main() -> None:
-    """Command line: score, print a table, then JSON on the last line."""
+    """Score a checkpoint; print a table and JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--fsdd", type=Path, help="FSDD recordings, or a JSONL manifest")

@@ -1,16 +1,16 @@
-"""Speech from flite's voices, which were built from recordings of people.
+"""Synthesise speech with flite's voices, which are built from recordings of people.
 
     python -m benchmarks.study.digits.flite --out CACHE/flite.npz
 
-espeak-ng makes many talkers by rule; the four voices of flite are few but close to people. The
-cache has the layout of synthesise.py's, with these kinds of clip:
+espeak-ng has many rule-based voices; flite has four voices that sound more natural. The file has
+the format of synthesise.py, with these kinds of clip:
 
     natural   one digit                                    "seven"
-    phrase    two to five digits said in one breath        "three one four"
+    phrase    two to five digits as one phrase             "three one four"
     other     words and phrases that are not digits        ""
 
-The dev cache beside it speaks with festival's ked, so that training never meets that voice.
-flite and its voices are free for any use (Carnegie Mellon's licence); so is ked.
+The dev file next to it uses festival's voice ked, which is not in the training data. flite, its
+voices and ked are free for any use (Carnegie Mellon's licence).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TRAIN_VOICES = ("kal16", "awb", "rms", "slt")
 DEV_VOICES = ("ked",)
 NORMAL_WPM = 170
 TONES = ("{}", "{}?", "{}!", "{},")
-"""Marks that change how a voice ends a word."""
+"""Punctuation that changes the intonation of a word."""
 
 
 class ProgramMissing(RuntimeError):
@@ -49,7 +49,7 @@ class ProgramMissing(RuntimeError):
 
 
 def command(text: str, voice: Voice, wav: Path, source: Path) -> list[str]:
-    """Command that says `text` into `wav`; text2wave reads it from `source`."""
+    """Return the command that speaks `text` into `wav`; text2wave reads it from `source`."""
     stretch = NORMAL_WPM / voice.wpm
     if voice.variant in DEV_VOICES:
         source.write_text(text)
@@ -62,9 +62,9 @@ def command(text: str, voice: Voice, wav: Path, source: Path) -> list[str]:
 
 
 def speak(text: str, voice: Voice) -> np.ndarray:
-    """`text` said by `voice`: (samples,) float32 at 16 kHz, peak 1."""
+    """Return `text` spoken by `voice`: samples (n,) float32 at 16 kHz with peak 1."""
     with tempfile.TemporaryDirectory() as folder:
-        wav = Path(folder) / "said.wav"
+        wav = Path(folder) / "speech.wav"
         call = command(text, voice, wav, Path(folder) / "text")
         if shutil.which(call[0]) is None:
             raise ProgramMissing(
@@ -76,12 +76,12 @@ def speak(text: str, voice: Voice) -> np.ndarray:
 
 
 def random_voice(rng: np.random.Generator, name: str) -> Voice:
-    """Voice `name` at a drawn pitch (heeded by kal16 only) and pace."""
+    """Return a voice with random pitch (used by kal16 only) and pace."""
     return Voice("en-us", name, int(rng.integers(5, 50)), int(rng.integers(115, 230)))
 
 
 def lines(rng: np.random.Generator, voices: tuple[str, ...], rounds: int) -> Iterator[Line]:
-    """`rounds` rounds of every voice: the digits in each tone, ten phrases, other words."""
+    """Yield `rounds` rounds per voice (ten digits and ten phrases), then the other words."""
     others = OTHER_WORDS["en-us"].split() + OTHER_PHRASES["en-us"].split("|")
     for name in voices:
         for index in range(rounds):
@@ -97,7 +97,7 @@ def lines(rng: np.random.Generator, voices: tuple[str, ...], rounds: int) -> Ite
 
 
 def main() -> None:
-    """Command line: write the cache."""
+    """Write the training file and the dev file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
     parser.add_argument("--rounds", type=int, default=20, help="20 give about 2000 clips")

@@ -1,15 +1,15 @@
-"""Real recordings as speech manifests, for compressing and judging the embedded model.
+"""Write recordings as speech manifests, to compress and evaluate the embedded model.
 
 git clone https://github.com/Jakobovski/free-spoken-digit-dataset
 python -m benchmarks.study.digits.manifests --fsdd free-spoken-digit-dataset/recordings --out speech
 edgewhisper compress --speech speech/train.jsonl --dev speech/dev.jsonl
 edgewhisper eval CHECKPOINT --speech speech/fsdd_lucas-clean.jsonl
 
-train              sequences of the training speakers, recordings 5..49, under random levels,
-                   channels and noise; every eighth clip is noise that says nothing
-dev                the same of recordings 0..4
-SPEAKER-clean,     the fixed 120 sequences of each held-out speaker that evaluate.py scores,
-SPEAKER-10dB       and the same under white noise
+train              sequences of the training speakers' recordings 5..49 with random levels, channels
+                   and noise; every eighth clip is noise without words
+dev                the same with recordings 0..4
+SPEAKER-clean,     the 120 sequences of each held-out speaker that evaluate.py scores,
+SPEAKER-10dB       without and with white noise
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from benchmarks.study.digits.evaluate import (
 from benchmarks.study.digits.spectra import WARPS, Row, read_clip, read_rows, resample
 
 EMPTY = 8
-"""Every eighth clip holds noise only: a model that is fine-tuned must not unlearn silence."""
+"""Every eighth clip is noise only, so that fine-tuned models keep outputting nothing for it."""
 
 
 def by_speaker(rows: list[Row], dev: bool) -> list[list[Row]]:
-    """Digit recordings of each training speaker: 0..4 for `dev`, 5..49 otherwise."""
+    """Return the digit recordings of each training speaker: 0..4 for `dev`, 5..49 otherwise."""
     speakers: dict[str, list[Row]] = {}
     for row in rows:
         held_out = int(row.path.stem.rsplit("_", 1)[1]) < 5 if row.kind == "digit" else not dev
@@ -52,12 +52,12 @@ def by_speaker(rows: list[Row], dev: bool) -> list[list[Row]]:
 
 
 def varied_sequences(speakers: list[list[Row]], count: int, seed: int) -> list[Spoken]:
-    """`count` sequences, voices warped by resampling, with noise-only clips among them."""
+    """Return `count` sequences with resampled voices, and noise-only clips among them."""
     rng = np.random.default_rng(seed)
-    found = []
+    sequences = []
     for index, step in enumerate(sequence_plan(1, count, seed)):
         if index % EMPTY == 0:
-            found.append(Spoken(noise(rng), ""))
+            sequences.append(Spoken(noise(rng), ""))
             continue
         rows = speakers[index % len(speakers)]
         chosen = [rows[int(i)] for i in rng.integers(len(rows), size=len(step["clips"]))]
@@ -65,12 +65,12 @@ def varied_sequences(speakers: list[list[Row]], count: int, seed: int) -> list[S
         clips = [resample(read_clip(row.path), ratio) for row in chosen]
         own = {**step, "clips": list(range(len(clips)))}
         spoken = lay_out(own, clips, [row.text for row in chosen])
-        found.append(Spoken(vary(rng, spoken.samples).astype(np.float32), spoken.text))
-    return found
+        sequences.append(Spoken(vary(rng, spoken.samples).astype(np.float32), spoken.text))
+    return sequences
 
 
 def noise(rng: np.random.Generator) -> np.ndarray:
-    """Silence or noise of a random colour, length and level: (samples,) float32."""
+    """Return silence or noise (samples,) float32 of random colour, length and level."""
     length = round(rng.uniform(1, LONGEST_S) * SAMPLE_RATE)
     level_db = rng.uniform(-90, -15)
     return (coloured_noise(rng, length, rng.uniform(0, 1)) * 10 ** (level_db / 20)).astype(
@@ -79,7 +79,7 @@ def noise(rng: np.random.Generator) -> np.ndarray:
 
 
 def write(out: Path, name: str, spoken: list[Spoken], speaker: str = "") -> None:
-    """A manifest and its clips."""
+    """Write a manifest and its clips."""
     rows = [
         write_clip(out, f"{name}/{index:04d}.ogg", item.samples.clip(-1, 1), item.text, speaker)
         for index, item in enumerate(spoken)
@@ -88,7 +88,7 @@ def write(out: Path, name: str, spoken: list[Spoken], speaker: str = "") -> None
 
 
 def main() -> None:
-    """Command line."""
+    """Write the manifests of all splits and held-out speakers."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--fsdd", type=Path, required=True, help="recordings, or a JSONL manifest")
     parser.add_argument("--out", type=Path, required=True)

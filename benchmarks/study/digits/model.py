@@ -1,4 +1,4 @@
-"""The digits checkpoint before training: tokenizer in Whisper's layout, model, first weights."""
+"""The digits checkpoint before training: tokenizer in Whisper's layout, model, initial weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from export.vocabulary import special_tokens
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of the model; 128 wide and 4 + 2 layers are 1.5 million parameters."""
+    """Dimensions of the model; the defaults give 1.5 million parameters."""
 
     d_model: int = 128
     heads: int = 4
@@ -23,7 +23,7 @@ class Geometry:
     decoder_layers: int = 2
 
 
-# More words for the tokenizer to learn merges from, so that fine-tuning can go beyond digits.
+# More words for the tokenizer's merges, so that the model can be fine-tuned beyond digits.
 COMMANDS = (
     "yes no up down left right on off stop go light lights fan door open close turn the play "
     "pause next volume music room kitchen bedroom start cancel"
@@ -31,7 +31,8 @@ COMMANDS = (
 
 
 def build_processor() -> Any:
-    """A byte-level tokenizer in Whisper's layout, digits as single tokens, and the extractor."""
+    """Return a processor: a byte-level tokenizer in Whisper's layout with single-token digits, and
+    the feature extractor."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
 
@@ -58,16 +59,16 @@ def build_processor() -> Any:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids that training needs."""
+    """The token ids used in training."""
 
     prompt: tuple[int, ...]
-    """<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"""
+    """Ids of <|startoftranscript|><|en|><|transcribe|><|notimestamps|>."""
     end: int
     digits: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer: Any) -> Tokens:
-        """Look the ids up; every digit must be a single token."""
+        """Look up the ids. Raises ValueError if a digit is not a single token."""
         names = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
         digits = [tokenizer(f" {d}", add_special_tokens=False).input_ids for d in DIGITS]
         if any(len(ids) != 1 for ids in digits):
@@ -78,7 +79,7 @@ class Tokens:
 
 
 def build_model(geometry: Geometry, processor: Any) -> nn.Module:
-    """A fresh WhisperForConditionalGeneration whose bare generate() uses the trained prompt."""
+    """Return an untrained model whose generate() uses the training prompt by default."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     tokens = Tokens.of(processor.tokenizer)
@@ -109,7 +110,7 @@ def build_model(geometry: Geometry, processor: Any) -> nn.Module:
 
 
 def generation_config(tokenizer: Any) -> Any:
-    """A fresh one: a config derived from the model's loses these fields when it is reloaded."""
+    """Return a new generation config; one derived from the model's loses these fields on reload."""
     from transformers import GenerationConfig
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
@@ -137,7 +138,7 @@ def generation_config(tokenizer: Any) -> Any:
 
 @torch.no_grad()
 def fan_in_init(model: nn.Module) -> None:
-    """Replace the fixed 0.02 by what each layer's width asks for."""
+    """Initialise the weights by fan-in instead of the fixed standard deviation 0.02."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -151,7 +152,10 @@ def fan_in_init(model: nn.Module) -> None:
 
 
 def make_ctc_head(d_model: int) -> nn.Linear:
-    """Blank and ten digits. It starts near 'all blank', else its loss eats the clipped gradient."""
+    """Return a CTC head for blank and ten digits.
+
+    It starts close to "all blank"; otherwise its loss dominates the clipped gradient.
+    """
     head = nn.Linear(d_model, 11)
     with torch.no_grad():
         head.weight.mul_(0.3)
@@ -161,7 +165,7 @@ def make_ctc_head(d_model: int) -> nn.Linear:
 
 
 def use_window(model: nn.Module, table: Tensor, window_s: float) -> None:
-    """Let the encoder take windows of `window_s`: the first rows of its position table."""
+    """Set the encoder's window to `window_s` seconds: the first rows of its position table."""
     encoder = model.model.encoder
     rows = round(window_s * 50)
     if len(encoder.embed_positions.weight) == rows:
@@ -170,3 +174,11 @@ def use_window(model: nn.Module, table: Tensor, window_s: float) -> None:
     encoder.embed_positions = nn.Embedding.from_pretrained(part, freeze=True).to(table.device)
     encoder.config.max_source_positions = rows
     model.config.max_source_positions = rows
+
+
+def quiet_transformers() -> None:
+    """Turn off transformers' progress bars and the warnings that generate() repeats every call."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,8 +1,8 @@
-"""A bank of clips as mel power spectra, so that training never touches a waveform.
+"""Banks of clips as mel power spectra, from which training composes utterances.
 
-A Whisper feature is log10 of mel power, clamped and scaled. Everything before the logarithm
-is additive in power, so utterances can be composed there: words follow each other, noise adds,
-a channel multiplies. That is about a hundred times cheaper than working on samples.
+A Whisper feature is log10 of mel power, clamped and scaled. Before the logarithm everything is
+additive in power: words follow each other, noise is added, a channel multiplies. Composing there is
+about a hundred times cheaper than on samples.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ N_MELS = 80
 HOP = 160  # samples per frame: 10 ms
 FLOOR = 1e-10  # mel power, as in Whisper's feature extractor
 WARPS = (0.826, 0.874, 0.925, 0.979, 1.0, 1.036, 1.096, 1.16, 1.228)
-"""Resampling ratios of real clips: pitch, formants and pace move together."""
+"""Resampling ratios of recorded clips; they change pitch, formants and pace together."""
 
 
 @cache
 def extractor() -> Any:
-    """The feature extractor of the checkpoint, for its mel filters and for comparison."""
+    """Return the checkpoint's feature extractor, for its mel filters and for comparison."""
     from transformers import WhisperFeatureExtractor
 
     from benchmarks.study.digits import WINDOW_S
@@ -38,7 +38,7 @@ def extractor() -> Any:
 
 
 def mel_power(samples: np.ndarray) -> np.ndarray:
-    """Mel power of one clip, silence around it: (frames, 80) float32, before the logarithm."""
+    """Return a clip's mel power (frames, 80) float32 before the logarithm, padded with silence."""
     import torch
 
     length = -(-len(samples) // HOP) * HOP + HOP
@@ -53,14 +53,14 @@ def mel_power(samples: np.ndarray) -> np.ndarray:
 
 
 def to_features(power: np.ndarray) -> np.ndarray:
-    """Whisper's features (80, frames) float32 of mel power (frames, 80)."""
+    """Return Whisper's features (80, frames) float32 for mel power (frames, 80)."""
     log = np.log10(np.maximum(power, FLOOR))
     return ((np.maximum(log, log.max() - 8.0) + 4.0) / 4.0).astype(np.float32).T
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Samples at 16 kHz, the digits in them, who speaks, and the pool the clip belongs to."""
+    """Samples at 16 kHz with their digits, speaker and pool."""
 
     samples: np.ndarray
     digits: tuple[int, ...]
@@ -70,7 +70,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Bank:
-    """Log10 mel power of many clips, end to end: `log_mel` (frames, 80) float16."""
+    """Concatenated log10 mel power of many clips: `log_mel` (frames, 80) float16."""
 
     log_mel: np.ndarray
     start: np.ndarray
@@ -80,7 +80,7 @@ class Bank:
     pool: list[str]
 
     def save(self, path: Path) -> None:
-        """Write PATH.npy (to be memory-mapped) and PATH.json."""
+        """Write PATH.npy, which is memory-mapped later, and PATH.json."""
         np.save(path.with_suffix(".npy"), self.log_mel)
         lists = {"start": self.start.tolist(), "frames": self.frames.tolist()}
         lists |= {"digits": self.digits, "speaker": self.speaker, "pool": self.pool}
@@ -101,7 +101,7 @@ class Bank:
 
 
 def make_bank(clips: list[Clip]) -> Bank:
-    """Mel power of every clip; one spare frame at the end lets interpolation look ahead."""
+    """Return a bank of clips, with one more frame at the end for interpolation."""
     spectra = [np.log10(np.maximum(mel_power(c.samples), FLOOR)).astype(np.float16) for c in clips]
     frames = np.array([len(s) for s in spectra])
     start = np.concatenate([[0], np.cumsum(frames)[:-1]])
@@ -112,7 +112,7 @@ def make_bank(clips: list[Clip]) -> Bank:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------- where clips come from
+# ---------------------------------------------------------------- recordings
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Row:
 
 
 def read_rows(source: Path) -> list[Row]:
-    """Rows of a JSONL manifest, or of a folder of D_SPEAKER_N.wav recordings, in name order."""
+    """Return the rows of a JSONL manifest, or of a folder of D_SPEAKER_N.wav files by name."""
     if source.is_file():
         lines = map(json.loads, source.read_text().splitlines())
         return [
@@ -148,7 +148,7 @@ def read_rows(source: Path) -> list[Row]:
 
 
 def read_clip(path: Path) -> np.ndarray:
-    """Samples at 16 kHz, mono, peak 1: (samples,) float32."""
+    """Return samples (n,) float32 at 16 kHz, mono, with peak 1."""
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     mono = samples.mean(1)
     if rate != SAMPLE_RATE:
@@ -157,19 +157,19 @@ def read_clip(path: Path) -> np.ndarray:
 
 
 def resample(samples: np.ndarray, ratio: float) -> np.ndarray:
-    """Play `ratio` times faster: pitch and formants rise, duration falls."""
+    """Speed up by `ratio`, which raises pitch and formants."""
     if ratio == 1.0:
         return samples
     return soxr.resample(samples, SAMPLE_RATE * ratio, SAMPLE_RATE).astype(np.float32)
 
 
 def says_digits(text: str) -> bool:
-    """Whether a text names a digit, or a numeral, that a digit transcriber would write."""
+    """Return whether a text has a digit or numeral that a digit transcriber would output."""
     return bool(re.search(r"\d|" + "|".join(rf"\b{d}" for d in DIGITS), text.lower()))
 
 
 def pieces(samples: np.ndarray, seconds: float) -> list[np.ndarray]:
-    """Cut into pieces of at most `seconds`, dropping a last one under 0.3 s."""
+    """Cut into pieces of at most `seconds`; a last piece below 0.3 s is dropped."""
     size = round(seconds * SAMPLE_RATE)
     cut = [samples[i : i + size] for i in range(0, len(samples), size)]
     return [piece for piece in cut if len(piece) > 0.3 * SAMPLE_RATE]

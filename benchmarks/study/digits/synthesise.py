@@ -1,15 +1,15 @@
-"""Speech from espeak-ng: English digits in many voices, and other words in many languages.
+"""Synthesise speech with espeak-ng: English digits in many voices, other words in many languages.
 
     python -m benchmarks.study.digits.synthesise --out CACHE/espeak.npz
 
-Four kinds of clip come out, each with the text a transcriber of English digits should write:
+There are four kinds of clip, each with the text that the model should output:
 
     word      one digit in an English voice                         "seven"
-    phrase    two to five digits said in one breath                 "three one four"
+    phrase    two to five digits as one phrase                      "three one four"
     accented  digits respelled for a voice of another language      "seven"
     other     words and phrases that are not English digits         ""
 
-espeak-ng (GPL-3.0) is called as a program; its output carries no licence of its own.
+espeak-ng (GPL-3.0) is called as a program; its licence does not cover its output.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ACCENTS = [
     "en-us-nyc",
 ]
 
-# Held-out voices: never in the training cache, so that dev and test speak with new voices.
+# Held-out voices for dev and test, which are not in the training file.
 DEV_VARIANTS = ["f4", "m6", "Hugo", "linda", "edward", "klatt2", "travis", "steph3"]
 TEST_VARIANTS = ["f2", "m3", "Andrea", "norbert", "Mike", "klatt4", "paul", "anika"]
 _TRAIN_VARIANTS = (
@@ -52,7 +52,7 @@ _TRAIN_VARIANTS = (
 )
 TRAIN_VARIANTS = _TRAIN_VARIANTS.split()
 
-# English digits as a reader of each language would have to spell them to be understood.
+# English digits, spelled so that a voice of each language pronounces them in English.
 ACCENTED = {
     "de": "siero wann tuh srie vor faif sicks sewwen äit nain",
     "nl": "zierow wan toe srie for faaif siks sevven eejt najn",
@@ -70,8 +70,8 @@ ACCENTED = {
     "bn": "জিরো ওয়ান টু থ্রি ফোর ফাইভ সিক্স সেভেন এইট নাইন",
 }
 
-# Words that must come out as nothing. Numerals of other languages are left out where they sound
-# like an English digit ("sechs", "nein"), and so are English homophones ("won", "to", "ate").
+# Words that must give empty texts. Words that sound like an English digit ("sechs", "nein", "won",
+# "to", "ate") are left out.
 OTHER_WORDS = {
     "en-us": "hello water window computer yellow banana music kitchen please thank monday "
     "doctor people garden open close light on off stop go yes no up down left right house tree "
@@ -103,7 +103,7 @@ OTHER_PHRASES = {
     "ru": "где находится вокзал|я хотел бы кофе|сегодня хорошая погода",
     "sw": "kituo kiko wapi|ningependa kahawa|hali ya hewa ni nzuri leo",
 }
-# Languages kept for the evaluation: nothing of them is ever trained on.
+# Languages for the evaluation only; they are not in the training data.
 HELD_OUT_WORDS = {
     "fi": "ikkuna vesi talo koulu kissa puu kiitos keittiö huomenna valo",
     "hu": "ablak víz ház iskola macska köszönöm konyha holnap jobbra",
@@ -119,7 +119,7 @@ class EspeakMissing(RuntimeError):
 
 @dataclass(frozen=True)
 class Voice:
-    """An espeak-ng voice: `language` and `variant` name it, `pitch` is 0..99, `wpm` its pace."""
+    """An espeak-ng voice: language, variant, pitch (0..99) and words per minute."""
 
     language: str
     variant: str = ""
@@ -128,12 +128,12 @@ class Voice:
 
     @property
     def name(self) -> str:
-        """For instance "en-gb+f3", as espeak-ng's -v takes it."""
+        """The name for espeak-ng's option -v, such as "en-gb+f3"."""
         return f"{self.language}+{self.variant}" if self.variant else self.language
 
 
 def random_voice(rng: np.random.Generator, variants: list[str], language: str = "") -> Voice:
-    """A voice with a drawn variant, pitch and pace, in `language` or a drawn English accent."""
+    """Return a voice of random variant, pitch and pace, by default in a random English accent."""
     return Voice(
         language or str(rng.choice(ACCENTS)),
         str(rng.choice(variants)),
@@ -143,7 +143,7 @@ def random_voice(rng: np.random.Generator, variants: list[str], language: str = 
 
 
 def require_espeak() -> str:
-    """Path of the espeak-ng program, or an error that says what to do."""
+    """Return the path of espeak-ng. Raises EspeakMissing if it is not installed."""
     program = shutil.which("espeak-ng")
     if program is None:
         raise EspeakMissing(
@@ -153,7 +153,7 @@ def require_espeak() -> str:
 
 
 def trim(samples: np.ndarray, floor: float = 0.01) -> np.ndarray:
-    """Cut leading and trailing samples below `floor` of the peak, keeping 10 and 25 ms of them."""
+    """Remove samples below `floor` of the peak at both ends, except for 10 and 25 ms."""
     loud = np.flatnonzero(np.abs(samples) > floor * max(1e-6, np.abs(samples).max()))
     if len(loud) == 0:
         return samples[:0]
@@ -161,12 +161,12 @@ def trim(samples: np.ndarray, floor: float = 0.01) -> np.ndarray:
 
 
 def peak_one(samples: np.ndarray) -> np.ndarray:
-    """The same samples with their loudest at 1; nothing stays nothing."""
+    """Return the samples scaled to a peak of 1; silence is not changed."""
     return samples / max(1e-4, float(np.abs(samples).max(initial=0)))
 
 
 def speak(text: str, voice: Voice) -> np.ndarray:
-    """`text` said by `voice`: (samples,) float32 at 16 kHz, peak 1; empty if it says nothing."""
+    """Return `text` spoken by `voice`: samples (n,) float32 at 16 kHz with peak 1, or empty."""
     command = [require_espeak(), "-v", voice.name, "-p", str(voice.pitch), "-s", str(voice.wpm)]
     wav = subprocess.run([*command, "--stdout", text], capture_output=True, check=False).stdout
     if len(wav) <= 44:
@@ -177,7 +177,7 @@ def speak(text: str, voice: Voice) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Line:
-    """One clip to synthesise: `spoken` goes to the synthesiser, `text` is the wanted transcript."""
+    """A clip to synthesise: `spoken` is the synthesiser's input, `text` the expected transcript."""
 
     kind: str
     spoken: str
@@ -188,7 +188,7 @@ class Line:
 def digit_lines(
     rng: np.random.Generator, variants: list[str], words: int, phrases: int
 ) -> Iterator[Line]:
-    """`words` rounds of the ten digits, then `phrases` phrases of two to five digits."""
+    """Yield `words` rounds of the ten digits, then `phrases` phrases of two to five digits."""
     for _ in range(words):
         voice = random_voice(rng, variants)
         yield from (Line("word", digit, digit, voice) for digit in DIGITS)
@@ -198,7 +198,7 @@ def digit_lines(
 
 
 def accented_lines(rng: np.random.Generator, variants: list[str], rounds: int) -> Iterator[Line]:
-    """`rounds` rounds of the ten digits in every language of ACCENTED."""
+    """Yield `rounds` rounds of the ten digits in every language of ACCENTED."""
     for language, spelling in ACCENTED.items():
         for _ in range(rounds):
             voice = random_voice(rng, variants, language)
@@ -207,7 +207,7 @@ def accented_lines(rng: np.random.Generator, variants: list[str], rounds: int) -
 
 
 def other_lines(rng: np.random.Generator, variants: list[str], rounds: int) -> Iterator[Line]:
-    """Every non-digit word `rounds` times, then phrases; each by a new voice."""
+    """Yield every other word and phrase `rounds` times, each with a new voice."""
     spoken = [(lang, word) for lang, words in OTHER_WORDS.items() for word in words.split()]
     spoken += [(lang, p) for lang, group in OTHER_PHRASES.items() for p in group.split("|")]
     for _ in range(rounds):
@@ -218,7 +218,7 @@ def other_lines(rng: np.random.Generator, variants: list[str], rounds: int) -> I
 def save_cache(
     path: Path, lines: list[Line], speaker: Callable[[str, Voice], np.ndarray] = speak
 ) -> None:
-    """Have every line said and write the clips end to end, with what is known of each, as .npz."""
+    """Synthesise every line and write the concatenated clips and their labels as .npz."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         spoken = list(pool.map(lambda line: speaker(line.spoken, line.voice), lines))
@@ -254,7 +254,7 @@ def build_cache(out: Path, rounds: int, seed: int = 0) -> None:
 
 
 def main() -> None:
-    """Command line: write the cache."""
+    """Write the training file and the dev file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the .npz to write")
     parser.add_argument("--rounds", type=int, default=60, help="60 gives about 13000 clips")

@@ -1,4 +1,4 @@
-"""Rivals: the ggml file, forced tokens, taking turns, ratios; the engines where they are."""
+"""Rivals: the ggml file, forced tokens, interleaved rounds, ratios, and the installed engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from made_results import make_result
 
-from benchmarks.bench import write_clips
 from benchmarks.compare import compare_pair
 from benchmarks.result import table_rows
 from benchmarks.rivals import __main__ as command
@@ -42,6 +41,7 @@ from benchmarks.rivals.race import (
 )
 from benchmarks.sizes import Size
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.wav import write_clips
 from devices.device import open_device, run_runner
 from devices.runner.decode.greedy import greedy
 from devices.runner.decode.rules import Rules
@@ -62,7 +62,7 @@ def few(clips):
 
 
 def read_ggml(path: Path) -> tuple[list[int], np.ndarray, list[bytes], dict]:
-    """Header, filters, words and tensors, written down from the layout alone."""
+    """Return header, filters, words and tensors, read by the format's description alone."""
     content, at = path.read_bytes(), 0
 
     def numbers(count: int) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ def stored(checkpoint: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(("kind", "number"), [("f16", 1), ("q8_0", 2007)])
-def test_header_filters_and_words_stand_in_the_file(dense, processor, tmp_path, kind, number):
+def test_the_ggml_file_has_header_filters_and_words(dense, processor, tmp_path, kind, number):
     ggml.convert(dense, tmp_path / "out", kind)
     sizes, filters, words, _ = read_ggml(tmp_path / "out" / ggml.MODEL)
     config = json.loads((dense / "config.json").read_text())
@@ -133,7 +133,7 @@ def test_header_filters_and_words_stand_in_the_file(dense, processor, tmp_path, 
     assert b"".join(words[i] for i in ids).decode() == text
 
 
-def test_tensors_come_back_under_openais_names(dense, tmp_path):
+def test_tensors_have_openais_names(dense, tmp_path):
     ggml.convert(dense, tmp_path / "out", "f16")
     *_, tensors = read_ggml(tmp_path / "out" / ggml.MODEL)
     layer = {"attn_ln", "attn.query", "attn.value", "attn.out", "mlp_ln", "mlp.0", "mlp.2"}
@@ -182,7 +182,7 @@ def test_only_matrices_are_quantised(dense, tmp_path):
             assert (error <= most * (0.5 / 127 + 2**-11) * 1.001 + 1e-6).all()
 
 
-def test_a_block_has_the_codes_known_by_hand():
+def test_a_block_has_known_codes():
     block = np.zeros(64, np.float32)
     block[:5] = [127, -0.5, 0.5, 0.49, -63.2]
     found = ggml.q8_0(block)
@@ -204,16 +204,14 @@ def test_blocks_agree_with_a_loop(rng):
     assert ggml.q8_0(array) == expected
 
 
-def test_whisper_cpp_is_not_given_what_it_would_misread(dense, digits, tmp_path):
-    with pytest.raises(Problem, match="no ggml file of kind 'q3'"):
+def test_checkpoints_that_whisper_cpp_cannot_represent_are_refused(dense, digits, tmp_path):
+    with pytest.raises(Problem, match="unknown ggml kind 'q3'"):
         ggml.convert(dense, tmp_path / "out", "q3")
     config = json.loads((dense / "config.json").read_text())
     cases = {
-        "feed-forward layers are 128 wide; whisper.cpp takes them to be 256": {
-            "decoder_ffn_dim": 128
-        },
-        "shapes of their own": {"edgewhisper": {"format": 1}},
-        "40 wide; q8_0 has blocks of 32": {
+        "feed-forward layers are 128 wide; whisper.cpp assumes 256": {"decoder_ffn_dim": 128},
+        "individual shapes": {"edgewhisper": {"format": 1}},
+        "40 wide, not a multiple of q8_0's blocks of 32": {
             "d_model": 40,
             "encoder_ffn_dim": 160,
             "decoder_ffn_dim": 160,
@@ -254,7 +252,7 @@ def test_the_task_is_the_checkpoints():
     assert prompt_task(ENGLISH_ONLY) == "transcribe"
 
 
-def test_every_form_has_the_checkpoints_rules(digits, tmp_path):
+def test_every_converted_model_has_the_checkpoints_rules(digits, tmp_path):
     from export.artifact import read_manifest as manifest_of
 
     order = Order(digits, tmp_path, PYTHON)
@@ -266,7 +264,7 @@ def test_every_form_has_the_checkpoints_rules(digits, tmp_path):
         assert read_rules(place).language == "en"
 
 
-def test_a_form_of_an_older_version_is_written_again(digits, tmp_path):
+def test_a_model_converted_by_an_older_version_is_replaced(digits, tmp_path):
     place = prepare.ggml("f16")(Order(digits, tmp_path, PYTHON))
     (place / RULES).unlink()
     (place / ggml.MODEL).write_bytes(b"old")
@@ -276,14 +274,14 @@ def test_a_form_of_an_older_version_is_written_again(digits, tmp_path):
 
 
 def write_english_only(digits: Path, out: Path) -> None:
-    """The rules of an English-only model, as write_rules() writes them."""
+    """Write the rules of an English-only model as write_rules() does."""
     written = ggml.decoding_rules_of(digits) | {"languages": {}, "tasks": {}}
     (out / RULES).write_text(json.dumps(written))
 
 
 @pytest.fixture
 def sherpa_languages(monkeypatch) -> list[str]:
-    """The languages in which a made sherpa-onnx decodes."""
+    """The list of languages that a fake sherpa-onnx decodes in."""
     decoded: list[str] = []
     whisper = SimpleNamespace(language="")
     config = SimpleNamespace(model_config=SimpleNamespace(whisper=whisper))
@@ -347,7 +345,7 @@ for spoken in ("de", "bam", "en"):
 print(json.dumps({"prompts": found, "suppressed": cpp.rules.suppress_tokens,
                   "first": cpp.rules.begin_suppress_tokens, "most": cpp.rules.max_new_tokens}))
 """
-"""The prompts of two engines for German, for Bambara, which the model lacks, and for English."""
+"""Prints the prompts of two engines for German, Bambara (unknown to the model) and English."""
 
 
 @with_rivals
@@ -381,7 +379,7 @@ def test_faster_whisper_and_whisper_cpp_are_prompted_in_each_clips_language(
 
 @pytest.fixture(scope="module")
 def random_checkpoint(tmp_path_factory) -> Path:
-    """Whisper's vocabulary on one layer of one head."""
+    """A random checkpoint with Whisper's vocabulary, one layer and one head."""
     from benchmarks.rivals.models import write
 
     out = tmp_path_factory.mktemp("random") / "whisper-small-random"
@@ -413,7 +411,7 @@ def test_parameters_are_counted_from_the_file(random_checkpoint, digits):
         assert count_parameters(checkpoint) == sum(p.numel() for p in model.parameters())
 
 
-def test_our_artifact_gets_a_window_as_long_as_the_noise(random_checkpoint, tmp_path):
+def test_our_artifact_has_a_window_as_long_as_the_noise(random_checkpoint, tmp_path):
     write = prepare.artifact("int8")
     order = Order(random_checkpoint, tmp_path, PYTHON, windows_s=(5.0,))
     place = write(order)
@@ -428,10 +426,10 @@ def test_our_artifact_gets_a_window_as_long_as_the_noise(random_checkpoint, tmp_
 # -------------------------------------------------------------------------------- forced tokens
 
 WRITTEN = Rules((9,), 5, (1,), (), None, 20)
-"""Token 5 ends the text."""
+"""Rules in which token 5 ends the text."""
 
 
-def test_forced_tokens_are_as_many_as_asked_for_whatever_the_model_says(rng):
+def test_exactly_the_given_number_of_tokens_is_forced(rng):
     def step(ids):
         return rng.standard_normal(12).astype(np.float32) + np.eye(12, dtype=np.float32)[5] * 99
 
@@ -444,7 +442,7 @@ def test_forced_tokens_are_as_many_as_asked_for_whatever_the_model_says(rng):
 
 
 class Scripted(Engine):
-    """Says what it was asked, and counts."""
+    """An engine that records its calls."""
 
     calls: list[str]
 
@@ -465,7 +463,7 @@ class Scripted(Engine):
         self.calls.append("finish")
 
 
-def test_every_engine_warms_up_and_repeats_alike(few, tmp_path):
+def test_every_engine_warms_up_and_repeats_equally(few, tmp_path):
     write_clips(few[:2], tmp_path)
     answer = bench(Scripted, tmp_path, tmp_path / "clips.json", threads=1, repeats=2, tokens=4)
     once = ["00000-en", "between", "00001-en", "between"]
@@ -480,34 +478,34 @@ class Absent(Scripted):
     imports = ("no_such_engine",)
 
 
-def test_an_engine_that_is_not_installed_is_a_letter(few, tmp_path, capsys):
+def test_a_missing_engine_is_reported(few, tmp_path, capsys):
     write_clips(few[:1], tmp_path)
     assert main(Absent, [str(tmp_path), str(tmp_path / "clips.json")]) == 1
-    letter = json.loads(capsys.readouterr().out)
-    assert letter["error"] == "there is no module `no_such_engine` in this engine's environment"
-    assert "make rivals-env" in letter["hint"]
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["error"] == "this engine's environment has no module `no_such_engine`"
+    assert "make rivals-env" in answer["hint"]
 
 
-def test_an_environment_that_is_not_there_is_a_letter(digits, tmp_path):
+def test_a_missing_environment_is_reported(digits, tmp_path):
     with pytest.raises(Problem, match=r"faster-whisper, whisper\.cpp: the rivals' environment"):
         refuse_missing(["ours", "faster-whisper", "whisper.cpp"], tmp_path / "python", "x")
-    with pytest.raises(Problem) as letter:
+    with pytest.raises(Problem) as error:
         race(Work("digits", digits, ()), ["whisper.cpp"], [1], 1, tmp_path, tmp_path / "python")
-    assert letter.value.hint.endswith("--engines ours ours-fp32 transformers")
+    assert error.value.hint.endswith("--engines ours ours-fp32 transformers")
     refuse_missing(["ours", "transformers"], tmp_path / "python", "x")
 
 
-def test_an_unknown_engine_is_a_letter_that_names_the_known_ones(digits, tmp_path, capsys):
+def test_an_unknown_engine_lists_the_known_ones(digits, tmp_path, capsys):
     arguments = ["--model", str(digits), "--engines", "ours", "siri", "--models", str(tmp_path)]
     assert command.main(arguments) == 1
-    told = capsys.readouterr().err
-    assert "there is no engine 'siri'" in told
-    assert all(name in told for name in ENGINES)
+    output = capsys.readouterr().err
+    assert "unknown engine 'siri'" in output
+    assert all(name in output for name in ENGINES)
     assert command.main(["--model", str(tmp_path / "x"), "--models", str(tmp_path)]) == 1
     assert "no such directory" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------- turns and tables
+# ------------------------------------------------------------------------------- rounds and tables
 
 
 def test_cases_take_turns():
@@ -542,7 +540,7 @@ def test_ratios_are_against_the_best_rival_and_the_best_at_our_threads():
     assert same["ratio"] == pytest.approx(4)
 
 
-def test_ratios_are_of_every_measure_that_both_have():
+def test_ratios_cover_the_common_measures():
     first = made("a", 1, 0.4, mel_s=[0.2] * 30, per_token_s=[], peak_rss_bytes=288_000_000)
     found = {r["measure"]: r for r in ratios([made("ours", 1, 0.1), first])}
     assert "per_token_s" not in found
@@ -553,7 +551,7 @@ def test_ratios_are_of_every_measure_that_both_have():
     assert "peak_rss_bytes" not in {r["measure"] for r in ratios([made("ours", 1, 0.1), unknown])}
 
 
-def test_ratios_are_none_without_rivals():
+def test_there_are_no_ratios_without_rivals():
     assert ratios([made("ours", 1, 0.1)]) == []
     assert ratios([made("a", 1, 0.1)]) == []
 
@@ -564,10 +562,10 @@ def test_tables_print_milliseconds_megabytes_and_no_error_rate_where_tokens_are_
     assert rows(results)[0]["WER %"] == "-"
     assert rows([made("a", 1, 0.1, forced_tokens=None)])[0]["WER %"] == "10.0"
     assert table_rows(results)[0]["WER %"] == "-"
-    told = {row["measure"]: row for row in ratio_rows(ratios(results))}
-    assert told["total ms"]["times"] == "2.50"
-    assert told["total ms"]["this"] == "100"
-    assert told["peak MB"]["this"] == "72.0"
+    by_title = {row["measure"]: row for row in ratio_rows(ratios(results))}
+    assert by_title["total ms"]["best rival / ours"] == "2.50"
+    assert by_title["total ms"]["value"] == "100"
+    assert by_title["peak MB"]["value"] == "72.0"
 
 
 def test_compare_reads_forced_results_and_leaves_error_rates_out():
@@ -580,7 +578,7 @@ def test_compare_reads_forced_results_and_leaves_error_rates_out():
         compare_pair(first, make_result())
 
 
-# ---------------------------------------------------------------------------------- the real thing
+# ------------------------------------------------------------------------------- real engines
 
 
 def test_ours_and_transformers_run_on_the_shipped_model(digits, few, tmp_path):
@@ -593,7 +591,7 @@ def test_ours_and_transformers_run_on_the_shipped_model(digits, few, tmp_path):
     assert results[0]["parameters"] == results[1]["parameters"]
 
 
-def test_ours_and_transformers_decode_the_tokens_that_are_forced(digits, few, tmp_path, rng):
+def test_ours_and_transformers_decode_the_forced_tokens(digits, few, tmp_path, rng):
     count = int(rng.integers(2, 20))
     work = Work("digits", digits, tuple(few[:1]), tokens=count, repeats=2)
     results = race(work, ["ours", "transformers"], [1], 1, tmp_path, PYTHON)
@@ -605,7 +603,7 @@ def test_ours_and_transformers_decode_the_tokens_that_are_forced(digits, few, tm
 
 @pytest.fixture
 def pushed(few) -> Iterator:
-    """This machine with the clips on it."""
+    """This machine as a device, with the clips pushed."""
     import tempfile
 
     with open_device("local") as device, tempfile.TemporaryDirectory() as folder:
@@ -622,9 +620,7 @@ def answer_of(device, module: str, place: Path, *options: str) -> dict:
 
 @with_rivals
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
-def test_whisper_cpp_reads_our_file_and_says_what_the_clips_say(
-    digits, few, pushed, tmp_path, kind
-):
+def test_whisper_cpp_reads_our_file_and_transcribes_the_clips(digits, few, pushed, tmp_path, kind):
     ggml.convert(digits, tmp_path / "ggml", kind)
     answer = answer_of(pushed, "whisper_cpp", tmp_path / "ggml")
     assert answer["texts"] == [clip.text for clip in few]
@@ -632,7 +628,7 @@ def test_whisper_cpp_reads_our_file_and_says_what_the_clips_say(
 
 
 @with_rivals
-def test_faster_whisper_says_what_the_clips_say(digits, few, pushed, tmp_path):
+def test_faster_whisper_transcribes_the_clips(digits, few, pushed, tmp_path):
     place = prepare.ctranslate2(Order(digits, tmp_path, PYTHON))
     answer = answer_of(pushed, "faster_whisper", place)
     assert answer["texts"] == [clip.text for clip in few]
@@ -649,9 +645,7 @@ def test_faster_whisper_says_what_the_clips_say(digits, few, pushed, tmp_path):
     ],
     ids=["whisper.cpp", "faster-whisper", "sherpa-onnx"],
 )
-def test_rivals_decode_the_tokens_that_are_forced(
-    random_checkpoint, pushed, tmp_path, rng, module, write
-):
+def test_rivals_decode_the_forced_tokens(random_checkpoint, pushed, tmp_path, rng, module, write):
     count = int(rng.integers(5, 12))  # sherpa-onnx allows 6 a second
     write_clips([command.noise(2.0, tmp_path / "noise.wav")], tmp_path)
     pushed.push(tmp_path / "00000.wav", "clips/00000.wav")

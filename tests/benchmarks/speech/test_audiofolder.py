@@ -1,4 +1,4 @@
-"""Folders in audiofolder form in the place of a manifest."""
+"""Folders in audiofolder format instead of a manifest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from export.problem import Problem
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two half seconds of sound, one of them deeper; no metadata yet."""
+    """Two sound files of 0.5 s, one in a subfolder, without metadata."""
     (tmp_path / "deep").mkdir()
     for name in ("a.wav", "deep/b.flac"):
         soundfile.write(tmp_path / name, np.full(8000, 0.1), 16000)
@@ -29,7 +29,7 @@ def test_a_folder_with_csv_reads_in_order(folder, column):
     assert [len(clip.pcm()) for clip in clips] == [8000, 8000]
 
 
-def test_a_folder_with_jsonl_reads_all_that_a_manifest_says(folder):
+def test_a_folder_with_jsonl_reads_all_fields(folder):
     row = {"file_name": "a.wav", "sentence": "हाँ", "locale": "hi-IN", "speaker_id": 7}
     (folder / "metadata.jsonl").write_text(json.dumps(row | {"duration": 0.5}) + "\n\n")
     (clip,) = read_manifest(folder)
@@ -41,7 +41,7 @@ def test_a_language_by_its_name_is_understood(folder):
     assert read_manifest(folder)[0].lang == "hi"
 
 
-def test_a_column_of_texts_may_be_called_by_its_language(folder):
+def test_a_text_column_may_be_named_after_its_language(folder):
     (folder / "metadata.csv").write_text("file_name,bam,french\na.wav,kelen,un\n")
     (clip,) = read_manifest(folder)
     assert (clip.text, clip.lang) == ("kelen", "bm")
@@ -55,12 +55,16 @@ def test_a_spreadsheet_s_byte_order_mark_is_not_a_column(folder):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("csv", "path,text\na.wav,one\n", "no column `file_name`; there are `path`, `text`"),
-        ("csv", "file_name,label\na.wav,one\n", "holds the text; there are `file_name`, `label`"),
+        ("csv", "path,text\na.wav,one\n", "no column `file_name`; the columns are `path`, `text`"),
+        (
+            "csv",
+            "file_name,label\na.wav,one\n",
+            "for the text; the columns are `file_name`, `label`",
+        ),
         ("jsonl", '{"file_name": "a.wav", "words": 1}', "line 1: .* `file_name`, `words`"),
         ("csv", "file_name,text\na.wav,one\na.wav\n", "line 3: `text` is None"),
         ("csv", "file_name,text\nc.wav,one\n", r"line 2: there is no file .*c\.wav"),
-        ("csv", "file_name,text\n../a.wav,one\n", r"'\.\./a\.wav', which is outside the folder"),
+        ("csv", "file_name,text\n../a.wav,one\n", r"'\.\./a\.wav' is outside the folder"),
         ("csv", "file_name,text\n/etc/hostname,one\n", "outside the folder"),
         ("jsonl", '{"file_name": "a.wav"', "line 1: not JSON"),
         ("jsonl", "[]", "line 1: a list, not an object"),
@@ -72,31 +76,31 @@ def test_a_spreadsheet_s_byte_order_mark_is_not_a_column(folder):
 )
 def test_bad_metadata_is_named(folder, name, content, words):
     (folder / f"metadata.{name}").write_text(content)
-    with pytest.raises(Problem, match=words) as letter:
+    with pytest.raises(Problem, match=words) as error:
         read_manifest(folder)
-    assert f"metadata.{name}" in str(letter.value)
-    assert letter.value.hint
+    assert f"metadata.{name}" in str(error.value)
+    assert error.value.hint
 
 
-def test_a_folder_without_metadata_says_what_is_missing(folder):
+def test_a_folder_without_metadata_is_refused(folder):
     with pytest.raises(Problem, match=r"a folder without metadata\.csv or metadata\.jsonl"):
         read_manifest(folder)
 
 
-def test_two_metadata_files_are_one_too_many(folder):
+def test_two_metadata_files_are_refused(folder):
     for name in ("metadata.csv", "metadata.jsonl"):
         (folder / name).write_text("")
     with pytest.raises(Problem, match="has both"):
         read_manifest(folder)
 
 
-def test_a_folder_of_splits_names_them(folder):
+def test_a_folder_of_splits_lists_them(folder):
     for split in ("train", "test"):
         (folder / split).mkdir()
         (folder / split / "metadata.csv").write_text("file_name,text\n")
-    with pytest.raises(Problem, match="2 of its folders have") as letter:
+    with pytest.raises(Problem, match="2 of its folders have some") as error:
         read_manifest(folder)
-    assert letter.value.hint == f"name one of {folder / 'test'}, {folder / 'train'}"
+    assert error.value.hint == f"name one of {folder / 'test'}, {folder / 'train'}"
 
 
 def test_links_of_a_downloaded_folder_are_followed(folder, tmp_path_factory):

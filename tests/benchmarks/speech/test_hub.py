@@ -1,6 +1,6 @@
-"""Data sets of the hub in the place of a manifest, by the real library, offline.
+"""Data sets of the hub instead of a manifest, with the real library, offline.
 
-The library takes OWNER/NAME for a folder where there is one of that name; the tests make it.
+The library reads OWNER/NAME from a local folder of that name, which the tests create.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sound(samples: int, rate: int = 16000, kind: str = "FLAC") -> bytes:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty folder to work in, with a cache of its own for us and for the library."""
+    """An empty working folder with empty caches."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -37,7 +37,7 @@ def home(tmp_path, monkeypatch):
 
 
 def store(home, split: str, columns: dict, audio: str | None = "audio") -> None:
-    """A split of owner/name, as the hub stores it: sound files inside a parquet file."""
+    """Write a split of owner/name as the hub stores it: sound files inside a parquet file."""
     import datasets
 
     table = datasets.Dataset.from_dict(columns)
@@ -62,7 +62,7 @@ def test_a_split_becomes_clips(home):
     assert clips[0].audio.read_bytes() == sound(1600), "kept as it came, not decoded"
 
 
-def test_the_only_split_needs_no_name_and_other_rates_are_ours_to_convert(home):
+def test_the_only_split_needs_no_name_and_sound_is_resampled(home):
     store(
         home,
         "train",
@@ -79,7 +79,7 @@ def test_the_first_clips_of_a_split(home):
     assert [clip.text for clip in read_manifest("hf:owner/name::train[:2]")] == ["one", "two"]
 
 
-def test_what_was_fetched_once_is_not_fetched_again(home, monkeypatch):
+def test_a_downloaded_data_set_is_not_downloaded_again(home, monkeypatch):
     store(home, "train", spoken("one"))
     first = read_manifest("hf:owner/name::train")
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -94,34 +94,34 @@ def test_a_configuration_names_the_language(home):
     assert read_manifest("hf:owner/name:hi")[0].lang == "hi"
 
 
-def test_a_column_of_texts_may_be_called_by_its_language(home):
-    """As jeli-asr's is, which is what the recipe `bald` names."""
+def test_a_text_column_may_be_named_after_its_language(home):
+    """jeli-asr, which the recipe `bald` uses, has such a column."""
     (rows, texts) = spoken("kelen").values()
     store(home, "train", {"audio": rows, "duration": [0.1], "bam": texts, "french": ["un"]})
     (clip,) = read_manifest("hf:owner/name::train")
     assert (clip.text, clip.lang) == ("kelen", "bm")
 
 
-# ------------------------------------------------------------------------------------- letters
+# -------------------------------------------------------------------------------------- errors
 
 
 def refused(source: str, words: str) -> str:
-    """The hint of the letter, which must be about the source; nothing stays in the cache."""
-    with pytest.raises(Problem, match=words) as letter:
+    """Check that reading fails with the source in the message; return the hint."""
+    with pytest.raises(Problem, match=words) as error:
         read_manifest(source)
-    assert source in str(letter.value)
+    assert source in str(error.value)
     assert not [*hub.cache().rglob("manifest.jsonl")]
-    return letter.value.hint
+    return error.value.hint
 
 
-def test_an_unknown_split_names_those_there_are(home):
+def test_an_unknown_split_lists_the_known_ones(home):
     store(home, "train", spoken("one"))
     store(home, "test", spoken("two"))
     assert "hf:owner/name::" in refused("hf:owner/name::dev", "no split 'dev'; .* has train, test")
-    refused("hf:owner/name", "no split is named; the data set has train, test")
+    refused("hf:owner/name", "no split is given; the data set has train, test")
 
 
-def test_an_unknown_configuration_names_those_there_are(home):
+def test_an_unknown_configuration_lists_the_known_ones(home):
     store(home, "train", spoken("one"))
     refused("hf:owner/name:hi:train", r"cannot be opened \(.*'hi' not found.*default")
 
@@ -132,18 +132,18 @@ def test_an_unknown_data_set(home):
 
 def test_no_column_of_text(home):
     store(home, "train", {"audio": spoken("one")["audio"], "label": [3]})
-    hint = refused("hf:owner/name", "no column holds the text; there are `audio`, `label`")
+    hint = refused("hf:owner/name", "no column for the text; the columns are `audio`, `label`")
     assert "sentence" in hint
 
 
 def test_no_column_of_audio(home):
     store(home, "train", {"text": ["one"], "label": [3]}, audio=None)
-    refused("hf:owner/name", "no column holds audio; there are `text`, `label`")
+    refused("hf:owner/name", "no column for the audio; the columns are `text`, `label`")
 
 
 def test_an_empty_split(home):
     store(home, "train", {"audio": [], "text": []})
-    refused("hf:owner/name", "holds no clips")
+    refused("hf:owner/name", "has no clips")
 
 
 def test_a_row_without_text_is_named_by_its_number(home):
@@ -151,7 +151,7 @@ def test_a_row_without_text_is_named_by_its_number(home):
     refused("hf:owner/name", "row 1: `text` is None")
 
 
-def test_a_row_may_not_name_a_file_of_this_machine(home):
+def test_a_row_must_not_name_a_file_of_this_machine(home):
     (home / "secret.wav").write_bytes(sound(100))
     path = str(home / "secret.wav")
     store(home, "train", {"audio": [{"bytes": None, "path": path}], "text": ["one"]})
@@ -168,13 +168,13 @@ def test_a_row_may_not_name_a_file_of_this_machine(home):
     ],
 )
 def test_only_the_hub_is_read_for_a_row(path):
-    with pytest.raises(Problem, match=r"row 3: `audio` holds no sound.* not on the hub"):
+    with pytest.raises(Problem, match=r"row 3: `audio` has no sound.* not on the hub"):
         hub.sound_bytes({"bytes": None, "path": path}, "audio", "row 3")
     assert hub.on_the_hub("zip://a.wav::hf://datasets/o/n/a.zip")
 
 
 def test_a_row_may_name_a_file_of_its_repository(home, monkeypatch):
-    """With a stand-in for the hub's file system: the real one needs a network."""
+    """A fake file system replaces the hub, which needs a network."""
 
     class Hub(MemoryFileSystem):
         protocol = "hf"
@@ -185,11 +185,11 @@ def test_a_row_may_name_a_file_of_its_repository(home, monkeypatch):
         file.write(sound(1600))
     stream = {"bytes": None, "path": "hf://datasets/owner/name/a.flac"}
     assert hub.sound_bytes(stream, "audio", "row 1") == sound(1600)
-    with pytest.raises(Problem, match=r"row 2: hf://.*b\.flac cannot be fetched"):
+    with pytest.raises(Problem, match=r"row 2: hf://.*b\.flac cannot be downloaded"):
         hub.sound_bytes({"path": "hf://datasets/owner/name/b.flac"}, "audio", "row 2")
 
 
-def test_a_network_that_stops_leaves_nothing_behind(home, monkeypatch):
+def test_an_interrupted_download_leaves_no_files(home, monkeypatch):
     class Stream:
         column_names, features = ["audio", "text"], None
 
@@ -207,7 +207,7 @@ def test_a_network_that_stops_leaves_nothing_behind(home, monkeypatch):
 
 def test_a_missing_library_is_named(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert refused("hf:owner/name", "datasets, which is not installed") == (
+    assert refused("hf:owner/name", "the library datasets, which is not installed") == (
         "pip install 'edgewhisper[data]'"
     )
 
@@ -215,19 +215,19 @@ def test_a_missing_library_is_named(home, monkeypatch):
 @pytest.mark.parametrize(
     "text", ["hf:name", "hf:../..", "hf:a/b:c:d:e", "hf:a/b::d[:0]", "hf:a/b::"]
 )
-def test_what_is_no_data_set_s_name(text):
-    with pytest.raises(Problem, match="does not name a data set") as letter:
+def test_an_invalid_name_is_refused(text):
+    with pytest.raises(Problem, match="is not the name of a data set") as error:
         hub.parse(text)
-    assert "hf:OWNER/NAME:CONFIG:SPLIT" in letter.value.hint
+    assert "hf:OWNER/NAME:CONFIG:SPLIT" in error.value.hint
 
 
-def test_a_name_has_its_parts():
+def test_a_name_is_parsed_into_its_parts():
     assert hub.parse("hf:o/n.x:hi_in:test[:50]") == hub.Source("o/n.x", "hi_in", "test", 50)
     assert hub.parse("hf:o/n:hi") == hub.Source("o/n", "hi", None, None)
     assert hub.parse("hf:o/n::dev") == hub.Source("o/n", None, "dev", None)
 
 
-def test_a_fetched_manifest_is_a_manifest(home):
+def test_a_downloaded_data_set_has_a_manifest(home):
     store(home, "train", spoken("one") | {"speaker_id": [12]})
     rows = hub.fetch("hf:owner/name").read_text().splitlines()
     assert json.loads(rows[0]) == {

@@ -1,4 +1,4 @@
-"""Sound files of every format, whole, cut short and with wrong headers; arrays of samples."""
+"""Sound files of every format: complete, cut short, with wrong headers; arrays of samples."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KINDS = {
 
 @pytest.fixture
 def sound(rng) -> np.ndarray:
-    """Noise whose loudness rises and falls, so that no two stretches are alike."""
+    """Noise with a varying loudness, so that all parts differ."""
     t = np.arange(SECONDS * RATE) / RATE
     loudness = 0.1 * (1 + np.sin(2 * np.pi * 0.7 * t))
     return (loudness * rng.standard_normal(len(t)).clip(-3, 3)).astype(np.float32)
@@ -62,7 +62,7 @@ def quietly(path: Path, strict: bool = True) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_file_is_read_without_a_word(kind, sound, tmp_path):
+def test_a_complete_file_is_read_without_a_warning(kind, sound, tmp_path):
     found = quietly(write(tmp_path, kind, sound))
     assert abs(len(found) - len(sound)) < 2000
     assert 0.05 < np.abs(found).max() <= 1.1
@@ -79,7 +79,7 @@ def test_a_file_that_is_cut_short_is_refused_or_read_with_a_warning(kind, share,
     try:
         with pytest.warns(UserWarning, match="its text may be incomplete"):
             found = read_audio(path, strict=False)
-    except Problem as problem:  # Ogg of a few pages: not one of them may be whole
+    except Problem as problem:  # a short Ogg file may have no complete page
         assert kind in ("ogg", "opus"), problem
     else:
         assert 0.2 * len(sound) < len(found) < len(sound)
@@ -89,7 +89,7 @@ def test_formats_whose_end_cannot_be_checked_are_not_read(sound, tmp_path):
     for format in ("VOC", "IRCAM", "PAF"):
         assert format not in FORMATS
         soundfile.write(tmp_path / "a", sound, RATE, format=format, subtype="PCM_16")
-        with pytest.raises(Problem, match=f"{format} files are not read"):
+        with pytest.raises(Problem, match=f"{format} files are not supported"):
             read_audio(tmp_path / "a")
 
 
@@ -104,7 +104,7 @@ def sixteen(sound: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("size", [0, 2_000_000_000, 1_500_000_000])
-def test_a_placeholder_for_the_length_is_read_to_the_end(size, sound, tmp_path):
+def test_a_file_with_a_placeholder_length_is_read_to_the_end(size, sound, tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(wav(sixteen(sound), size, size + 36))
     for read in (read_audio, read_wav):
@@ -113,14 +113,14 @@ def test_a_placeholder_for_the_length_is_read_to_the_end(size, sound, tmp_path):
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFFFFF - 36, 0x7FFFF000])
-def test_what_programs_write_into_pipes_is_read_to_the_end(size, sound, tmp_path):
+def test_wav_files_written_to_pipes_are_read_to_the_end(size, sound, tmp_path):
     path = tmp_path / "a.wav"
     path.write_bytes(wav(sixteen(sound), size, size))
     assert len(quietly(path)) == len(read_wav(path)) == len(sound)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_a_header_that_promises_less_than_there_is_names_a_damaged_file(share, sound, tmp_path):
+def test_a_header_with_too_small_a_length_is_reported(share, sound, tmp_path):
     path, size = tmp_path / "a.wav", int(share * len(sound)) * 2
     path.write_bytes(wav(sixteen(sound), size))
     for read, error in ((read_audio, Problem), (read_wav, RunnerProblem)):
@@ -139,14 +139,14 @@ def test_a_header_that_promises_less_than_there_is_names_a_damaged_file(share, s
     ],
     ids=["id3", "LIST", "padding"],
 )
-def test_chunks_behind_the_sound_are_none_of_it(behind, sound, tmp_path):
+def test_chunks_after_the_samples_are_ignored(behind, sound, tmp_path):
     path = tmp_path / "a.wav"
     data = sixteen(sound)
     path.write_bytes(wav(data, len(data), behind=behind))
     assert len(quietly(path)) == len(read_wav(path)) == len(sound)
 
 
-def test_a_manifest_s_file_and_line_stand_before_what_is_wrong_with_a_clip(sound, tmp_path):
+def test_errors_of_a_clip_begin_with_its_manifest_and_line(sound, tmp_path):
     path = write(tmp_path, "wav", sound)
     path.write_bytes(path.read_bytes()[:1000])
     manifest = tmp_path / "clips.jsonl"
@@ -243,7 +243,7 @@ def test_floats_of_every_width_and_layout_are_the_same_samples(sound):
         (lambda x: np.where(np.arange(len(x)) < 2, np.inf, x), "2 of 64000 samples are NaN"),
     ],
 )
-def test_what_is_no_mono_sound_is_an_error(change, message, sound):
+def test_arrays_that_are_not_mono_sound_are_refused(change, message, sound):
     with pytest.raises(RunnerProblem, match=message):
         checked_samples(change(sound))
 

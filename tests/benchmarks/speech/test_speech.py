@@ -1,4 +1,4 @@
-"""Manifests and audio files, good and bad."""
+"""Valid and invalid manifests and sound files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _nothing():
     return contextlib.nullcontext()
 
 
-def test_stereo_is_averaged_and_said(tmp_path, rng):
+def test_stereo_is_averaged_with_a_warning(tmp_path, rng):
     stereo = rng.uniform(-0.5, 0.5, (1000, 2))
     soundfile.write(tmp_path / "a.wav", stereo, 16000, subtype="FLOAT")
     with pytest.warns(UserWarning, match="2 channels, averaged"):
@@ -56,13 +56,13 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_text_is_not_audio(tmp_path):
     (tmp_path / "a.wav").write_text("hello")
-    with pytest.raises(Problem, match="is not audio that can be read"):
+    with pytest.raises(Problem, match="is not a readable sound file"):
         read_audio(tmp_path / "a.wav")
 
 
 def test_a_file_without_samples_is_refused(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(0), 16000)
-    with pytest.raises(Problem, match="holds no samples"):
+    with pytest.raises(Problem, match="has no samples"):
         read_audio(tmp_path / "a.wav")
 
 
@@ -114,7 +114,7 @@ def test_a_missing_manifest_is_named(tmp_path):
         read_manifest(tmp_path / "nowhere.jsonl")
 
 
-def test_clips_are_read_when_they_are_asked_for(clips, monkeypatch):
+def test_clips_are_read_on_access(clips, monkeypatch):
     from benchmarks.speech import clips as speech
 
     some = read_manifest(clips)[:5]
@@ -128,14 +128,14 @@ def test_clips_are_read_when_they_are_asked_for(clips, monkeypatch):
     assert opened[0] == some[3].audio
 
 
-def test_a_checkpoint_hears_a_few_clips_at_a_time(digits, processor, clips, monkeypatch):
-    """The same texts as of all at once, and never more in memory than so many."""
+def test_a_checkpoint_transcribes_a_few_clips_at_a_time(digits, processor, clips, monkeypatch):
+    """The texts are the same as for all clips at once, with at most CLIPS_AT_ONCE in memory."""
     from benchmarks.speech.clips import Samples
     from edgewhisper import decoding
     from edgewhisper.whisper import load
 
     some, model = read_manifest(clips)[:7], load(digits)
-    wanted = decoding.transcribe(model, processor, [clip.pcm() for clip in some])
+    expected = decoding.transcribe(model, processor, [clip.pcm() for clip in some])
     taken, shown = [], []
     monkeypatch.setattr(decoding, "CLIPS_AT_ONCE", 3)
     take = Samples.__getitem__
@@ -147,7 +147,7 @@ def test_a_checkpoint_hears_a_few_clips_at_a_time(digits, processor, clips, monk
         return found
 
     monkeypatch.setattr(Samples, "__getitem__", counted)
-    assert decoding.transcribe(model, processor, Samples(some), done=shown.append) == wanted
+    assert decoding.transcribe(model, processor, Samples(some), done=shown.append) == expected
     assert taken == [3, 3, 1]
     assert shown == sorted(shown)
     assert shown[-1] == 7

@@ -330,7 +330,7 @@ def test_malformed_companion_files_of_other_layouts_are_refused(
             r"a cache of \[2, \d+, 1000000000000\], the decoder takes",
         ),
         ("n_text_layer", "two", "ValueError: invalid literal"),
-        ("no_speech", None, "its metadata lack no_speech"),
+        ("no_speech", None, "its metadata has no no_speech"),
     ],
 )
 def test_absurd_metadata_of_sherpas_encoder_is_refused(

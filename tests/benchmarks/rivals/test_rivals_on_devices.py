@@ -1,5 +1,7 @@
-"""Rivals beside an artifact, on this machine and over SSH: an engine of a few lines in the place of
-sherpa-onnx, and the real ones where they are."""
+"""Rivals benched with artifacts, on this machine and over SSH.
+
+A fake engine replaces sherpa-onnx; the real engines are tested if they are installed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from some_clips import manifest_of_some
 from wheels_for_pip import make_wheel, raised
 
 from benchmarks import bench as benching
-from benchmarks.bench import Candidate, Measuring, bench_all, in_own_form
+from benchmarks.bench import Candidate, Measuring, bench_all
+from benchmarks.candidates import in_own_form
 from benchmarks.result import RATIO, other_texts, read, table_rows
 from benchmarks.rivals import engines
 from benchmarks.rivals.engines import ENGINES, RIVALS, interpreter
@@ -49,7 +52,7 @@ class OfflineRecognizer:
     def decode_stream(self, stream):
         stream.result = SimpleNamespace(tokens=["x"], text=f" {stream.heard} samples ")
 """
-"""Says how much it has heard."""
+"""A fake sherpa-onnx whose text is the number of samples."""
 
 STEPS_ASIDE = """
 import os, sys
@@ -59,7 +62,7 @@ del sys.modules["numpy"]
 import numpy
 sys.path.insert(0, here)
 """
-"""A numpy that takes no more than a line, where there is another behind it."""
+"""A one-line numpy that loads the next numpy on the path."""
 
 
 @pytest.fixture
@@ -69,13 +72,13 @@ def few(clips, tmp_path) -> Path:
 
 
 def heard(manifest: Path) -> list[str]:
-    """What the made engine says of them."""
+    """Return the fake engine's texts of the clips."""
     return [f"{len(clip.pcm())} samples" for clip in read_manifest(manifest)]
 
 
 @pytest.fixture(scope="module")
 def sherpa(digits, tmp_path_factory) -> Candidate:
-    """The embedded model as sherpa-onnx reads it."""
+    """The embedded model converted for sherpa-onnx."""
     folder = tmp_path_factory.mktemp("forms")
     return in_own_form(Candidate(digits, "sherpa-onnx"), folder, lambda text: None)
 
@@ -105,10 +108,10 @@ def server(one_server, monkeypatch) -> sshd.Server:
 @real_ssh
 def test_a_rival_is_pushed_once_and_takes_turns(server, index, exported, sherpa, few):
     make_engine(index)
-    told: list[str] = []
-    with open_device("rpi", "pi", told.append) as device:
+    progress: list[str] = []
+    with open_device("rpi", "pi", progress.append) as device:
         both = [sherpa, Candidate(exported)]
-        results = bench_all(both, device, read_manifest(few), Measuring(2, 1), told.append)
+        results = bench_all(both, device, read_manifest(few), Measuring(2, 1), progress.append)
     rival, ours = results
     assert rival["texts"] == heard(few) != ours["texts"]
     assert rival["name"] == "whisper-digits (sherpa-onnx)"
@@ -116,21 +119,21 @@ def test_a_rival_is_pushed_once_and_takes_turns(server, index, exported, sherpa,
     assert rival["clips_hash"] == ours["clips_hash"]
     assert rival["parameters"] == ours["parameters"]
     assert rival["artifact_bytes"] == sum(path.stat().st_size for path in sherpa.form.iterdir())
-    assert "pi lacks sherpa-onnx and numpy: fetching them for" in told[0]
-    turns = [line for line in told if "round" in line]
+    assert "pi lacks sherpa-onnx and numpy: fetching them for" in progress[0]
+    turns = [line for line in progress if "round" in line]
     assert [line.endswith(f"round {n} of 2") for n, line in zip((1, 1, 2, 2), turns, strict=True)]
     assert [line.startswith("whisper-digits") for line in turns] == [True, False] * 2
 
     shutil.rmtree(index)
-    with open_device("rpi", "pi", told.append) as device:
+    with open_device("rpi", "pi", progress.append) as device:
         again = benching.prepare([sherpa], device, read_manifest(few), Measuring(1, 1))
         assert device.sent_bytes == again.places[0].sent_bytes == 0
         assert benching.run_round(again, 0)["texts"] == heard(few)
-    assert len([line for line in told if "lacks" in line]) == 1
+    assert len([line for line in progress if "lacks" in line]) == 1
 
 
 @real_ssh
-def test_a_rival_without_a_wheel_gets_a_letter(server, index, sherpa, few):
+def test_a_rival_without_a_wheel_is_refused(server, index, sherpa, few):
     index.mkdir()
     with open_device("rpi", "pi") as device:
         found = raised(lambda: bench_all([sherpa], device, read_manifest(few), Measuring(1, 1)))
@@ -148,7 +151,7 @@ def test_a_rival_without_a_wheel_gets_a_letter(server, index, sherpa, few):
 
 
 @real_ssh
-def test_the_runner_does_not_see_what_a_rival_has(server, index):
+def test_the_runner_cannot_import_a_rivals_packages(server, index):
     make_engine(index)
     with SshDevice("pi", "rpi") as device:
         beside = device.having(ENGINES["sherpa-onnx"].packages, Path())
@@ -159,7 +162,7 @@ def test_the_runner_does_not_see_what_a_rival_has(server, index):
         assert beside.run(where).stdout == device.run(where).stdout
 
 
-def test_other_packages_make_another_runtime():
+def test_each_set_of_packages_has_its_own_runtime():
     targets = [Target((3, 13), "aarch64", 36)]
     for name in ("faster-whisper", "whisper.cpp", "sherpa-onnx"):
         targets.append(replace(targets[0], only=ENGINES[name].packages.requirements))
@@ -168,10 +171,10 @@ def test_other_packages_make_another_runtime():
     assert ENGINES["whisper.cpp"].packages == ENGINES["whisper.cpp-f16"].packages
 
 
-# ---------------------------------------------------------------------------------- where it cannot
+# ------------------------------------------------------------------------------ unsupported
 
 
-def test_a_device_that_is_reached_otherwise_gets_no_rival(sherpa, digits, few):
+def test_rivals_are_refused_on_devices_without_ssh(sherpa, digits, few):
     clips, fake = read_manifest(few), FakeDevice()
     found = raised(lambda: bench_all([sherpa], fake, clips))
     assert str(found) == "fake: sherpa-onnx==2.0.1 cannot be brought there"
@@ -181,25 +184,23 @@ def test_a_device_that_is_reached_otherwise_gets_no_rival(sherpa, digits, few):
         bench_all([Candidate(digits, "transformers")], fake, clips)
 
 
-def test_an_environment_that_is_missing_here_gets_a_letter(
-    sherpa, digits, few, tmp_path, monkeypatch
-):
+def test_a_missing_local_environment_is_reported(sherpa, digits, few, tmp_path, monkeypatch):
     monkeypatch.setenv(engines.PYTHON, str(tmp_path / "python"))
     with open_device() as device, pytest.raises(Problem, match=r"there is no .*/python") as found:
         bench_all([sherpa], device, read_manifest(few))
     assert "make rivals-env" in found.value.hint
-    with pytest.raises(Problem, match="CTranslate2's converter writes its model") as found:
+    with pytest.raises(Problem, match="its model is written by CTranslate2's converter") as found:
         in_own_form(Candidate(digits, "faster-whisper"), tmp_path, lambda text: None)
     assert "make rivals-env" in found.value.hint
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_no_rival_is_given_a_slim_checkpoint(digits, tmp_path, name):
+def test_no_rival_accepts_a_compressed_checkpoint(digits, tmp_path, name):
     slim = tmp_path / "slim"
     shutil.copytree(digits, slim)
     config = json.loads((slim / "config.json").read_text())
     (slim / "config.json").write_text(json.dumps(config | {"edgewhisper": {"format": 1}}))
-    with pytest.raises(ValueError, match="shapes of their own"):
+    with pytest.raises(ValueError, match="individual shapes"):
         in_own_form(Candidate(slim, name), tmp_path, lambda text: None)
 
 
@@ -208,7 +209,7 @@ def test_no_rival_is_given_a_slim_checkpoint(digits, tmp_path, name):
 
 @pytest.fixture
 def made_environment(tmp_path, monkeypatch) -> None:
-    """The rivals' environment: this interpreter, with the made engine in front."""
+    """A rivals' environment: this interpreter with the fake engine on its path."""
     make_engine(tmp_path / "wheels")
     (wheel,) = (tmp_path / "wheels").glob("sherpa*")
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")
@@ -220,7 +221,7 @@ def made_environment(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(engines.PYTHON, str(python))
 
 
-def test_bench_writes_rivals_beside_artifacts_of_the_embedded_model(
+def test_bench_writes_results_of_rivals_and_artifacts(
     exported, few, made_environment, tmp_path, monkeypatch, capsys
 ):
     from edgewhisper.cli import main
@@ -240,11 +241,11 @@ def test_bench_writes_rivals_beside_artifacts_of_the_embedded_model(
     assert "(sherpa-onnx)" in printed
     assert rival["checkpoint_wer"] == 0
     assert "checkpoint_wer" not in ours
-    said = f"WER {100 * rival['wer']:.1f} %, the checkpoint's 0.0 %: other texts"
-    assert f"! {rival['name']} on local: {said}" in printed
+    message = f"WER {100 * rival['wer']:.1f} %, the checkpoint's 0.0 %: other texts"
+    assert f"! {rival['name']} on local: {message}" in printed
 
 
-def test_an_artifact_of_another_model_asks_for_its_checkpoint(exported, tmp_path):
+def test_an_artifact_of_another_model_needs_its_checkpoint(exported, tmp_path):
     from edgewhisper.provenance import embedded_of, file_hashes
 
     assert embedded_of([exported]) == shipped.DEFAULT_MODEL
@@ -269,7 +270,7 @@ def test_an_artifact_of_another_model_asks_for_its_checkpoint(exported, tmp_path
         embedded_of(recorded({}))
 
 
-def test_what_another_interpreter_runs_ends_when_the_device_is_closed():
+def test_closing_a_device_ends_a_rivals_process():
     with open_device() as device:
         beside = device.having(Packages((), ()), Path(sys.executable))
         code = "import time; open('started', 'w'); time.sleep(60)"
@@ -285,7 +286,7 @@ def test_what_another_interpreter_runs_ends_when_the_device_is_closed():
 
 
 @pytest.mark.skipif(not interpreter().is_file(), reason="make rivals-env")
-def test_the_real_rivals_say_what_the_clips_say(exported, few, tmp_path, monkeypatch):
+def test_the_real_rivals_transcribe_the_clips(exported, few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["faster-whisper", "whisper.cpp", "sherpa-onnx"]
     once = Measuring(repeats=1, threads=1)
@@ -299,7 +300,7 @@ def test_the_real_rivals_say_what_the_clips_say(exported, few, tmp_path, monkeyp
     assert builds["whisper.cpp"].startswith(("wheel: ", "built from source: "))
 
 
-def test_a_checkpoint_that_runs_as_a_candidate_is_not_run_again(digits, exported, few):
+def test_a_checkpoint_that_is_a_candidate_is_not_run_again(digits, exported, few):
     once = Measuring(repeats=1, threads=1)
     candidates = [Candidate(digits, "transformers"), Candidate(exported)]
     with open_device() as device:
