@@ -367,7 +367,7 @@ def test_bits_survive_what_later_methods_do_to_the_model(tiny_whisper, work):
     assert found["windows"] == [100, 200, 300]
 
 
-MOVING = ["tspar", "imp", "wsap", "lite", "merge", "shear", "short", "shrink"]
+MOVING = ["tspar", "imp", "wsap", "obs", "lite", "merge", "shear", "short", "shrink"]
 """Methods that take weights off their grids, by default."""
 
 

@@ -30,14 +30,16 @@ if TYPE_CHECKING:
 IN_MEMORY_BYTES = 400_000_000
 """States beyond this are kept in files."""
 
+Side = Literal["encoder", "decoder"]
 Kind = Literal["self_attn", "encoder_attn", "ffn"]
+SIDES: tuple[Side, ...] = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)
 class Branch:
     """One residual branch of one layer."""
 
-    side: Literal["encoder", "decoder"]
+    side: Side
     layer: int
     kind: Kind
 
@@ -59,7 +61,7 @@ class Branch:
         return self.attention_of(model).out_proj
 
 
-def branches_of(model: nn.Module, side: Literal["encoder", "decoder"]) -> list[Branch]:
+def branches_of(model: nn.Module, side: Side) -> list[Branch]:
     """The branches of one side in the order in which they run."""
     kinds: tuple[Any, ...] = (*ATTENTIONS[side], "ffn")
     layers = getattr(model.model, side).layers

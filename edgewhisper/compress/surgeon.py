@@ -1,4 +1,4 @@
-"""The arithmetic of `obs`: what to remove from a linear layer's inputs, and how the rest makes up.
+"""The arithmetic of `obs`: which inputs of a linear layer to remove, and how to refit the rest.
 
     here          shape          meaning
     weight        (d_out, d)     W, a layer that reads features a: y = W a + b
@@ -10,9 +10,9 @@
     W                    <- W - W_S ((H^-1)_SS)^-1 (H^-1)_S,:                                 (2)
     H^-1                 <- H^-1 - (H^-1)_:,S ((H^-1)_SS)^-1 (H^-1)_S,:                       (3)
 
-(1) and (2) are the optimal brain surgeon (Hassibi and Stork 1992) for groups of columns, as in ZipLM
-(Kurtic et al. 2023, arXiv:2302.04089, eq. 3 and 4); (3) is its update of the inverse, which
-SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774) uses too.
+(1) and (2) are the optimal brain surgeon (Hassibi and Stork 1992) for groups of columns, as in
+ZipLM (Kurtic et al. 2023, arXiv:2302.04089). (3) is the update of the inverse, which SparseGPT
+(Frantar and Alistarh 2023, arXiv:2301.00774) uses too.
 """
 
 from collections.abc import Sequence
@@ -53,9 +53,10 @@ def remove_columns(weight: Tensor, h: Tensor, size: int, most: int) -> Removal:
     """
     weight, inverse = weight.clone(), invert(h)
     left = torch.arange(len(h), device=h.device)
-    order, losses = [], [0.0]
-    while sum(map(len, order)) < most:
-        count = min(size, most - sum(map(len, order)))
+    order: list[Tensor] = []
+    losses = [0.0]
+    while len(left) > len(h) - most:
+        count = min(size, len(left) - len(h) + most)
         scores = weight.square().sum(0) / inverse.diagonal()
         group = scores.argsort(stable=True)[:count].sort().values
         loss, weight, inverse, rest = eliminate(weight, inverse, group)
@@ -69,7 +70,8 @@ def remove_blocks(weight: Tensor, h: Tensor, width: int, most: int) -> Removal:
     """Greedy removal of blocks of `width` adjacent columns (attention heads), one at a time."""
     weight, inverse = weight.clone(), invert(h)
     left = torch.arange(len(h), device=h.device)
-    order, losses = [], [0.0]
+    order: list[Tensor] = []
+    losses = [0.0]
     for _ in range(most):
         blocks = torch.arange(len(left), device=h.device).view(-1, width)
         scores = torch.stack([loss_of(weight, inverse, block) for block in blocks])
@@ -81,7 +83,7 @@ def remove_blocks(weight: Tensor, h: Tensor, width: int, most: int) -> Removal:
 
 
 def loss_of(weight: Tensor, inverse: Tensor, group: Tensor) -> Tensor:
-    """(1)"""
+    """The loss of removing one group of columns, (1)."""
     columns = weight[:, group]  # (d_out, s)
     solved = torch.linalg.solve(inverse[group][:, group], columns.T)
     return (columns.T * solved).sum()
@@ -90,7 +92,7 @@ def loss_of(weight: Tensor, inverse: Tensor, group: Tensor) -> Tensor:
 def eliminate(
     weight: Tensor, inverse: Tensor, group: Tensor
 ) -> tuple[float, Tensor, Tensor, Tensor]:
-    """(1), (2) and (3) for one group -> loss, weight and inverse of the rest, indices of the rest."""
+    """Apply (1), (2) and (3) to one group -> loss, then weight, inverse and indices of the rest."""
     kept = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
     kept[group] = False
     rest = kept.nonzero().flatten()

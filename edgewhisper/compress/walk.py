@@ -13,7 +13,7 @@ Sums are float64. Memory is that of one branch's matrices and of the clips' stat
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.nn import functional
 from edgewhisper.calibration import Speech, Window, exact
 from edgewhisper.compress.branches import (
     Branch,
+    Side,
     States,
     causal_mask,
     embedded,
@@ -111,7 +112,7 @@ class Walk:
         self.states, self.dense = States(), States()
         self.encoded, self.dense_encoded = States(), States()
         self.follows = follow_dense
-        self.side: Literal["encoder", "decoder"] = "encoder"
+        self.side: Side = "encoder"
         self._enter(speech)
         self.counted = len(self.windows)
         if judges is not None:
