@@ -13,11 +13,13 @@ from torch import nn
 from benchmarks.speech import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.calibration import Speech
-from edgewhisper.compress import lite, obs
+from edgewhisper.compress import fits, lite, obs
 from edgewhisper.compress.allocation import Level, allocate, front
 from edgewhisper.compress.branches import Branch, States, branches_of, logits_from, stem
+from edgewhisper.compress.curves import Curve, scaled
+from edgewhisper.compress.fits import Fit, fit_of, put_units, remove_units
 from edgewhisper.compress.masks import removed_share
-from edgewhisper.compress.obs import Curve, Options, fit_of, put_units, remove_units, scaled
+from edgewhisper.compress.obs import Options
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.surgeon import (
     balanced,
@@ -69,7 +71,7 @@ def sums_of(rows, targets=None) -> Sums:
     return sums
 
 
-def fit(linear, rows, damping=0.0) -> obs.Fit:
+def fit(linear, rows, damping=0.0) -> Fit:
     return fit_of(linear, sums_of(rows), damping, 0.0)
 
 
@@ -78,13 +80,13 @@ def error(linear, dense, rows) -> float:
     return float((linear(rows) - dense(rows)).square().sum(1).mean().detach())
 
 
-def pruned(linear, found: obs.Fit, removed) -> nn.Linear:
+def pruned(linear, found: Fit, removed) -> nn.Linear:
     """The layer without those inputs, refitted."""
     after = copy.deepcopy(linear)
     kept = [i for i in range(linear.in_features) if i not in removed]
     weight = torch.zeros_like(linear.weight)
     weight[:, kept] = refit_columns(found.wanted, found.h, torch.tensor(kept))
-    obs.put(after, found, weight.detach(), found.mean_x)
+    fits.put(after, found, weight.detach(), found.mean_x)
     return after
 
 
@@ -180,7 +182,7 @@ def test_a_correction_ends_at_the_least_squares_fit_to_the_targets(layer, rng):
     targets = rows @ torch.from_numpy(rng.standard_normal((rows.shape[1], linear.out_features)))
     found = fit_of(linear, sums_of(rows, targets), 1e-9, 1.0)
     after = copy.deepcopy(linear)
-    obs.put(after, found, found.weight, found.mean_x)
+    fits.put(after, found, found.weight, found.mean_x)
     torch.testing.assert_close(after(rows), targets, rtol=1e-4, atol=1e-4)
 
 
@@ -461,7 +463,7 @@ def test_units_can_be_put_back(make_whisper, few, processor):
     walk.enter_decoder()
     before = branch.last_of(model).weight.clone()
     found = fit_of(branch.last_of(model), walk.collect(branch), 0.1, 0.0)
-    with obs.restored(branch.last_of(model)):
+    with fits.restored(branch.last_of(model)):
         put_units(model, branch, found, torch.arange(10))
         assert (branch.last_of(model).weight[:, :10] == 0).all()
     assert branch.last_of(model).weight.equal(before)

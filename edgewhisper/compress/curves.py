@@ -45,6 +45,8 @@ TOKENS = 32
 """Tokens of a window, where the budget is in MACs."""
 STEPS = 32
 """Levels of a feed-forward branch."""
+TINY = 1e-30
+"""Stands for zero in divisions: a dead branch writes nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def unit_curve(fit: Fit, options: "Options") -> tuple[Curve, Callable[[int], Ten
 
 
 def interpolated(counts: Tensor, losses: Sequence[float], at: int) -> float:
+    """The loss after so many single removals, between those of whole groups."""
     place = int(torch.searchsorted(counts, float(at)))
     if place == 0:
         return losses[0]
@@ -85,12 +88,14 @@ def interpolated(counts: Tensor, losses: Sequence[float], at: int) -> float:
 
 
 def head_curve(fit: Fit, total: int, options: "Options") -> Curve:
+    """The losses of numbers of heads."""
     sizes = sizes_of(total, 1, options.most_removed)
     removal = remove_blocks(fit.weight, fit.h, len(fit.h) // total, total - sizes[-1])
     return Curve(sizes, [removal.losses[total - size] for size in sizes])
 
 
 def value_curve(fit: Fit, total: int, options: "Options") -> Curve:
+    """The losses of numbers of value dimensions in each head."""
     width = len(fit.h) // total
     sizes = sizes_of(width, options.round_to, options.most_removed)
     losses = [0.0]
@@ -101,20 +106,22 @@ def value_curve(fit: Fit, total: int, options: "Options") -> Curve:
 
 
 def score_curve(sums: ScoreSums, options: "Options", damping: float) -> Curve:
+    """The losses of numbers of query and key dimensions in each head, as shares of the variance of
+    the scores; mean over heads."""
     width = sums.queries.shape[-1]
     sizes = sizes_of(width, options.round_to, options.most_removed)
     found = [
         score_directions(damped(q, damping), damped(k, damping))[2]
         for q, k in zip(sums.queries, sums.keys, strict=True)
     ]
-    shares = torch.stack([losses / losses.sum() for losses in found]).mean(0)
+    shares = torch.stack([losses / losses.sum().clamp_min(TINY) for losses in found]).mean(0)
     return Curve(sizes, [float(shares[size:].sum()) for size in sizes])
 
 
 def scaled(curve: Curve, measured: dict[int, float]) -> Curve:
     """A curve in divergences: a power of its losses through the measured ones."""
     points = sorted((curve.at(size), value) for size, value in measured.items())
-    points = [(max(loss, 1e-30), max(value, 1e-9)) for loss, value in points]
+    points = [(max(loss, TINY), max(value, 1e-9)) for loss, value in points]
     (low, first), (high, second) = points[0], points[-1]
     power = 1.0
     if high > low * 1.01:
@@ -157,7 +164,7 @@ def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> l
 def measure_part(walk: Walk, branch: Branch, dense: list[Tensor], options: "Options") -> Part:
     damping = damping_of(branch, options)
     fit = fit_of(branch.last_of(walk.model), walk.collect(branch), damping, 0.0)
-    energy = float((fit.wanted * fit.weight).sum())
+    energy = max(float((fit.wanted * fit.weight).sum()), TINY)  # variance of what it writes
     tries: dict[str, tuple[Curve, Callable[[int], None]]] = {}
     if branch.kind == "ffn":
         if options.units:

@@ -39,7 +39,9 @@ class Fit:
     wanted: Tensor
     """(d_out, d) W H."""
     mean_x: Tensor
+    """(d,) mean of what the layer reads."""
     mean_y: Tensor
+    """(d_out,) mean of what it should write."""
 
 
 def fit_of(last: nn.Module, sums: Sums, damping: float, correct: float) -> Fit:
@@ -70,6 +72,7 @@ def remove_units(model: nn.Module, branch: Branch, fit: Fit, units: int) -> None
 
 
 def put_units(model: nn.Module, branch: Branch, fit: Fit, removed: Tensor) -> None:
+    """Remove these units of a feed-forward branch and refit the others."""
     kept = torch.ones(len(fit.h), dtype=torch.bool)
     kept[removed] = False
     weight = torch.zeros_like(fit.weight)
@@ -162,6 +165,7 @@ def whole_of(model: nn.Module, branch: Branch) -> tuple[int, ...]:
 
 
 def branch_modules(model: nn.Module, branch: Branch) -> nn.Module:
+    """The module whose weights a level changes."""
     return branch.last_of(model) if branch.kind == "ffn" else branch.attention_of(model)
 
 

@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import nn
 
@@ -115,9 +115,6 @@ class Options:
     """Divergences of the decoder's branches are multiplied by this before levels are chosen."""
 
 
-# ------------------------------------------------------------------------------ walking the model
-
-
 def choose_levels(model: nn.Module, parts: Sequence[Part], options: Options) -> list[Level]:
     """Raises Problem where the levels cannot save the share that is asked for."""
     if options.budget_of == "parameters":
@@ -148,30 +145,39 @@ def apply(
     refuse(model, options)
     if not work.train:
         raise Problem("obs: there are no clips to calibrate on", hint="name a speech manifest")
+    home, training = next(model.parameters()).device, model.training
+    model.cpu().eval()  # statistics are float64, which some accelerators lack
     speech = calibration_speech(model, work.train, options.clips, options, work)
     judges = calibration_speech(model, work.dev, options.effect_clips, options, work)
     total = sum(len(branches_of(model, side)) for side in SIDES)
     with progress(total, "obs: measuring branches") as done:
         parts = measure_parts(Walk(model, speech, judges=judges), options, done)
     levels = choose_levels(model, parts, options)
-    record = {
-        "clips": len(speech.clips),
+    work.record["obs"] = {
+        "clips": {"calibration": len(speech.clips), "effect": len(judges.clips)},
         "branches": {
-            part.branch.name: {
-                "whole": list(whole_of(model, part.branch)),
-                "kept": list(level.kept),
-                "divergence": level.loss,
-            }
+            part.branch.name: described(model, part, level)
             for part, level in zip(parts, levels, strict=True)
         },
     }
     with progress(total, "obs: pruning branches") as done:
         prune(model, speech, [part.branch for part in parts], levels, options, done)
-    work.record["obs"] = record
-    return model
+    return model.to(home).train(training)
+
+
+def described(model: nn.Module, part: Part, level: Level) -> dict[str, Any]:
+    """The record of one branch: its structures before and after, and the estimated divergence."""
+    kinds = ("units",) if part.branch.kind == "ffn" else ("heads", "value_dims", "score_dims")
+    whole = whole_of(model, part.branch)
+    return {
+        "before": dict(zip(kinds, whole, strict=True)),
+        "after": dict(zip(kinds, level.kept, strict=True)),
+        "divergence": level.loss,
+    }
 
 
 def refuse(model: nn.Module, options: Options) -> None:
+    """Raise Problem if no kind of structure may be removed, or a branch is low-rank or shared."""
     if not (options.units or options.heads or options.value_dims or options.score_dims):
         raise Problem(
             "obs: units, heads, value_dims and score_dims are all false, so nothing may be removed",
@@ -256,6 +262,7 @@ def prune(
 
 
 def prune_branch(walk: Walk, branch: Branch, level: Level, options: Options) -> None:
+    """Prune and refit one branch; the walk's states stand in front of it."""
     model, damping = walk.model, damping_of(branch, options)
     whole = whole_of(model, branch)
     correct = options.correct if branch.side == "encoder" else options.decoder_correct
