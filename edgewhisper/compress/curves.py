@@ -163,7 +163,7 @@ def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> l
 
 def measure_part(walk: Walk, branch: Branch, dense: list[Tensor], options: "Options") -> Part:
     damping = damping_of(branch, options)
-    fit = fit_of(branch.last_of(walk.model), walk.collect(branch), damping, 0.0)
+    fit = fit_of(branch.last_of(walk.model), walk.collect(branch), damping)
     energy = max(float((fit.wanted * fit.weight).sum()), TINY)  # variance of what it writes
     tries: dict[str, tuple[Curve, Callable[[int], None]]] = {}
     if branch.kind == "ffn":

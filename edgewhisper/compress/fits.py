@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgewhisper.calibration import Moments
 from edgewhisper.compress.branches import Branch
 from edgewhisper.compress.surgeon import (
     balanced,
@@ -22,7 +23,7 @@ from edgewhisper.compress.surgeon import (
     score_directions,
     value_directions,
 )
-from edgewhisper.compress.walk import ScoreSums, Sums
+from edgewhisper.compress.walk import ScoreSums
 
 GROUPS = 96
 """Units of a feed-forward branch are removed in at most so many groups."""
@@ -30,10 +31,10 @@ GROUPS = 96
 
 @dataclass(frozen=True)
 class Fit:
-    """What the last layer of a branch should write (wanted, mean_y), and what it reads."""
+    """What the last layer of a branch writes (wanted, mean_y), and what it reads."""
 
     weight: Tensor
-    """(d_out, d) W, corrected."""
+    """(d_out, d) W."""
     h: Tensor
     """(d, d)"""
     wanted: Tensor
@@ -41,20 +42,14 @@ class Fit:
     mean_x: Tensor
     """(d,) mean of what the layer reads."""
     mean_y: Tensor
-    """(d_out,) mean of what it should write."""
+    """(d_out,) mean of what it writes."""
 
 
-def fit_of(last: nn.Module, sums: Sums, damping: float, correct: float) -> Fit:
-    """The regression of a last layer. With `correct` it starts from the best fit to the targets."""
+def fit_of(last: nn.Module, moments: Moments, damping: float) -> Fit:
+    """The regression of a last layer on its own outputs."""
     weight, bias = last.weight.detach().double(), last.bias.detach().double()
-    covariance, mean_x = sums.covariance, sums.mean
-    h = damped(covariance, damping)
-    mean_y = weight @ mean_x + bias
-    if correct:
-        step = sums.cross - weight @ covariance
-        weight = weight + correct * torch.linalg.solve(h, step, left=False)
-        mean_y = mean_y + correct * (sums.target_mean - mean_y)
-    return Fit(weight, h, weight @ h, mean_x, mean_y)
+    h, mean_x = damped(moments.covariance, damping), moments.mean
+    return Fit(weight, h, weight @ h, mean_x, weight @ mean_x + bias)
 
 
 @torch.no_grad()

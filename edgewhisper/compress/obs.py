@@ -33,8 +33,6 @@ Differences to ZipLM:
   and keys keep the directions that contribute most to the scores, where keys are weighted by the
   attention that they get.
 - Units are removed in groups instead of one by one, which is faster by the size of a group.
-- `correct` fits a branch to the dense model's states instead of the branch's own dense output, so
-  that it also corrects the errors of the branches before it.
 
 The result has zeros in its weights. The step `shrink` makes it smaller.
 """
@@ -107,10 +105,6 @@ class Options:
     """Added to the diagonal of the encoder's covariances, as a share of the mean variance."""
     decoder_damping: Annotated[float, Range(0, 10)] = 0.1
     """Likewise in the decoder, which reads fewer positions."""
-    correct: Annotated[float, Range(0, 1)] = 0.0
-    """Share of the difference to the dense encoder's states that each branch makes up for."""
-    decoder_correct: Annotated[float, Range(0, 1)] = 0.0
-    """Likewise in the decoder."""
     decoder_weight: Annotated[float, Range(0.01, 100)] = 1.0
     """Divergences of the decoder's branches are multiplied by this before levels are chosen."""
 
@@ -247,16 +241,11 @@ def prune(
     done: Callable[[], None] = lambda: None,
 ) -> None:
     """Bring every branch to its level, each fitted to what the ones before it have become."""
-    walk = Walk(model, speech, options.correct > 0 or options.decoder_correct > 0)
-    changed = False
+    walk = Walk(model, speech)
     for branch, level in zip(branches, levels, strict=True):
         if branch.side == "decoder" and walk.side == "encoder":
             walk.enter_decoder()
-        changed = changed or level.kept != whole_of(model, branch)
-        if walk.follows:
-            walk.move_dense(branch)
-        if changed:
-            prune_branch(walk, branch, level, options)
+        prune_branch(walk, branch, level, options)
         walk.move(branch)
         done()
 
@@ -265,13 +254,12 @@ def prune_branch(walk: Walk, branch: Branch, level: Level, options: Options) -> 
     """Prune and refit one branch; the walk's states stand in front of it."""
     model, damping = walk.model, damping_of(branch, options)
     whole = whole_of(model, branch)
-    correct = options.correct if branch.side == "encoder" else options.decoder_correct
-    if level.kept == whole and not correct:
+    if level.kept == whole:
         return
     if branch.kind != "ffn" and level.kept[2] < whole[2]:
         reduce_scores(model, branch, walk.collect_scores(branch), level.kept[2], damping)
-    fit = fit_of(branch.last_of(model), walk.collect(branch), damping, correct)
+    fit = fit_of(branch.last_of(model), walk.collect(branch), damping)
     if branch.kind == "ffn":
         remove_units(model, branch, fit, level.kept[0])
-    elif correct or level.kept[:2] != whole[:2]:
+    elif level.kept[:2] != whole[:2]:
         reduce_values(model, branch, fit, *level.kept[:2])

@@ -2,14 +2,12 @@
 
     here          shape           meaning
     a             (n, d)          what the last layer of a branch reads, at n positions
-    y             (n, d_out)      what it should write there; see Walk.collect
-    covariance    (d, d)          of a, centred
-    cross         (d_out, d)      covariance of y and a, centred
+    covariance    (d, d)          of a, centred (calibration.Moments)
     queries       (heads, k, k)   sum of q q^T
     keys          (heads, k, k)   sum over queries of the covariance of k under the attention that
-                                  the query pays: what a softmax sees of them
+                                  the query pays: a softmax sees nothing else of them
 
-Sums are float64. Memory is that of one branch's matrices and of the clips' states.
+Sums are float64. Memory holds one branch's matrices and the clips' states.
 """
 
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgewhisper.calibration import Speech, Window, exact
+from edgewhisper.calibration import Moments, Speech, Window, exact
 from edgewhisper.compress.branches import (
     Branch,
     Side,
@@ -42,43 +40,6 @@ MARGIN = 50
 speech there."""
 
 
-class Sums:
-    """Sums over positions of what a last layer reads, and of what it should write."""
-
-    def __init__(self, d: int, d_out: int) -> None:
-        self.count = 0
-        self.total = torch.zeros(d, dtype=torch.float64)
-        self.target = torch.zeros(d_out, dtype=torch.float64)
-        self.products = torch.zeros(d, d, dtype=torch.float64)
-        self.target_products = torch.zeros(d_out, d, dtype=torch.float64)
-
-    def add(self, a: Tensor, y: Tensor | None = None) -> None:
-        a = exact(a)
-        self.count += len(a)
-        self.total += a.sum(0)
-        self.products.addmm_(a.T, a)
-        if y is not None:
-            y = exact(y)
-            self.target += y.sum(0)
-            self.target_products.addmm_(y.T, a)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.count
-
-    @property
-    def target_mean(self) -> Tensor:
-        return self.target / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        return self.products / self.count - torch.outer(self.mean, self.mean)
-
-    @property
-    def cross(self) -> Tensor:
-        return self.target_products / self.count - torch.outer(self.target_mean, self.mean)
-
-
 class ScoreSums:
     """Sums over positions of the queries and keys of an attention's heads."""
 
@@ -97,21 +58,18 @@ class ScoreSums:
 
 
 class Walk:
-    """All clips' states in front of a branch, of the model as it is and of the dense model."""
+    """All clips' states in front of a branch."""
 
     def __init__(
         self,
         model: "WhisperForConditionalGeneration",
         speech: Speech,
-        follow_dense: bool = False,
         judges: Speech | None = None,
     ) -> None:
         """`judges` are clips that `logits` hears and that no statistics count."""
         self.model = model
         self.windows: list[Window] = []
-        self.states, self.dense = States(), States()
-        self.encoded, self.dense_encoded = States(), States()
-        self.follows = follow_dense
+        self.states, self.encoded = States(), States()
         self.side: Side = "encoder"
         self._enter(speech)
         self.counted = len(self.windows)
@@ -123,8 +81,6 @@ class Walk:
         for i, window in enumerate(speech.windows(self.model, decoder=True), len(self.windows)):
             states = stem(self.model, window.features)
             self.states[i] = states
-            if self.follows:
-                self.dense[i] = states
             positions = min(window.positions + MARGIN, states.shape[1])
             self.windows.append(Window(window.features[..., :0], positions, window.tokens))
 
@@ -137,33 +93,19 @@ class Walk:
         """From the encoder's last states to the decoder's first."""
         norm = self.model.model.encoder.layer_norm
         self.side = "decoder"
-        self.encoded, self.dense_encoded = self.states, self.dense
-        self.states, self.dense = States(), States()
+        self.encoded, self.states = self.states, States()
         for i, window in enumerate(self.windows):
             self.encoded[i] = norm(self.encoded[i])
-            if self.follows:
-                self.dense_encoded[i] = norm(self.dense_encoded[i])
             if window.tokens is not None:
                 self.states[i] = embedded(self.model, window.tokens)
-                if self.follows:
-                    self.dense[i] = self.states[i]
         if not any(True for _ in self.heard()):
             raise Problem(
                 f"obs: none of {self.counted} windows has a text that the decoder could read",
                 hint="give some clips that are shorter than the model's window, with their texts",
             )
 
-    def encoded_of(self, branch: Branch, clip: int, dense: bool = False) -> Tensor | None:
-        if branch.side == "encoder":
-            return None
-        return (self.dense_encoded if dense else self.encoded)[clip]
-
-    @torch.no_grad()
-    def move_dense(self, branch: Branch) -> None:
-        """Move the dense model's states behind a branch, which must still be as it was."""
-        for i in self.dense:
-            x = self.dense[i]
-            self.dense[i] = x + run(self.model, branch, x, self.encoded_of(branch, i, dense=True))
+    def encoded_of(self, branch: Branch, clip: int) -> Tensor | None:
+        return None if branch.side == "encoder" else self.encoded[clip]
 
     @torch.no_grad()
     def move(self, branch: Branch) -> None:
@@ -173,23 +115,16 @@ class Walk:
             self.states[i] = x + run(self.model, branch, x, self.encoded_of(branch, i))
 
     @torch.no_grad()
-    def collect(self, branch: Branch) -> Sums:
-        """Statistics of the branch's last layer.
-
-        If the walk follows the dense model, y are the dense states behind the branch less the
-        model's states in front of it: written, they would end all differences.
-        """
+    def collect(self, branch: Branch) -> Moments:
+        """Mean and covariance of what the branch's last layer reads."""
         last = branch.last_of(self.model)
-        d_out, d = last.weight.shape
-        sums = Sums(d, d_out)
+        moments = Moments(last.weight.shape[1])
         for i in self.heard():
             x = self.states[i]
             with inputs_of(last) as seen:
                 run(self.model, branch, x, self.encoded_of(branch, i))
-            rows = self.rows_of(branch, i, x.shape[1])
-            y = (self.dense[i] - x)[0, :rows] if self.follows else None
-            sums.add(seen[0][0, :rows], y)
-        return sums
+            moments.add(seen[0][0, : self.rows_of(branch, i, x.shape[1])])
+        return moments
 
     @torch.no_grad()
     def collect_scores(self, branch: Branch) -> ScoreSums:
