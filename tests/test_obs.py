@@ -370,6 +370,17 @@ def test_padding_does_not_matter(make_whisper, few, processor, monkeypatch):
     torch.testing.assert_close(before.covariance, after.covariance)
 
 
+def test_judges_do_not_count_in_the_statistics(make_whisper, few, processor):
+    model = make_whisper()
+    branch = branches_of(model, "encoder")[0]
+    alone = Walk(model, speech(few[:2], processor))
+    judged = Walk(model, speech(few[:2], processor), judges=speech(few[2:], processor))
+    assert len(judged.logits(branch)) == len(few) - 2
+    torch.testing.assert_close(alone.collect(branch).covariance, judged.collect(branch).covariance)
+    scores = [walk.collect_scores(branch).keys for walk in (alone, judged)]
+    torch.testing.assert_close(*scores)
+
+
 @pytest.mark.parametrize("kind", ["units", "heads", "value_dims", "score_dims"])
 def test_nothing_asked_for_changes_nothing(kind, make_whisper, work):
     model = make_whisper()

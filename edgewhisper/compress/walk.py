@@ -82,7 +82,7 @@ class Walk:
             states = stem(self.model, window.features)
             self.states[i] = states
             positions = min(window.positions + MARGIN, states.shape[1])
-            self.windows.append(Window(window.features[..., :0], positions, window.tokens))
+            self.windows.append(Window(torch.empty(0), positions, window.tokens))  # no features
 
     def heard(self) -> Iterator[int]:
         """Numbers of the windows that count and have states."""
@@ -148,7 +148,6 @@ class Walk:
     @torch.no_grad()
     def logits(self, branch: Branch) -> list[Tensor]:
         """Log-probabilities (tokens, vocabulary) of the judges, run from the branch on."""
-        judges = [i for i in range(self.counted, len(self.windows))]
         return [
             functional.log_softmax(
                 logits_from(
@@ -156,7 +155,7 @@ class Walk:
                 ),
                 dim=-1,
             )
-            for i in judges
+            for i in range(self.counted, len(self.windows))
             if self.windows[i].tokens is not None
         ]
 
