@@ -23,6 +23,7 @@ REMOVES: dict[str, tuple[str, ...]] = {
     "tspar": ("min_removed", "min_zero"),
     "imp": ("target",),
     "wsap": ("low", "middle", "high"),
+    "obs": ("remove",),
     "lite": ("theta_attn", "theta_mlp", "budget"),
     "merge": ("groups",),
     "shear": ("rank", "theta"),

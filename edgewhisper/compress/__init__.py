@@ -15,6 +15,7 @@ METHODS: dict[str, str] = {
     "tspar": "edgewhisper.compress.tspar",
     "imp": "edgewhisper.compress.imp",
     "wsap": "edgewhisper.compress.wsap",
+    "obs": "edgewhisper.compress.obs",  # optimal brain surgeon
     "lite": "edgewhisper.compress.lite",
     "merge": "edgewhisper.compress.merge",  # BaldWhisper, stage 1
     "shear": "edgewhisper.compress.shear",  # BaldWhisper, stage 2

@@ -1,0 +1,184 @@
+"""A Whisper as a sequence of residual branches, and the clips' states between them.
+
+A layer of Whisper adds the outputs of its branches to a stream of states:
+
+    x <- x + self_attn(norm(x)),   x <- x + encoder_attn(norm(x), encoded),   x <- x + ffn(norm(x))
+
+The last linear layer of a branch (`out_proj` or `fc2`) reads features that nothing else reads. A
+method that goes through the branches in order keeps the states of all clips in front of the current
+branch, changes the branch, and moves the states behind it. Each branch then runs a few times per
+clip, however deep the model is, and memory holds one matrix of states per clip.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgewhisper.calibration import Window
+from export.shrink import ATTENTIONS
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration
+
+IN_MEMORY_BYTES = 400_000_000
+"""States beyond this are kept in files."""
+
+Side = Literal["encoder", "decoder"]
+Kind = Literal["self_attn", "encoder_attn", "ffn"]
+SIDES: tuple[Side, ...] = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch of one layer."""
+
+    side: Side
+    layer: int
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        """For example "encoder.0.self_attn" or "decoder.3.ffn"."""
+        return f"{self.side}.{self.layer}.{self.kind}"
+
+    def layer_of(self, model: nn.Module) -> Any:
+        return getattr(model.model, self.side).layers[self.layer]
+
+    def attention_of(self, model: nn.Module) -> Any:
+        return getattr(self.layer_of(model), self.kind)
+
+    def last_of(self, model: nn.Module) -> nn.Module:
+        """The linear layer that writes to the stream."""
+        if self.kind == "ffn":
+            return self.layer_of(model).fc2
+        return self.attention_of(model).out_proj
+
+
+def branches_of(model: nn.Module, side: Side) -> list[Branch]:
+    """The branches of one side in the order in which they run."""
+    kinds: tuple[Any, ...] = (*ATTENTIONS[side], "ffn")
+    layers = getattr(model.model, side).layers
+    return [Branch(side, i, kind) for i in range(len(layers)) for kind in kinds]
+
+
+@dataclass
+class States:
+    """Tensors of clips by number. They are in memory as long as all together are small."""
+
+    bytes: int = 0
+    _kept: dict[int, Tensor] = field(default_factory=dict)
+    _files: set[int] = field(default_factory=set)
+    _folder: Any = None
+
+    def __setitem__(self, clip: int, states: Tensor) -> None:
+        if clip in self._kept or (
+            clip not in self._files and self.bytes + states.nbytes <= IN_MEMORY_BYTES
+        ):
+            self.bytes += 0 if clip in self._kept else states.nbytes
+            self._kept[clip] = states
+            return
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="edgewhisper-states-")
+        self._files.add(clip)
+        torch.save(states, self._file(clip))
+
+    def __getitem__(self, clip: int) -> Tensor:
+        return self._kept[clip] if clip in self._kept else torch.load(self._file(clip))
+
+    def __len__(self) -> int:
+        return len(self._kept) + len(self._files)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted([*self._kept, *self._files]))
+
+    def _file(self, clip: int) -> Path:
+        return Path(self._folder.name) / f"{clip}.pt"
+
+
+# ------------------------------------------------------------------------------ running the model
+
+
+def stem(model: "WhisperForConditionalGeneration", features: Tensor) -> Tensor:
+    """Log-mel features (1, mels, frames) -> states in front of the encoder's first branch."""
+    encoder = model.model.encoder
+    x = functional.gelu(encoder.conv1(features))
+    x = functional.gelu(encoder.conv2(x)).transpose(1, 2)
+    return x + encoder.embed_positions.weight[: x.shape[1]]
+
+
+def embedded(model: "WhisperForConditionalGeneration", tokens: Tensor) -> Tensor:
+    """Tokens (1, n) -> states in front of the decoder's first branch."""
+    decoder = model.model.decoder
+    return decoder.embed_tokens(tokens) + decoder.embed_positions.weight[: tokens.shape[1]]
+
+
+def causal_mask(size: int) -> Tensor:
+    """(1, 1, size, size): 0 where a token may look, minus infinity at later tokens."""
+    return torch.full((size, size), -torch.inf).triu(1)[None, None]
+
+
+def normed(model: nn.Module, branch: Branch, x: Tensor) -> Tensor:
+    """What the first linear layer of a branch reads."""
+    layer = branch.layer_of(model)
+    if branch.kind == "ffn":
+        return layer.final_layer_norm(x)
+    return getattr(layer, f"{branch.kind}_layer_norm")(x)
+
+
+def run(model: nn.Module, branch: Branch, x: Tensor, encoded: Tensor | None) -> Tensor:
+    """The output of a branch for states x (1, n, d_model), without the residual."""
+    layer, y = branch.layer_of(model), normed(model, branch, x)
+    if branch.kind == "ffn":
+        return layer.fc2(layer.activation_fn(layer.fc1(y)))
+    if branch.kind == "encoder_attn":
+        return layer.encoder_attn(y, key_value_states=encoded)[0]
+    mask = causal_mask(x.shape[1]).to(x) if branch.side == "decoder" else None
+    return layer.self_attn(y, attention_mask=mask)[0]
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """A list to which each call of the module appends its input."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def logits_from(
+    model: "WhisperForConditionalGeneration",
+    branch: Branch,
+    x: Tensor,
+    window: Window,
+    encoded: Any,
+) -> Tensor:
+    """Logits (tokens, vocabulary) of a clip whose states x stand in front of `branch`.
+
+    `encoded` is the encoder's output, which branches of the decoder need; branches of the encoder
+    make their own.
+    """
+    assert window.tokens is not None
+    if branch.side == "encoder":
+        for later in later_branches(model, branch):
+            x = x + run(model, later, x, None)
+        encoded = model.model.encoder.layer_norm(x)
+        x = embedded(model, window.tokens)
+        branch = branches_of(model, "decoder")[0]
+    for later in later_branches(model, branch):
+        x = x + run(model, later, x, encoded)
+    return model.proj_out(model.model.decoder.layer_norm(x))[0]
+
+
+def later_branches(model: nn.Module, branch: Branch) -> Sequence[Branch]:
+    """The branch and those of its side behind it."""
+    branches = branches_of(model, branch.side)
+    return branches[branches.index(branch) :]

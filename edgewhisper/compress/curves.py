@@ -1,0 +1,281 @@
+"""What each branch of a model loses at each level, measured on the dense model.
+
+The loss of a level is first that of the branch's own output, from the arithmetic of surgeon.py. Two
+levels of each kind of structure are then tried in the whole model, and the Kullback-Leibler
+divergence of its next-token distributions is measured. The loss becomes a divergence by a power law
+through the two.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from edgewhisper.compress.allocation import Level
+from edgewhisper.compress.branches import SIDES, Branch, branches_of
+from edgewhisper.compress.fits import (
+    GROUPS,
+    Fit,
+    branch_modules,
+    fit_of,
+    placed,
+    put_units,
+    reduce_scores,
+    reduce_values,
+    restored,
+    value_bases,
+    whole_of,
+)
+from edgewhisper.compress.surgeon import (
+    damped,
+    fitted_loss,
+    remove_blocks,
+    remove_columns,
+    score_directions,
+)
+from edgewhisper.compress.walk import ScoreSums, Walk, divergence
+
+if TYPE_CHECKING:
+    from edgewhisper.compress.obs import Options
+
+TOKENS = 32
+"""Tokens of a window, where the budget is in MACs."""
+STEPS = 32
+"""Levels of a feed-forward branch."""
+TINY = 1e-30
+"""Stands for zero in divisions: a dead branch writes nothing."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss of each size of one kind of structure. The first size is the whole."""
+
+    sizes: list[int]
+    losses: list[float]
+
+    def at(self, size: int) -> float:
+        return self.losses[self.sizes.index(size)]
+
+
+def sizes_of(total: int, step: int, most_removed: float) -> list[int]:
+    """Sizes to try: the whole, then multiples of `step` below it, down to the smallest allowed."""
+    least = max(1, total * (1 - most_removed))
+    return [total, *(n for n in range(total - 1, 0, -1) if n % step == 0 and n >= least)]
+
+
+def unit_curve(fit: Fit, options: "Options") -> tuple[Curve, Callable[[int], Tensor]]:
+    """The losses of numbers of units, and the units that go at each number."""
+    d = len(fit.h)
+    step = max(1, -(-d // STEPS // options.round_to) * options.round_to) if d >= STEPS else 1
+    sizes = sizes_of(d, step, options.most_removed)
+    removal = remove_columns(fit.weight, fit.h, max(1, d // GROUPS), d - sizes[-1])
+    order = torch.cat([*removal.order, torch.empty(0).long()])
+    counts = torch.tensor([0, *(len(g) for g in removal.order)]).cumsum(0).double()
+    losses = [interpolated(counts, removal.losses, d - size) for size in sizes]
+    return Curve(sizes, losses), lambda size: order[: d - size]
+
+
+def interpolated(counts: Tensor, losses: Sequence[float], at: int) -> float:
+    """The loss after so many single removals, between those of whole groups."""
+    place = int(torch.searchsorted(counts, float(at)))
+    if place == 0:
+        return losses[0]
+    low, high = float(counts[place - 1]), float(counts[place])
+    return losses[place - 1] + (losses[place] - losses[place - 1]) * (at - low) / (high - low)
+
+
+def head_curve(fit: Fit, total: int, options: "Options") -> Curve:
+    """The losses of numbers of heads."""
+    sizes = sizes_of(total, 1, options.most_removed)
+    removal = remove_blocks(fit.weight, fit.h, len(fit.h) // total, total - sizes[-1])
+    return Curve(sizes, [removal.losses[total - size] for size in sizes])
+
+
+def value_curve(fit: Fit, total: int, options: "Options") -> Curve:
+    """The losses of numbers of value dimensions in each head."""
+    width = len(fit.h) // total
+    sizes = sizes_of(width, options.round_to, options.most_removed)
+    losses = [0.0]
+    for dims in sizes[1:]:
+        basis = placed(value_bases(fit, total, total, dims), len(fit.h))
+        losses.append(max(0.0, fitted_loss(fit.weight, fit.wanted, fit.h, basis)))
+    return Curve(sizes, losses)
+
+
+def score_curve(sums: ScoreSums, options: "Options", damping: float) -> Curve:
+    """The losses of numbers of query and key dimensions in each head, as shares of the variance of
+    the scores; mean over heads."""
+    width = sums.queries.shape[-1]
+    sizes = sizes_of(width, options.round_to, options.most_removed)
+    found = [
+        score_directions(damped(q, damping), damped(k, damping))[2]
+        for q, k in zip(sums.queries, sums.keys, strict=True)
+    ]
+    shares = torch.stack([losses / losses.sum().clamp_min(TINY) for losses in found]).mean(0)
+    return Curve(sizes, [float(shares[size:].sum()) for size in sizes])
+
+
+def scaled(curve: Curve, measured: dict[int, float]) -> Curve:
+    """A curve in divergences: a power of its losses through the measured ones."""
+    points = sorted((curve.at(size), value) for size, value in measured.items())
+    points = [(max(loss, TINY), max(value, 1e-9)) for loss, value in points]
+    (low, first), (high, second) = points[0], points[-1]
+    power = 1.0
+    if high > low * 1.01:
+        ratio = torch.tensor([second / first, high / low]).log()
+        power = min(max(float(ratio[0] / ratio[1]), 0.5), 2.0)
+    anchor, value = (low, first) if len(points) == 1 else (high, second)
+    return Curve(
+        curve.sizes,
+        [value * (loss / anchor) ** power if loss > 0 else 0.0 for loss in curve.losses],
+    )
+
+
+# ------------------------------------------------------------------------------ the dense model
+
+
+@dataclass(frozen=True)
+class Part:
+    """One branch at all levels."""
+
+    branch: Branch
+    curves: dict[str, Curve]
+    """"units"; or "heads", "value_dims" and "score_dims". Losses are divergences."""
+
+
+def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> list[Part]:
+    """The curves of all branches, from one walk of the dense model."""
+    model, parts = walk.model, []
+    first = branches_of(model, "encoder")[0]
+    dense = walk.logits(first)
+    for side in SIDES:
+        if side == "decoder":
+            walk.enter_decoder()
+        for branch in branches_of(model, side):
+            parts.append(measure_part(walk, branch, dense, options))
+            walk.move(branch)
+            done()
+    return parts
+
+
+def measure_part(walk: Walk, branch: Branch, dense: list[Tensor], options: "Options") -> Part:
+    damping = damping_of(branch, options)
+    fit = fit_of(branch.last_of(walk.model), walk.collect(branch), damping)
+    energy = max(float((fit.wanted * fit.weight).sum()), TINY)  # variance of what it writes
+    tries: dict[str, tuple[Curve, Callable[[int], None]]] = {}
+    if branch.kind == "ffn":
+        if options.units:
+            curve, removed = unit_curve(fit, options)
+            tries["units"] = (
+                curve,
+                lambda size: put_units(walk.model, branch, fit, removed(size)),
+            )
+    else:
+        tries = attention_tries(walk, branch, fit, options)
+    curves = {}
+    for kind, (curve, change) in tries.items():
+        if kind != "score_dims":
+            curve = Curve(curve.sizes, [loss / energy for loss in curve.losses])
+        measured = try_levels(walk, branch, curve, change, dense, options)
+        curves[kind] = scaled(curve, measured) if measured else curve
+    return Part(branch, curves)
+
+
+def attention_tries(
+    walk: Walk, branch: Branch, fit: Fit, options: "Options"
+) -> dict[str, tuple[Curve, Callable[[int], None]]]:
+    model, damping = walk.model, damping_of(branch, options)
+    attention = branch.attention_of(model)
+    total, width = attention.num_heads, len(fit.h) // attention.num_heads
+    tries: dict[str, tuple[Curve, Callable[[int], None]]] = {}
+    if options.heads:
+        tries["heads"] = (
+            head_curve(fit, total, options),
+            lambda size: reduce_values(model, branch, fit, size, width),
+        )
+    if options.value_dims:
+        tries["value_dims"] = (
+            value_curve(fit, total, options),
+            lambda size: reduce_values(model, branch, fit, total, size),
+        )
+    if options.score_dims:
+        scores = walk.collect_scores(branch)
+        tries["score_dims"] = (
+            score_curve(scores, options, damping),
+            lambda size: reduce_scores(model, branch, scores, size, damping),
+        )
+    return tries
+
+
+def try_levels(
+    walk: Walk,
+    branch: Branch,
+    curve: Curve,
+    change: Callable[[int], None],
+    dense: list[Tensor],
+    options: "Options",
+) -> dict[int, float]:
+    """The divergence at about a quarter and a half of the structures removed."""
+    if not dense or len(curve.sizes) < 2:
+        return {}
+    whole, measured = curve.sizes[0], {}
+    for share in (0.75, 0.5):
+        size = min(curve.sizes[1:], key=lambda size: abs(size - share * whole))
+        if size not in measured:
+            with restored(branch_modules(walk.model, branch)):
+                change(size)
+                measured[size] = divergence(dense, walk.logits(branch))
+    return measured
+
+
+def damping_of(branch: Branch, options: "Options") -> float:
+    return options.damping if branch.side == "encoder" else options.decoder_damping
+
+
+# ------------------------------------------------------------------------------ levels and costs
+
+
+def levels_of(model: nn.Module, part: Part, options: "Options") -> list[Level]:
+    """All ways to have a branch."""
+    weigh = options.decoder_weight if part.branch.side == "decoder" else 1.0
+    whole = whole_of(model, part.branch)
+    cost = cost_of(model, part.branch, options.budget_of)
+    if part.branch.kind == "ffn":
+        curve = part.curves.get("units", Curve([whole[0]], [0.0]))
+        return [
+            Level((size,), cost(whole) - cost((size,)), weigh * loss)
+            for size, loss in zip(curve.sizes, curve.losses, strict=True)
+        ]
+    curves = [
+        part.curves.get(kind, Curve([size], [0.0]))
+        for kind, size in zip(("heads", "value_dims", "score_dims"), whole, strict=True)
+    ]
+    levels = []
+    for kept in product(*(curve.sizes for curve in curves)):
+        heads, values, scores = (c.at(size) for c, size in zip(curves, kept, strict=True))
+        loss = heads + (values + scores) * kept[0] / whole[0]  # what is left can lose dimensions
+        levels.append(Level(kept, cost(whole) - cost(kept), weigh * loss))
+    return levels
+
+
+def cost_of(model: nn.Module, branch: Branch, budget_of: str) -> Callable[[tuple[int, ...]], float]:
+    """Parameters, or multiply-accumulates of one window, of a branch at a level."""
+    d, sound = model.config.d_model, model.config.max_source_positions
+    rows = sound if branch.side == "encoder" else TOKENS
+    source = sound if branch.kind == "encoder_attn" else rows
+    if budget_of == "parameters":
+        unit, value, score = 2 * d + 1, 2 * d + 1, 2 * d + 1  # one bias each
+    else:
+        unit = 2 * d * rows
+        value = score = d * (rows + source) + rows * source
+
+    def cost(kept: tuple[int, ...]) -> float:
+        if len(kept) == 1:
+            return unit * kept[0]
+        heads, values, scores = kept
+        return heads * (value * values + score * scores)
+
+    return cost

@@ -1,0 +1,509 @@
+"""Optimal brain surgeon: losses, updates, heads, dimensions, levels, and the model that is left."""
+
+import copy
+from dataclasses import replace
+from itertools import combinations, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.speech.clips import Clip, read_manifest
+from edgewhisper import decoding, whisper
+from edgewhisper.calibration import Moments, Speech
+from edgewhisper.compress import fits, lite, obs
+from edgewhisper.compress.allocation import Level, allocate, front
+from edgewhisper.compress.branches import Branch, States, branches_of, logits_from, stem
+from edgewhisper.compress.context import Context
+from edgewhisper.compress.curves import Curve, scaled
+from edgewhisper.compress.fits import Fit, fit_of, put_units, remove_units
+from edgewhisper.compress.masks import removed_share
+from edgewhisper.compress.obs import Options
+from edgewhisper.compress.shrink import slimmed
+from edgewhisper.compress.surgeon import (
+    balanced,
+    damped,
+    fitted_loss,
+    identity_rows,
+    loss_of,
+    orthonormal_rows,
+    refit,
+    refit_columns,
+    remove_blocks,
+    remove_columns,
+    score_directions,
+    value_directions,
+)
+from edgewhisper.compress.walk import ScoreSums, Walk, divergence
+from export.cost import count_parameters, macs, window_macs
+from export.problem import Problem
+
+QUICK = Options(own_words=False, effect_clips=0, round_to=1, remove=0.2)
+"""Options for a model 32 wide."""
+
+
+@pytest.fixture
+def few(clips: Path) -> list[Clip]:
+    return read_manifest(clips)[:4]
+
+
+@pytest.fixture
+def work(few, processor, tmp_path: Path) -> Context:
+    return Context(processor=processor, train=few, dev=few, run_dir=tmp_path / "run")
+
+
+@pytest.fixture
+def layer(rng):
+    """A linear layer and rows that it reads, which have a mean and are correlated."""
+    d_in, d_out = int(rng.integers(6, 14)), int(rng.integers(3, 10))
+    mixing = rng.standard_normal((d_in, d_in)) + np.eye(d_in)
+    rows = torch.from_numpy(rng.standard_normal((300, d_in)) @ mixing + rng.standard_normal(d_in))
+    linear = nn.Linear(d_in, d_out).double()
+    return linear, rows
+
+
+def moments_of(rows) -> Moments:
+    moments = Moments(rows.shape[1])
+    for part in rows.chunk(3):
+        moments.add(part)
+    return moments
+
+
+def fit(linear, rows, damping=0.0) -> Fit:
+    return fit_of(linear, moments_of(rows), damping)
+
+
+def error(linear, dense, rows) -> float:
+    """Mean over rows of the squared distance of two layers' outputs."""
+    return float((linear(rows) - dense(rows)).square().sum(1).mean().detach())
+
+
+def pruned(linear, found: Fit, removed) -> nn.Linear:
+    """The layer without those inputs, refitted."""
+    after = copy.deepcopy(linear)
+    kept = [i for i in range(linear.in_features) if i not in removed]
+    weight = torch.zeros_like(linear.weight)
+    weight[:, kept] = refit_columns(found.wanted, found.h, torch.tensor(kept))
+    fits.put(after, found, weight.detach(), found.mean_x)
+    return after
+
+
+# ------------------------------------------------------------------------------ losses and updates
+
+
+def test_nothing_removed_changes_nothing(layer):
+    linear, rows = layer
+    assert error(pruned(linear, fit(linear, rows), []), linear, rows) == pytest.approx(0, abs=1e-18)
+
+
+def test_a_removal_whose_answer_is_known():
+    """Two inputs that are equal but for a sign: one can go, and the other takes its weight."""
+    x = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0, 0, 1], [0, 0, -1]]).double()
+    h = damped(x.T @ x / 4, 1e-9)
+    weight = torch.tensor([[3.0, 1.0, 5.0]]).double()
+    removal = remove_columns(weight, h, 1, 1)
+    assert int(removal.order[0]) in (0, 1)
+    assert removal.losses == pytest.approx([0, 0], abs=1e-6)
+    kept = torch.tensor([i for i in range(3) if i != int(removal.order[0])])
+    sign = 1 if int(removal.order[0]) == 1 else -1
+    torch.testing.assert_close(
+        refit_columns(weight @ h, h, kept), torch.tensor([[2.0 * sign, 5.0]]).double()
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3], ids=["one by one", "in groups"])
+def test_the_error_is_what_the_formula_says(layer, size):
+    linear, rows = layer
+    found = fit(linear, rows)
+    removal = remove_columns(found.weight, found.h, size, linear.in_features // 2)
+    for groups, predicted in enumerate(removal.losses):
+        removed = [int(i) for group in removal.order[:groups] for i in group]
+        measured = error(pruned(linear, found, removed), linear, rows)
+        assert measured == pytest.approx(predicted, rel=1e-6, abs=1e-9)
+
+
+def test_the_error_after_the_update_is_at_most_that_of_masking(layer, rng):
+    linear, rows = layer
+    found = fit(linear, rows)
+    removed = rng.permutation(linear.in_features)[: linear.in_features // 2].tolist()
+    masked = copy.deepcopy(linear)
+    with torch.no_grad():
+        masked.weight[:, removed] = 0
+        masked.bias.copy_(found.mean_y - masked.weight @ found.mean_x)  # with the mean folded
+    plain = copy.deepcopy(linear)
+    plain.weight.data[:, removed] = 0
+    updated = error(pruned(linear, found, removed), linear, rows)
+    assert updated <= error(masked, linear, rows) <= error(plain, linear, rows) * (1 + 1e-9)
+
+
+def test_the_update_is_least_squares_on_what_remains(layer):
+    linear, rows = layer
+    after = pruned(linear, fit(linear, rows), [0, 2])
+    kept = [i for i in range(linear.in_features) if i not in (0, 2)]
+    design = torch.cat([rows[:, kept], torch.ones(len(rows), 1).double()], dim=1)
+    best = torch.linalg.lstsq(design, linear(rows).detach()).solution  # (kept + 1, d_out)
+    torch.testing.assert_close(after.weight[:, kept], best[:-1].T, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(after.bias, best[-1], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+def test_the_mean_of_the_output_is_kept(layer, damping):
+    linear, rows = layer
+    after = pruned(linear, fit(linear, rows, damping), [1, 3, 4])
+    torch.testing.assert_close(after(rows).mean(0), linear(rows).mean(0), rtol=0, atol=1e-10)
+
+
+def test_single_columns_go_in_the_greedy_order(layer):
+    linear, rows = layer
+    found = fit(linear, rows)
+    removal = remove_columns(found.weight, found.h, 1, 3)
+    gone: list[int] = []
+    for group in removal.order:
+        options = [i for i in range(linear.in_features) if i not in gone]
+        errors = {i: error(pruned(linear, found, [*gone, i]), linear, rows) for i in options}
+        assert int(group) == min(errors, key=errors.__getitem__)
+        gone.append(int(group))
+
+
+def test_a_constant_input_can_go_for_nothing(layer):
+    linear, rows = layer
+    rows = rows.clone()
+    rows[:, 1] = 7.0
+    found = fit(linear, rows, 1e-6)
+    removal = remove_columns(found.weight, found.h, 1, 1)
+    assert int(removal.order[0]) == 1
+    assert error(pruned(linear, found, [1]), linear, rows) == pytest.approx(0, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------ heads
+
+
+def test_heads_are_removed_like_brute_force_does(rng):
+    heads, width = 4, 3
+    rows = torch.from_numpy(rng.standard_normal((400, 12)) @ rng.standard_normal((12, 12)))
+    linear = nn.Linear(12, 5).double()
+    found = fit(linear, rows)
+    removal = remove_blocks(found.weight, found.h, width, heads - 1)
+    block = {h: list(range(h * width, (h + 1) * width)) for h in range(heads)}
+    gone: list[int] = []
+    for number, group in enumerate(removal.order, 1):
+        left = [h for h in range(heads) if h not in gone]
+        errors = {
+            h: error(pruned(linear, found, [i for g in [*gone, h] for i in block[g]]), linear, rows)
+            for h in left
+        }
+        best = min(errors, key=errors.__getitem__)
+        assert group.tolist() == block[best]
+        assert removal.losses[number] == pytest.approx(errors[best], rel=1e-6)
+        gone.append(best)
+
+
+def test_the_loss_of_a_group_is_not_the_sum_of_its_columns(layer):
+    """Inputs that stand in for each other are cheap apart and dear together."""
+    linear, rows = layer
+    rows = rows.clone()
+    rows[:, 1] = rows[:, 0] + 0.01 * rows[:, 2]
+    found = fit(linear, rows)
+    inverse = torch.linalg.inv(found.h)
+    alone = [float(loss_of(found.weight, inverse, torch.tensor([i]))) for i in (0, 1)]
+    together = float(loss_of(found.weight, inverse, torch.tensor([0, 1])))
+    assert together > sum(alone)
+
+
+# ------------------------------------------------------------------------------ fewer dimensions
+
+
+def test_rotated_values_lose_no_more_than_any_choice_of_channels(rng):
+    width, kept = 5, 2
+    rows = torch.from_numpy(rng.standard_normal((300, width)) @ rng.standard_normal((width, width)))
+    found = fit(nn.Linear(width, 8).double(), rows)
+    directions, losses = value_directions(found.weight, found.h, heads=1)
+    basis = orthonormal_rows(directions[0, :kept])
+    loss = fitted_loss(found.weight, found.wanted, found.h, basis)
+    assert loss == pytest.approx(float(losses[0, kept:].sum()), rel=1e-6)
+    for channels in combinations(range(width), kept):
+        channel_rows = identity_rows(width, list(channels), found.h)
+        assert loss <= fitted_loss(found.weight, found.wanted, found.h, channel_rows) * (1 + 1e-9)
+
+
+def test_refitted_rows_of_the_identity_are_refitted_columns(layer):
+    linear, rows = layer
+    found = fit(linear, rows, 0.01)
+    kept = torch.tensor([0, 2, 5])
+    basis = identity_rows(linear.in_features, kept, found.h)
+    torch.testing.assert_close(
+        refit(found.wanted, found.h, basis), refit_columns(found.wanted, found.h, kept)
+    )
+
+
+def test_fewer_score_dimensions_lose_what_is_said(rng):
+    width, kept = 6, 3
+    draws = [rng.standard_normal((width, width)) for _ in range(2)]
+    queries, keys = (torch.from_numpy(draw @ draw.T) for draw in draws)
+    left, right, losses = score_directions(queries, keys)
+    left, right = balanced(left[:kept], right[:kept])
+    missing = torch.eye(width).double() - left.T @ right
+    lost = torch.trace(missing.T @ queries @ missing @ keys)  # E[(q^T missing k)^2]
+    assert float(lost) == pytest.approx(float(losses[kept:].sum()), rel=1e-6)
+    torch.testing.assert_close(left.norm(dim=1), right.norm(dim=1))
+
+
+def test_all_score_dimensions_give_the_same_scores(rng):
+    draws = [rng.standard_normal((4, 4)) for _ in range(2)]
+    left, right, _ = score_directions(*(torch.from_numpy(draw @ draw.T) for draw in draws))
+    torch.testing.assert_close(left.T @ right, torch.eye(4).double(), rtol=0, atol=1e-6)
+
+
+def test_keys_count_by_their_attention(rng):
+    """The statistics are those of each query's softmax, summed one by one."""
+    queries, keys = (torch.from_numpy(rng.standard_normal((2, 5, 3))) for _ in range(2))
+    sums = ScoreSums(2, 3)
+    sums.add(queries, keys, None)
+    wanted = torch.zeros(2, 3, 3).double()
+    for head, query in product(range(2), range(5)):
+        shares = (keys[head] @ queries[head, query]).softmax(0)
+        centred = keys[head] - shares @ keys[head]
+        wanted[head] += (centred * shares[:, None]).T @ centred
+    torch.testing.assert_close(sums.keys, wanted)
+    torch.testing.assert_close(sums.queries, queries.mT @ queries)
+
+
+# ------------------------------------------------------------------------------ levels
+
+
+def brute_force(parts, wanted) -> float:
+    sums = [
+        (sum(level.saved for level in chosen), sum(level.loss for level in chosen))
+        for chosen in product(*parts)
+    ]
+    return min(loss for saved, loss in sums if saved >= wanted)
+
+
+def test_levels_are_chosen_like_brute_force_does(rng):
+    for _ in range(20):
+        parts = [
+            [Level((9,), 0.0, 0.0)]
+            + [
+                Level((n,), float(rng.integers(1, 40)) * 100, float(rng.random()))
+                for n in range(int(rng.integers(1, 5)))
+            ]
+            for _ in range(4)
+        ]
+        most = sum(max(level.saved for level in part) for part in parts)
+        wanted = float(rng.integers(1, int(most // 100) + 1)) * 100
+        chosen = allocate(parts, wanted)
+        assert sum(level.saved for level in chosen) >= wanted * (1 - 1e-3)
+        loss = sum(level.loss for level in chosen)
+        # savings are rounded down to 1/4000 of what is wanted
+        assert loss <= brute_force(parts, min(wanted * (1 + 4 / 4000), most)) + 1e-9
+
+
+def test_all_levels_can_be_needed():
+    parts = [[Level((2,), 0.0, 0.0), Level((1,), 7.0, 1.0)]] * 3
+    assert [level.kept for level in allocate(parts, 21.0)] == [(1,)] * 3
+
+
+def test_nothing_wanted_removes_nothing():
+    parts = [[Level((2,), 0.0, 0.0), Level((1,), 7.0, 1.0)]] * 3
+    assert [level.kept for level in allocate(parts, 0.0)] == [(2,)] * 3
+
+
+def test_levels_that_others_beat_are_left_out():
+    levels = [Level((3,), 0, 0), Level((2,), 5, 2), Level((1,), 6, 1), Level((0,), 9, 1.5)]
+    assert [level.kept for level in front(levels)] == [(3,), (1,), (0,)]
+
+
+def test_more_than_there_is_is_refused():
+    with pytest.raises(Problem, match="8 are to be saved, and the highest levels save 7"):
+        allocate([[Level((2,), 0.0, 0.0), Level((1,), 7.0, 1.0)]], 8.0)
+
+
+def test_a_curve_goes_through_what_was_measured():
+    curve = scaled(Curve([8, 6, 4, 2], [0.0, 0.1, 0.2, 0.4]), {6: 0.01, 4: 0.02})
+    assert curve.losses == pytest.approx([0.0, 0.01, 0.02, 0.04])
+    steep = scaled(Curve([8, 6, 4, 2], [0.0, 0.1, 0.2, 0.4]), {6: 0.01, 4: 0.04})
+    assert steep.losses == pytest.approx([0.0, 0.01, 0.04, 0.16])
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+def speech(few, processor) -> Speech:
+    return Speech(few, processor, mask_padding=True)
+
+
+def test_branches_in_order_are_the_model(make_whisper, few, processor):
+    model = make_whisper()
+    (window, *_) = speech(few, processor).windows(model, decoder=True)
+    first = branches_of(model, "encoder")[0]
+    with torch.no_grad():
+        found = logits_from(model, first, stem(model, window.features), window, None)
+        wanted = model(input_features=window.features, decoder_input_ids=window.tokens).logits[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_states_are_the_same_in_files(rng, monkeypatch):
+    monkeypatch.setattr("edgewhisper.compress.branches.IN_MEMORY_BYTES", 100)
+    states, tensors = States(), [torch.randn(1, 4, 4) for _ in range(3)]
+    for number, tensor in enumerate(tensors):
+        states[number] = tensor
+    states[2] = tensors[0]
+    assert list(states) == [0, 1, 2]
+    assert states[0].equal(tensors[0]) and states[1].equal(tensors[1])
+    assert states[2].equal(tensors[0])
+
+
+def test_padding_does_not_matter(make_whisper, few, processor, monkeypatch):
+    """Statistics are those of the first positions, whatever stands behind them."""
+    monkeypatch.setattr("edgewhisper.compress.walk.MARGIN", 0)
+    model = make_whisper()
+    walk = Walk(model, speech(few[:1], processor))
+    branch = Branch("encoder", 0, "ffn")
+    before = walk.collect(branch)
+    states = walk.states[0].clone()
+    states[:, walk.windows[0].positions :] += 5
+    walk.states[0] = states
+    after = walk.collect(branch)
+    assert before.count == after.count == walk.windows[0].positions < states.shape[1]
+    torch.testing.assert_close(before.covariance, after.covariance)
+
+
+def test_judges_do_not_count_in_the_statistics(make_whisper, few, processor):
+    model = make_whisper()
+    branch = branches_of(model, "encoder")[0]
+    alone = Walk(model, speech(few[:2], processor))
+    judged = Walk(model, speech(few[:2], processor), judges=speech(few[2:], processor))
+    assert len(judged.logits(branch)) == len(few) - 2
+    torch.testing.assert_close(alone.collect(branch).covariance, judged.collect(branch).covariance)
+    scores = [walk.collect_scores(branch).keys for walk in (alone, judged)]
+    torch.testing.assert_close(*scores)
+
+
+@pytest.mark.parametrize("kind", ["units", "heads", "value_dims", "score_dims"])
+def test_nothing_asked_for_changes_nothing(kind, make_whisper, work):
+    model = make_whisper()
+    before = copy.deepcopy(model.state_dict())
+    kinds = dict.fromkeys(["units", "heads", "value_dims", "score_dims"], False) | {kind: True}
+    after = obs.apply(model, replace(QUICK, remove=0.0, **kinds), work)
+    assert all(after.state_dict()[name].equal(tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [("units",), ("heads",), ("value_dims",), ("score_dims",), ("units", "heads", "value_dims")],
+    ids=" and ".join,
+)
+def test_the_share_is_reached_and_the_smaller_model_is_the_same(kinds, make_whisper, work, few):
+    model = make_whisper()
+    chosen = {kind: kind in kinds for kind in ("units", "heads", "value_dims", "score_dims")}
+    remove = 0.1 if "units" in kinds else 0.05
+    masked = obs.apply(model, replace(QUICK, remove=remove, **chosen), work)
+    assert remove - 1e-3 <= removed_share(masked) <= remove + 0.05
+    slim, _ = slimmed(masked)
+    pcm = few[0].pcm()
+    logits = [decoding.logits(m, work.processor, pcm, [1, 2, 3]) for m in (masked, slim)]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-4 * max(1, np.abs(logits[0]).max()))
+    assert count_parameters(slim)["rest"] < count_parameters(masked)["rest"]
+    assert set(work.record["obs"]["branches"]) >= {"encoder.0.ffn", "decoder.1.encoder_attn"}
+
+
+def test_a_share_of_macs_is_reached(make_whisper, work):
+    model = make_whisper()
+    before = window_macs(macs(model))
+    masked = obs.apply(model, replace(QUICK, budget_of="macs", remove=0.15), work)
+    slim, _ = slimmed(masked)
+    assert window_macs(macs(slim)) <= before * (1 - 0.15 + 1e-3)
+
+
+def test_half_of_the_units_cost_less_than_masking_by_size(make_whisper, few, processor):
+    model = make_whisper()
+    walk = Walk(model, speech(few, processor), judges=speech(few, processor))
+    branch = branches_of(model, "encoder")[1]
+    walk.move(branches_of(model, "encoder")[0])
+    dense = walk.logits(branch)
+    found = fit_of(branch.last_of(model), walk.collect(branch), 1e-3)
+    weight, bias = (p.detach().clone() for p in branch.last_of(model).parameters())
+    remove_units(model, branch, found, 24)
+    updated = walk.collect(branch)
+    losses = divergence(dense, walk.logits(branch))
+    smallest = weight.square().sum(0).argsort()[:24]
+    with torch.no_grad():
+        branch.last_of(model).weight.copy_(weight)
+        branch.last_of(model).weight[:, smallest] = 0
+        branch.last_of(model).bias.copy_(bias)
+    assert updated.count > 0
+    assert losses < divergence(dense, walk.logits(branch))
+
+
+def test_the_digits_model_still_hears(digits, processor, clips, tmp_path):
+    """10 % of the embedded model, chosen by divergence and refitted in sequence."""
+    some = read_manifest(clips)[::40]
+    model = whisper.load(digits)
+    work = Context(processor=processor, train=some[:8], dev=some, run_dir=tmp_path / "run")
+    before = work.wer(model).wer
+    options = Options(remove=0.1, effect_clips=2, own_words=False)
+    after = obs.apply(model, options, work)
+    assert removed_share(after) >= 0.1 - 1e-3
+    assert work.wer(after).wer <= before + 0.15
+
+
+def test_runs_are_repeatable(make_whisper, work):
+    model = make_whisper()
+    results = [obs.apply(copy.deepcopy(model), QUICK, work).state_dict() for _ in range(2)]
+    assert all(results[0][name].equal(results[1][name]) for name in results[0])
+
+
+def test_units_can_be_put_back(make_whisper, few, processor):
+    model = make_whisper()
+    walk = Walk(model, speech(few[:1], processor))
+    branch = Branch("decoder", 0, "ffn")
+    for earlier in branches_of(model, "encoder"):
+        walk.move(earlier)
+    walk.enter_decoder()
+    before = branch.last_of(model).weight.clone()
+    found = fit_of(branch.last_of(model), walk.collect(branch), 0.1)
+    with fits.restored(branch.last_of(model)):
+        put_units(model, branch, found, torch.arange(10))
+        assert (branch.last_of(model).weight[:, :10] == 0).all()
+    assert branch.last_of(model).weight.equal(before)
+
+
+# ------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        pytest.param(
+            replace(QUICK, units=False, heads=False, value_dims=False, score_dims=False),
+            "units, heads, value_dims and score_dims are all false",
+            id="no kind",
+        ),
+        pytest.param(
+            replace(QUICK, remove=0.95), "remove = 0.95 is asked for; .* can save 0.", id="too much"
+        ),
+        pytest.param(
+            replace(QUICK, remove=0.9, units=False, budget_of="macs"),
+            "of the macs",
+            id="too many macs",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused(options, told, tiny_whisper, work):
+    with pytest.raises(Problem, match=told):
+        obs.apply(tiny_whisper, options, work)
+
+
+def test_no_clips_are_refused(tiny_whisper, work):
+    with pytest.raises(Problem, match="there are no clips to calibrate on"):
+        obs.apply(tiny_whisper, QUICK, replace(work, train=[]))
+
+
+def test_low_rank_layers_are_refused(make_whisper, work):
+    options = lite.Options(round_to=4, theta_attn=0.1, theta_mlp=0.1)
+    split = lite.apply(make_whisper(), options, work)
+    with pytest.raises(Problem, match=r"encoder\.0\.\w+ has low-rank layers") as caught:
+        obs.apply(split, QUICK, work)
+    assert caught.value.hint == "put the step obs before lite in the recipe"
