@@ -28,3 +28,9 @@ def context(few, processor, tmp_path: Path) -> Context:
 def narrow_whisper(make_whisper) -> nn.Module:
     """A random Whisper whose weights have falling singular values."""
     return narrowed(make_whisper())
+
+
+@pytest.fixture
+def deep(make_whisper, rng):
+    """A random Whisper with two or three pairs of decoder layers."""
+    return make_whisper(decoder_layers=2 * int(rng.integers(2, 4)), encoder_layers=1)

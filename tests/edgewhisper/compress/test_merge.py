@@ -40,12 +40,6 @@ from export.problem import Problem
 
 
 @pytest.fixture
-def deep(make_whisper, rng):
-    """A random Whisper with two or three pairs of decoder layers."""
-    return make_whisper(decoder_layers=2 * int(rng.integers(2, 4)), encoder_layers=1)
-
-
-@pytest.fixture
 def weights(rng) -> tuple[float, float]:
     """Random alpha and beta."""
     return tuple(float(x) for x in rng.uniform(0.01, 10, size=2))
