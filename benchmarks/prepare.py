@@ -34,7 +34,7 @@ class Measuring:
     normalizer: str | None = None
     """Default: the normalizer of the clips' language."""
     compute_units: tuple[str, ...] = ()
-    """Core ML compute units, one result for each; EACH stands for all of them."""
+    """Core ML compute units, one result for each; EACH means all of them."""
     minutes: float | None = None
     """After the rounds, run continuously for this many minutes."""
     interval: float | None = None
