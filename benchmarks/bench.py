@@ -9,7 +9,6 @@ Options and checks are in prepare.py, a single process and its answer in rounds.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ from benchmarks.result import validate
 from benchmarks.rivals.engines import RIVALS
 from benchmarks.rounds import ROUND_S, first_load, merge, run_round, sustain
 from benchmarks.speech.clips import Clip
-from benchmarks.speech.wav import write_clips
+from benchmarks.speech.wav import push_clips
 from benchmarks.wer import score, word_errors
 from devices.device import Device, open_device, run_runner
 
@@ -176,9 +175,7 @@ def checkpoint_wers(
 def checkpoint_wer(checkpoint: Path, clips: Sequence[Clip], normalizer: str) -> float:
     """Return a checkpoint's word error rate in transformers, each clip in its own language."""
     with open_device("local") as device:
-        with tempfile.TemporaryDirectory() as folder:
-            write_clips(clips, Path(folder))
-            device.push(Path(folder), "clips")
+        push_clips(clips, device)
         words = [str(checkpoint.resolve()), "clips/clips.json"]
         words += ["--threads", str(device_cores(device.describe()))]
         program = RIVALS[REFERENCE].program

@@ -17,7 +17,7 @@ from export.artifact import read_manifest, verify
 from export.problem import Problem
 
 EACH = ("each",)
-"""The value of `compute_units` that stands for all of them."""
+"""The value of `compute_units` that means all of them."""
 
 
 @dataclass(frozen=True)

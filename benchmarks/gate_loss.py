@@ -71,7 +71,7 @@ def too_much(lost: Mapping[str, Any], limit: float) -> bool:
     """Return whether a loss of words exceeds the limit, in points, by more than chance.
 
     It does if the whole 95 % interval of the loss is above the limit; one word in 41 is no reason
-    to fail. The interval says little for few clips or a single clip that failed completely, so a
+    to fail. The interval is too wide for few clips or a single clip that failed completely, so a
     loss of GROSS_LOSS points beyond the limit fails too. Fewer than MIN_WORDS additional errors
     never fail.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.result import FORMAT
 from benchmarks.rivals.engines import RIVALS, send_program
 from benchmarks.speech.clips import Clip
-from benchmarks.speech.wav import write_clips
+from benchmarks.speech.wav import push_clips
 from devices.device import RUNNER, Device
 from export.problem import Problem
 
@@ -34,7 +33,7 @@ class Measuring:
     normalizer: str | None = None
     """Default: the normalizer of the clips' language."""
     compute_units: tuple[str, ...] = ()
-    """Core ML compute units, one result for each; EACH stands for all of them."""
+    """Core ML compute units, one result for each; EACH means all of them."""
     minutes: float | None = None
     """After the rounds, run continuously for this many minutes."""
     interval: float | None = None
@@ -139,10 +138,7 @@ def send(candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip])
         elif RIVALS[candidate.rival].foreign:
             send_program(RIVALS[candidate.rival], device)
             device.push(candidate.form or Path(candidate.source), f"artifacts/{index}")
-    with tempfile.TemporaryDirectory() as folder:
-        audio_s = write_clips(clips, Path(folder))
-        device.push(Path(folder), "clips")
-    return audio_s
+    return push_clips(clips, device)
 
 
 def device_cores(machine: dict[str, Any]) -> int:

@@ -41,7 +41,7 @@ READINGS = {
 BUSY_CORES = 0.25
 """CPU use of other programs, in cores, above which a run is unstable."""
 SPARE_LOAD = 0.5
-"""How far the load average may exceed the number of cores; a run that uses all cores reaches it."""
+"""Allowed excess of the load average over the number of cores, which a run on all cores reaches."""
 WARMER_C, SLOWER = 3.0, 0.95
 """A run is thermally throttled if it gets this much warmer and the clock falls to this share."""
 MIN_SAMPLES = 12
@@ -364,7 +364,7 @@ def thermal_slowdown(samples: Sequence[dict[str, Any]]) -> str | None:
 
 
 def throttling(samples: Sequence[dict[str, Any]]) -> str | None:
-    """Report what the system itself says: a Raspberry Pi in bits, other systems in words."""
+    """Report throttling by the system itself, in bits on a Raspberry Pi, otherwise in words."""
     reported = readings_of(samples, "throttled")
     bits = [int(text, 16) for text in reported if re.fullmatch(r"0x[0-9a-fA-F]{1,8}", text)]
     if len(bits) < len(reported):

@@ -31,7 +31,7 @@ class Summary:
     outliers: float
     """Share of samples above the upper quartile by more than 1.5 interquartile ranges (Tukey)."""
     unstable: bool
-    """Whether the medians of the rounds differ by more than a tenth."""
+    """Whether the medians of the rounds differ by more than 10 %."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,7 +20,7 @@ from export.problem import Problem
 
 
 class Spoken(Protocol):
-    """What a Clip has of a text: its words and their language."""
+    """A text and its language, as a Clip has them."""
 
     @property
     def text(self) -> str: ...

@@ -101,9 +101,9 @@ def ordinary() -> tuple[list[str], list[tuple[str, str]]]:
     """Return the 50 257 ordinary tokens, all bytes first, and the merges of the pairs."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    letters = sorted(ByteLevel.alphabet())
-    pairs = list(islice(product(letters, letters), ORDINARY - len(letters)))
-    return letters + [first + second for first, second in pairs], pairs
+    symbols = sorted(ByteLevel.alphabet())
+    pairs = list(islice(product(symbols, symbols), ORDINARY - len(symbols)))
+    return symbols + [first + second for first, second in pairs], pairs
 
 
 def languages() -> Iterator[str]:

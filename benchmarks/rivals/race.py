@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.bench import REFERENCE, accuracy, checkpoint_wer, merge
+from benchmarks.compare import TITLES
 from benchmarks.metadata import clips_hash, folder_bytes, folder_hash
-from benchmarks.program import PROJECT
+from benchmarks.program import OURS
 from benchmarks.result import (
     FORMAT,
     in_milliseconds,
@@ -31,7 +31,7 @@ from benchmarks.rivals.engines import ENGINES, count_parameters, refuse_missing,
 from benchmarks.rivals.prepare import Order
 from benchmarks.rivals.transformers import refuse_slim
 from benchmarks.speech.clips import Clip
-from benchmarks.speech.wav import write_clips
+from benchmarks.speech.wav import push_clips
 from benchmarks.timing import ratio
 from devices.device import Device, open_device, run_runner
 from export.problem import Problem
@@ -89,9 +89,8 @@ def race(
     """
     refuse_unknown(engines)
     own = [name for name, kind in ENGINES.items() if not kind.foreign]
-    instead = f"leave them out: --engines {' '.join(own)}"
     refuse_slim(work.checkpoint)
-    refuse_missing(engines, python, instead)
+    refuse_missing(engines, python, f"leave them out: --engines {' '.join(own)}")
     order = Order(work.checkpoint, models, python, work.windows_s, work.tokens)
     places = {}
     for engine in engines:
@@ -99,7 +98,7 @@ def race(
         places[engine] = ENGINES[engine].prepare(order)
     cases = [Case(engine, count) for count in threads for engine in engines]
     with open_device("local") as device:
-        audio_s = send_clips(work.clips, device)
+        audio_s = push_clips(work.clips, device)
         before = device.describe()
 
         def run(case: Case, turn: int) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def run_case(case: Case, work: Work, place: Path, device: Device, python: Path) 
         device,
         arguments,
         kind.program,
-        {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", **kind.env},
+        OURS | kind.env,
         python=str(python) if kind.foreign else sys.executable,
     )
     counts = {len(tokens) for tokens in answer["tokens"]}
@@ -196,27 +195,9 @@ def identify(case: Case, work: Work, place: Path) -> dict[str, Any]:
     }
 
 
-def send_clips(clips: Sequence[Clip], device: Device) -> float:
-    """Push the clips to the device; return their duration in seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        audio_s = write_clips(clips, Path(folder))
-        device.push(Path(folder), "clips")
-    return audio_s
-
-
 # ----------------------------------------------------------------------------------------- tables
 
 STAGES = ("mel_s", "encoder_s", "prompt_s", "per_token_s", "end_to_end_s", "cpu_s")
-TITLES = {
-    "mel_s": "mel ms",
-    "encoder_s": "encoder ms",
-    "prompt_s": "prompt ms",
-    "per_token_s": "token ms",
-    "end_to_end_s": "total ms",
-    "cpu_s": "cpu ms",
-    "peak_rss_bytes": "peak MB",
-    "artifact_bytes": "size MB",
-}
 COMPARED = ("mel_s", "encoder_s", "per_token_s", "end_to_end_s", "peak_rss_bytes", "artifact_bytes")
 
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import struct
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.speech.clips import Clip
+from devices.device import Device
 from devices.runner.audio import SAMPLING_RATE
 from export.prompt import language_code
+
+
+def push_clips(clips: Sequence[Clip], device: Device) -> float:
+    """Push clips into the device's folder `clips`; return their total duration in seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        audio_s = write_clips(clips, Path(folder))
+        device.push(Path(folder), "clips")
+    return audio_s
 
 
 def write_clips(clips: Sequence[Clip], folder: Path) -> float:
