@@ -292,13 +292,13 @@ def test_files_of_a_package_that_are_not_as_written_are_refused(copy):
 
 
 def test_off_a_mac_the_runner_says_where_core_ml_is(fp32, exported):
-    with pytest.raises(RunnerProblem, match="this machine runs Linux, and Core ML is on Apple's"):
+    with pytest.raises(RunnerProblem, match="this machine runs Linux, and Core ML needs an Apple"):
         Recognizer(fp32)
     with pytest.raises(RunnerProblem, match="this machine runs Linux"):
         stock.recognizer(fp32, None, compute_units="cpu-ane")
     with pytest.raises(RunnerProblem, match="unknown compute units 'gpu'") as letter:
         stock.recognizer(fp32, None, compute_units="gpu")
-    assert letter.value.hint == "name one of all, cpu, cpu-ane, cpu-gpu"
+    assert letter.value.hint == "choose one of all, cpu, cpu-ane, cpu-gpu"
     with pytest.raises(RunnerProblem, match="need a Core ML artifact"):
         Recognizer(exported, compute_units="cpu")
 
