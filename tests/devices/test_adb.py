@@ -134,7 +134,7 @@ def test_with_several_phones_a_serial_number_is_required(player):
     assert "--serial" in found.hint
     with AdbDevice("one") as device:
         assert device.address == "one"
-    assert "four is not attached; adb sees one (device), two" in str(
+    assert "four is not attached; adb lists one (device), two" in str(
         raised(lambda: AdbDevice("four"))
     )
 
@@ -143,7 +143,7 @@ def test_a_missing_phone_or_adb_gets_an_error_message(player, monkeypatch, tmp_p
     player.says("devices", READY.format(""))
     assert str(raised(AdbDevice)) == "no phone is attached"
     found = raised(lambda: AdbDevice("10.0.0.7:5555"))
-    assert "adb sees none at all" in str(found) and "`adb connect 10.0.0.7:5555`" in found.hint
+    assert "adb lists no phones" in str(found) and "`adb connect 10.0.0.7:5555`" in found.hint
     monkeypatch.setenv("PATH", str(tmp_path))
     found = raised(AdbDevice)
     assert str(found) == "adb cannot be started: No such file or directory"
@@ -240,7 +240,7 @@ def test_a_bundle_that_cannot_import_numpy_gets_an_error_message(player):
     player.says("agent", HELLO + (MARK + json.dumps(done) + "\n").encode(), waits=True)
     found = raised(AdbDevice)
     assert str(found) == (
-        "8A1X0123: numpy and onnxruntime were copied and do not work there: "
+        "8A1X0123: numpy and onnxruntime were copied but cannot be imported there: "
         "ImportError:   dlopen failed"
     )
     assert "devices clean" in found.hint

@@ -105,7 +105,7 @@ def test_a_mac_with_only_apples_python_gets_an_error_message(server):
     macs.python(server, "python3.13", macs.of_version(9))
     macs.tool(server.bin, "python3", macs.of_version(9))
     found = raised(lambda: SshDevice("pi"))
-    assert str(found) == "pi: there is no Python 3.11 or newer beside Apple's own"
+    assert str(found) == "pi: there is no Python 3.11 or newer except Apple's own"
     assert "brew install python@3.13" in found.hint
     line = connection.remote()
     assert '[ "$p" != /usr/bin/python3 ]' in line and "\n" not in line
@@ -117,7 +117,7 @@ def test_a_mac_with_only_apples_python_gets_an_error_message(server):
     [
         ("platform.machine = lambda: 'x86_64'", "and there is CPython on x86_64"),
         ("platform.mac_ver = lambda *_: ('13.7.1', (), '')", "it runs macOS 13.7.1, and"),
-        ("platform.mac_ver = lambda *_: ('', (), '')", "it runs macOS of no version, and"),
+        ("platform.mac_ver = lambda *_: ('', (), '')", "it runs macOS of unknown version, and"),
         ("platform.python_implementation = lambda: 'PyPy'", "and there is PyPy on arm64"),
     ],
     ids=["intel", "old", "nothing", "pypy"],
@@ -340,7 +340,7 @@ def test_names_that_differ_only_in_case_get_an_error_message(server, tmp_path):
         device.push(tmp_path / "a", "a")
         (server.private.parent / "EDGEWHISPER").symlink_to(server.private)
         found = raised(lambda: device.push(tmp_path / "a", "a"))
-    assert "takes a/Model.bin and a/model.bin for the same name" in str(found)
+    assert "a/Model.bin and a/model.bin are the same name" in str(found)
 
 
 def test_bad_compute_units_get_an_error_message(coreml, exported, few):
@@ -351,7 +351,7 @@ def test_bad_compute_units_get_an_error_message(coreml, exported, few):
     assert asked(coreml) == ["fp32"]
     assert asked(coreml, "cpu", "all", "cpu") == ["fp32 (cpu)", "fp32 (all)"]
     assert len(asked(coreml, "each")) == 4
-    with pytest.raises(Problem, match="unknown compute units 'gpu'"):
+    with pytest.raises(Problem, match="compute units 'gpu' are not known"):
         asked(coreml, "cpu", "gpu")
     with pytest.raises(Problem, match="'cpu' are given, but none of the artifacts is for Core ML"):
         asked(exported, "cpu")

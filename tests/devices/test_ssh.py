@@ -374,7 +374,7 @@ def test_oversized_and_malformed_answers_are_refused(player, monkeypatch, said, 
     ("answer", "words"),
     [
         ({"missing": ["0" * 64]}, "requested files that were not offered"),
-        ({"missing": "all"}, "has no missing"),
+        ({"missing": "all"}, "has no valid missing"),
         ({"missing": [["a"]]}, "requested files that were not offered"),
     ],
 )
@@ -391,9 +391,9 @@ def test_a_device_gets_only_pushed_files(player, tmp_path, answer, words):
         ([["../x", 1]], "is outside the work folder"),
         ([["/tmp/x", 1]], "is outside the work folder"),
         ([["x", 2**40]], "larger than 1 GiB"),
-        ([["x", -1], ["y", 1]], "its list of files of out is none"),
-        ([["x"]], "its list of files of out is none"),
-        ("x", "has no files"),
+        ([["x", -1], ["y", 1]], "its list of the files of out is malformed"),
+        ([["x"]], "its list of the files of out is malformed"),
+        ("x", "has no valid files"),
     ],
 )
 def test_a_device_cannot_choose_where_its_files_go(player, tmp_path, files, words):
@@ -443,7 +443,7 @@ def test_a_malformed_description_gets_an_error_message(server):
     said = 'case "$*" in *"runner describe"*) printf \'%s\' \'{"model": "x"}\'; exit;; esac'
     server.python(before=said)
     with connect("rpi") as device:
-        assert "has no emulated" in str(raised(device.describe))
+        assert "has no valid emulated" in str(raised(device.describe))
 
 
 # ------------------------------------------------------------------------------------------- faults
@@ -616,7 +616,7 @@ def test_a_foreign_folder_is_refused(server, kind, tmp_path):
         ("import sys, platform; sys.maxsize = 2**31 - 1", "is a 32-bit program"),
         ("import platform; platform.machine = lambda: 'armv7l'", "is a 32-bit program (on armv7l)"),
         ("import os; os.confstr = lambda name: None", "CPython with another C library"),
-        ("import platform; platform.system = lambda: 'FreeBSD'", "FreeBSD is not in this release"),
+        ("import platform; platform.system = lambda: 'FreeBSD'", "FreeBSD is not supported"),
     ],
     ids=["old", "32-bit", "armv7l", "musl", "bsd"],
 )
@@ -688,7 +688,7 @@ def test_missing_or_broken_wheels_get_error_messages(server, index):
         broken = "raise ImportError('libfoo.so \\x1b')"
         make_wheel(index, "onnxruntime", metadata.version("onnxruntime"), broken)
         found = raised(device.prepare)
-        assert "were copied and do not work there: ImportError: libfoo.so" in str(found)
+        assert "were copied but cannot be imported there: ImportError: libfoo.so" in str(found)
     assert list((server.private / "runtime").iterdir()) == []
 
 

@@ -288,13 +288,13 @@ def test_changed_files_of_a_package_are_refused(copy):
 
 
 def test_without_a_mac_the_runner_explains_where_core_ml_runs(fp32, exported):
-    with pytest.raises(RunnerProblem, match="this machine runs Linux, and Core ML is on Apple's"):
+    with pytest.raises(RunnerProblem, match="this machine runs Linux, and Core ML needs an Apple"):
         Recognizer(fp32)
     with pytest.raises(RunnerProblem, match="this machine runs Linux"):
         reference_runtimes.recognizer(fp32, None, compute_units="cpu-ane")
     with pytest.raises(RunnerProblem, match="unknown compute units 'gpu'") as error:
         reference_runtimes.recognizer(fp32, None, compute_units="gpu")
-    assert error.value.hint == "name one of all, cpu, cpu-ane, cpu-gpu"
+    assert error.value.hint == "choose one of all, cpu, cpu-ane, cpu-gpu"
     with pytest.raises(RunnerProblem, match="need a Core ML artifact"):
         Recognizer(exported, compute_units="cpu")
 
