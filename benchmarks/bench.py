@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import telemetry
 from benchmarks.candidates import Candidate
-from benchmarks.prepare import DEFAULT, Measuring, Prepared, device_cores, prepare
+from benchmarks.prepare import DEFAULT, BenchOptions, Prepared, device_cores, prepare
 from benchmarks.program import OURS
 from benchmarks.result import validate
 from benchmarks.rivals.engines import RIVALS
@@ -29,11 +29,11 @@ from devices.device import Device, open_device, run_runner
 REFERENCE = "transformers"
 """The rival whose texts count as those of the checkpoint itself."""
 MAX_ROUNDS = 50
-"""The most rounds that `Measuring.interval` may add up to."""
+"""The most rounds that `BenchOptions.interval` may add up to."""
 
 
 def bench(
-    artifact: Path, device: Device, clips: Sequence[Clip], how: Measuring = DEFAULT
+    artifact: Path, device: Device, clips: Sequence[Clip], how: BenchOptions = DEFAULT
 ) -> dict[str, Any]:
     """Return the result of one artifact; see bench_all."""
     return bench_all([Candidate(artifact)], device, clips, how)[0]
@@ -43,7 +43,7 @@ def bench_all(
     candidates: Sequence[Candidate],
     device: Device,
     clips: Sequence[Clip],
-    how: Measuring = DEFAULT,
+    how: BenchOptions = DEFAULT,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Return the results of several candidates on the same clips, in the candidates' order.
@@ -120,7 +120,7 @@ def merged_fields(
 
 def stability(
     result: dict[str, Any],
-    how: Measuring,
+    how: BenchOptions,
     rounds: Sequence[dict[str, Any]],
     last: dict[str, Any] | None,
 ) -> dict[str, Any]:

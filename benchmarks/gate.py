@@ -32,7 +32,7 @@ from benchmarks.speech.clips import Clip
 from benchmarks.text_difference import around_difference, common_length, cut
 from devices.runner.audio import split
 from devices.runner.decode.text import join
-from devices.runner.measure.check import Hearing, window_in
+from devices.runner.measure.check import WindowDecoder, window_in
 from devices.runner.recognizer import Recognizer
 from export.problem import Problem
 
@@ -232,7 +232,7 @@ def run_gate(
 
 
 def judge(
-    recognizer: Hearing,
+    recognizer: WindowDecoder,
     reference: Sequence[Windows],
     clips: Sequence[Clip],
     bounds: Bounds,
@@ -271,7 +271,7 @@ def judge(
 
 
 def compare_clip(
-    recognizer: Hearing,
+    recognizer: WindowDecoder,
     clip: Clip,
     expected: Windows,
     parts: Parts | None,

@@ -340,7 +340,7 @@ def rows_of(table: Table) -> list[dict[str, str]]:
     ]
 
 
-def told(table: Table) -> str:
+def summary(table: Table) -> str:
     """Return a sentence with the table's name and its corrections."""
     factors = [f"{stage} times {each.factor:.2f}" for stage, each in table.corrections.items()]
     results = table.corrections[STAGES[0]].results

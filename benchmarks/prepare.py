@@ -22,7 +22,7 @@ MAX_MINUTES = 60
 
 
 @dataclass(frozen=True)
-class Measuring:
+class BenchOptions:
     """Options of a bench."""
 
     repeats: int = 5
@@ -45,7 +45,7 @@ class Measuring:
     """Cores to run on: big, all, or numbers such as 0,1."""
 
 
-DEFAULT = Measuring()
+DEFAULT = BenchOptions()
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Prepared:
     places: Sequence[Device]
     """For each candidate, the device with the packages of its program."""
     clips: Sequence[Clip]
-    how: Measuring
+    how: BenchOptions
     """The options, with the normalizer and (unless cores are pinned) the threads filled in."""
     known: Sequence[dict[str, Any]]
     """For each candidate, the fields of its result that are known before anything runs."""
 
 
 def prepare(
-    candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip], how: Measuring
+    candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip], how: BenchOptions
 ) -> Prepared:
     """Check everything that can be checked, then copy what the device lacks.
 
@@ -97,7 +97,7 @@ def prepare(
     return Prepared(candidates, device, places, clips, how, known)
 
 
-def check_options(candidates: Sequence[Candidate], device: Device, how: Measuring) -> None:
+def check_options(candidates: Sequence[Candidate], device: Device, how: BenchOptions) -> None:
     """Raise Problem for options that the device or a candidate does not support."""
     for name in device.lacks:
         if getattr(how, name):

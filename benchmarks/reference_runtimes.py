@@ -41,7 +41,7 @@ from devices.runner.engines.sessions import open_session, session_options
 from devices.runner.interfaces import Logits
 from devices.runner.machine.host import limit_memory, versions
 from devices.runner.measure.bench import read_clips
-from devices.runner.measure.check import Hearing, said
+from devices.runner.measure.check import WindowDecoder, said
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from export import layouts
@@ -50,7 +50,7 @@ from export.layouts import graph_files
 from export.problem import Problem
 
 
-def open_artifact(folder: Path, threads: int | None = None) -> Hearing:
+def open_artifact(folder: Path, threads: int | None = None) -> WindowDecoder:
     """Open an artifact of any layout in its reference runtime."""
     manifest = read_manifest(folder)
     layout = manifest.get("layout", "native")
@@ -365,7 +365,7 @@ def log_mel(extractor: Any, pcm: np.ndarray) -> np.ndarray:
     return features.input_features.astype(np.float32)
 
 
-LAYOUTS: dict[str, Callable[..., Hearing]] = {
+LAYOUTS: dict[str, Callable[..., WindowDecoder]] = {
     "transformers": TransformersRuntime,
     "sherpa": Sherpa,
     "single": SingleGraphRuntime,

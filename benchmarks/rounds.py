@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import telemetry
 from benchmarks.candidates import Candidate
-from benchmarks.prepare import Measuring, Prepared
+from benchmarks.prepare import BenchOptions, Prepared
 from benchmarks.program import OURS
 from benchmarks.result import STAGES, summaries
 from benchmarks.rivals.engines import CODE, RIVALS
@@ -89,7 +89,7 @@ def sustain(ready: Prepared, index: int, progress: Callable[[str], None]) -> dic
     return fields
 
 
-def thread_options(how: Measuring) -> list[str]:
+def thread_options(how: BenchOptions) -> list[str]:
     return ["--threads", str(how.threads)] if how.threads else []
 
 
@@ -97,7 +97,7 @@ def unit_options(candidate: Candidate) -> list[str]:
     return ["--compute-units", candidate.compute_units] if candidate.compute_units else []
 
 
-def runner_options(how: Measuring) -> list[str]:
+def runner_options(how: BenchOptions) -> list[str]:
     """Return the options that the runner supports and rivals do not."""
     given = {"--governor": how.governor, "--pin": how.pin}
     return [word for name, value in given.items() if value is not None for word in (name, value)]

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from benchmarks.bench import Candidate, Measuring, Prepared, checkpoint_wers, measure, prepare
+from benchmarks.bench import BenchOptions, Candidate, Prepared, checkpoint_wers, measure, prepare
 from benchmarks.speech.clips import Clip
 from devices.device import DeviceProblem, Place, open_device
 from export.problem import Problem
@@ -24,7 +24,7 @@ def bench_places(
     candidates: Sequence[Candidate],
     places: Sequence[Place],
     clips: Sequence[Clip],
-    how: Measuring,
+    how: BenchOptions,
     say: Say,
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Return the results of the devices, in the order of `places`, and the errors of failed ones.

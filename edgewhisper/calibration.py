@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from devices.runner.audio import shortest, split
 from edgewhisper.decoding import log_mel, windows_samples
 from edgewhisper.examples import token_ids
-from edgewhisper.whisper import reads_sound, side_and_layer
+from edgewhisper.whisper import reads_audio, side_and_layer
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Listener:
         self._open.close()
 
     def _hook(self, point: Point) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        sound = reads_sound(point.module)
+        sound = reads_audio(point.module)
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             rows = (inputs[0] if point.side == "input" else output)[0]  # (positions, d)

@@ -82,7 +82,7 @@ def read_packages(folder: Path) -> dict[str, dict[str, Any]]:
     return packages
 
 
-def packed_caches(
+def cache_packer(
     model: WhisperForConditionalGeneration, manifest: dict[str, Any]
 ) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Return a function that arranges a checkpoint's caches as in a package. The caches of a
@@ -101,7 +101,7 @@ def packed_caches(
     return packed
 
 
-class OwnDecoder:
+class CheckpointDecoder:
     """The encoder of a package with the checkpoint's decoder, as whisper.cpp combines them. The
     gate compares its tokens as those of any other artifact."""
 

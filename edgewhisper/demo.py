@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from edgewhisper import whisper
-from edgewhisper.guard import TooMuchLost
+from edgewhisper.guard import AccuracyLoss
 from edgewhisper.job import Request, Say
 from edgewhisper.pipeline import BenchOutcome, bench_candidates, compress, export
 from edgewhisper.shipped import DEFAULT_MODEL
@@ -23,7 +23,7 @@ def demo(model: str | None = None, say: Say = print) -> BenchOutcome:
     `model` is "digits" for the embedded model, or any model of `compress`. The default is OpenAI's
     tiny.en, or the embedded model if tiny.en cannot be downloaded.
     """
-    from benchmarks.bench import Candidate, Measuring
+    from benchmarks.bench import BenchOptions, Candidate
     from devices.device import Place
 
     source = demo_source(model, say)
@@ -39,7 +39,7 @@ def demo(model: str | None = None, say: Say = print) -> BenchOutcome:
         ]
         if embedded:
             candidates.insert(1, Candidate(export(source, say=say), name=f"{name}: ONNX int8"))
-        rounds = Measuring(repeats=3 if embedded else 2)  # a round of tiny.en takes a minute
+        rounds = BenchOptions(repeats=3 if embedded else 2)  # a round of tiny.en takes a minute
         return bench_candidates(candidates, [Place()], None, rounds, say)
 
 
@@ -50,7 +50,7 @@ def demo_checkpoint(source: str, say: Say) -> tuple[str, str]:
     """
     try:
         return str(compress(Request(source), say)), " compressed"
-    except TooMuchLost as lost:
+    except AccuracyLoss as lost:
         say(f"note: {lost}; the demo continues with the dense model")
         return source, ""
 

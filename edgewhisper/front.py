@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.latency import Table
 from benchmarks.result import in_milliseconds
-from edgewhisper.search import Point, Tried
+from edgewhisper.search import Point, Trial
 from edgewhisper.targets import Targets
 from export.cost import window_macs
 
@@ -22,7 +22,7 @@ FORMAT = 1
 PARETO = "pareto.json"
 
 
-def front(trials: Sequence[Tried]) -> list[Tried]:
+def front(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials that no other trial dominates; of equal ones the first."""
     good = [trial for trial in trials if succeeded(trial)]
     return [
@@ -33,19 +33,19 @@ def front(trials: Sequence[Tried]) -> list[Tried]:
     ]
 
 
-def succeeded(trial: Tried) -> bool:
+def succeeded(trial: Trial) -> bool:
     """Return whether the recipe could run with the trial's values."""
-    return trial.told.get("refused") is None
+    return trial.record.get("refused") is None
 
 
-def dominates(one: Tried, other: Tried) -> bool:
+def dominates(one: Trial, other: Trial) -> bool:
     """Return whether `one` is at most as large on every axis, and smaller on one."""
     return one.values != other.values and all(
         a <= b for a, b in zip(one.values, other.values, strict=True)
     )
 
 
-def choose(trials: Sequence[Tried], limits: Mapping[str, float]) -> Tried | None:
+def choose(trials: Sequence[Trial], limits: Mapping[str, float]) -> Trial | None:
     """Return the smallest trial within all limits, or None.
 
     If only sizes are limited, return the most accurate trial.
@@ -73,7 +73,7 @@ def excess(values: Sequence[float], limits: Mapping[str, float]) -> float:
 # ------------------------------------------------------------------------------- pareto.json
 
 
-def trial_records(trials: Sequence[Tried], chosen: Tried) -> list[dict[str, Any]]:
+def trial_records(trials: Sequence[Trial], chosen: Trial) -> list[dict[str, Any]]:
     """Return the entries of pareto.json, one for each trial.
 
     "checkpoint" is the folder of a trial on the front: "." for the chosen one.
@@ -96,11 +96,11 @@ def trial_records(trials: Sequence[Tried], chosen: Tried) -> list[dict[str, Any]
     return records
 
 
-def measured_record(trial: Tried) -> dict[str, Any]:
+def measured_record(trial: Trial) -> dict[str, Any]:
     """Return the measurements of a trial, or the reason why its values could not be used."""
     if not succeeded(trial):
-        return {"refused": trial.told["refused"]}
-    measured = trial.told["measured"]
+        return {"refused": trial.record["refused"]}
+    measured = trial.record["measured"]
     return {
         "parameters": measured["parameters"]["total"],
         "macs": window_macs(measured["macs"]),
@@ -127,7 +127,7 @@ def write_pareto(
         "limits": {axis: limit for axis, limit in limits.items() if limit < math.inf},
         "macs_are": "of one full window and 32 tokens",
         **({} if table is None else {"latency_is": f"of the same, predicted for {table}"}),
-        "before": measured_record(Tried({}, (), {"measured": job.before})),
+        "before": measured_record(Trial({}, (), {"measured": job.before})),
         "trials": list(records),
     }
     (folder / PARETO).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

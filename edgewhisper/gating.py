@@ -98,7 +98,7 @@ def gate(
     from benchmarks.gate import bounds_for, checkpoint_tokens, judge, refuse_foreign, with_states
     from benchmarks.reference_runtimes import open_artifact
     from devices.runner.decode.text import join
-    from edgewhisper.coreml import OwnDecoder
+    from edgewhisper.coreml import CheckpointDecoder
 
     layout = manifest.get("layout", "native")
     languages = [language_code(clip.lang) if layout in BY_CLIP else None for clip in clips]
@@ -109,7 +109,7 @@ def gate(
     decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
     refuse_foreign(clips, [join([text.strip() for text in decode(clip)]) for clip in reference])
     artifact = (
-        OwnDecoder(folder, manifest, model, processor)
+        CheckpointDecoder(folder, manifest, model, processor)
         if layout == "encoder"
         else open_artifact(folder)
     )
@@ -117,7 +117,7 @@ def gate(
     parts = torch_parts(model, processor, manifest)
     with progress_bar(len(clips), None, runs.main_process(), "gate: artifact") as progress:
         figures = judge(artifact, reference, clips, bounds, parts, languages, progress)
-    if isinstance(artifact, OwnDecoder):
+    if isinstance(artifact, CheckpointDecoder):
         return with_states(figures, artifact.encoder, clips)
     return figures
 
@@ -130,9 +130,9 @@ def torch_parts(
     The tensors are those of decoding.parts, with caches in the layout of the artifact. "logits" are
     (tokens + 1, vocab): before each token and after the last.
     """
-    from edgewhisper.coreml import packed_caches
+    from edgewhisper.coreml import cache_packer
 
-    packed = packed_caches(model, manifest)
+    packed = cache_packer(model, manifest)
 
     def parts(
         pcm: np.ndarray, tokens: list[int], language: str | None = None

@@ -58,7 +58,7 @@ class Loss:
         }
 
 
-class TooMuchLost(Problem):
+class AccuracyLoss(Problem):
     """A step, or the whole recipe, lost more dev WER than the limit allows."""
 
     def __init__(
@@ -87,7 +87,7 @@ class Guard:
     def check(
         self, loss: Loss, cause: str, model: WhisperForConditionalGeneration, say: Any
     ) -> None:
-        """Record a loss. Raises TooMuchLost if it exceeds the limit, unless losses are allowed."""
+        """Record a loss. Raises AccuracyLoss if it exceeds the limit, unless losses are allowed."""
         self.losses.append(loss)
         say(f"dev WER {percent(loss.before.wer)} -> {percent(loss.after.wer)} ({signed(loss)})")
         if loss.points <= self.limit + 1e-9:
@@ -96,7 +96,7 @@ class Guard:
         if self.allow:
             say(f"warning: {message}; the run continues because of --allow-loss")
             return
-        raise TooMuchLost(message, cause, loss, model)
+        raise AccuracyLoss(message, cause, loss, model)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the entry for compression.json."""

@@ -113,7 +113,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         manifest = contract.read_manifest(folder)
     else:
         manifest = artifact.read_manifest(folder)
-        contract.check_facts(contract.Told(path, manifest))
+        contract.check_facts(contract.Field(path, manifest))
     for name in ("precision", "parameters", "macs_by_window", "layers"):
         if manifest.get(name) is None:
             raise Problem(f"{path}: {name} is missing", hint=artifact.AGAIN)

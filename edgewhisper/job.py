@@ -81,7 +81,7 @@ class Job:
     recipe: Recipe
     dense: WhisperForConditionalGeneration
     """The checkpoint before compression."""
-    work: Context
+    context: Context
     before: dict[str, Any]
     """The measurements of `dense`, see measure()."""
     speech: dict[str, str | None] = field(default_factory=dict)
@@ -118,7 +118,7 @@ def prepare(request: Request, recipe: Recipe, purpose: str = "") -> Job:
         refuse_quantised(dense, step.method, step.options)
     processor = whisper.load_processor(source, request.revision)
     own_texts = clips.source is not None and trains(recipe)
-    work = Context(
+    context = Context(
         processor=processor,
         train=with_own_transcripts(dense, processor, clips.train) if own_texts else clips.train,
         dev=clips.dev,
@@ -128,7 +128,7 @@ def prepare(request: Request, recipe: Recipe, purpose: str = "") -> Job:
         timed=alignment.reference(dense, processor, clips.dev),
     )
     speech = {"source": clips.source, "texts": OWN_WORDS if own_texts else None}
-    return Job(source, recipe, dense, work, measure(dense, work), speech)
+    return Job(source, recipe, dense, context, measure(dense, context), speech)
 
 
 def unfinished_dir(request: Request, recipe: Recipe, clips: Speech, purpose: str) -> Path:
@@ -146,7 +146,7 @@ def trains(recipe: Recipe) -> bool:
 def run_steps(
     model: WhisperForConditionalGeneration,
     recipe: Recipe,
-    work: Context,
+    context: Context,
     say: Say,
     first: int = 0,
     last: int | None = None,
@@ -155,46 +155,46 @@ def run_steps(
     """Run the steps of a recipe in order and return the last step's model.
 
     `first` and `last` select steps like a slice. Each step gets its own run directory and its own
-    entry in work.record, also if a method occurs twice. With a `guard`, raises TooMuchLost if a
+    entry in context.record, also if a method occurs twice. With a `guard`, raises AccuracyLoss if a
     step, or the whole recipe, costs more dev WER than the guard allows.
     """
-    start = work.wer(model) if guard else None
+    start = context.wer(model) if guard else None
     for number, step in list(enumerate(recipe.steps, start=1))[first:last]:
         say(f"step {number} of {len(recipe.steps)}: {step.method}")
-        before = work.wer(model) if guard else None
-        own = replace(work, run_dir=work.run_dir / f"step-{number}", record={})
+        before = context.wer(model) if guard else None
+        own = replace(context, run_dir=context.run_dir / f"step-{number}", record={})
         model = import_module(METHODS[step.method]).apply(model, step.options, own)
         for name, entry in own.record.items():
-            work.record[f"{name}-{number}" if name in work.record else name] = entry
+            context.record[f"{name}-{number}" if name in context.record else name] = entry
         if guard and before:
-            after = work.wer(model)
+            after = context.wer(model)
             cause = likely_cause(step, own.record, after.wer)
             guard.check(Loss(number, step.method, before, after), cause, model, say)
     if guard and start:
-        whole = Loss(None, recipe.name, start, work.wer(model))
+        whole = Loss(None, recipe.name, start, context.wer(model))
         guard.check(whole, "remove less or train longer in the steps that lost most", model, say)
     return model
 
 
 def finish(
-    model: WhisperForConditionalGeneration, work: Context
+    model: WhisperForConditionalGeneration, context: Context
 ) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
     """Return a compressed model, ready to be saved, and its measurements."""
     alignment.settle(model)
-    return model, measure(model, work)
+    return model, measure(model, context)
 
 
-def measure(model: WhisperForConditionalGeneration, work: Context) -> dict[str, Any]:
+def measure(model: WhisperForConditionalGeneration, context: Context) -> dict[str, Any]:
     """Return size, multiply-accumulates, dev error rates and timestamp error of a model."""
     timestamp_error_s = None
-    if work.timed is not None:
-        heads, clips = alignment.heads_of(model), work.timed.clips
-        timestamp_error_s = alignment.timestamp_error_s(model, work.processor, clips, heads)
+    if context.timed is not None:
+        heads, clips = alignment.heads_of(model), context.timed.clips
+        timestamp_error_s = alignment.timestamp_error_s(model, context.processor, clips, heads)
     return {
         "parameters": count_parameters(model),
         "macs": macs(model),
         "macs_by_window": macs_by_window(model),
-        "dev": work.wer(model).as_dict(),
+        "dev": context.wer(model).as_dict(),
         "timestamp_error_s": timestamp_error_s,
     }
 

@@ -15,9 +15,9 @@ from export.prompt import (
     is_multilingual,
     known_languages,
     language_code,
-    language_for,
     named_language,
     only_language,
+    prompt_language,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def set_prompt(generation: Any, language: str | None, one_prompt: bool) -> str |
         refuse_without_token(generation, code)
         generation.language = code
     elif one_prompt and named_language(generation) is None:
-        generation.language = language_for(generation)
+        generation.language = prompt_language(generation)
         return (
             "the checkpoint has no language and this layout has one fixed prompt: the artifact is "
             "prompted for English; choose another with --language"

@@ -2,7 +2,7 @@
 
 `WhisperForConditionalGeneration` is transformers' model with the layer shapes and audio windows
 that `config.edgewhisper` describes (see edgewhisper/shapes.py). `rebuild` makes such a model from
-tensors and shapes. `linears`, `side_and_layer`, `reads_sound` and `input_of` locate its layers.
+tensors and shapes. `linears`, `side_and_layer`, `reads_audio` and `input_of` locate its layers.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def side_and_layer(name: str) -> tuple[str, int]:
     return before.rpartition(".")[2], int(after.partition(".")[0])
 
 
-def reads_sound(name: str) -> bool:
+def reads_audio(name: str) -> bool:
     """Return whether the module's input rows are encoder positions rather than tokens."""
     cross = ("encoder_attn.k_proj", "encoder_attn.v_proj")
     return side_and_layer(name)[0] == "encoder" or name.endswith(cross)

@@ -21,7 +21,7 @@ from edgewhisper import runs, whisper
 from edgewhisper.card import card_of
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.gating import BY_CLIP, Gating, gated
-from edgewhisper.guard import Guard, TooMuchLost
+from edgewhisper.guard import AccuracyLoss, Guard
 from edgewhisper.job import Job, Request, Say, describe, finish, prepare, recipe_for, run_steps
 from edgewhisper.languages import set_prompt
 from edgewhisper.provenance import embedded_of, record_of
@@ -35,7 +35,7 @@ from export.quantise import is_quantised
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-    from benchmarks.bench import Candidate, Measuring
+    from benchmarks.bench import BenchOptions, Candidate
     from devices.device import Place
 
 ONE_WINDOW = tuple(name for name, layout in LAYOUTS.items() if layout.one_window)
@@ -48,7 +48,7 @@ ONE_WINDOW = tuple(name for name, layout in LAYOUTS.items() if layout.one_window
 def compress(request: Request, say: Say = print) -> Path:
     """Run a recipe on a checkpoint and return the directory of the smaller checkpoint.
 
-    Raises TooMuchLost if a step, or the whole recipe, costs more dev WER than the recipe's
+    Raises AccuracyLoss if a step, or the whole recipe, costs more dev WER than the recipe's
     `max_wer_loss`; the checkpoint is then written under a name that ends in "-failed...".
     `request.allow_loss` continues instead.
     """
@@ -59,13 +59,13 @@ def compress(request: Request, say: Say = print) -> Path:
     guard = Guard(job.recipe.max_wer_loss, request.allow_loss)
     try:
         # a copy: methods train in place, and later steps may need the dense model
-        model = run_steps(copy.deepcopy(job.dense), job.recipe, job.work, say, guard=guard)
-    except TooMuchLost as lost:
+        model = run_steps(copy.deepcopy(job.dense), job.recipe, job.context, say, guard=guard)
+    except AccuracyLoss as lost:
         raise save_failed(job, guard, lost, place) from None
     after = save_checkpoint(job, guard, model, place)
     say(f"compressed: {describe(after)}")
     if runs.main_process():
-        shutil.rmtree(job.work.run_dir, ignore_errors=True)
+        shutil.rmtree(job.context.run_dir, ignore_errors=True)
     return place
 
 
@@ -73,14 +73,14 @@ def save_checkpoint(
     job: Job, guard: Guard, model: WhisperForConditionalGeneration, place: Path
 ) -> dict[str, Any]:
     """Write a checkpoint with its record and model card, and return its measurements."""
-    slim, after = finish(model, job.work)
+    slim, after = finish(model, job.context)
     if runs.main_process():
-        record = record_of(job, job.work, after) | {"dev_wer": guard.as_dict()}
-        whisper.save(slim, job.work.processor, place, record, card_of(record))
+        record = record_of(job, job.context, after) | {"dev_wer": guard.as_dict()}
+        whisper.save(slim, job.context.processor, place, record, card_of(record))
     return after
 
 
-def save_failed(job: Job, guard: Guard, lost: TooMuchLost, place: Path) -> TooMuchLost:
+def save_failed(job: Job, guard: Guard, lost: AccuracyLoss, place: Path) -> AccuracyLoss:
     """Write the checkpoint that lost too much next to `place`.
 
     Returns the error with the checkpoint's directory in its message.
@@ -91,7 +91,7 @@ def save_failed(job: Job, guard: Guard, lost: TooMuchLost, place: Path) -> TooMu
             break
         failed = place.with_name(f"{place.name}{lost.suffix}-{number}")
     save_checkpoint(job, guard, lost.model, failed)
-    return TooMuchLost(
+    return AccuracyLoss(
         f"{lost}; the checkpoint is in {failed}",
         f"{lost.hint}; or add --allow-loss to accept it",
         lost.loss,
@@ -180,7 +180,7 @@ def load_for(
     if not is_quantised(model):  # removal would move quantised weights to other blocks
         model, _ = slimmed(model)
     if layout in ONE_WINDOW:
-        whisper.forget_short_windows(model, window_s)
+        whisper.remove_short_windows(model, window_s)
     return model, processor, note
 
 
@@ -202,7 +202,7 @@ def bench(
     places: Sequence[Place] | None = None,
     speech: Path | None = None,
     baseline: str | None = None,
-    how: Measuring | None = None,
+    how: BenchOptions | None = None,
     say: Say = print,
     rivals: Sequence[str] = (),
 ) -> BenchOutcome:
@@ -237,20 +237,20 @@ def bench_candidates(
     candidates: Sequence[Candidate],
     places: Sequence[Place],
     speech: Path | None,
-    how: Measuring | None,
+    how: BenchOptions | None,
     say: Say,
 ) -> BenchOutcome:
     """Measure candidates on devices and write the results to ./edgewhisper-runs.
 
     If no device gives a result, raises the error of the first one.
     """
-    from benchmarks.bench import Measuring
+    from benchmarks.bench import BenchOptions
     from benchmarks.result import write
     from benchmarks.side_by_side import bench_places
 
     sources = [Path(candidate.source) for candidate in candidates]
     clips = read_manifest(speech or speech_for(sources))
-    results, failed = bench_places(candidates, places, clips, how or Measuring(), say)
+    results, failed = bench_places(candidates, places, clips, how or BenchOptions(), say)
     if not results:
         raise failed[0]
     path = runs.new_path("result", ".jsonl")
@@ -324,4 +324,4 @@ def calibrate(
             hint="bench an artifact with one window on that device, with the same --threads",
         )
     path = latency.write(corrected)
-    return latency.rows_of(corrected), f"{latency.told(corrected)}; wrote {path}"
+    return latency.rows_of(corrected), f"{latency.summary(corrected)}; wrote {path}"

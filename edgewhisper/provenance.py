@@ -25,7 +25,7 @@ HASHED = ("config.json", "model.safetensors", "tokenizer.json", "generation_conf
 
 
 def record_of(
-    job: Job, work: Context, after: dict[str, Any], values: dict[str, Any] | None = None
+    job: Job, context: Context, after: dict[str, Any], values: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return the content of compression.json.
 
@@ -34,8 +34,8 @@ def record_of(
     """
     recipe = {"name": job.recipe.name, "text": job.recipe.text}
     timestamps = None
-    if work.timed is not None:
-        timestamps = {"judged_by": work.timed.source, "clips": len(work.timed.clips)}
+    if context.timed is not None:
+        timestamps = {"judged_by": context.timed.source, "clips": len(context.timed.clips)}
     return {
         "format": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -46,15 +46,15 @@ def record_of(
             "files": file_hashes(Path(job.source)),
             "compression": whisper.compression_record(job.source),
         },
-        "speech": {"train": clips_record(work.train), "dev": clips_record(work.dev)}
+        "speech": {"train": clips_record(context.train), "dev": clips_record(context.dev)}
         | {name: value for name, value in job.speech.items() if value},
-        "seed": work.seed,
+        "seed": context.seed,
         "language": getattr(job.dense.generation_config, "language", None),
         "versions": versions(),
         "before": job.before,
         "after": after,
         "timestamps": timestamps,
-        "steps": work.record,
+        "steps": context.record,
     }
 
 

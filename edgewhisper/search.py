@@ -53,20 +53,20 @@ class Dimension:
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     """The result of the function at a point: its values, and a record (JSON) to store with them."""
 
     values: tuple[float, ...]
-    told: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Tried:
+class Trial:
     """A finished trial: the point, the values and the record that was stored with them."""
 
     point: Point
     values: tuple[float, ...]
-    told: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def value(self) -> float:
@@ -74,7 +74,7 @@ class Tried:
         return self.values[0]
 
 
-Objective = Callable[[Point, Sequence[Tried]], Found]
+Objective = Callable[[Point, Sequence[Trial]], Outcome]
 """(point, trials finished before it) -> the values to minimise."""
 
 
@@ -90,7 +90,7 @@ def minimise(
     name: str,
     seed: int,
     accelerator: Accelerator,
-) -> list[Tried]:
+) -> list[Trial]:
     """Run trials in `space` until `trials` are finished. Returns all of them, oldest first.
 
     - `first` are points to try before the search draws its own. It draws at random until `startup`
@@ -128,7 +128,7 @@ def minimise(
             finish(study, trial, result, limits)
 
 
-def best(tried: Sequence[Tried]) -> Tried:
+def best(tried: Sequence[Trial]) -> Trial:
     """Return the trial with the smallest value, the oldest one of equal values."""
     return min(tried, key=lambda trial: trial.value)
 
@@ -183,7 +183,7 @@ def without_password(url: str) -> str:
 
 # --------------------------------------------------------------------------------------- one trial
 
-Asked = tuple[Point | None, list[Tried]]
+Asked = tuple[Point | None, list[Trial]]
 """The point of a trial (None: the search is finished), and the trials finished before it."""
 
 RECORD = "told"
@@ -252,23 +252,23 @@ def draw(trial: optuna.Trial, name: str, of: Dimension) -> Value:
 
 
 def finish(
-    study: optuna.Study, trial: optuna.Trial, result: Found, limits: Sequence[float]
+    study: optuna.Study, trial: optuna.Trial, result: Outcome, limits: Sequence[float]
 ) -> None:
     """Store the result of a trial, and by how much each value exceeds its limit."""
     for number, (value, limit) in enumerate(zip(result.values, limits, strict=True)):
         if limit < math.inf:
             trial.set_constraint(str(number), value - limit)
-    trial.set_user_attr(RECORD, result.told)
+    trial.set_user_attr(RECORD, result.record)
     study.tell(trial, list(result.values))
 
 
-def complete(study: optuna.Study) -> list[Tried]:
+def complete(study: optuna.Study) -> list[Trial]:
     """Return the finished trials, oldest first."""
     from optuna.trial import TrialState
 
     trials = study.get_trials(states=(TrialState.COMPLETE,))
     return [
-        Tried(dict(trial.params), tuple(map(float, trial.values)), trial.user_attrs.get(RECORD, {}))
+        Trial(dict(trial.params), tuple(map(float, trial.values)), trial.user_attrs.get(RECORD, {}))
         for trial in trials
     ]
 

@@ -77,7 +77,7 @@ def set_windows(config: WhisperConfig, windows: Sequence[int]) -> None:
         del config.edgewhisper
 
 
-def forget_short_windows(model: nn.Module, but_s: float | None = None) -> None:
+def remove_short_windows(model: nn.Module, but_s: float | None = None) -> None:
     """Remove the model's short windows, except the one of `but_s` seconds. A length that is not
     among the model's windows changes nothing; the export refuses it."""
     windows = windows_of(model.config)

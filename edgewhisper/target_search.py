@@ -40,12 +40,12 @@ from edgewhisper.job import Job, Request, Say, describe, finish, prepare, recipe
 from edgewhisper.provenance import record_of
 from edgewhisper.recipe import Recipe, available, searchable, value_at, with_values
 from edgewhisper.resume import Interrupted, digest
-from edgewhisper.search import Found, Point, Tried, minimise
+from edgewhisper.search import Outcome, Point, Trial, minimise
 from edgewhisper.targets import Targets, limits_of, listed, position
 from edgewhisper.training import Training, start_accelerator
 from export.files import new_directory
 from export.problem import Problem
-from export.prompt import language_for
+from export.prompt import prompt_language
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
@@ -123,7 +123,7 @@ def compress_to(
         first=first_points(recipe),
         limits=list(limits.values()),
         startup=STARTUP,
-        run_dir=job.work.run_dir,
+        run_dir=job.context.run_dir,
         name=search_name(job, axes, table),
         seed=request.seed,
         accelerator=start_accelerator(Training()),
@@ -138,7 +138,7 @@ def compress_to(
     records = trial_records(tried, chosen)
     if runs.main_process():
         write(place, search, targets, tried, records)
-        shutil.rmtree(job.work.run_dir, ignore_errors=True)
+        shutil.rmtree(job.context.run_dir, ignore_errors=True)
     return place, table_rows(records)
 
 
@@ -146,7 +146,7 @@ def write(
     place: Path,
     search: Search,
     targets: Targets,
-    tried: Sequence[Tried],
+    tried: Sequence[Trial],
     records: Sequence[dict[str, Any]],
 ) -> None:
     """Write the chosen checkpoint, the rest of the front in subfolders, and pareto.json."""
@@ -171,7 +171,7 @@ def refuse_unsearchable(recipe: Recipe) -> None:
         )
 
 
-def refuse_loss(job: Job, chosen: Tried) -> None:
+def refuse_loss(job: Job, chosen: Trial) -> None:
     """Raise Problem if the chosen trial loses more WER than the recipe's max_wer_loss."""
     before, after = job.before["dev"]["wer"], chosen.values[-1]
     limit = job.recipe.max_wer_loss
@@ -184,7 +184,7 @@ def refuse_loss(job: Job, chosen: Tried) -> None:
         )
 
 
-def refuse_hopeless(recipe: Recipe, finished: Sequence[Tried], limits: Mapping[str, float]) -> None:
+def refuse_hopeless(recipe: Recipe, finished: Sequence[Trial], limits: Mapping[str, float]) -> None:
     """Raise Problem if both ends of the search are tried and far too large.
 
     Sizes between the two ends are rarely smaller, so more trials would only take time.
@@ -197,7 +197,7 @@ def refuse_hopeless(recipe: Recipe, finished: Sequence[Tried], limits: Mapping[s
             raise out_of_reach(finished, limits)
 
 
-def out_of_reach(tried: Sequence[Tried], limits: Mapping[str, float]) -> Problem:
+def out_of_reach(tried: Sequence[Trial], limits: Mapping[str, float]) -> Problem:
     """Return the error for targets that no trial meets, with the nearest trial."""
     nearest = min(filter(succeeded, tried), key=lambda trial: excess(trial.values, limits))
     targets = {axis: limit for axis, limit in limits.items() if limit < math.inf}
@@ -220,14 +220,16 @@ def latency_of(model: WhisperForConditionalGeneration, table: Table | None) -> d
 
 def search_name(job: Job, axes: Sequence[str], table: Table | None = None) -> str:
     """Return a name that two searches share only if their trials measure the same."""
-    work = job.work
-    clips = [[(c.audio.name, c.text, c.lang) for c in clips] for clips in (work.train, work.dev)]
+    context = job.context
+    clips = [
+        [(c.audio.name, c.text, c.lang) for c in clips] for clips in (context.train, context.dev)
+    ]
     parts = [
         job.recipe.text,
         list(axes),
         clips,
-        language_for(job.dense.generation_config),
-        work.seed,
+        prompt_language(job.dense.generation_config),
+        context.seed,
         *([] if table is None else [asdict(table)]),
     ]
     return f"targets-{digest(job.dense.state_dict(), parts)[:16]}"
@@ -262,24 +264,24 @@ def run_start(job: Job, say: Say) -> tuple[WhisperForConditionalGeneration, dict
     steps = min(knob.step for knob in job.recipe.knobs)
     if steps == 0:
         return job.dense, {}, 0
-    place = job.work.run_dir / "beginning"
+    place = job.context.run_dir / "beginning"
     if not place.exists():
-        work = replace(job.work, record={})
-        slim = run_steps(copy.deepcopy(job.dense), job.recipe, work, say, last=steps)
+        context = replace(job.context, record={})
+        slim = run_steps(copy.deepcopy(job.dense), job.recipe, context, say, last=steps)
         if runs.main_process():
-            whisper.save(slim, work.processor, place, {"steps": work.record})
+            whisper.save(slim, context.processor, place, {"steps": context.record})
     wait_for_all()
     return whisper.load(place), whisper.compression_record(place)["steps"], steps
 
 
-def run_trial(search: Search, point: Point, finished: Sequence[Tried]) -> Found:
+def run_trial(search: Search, point: Point, finished: Sequence[Trial]) -> Outcome:
     """Run the recipe once with the values `point`, and save its checkpoint if it is on the front.
 
     `finished` are the trials before it.
     """
     for earlier in finished:
         if earlier.point == point:
-            return Found(earlier.values, earlier.told)
+            return Outcome(earlier.values, earlier.record)
     refuse_hopeless(search.job.recipe, finished, search.limits)
     search.say(f"trial {len(finished) + 1} of {search.trials}: {point_text(point)}")
     try:
@@ -290,8 +292,8 @@ def run_trial(search: Search, point: Point, finished: Sequence[Tried]) -> Found:
         search.say(f"these values cannot be used: {error}")
         return refused(search, str(error))
     values = tuple(position(measured)[axis] for axis in search.limits)
-    result = Found(values, {"measured": measured})
-    update_front(search.job, slim, record, Tried(point, values, result.told), finished)
+    result = Outcome(values, {"measured": measured})
+    update_front(search.job, slim, record, Trial(point, values, result.record), finished)
     left = search.clock.left(search.trials - len(finished) - 1)
     search.say(f"{describe(measured)}{left}")
     return result
@@ -302,12 +304,12 @@ def make(
 ) -> tuple[WhisperForConditionalGeneration, dict[str, Any], dict[str, Any]]:
     """Run the recipe with the values `point`; return model, measurements and compression.json."""
     job = search.job
-    work = replace(job.work, run_dir=trial_dir(job, point), record=dict(search.start_record))
+    context = replace(job.context, run_dir=trial_dir(job, point), record=dict(search.start_record))
     recipe, model = with_values(job.recipe, point), copy.deepcopy(search.start)
-    model = run_steps(model, recipe, work, search.say, first=search.start_steps)
-    model, after = finish(model, work)
+    model = run_steps(model, recipe, context, search.say, first=search.start_steps)
+    model, after = finish(model, context)
     after |= latency_of(model, search.table)
-    return model, after, record_of(job, work, after, point)
+    return model, after, record_of(job, context, after, point)
 
 
 def is_not_about_values(error: Problem) -> bool:
@@ -315,10 +317,10 @@ def is_not_about_values(error: Problem) -> bool:
     return isinstance(error, Interrupted) or isinstance(error.__cause__, OSError)
 
 
-def refused(search: Search, reason: str) -> Found:
+def refused(search: Search, reason: str) -> Outcome:
     """Return a result that the search avoids: the size of the dense model, and a WER of 1000 %."""
     worst = position(search.job.before) | {"wer": 10.0}
-    return Found(tuple(worst[axis] for axis in search.limits), {"refused": reason})
+    return Outcome(tuple(worst[axis] for axis in search.limits), {"refused": reason})
 
 
 # ---------------------------------------------------------------------- checkpoints of the trials
@@ -326,12 +328,12 @@ def refused(search: Search, reason: str) -> Found:
 
 def trial_dir(job: Job, point: Point) -> Path:
     """Return the directory with the state of a running trial."""
-    return job.work.run_dir / "trials" / key_of(point)
+    return job.context.run_dir / "trials" / key_of(point)
 
 
 def kept_dir(job: Job, point: Point) -> Path:
     """Return the directory with the checkpoint of a trial on the front."""
-    return job.work.run_dir / "kept" / key_of(point)
+    return job.context.run_dir / "kept" / key_of(point)
 
 
 def key_of(point: Point) -> str:
@@ -343,8 +345,8 @@ def update_front(
     job: Job,
     model: WhisperForConditionalGeneration,
     record: dict[str, Any],
-    trial: Tried,
-    finished: Sequence[Tried],
+    trial: Trial,
+    finished: Sequence[Trial],
 ) -> None:
     """Save the trial if it is on the front, and remove the trials that it dominates."""
     on_front = [other.point for other in front([*finished, trial])]
@@ -352,7 +354,7 @@ def update_front(
         place = kept_dir(job, trial.point)
         shutil.rmtree(place, ignore_errors=True)  # left by a run that was killed while saving
         if trial.point in on_front:
-            whisper.save(model, job.work.processor, place, record)
+            whisper.save(model, job.context.processor, place, record)
         for other in finished:
             if other.point not in on_front:
                 shutil.rmtree(kept_dir(job, other.point), ignore_errors=True)
@@ -360,7 +362,7 @@ def update_front(
     wait_for_all()
 
 
-def remake_missing(search: Search, tried: Sequence[Tried]) -> None:
+def remake_missing(search: Search, tried: Sequence[Trial]) -> None:
     """Run the trials on the front again whose checkpoints are on another machine."""
     job = search.job
     missing = [trial for trial in front(tried) if not kept_dir(job, trial.point).exists()]
@@ -369,7 +371,7 @@ def remake_missing(search: Search, tried: Sequence[Tried]) -> None:
         search.say(f"running again, because its checkpoint is missing: {point_text(trial.point)}")
         slim, _, record = make(search, trial.point)
         if runs.main_process():
-            whisper.save(slim, job.work.processor, kept_dir(job, trial.point), record)
+            whisper.save(slim, job.context.processor, kept_dir(job, trial.point), record)
     wait_for_all()
 
 

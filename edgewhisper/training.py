@@ -198,7 +198,7 @@ def counted(options: Training, clips: int) -> Training:
 
 
 @torch.no_grad()
-def loss_before(
+def initial_loss(
     model: "WhisperForConditionalGeneration",
     processor: "WhisperProcessor",
     clips: "Sequence[Clip]",

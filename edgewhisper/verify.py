@@ -46,12 +46,12 @@ class Report:
     """The results of the checks in order, and the error of the failed check, if any."""
 
     rows: list[dict[str, str]] = field(default_factory=list)
-    letter: Exception | None = None
+    error: Exception | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON form of the report."""
-        error = {"error": str(self.letter), "hint": getattr(self.letter, "hint", "")}
-        return {"ok": self.letter is None, "checks": self.rows} | (error if self.letter else {})
+        error = {"error": str(self.error), "hint": getattr(self.error, "hint", "")}
+        return {"ok": self.error is None, "checks": self.rows} | (error if self.error else {})
 
 
 def verify(
@@ -79,7 +79,7 @@ def verify(
         "gate": lambda: check_gate(folder, results, clips, checkpoint),
     }
     for name, check in checks.items():
-        if report.letter is not None:
+        if report.error is not None:
             report.rows.append({"check": name, "result": "not reached", "found": ""})
             continue
         if name == "gate" and clips is None and checkpoint is None:
@@ -91,7 +91,7 @@ def verify(
         except Exception as error:
             if not hasattr(error, "hint"):
                 raise
-            report.letter = error
+            report.error = error
             report.rows.append({"check": name, "result": "failed", "found": str(error)})
     return report
 
@@ -110,7 +110,7 @@ def check_manifest(folder: Path, results: dict[str, Any]) -> str:
 def read_other(folder: Path) -> dict[str, Any]:
     """Return the manifest of a layout other than native, after checking the entries in use."""
     manifest = artifact.read_manifest(folder)
-    entries = contract.Told(folder / artifact.MANIFEST, manifest)
+    entries = contract.Field(folder / artifact.MANIFEST, manifest)
     kind = (manifest["layout"], entries.at("precision").text())
     contract.check_file_list(entries, needed_files(*kind))
     for name in graph_files(*kind):

@@ -28,8 +28,8 @@ from edgewhisper.model import (
     WhisperForConditionalGeneration,
     input_of,
     linears,
-    reads_sound,
+    reads_audio,
     rebuild,
     side_and_layer,
 )
-from edgewhisper.shapes import check_shapes, forget_short_windows, linear_names, set_windows
+from edgewhisper.shapes import check_shapes, linear_names, remove_short_windows, set_windows

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from export.files import leads_out, new_file, stays_inside
+from export.files import links_outside, new_file, stays_inside
 from export.layouts import LAYOUTS, NATIVE, needed_files
 from export.problem import Problem
 
@@ -48,7 +48,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise OSError(0, "not a file")  # reading a pipe would block
-        if leads_out(path):
+        if links_outside(path):
             raise OSError(0, "a link that leads out of the artifact")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -75,7 +75,7 @@ def verify(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
     for name, expected in manifest["files"].items():
         path = directory / name
-        if leads_out(path):
+        if links_outside(path):
             raise Problem(f"{path}: a link, not a file of the artifact", hint=AGAIN)
         if not path.is_file():
             raise Problem(f"{path}: missing from the artifact", hint=AGAIN)

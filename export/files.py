@@ -67,7 +67,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def leads_out(path: Path) -> bool:
+def links_outside(path: Path) -> bool:
     """Return whether a file is a link to anything but a blob of its own Hugging Face hub cache. In
     that cache, MODEL/snapshots/REVISION/.../NAME is a link to MODEL/blobs/HASH. The runner has a
     copy in devices/runner/artifact/files.py, because it must not import this package."""
@@ -82,6 +82,6 @@ def leads_out(path: Path) -> bool:
 
 def stays_inside(name: str) -> bool:
     """Return whether a relative file name stays inside its folder, on POSIX and on Windows. The
-    runner has a copy in devices/runner/artifact/files.py, like that of `leads_out`."""
+    runner has a copy in devices/runner/artifact/files.py, like that of `links_outside`."""
     parts = name.replace("\\", "/").split("/")
     return all(part not in ("", ".", "..") for part in parts) and not {":", "\0"} & set(name)

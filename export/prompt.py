@@ -91,7 +91,7 @@ def language_or_auto(generation: Any, spoken: str | None = None) -> str | None:
     return named_language(generation) or AUTO
 
 
-def language_for(generation: Any, spoken: str | None = None) -> str | None:
+def prompt_language(generation: Any, spoken: str | None = None) -> str | None:
     """Return the same as `language_or_auto`, but English instead of AUTO."""
     code = language_or_auto(generation, spoken)
     if code != AUTO:
@@ -109,7 +109,7 @@ def prompt_ids(generation: Any, spoken: str | None = None) -> list[int]:
     """Return the prompt: start, language and task if the model is multilingual, and no
     timestamps."""
     prompt = [generation.decoder_start_token_id]
-    code = language_for(generation, spoken)
+    code = prompt_language(generation, spoken)
     if code is not None:
         prompt.append(_look_up(generation, "lang_to_id", f"<|{code}|>"))
         prompt.append(_look_up(generation, "task_to_id", task_of(generation)))

@@ -25,7 +25,7 @@ from benchmarks.rivals.protocol import Engine, main, noted
 from devices.runner.audio import Pcm, read_wav, split
 from devices.runner.decode.text import join
 from devices.runner.problem import RunnerProblem
-from export.prompt import language_for, task_of
+from export.prompt import prompt_language, task_of
 
 
 class Rival(Engine):
@@ -95,7 +95,7 @@ class Rival(Engine):
         with noted(self.watch.mel_s):
             features = self.processor(pcm, sampling_rate=16_000, return_tensors="pt").input_features
         config = self.model.generation_config
-        code = language_for(config, language)
+        code = prompt_language(config, language)
         prompt = {} if code is None else {"language": code, "task": task_of(config)}
         with torch.no_grad():
             output = self.model.generate(

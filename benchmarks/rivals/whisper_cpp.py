@@ -151,7 +151,7 @@ class WhisperCpp(Engine):
 
     def prompted(self, code: str | None) -> Rules:
         """Return the rules with another language in the prompt; None keeps the prompt."""
-        rules = self.rules.told(code, None, timestamps=False)
+        rules = self.rules.with_options(code, None, timestamps=False)
         return replace(rules, max_new_tokens=self.rules.max_new_tokens)
 
     def call(self, name: str, *arguments: Any) -> None:

@@ -69,14 +69,14 @@ def measure(layers: int, positions: int) -> dict[str, float | int]:
 
     from edgewhisper.calibration import Window, collect
     from edgewhisper.compress.lite import chosen
-    from edgewhisper.compress.output_statistics import where_to_listen
+    from edgewhisper.compress.output_statistics import observation_points
 
     model = model_of(layers, positions)
     window = Window(torch.randn(1, 128, 2 * positions), positions)
     speech = SimpleNamespace(clips=[window], windows=lambda model, decoder: [window])
     with torch.no_grad():  # the memory of a window without statistics
         model.model.encoder(window.features)
-    points = where_to_listen(model, chosen(model, "model.encoder.layers.*"))
+    points = observation_points(model, chosen(model, "model.encoder.layers.*"))
     started = time.monotonic()
     moments = collect(model, dict.fromkeys(points.values()), speech)  # type: ignore[arg-type]
     return {

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import latency
-from benchmarks.bench import Candidate, Measuring, bench_all
+from benchmarks.bench import BenchOptions, Candidate, bench_all
 from benchmarks.calibrate_latency import calibrate
 from benchmarks.latency import STAGES, Table
 from benchmarks.markdown import table as markdown
@@ -165,7 +165,7 @@ def compare(given: argparse.Namespace) -> None:
         for _ in range(given.rounds):
             place = Place("local")
             table = calibrate(place, given.precision, given.threads, say, rounds=1)
-            results = bench_all(ours, device, clips, Measuring(1, given.threads), say)
+            results = bench_all(ours, device, clips, BenchOptions(1, given.threads), say)
             rounds.append(errors_of(table, results, shapes))
     print(markdown(rows_of([each.name for each in ours], rounds)))
     print(f"{table}, {table.machine['cpu']}; {table.measured_at}; table of the last round:\n")

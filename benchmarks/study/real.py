@@ -30,7 +30,7 @@ def run_one(model: str, recipe: str, before: float) -> Line:
     import torch
 
     from edgewhisper import pipeline
-    from edgewhisper.guard import TooMuchLost
+    from edgewhisper.guard import AccuracyLoss
     from export.versions import versions
 
     started = time.monotonic()
@@ -38,7 +38,7 @@ def run_one(model: str, recipe: str, before: float) -> Line:
         out, failed = Path(folder) / "slim", None
         try:
             place = pipeline.compress(pipeline.Request(model, recipe, out=out), say)
-        except TooMuchLost as error:
+        except AccuracyLoss as error:
             failed, place = str(error), out.with_name(out.name + error.suffix)
         minutes = (time.monotonic() - started) / 60
         record = json.loads((place / "compression.json").read_text("utf-8"))

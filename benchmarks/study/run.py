@@ -150,9 +150,9 @@ def run_one(key: Key, text: str, speech: Speech, base: str) -> Line:
     started = time.monotonic()
     processor = whisper.load_processor(base)
     with tempfile.TemporaryDirectory() as place:
-        work = Context(processor, speech.train, speech.dev, Path(place), seed)
+        context = Context(processor, speech.train, speech.dev, Path(place), seed)
         steps = recipe.parse(f"{experiment}: {arm}", text)
-        model = job.run_steps(whisper.load(base), steps, work, say=lambda text: None)
+        model = job.run_steps(whisper.load(base), steps, context, say=lambda text: None)
     alignment.settle(model)
     minutes = (time.monotonic() - started) / 60
     return {
@@ -164,7 +164,7 @@ def run_one(key: Key, text: str, speech: Speech, base: str) -> Line:
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "parameters": count_parameters(model) | {"nonzero": nonzero(model)},
         "macs": macs(model),
-        "lite_cost": lite_cost(work.record),
+        "lite_cost": lite_cost(context.record),
         "scores": {name: scored(model, processor, c) for name, c in speech.judges.items()},
         "dev": scored(model, processor, speech.dev) if needs_dev(key) else None,
         "minutes": minutes,

@@ -105,7 +105,7 @@ def spoken(
                 "page cannot detect languages",
                 hint="correct `lang` in the manifest, or export with --language",
             )
-        prompted = rules.told(plain(language or "") if known else None, None, False)
+        prompted = rules.with_options(plain(language or "") if known else None, None, False)
         windows = sounding(read_wav(path), manifest["audio"]["window_samples"])
         places = {f"clips/{path.stem}/{start}": pcm for start, pcm in windows.items()}
         files |= {place: pcm.astype("<f4").tobytes() for place, pcm in places.items()}

@@ -111,7 +111,7 @@ class Recognizer:
         if code is None and self.rules.auto:
             code, _ = detect(step, self.rules)
             step.fed, step.clock = 0, transcript.prompt_s
-        return greedy(step, self.rules.told(code, None, False), self.guards)
+        return greedy(step, self.rules.with_options(code, None, False), self.guards)
 
     def decoder_over(self, pcm: Pcm, times: Transcript) -> Decoder:
         """Encode one window (samples,) and return the decoder over it."""
@@ -133,7 +133,7 @@ class Recognizer:
         """Return the same logits, and the intermediate arrays that the engine exposes. The prompt
         is for `language` if the model knows it, otherwise the manifest's."""
         decoder = self.decoder_over(checked_samples(pcm), Transcript())
-        prompt = self.rules.told(self.known(language), None, False).prompt
+        prompt = self.rules.with_options(self.known(language), None, False).prompt
         fed = [prompt, *((token,) for token in tokens)]
         logits = np.stack([decoder(ids).copy() for ids in fed])
         return {"logits": logits, **decoder.parts()}

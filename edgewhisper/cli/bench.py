@@ -116,14 +116,14 @@ def bench_cli(
     LIMIT of --fail-if is a condition such as total>400ms, wer>5% or peak>125MB.
     """
     from benchmarks import limits
-    from benchmarks.bench import Measuring
+    from benchmarks.bench import BenchOptions
     from devices.device import in_browser, places
     from edgewhisper import pipeline
 
     parsed = [limits.parse(text) for text in fail_if or []]
     units = tuple(compute_units or ())
     share = None if interval is None else share_of("--interval", interval)
-    how = Measuring(repeats, threads, normalizer, units, minutes, share, governor, pin)
+    how = BenchOptions(repeats, threads, normalizer, units, minutes, share, governor, pin)
     names = device or ["local"]
     names = in_browser(names) if browser else names
     where = places(names, host or [], serial or [], [listen] if listen else [])

@@ -32,5 +32,5 @@ def verify_cli(
     emit(report.as_dict(), json_file)
     if json_file != "-":
         print_table(report.rows)
-    if report.letter is not None:
-        raise report.letter
+    if report.error is not None:
+        raise report.error

@@ -59,7 +59,7 @@ from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.recipe import Range
 from edgewhisper.resume import Finished, decisive, digest
 from edgewhisper.training import Training, train
-from export.prompt import language_for
+from export.prompt import prompt_language
 
 if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
@@ -221,7 +221,7 @@ def run_rounds(
 
 def identity(model: nn.Module, options: Options, context: Context) -> str:
     """Return a hash of what determines the rounds: start weights, options, speech and seed."""
-    prompted = partial(language_for, model.generation_config)
+    prompted = partial(prompt_language, model.generation_config)
     clips = [(clip.audio.name, clip.text, prompted(clip.lang)) for clip in context.train]
     schedule = kept_after(options.share, options.target)
     choices = [options.layers, options.scope, options.rewind, decisive(options.training)]

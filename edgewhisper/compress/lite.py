@@ -85,7 +85,7 @@ from edgewhisper.examples import permutation
 from edgewhisper.model_modes import without_gradients
 from edgewhisper.recipe import Range
 from edgewhisper.training import LossTerm, Training, train
-from edgewhisper.whisper import LowRank, input_of, linears, reads_sound, side_and_layer
+from edgewhisper.whisper import LowRank, input_of, linears, reads_audio, side_and_layer
 from export.cost import count_parameters, macs
 from export.problem import Problem
 from export.shrink import layer_shapes
@@ -266,7 +266,7 @@ def budget_choices(
     result = {}
     for name, variances in outputs.variances.items():
         d_out, d_in = weight_of(model, name).shape
-        positions = model.config.max_source_positions if reads_sound(name) else TOKENS_PER_WINDOW
+        positions = model.config.max_source_positions if reads_audio(name) else TOKENS_PER_WINDOW
         result[name] = choices(
             variances,
             d_out,

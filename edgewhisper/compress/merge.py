@@ -63,10 +63,10 @@ from edgewhisper.compress.teacher import Teacher, divergence, frozen_copy
 from edgewhisper.examples import IGNORED, Batch, batches
 from edgewhisper.recipe import Range
 from edgewhisper.runs import main_process
-from edgewhisper.search import Dimension, Found, Point, Tried, best, minimise
+from edgewhisper.search import Dimension, Outcome, Point, Trial, best, minimise
 from edgewhisper.training import LossTerm, Training, cross_entropy, start_accelerator, train
 from export.problem import Problem
-from export.prompt import language_for
+from export.prompt import prompt_language
 
 if TYPE_CHECKING:
     from benchmarks.speech.clips import Clip
@@ -318,7 +318,7 @@ def search(
     grid = options.search == "grid"
     trials = len(GRID) if grid else options.trials
 
-    def objective(point: Point, finished: Sequence[Tried]) -> Found:
+    def objective(point: Point, finished: Sequence[Trial]) -> Outcome:
         student, _ = regroup(teacher, plan, **point)
         run_name = "merge-trials/{alpha!r}-{beta!r}".format(**point)
         label = f"merge: trial {len(finished) + 1} of {trials}"
@@ -326,7 +326,7 @@ def search(
         wer = subset.wer(student).wer
         if main_process():
             shutil.rmtree(context.run_dir / run_name, ignore_errors=True)
-        return Found((wer,))
+        return Outcome((wer,))
 
     tried = minimise(
         objective,
@@ -358,7 +358,7 @@ DECISIVE = ("ce", "kl", "temperature", "learn_temperature", "t_squared", "trial"
 def search_name(teacher: nn.Module, plan: Plan, options: Options, context: Context) -> str:
     """Return a name for the search; two searches share it only if their trials are the same."""
     values = asdict(options)
-    prompted = partial(language_for, teacher.generation_config)
+    prompted = partial(prompt_language, teacher.generation_config)
     clips = [
         [(c.audio.name, c.text, c.lang, prompted(c.lang)) for c in clips]
         for clips in (context.train, context.dev)

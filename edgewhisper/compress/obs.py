@@ -128,26 +128,26 @@ def choose_levels(model: nn.Module, parts: Sequence[Part], options: Options) -> 
 
 
 def apply(
-    model: "WhisperForConditionalGeneration", options: Options, work: Context
+    model: "WhisperForConditionalGeneration", options: Options, context: Context
 ) -> "WhisperForConditionalGeneration":
-    """Remove structures and refit the rest; `work.record["obs"]` says what is left of each branch.
+    """Remove structures and refit the rest; `context.record["obs"]` has the rest of each branch.
 
     Raises Problem for no speech, no kind of structure, low-rank or shared layers, and for a share
     that is out of reach.
     """
     refuse_quantised(model, "obs", options)
     refuse(model, options)
-    if not work.train:
+    if not context.train:
         raise Problem("obs: there are no clips to calibrate on", hint="name a speech manifest")
     home, training = next(model.parameters()).device, model.training
     model.cpu().eval()  # statistics are float64, which some accelerators lack
-    speech = calibration_speech(model, work.train, options.clips, options, work)
-    judges = calibration_speech(model, work.dev, options.effect_clips, options, work)
+    speech = calibration_speech(model, context.train, options.clips, options, context)
+    judges = calibration_speech(model, context.dev, options.effect_clips, options, context)
     total = sum(len(branches_of(model, side)) for side in SIDES)
     with progress(total, "obs: measuring branches") as done:
         parts = measure_parts(Walk(model, speech, judges=judges), options, done)
     levels = choose_levels(model, parts, options)
-    work.record["obs"] = {
+    context.record["obs"] = {
         "clips": {"calibration": len(speech.clips), "effect": len(judges.clips)},
         "branches": {
             part.branch.name: described(model, part, level)
@@ -194,13 +194,13 @@ def calibration_speech(
     source: "Sequence[Clip]",
     size: int,
     options: Options,
-    work: Context,
+    context: Context,
 ) -> Speech:
     """So many of the clips, drawn by the seed, with the texts that the decoder reads."""
-    clips = [source[i] for i in permutation(work.seed, 0, len(source))[:size]]
+    clips = [source[i] for i in permutation(context.seed, 0, len(source))[:size]]
     if options.own_words and clips:
-        clips = in_own_words(model, clips, work)
-    return Speech(clips, work.processor, mask_padding=True)
+        clips = in_own_words(model, clips, context)
+    return Speech(clips, context.processor, mask_padding=True)
 
 
 @contextmanager
@@ -212,7 +212,7 @@ def progress(steps: int, label: str) -> Iterator[Callable[[], None]]:
 
 
 def in_own_words(
-    model: "WhisperForConditionalGeneration", clips: "Sequence[Clip]", work: Context
+    model: "WhisperForConditionalGeneration", clips: "Sequence[Clip]", context: Context
 ) -> "list[Clip]":
     """The clips with the model's transcripts, where it writes any."""
     from benchmarks.speech.clips import Samples
@@ -221,7 +221,7 @@ def in_own_words(
     with progress_bar(len(clips), None, main_process(), "obs: transcripts") as show:
         texts = decoding.transcribe(
             model,
-            work.processor,
+            context.processor,
             Samples(clips),
             [clip.lang for clip in clips],
             max_tokens=4 * longest + 32,

@@ -33,7 +33,7 @@ class OutputStatistics:
     def __init__(
         self, model: nn.Module, moments: dict[Point, Moments], points: Mapping[str, Point]
     ) -> None:
-        """`moments` is emptied to save memory; `points` is what `where_to_listen` returns."""
+        """`moments` is emptied to save memory; `points` is what `observation_points` returns."""
         self.points = points
         self.positions = max(m.count for m in moments.values())
         self.roots: dict[Point, Roots] = {}
@@ -67,13 +67,13 @@ def calibrate(
     model: "WhisperForConditionalGeneration", names: Sequence[str], speech: Speech
 ) -> OutputStatistics:
     """Run the speech through the model; return the statistics of the layers' outputs."""
-    points = where_to_listen(model, names)
+    points = observation_points(model, names)
     with progress(len(speech.clips), "lite: calibrating") as done:
         moments = collect(model, dict.fromkeys(points.values()), speech, done)
     return OutputStatistics(model, moments, points)
 
 
-def where_to_listen(model: nn.Module, names: Sequence[str]) -> dict[str, Point]:
+def observation_points(model: nn.Module, names: Sequence[str]) -> dict[str, Point]:
     """Return the point to observe for each layer: its input, or its output to save memory.
 
     The statistics of the input give those of the output, and layers may share an input.

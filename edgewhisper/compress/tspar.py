@@ -61,7 +61,7 @@ from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import distance_term, total
 from edgewhisper.examples import Batch
 from edgewhisper.recipe import Range
-from edgewhisper.training import AfterStep, LossTerm, Training, loss_before, train
+from edgewhisper.training import AfterStep, LossTerm, Training, initial_loss, train
 from edgewhisper.whisper import side_and_layer
 
 if TYPE_CHECKING:
@@ -313,7 +313,7 @@ def regulariser(
     if options.reg_mode == "proximal":
         scales = average_sizes(weights_of(model, options.layers))
         return None, proximal_hook(options, scales, protected), readable(scales)
-    loss = loss_before(model, context.processor, context.train, options.training, context.seed)
+    loss = initial_loss(model, context.processor, context.train, options.training, context.seed)
     with torch.no_grad():
         start = penalties(model, options, protected)
     scales = {key: loss / float(penalty) for key, penalty in start.items()}

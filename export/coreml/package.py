@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.files import leads_out, stays_inside
+from export.files import links_outside, stays_inside
 from export.problem import Problem
 
 AGAIN = "export it again, or copy the whole folder again"
@@ -257,7 +257,7 @@ def _check_member(package: Path, file: Path) -> None:
     above = [*file.parents]
     try:
         folders = above[: above.index(package)]
-        if leads_out(file) or any(folder.is_symlink() for folder in folders):
+        if links_outside(file) or any(folder.is_symlink() for folder in folders):
             raise Problem(f"{file}: a link, not a file of the package", hint=STRANGER)
         there = file.is_file()
     except OSError:  # an impossible file name

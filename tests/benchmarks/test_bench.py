@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from benchmarks.bench import Candidate, Measuring, bench, bench_all
+from benchmarks.bench import BenchOptions, Candidate, bench, bench_all
 from benchmarks.metadata import artifact_hash, clips_hash, file_hash, folder_hash
 from benchmarks.result import STAGES, validate
 from benchmarks.speech.clips import read_manifest
@@ -64,7 +64,7 @@ def test_rounds_are_interleaved_and_samples_kept(artifact, few, tmp_path):
         ],
         machine={"cores": 4, "emulated": False},
     )
-    first, second = bench_all([Candidate(artifact), Candidate(other)], fake, few, Measuring(2))
+    first, second = bench_all([Candidate(artifact), Candidate(other)], fake, few, BenchOptions(2))
     pushed = [call[1] for call in fake.calls if call[0] == "push"]
     assert pushed == ["runner", "artifacts/0", "artifacts/1", "clips"]
     runs = [call for call in fake.calls if call[0] == "run"]
@@ -81,7 +81,7 @@ def test_rounds_are_interleaved_and_samples_kept(artifact, few, tmp_path):
 
 def test_a_result_describes_what_was_measured(artifact, few):
     fake = FakeDevice(replies=[reply(["", "", ""])])
-    found = bench(artifact, fake, few, Measuring(1, 3))
+    found = bench(artifact, fake, few, BenchOptions(1, 3))
     manifest = read_artifact(artifact)
     assert found == validate(found)
     assert found["name"] == "digits-int8"
@@ -98,7 +98,7 @@ def test_a_result_describes_what_was_measured(artifact, few):
 
 def test_unavailable_memory_is_reported_as_such(artifact, few):
     fake = FakeDevice(replies=[reply([""] * 3, peak_rss_bytes="unavailable")])
-    assert bench(artifact, fake, few, Measuring(1))["peak_rss_bytes"] == "unavailable"
+    assert bench(artifact, fake, few, BenchOptions(1))["peak_rss_bytes"] == "unavailable"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_an_invalid_answer_is_refused(artifact, few, wrong, value):
     answer = json.loads(reply([""] * 3).stdout) | {wrong: value}
     fake = FakeDevice(replies=[Finished(0, json.dumps(answer), "")])
     with pytest.raises(Problem, match=f"fake: the runner's answer has no usable {wrong}$"):
-        bench(artifact, fake, few, Measuring(1))
+        bench(artifact, fake, few, BenchOptions(1))
 
 
 def test_inserted_words_count_as_errors_in_silence():
@@ -180,7 +180,7 @@ def test_impossible_requests_are_refused(artifact, digits, few, tmp_path):
 def test_artifact_and_rival_give_the_same_texts(artifact, digits, few):
     candidates = [Candidate(digits, rival="transformers"), Candidate(artifact, name="int8")]
     with open_device("local") as device:
-        rival, ours = bench_all(candidates, device, few, Measuring(1, 1))
+        rival, ours = bench_all(candidates, device, few, BenchOptions(1, 1))
     assert rival["name"] == "whisper-digits (transformers)"
     assert rival["parameters"] == ours["parameters"]
     assert rival["mel_share"] is None

@@ -333,7 +333,7 @@ def test_results_of_bench_correct_the_table(benched, exported, digits):
     assert again.corrections["token"] == Correction(pytest.approx(6), 3), (
         "of the sum, not of itself"
     )
-    assert "token times 6.00" in latency.told(again)
+    assert "token times 6.00" in latency.summary(again)
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,7 @@ def test_thresholds_use_the_normalizer_of_the_dev_clips(monkeypatch, tmp_path, l
 
 
 def test_bench_refuses_an_unknown_normalizer_before_measuring():
-    from benchmarks.bench import Measuring, bench_all
+    from benchmarks.bench import BenchOptions, bench_all
 
     with pytest.raises(Problem, match="unknown normalizer 'vowels'"):
-        bench_all([], None, clips_in(("en", "one")), Measuring(normalizer="vowels"))
+        bench_all([], None, clips_in(("en", "one")), BenchOptions(normalizer="vowels"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import side_by_side
-from benchmarks.bench import Candidate, Measuring
+from benchmarks.bench import BenchOptions, Candidate
 from benchmarks.result import STAGES
 from benchmarks.side_by_side import bench_places
 from benchmarks.speech.clips import read_manifest
@@ -61,7 +61,9 @@ def test_all_devices_are_prepared_before_all_measure_at_once(artifact, few, devi
 
     monkeypatch.setattr(FakeDevice, "run", run)
     heard = []
-    results, failed = bench_places([Candidate(artifact)], PLACES, few, Measuring(2), heard.append)
+    results, failed = bench_places(
+        [Candidate(artifact)], PLACES, few, BenchOptions(2), heard.append
+    )
     assert [result["device"]["name"] for result in results] == ["rpi4 a", "rpi4 b", "rpi4 c"]
     assert failed == []
     assert heard.count("rpi4 b: digits: round 2 of 2") == 1
@@ -79,7 +81,9 @@ def test_a_device_that_fails_does_not_stop_the_others(artifact, few, devices, mo
 
     for name, act in (usual | {when: fail}).items():
         monkeypatch.setattr(FakeDevice, name, act)
-    results, failed = bench_places([Candidate(artifact)], PLACES, few, Measuring(1), lambda _: None)
+    results, failed = bench_places(
+        [Candidate(artifact)], PLACES, few, BenchOptions(1), lambda _: None
+    )
     assert [result["device"]["name"] for result in results] == ["rpi4 a", "rpi4 c"]
     assert [str(error) for error in failed] == ["b: it went away"]
     assert all(device.calls[-1] == ("close",) for device in devices.values())
@@ -107,7 +111,7 @@ def test_ctrl_c_closes_every_device(artifact, few, devices, monkeypatch):
     monkeypatch.setattr(FakeDevice, "close", close)
     monkeypatch.setattr(side_by_side, "gather", lambda futures: next(later)(futures))
     with pytest.raises(KeyboardInterrupt):
-        bench_places([Candidate(artifact)], PLACES, few, Measuring(1), lambda _: None)
+        bench_places([Candidate(artifact)], PLACES, few, BenchOptions(1), lambda _: None)
     assert all(device.calls[-1] == ("close",) for device in devices.values())
 
 
@@ -127,13 +131,13 @@ def test_ctrl_c_closes_a_device_that_is_being_opened(artifact, few, monkeypatch)
     monkeypatch.setattr(side_by_side, "open_device", open_late)
     monkeypatch.setattr(side_by_side, "gather", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        bench_places([Candidate(artifact)], PLACES[:1], few, Measuring(1), lambda _: None)
+        bench_places([Candidate(artifact)], PLACES[:1], few, BenchOptions(1), lambda _: None)
     assert late.calls == [("close",)]
 
 
 def test_two_devices_of_one_profile_have_different_names(artifact, few, monkeypatch):
     monkeypatch.setattr(FakeDevice, "run", lambda *_: answer(None))
     monkeypatch.setattr(side_by_side, "open_device", lambda *_: FakeDevice(name="rpi4"))
-    rest = ([Candidate(artifact)], PLACES[:2], few, Measuring(1), lambda _: None)
+    rest = ([Candidate(artifact)], PLACES[:2], few, BenchOptions(1), lambda _: None)
     results, _ = bench_places(*rest)
     assert [result["device"]["name"] for result in results] == ["rpi4 a", "rpi4 b"]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from benchmarks import bench
 from benchmarks import telemetry as run_telemetry
-from benchmarks.bench import Candidate, Measuring, bench_all
+from benchmarks.bench import BenchOptions, Candidate, bench_all
 from benchmarks.result import STAGES, read, remarks, table_rows, validate, write
 from benchmarks.speech.clips import read_manifest
 from benchmarks.speech.wav import write_clips
@@ -442,7 +442,7 @@ def test_a_slower_interpreter_is_detected(exported, listed):
 @linux
 def test_a_bench_result_on_this_machine_is_complete(exported, clips, tmp_path):
     few = read_manifest(clips)[:3]
-    how = Measuring(2, 1, minutes=0.02, pin=str(min(os.sched_getaffinity(0))))
+    how = BenchOptions(2, 1, minutes=0.02, pin=str(min(os.sched_getaffinity(0))))
     with open_device("local") as device:
         (found,) = bench_all([Candidate(exported)], device, few, how)
     write([found], tmp_path / "r.jsonl")
@@ -523,10 +523,10 @@ def test_an_invalid_answer_is_refused(exported, clips):
     few = read_manifest(clips)[:3]
     fake = FakeDevice(replies=[reply([1.0] * 3, telemetry={"samples": "all"})])
     with pytest.raises(Problem, match=r"fake: the runner's answer has no usable telemetry$"):
-        bench.bench(exported, fake, few, Measuring(1))
+        bench.bench(exported, fake, few, BenchOptions(1))
     fake = FakeDevice(replies=[reply([1.0] * 3), Finished(0, "{}", "")])
     with pytest.raises(Problem, match=r"fake: the runner's answer has no usable sustained$"):
-        bench.bench(exported, fake, few, Measuring(1, minutes=1))
+        bench.bench(exported, fake, few, BenchOptions(1, minutes=1))
 
 
 def test_texts_from_a_device_contain_no_terminal_codes():
@@ -699,7 +699,7 @@ def test_rounds_are_added_until_the_interval_is_narrow_enough(exported, three, r
     clips, here a factor of ten, do not widen it."""
     replies = [reply([1.5, 0.3, 3.0])] + [reply([1.0, 0.2, 2.0])] * 30
     fake = FakeDevice(replies=replies)
-    found = bench.bench(exported, fake, three, Measuring(2, interval=0.02))
+    found = bench.bench(exported, fake, three, BenchOptions(2, interval=0.02))
     rounds = found["rounds"]
     assert 3 < rounds < 20
     assert rounds == len(found["load_s"]) == len([c for c in fake.calls if c[0] == "run"])
@@ -710,14 +710,14 @@ def test_rounds_are_added_until_the_interval_is_narrow_enough(exported, three, r
 
 def test_a_stable_run_needs_the_fewest_rounds(exported, three):
     fake = FakeDevice(replies=[reply([1.0, 2.0, 3.0])] * 9)
-    found = bench.bench(exported, fake, three, Measuring(1, interval=0.02))
+    found = bench.bench(exported, fake, three, BenchOptions(1, interval=0.02))
     assert found["rounds"] == ENOUGH_ROUNDS
 
 
 def test_an_interval_that_is_not_reached_is_noted(exported, three, monkeypatch):
     monkeypatch.setattr(bench, "MAX_ROUNDS", 4)
     fake = FakeDevice(replies=[reply([t, 2 * t, 3 * t]) for t in (1.0, 1.05, 0.95, 1.0)])
-    found = bench.bench(exported, fake, three, Measuring(2, interval=0.02))
+    found = bench.bench(exported, fake, three, BenchOptions(2, interval=0.02))
     assert found["rounds"] == 4
     (note,) = found["notes"]
     assert note.endswith("of it after 4 rounds; 2.0% was requested")
@@ -727,7 +727,7 @@ def test_the_options_reach_the_runner(exported, three):
     lasting = {"end_to_end_s": [1.0], "at_s": [5.0]}
     last = Finished(0, json.dumps({"sustained": lasting}), "")
     fake = FakeDevice(replies=[reply([1.0] * 3, threads=2, pinned=[1, 3]), last])
-    how = Measuring(1, minutes=2.5, pin="big", governor="performance")
+    how = BenchOptions(1, minutes=2.5, pin="big", governor="performance")
     found = bench.bench(exported, fake, three, how)
     first, second = (call[6:] for call in fake.calls if call[0] == "run")
     chosen = ("--governor", "performance", "--pin", "big")
@@ -747,11 +747,11 @@ def test_the_options_reach_the_runner(exported, three):
 )
 def test_impossible_requests_are_refused(exported, three, changes, message):
     with pytest.raises(Problem, match=message):
-        bench.bench(exported, FakeDevice(), three, replace(Measuring(1), **changes))
+        bench.bench(exported, FakeDevice(), three, replace(BenchOptions(1), **changes))
 
 
 def test_pinning_a_rival_is_refused(digits, three):
-    how = Measuring(1, pin="0", minutes=1)
+    how = BenchOptions(1, pin="0", minutes=1)
     with pytest.raises(
         Problem, match=r"--minutes and --pin can be used with artifacts only; .* is a rival"
     ):
@@ -773,7 +773,7 @@ def test_the_options_reach_the_bench(monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "bench", receive)
     words = ["--minutes", "10", "--interval", "2%", "--governor", "performance", "--pin", "big"]
     CliRunner().invoke(app, ["bench", str(tmp_path), *words])
-    expected = Measuring(minutes=10, interval=0.02, governor="performance", pin="big")
+    expected = BenchOptions(minutes=10, interval=0.02, governor="performance", pin="big")
     assert expected in received
 
 

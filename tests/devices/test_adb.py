@@ -369,7 +369,7 @@ def test_a_bench_gives_the_same_texts_as_here_and_copies_files_once(phone, expor
     for name in ("mobile", "local", "mobile"):
         began = time.monotonic()
         with open_device(name) as device:
-            how = bench.Measuring(1, 1)
+            how = bench.BenchOptions(1, 1)
             prepared = bench.prepare([bench.Candidate(exported)], device, few, how)
             ready_s = time.monotonic() - began
             results.append(bench.measure(prepared)[0])
@@ -442,7 +442,7 @@ def test_fast_cores_are_used_and_set_the_default_thread_count(phone, exported, f
     if not {0, 1} <= os.sched_getaffinity(0):
         pytest.skip("this process may not use the first two cores")
     with open_device("mobile") as device:
-        prepared = bench.prepare([bench.Candidate(exported)], device, few, bench.Measuring())
+        prepared = bench.prepare([bench.Candidate(exported)], device, few, bench.BenchOptions())
     told = prepared.known[0]["device"]
     assert (prepared.how.threads, told["cores"], told["pinned_to"]) == (1, 1, [1])
     assert told["core_frequencies_max_hz"] == [1000.0 * SLOW, 1000.0 * FAST]

@@ -20,7 +20,7 @@ import chromium
 import numpy as np
 import pytest
 
-from benchmarks.bench import Candidate, Measuring, bench
+from benchmarks.bench import BenchOptions, Candidate, bench
 from benchmarks.speech.clips import read_manifest
 from benchmarks.speech.wav import write_clips
 from devices.browser import job, ort_web, site
@@ -245,13 +245,17 @@ def test_after_a_round_only_the_same_browser_may_return(served):
 
 
 def test_unsupported_options_are_refused_before_the_page_is_opened(monkeypatch, exported, clips):
-    from benchmarks.bench import Measuring, bench
+    from benchmarks.bench import BenchOptions, bench
     from export.problem import Problem
 
     with browser(monkeypatch) as device:
-        for how in (Measuring(minutes=1), Measuring(pin="big"), Measuring(governor="performance")):
+        for how in (
+            BenchOptions(minutes=1),
+            BenchOptions(pin="big"),
+            BenchOptions(governor="performance"),
+        ):
             with pytest.raises(Problem, match="is not supported on browser"):
-                bench(exported, device, read_manifest(clips)[:1], how)
+                bench(exported, device, read_manifest(clips)[:1], BenchOptions(**refused))
 
 
 def test_an_error_while_opening_leaves_nothing_running(monkeypatch):
@@ -513,7 +517,7 @@ def test_a_bench_goes_through_a_page(monkeypatch, exported, clips, rng):
         place, folder = device.site.url, device.work
         page = play(device, lambda work: work["eos"] - 1)
         ids = Recognizer(exported)
-        result = bench(exported, device, spoken, Measuring(repeats=2))
+        result = bench(exported, device, spoken, BenchOptions(repeats=2))
     page.join(20)
     assert result["device"]["name"] == "browser"
     assert result["device"]["user_agent"] == AGENT

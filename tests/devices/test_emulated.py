@@ -13,7 +13,7 @@ import sshd
 
 from benchmarks.aarch64 import __main__ as command
 from benchmarks.aarch64 import machine
-from benchmarks.bench import Measuring, bench
+from benchmarks.bench import BenchOptions, bench
 from benchmarks.result import brief_rows
 from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.speech.wav import write_clips
@@ -67,7 +67,7 @@ def configured(server, monkeypatch) -> None:
 
 def test_an_emulated_pi_is_described_without_timings(artifact, few):
     with open_device("rpi4", "pi") as device:
-        result = bench(artifact, device, few, Measuring(1, 1))
+        result = bench(artifact, device, few, BenchOptions(1, 1))
     assert result["device"]["model"] == MODEL
     assert result["device"]["architecture"] == "aarch64"
     assert result["device"]["isa"] == ["asimd"]

@@ -279,7 +279,7 @@ def test_off_a_mac_there_is_no_footprint():
 
 @real
 def test_an_onnx_artifact_gives_the_same_texts_as_here(server, exported, few):
-    how = benching.Measuring(1, 1)
+    how = benching.BenchOptions(1, 1)
     with open_device("m1", "pi") as device:
         there = benching.bench(exported, device, few, how)
     with open_device("local") as device:
@@ -299,7 +299,7 @@ PACKAGES = ("MelSpectrogram", "AudioEncoder", "TextDecoder")
 def test_packages_are_compiled_once_and_measured_on_all_units(server, coreml, few):
     """A separate process compiles and first loads them; the rounds load the compiled packages."""
     said: list[str] = []
-    how = benching.Measuring(1, 1, compute_units=tuple(UNITS))
+    how = benching.BenchOptions(1, 1, compute_units=tuple(UNITS))
     with open_device("m1", "pi") as device:
         results = benching.bench_all([benching.Candidate(coreml)], device, few, how, said.append)
     here = stock.recognizer(coreml, threads=1)
@@ -324,7 +324,7 @@ def test_packages_are_compiled_once_and_measured_on_all_units(server, coreml, fe
 def test_a_package_that_core_ml_rejects_gets_an_error_message(server, coreml, few):
     (server.home / "refuses").touch()
     with open_device("m1", "pi") as device:
-        found = raised(lambda: benching.bench(coreml, device, few, benching.Measuring(1, 1)))
+        found = raised(lambda: benching.bench(coreml, device, few, benching.BenchOptions(1, 1)))
     assert "MelSpectrogram.mlpackage: the graph cannot be run (Error compiling model" in str(found)
     assert str(found).isprintable()
 

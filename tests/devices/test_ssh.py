@@ -723,7 +723,7 @@ def test_a_bench_gives_the_same_texts_as_here_and_copies_files_once(
     results = []
     for name, host in (("rpi", "pi"), ("local", None)):
         with open_device(name, host) as device:
-            results.append(bench.bench(exported, device, few, bench.Measuring(1, 1)))
+            results.append(bench.bench(exported, device, few, bench.BenchOptions(1, 1)))
             assert name == "local" or device.sent_bytes > 1_000_000
     there, here = results
     for field in ("texts", "versions", "clips_hash", "artifact_hash", "emulated"):

@@ -12,7 +12,7 @@ import sshd
 
 from benchmarks.aarch64 import __main__ as command
 from benchmarks.aarch64 import system
-from benchmarks.bench import Measuring, bench
+from benchmarks.bench import BenchOptions, bench
 from benchmarks.result import brief_rows
 from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.speech.wav import write_clips
@@ -73,7 +73,7 @@ def test_peak_memory_is_reproducible_across_boots(artifact, few, monkeypatch):
     for _ in range(BOOTS):
         with computer(monkeypatch) as device:
             # in a second process all files are cached, so more pages are mapped at once
-            result = bench(artifact, device, few, Measuring(2, 1))
+            result = bench(artifact, device, few, BenchOptions(2, 1))
         peaks.append(result["peak_rss_bytes"])
         assert result["emulated"] is True
         assert result["device"]["model"] == "linux,dummy-virt"

@@ -413,7 +413,7 @@ METHODS = {"tspar": tspar, "imp": imp, "wsap": wsap}
 
 
 @pytest.fixture
-def work(processor, clips, tmp_path) -> Context:
+def context(processor, clips, tmp_path) -> Context:
     two = read_manifest(clips)[:2]
     return Context(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
 
@@ -433,15 +433,17 @@ def zeros_of(model, heads) -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.parametrize("method", HARD)
-def test_protected_heads_lose_no_weight(method, make_whisper, work, rng):
+def test_protected_heads_lose_no_weight(method, make_whisper, context, rng):
     model = make_whisper(heads=4)
     every = all_heads(model)
     heads = sorted(every[i] for i in rng.permutation(len(every))[: int(rng.integers(1, 4))])
     model.generation_config.alignment_heads = heads
     options = replace(HARD[method], protect_alignment=True)
-    METHODS[method].apply(copy.deepcopy(model), HARD[method], work)
-    assert work.record[method]["pruned"]["zero_elements"] > 0.5
-    slim = METHODS[method].apply(model, options, replace(work, run_dir=work.run_dir / "protected"))
+    METHODS[method].apply(copy.deepcopy(model), HARD[method], context)
+    assert context.record[method]["pruned"]["zero_elements"] > 0.5
+    slim = METHODS[method].apply(
+        model, options, replace(context, run_dir=context.run_dir / "protected")
+    )
     own, rest = zeros_of(slim, heads)
     assert set(own) == {0.0}
     assert np.mean(rest) > 0.5
@@ -451,15 +453,15 @@ def test_protected_heads_lose_no_weight(method, make_whisper, work, rng):
 
 
 @pytest.mark.parametrize("method", HARD)
-def test_protection_requires_alignment_heads(method, tiny_whisper, work, monkeypatch):
+def test_protection_requires_alignment_heads(method, tiny_whisper, context, monkeypatch):
     monkeypatch.setattr(METHODS[method], "train", None)  # fails before any training
     options = replace(HARD[method], protect_alignment=True)
     with pytest.raises(Problem, match="the model names no alignment heads"):
-        METHODS[method].apply(tiny_whisper, options, work)
+        METHODS[method].apply(tiny_whisper, options, context)
 
 
 @pytest.mark.parametrize("mode", ["proximal", "subgradient"])
-def test_penalties_do_not_change_protected_weights(mode, make_whisper, work):
+def test_penalties_do_not_change_protected_weights(mode, make_whisper, context):
     """Even very large penalties have no effect on them."""
     model = make_whisper(heads=4)
     model.generation_config.alignment_heads = [[0, 1], [1, 3]]

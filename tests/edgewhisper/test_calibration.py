@@ -17,7 +17,7 @@ from edgewhisper.calibration import (
     collect_together,
     sounding,
 )
-from edgewhisper.whisper import input_of, linears, reads_sound, side_and_layer
+from edgewhisper.whisper import input_of, linears, reads_audio, side_and_layer
 from export.problem import Problem
 
 FC1 = "model.encoder.layers.0.fc1"
@@ -216,7 +216,7 @@ def test_layers_with_the_same_input_have_the_same_input_of(tiny_whisper, speech)
         for other in read:
             same = read[name][0] is read[other][0]
             assert same == (input_of(name) == input_of(other)), (name, other)
-        assert reads_sound(name) == (read[name][0].shape[1] == 300), name
+        assert reads_audio(name) == (read[name][0].shape[1] == 300), name
 
 
 def test_sides_and_layers_are_read_from_names():

@@ -403,8 +403,8 @@ def test_a_quantised_checkpoint_is_refused(refused, processor, digits, tmp_path)
     from edgewhisper.compress import qat
     from edgewhisper.compress.context import Context
 
-    work = Context(processor, [], [], tmp_path)
-    model = qat.apply(whisper.load(digits), qat.Options(stem=8), work)
+    context = Context(processor, [], [], tmp_path)
+    model = qat.apply(whisper.load(digits), qat.Options(stem=8), context)
     whisper.save(model, processor, tmp_path / "quantised", {})
     text = refused('[[step]]\nmethod = "shrink"\n', {}, model=tmp_path / "quantised")
     assert "weights of the model are quantised, and this step would move them" in text

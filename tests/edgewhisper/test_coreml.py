@@ -510,7 +510,7 @@ def test_an_encoder_is_gated_with_the_checkpoints_decoder(lone, few, digits):
     assert gate["identical_tokens"] == 1
     assert 0 < gate["max_errors"]["states"] < 1e-4
     report = verify(lone, few, threads=1)
-    assert report.letter is None, report.letter
+    assert report.error is None, report.error
     assert report.rows[-1]["found"] == "the encoder's states of all 4 clips are those of the gate"
     with pytest.raises(RunnerProblem, match="the layout is 'encoder'; this runner reads"):
         transcription.open_artifact(str(lone))
@@ -533,7 +533,7 @@ def test_a_damaged_encoder_fails_its_gate(lone, few, model, processor, tmp_path)
 
 def test_a_package_is_verified(fp32, few, digits):
     report = verify(fp32, few, threads=1)
-    assert report.letter is None, report.letter
+    assert report.error is None, report.error
     rows = {row["check"]: row["found"] for row in report.rows}
     assert "specification 7" in rows["graphs"]
     assert rows["contract"].startswith("14 inputs and outputs")
@@ -542,7 +542,7 @@ def test_a_package_is_verified(fp32, few, digits):
 
 def failed_at(folder: Path, few: Path) -> tuple[str, str]:
     report = verify(folder, few, threads=1)
-    assert report.letter is not None
+    assert report.error is not None
     return next((r["check"], r["found"]) for r in report.rows if r["result"] == "failed")
 
 
@@ -723,7 +723,7 @@ def test_a_device_with_core_ml_benches_a_package(fp32, few):
     replies = [first, again, reply, reply]
     device = FakeDevice(machine={"kernel": "Darwin 24.0", "emulated": False}, replies=replies)
     candidate = benching.Candidate(fp32)
-    how = benching.Measuring(1, compute_units=("cpu-ane", "cpu"))
+    how = benching.BenchOptions(1, compute_units=("cpu-ane", "cpu"))
     results = benching.bench_all([candidate], device, clips, how)
     assert device.libraries == ("coremltools",)
     assert [result["name"] for result in results] == ["fp32 (cpu-ane)", "fp32 (cpu)"]
@@ -742,4 +742,4 @@ def test_a_device_with_core_ml_benches_a_package(fp32, few):
     with pytest.raises(
         Problem, match="is a Core ML artifact, which can be timed on Apple systems only"
     ):
-        benching.bench_all([candidate], device, clips, benching.Measuring(1))
+        benching.bench_all([candidate], device, clips, benching.BenchOptions(1))

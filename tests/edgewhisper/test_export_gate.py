@@ -85,7 +85,7 @@ def test_gate_clips_are_limited_recorded_and_used_by_verify(digits, few, tmp_pat
     ):
         assert part in line
     report = verify(place, few, threads=1)
-    assert report.letter is None, report.letter
+    assert report.error is None, report.error
     assert "the tokens of all 4 clips are those of the gate" in report.rows[-1]["found"]
     assert "100% of 4 clips" in verify(place, few, str(digits), threads=1).rows[-1]["found"]
 
@@ -109,7 +109,7 @@ def test_gate_warn_keeps_the_artifact_and_records_the_failure(digits, confused, 
     assert "not this model's speech" in gate["error"]
     assert any(text.startswith("gate FAILED, and the artifact is kept") for text in lines)
     report = verify(place, confused, threads=1)
-    assert "failed its gate when it was exported (--gate warn)" in str(report.letter)
+    assert "failed its gate when it was exported (--gate warn)" in str(report.error)
     assert "at the export: failed" in verify(place, threads=1).rows[-1]["found"]
 
 
@@ -132,7 +132,7 @@ def test_gate_off_is_recorded_in_the_manifest(digits, few, tmp_path):
     assert read_artifact(place)["gate"] == {"result": "not run"}
     assert "the gate was not run (--gate off)" in lines
     report = verify(place, few, threads=1)
-    assert "was exported with --gate off" in str(report.letter)
+    assert "was exported with --gate off" in str(report.error)
     assert "100% of 10 clips" in verify(place, few, str(digits), threads=1).rows[-1]["found"]
 
 
@@ -142,7 +142,7 @@ def test_gate_off_is_recorded_in_the_manifest(digits, few, tmp_path):
 def test_verify_without_clips_skips_the_gate(digits, few, tmp_path):
     place = exported(digits, few, tmp_path / "out")
     report = verify(place, threads=1)
-    assert report.letter is None
+    assert report.error is None
     assert [row["result"] for row in report.rows] == [*["ok"] * 4, "not asked"]
     assert "add --speech" in report.rows[-1]["found"]
     assert "at the export: passed" in report.rows[-1]["found"]
@@ -174,7 +174,7 @@ def test_artifacts_of_a_checkpoint_without_a_language_detect_the_language(namele
     assert actual["language"] == expected["language"] is not None
     assert actual["text"] == expected["text"]
     report = verify(place, few, str(nameless), threads=1)
-    assert report.letter is None, report.letter
+    assert report.error is None, report.error
 
 
 @pytest.mark.parametrize("layout", ["native", "sherpa", "single", "transformers"])
@@ -185,7 +185,7 @@ def test_a_language_can_be_chosen_for_every_layout(nameless, few, tmp_path, layo
     assert ids.lang_to_id["<|de|>"] in decoding["prompt"]
     assert "language" not in decoding
     report = verify(place, few, str(nameless), threads=1)
-    assert "its prompt" not in str(report.letter)
+    assert "its prompt" not in str(report.error)
 
 
 @pytest.mark.parametrize("layout", ["sherpa", "single", "transformers"])

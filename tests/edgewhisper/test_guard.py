@@ -15,7 +15,7 @@ from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, job, pipeline, runs, training_speech, whisper
 from edgewhisper.compress import tspar
 from edgewhisper.compress.context import Context
-from edgewhisper.guard import Guard, Loss, TooMuchLost, likely_cause
+from edgewhisper.guard import AccuracyLoss, Guard, Loss, likely_cause
 from edgewhisper.job import Job
 from edgewhisper.recipe import Recipe, load_recipe, parse
 from edgewhisper.training import Training
@@ -81,7 +81,7 @@ def test_a_loss_is_compared_in_points(after: float, raises: bool):
         guard.check(loss, "cause", None, lines.append)
         assert lines == [f"dev WER 6.5 % -> {100 * after:.1f} % ({loss.points:+.1f} points)"]
         return
-    with pytest.raises(TooMuchLost) as error:
+    with pytest.raises(AccuracyLoss) as error:
         guard.check(loss, "cause", None, lines.append)
     assert str(error.value) == (
         "step 2 (tspar) raised dev WER from 6.5 % to 11.7 % on 60 clips of 566 words: 5.2 points, "
@@ -145,7 +145,7 @@ def test_without_measurements_the_hint_names_both():
 
 def test_a_ruined_model_stops_the_run_and_is_saved_as_failed(few, digits):
     request = pipeline.Request(str(digits), "ruinous.toml", few, few, Path("slim"))
-    with pytest.raises(TooMuchLost) as error:
+    with pytest.raises(AccuracyLoss) as error:
         pipeline.compress(request)
     place = Path("slim-failed-step-1-wsap")
     assert f"the checkpoint is in {place}" in str(error.value)
@@ -158,12 +158,12 @@ def test_a_ruined_model_stops_the_run_and_is_saved_as_failed(few, digits):
     assert whisper.load(place)
 
     # a second time, nothing is overwritten
-    with pytest.raises(TooMuchLost, match="slim-failed-step-1-wsap-2"):
+    with pytest.raises(AccuracyLoss, match="slim-failed-step-1-wsap-2"):
         pipeline.compress(request)
 
 
 def test_a_failed_checkpoint_is_never_the_newest(few, digits):
-    with pytest.raises(TooMuchLost):
+    with pytest.raises(AccuracyLoss):
         pipeline.compress(pipeline.Request(str(digits), "ruinous.toml", few, few))
     assert [path.name for path in runs.RUNS.glob("checkpoint-*-failed-step-1-wsap")]
     assert runs.newest("checkpoint") is None
@@ -180,14 +180,14 @@ def test_allow_loss_saves_the_model_with_a_warning_in_its_card(few, digits):
 
 def test_the_sum_of_small_losses_is_limited(tiny_whisper, processor, clips, tmp_path):
     two = read_manifest(clips)[:2]
-    work = Context(processor, two, two, tmp_path)
+    context = Context(processor, two, two, tmp_path)
     wers = iter([0.05, 0.05, 0.09, 0.09, 0.13, 0.13])
-    work.wer = lambda model: score(next(wers))
+    context.wer = lambda model: score(next(wers))
     recipe = parse("mine", SHRINK + SHRINK)
     with pytest.raises(
-        TooMuchLost, match=r"the whole recipe raised dev WER from 5\.0 % to 13\.0 %"
+        AccuracyLoss, match=r"the whole recipe raised dev WER from 5\.0 % to 13\.0 %"
     ):
-        job.run_steps(tiny_whisper, recipe, work, lambda text: None, guard=Guard(5.0))
+        job.run_steps(tiny_whisper, recipe, context, lambda text: None, guard=Guard(5.0))
 
 
 def test_the_command_line_exits_with_1_and_names_the_failed_checkpoint(
@@ -213,7 +213,7 @@ def test_a_loss_by_training_counts_in_the_margin_of_tspar(
 ):
     """Training raises dev WER from 5 % to 50 %, so no strength is within the margin of 2 points."""
     few = read_manifest(clips)[:3]
-    work = Context(processor, few, few, tmp_path)
+    context = Context(processor, few, few, tmp_path)
     before = tiny_whisper.model.encoder.layers[0].fc1.weight.detach().clone()
 
     def wer(self, model):
@@ -223,8 +223,8 @@ def test_a_loss_by_training_counts_in_the_margin_of_tspar(
     monkeypatch.setattr(Context, "wer", wer)
     brief = Training(steps=1, batch_size=2, learning_rate=1e-3)
     options = tspar.Options(c1=2.0, c2=-1.0, wer_margin=2.0, evaluations=3, training=brief)
-    tspar.apply(tiny_whisper, options, work)
-    record = work.record["tspar"]
+    tspar.apply(tiny_whisper, options, context)
+    record = context.record["tspar"]
     assert record["search"]["limit"] == pytest.approx(0.07)
     assert [trial["dev_wer"] for trial in record["search"]["tried"]] == [0.5, 0.5, 0.5]
     assert record["dev_wer"] == {"before": 0.05, "trained": 0.5, "pruned": 0.5}
@@ -232,7 +232,7 @@ def test_a_loss_by_training_counts_in_the_margin_of_tspar(
 
 def test_a_model_is_evaluated_once(tiny_whisper, processor, clips, tmp_path, monkeypatch):
     few = read_manifest(clips)[:2]
-    work = Context(processor, few, few, tmp_path)
+    context = Context(processor, few, few, tmp_path)
     calls = []
 
     def transcribe(model, processor, pcms, *rest, **options):
@@ -240,13 +240,13 @@ def test_a_model_is_evaluated_once(tiny_whisper, processor, clips, tmp_path, mon
         return [clip.text for clip in few[: len(pcms)]]
 
     monkeypatch.setattr(decoding, "transcribe", transcribe)
-    assert work.wer(tiny_whisper) == work.wer(tiny_whisper)
-    assert replace(work, record={}).wer(tiny_whisper).wer == 0
+    assert context.wer(tiny_whisper) == context.wer(tiny_whisper)
+    assert replace(context, record={}).wer(tiny_whisper).wer == 0
     assert calls == [2]
     with torch.no_grad():
         tiny_whisper.model.encoder.layers[0].fc1.weight[0, 0] += 1
-    work.wer(tiny_whisper)
-    replace(work, dev=few[:1]).wer(tiny_whisper)
+    context.wer(tiny_whisper)
+    replace(context, dev=few[:1]).wer(tiny_whisper)
     assert calls == [2, 2, 1]
 
 

@@ -180,8 +180,8 @@ def test_dev_clips_are_evaluated_with_their_own_languages(
     tiny_whisper, processor, few, drawn, tmp_path
 ):
     clips = in_languages(few, drawn(4))
-    work = Context(processor, clips, clips, tmp_path)
-    prompts = prompts_of(tiny_whisper, partial(work.wer, tiny_whisper))
+    context = Context(processor, clips, clips, tmp_path)
+    prompts = prompts_of(tiny_whisper, partial(context.wer, tiny_whisper))
     assert {named(processor, p) for p in prompts} == {clip.lang for clip in clips}
 
 
@@ -382,9 +382,11 @@ def test_the_requested_prompt_is_used_from_training_to_the_artifact(
 def test_every_step_keeps_the_language(tiny_whisper, processor, few, drawn, tmp_path):
     (code,) = drawn(1)
     tiny_whisper.generation_config.language = code
-    work = Context(processor, in_languages(few[:2], [code] * 2), few[:2], tmp_path, original=None)
+    context = Context(
+        processor, in_languages(few[:2], [code] * 2), few[:2], tmp_path, original=None
+    )
     recipe = parse("mine", STEPS.replace("rank = 96", "rank = 16"))
-    model = job.run_steps(tiny_whisper, recipe, work, say=lambda text: None)
+    model = job.run_steps(tiny_whisper, recipe, context, say=lambda text: None)
     assert model.generation_config.language == code
 
 
@@ -393,5 +395,5 @@ def test_interrupted_runs_are_not_shared_between_prompt_languages(bambara, digit
     recipe = parse("mine", STEPS)
     given = str(digits), None, bambara, bambara
     requests = [pipeline.Request(*given, language=code) for code in (a, b, a)]
-    places = {job.prepare(request, recipe).work.run_dir for request in requests}
+    places = {job.prepare(request, recipe).context.run_dir for request in requests}
     assert len(places) == 2

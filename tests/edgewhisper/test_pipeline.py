@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ctrl_c import count_calls, press_ctrl_c
 
-from benchmarks.bench import Measuring
+from benchmarks.bench import BenchOptions
 from benchmarks.speech.clips import read_manifest
 from edgewhisper import job, pipeline, runs, training_speech, transcription, whisper
 from edgewhisper.compress.context import Context
@@ -73,7 +73,7 @@ def test_the_stages_pass_their_records_on(empty, few, quick, digits):
     texts = [transcription.transcriber(str(s), 1, languages)(pcms) for s in (slim, artifact)]
     assert texts[0] == texts[1]
 
-    once = Measuring(repeats=1)
+    once = BenchOptions(repeats=1)
     results, place, _ = pipeline.bench([artifact], speech=few, baseline=str(digits), how=once)
     assert [result["rival"] for result in results] == ["transformers", None]
     assert results[1]["parameters"] == record["after"]["parameters"]["total"]
@@ -211,7 +211,7 @@ def test_newest_sorts_outputs_by_name(empty):
 def test_a_method_may_occur_twice_in_a_recipe(tiny_whisper, processor, clips, tmp_path):
     step = '[[step]]\nmethod = "wsap"\n[step.recovery]\nsteps = 1\nbatch_size = 2\n'
     two = read_manifest(clips)[:2]
-    work = Context(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
-    job.run_steps(tiny_whisper, parse("twice", 2 * step), work, say=lambda text: None)
-    assert set(work.record) == {"wsap", "wsap-2"}
-    assert work.record["wsap"]["variations"] != work.record["wsap-2"]["variations"]
+    context = Context(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
+    job.run_steps(tiny_whisper, parse("twice", 2 * step), context, say=lambda text: None)
+    assert set(context.record) == {"wsap", "wsap-2"}
+    assert context.record["wsap"]["variations"] != context.record["wsap-2"]["variations"]

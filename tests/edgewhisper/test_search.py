@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from edgewhisper import search
-from edgewhisper.search import Dimension, Found, best, minimise
+from edgewhisper.search import Dimension, Outcome, best, minimise
 from export.problem import Problem
 
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
@@ -19,7 +19,7 @@ SPACE = {"x": Dimension(-4.0, 6.0), "y": Dimension(0.0, 1.0)}
 
 
 def bowl(point, finished):
-    return Found(((point["x"] - 1) ** 2 + point["y"],))
+    return Outcome(((point["x"] - 1) ** 2 + point["y"],))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_first_points_are_tried_first_and_the_oldest_of_equal_trials_is_best(run
 
 def test_the_objective_gets_the_finished_trials(run):
     numbers = []
-    run(lambda point, finished: numbers.append(len(finished)) or Found((0.0,)), trials=3)
+    run(lambda point, finished: numbers.append(len(finished)) or Outcome((0.0,)), trials=3)
     assert numbers == [0, 1, 2]
 
 
@@ -135,13 +135,13 @@ def test_without_optuna_the_error_names_the_extra(run, monkeypatch):
 
 def lens(point, finished):
     """Two conflicting values: the Pareto front has x between 0 and 2."""
-    return Found((point["x"] ** 2, (point["x"] - 2) ** 2), {"drawn": point["x"]})
+    return Outcome((point["x"] ** 2, (point["x"] - 2) ** 2), {"drawn": point["x"]})
 
 
 def test_several_values_are_returned_with_their_record(run):
     tried = run(lens, trials=8, limits=(1.0, math.inf))
     assert all(trial.values == lens(trial.point, []).values for trial in tried)
-    assert [trial.told["drawn"] for trial in tried] == [trial.point["x"] for trial in tried]
+    assert [trial.record["drawn"] for trial in tried] == [trial.point["x"] for trial in tried]
     assert run(lens, trials=8, limits=(1.0, math.inf)) == tried
 
 
@@ -161,7 +161,7 @@ def test_integers_logarithmic_ranges_and_choices_are_drawn(tmp_path, seed):
     }
     first = [{"rank": 9, "rate": 1e-2, "start": "mix", "on": False}]
     options = dict(run_dir=tmp_path, name="n", seed=seed, accelerator=ALONE)
-    tried = minimise(lambda p, f: Found((p["rate"],)), space, trials=30, first=first, **options)
+    tried = minimise(lambda p, f: Outcome((p["rate"],)), space, trials=30, first=first, **options)
     assert tried[0].point == first[0]
     for trial in tried:
         assert type(trial.point["rank"]) is int and type(trial.point["on"]) is bool

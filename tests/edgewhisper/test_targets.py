@@ -24,7 +24,7 @@ from edgewhisper.front import choose, excess, front
 from edgewhisper.job import Request
 from edgewhisper.recipe import parse as parse_recipe
 from edgewhisper.resume import Interrupted
-from edgewhisper.search import Tried
+from edgewhisper.search import Trial
 from edgewhisper.targets import Amount, Targets
 from edgewhisper.training import Loop
 from edgewhisper.whisper import load, save
@@ -113,8 +113,8 @@ def test_a_latency_target_needs_a_device_and_its_table(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------ front and choice
 
 
-def trials_with(*values: tuple[float, ...]) -> list[Tried]:
-    return [Tried({"x": float(i)}, v, {"measured": {}}) for i, v in enumerate(values)]
+def trials_with(*values: tuple[float, ...]) -> list[Trial]:
+    return [Trial({"x": float(i)}, v, {"measured": {}}) for i, v in enumerate(values)]
 
 
 def test_the_front_of_known_trials():
@@ -123,7 +123,7 @@ def test_the_front_of_known_trials():
 
 
 def test_a_refused_trial_is_not_on_the_front():
-    refused = Tried({"x": 1.0}, (1, 0.0), {"refused": "no"})
+    refused = Trial({"x": 1.0}, (1, 0.0), {"refused": "no"})
     assert front([refused, *trials_with((5, 0.2))]) == trials_with((5, 0.2))
 
 

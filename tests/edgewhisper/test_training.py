@@ -16,7 +16,7 @@ from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import whisper
 from edgewhisper.examples import Examples
 from edgewhisper.resume import Interrupted
-from edgewhisper.training import Training, learning_rate, loss_before, train
+from edgewhisper.training import Training, initial_loss, learning_rate, train
 from export.problem import Problem
 
 SHORT = Training(steps=4, batch_size=3, learning_rate=1e-3, noise_snr_db=10.0, mask_mels=5)
@@ -48,7 +48,9 @@ def twin(model):
 
 
 def test_the_embedded_model_has_a_low_loss_on_its_training_speech(digits, processor, clips):
-    loss = loss_before(whisper.load(digits), processor, read_manifest(clips), Training(), batches=1)
+    loss = initial_loss(
+        whisper.load(digits), processor, read_manifest(clips), Training(), batches=1
+    )
     assert loss < 1.0
 
 

@@ -53,7 +53,7 @@ def test_an_artifact_is_verified_against_the_record_of_its_gate(exported, few, m
 
 def test_with_a_checkpoint_the_gate_is_repeated(exported, few, digits):
     report = verify(exported, few, str(digits))
-    assert report.letter is None
+    assert report.error is None
     assert "repeated: 100% of 3 clips get the checkpoint's tokens" in report.rows[-1]["found"]
 
 
@@ -64,7 +64,7 @@ def test_another_checkpoint_than_the_artifacts_is_refused(exported, few, digits,
     processor = whisper.load_processor(digits)
     whisper.save(random_whisper(digits), processor, tmp_path / "other", {})
     report = verify(exported, few, str(tmp_path / "other"))
-    assert "its layers are not those of" in str(report.letter)
+    assert "its layers are not those of" in str(report.error)
 
 
 def test_a_failed_check_prints_an_error_and_exits_with_1(
@@ -91,14 +91,14 @@ def test_other_tokens_than_the_gates_are_detected(exported, few, tmp_path):
     manifest["gate"]["clip_tokens"][1] = "0" * 8
     write_manifest(broken, manifest)
     report = verify(broken, few)
-    message = str(report.letter)
+    message = str(report.error)
     assert message.startswith("1 of 3 clips get other tokens than at the gate; WER")
     assert re.search(r"\nclip: +001.ogg \(en\)\n", message)
 
 
 def test_other_clips_than_the_gates_are_refused(exported, clips):
     report = verify(exported, clips)
-    assert "the gate was run on 3 other clips than these 40" in str(report.letter)
+    assert "the gate was run on 3 other clips than these 40" in str(report.error)
 
 
 @pytest.mark.parametrize("layout", ["transformers", "sherpa", "single"])
@@ -111,7 +111,7 @@ def test_other_layouts_are_verified_too(layout, digits, few, tmp_path, monkeypat
         str(tmp_path / "two"), "int8", few, tmp_path / "out", lambda text: None, layout
     )
     report = verify(place, few)
-    assert report.letter is None
+    assert report.error is None
     assert "the tokens of all 3 clips are those of the gate" in report.rows[-1]["found"]
     assert (
         "repeated: 100% of 3 clips" in verify(place, few, str(tmp_path / "two")).rows[-1]["found"]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.artifact import read_manifest, verify, write_manifest
-from export.files import leads_out, stays_inside
+from export.files import links_outside, stays_inside
 from export.layouts import LAYOUTS
 from export.problem import Problem
 
@@ -231,7 +231,7 @@ def test_an_artifact_in_the_hub_cache_is_read(
 @pytest.mark.parametrize("target", ["outside", "../../blobs/../secret", "/etc/hostname", "gone"])
 @pytest.mark.parametrize("name", ["manifest.json", "tokens.json", "encoder.onnx"])
 def test_a_link_out_of_the_hub_cache_is_refused_by_name(exported, tmp_path, target, name):
-    from devices.runner.artifact.files import leads_out as on_devices
+    from devices.runner.artifact.files import links_outside as on_devices
     from devices.runner.problem import RunnerProblem
     from devices.runner.recognizer import Recognizer
 
@@ -240,7 +240,7 @@ def test_a_link_out_of_the_hub_cache_is_refused_by_name(exported, tmp_path, targ
         secret.write_bytes((exported / name).read_bytes())
     (snapshot / name).unlink()
     (snapshot / name).symlink_to(target)
-    assert leads_out(snapshot / name) and on_devices(snapshot / name)
+    assert links_outside(snapshot / name) and on_devices(snapshot / name)
     with pytest.raises(RunnerProblem, match=name):
         Recognizer(snapshot)
     with pytest.raises(Problem, match=name):

@@ -141,15 +141,15 @@ def test_graphs_of_lite_bald_and_tspar_models_cost_what_is_counted(
     and TSPAR.
     """
     two = read_manifest(clips)[:2]
-    work = Context(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
+    context = Context(processor=processor, train=two, dev=two, run_dir=tmp_path / "run")
     d_model = 2 * int(rng.integers(10, 20))
     model = make_whisper(d_model=d_model, ffn=int(rng.integers(30, 60)), decoder_layers=4)
     none = Training(steps=0)
     dense = macs(model)
-    slim = merge.apply(model, merge.Options(training=none, calibration=1), work)
+    slim = merge.apply(model, merge.Options(training=none, calibration=1), context)
     rank = int(rng.integers(2, d_model // 2))
-    slim = shear.apply(slim, shear.Options(rank=rank, training=none, calibration=1), work)
-    slim = lite.apply(slim, lite.Options(theta_attn=0.5, theta_mlp=0.5, round_to=2), work)
+    slim = shear.apply(slim, shear.Options(rank=rank, training=none, calibration=1), context)
+    slim = lite.apply(slim, lite.Options(theta_attn=0.5, theta_mlp=0.5, round_to=2), context)
     context = int(rng.integers(2, 20))
     record = macs(slim, context)
     assert record["encoder"] < dense["encoder"] and record["cross"] == dense["cross"] // 2

@@ -53,7 +53,7 @@ def few(clips: Path) -> list[Clip]:
 
 
 @pytest.fixture
-def work(few, processor, tmp_path: Path) -> Context:
+def context(few, processor, tmp_path: Path) -> Context:
     return Context(processor=processor, train=few, dev=few, run_dir=tmp_path / "run")
 
 
@@ -217,21 +217,21 @@ def sounds(model):
     return {"input_features": features, "decoder_input_ids": torch.randint(700, (2, 5))}
 
 
-def slim_of_every_kind(make_whisper, rng, work):
+def slim_of_every_kind(make_whisper, rng, context):
     """Gathered inputs, low-rank layers, heads that differ, a factorised token table."""
     model = irregular(make_whisper, rng)
     model = whisper.rebuild(model, model.state_dict(), layer_shapes(model))
     options = shear.Options(rank=8, calibration=2, training=Training(steps=0))
-    return shear.apply(model, options, work)
+    return shear.apply(model, options, context)
 
 
-def shared_keys(make_whisper, rng, work):
+def shared_keys(make_whisper, rng, context):
     """Attention with one key and one value for all heads."""
     options = lite.Options(theta_attn=0.5, theta_mlp=0.5, round_to=1, share=True, clips=2)
-    return lite.apply(make_whisper(d_model=64, heads=4), options, work)
+    return lite.apply(make_whisper(d_model=64, heads=4), options, context)
 
 
-def dense(make_whisper, rng, work):
+def dense(make_whisper, rng, context):
     return make_whisper()
 
 
@@ -240,9 +240,9 @@ MODELS = pytest.mark.parametrize("make", [dense, slim_of_every_kind, shared_keys
 
 @MODELS
 def test_passes_use_quantised_weights_and_gradients_reach_the_float_weights(
-    make, make_whisper, work, rng
+    make, make_whisper, context, rng
 ):
-    model = make(make_whisper, rng, work)
+    model = make(make_whisper, rng, context)
     chosen = in_bits(model, encoder=4, decoder=8, stem=8)
     rounded = copy.deepcopy(model)
     settle(schemes(rounded))
@@ -272,21 +272,21 @@ def test_a_failing_pass_keeps_the_weights(tiny_whisper):
 # ------------------------------------------------------------------------------------- the step
 
 
-def test_32_bits_and_no_steps_change_no_bit(tiny_whisper, work):
+def test_32_bits_and_no_steps_change_no_bit(tiny_whisper, context):
     before = copy.deepcopy(tiny_whisper.state_dict())
     options = qat.Options(encoder=32, decoder=32, token_table=32)
-    after = qat.apply(tiny_whisper, options, work).state_dict()
+    after = qat.apply(tiny_whisper, options, context).state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 @MODELS
-def test_without_steps_training_rounds_to_nearest(make, make_whisper, work, rng):
-    model = make(make_whisper, rng, work)
+def test_without_steps_training_rounds_to_nearest(make, make_whisper, context, rng):
+    model = make(make_whisper, rng, context)
     slim = shrink.slimmed(model)[0]
-    result = qat.apply(model, qat.Options(encoder=4, decoder=8, stem=8), work)
+    result = qat.apply(model, qat.Options(encoder=4, decoder=8, stem=8), context)
     for module, expected in zip(schemes(result).items(), schemes_like(result, slim), strict=True):
         assert same_bits(module[0].weight, fake_quantise(expected.weight, module[1]))
-    told = work.record["qat"]
+    told = context.record["qat"]
     assert told["weights"].keys() == {"4", "8"}
     assert 0 < told["error"]["8"] < told["error"]["4"] < 0.2
 
@@ -298,7 +298,7 @@ def schemes_like(quantised, other):
 
 
 @pytest.mark.parametrize("scales", SCALES)
-def test_trained_weights_lie_on_their_grids_and_the_loss_falls(scales, tiny_whisper, work):
+def test_trained_weights_lie_on_their_grids_and_the_loss_falls(scales, tiny_whisper, context):
     options = qat.Options(
         encoder=4,
         decoder=4,
@@ -307,33 +307,33 @@ def test_trained_weights_lie_on_their_grids_and_the_loss_falls(scales, tiny_whis
         training=Training(steps=8, batch_size=2, learning_rate=3e-3),
     )
     before = copy.deepcopy(tiny_whisper)
-    model = qat.apply(tiny_whisper, options, work)
+    model = qat.apply(tiny_whisper, options, context)
     for module, scheme in schemes(model).items():
         assert same_bits(fake_quantise(module.weight, scheme), module.weight)
     assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
-    told = work.record["qat"]["training"]
+    told = context.record["qat"]["training"]
     assert told["last_loss"] < told["first_loss"]
-    rounded = qat.apply(before, replace(options, training=Training(steps=0)), work)
+    rounded = qat.apply(before, replace(options, training=Training(steps=0)), context)
     assert any(
         not torch.equal(one, other)
         for one, other in zip(model.parameters(), rounded.parameters(), strict=True)
     )
 
 
-def test_training_stays_close_to_the_recipes_first_model(make_whisper, work, monkeypatch):
+def test_training_stays_close_to_the_recipes_first_model(make_whisper, context, monkeypatch):
     calls = []
     monkeypatch.setattr(qat, "distance_term", lambda *given: calls.append(given[:2]))
     original, model = make_whisper(), make_whisper()
     options = qat.Options(keep=0.7, training=Training(steps=1, batch_size=2))
-    qat.apply(model, options, replace(work, original=original))
+    qat.apply(model, options, replace(context, original=original))
     assert calls[0] == (original, 0.7)
 
 
-def test_two_steps_share_the_layers(tiny_whisper, work):
+def test_two_steps_share_the_layers(tiny_whisper, context):
     """The layers of the second step get its bits; the others keep those of the first."""
-    model = qat.apply(tiny_whisper, qat.Options(encoder=8, decoder=8), work)
+    model = qat.apply(tiny_whisper, qat.Options(encoder=8, decoder=8), context)
     only = qat.Options(layers="*.decoder.*.fc?", decoder=4, training=BRIEF)
-    model = qat.apply(model, only, work)
+    model = qat.apply(model, only, context)
     record = model.config.edgewhisper
     assert set(record["encoder"][0]["bits"].values()) == {8}
     assert {n for n, bits in record["decoder"][1]["bits"].items() if bits == 4} == {"fc1", "fc2"}
@@ -341,25 +341,25 @@ def test_two_steps_share_the_layers(tiny_whisper, work):
         assert same_bits(fake_quantise(module.weight, scheme), module.weight)
 
 
-def test_a_pattern_that_matches_no_layer_is_refused(tiny_whisper, work):
+def test_a_pattern_that_matches_no_layer_is_refused(tiny_whisper, context):
     with pytest.raises(Problem, match=r"no linear layer matches 'fc3'"):
-        qat.apply(tiny_whisper, qat.Options(layers="fc3"), work)
+        qat.apply(tiny_whisper, qat.Options(layers="fc3"), context)
 
 
-def test_dead_structure_is_removed_before_quantisation_and_not_after(make_whisper, work):
+def test_dead_structure_is_removed_before_quantisation_and_not_after(make_whisper, context):
     model = make_whisper()
     with torch.no_grad():
         model.model.encoder.layers[0].fc2.weight[:, :5] = 0
-    model = qat.apply(model, qat.Options(encoder=4), work)
+    model = qat.apply(model, qat.Options(encoder=4), context)
     assert model.config.edgewhisper["encoder"][0]["ffn"] == 43
     with pytest.raises(Problem, match=r"shrink: \d+ weights of the model are quantised") as problem:
-        shrink.apply(model, shrink.Options(), work)
+        shrink.apply(model, shrink.Options(), context)
     assert "before" in problem.value.hint
 
 
-def test_bits_survive_later_methods(tiny_whisper, work):
-    model = qat.apply(tiny_whisper, qat.Options(encoder=4, stem=8, block=16), work)
-    model = short.apply(model, short.Options(training=Training(steps=0)), work)
+def test_bits_survive_later_methods(tiny_whisper, context):
+    model = qat.apply(tiny_whisper, qat.Options(encoder=4, stem=8, block=16), context)
+    model = short.apply(model, short.Options(training=Training(steps=0)), context)
     result = model.config.edgewhisper
     assert (result["block"], result["stem_bits"], result["encoder"][1]["bits"]["fc2"]) == (16, 8, 4)
     assert result["windows"] == [100, 200, 300]
@@ -370,28 +370,28 @@ MOVING = ["tspar", "imp", "wsap", "obs", "lite", "merge", "shear", "short", "shr
 
 
 @pytest.mark.parametrize("method", MOVING)
-def test_no_step_changes_quantised_input(method, tiny_whisper, work):
-    model = qat.apply(tiny_whisper, qat.Options(encoder=32, decoder=32), work)  # the token table
+def test_no_step_changes_quantised_input(method, tiny_whisper, context):
+    model = qat.apply(tiny_whisper, qat.Options(encoder=32, decoder=32), context)  # the token table
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     module = importlib.import_module(METHODS[method])
     with pytest.raises(Problem, match=f"{method}: 1 weights of the model are quantised") as problem:
-        module.apply(model, module.Options(), work)
+        module.apply(model, module.Options(), context)
     assert f"put the step {method} before the one that quantises" in problem.value.hint
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
-    assert set(work.record) == {"qat"}
+    assert set(context.record) == {"qat"}
 
 
 @pytest.mark.parametrize("after", ["qat", "kdq"])
 @pytest.mark.parametrize("first", ["qat", "kdq"])
 def test_quantised_weights_stay_on_their_grid_if_quantised_training_follows(
-    first, after, tiny_whisper, work
+    first, after, tiny_whisper, context
 ):
     """Also weights that the second step is not about; the order rule lets it pass for that."""
     some = qat.Precision(encoder=4, decoder=8, block=16)
     others = qat.Precision(layers="*.fc1", decoder=4, block=16, token_table=16)
     model = tiny_whisper
     for method, record in ((first, some), (after, others)):
-        own = replace(work, run_dir=work.run_dir / f"{method}-{record.decoder}")
+        own = replace(context, run_dir=context.run_dir / f"{method}-{record.decoder}")
         fields = {"quantise": record} if method == "kdq" else vars(record)
         module = importlib.import_module(METHODS[method])
         model = module.apply(model, module.Options(training=BRIEF, **fields), own)
@@ -404,10 +404,10 @@ def test_quantised_weights_stay_on_their_grid_if_quantised_training_follows(
 
 
 @MODELS
-def test_bits_survive_save_and_load(make, make_whisper, work, rng, tmp_path):
+def test_bits_survive_save_and_load(make, make_whisper, context, rng, tmp_path):
     options = qat.Options(encoder=4, decoder=16, token_table=16, stem=8)
-    model = qat.apply(make(make_whisper, rng, work), options, work)
-    whisper.save(model, work.processor, tmp_path / "out", {})
+    model = qat.apply(make(make_whisper, rng, context), options, context)
+    whisper.save(model, context.processor, tmp_path / "out", {})
     again = whisper.load(tmp_path / "out")
     assert again.config.edgewhisper == model.config.edgewhisper
     assert list(schemes(again).values()) == list(schemes(model).values())
@@ -431,11 +431,11 @@ def named(precision: qat.Precision) -> str:
 @pytest.mark.parametrize("precision", PRECISIONS, ids=named)
 @MODELS
 def test_the_artifact_holds_the_checkpoints_weights_to_the_bit(
-    make, precision, make_whisper, work, processor, rng, tmp_path
+    make, precision, make_whisper, context, processor, rng, tmp_path
 ):
     """Save, load, export; then read the graphs from disk, unpack the codes and multiply."""
-    model = make(make_whisper, rng, work)
-    model = qat.apply(model, qat.Options(**vars(precision)), work)
+    model = make(make_whisper, rng, context)
+    model = qat.apply(model, qat.Options(**vars(precision)), context)
     whisper.save(model, processor, tmp_path / "checkpoint", {})
     model = whisper.load(tmp_path / "checkpoint")
     (tmp_path / "artifact").mkdir()
@@ -473,13 +473,13 @@ def rows_of(module, d_model) -> tuple[list[bytes], list[bytes]]:
 
 @MODELS
 def test_logits_of_the_artifact_are_close_to_the_checkpoints(
-    make, make_whisper, work, processor, rng, tmp_path
+    make, make_whisper, context, processor, rng, tmp_path
 ):
     """The runtime rounds activations, but the weights are equal: the logits are much closer than
     those of the float model.
     """
-    model = make(make_whisper, rng, work)
-    model = qat.apply(model, qat.Options(encoder=4, decoder=4, stem=8, block=16), work)
+    model = make(make_whisper, rng, context)
+    model = qat.apply(model, qat.Options(encoder=4, decoder=4, stem=8, block=16), context)
     pcm, ids = window(processor, rng), rng.integers(0, 700, 4).tolist()
     want = torch_steps(model, processor, pcm, [ids])[0]
     for precision, tolerance in (("fp32", 1e-3), ("int8", 0.1 * np.abs(want).max())):
@@ -511,12 +511,12 @@ def test_layers_of_one_input_stored_alike_share_a_product(rng):
         assert np.abs(result - want).max() < 0.05 * np.abs(want).max()
 
 
-def test_a_checkpoint_in_int4_has_the_documented_size(make_whisper, work, processor, tmp_path):
+def test_a_checkpoint_in_int4_has_the_documented_size(make_whisper, context, processor, tmp_path):
     model = make_whisper(d_model=64, ffn=256)
     sizes = {}
     for bits in (32, 16, 8, 4):
         options = qat.Options(encoder=bits, decoder=bits)
-        quantised = qat.apply(copy.deepcopy(model), options, work)
+        quantised = qat.apply(copy.deepcopy(model), options, context)
         (tmp_path / str(bits)).mkdir()
         export_onnx(quantised, processor, tmp_path / str(bits), "int8")
         sizes[bits] = sum(path.stat().st_size for path in (tmp_path / str(bits)).glob("*.onnx"))
@@ -528,14 +528,14 @@ def test_a_checkpoint_in_int4_has_the_documented_size(make_whisper, work, proces
 
 
 def test_export_removes_nothing_from_a_quantised_model(
-    make_whisper, work, processor, clips, tmp_path
+    make_whisper, context, processor, clips, tmp_path
 ):
     """Rounding made columns of zeros; without them, the other weights would get other scales."""
     model = make_whisper()
     with torch.no_grad():
         for layer in model.model.encoder.layers:
             layer.fc2.weight[:, :9] *= 1e-3
-    model = qat.apply(model, qat.Options(encoder=4, decoder=4), work)
+    model = qat.apply(model, qat.Options(encoder=4, decoder=4), context)
     assert (model.model.encoder.layers[0].fc2.weight == 0).all(dim=0).sum() >= 9
     whisper.save(model, processor, tmp_path / "checkpoint", {})
     manifest = tmp_path / "clips.jsonl"
@@ -567,9 +567,9 @@ def test_export_removes_nothing_from_a_quantised_model(
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_damaged_precisions_are_refused(change, record, tiny_whisper, work, tmp_path):
-    model = qat.apply(tiny_whisper, qat.Options(), work)
-    whisper.save(model, work.processor, tmp_path / "out", {})
+def test_damaged_precisions_are_refused(change, record, tiny_whisper, context, tmp_path):
+    model = qat.apply(tiny_whisper, qat.Options(), context)
+    whisper.save(model, context.processor, tmp_path / "out", {})
     path = tmp_path / "out/config.json"
     config = json.loads(path.read_text())
     own = config["edgewhisper"]

@@ -36,12 +36,17 @@ class Step:
     decoder_layers: int = 2
 
 
-def fine_tune(model: Any, options: Training, work: Context) -> Any:
+def fine_tune(model: Any, options: Training, context: Context) -> Any:
     """The training loop alone."""
     log = train(
-        model, work.processor, work.train, options, run_dir=work.run_dir / "loop", seed=work.seed
+        model,
+        context.processor,
+        context.train,
+        options,
+        run_dir=context.run_dir / "loop",
+        seed=context.seed,
     )
-    work.record["training"] = {**log.summary(), "losses": log.losses}
+    context.record["training"] = {**log.summary(), "losses": log.losses}
     return model
 
 
@@ -107,8 +112,8 @@ def take(name: str, seed: int, place: Path, train_clips: int = 7) -> tuple[Any, 
     if getattr(options, "teacher", ""):
         options = replace(options, teacher=str(place.parent / TEACHER))
     processor = whisper.load_processor(digits)
-    work = Context(processor, clips[:train_clips], clips[:2], place, seed, copy.deepcopy(model))
-    return step.apply(model, options, work), work.record
+    context = Context(processor, clips[:train_clips], clips[:2], place, seed, copy.deepcopy(model))
+    return step.apply(model, options, context), context.record
 
 
 def make_teacher(seed: int, folder: Path) -> None:

@@ -132,7 +132,7 @@ def wanted_texts(
         return [hearing.text(hearing.window(pcm)) for pcm in pcms]
     model, processor = whisper.load(str(source)), whisper.load_processor(str(source))
     if layout in pipeline.ONE_WINDOW:
-        whisper.forget_short_windows(model)
+        whisper.remove_short_windows(model)
     tokens = decoding.greedy(model, processor, pcms)
     decoded: list[str] = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in decoded]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgewhisper import pipeline, shipped, whisper
-from edgewhisper.guard import TooMuchLost
+from edgewhisper.guard import AccuracyLoss
 
 pytestmark = pytest.mark.real
 
@@ -64,7 +64,7 @@ def test_the_default_recipe_keeps_the_error_rate_and_names_its_speech(tiny_en, d
 
 def test_pruning_a_third_at_once_is_refused_and_kept_apart(tiny_en, dev):
     Path("mine.toml").write_text(AS_IT_WAS)
-    with pytest.raises(TooMuchLost, match=r"step 1 \(tspar\) raised dev WER") as found:
+    with pytest.raises(AccuracyLoss, match=r"step 1 \(tspar\) raised dev WER") as found:
         pipeline.compress(pipeline.Request(str(tiny_en), "mine.toml", dev=dev, out=Path("slim")))
     place = Path("slim-failed-step-1-tspar")
     assert str(place) in str(found.value)

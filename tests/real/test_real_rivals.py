@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from real_models import model
 
-from benchmarks.bench import Candidate, Measuring, bench_all
+from benchmarks.bench import BenchOptions, Candidate, bench_all
 from benchmarks.candidates import in_own_form
 from benchmarks.program import PROJECT
 from benchmarks.result import MOST_POINTS, RATIO, remarks, table_rows
@@ -34,7 +34,7 @@ def run_rivals(model: Path, clips: list[Clip], folder: Path) -> list[dict[str, A
     rivals = [in_own_form(Candidate(model, name), folder, lambda text: None) for name in NAMES]
     ours = prepare.artifact("int8")(Order(model, folder, interpreter()))
     with open_device("local") as device:
-        return bench_all([*rivals, Candidate(ours)], device, clips, Measuring(repeats=1))
+        return bench_all([*rivals, Candidate(ours)], device, clips, BenchOptions(repeats=1))
 
 
 def test_each_rival_is_within_a_point_of_tiny_en_or_gets_no_ratio_and_a_reason(tmp_path):

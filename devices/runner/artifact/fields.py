@@ -11,7 +11,7 @@ MOST = 2**53
 """Larger whole numbers are not exact in every JSON parser."""
 
 
-class Told:
+class Field:
     """A value of the manifest with its path, for error messages."""
 
     def __init__(self, path: Path, value: Any, where: str = "") -> None:
@@ -22,7 +22,7 @@ class Told:
             f"{self.path}: {self.where or 'it'} is {short(self.value)}, not {expected}", hint
         )
 
-    def at(self, key: str) -> "Told":
+    def at(self, key: str) -> "Field":
         """Return the value under a key; raise RunnerProblem if it is missing."""
         plain = key if key.isidentifier() and len(key) <= 60 else short(key)
         where = f"{self.where}.{plain}" if self.where else plain
@@ -30,21 +30,21 @@ class Told:
             raise self.wrong("an object")
         if key not in self.value:
             raise RunnerProblem(f"{self.path}: {where} is missing", AGAIN)
-        return Told(self.path, self.value[key], where)
+        return Field(self.path, self.value[key], where)
 
-    def get(self, key: str) -> "Told | None":
+    def get(self, key: str) -> "Field | None":
         """Return the value under a key, or None if it is missing or null."""
         if isinstance(self.value, dict) and self.value.get(key) is None:
             return None
         return self.at(key)
 
-    def each(self, most: int = MOST_TENSORS) -> list["Told"]:
+    def each(self, most: int = MOST_TENSORS) -> list["Field"]:
         """Return the elements of a list of at most `most`; raise RunnerProblem otherwise."""
         if not isinstance(self.value, list) or len(self.value) > most:
             raise self.wrong(f"a list of at most {most}")
-        return [Told(self.path, v, f"{self.where}[{i}]") for i, v in enumerate(self.value)]
+        return [Field(self.path, v, f"{self.where}[{i}]") for i, v in enumerate(self.value)]
 
-    def items(self) -> dict[str, "Told"]:
+    def items(self) -> dict[str, "Field"]:
         """Return the members of an object; raise RunnerProblem for other types."""
         if not isinstance(self.value, dict):
             raise self.wrong("an object")

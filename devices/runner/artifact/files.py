@@ -16,7 +16,7 @@ SNAPSHOTS, BLOBS = "snapshots", "blobs"
 MOST_JSON_BYTES = 8 * 2**20
 
 
-def leads_out(path: Path) -> bool:
+def links_outside(path: Path) -> bool:
     """Return whether a file is a link to anything but a file of its own huggingface_hub cache. In
     that cache, MODEL/snapshots/REVISION/.../NAME is a link to MODEL/blobs/HASH."""
     if not path.is_symlink():
@@ -56,7 +56,7 @@ def no_number(name: str) -> NoReturn:
 def plain_file(path: Path) -> None:
     """Raise RunnerProblem unless a path is a regular file of the artifact. Links out of the
     artifact are refused, and pipes and devices, which can block forever."""
-    if leads_out(path):
+    if links_outside(path):
         raise RunnerProblem(
             f"{path}: a link to {os.readlink(path)}, not a file of the artifact",
             "copy the file itself; only links of the huggingface_hub cache are followed",

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..problem import RunnerProblem
-from .files import AGAIN, UNTRUSTED, leads_out
+from .files import AGAIN, UNTRUSTED, links_outside
 
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 """Operator domains built into onnxruntime; all others need a library."""
@@ -344,7 +344,7 @@ def check_external(path: Path, constant: Constant, files: Collection[str]) -> No
     try:
         inside = Path(os.path.normpath(place)).relative_to(os.path.normpath(root))
         listed = inside.as_posix() in files
-        plain = place.is_file() and not leads_out(place)
+        plain = place.is_file() and not links_outside(place)
     except (OSError, ValueError):
         listed = plain = False
     if not listed or not plain:

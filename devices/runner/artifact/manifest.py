@@ -12,7 +12,7 @@ from typing import Any
 from ..audio.samples import SAMPLING_RATE
 from ..problem import RunnerProblem
 from . import whisperkit
-from .fields import Told, short
+from .fields import Field, short
 from .files import AGAIN, MANIFEST, UNTRUSTED, check_file, read_json, stays_inside
 from .graph_file import read_graph
 from .tensors import ONE_EXPORT, alike, check_graph, described
@@ -65,14 +65,14 @@ def check_version(path: Path, manifest: Any) -> None:
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Raise RunnerProblem for the first field that is missing or wrong."""
-    root = Told(path, manifest)
+    root = Field(path, manifest)
     sizes = check_packaged(root) if manifest["target"] == "coreml" else check_graphs(root)
     check_audio(root.at("audio"))
     check_decoding(root.at("decoding"), *sizes)
     check_facts(root)
 
 
-def check_graphs(root: Told) -> tuple[int, int]:
+def check_graphs(root: Field) -> tuple[int, int]:
     """Check files and tensors of ONNX graphs; return vocabulary size and the caches' capacity."""
     check_file_list(root)
     contract = root.at("contract")
@@ -81,7 +81,7 @@ def check_graphs(root: Told) -> tuple[int, int]:
     return vocabulary_and_room(root.path, specs["decoder"])
 
 
-def check_packaged(root: Told) -> tuple[int, int]:
+def check_packaged(root: Field) -> tuple[int, int]:
     """Check files and tensors of Core ML packages; return the same sizes as check_graphs."""
     check_file_list(root, whisperkit.NEEDED)
     contract = root.at("contract")
@@ -89,7 +89,7 @@ def check_packaged(root: Told) -> tuple[int, int]:
     return whisperkit.check_packages(root, specs)
 
 
-def check_file_list(root: Told, needed: Iterable[str] = NEEDED) -> None:
+def check_file_list(root: Field, needed: Iterable[str] = NEEDED) -> None:
     """Raise RunnerProblem for bad entries of `files`, or if a needed file is not listed."""
     files = root.at("files").items()
     for name, entry in files.items():
@@ -107,7 +107,7 @@ def check_file_list(root: Told, needed: Iterable[str] = NEEDED) -> None:
             raise RunnerProblem(f"{root.path}: it does not list {name}", AGAIN)
 
 
-def check_caches(contract: Told, specs: dict[str, dict[str, list[Told]]]) -> None:
+def check_caches(contract: Field, specs: dict[str, dict[str, list[Field]]]) -> None:
     """Raise RunnerProblem if a cache input of the decoder differs from the output that fills it."""
     inputs, outputs = specs["decoder"]["inputs"], specs["decoder"]["outputs"]
     cross = {spec.value["name"]: spec for spec in specs["encoder"]["outputs"]}
@@ -126,7 +126,7 @@ def check_caches(contract: Told, specs: dict[str, dict[str, list[Told]]]) -> Non
             )
 
 
-def check_audio(audio: Told) -> None:
+def check_audio(audio: Field) -> None:
     """Raise RunnerProblem for a bad sampling rate or bad window lengths."""
     rate = audio.at("sampling_rate")
     if rate.value != SAMPLING_RATE or type(rate.value) is not int:
@@ -149,7 +149,7 @@ def check_audio(audio: Told) -> None:
             )
 
 
-def check_decoding(decoding: Told, vocabulary: int, room: int) -> None:
+def check_decoding(decoding: Field, vocabulary: int, room: int) -> None:
     """Raise RunnerProblem for ids outside the vocabulary, or a prompt too long for the caches."""
     prompt = [token.count(0, vocabulary - 1) for token in decoding.at("prompt").each(room)]
     if not prompt:
@@ -175,7 +175,7 @@ def check_decoding(decoding: Told, vocabulary: int, room: int) -> None:
     check_language(decoding)
 
 
-def check_language(decoding: Told) -> None:
+def check_language(decoding: Field) -> None:
     """Raise RunnerProblem if the language is to be detected and the prompt has none to replace."""
     if (language := decoding.get("language")) is None:
         return
@@ -187,7 +187,7 @@ def check_language(decoding: Told) -> None:
         raise decoding.at("prompt").wrong("a prompt with a language to replace by the detected one")
 
 
-def vocabulary_and_room(path: Path, decoder: dict[str, list[Told]]) -> tuple[int, int]:
+def vocabulary_and_room(path: Path, decoder: dict[str, list[Field]]) -> tuple[int, int]:
     """Return the vocabulary size, and how many tokens the decoder's caches hold."""
     shapes = {
         spec.value["name"]: spec.value["shape"]
@@ -204,17 +204,17 @@ def vocabulary_and_room(path: Path, decoder: dict[str, list[Told]]) -> tuple[int
     return logits[0], past[0]
 
 
-def check_facts(root: Told) -> None:
+def check_facts(root: Field) -> None:
     """Raise RunnerProblem for bad optional entries, which the runner itself does not use."""
-    kinds: dict[str, Callable[[Told], object]] = {
-        "precision": Told.text,
-        "parameters": Told.count,
+    kinds: dict[str, Callable[[Field], object]] = {
+        "precision": Field.text,
+        "parameters": Field.count,
         "macs": counts,
         "macs_by_window": counts_by_window,
         "layers": check_layers,
-        "provenance": Told.items,
-        "gate": Told.items,
-        "coreml": Told.items,
+        "provenance": Field.items,
+        "gate": Field.items,
+        "coreml": Field.items,
         "versions": lambda versions: [v.text() for v in versions.items().values()],
     }
     for name, check in kinds.items():
@@ -222,19 +222,19 @@ def check_facts(root: Told) -> None:
             check(value)
 
 
-def counts(table: Told) -> None:
+def counts(table: Field) -> None:
     """Raise RunnerProblem unless all values of an object are whole numbers."""
     for value in table.items().values():
         value.count()
 
 
-def counts_by_window(table: Told) -> None:
+def counts_by_window(table: Field) -> None:
     """Raise RunnerProblem unless all values of an object pass `counts`."""
     for macs in table.items().values():
         counts(macs)
 
 
-def check_layers(layers: Told) -> None:
+def check_layers(layers: Field) -> None:
     """Raise RunnerProblem for bad layer sizes; export.shrink.layer_shapes writes them."""
     for side in ("encoder", "decoder"):
         for layer in layers.at(side).each():

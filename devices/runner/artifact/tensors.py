@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..problem import RunnerProblem
-from .fields import Told
+from .fields import Field
 from .files import AGAIN, MANIFEST
 
 MOST_TENSOR_BYTES = 2**28
@@ -22,7 +22,7 @@ DTYPES = {
 ONE_EXPORT = "its files are not of one export: copy the whole artifact again, or export it again"
 
 
-def check_graph(graph: Told) -> dict[str, list[Told]]:
+def check_graph(graph: Field) -> dict[str, list[Field]]:
     """Return the checked inputs and outputs of a graph in the manifest, and its states if any."""
     sides = ("inputs", "outputs", *(["states"] if graph.get("states") else []))
     specs_by_side = {side: graph.at(side).each() for side in sides}
@@ -33,7 +33,7 @@ def check_graph(graph: Told) -> dict[str, list[Told]]:
     return specs_by_side
 
 
-def check_spec(spec: Told) -> str:
+def check_spec(spec: Field) -> str:
     """Return the name of a tensor; raise RunnerProblem for a bad type or too large a shape."""
     dtype = spec.at("dtype")
     if dtype.value not in tuple(DTYPES):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..problem import RunnerProblem
-from .fields import Told
+from .fields import Field
 from .files import AGAIN, UNTRUSTED, check_file
 from .tensors import ONE_EXPORT, described
 
@@ -48,7 +48,7 @@ WITH_STATE = {"inputs": STEP | STATES, "outputs": LOGITS, "states": CACHES}
 NEEDED = (*(f"{name}.mlpackage/Manifest.json" for name in PACKAGES), "tokens.json")
 
 
-def check_packages(root: Told, specs: dict[str, dict[str, list[Told]]]) -> tuple[int, int]:
+def check_packages(root: Field, specs: dict[str, dict[str, list[Field]]]) -> tuple[int, int]:
     """Return the vocabulary size, and how many tokens the decoder's caches hold. Raises
     RunnerProblem for a tensor that WhisperKit does not support or that does not fit the others."""
     sizes: dict[str, int] = {}
@@ -62,7 +62,7 @@ def check_packages(root: Told, specs: dict[str, dict[str, list[Told]]]) -> tuple
     return sizes["vocabulary"], sizes["room"]
 
 
-def check_side(side: Told, specs: list[Told], expected: Shapes, sizes: dict[str, int]) -> None:
+def check_side(side: Field, specs: list[Field], expected: Shapes, sizes: dict[str, int]) -> None:
     """Raise RunnerProblem for wrong names, types or shapes; new sizes are added to `sizes`."""
     named = {spec.value["name"]: spec for spec in specs}
     for name in expected.keys() - named.keys():

@@ -82,7 +82,7 @@ class Listener:
         check(options, recognizer.rules)
         language = code(options.language, recognizer.rules)
         self.detects = language == AUTO or (language is None and recognizer.rules.auto)
-        self.rules = recognizer.rules.told(
+        self.rules = recognizer.rules.with_options(
             None if self.detects else language, options.task, options.timestamps
         )
         transcript.language = None if self.detects else self.rules.language
@@ -162,7 +162,7 @@ class Listener:
         first window with speech is final; windows before it use their own."""
         if self.detects:
             detected, no_speech = detect(decoder, self.rules)
-            self.rules = self.rules.told(detected, None, self.options.timestamps)
+            self.rules = self.rules.with_options(detected, None, self.options.timestamps)
             self.transcript.language = detected
             self.detects = no_speech > MOST_NO_SPEECH or is_hum(pcm)
             self.rewind(decoder)

@@ -64,7 +64,7 @@ class Rules:
         begin, end = self.timestamp_begin, self.timestamp_end
         return begin is not None and begin <= token and (end is None or token < end)
 
-    def told(self, language: str | None, task: str | None, timestamps: bool) -> "Rules":
+    def with_options(self, language: str | None, task: str | None, timestamps: bool) -> "Rules":
         """Return the rules with another language and task in the prompt; None keeps the old one.
         With `timestamps`, the token that turns timestamps off is removed from the prompt."""
         prompt = [swapped(i, self.languages, language) for i in self.prompt]

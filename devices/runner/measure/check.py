@@ -12,7 +12,7 @@ from ..recognizer import Recognizer
 from .bench import read_clips, read_languages
 
 
-class Hearing(Protocol):
+class WindowDecoder(Protocol):
     """An opened artifact of any layout that decodes windows."""
 
     window_samples: int
@@ -35,7 +35,7 @@ def check(
     return said(recognizer, clips)
 
 
-def window_in(recognizer: Hearing, language: str | None) -> Callable[[Pcm], list[int]]:
+def window_in(recognizer: WindowDecoder, language: str | None) -> Callable[[Pcm], list[int]]:
     """Return the function that decodes windows in a language. Layouts of other runtimes have one
     prompt, whatever the language."""
     if isinstance(recognizer, Recognizer):
@@ -43,7 +43,7 @@ def window_in(recognizer: Hearing, language: str | None) -> Callable[[Pcm], list
     return recognizer.window
 
 
-def said(recognizer: Hearing, clips: Path) -> dict[str, Any]:
+def said(recognizer: WindowDecoder, clips: Path) -> dict[str, Any]:
     """Return the tokens, texts and versions of an artifact of any layout."""
     paths, tokens = read_clips(clips), []
     for path, language in zip(paths, read_languages(clips, len(paths)), strict=True):

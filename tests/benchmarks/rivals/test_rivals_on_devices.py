@@ -20,7 +20,7 @@ from some_clips import manifest_of_some
 from wheels_for_pip import make_wheel, raised
 
 from benchmarks import bench as benching
-from benchmarks.bench import Candidate, Measuring, bench_all
+from benchmarks.bench import BenchOptions, Candidate, bench_all
 from benchmarks.candidates import in_own_form
 from benchmarks.result import RATIO, other_texts, read, table_rows
 from benchmarks.rivals import engines
@@ -111,7 +111,7 @@ def test_a_rival_is_pushed_once_and_takes_turns(server, index, exported, sherpa,
     progress: list[str] = []
     with open_device("rpi", "pi", progress.append) as device:
         both = [sherpa, Candidate(exported)]
-        results = bench_all(both, device, read_manifest(few), Measuring(2, 1), progress.append)
+        results = bench_all(both, device, read_manifest(few), BenchOptions(2, 1), progress.append)
     rival, ours = results
     assert rival["texts"] == heard(few) != ours["texts"]
     assert rival["name"] == "whisper-digits (sherpa-onnx)"
@@ -126,7 +126,7 @@ def test_a_rival_is_pushed_once_and_takes_turns(server, index, exported, sherpa,
 
     shutil.rmtree(index)
     with open_device("rpi", "pi", progress.append) as device:
-        again = benching.prepare([sherpa], device, read_manifest(few), Measuring(1, 1))
+        again = benching.prepare([sherpa], device, read_manifest(few), BenchOptions(1, 1))
         assert device.sent_bytes == again.places[0].sent_bytes == 0
         assert benching.run_round(again, 0)["texts"] == heard(few)
     assert len([line for line in progress if "lacks" in line]) == 1
@@ -136,7 +136,7 @@ def test_a_rival_is_pushed_once_and_takes_turns(server, index, exported, sherpa,
 def test_a_rival_without_a_wheel_is_refused(server, index, sherpa, few):
     index.mkdir()
     with open_device("rpi", "pi") as device:
-        found = raised(lambda: bench_all([sherpa], device, read_manifest(few), Measuring(1, 1)))
+        found = raised(lambda: bench_all([sherpa], device, read_manifest(few), BenchOptions(1, 1)))
         assert "no wheels of sherpa-onnx and numpy for Python 3." in str(found)
         assert "No matching distribution found for sherpa-onnx" in str(found)
         assert found.hint.endswith("or do without sherpa-onnx there")
@@ -144,7 +144,7 @@ def test_a_rival_without_a_wheel_is_refused(server, index, sherpa, few):
         make_engine(index)
         (wheel,) = index.glob("sherpa*")
         make_wheel(index, "sherpa_onnx", wheel.name.split("-")[1], broken)
-        found = raised(lambda: bench_all([sherpa], device, read_manifest(few), Measuring(1, 1)))
+        found = raised(lambda: bench_all([sherpa], device, read_manifest(few), BenchOptions(1, 1)))
         assert "sherpa-onnx and numpy were copied and do not work there" in str(found)
         assert "libfoo.so" in str(found)
     assert list((server.private / "runtime").iterdir()) == []
@@ -289,7 +289,7 @@ def test_closing_a_device_ends_a_rivals_process():
 def test_the_real_rivals_transcribe_the_clips(exported, few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["faster-whisper", "whisper.cpp", "sherpa-onnx"]
-    once = Measuring(repeats=1, threads=1)
+    once = BenchOptions(repeats=1, threads=1)
     found = pipeline.bench([exported], speech=few, how=once, rivals=names, say=lambda text: None)
     assert [result["rival"] for result in found.results] == [*names, None]
     texts = [clip.text for clip in read_manifest(few)]
@@ -301,7 +301,7 @@ def test_the_real_rivals_transcribe_the_clips(exported, few, tmp_path, monkeypat
 
 
 def test_a_checkpoint_that_is_a_candidate_is_not_run_again(digits, exported, few):
-    once = Measuring(repeats=1, threads=1)
+    once = BenchOptions(repeats=1, threads=1)
     candidates = [Candidate(digits, "transformers"), Candidate(exported)]
     with open_device() as device:
         ready = benching.prepare(candidates, device, read_manifest(few), once)

@@ -91,12 +91,12 @@ def refused(folder: Path, one_clip: Path) -> str:
     with pytest.raises(RunnerProblem) as error:
         Recognizer(folder, threads=1)
     report = verify(folder, one_clip)
-    assert report.letter is not None
-    assert len(str(error.value)) + len(str(report.letter)) < 3000
-    str(error.value).encode(), str(report.letter).encode()  # both can be printed
+    assert report.error is not None
+    assert len(str(error.value)) + len(str(report.error)) < 3000
+    str(error.value).encode(), str(report.error).encode()  # both can be printed
     named = {word.strip(":,").rsplit("/")[-1] for word in str(error.value).split()}
     known = {*os.listdir(folder), "manifest.json", "encoder.onnx", "decoder.onnx", "tokens.json"}
-    assert any(name in str(report.letter) for name in named & known), (error.value, report.letter)
+    assert any(name in str(report.error) for name in named & known), (error.value, report.error)
     return str(error.value)
 
 
@@ -220,11 +220,11 @@ def layouts(tmp_path_factory, digits, processor, module_seed) -> Path:
 def why_not(folder: Path, one_clip: Path, check: str) -> str:
     """Return the error message of `verify`, which must come from the given check."""
     report = verify(folder, one_clip, threads=1)
-    assert report.letter is not None
+    assert report.error is not None
     assert [row["check"] for row in report.rows if row["result"] == "failed"] == [check]
-    assert len(str(report.letter)) < 1500
-    assert report.letter.hint
-    return str(report.letter)
+    assert len(str(report.error)) < 1500
+    assert report.error.hint
+    return str(report.error)
 
 
 def graphs_in(folder: Path, layout: str) -> list[Path]:
@@ -536,7 +536,7 @@ def test_dangerous_graphs_are_refused(name, artifact, one_clip):
     assert str(error.value).startswith(f"{artifact / 'encoder.onnx'}: ")
     report = verify(artifact, one_clip)
     assert report.rows[2]["result"] == "failed"
-    assert str(report.letter) == str(error.value)
+    assert str(report.error) == str(error.value)
 
 
 def test_weights_in_a_link_within_the_folder_are_refused(artifact, tmp_path):
@@ -609,12 +609,12 @@ def test_a_graph_that_allocates_too_much_at_run_time_is_refused(artifact, one_cl
     assert "encoder.onnx: the graph cannot be run" in json.loads(done.stdout)["error"]
     report = verify(artifact, one_clip)
     assert [row["result"] for row in report.rows] == [*["ok"] * 3, "failed", "not reached"]
-    assert "encoder.onnx: the graph cannot be run" in str(report.letter)
+    assert "encoder.onnx: the graph cannot be run" in str(report.error)
 
 
 def test_a_run_that_does_not_end_is_killed(original, one_clip):
     report = verify(original, one_clip, timeout_s=0.05)
-    assert "did not end within 0.05 s" in str(report.letter)
+    assert "did not end within 0.05 s" in str(report.error)
 
 
 def test_unrelated_files_in_the_folder_are_ignored(artifact, rng):

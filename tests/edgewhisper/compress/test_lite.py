@@ -16,7 +16,7 @@ from edgewhisper.calibration import Moments, Point, Speech, collect, collect_tog
 from edgewhisper.compress import lite, output_statistics, shrink
 from edgewhisper.compress.lite import Options
 from edgewhisper.compress.low_rank import principal_axes, split
-from edgewhisper.compress.output_statistics import OutputStatistics, calibrate, where_to_listen
+from edgewhisper.compress.output_statistics import OutputStatistics, calibrate, observation_points
 from edgewhisper.training import Training
 from edgewhisper.whisper import LowRank
 from export.problem import Problem
@@ -241,7 +241,7 @@ def test_covariances_of_inputs_and_outputs_agree(narrow_whisper, context, few, p
     name = f"{ENCODER}.fc2"
     model = narrow_whisper
     speech = Speech(few, processor)
-    points = where_to_listen(model, lite.chosen(model, Options().layers))
+    points = observation_points(model, lite.chosen(model, Options().layers))
     assert points[name] == Point(name, "output")
     assert points[f"{ENCODER}.self_attn.v_proj"] == Point(f"{ENCODER}.self_attn.q_proj")
     result = {}

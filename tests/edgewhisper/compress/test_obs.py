@@ -50,7 +50,7 @@ def few(clips: Path) -> list[Clip]:
 
 
 @pytest.fixture
-def work(few, processor, tmp_path: Path) -> Context:
+def context(few, processor, tmp_path: Path) -> Context:
     return Context(processor=processor, train=few, dev=few, run_dir=tmp_path / "run")
 
 
@@ -382,11 +382,11 @@ def test_judges_do_not_count_in_the_statistics(make_whisper, few, processor):
 
 
 @pytest.mark.parametrize("kind", ["units", "heads", "value_dims", "score_dims"])
-def test_nothing_asked_for_changes_nothing(kind, make_whisper, work):
+def test_nothing_asked_for_changes_nothing(kind, make_whisper, context):
     model = make_whisper()
     before = copy.deepcopy(model.state_dict())
     kinds = dict.fromkeys(["units", "heads", "value_dims", "score_dims"], False) | {kind: True}
-    after = obs.apply(model, replace(QUICK, remove=0.0, **kinds), work)
+    after = obs.apply(model, replace(QUICK, remove=0.0, **kinds), context)
     assert all(after.state_dict()[name].equal(tensor) for name, tensor in before.items())
 
 
@@ -395,24 +395,24 @@ def test_nothing_asked_for_changes_nothing(kind, make_whisper, work):
     [("units",), ("heads",), ("value_dims",), ("score_dims",), ("units", "heads", "value_dims")],
     ids=" and ".join,
 )
-def test_the_share_is_reached_and_the_smaller_model_is_the_same(kinds, make_whisper, work, few):
+def test_the_share_is_reached_and_the_smaller_model_is_the_same(kinds, make_whisper, context, few):
     model = make_whisper()
     chosen = {kind: kind in kinds for kind in ("units", "heads", "value_dims", "score_dims")}
     remove = 0.1 if "units" in kinds else 0.05
-    masked = obs.apply(model, replace(QUICK, remove=remove, **chosen), work)
+    masked = obs.apply(model, replace(QUICK, remove=remove, **chosen), context)
     assert remove - 1e-3 <= removed_share(masked) <= remove + 0.05
     slim, _ = slimmed(masked)
     pcm = few[0].pcm()
-    logits = [decoding.logits(m, work.processor, pcm, [1, 2, 3]) for m in (masked, slim)]
+    logits = [decoding.logits(m, context.processor, pcm, [1, 2, 3]) for m in (masked, slim)]
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-4 * max(1, np.abs(logits[0]).max()))
     assert count_parameters(slim)["rest"] < count_parameters(masked)["rest"]
-    assert set(work.record["obs"]["branches"]) >= {"encoder.0.ffn", "decoder.1.encoder_attn"}
+    assert set(context.record["obs"]["branches"]) >= {"encoder.0.ffn", "decoder.1.encoder_attn"}
 
 
-def test_a_share_of_macs_is_reached(make_whisper, work):
+def test_a_share_of_macs_is_reached(make_whisper, context):
     model = make_whisper()
     before = window_macs(macs(model))
-    masked = obs.apply(model, replace(QUICK, budget_of="macs", remove=0.15), work)
+    masked = obs.apply(model, replace(QUICK, budget_of="macs", remove=0.15), context)
     slim, _ = slimmed(masked)
     assert window_macs(macs(slim)) <= before * (1 - 0.15 + 1e-3)
 
@@ -441,17 +441,17 @@ def test_the_digits_model_still_hears(digits, processor, clips, tmp_path):
     """10 % of the embedded model, chosen by divergence and refitted in sequence."""
     some = read_manifest(clips)[::40]
     model = whisper.load(digits)
-    work = Context(processor=processor, train=some[:8], dev=some, run_dir=tmp_path / "run")
-    before = work.wer(model).wer
+    context = Context(processor=processor, train=some[:8], dev=some, run_dir=tmp_path / "run")
+    before = context.wer(model).wer
     options = Options(remove=0.1, effect_clips=2, own_words=False)
-    after = obs.apply(model, options, work)
+    after = obs.apply(model, options, context)
     assert removed_share(after) >= 0.1 - 1e-3
-    assert work.wer(after).wer <= before + 0.15
+    assert context.wer(after).wer <= before + 0.15
 
 
-def test_runs_are_repeatable(make_whisper, work):
+def test_runs_are_repeatable(make_whisper, context):
     model = make_whisper()
-    results = [obs.apply(copy.deepcopy(model), QUICK, work).state_dict() for _ in range(2)]
+    results = [obs.apply(copy.deepcopy(model), QUICK, context).state_dict() for _ in range(2)]
     assert all(results[0][name].equal(results[1][name]) for name in results[0])
 
 
@@ -491,19 +491,19 @@ def test_units_can_be_put_back(make_whisper, few, processor):
         ),
     ],
 )
-def test_what_cannot_be_done_is_refused(options, told, tiny_whisper, work):
+def test_what_cannot_be_done_is_refused(options, told, tiny_whisper, context):
     with pytest.raises(Problem, match=told):
-        obs.apply(tiny_whisper, options, work)
+        obs.apply(tiny_whisper, options, context)
 
 
-def test_no_clips_are_refused(tiny_whisper, work):
+def test_no_clips_are_refused(tiny_whisper, context):
     with pytest.raises(Problem, match="there are no clips to calibrate on"):
-        obs.apply(tiny_whisper, QUICK, replace(work, train=[]))
+        obs.apply(tiny_whisper, QUICK, replace(context, train=[]))
 
 
-def test_low_rank_layers_are_refused(make_whisper, work):
+def test_low_rank_layers_are_refused(make_whisper, context):
     options = lite.Options(round_to=4, theta_attn=0.1, theta_mlp=0.1)
-    split = lite.apply(make_whisper(), options, work)
+    split = lite.apply(make_whisper(), options, context)
     with pytest.raises(Problem, match=r"encoder\.0\.\w+ has low-rank layers") as caught:
-        obs.apply(split, QUICK, work)
+        obs.apply(split, QUICK, context)
     assert caught.value.hint == "put the step obs before lite in the recipe"

@@ -163,11 +163,11 @@ def test_a_step_of_size_zero_changes_no_bit(step, rng):
 
 
 def test_each_penalty_starts_at_lambda_times_the_cross_entropy(tiny_whisper, context):
-    from edgewhisper.training import loss_before
+    from edgewhisper.training import initial_loss
 
     options = Options(encoder_element=0.5, decoder_element=2, encoder_column=0, decoder_column=3)
     term, hook, scales = tspar.regulariser(tiny_whisper, options, context)
-    loss = loss_before(tiny_whisper, context.processor, context.train, options.training)
+    loss = initial_loss(tiny_whisper, context.processor, context.train, options.training)
     assert hook is None and set(scales) == {
         f"{side}_{kind}" for side in tspar.SIDES for kind in ("element", "column")
     }

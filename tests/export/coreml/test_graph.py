@@ -32,12 +32,12 @@ ENGINE = pytest.mark.parametrize("engine", [False, True], ids=["plain", "channel
 def run(tmp_path):
     """run(g, inputs, build) -> the executed results of what `build` makes of the inputs by name."""
 
-    def run(g, inputs, work):
+    def run(g, inputs, body):
         specs = [Spec(name, array.shape, str(array.dtype)) for name, array in inputs.items()]
         outputs = []
 
         def made(given):
-            values = work(given)
+            values = body(given)
             kinds = {"fp32": "float32", "fp16": "float16"}
             outputs.extend(
                 Spec(f"y{n}", tuple(v.shape), kinds[v.dtype.__name__]) for n, v in enumerate(values)
@@ -64,13 +64,13 @@ def plain(y, engine):
 def test_equal_constants_are_stored_once(run):
     g = Graph("fp32", "iOS16")
 
-    def work(given):
+    def body(given):
         same = [g.constant(np.array([1, 2])), g.constant(np.array([1.0, 2.0]))]
         assert same[0] is same[1]
         assert g.constant(1.0) is not g.constant(np.array([1]))
         return [g.add(given["x"], same[0])]
 
-    assert run(g, {"x": np.zeros(2, np.float32)}, work)[0].tolist() == [1, 2]
+    assert run(g, {"x": np.zeros(2, np.float32)}, body)[0].tolist() == [1, 2]
 
 
 @ENGINE
@@ -110,13 +110,13 @@ def test_layer_norm_gelu_and_convolution_match_torch(engine, rng, run):
     weight, bias, shift = draw(rng, 4), draw(rng, 4), draw(rng, 4)
     g = Graph("fp32", "iOS16", channels_first=engine)
 
-    def work(given):
+    def body(given):
         x = given["x"] if engine else g.transpose(given["x"], 0, 2, 1)
         y = gelu(g, conv(g, x, kernel, bias, 2, None))
         y = y if engine else g.transpose(y, 0, 2, 1)
         return [layer_norm(g, y, weight, shift, 1e-5)]
 
-    (result,) = run(g, {"x": arranged(x, engine)}, work)
+    (result,) = run(g, {"x": arranged(x, engine)}, body)
     t = torch.from_numpy
     y = torch.nn.functional.conv1d(t(x).mT, t(kernel), t(bias), stride=2, padding=1)
     y = torch.nn.functional.gelu(y).mT
@@ -146,14 +146,14 @@ def test_cached_attention_matches_numpy(engine, rng, run):
     place = (np.arange(room) == here).astype(np.float32)[None, None, None]
     g = Graph("fp32", "iOS16", channels_first=engine)
 
-    def work(x):
+    def body(x):
         keys = updated_cache(g, x["keys"], x["key"], x["place"])
         values = updated_cache(g, x["values"], x["value"], x["place"])
         return [cached_attention(g, x["q"], keys, values, x["mask"], heads), keys]
 
     inputs = {"q": arranged(q * 0.5, engine), "mask": mask, "place": place}
     inputs |= dict(zip(("keys", "values", "key", "value"), (*caches, *new), strict=True))
-    result, keys = run(g, inputs, work)
+    result, keys = run(g, inputs, body)
     caches[..., here] = new[..., 0]
     assert np.array_equal(keys, caches[0])
     visible = [cache[:, :, 0, : here + 1].swapaxes(1, 2) for cache in caches]
@@ -172,12 +172,12 @@ def test_cross_attention_equals_attention_over_keys_and_values(engine, rng, run)
     g = Graph("fp32", "iOS16", channels_first=engine)
     used = [aligned(g, part) if engine else part for part in (key, value)]
 
-    def work(x):
+    def body(x):
         mixed, weights = cross_attention(g, x["q"], x["states"], *used, heads)
         return [mixed, mean_weights(g, [weights, weights], [[0, 2], [1]])]
 
     inputs = {"q": arranged(q * 0.3, engine), "states": states.swapaxes(1, 2)[:, :, None].copy()}
-    result, mean = run(g, inputs, work)
+    result, mean = run(g, inputs, body)
     keys = states @ key[0].weight.T @ key[1].weight.T + key[1].bias
     values = states[..., kept] @ value[0].weight.T + value[0].bias
     want = attend(in_heads(q, 3), in_heads(keys, 3), in_heads(values, 3), heads.scale)
@@ -196,13 +196,13 @@ def test_every_token_has_its_embedding_and_its_logit(factorised, engine, rng, ru
     token = int(rng.integers(23))
     g = Graph("fp32", "iOS16", channels_first=engine)
 
-    def work(given):
+    def body(given):
         made = FactorisedTable(g, rows, basis) if factorised else TokenTable(g, rows)
         parts = made.rows.chunks if factorised else made.chunks
         assert [part.shape[0] < 8 for part in parts] == ([True] * 4 if engine else [False])
         return [made.look_up(given["ids"]), made.logits(given["x"])]
 
-    result, logits = run(g, {"ids": np.array([token], np.int32), "x": x}, work)
+    result, logits = run(g, {"ids": np.array([token], np.int32), "x": x}, body)
     assert np.allclose(result, table[[token]], atol=1e-5)
     assert np.allclose(logits, x @ table.T, atol=1e-4)
 

@@ -191,12 +191,12 @@ def test_a_program_reads_the_stored_weight(precision, target, shape, transposed,
     g = Graph(precision, target)
     given = Spec("x", (1,), "float16")
 
-    def work(values):
+    def body(values):
         constant = stored(g, weight, None, kernel, transposed)
         return [g.add(constant, g.reshape(values["x"], *[1] * len(shape)))]
 
     turned = weight.swapaxes(0, 1) if transposed else weight
-    made = program(g, [given], [Spec("y", turned.shape, "float16")], work)
+    made = program(g, [given], [Spec("y", turned.shape, "float16")], body)
     save(made, target, tmp_path / "x.mlpackage", "a weight")
     opened = open_package(tmp_path / "x.mlpackage")
     result = opened.predict({"x": np.zeros(1, np.float16)})["y"]
