@@ -249,13 +249,13 @@ def test_unsupported_options_are_refused_before_the_page_is_opened(monkeypatch, 
     from export.problem import Problem
 
     with browser(monkeypatch) as device:
-        for how in (
+        for options in (
             BenchOptions(minutes=1),
             BenchOptions(pin="big"),
             BenchOptions(governor="performance"),
         ):
             with pytest.raises(Problem, match="is not supported on browser"):
-                bench(exported, device, read_manifest(clips)[:1], BenchOptions(**refused))
+                bench(exported, device, read_manifest(clips)[:1], options)
 
 
 def test_an_error_while_opening_leaves_nothing_running(monkeypatch):
