@@ -236,7 +236,7 @@ def test_a_jump_of_the_wall_clock_changes_no_time(monkeypatch, rng):
 def test_a_killed_parent_leaves_no_sampler(end):
     code = (
         "import time; from devices.runner.measure.telemetry import Sampler; "
-        "print(Sampler().beside.pid, flush=True); time.sleep(600)"
+        "print(Sampler().helper.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=PROJECT, stdout=-1, stderr=-3, text=True
