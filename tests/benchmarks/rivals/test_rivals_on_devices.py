@@ -119,7 +119,7 @@ def test_a_rival_is_pushed_once_and_takes_turns(server, index, exported, sherpa,
     assert rival["clips_hash"] == ours["clips_hash"]
     assert rival["parameters"] == ours["parameters"]
     assert rival["artifact_bytes"] == sum(path.stat().st_size for path in sherpa.form.iterdir())
-    assert "pi lacks sherpa-onnx and numpy: fetching them for" in progress[0]
+    assert "pi lacks sherpa-onnx and numpy: downloading wheels for" in progress[0]
     turns = [line for line in progress if "round" in line]
     assert [line.endswith(f"round {n} of 2") for n, line in zip((1, 1, 2, 2), turns, strict=True)]
     assert [line.startswith("whisper-digits") for line in turns] == [True, False] * 2
@@ -139,7 +139,7 @@ def test_a_rival_without_a_wheel_is_refused(server, index, sherpa, few):
         found = raised(lambda: bench_all([sherpa], device, read_manifest(few), BenchOptions(1, 1)))
         assert "no wheels of sherpa-onnx and numpy for Python 3." in str(found)
         assert "No matching distribution found for sherpa-onnx" in str(found)
-        assert found.hint.endswith("or do without sherpa-onnx there")
+        assert found.hint.endswith("or leave sherpa-onnx out there")
         broken = "raise ImportError('libfoo.so')"
         make_engine(index)
         (wheel,) = index.glob("sherpa*")
@@ -177,7 +177,7 @@ def test_each_set_of_packages_has_its_own_runtime():
 def test_rivals_are_refused_on_devices_without_ssh(sherpa, digits, few):
     clips, fake = read_manifest(few), FakeDevice()
     found = raised(lambda: bench_all([sherpa], fake, clips))
-    assert str(found) == "fake: sherpa-onnx==2.0.1 cannot be brought there"
+    assert str(found) == "fake: sherpa-onnx==2.0.1 cannot be installed there"
     assert "over SSH" in found.hint
     assert not any(call[0] == "push" for call in fake.calls)
     with pytest.raises(Problem, match="the rival transformers runs on this machine only"):
