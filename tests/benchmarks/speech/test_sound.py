@@ -224,12 +224,12 @@ def test_floats_of_every_width_and_layout_are_the_same_samples(sound):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (list, "a list is no NumPy array"),
-        (lambda x: x.tobytes(), "a bytes is no NumPy array"),
-        (lambda x: memoryview(x), "a memoryview is no NumPy array"),
+        (list, "a list is not a NumPy array"),
+        (lambda x: x.tobytes(), "a bytes is not a NumPy array"),
+        (lambda x: memoryview(x), "a memoryview is not a NumPy array"),
         (lambda x: np.stack([x, x], 1), r"an array of shape \(64000, 2\) is not one channel"),
         (lambda x: np.stack([x, x]), r"an array of shape \(2, 64000\) is not one channel"),
-        (lambda x: np.float32(1), "a float32 is no NumPy array"),
+        (lambda x: np.float32(1), "a float32 is not a NumPy array"),
         (lambda x: np.array(1.0), r"an array of shape \(\) is not one channel"),
         (lambda x: x[:0], "there are no samples"),
         (lambda x: (x * 32768).astype(np.int64), "dtype int64 have no known scale"),

@@ -100,7 +100,7 @@ def features(processor, pcm: np.ndarray) -> torch.Tensor:
     first=st.sampled_from([None, 0, 5, 19]),
 )
 def test_the_forbidden_tokens_equal_those_of_transformers(seed, tokens, spread, first):
-    told = rules(max_initial_timestamp_index=first).told(None, None, timestamps=True)
+    told = rules(max_initial_timestamp_index=first).with_options(None, None, timestamps=True)
     logits = (spread * np.random.default_rng(seed).standard_normal(VOCAB)).astype(np.float32)
     config = SimpleNamespace(
         no_timestamps_token_id=SILENT,
@@ -162,7 +162,7 @@ def test_a_window_without_pairs_is_one_segment(tokens, times):
 def test_the_filter_does_not_change_the_logits(rng):
     logits = rng.standard_normal(VOCAB).astype(np.float32)
     before = logits.copy()
-    Filter(rules().told(None, None, True))(logits, [])
+    Filter(rules().with_options(None, None, True))(logits, [])
     Filter(rules(suppress_tokens=[1, 2]))(logits, [3])
     assert np.array_equal(logits, before)
 
@@ -324,12 +324,12 @@ def test_segments_are_yielded_as_they_are_decoded(recognizer, pcms):
 
 def test_options_set_language_task_and_timestamps_in_the_prompt():
     own = rules()
-    assert own.told(None, None, False) == own
-    assert own.told("hi", None, False).prompt == (41, 44, 43, SILENT)
-    assert own.told("haw", "translate", False).prompt == (41, 45, 46, SILENT)
-    timed = own.told("hi", None, True)
+    assert own.with_options(None, None, False) == own
+    assert own.with_options("hi", None, False).prompt == (41, 44, 43, SILENT)
+    assert own.with_options("haw", "translate", False).prompt == (41, 45, 46, SILENT)
+    timed = own.with_options("hi", None, True)
     assert (timed.prompt, timed.max_new_tokens) == ((41, 44, 43), 31)
-    assert timed.told("haw", None, True).prompt == (41, 45, 43)
+    assert timed.with_options("haw", None, True).prompt == (41, 45, 43)
     assert (own.language, timed.language) == ("en", "hi")
 
 
@@ -434,7 +434,7 @@ def test_another_language_gives_the_tokens_of_generate(plain, torch_model, proce
     timestamps=st.booleans(),
 )
 def test_the_prompt_with_previous_text_equals_that_of_transformers(said, room, timestamps):
-    told = rules(max_new_tokens=room - 4).told(None, None, timestamps)
+    told = rules(max_new_tokens=room - 4).with_options(None, None, timestamps)
     half = min(room // 2, told.max_new_tokens) - 1  # ours leaves room for at least one token
     wanted, _ = Whisper._prepare_decoder_input_ids(
         cur_bsz=1,
@@ -565,7 +565,7 @@ def test_beam_search_equals_that_of_transformers(tiny_whisper, monkeypatch, rng,
         said = beam_search(texts.logits()[0], texts, own, beams).tokens
         generation.eos_token_id = generation.pad_token_id = said[int(rng.integers(1, 8))]
     own = Rules.from_manifest(decoding_rules(model) | {"max_new_tokens": 14})
-    own = own.told(None, None, timestamps)
+    own = own.with_options(None, None, timestamps)
     told = {} if timestamps else {"suppress_tokens": list(range(own.timestamp_begin, 783))}
     with torch.no_grad():
         wanted = model.generate(
