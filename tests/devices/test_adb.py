@@ -294,7 +294,7 @@ def test_a_phone_cannot_choose_where_its_files_go(player, tmp_path, name):
 @pytest.mark.parametrize("options", [[], ["--host", "pi", "--serial", "x"]])
 def test_devices_clean_needs_one_device(options, monkeypatch, capsys):
     assert command(["devices", "clean", *options], monkeypatch) == 2
-    assert "by --host or by --serial" in capsys.readouterr().err
+    assert "with --host or with --serial" in capsys.readouterr().err
 
 
 def command(words: list[str], monkeypatch) -> object:
