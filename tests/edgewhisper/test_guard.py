@@ -257,7 +257,7 @@ def test_a_model_that_rambles_is_stopped(tiny_whisper, processor, clips):
 def test_the_bound_on_tokens_does_not_change_a_healthy_model(digits, processor, clips, tmp_path):
     model, few = whisper.load(digits), read_manifest(clips)[:8]
     pcms, languages = [clip.pcm() for clip in few], [clip.lang for clip in few]
-    bound = Context(processor, few, few, tmp_path)._most_tokens()
+    bound = Context(processor, few, few, tmp_path).token_limit()
     free = decoding.transcribe(model, processor, pcms, languages)
     assert decoding.transcribe(model, processor, pcms, languages, max_tokens=bound) == free
 
