@@ -55,7 +55,7 @@ class Context:
         from edgewhisper.runs import main_process
 
         pcms, languages = Samples(self.dev), [clip.lang for clip in self.dev]
-        limit = self._token_limit()
+        limit = self.token_limit()
         with progress_bar(len(pcms), None, main_process(), "dev WER") as show:
             texts = decoding.transcribe(
                 model,
@@ -69,7 +69,7 @@ class Context:
         labels = [clip.text for clip in self.dev]
         return score(labels, texts, name_for(self.dev, otherwise="none"), languages)
 
-    def _token_limit(self) -> int:
+    def token_limit(self) -> int:
         """Return the token limit of a dev clip: twice the longest reference plus 32.
 
         It stops a model that repeats itself earlier than Whisper's limit of 444 tokens.

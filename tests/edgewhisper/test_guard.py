@@ -260,7 +260,7 @@ def test_max_tokens_stops_a_model_that_does_not_end(tiny_whisper, processor, cli
 def test_the_token_limit_does_not_change_a_good_model(digits, processor, clips, tmp_path):
     model, few = whisper.load(digits), read_manifest(clips)[:8]
     pcms, languages = [clip.pcm() for clip in few], [clip.lang for clip in few]
-    bound = Context(processor, few, few, tmp_path)._most_tokens()
+    bound = Context(processor, few, few, tmp_path).token_limit()
     free = decoding.transcribe(model, processor, pcms, languages)
     assert decoding.transcribe(model, processor, pcms, languages, max_tokens=bound) == free
 
