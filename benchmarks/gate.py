@@ -203,8 +203,8 @@ def refuse_foreign(clips: Sequence[Clip], texts: Sequence[str]) -> None:
     wrong = next(number for number, (errors, _) in enumerate(counts) if errors)
     raise ForeignSpeech(
         f"the gate cannot compare: the checkpoint's own word error rate on these {len(clips)} "
-        f"clips is {100 * rate(counts):.0f} %, at most {100 * FOREIGN_WER:.0f} % is allowed. The "
-        "clips are not this model's speech.\n"
+        f"clips is {100 * rate(counts):.0f} %, at most {100 * FOREIGN_WER:.0f} % is allowed; "
+        "these clips are not this model's speech\n"
         f"clip:        {clips[wrong].audio.name} ({clips[wrong].lang})\n"
         f"reference:   {cut(clips[wrong].text)!r}\n"
         f"checkpoint:  {cut(texts[wrong])!r}",

@@ -399,7 +399,7 @@ def test_values_that_cannot_be_used_count_as_tried(run):
 
 def test_a_first_trial_that_cannot_run_stops_the_search(run):
     wide = RANK.replace("rank = 32", "rank = 500").replace("high = 96", "high = 500")
-    with pytest.raises(Problem, match="rank 500 is more than a table"):
+    with pytest.raises(Problem, match="rank 500 exceeds the highest rank"):
         run(Targets(wer_loss=50), recipe=wide)
 
 
