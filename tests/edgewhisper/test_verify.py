@@ -121,7 +121,7 @@ def test_other_layouts_are_verified_too(layout, digits, few, tmp_path, monkeypat
     manifest["gate"] |= {"tokens_hash": "0" * 64, "exact": True}
     manifest["gate"]["clip_tokens"][1] = "0" * 8
     write_manifest(place, manifest)
-    assert "1 of 3 clips get other tokens than at the gate" in str(verify(place, few).letter)
+    assert "1 of 3 clips get other tokens than at the gate" in str(verify(place, few).error)
 
     sound = read_manifest(few)[0].audio
     for words in (["transcribe", place, sound], ["eval", place, "--speech", few], ["bench", place]):
