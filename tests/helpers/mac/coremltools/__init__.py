@@ -17,7 +17,7 @@ ours = Path(__file__).parent
 others = [place for place in sys.path if Path(place) != ours.parent]
 real = PathFinder.find_spec("coremltools", others)
 __spec__.submodule_search_locations[:] = real.submodule_search_locations  # for its schema
-sys.path.append(str(ours.parents[2]))
+sys.path.append(str(ours.parents[3]))
 
 ComputeUnit = Enum("ComputeUnit", ["ALL", "CPU_AND_GPU", "CPU_ONLY", "CPU_AND_NE"])
 
