@@ -4,7 +4,7 @@
 into utterances with an empty reference count as errors, so hallucinated text raises it.
 
 `wer_per_utterance_mean` is the mean of the utterances' own WERs, which some papers report (LiteASR
-averages it over data sets). Short utterances weigh more in it, and utterances without reference
+averages it over datasets). Short utterances weigh more in it, and utterances without reference
 words are left out.
 """
 

@@ -1,1 +1,1 @@
-"""Speech: clips from manifests, Hugging Face data sets and audiofolders, and their sound files."""
+"""Speech: clips from manifests, Hugging Face datasets and audiofolders, and their audio files."""

@@ -1,4 +1,4 @@
-"""Read folders in Hugging Face's audiofolder format: sound files with metadata.csv or .jsonl.
+"""Read folders in Hugging Face's audiofolder format: audio files with metadata.csv or .jsonl.
 
 Every row has a file (`file_name`, relative to the folder) and its text (`text`, `sentence` or
 `transcription`). `lang` (or `locale`, `language`), `speaker` and `duration` are optional.
@@ -94,7 +94,7 @@ def _check_columns(names: Any, where: str) -> None:
     if FILE not in names:
         raise Problem(
             f"{where}: no column `{FILE}`; the columns are {columns.listed(names)}",
-            hint=f"name the column of sound files `{FILE}`",
+            hint=f"name the column of audio files `{FILE}`",
         )
     columns.text_column(names, where)
 
@@ -123,7 +123,7 @@ def _string(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def _audio(folder: Path, name: str, where: str) -> Path:
-    """Return the path of a sound file in the folder.
+    """Return the path of a audio file in the folder.
 
     The name is checked, not the target of a link: downloaded folders have links into a cache.
     """
@@ -131,7 +131,7 @@ def _audio(folder: Path, name: str, where: str) -> Path:
     if parts.is_absolute() or ".." in parts.parts:
         raise Problem(
             f"{where}: the file {name!r} is outside the folder",
-            hint="keep the sound files in the folder, or write a manifest with their paths",
+            hint="keep the audio files in the folder, or write a manifest with their paths",
         )
     if not (folder / name).is_file():
         raise Problem(f"{where}: there is no file {folder / name}", hint="check `file_name`")

@@ -2,7 +2,7 @@
 
 A manifest is a JSON-lines file with `audio` (relative to the manifest), `text`, `lang` and
 optionally `speaker` and `duration` in seconds. Instead of a manifest you can pass a folder in
-audiofolder format (audiofolder.py) or a data set of the Hugging Face hub,
+audiofolder format (audiofolder.py) or a dataset of the Hugging Face hub,
 hf:OWNER/NAME[:CONFIG][:SPLIT] (hub.py).
 """
 
@@ -22,7 +22,7 @@ from export.problem import Problem
 
 @dataclass(frozen=True)
 class Clip:
-    """One utterance: its sound file, its text and its language."""
+    """One utterance: its audio file, its text and its language."""
 
     audio: Path
     text: str
@@ -65,7 +65,7 @@ class Samples(Sequence[np.ndarray]):
 
 
 def read_manifest(path: str | Path) -> list[Clip]:
-    """Return the clips of a manifest, an audiofolder or a data set of the hub, in order.
+    """Return the clips of a manifest, an audiofolder or a dataset of the hub, in order.
 
     Raises Problem for a missing file, no clips or an invalid line (with its number), and as
     read_folder and hub.fetch do.

@@ -1,4 +1,4 @@
-"""Column names that data sets use for a manifest's `text`, `lang` and `speaker`."""
+"""Column names that datasets use for a manifest's `text`, `lang` and `speaker`."""
 
 from __future__ import annotations
 

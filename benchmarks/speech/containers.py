@@ -1,4 +1,4 @@
-"""Check whether a sound file is complete, from what its container declares.
+"""Check whether a audio file is complete, from what its container declares.
 
     WAV, AIFF, W64, RF64, CAF   length of the chunk of samples
     AU, NIST                    length in the header

@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face hub as manifests: hf:OWNER/NAME[:CONFIG][:SPLIT].
+"""Datasets of the Hugging Face hub as manifests: hf:OWNER/NAME[:CONFIG][:SPLIT].
 
-SPLIT[:N] takes the first N clips. The `datasets` library streams the rows. The sound files are
+SPLIT[:N] takes the first N clips. The `datasets` library streams the rows. The audio files are
 stored undecoded, with a manifest, in the user's cache: training can read clips repeatedly, an
 interrupted run gets the same clips again, and the next run needs no network. sound.py decodes them.
 """
@@ -51,7 +51,7 @@ def parse(text: str) -> Source:
     match = SOURCE.fullmatch(text)
     if match is None:
         raise Problem(
-            f"{text!r} is not the name of a data set",
+            f"{text!r} is not the name of a dataset",
             hint="write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG, hf:OWNER/NAME:CONFIG:SPLIT or, "
             "without a configuration, hf:OWNER/NAME::SPLIT; SPLIT[:100] takes 100 clips",
         )
@@ -66,9 +66,9 @@ def cache() -> Path:
 
 
 def fetch(text: str) -> Path:
-    """Return the path of a data set's manifest; its clips are downloaded on first use.
+    """Return the path of a dataset's manifest; its clips are downloaded on first use.
 
-    Raises Problem for an invalid name, a missing library, an unknown data set, configuration or
+    Raises Problem for an invalid name, a missing library, an unknown dataset, configuration or
     split, unknown column names, no clips, or a network failure.
     """
     source = parse(text)
@@ -99,7 +99,7 @@ def open_stream(text: str, source: Source) -> Any:
         splits = datasets.load_dataset(source.repository, source.config, streaming=True)
     except Exception as error:  # network, hub and builders raise exceptions of many kinds
         raise Problem(
-            f"{text}: the data set cannot be opened ({reason(error)})",
+            f"{text}: the dataset cannot be opened ({reason(error)})",
             hint="check its name, its configuration (hf:OWNER/NAME:CONFIG), the network and, for a "
             "gated one, `hf auth login`",
         ) from error
@@ -108,14 +108,14 @@ def open_stream(text: str, source: Source) -> Any:
     if split not in names:
         what = "no split is given" if split is None else f"there is no split {split!r}"
         raise Problem(
-            f"{text}: {what}; the data set has {', '.join(names) or 'none'}",
+            f"{text}: {what}; the dataset has {', '.join(names) or 'none'}",
             hint=f"write hf:{source.repository}:{source.config or ''}:{names[0] if names else ''}",
         )
     return splits[split]
 
 
 def write(text: str, source: Source, stream: Any, folder: Path) -> None:
-    """Write the sound files and manifest.jsonl of a split's rows."""
+    """Write the audio files and manifest.jsonl of a split's rows."""
     names = stream.column_names or list(next(rows(text, stream), {}))
     if not names:
         raise Problem(f"{text} has no clips", hint="choose another split")
@@ -132,7 +132,7 @@ def write(text: str, source: Source, stream: Any, folder: Path) -> None:
         if not isinstance(row[sentence], str):
             raise Problem(
                 f"{where}: `{sentence}` is {row[sentence]!r}, not a string",
-                hint="choose another data set",
+                hint="choose another dataset",
             )
         name = f"{number:06}{suffix(row[sound])}"
         (folder / name).write_bytes(sound_bytes(row[sound], sound, where))
@@ -152,7 +152,7 @@ def sound_column(features: Any, names: list[str], text: str) -> str:
         return "audio" if "audio" in names else typed[0]
     raise Problem(
         f"{text}: no column for the audio; the columns are {columns.listed(names)}",
-        hint="choose a data set, or a configuration of it, with a column of type Audio",
+        hint="choose a dataset, or a configuration of it, with a column of type Audio",
     )
 
 
@@ -201,7 +201,7 @@ def suffix(sound: Any) -> str:
 
 
 def sound_bytes(sound: Any, column: str, where: str) -> bytes:
-    """Return a row's sound file, from the row itself or from the data set's repository only."""
+    """Return a row's audio file, from the row itself or from the dataset's repository only."""
     held = sound if isinstance(sound, dict) else {"path": sound}
     if isinstance(held.get("bytes"), bytes):
         return held["bytes"]
@@ -224,7 +224,7 @@ def sound_bytes(sound: Any, column: str, where: str) -> bytes:
 
 
 def on_the_hub(path: str) -> bool:
-    """Return whether a path is on the hub; a data set must not name files of this machine."""
+    """Return whether a path is on the hub; a dataset must not name files of this machine."""
     *within, place = path.split("::")
     return place.startswith("hf://") and all(part.startswith(INSIDE) for part in within)
 

@@ -1,4 +1,4 @@
-"""Read sound files of every supported format as 16 kHz mono float32."""
+"""Read audio files of every supported format as 16 kHz mono float32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMATS_HINT = "give WAV, FLAC, OGG or MP3; convert other formats, for example w
 
 
 def read_audio(path: str | Path, strict: bool = True) -> np.ndarray:
-    """Read a sound file as samples (n,) float32 at 16 kHz in [-1, 1], channels averaged.
+    """Read a audio file as samples (n,) float32 at 16 kHz in [-1, 1], channels averaged.
 
     "-" is standard input; pipes can be read too. Warns if channels are averaged, if the source has
     a sampling rate below 16 kHz, and if a WAV header has a placeholder for its length.
@@ -94,7 +94,7 @@ def _decode(path: Path, content: memoryview) -> tuple[list[np.ndarray], int, str
         kind = KINDS.get(bytes(content[:4]))
         reason = (kind and missing(content, kind)) or _reason(error)
         raise Problem(
-            f"{path} is not a readable sound file ({reason})", hint=FORMATS_HINT
+            f"{path} is not a readable audio file ({reason})", hint=FORMATS_HINT
         ) from error
     with file:
         if file.format not in FORMATS:

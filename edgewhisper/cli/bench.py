@@ -20,26 +20,26 @@ Artifacts = Annotated[
 Device = Annotated[
     list[str] | None,
     Option(
-        help="name of a device, see `edgewhisper devices`; may be repeated to measure in parallel; "
-        "default: local"
+        help="name of a device (see `edgewhisper devices`); may be repeated, to measure in "
+        "parallel; default: local"
     ),
 ]
 Host = Annotated[
     list[str] | None,
-    Option(metavar="USER@HOST", help="ssh address of a device; repeat it in the order of --device"),
+    Option(metavar="USER@HOST", help="SSH address of a device; repeat it in the order of --device"),
 ]
 Serial = Annotated[
     list[str] | None,
-    Option(help="serial number of a phone, see `adb devices`; default: the only phone attached"),
+    Option(help="serial number of a phone (see `adb devices`); default: the only connected phone"),
 ]
 Browser = Annotated[
-    bool, Option("--browser", help="measure in a phone's browser, with a page served from here")
+    bool, Option("--browser", help="measure in a phone's browser; this machine serves the page")
 ]
 Listen = Annotated[
     str | None,
     Option(
         metavar="ADDRESS[:PORT]",
-        help="address to serve that page on; default: this machine's local address",
+        help="address that serves the page of --browser; default: this machine's local address",
     ),
 ]
 Speech = Annotated[
@@ -56,9 +56,9 @@ Baseline = Annotated[
 Rival = Annotated[
     list[str] | None,
     Option(
-        help="also measure the uncompressed model in this engine: faster-whisper, whisper.cpp "
-        "or sherpa-onnx; may be repeated; the model is --baseline, or the embedded model if "
-        "the artifacts are made from it"
+        help="also measure the model of --baseline in this engine: faster-whisper, whisper.cpp, "
+        "whisper.cpp-wheel, whisper.cpp-f16, sherpa-onnx or transformers; may be repeated; without "
+        "--baseline: the embedded model, if the artifacts are made from it"
     ),
 ]
 Repeats = Annotated[
@@ -67,12 +67,12 @@ Repeats = Annotated[
 ComputeUnits = Annotated[
     list[str] | None,
     Option(
-        help="Core ML compute units: all, cpu, cpu-ane or cpu-gpu; may be repeated; the value "
-        "each measures all four; default: all"
+        help="Core ML compute units on a Mac: all, cpu, cpu-ane or cpu-gpu; may be repeated; "
+        "each: measure all four; default: all"
     ),
 ]
 Minutes = Annotated[
-    float | None, Option(help="then run continuously for this many minutes (max 60)")
+    float | None, Option(help="after the rounds, run continuously for this many minutes (max. 60)")
 ]
 Interval = Annotated[
     str | None,
@@ -83,10 +83,10 @@ Interval = Annotated[
     ),
 ]
 Governor = Annotated[
-    str | None, Option(help="CPU frequency governor during the run, e.g. performance")
+    str | None, Option(help="CPU frequency governor during the run, such as performance")
 ]
 Pin = Annotated[
-    str | None, Option(metavar="CORES", help="cores to run on: big, all, or numbers like 0,1")
+    str | None, Option(metavar="CORES", help="cores to run on: big, all, or numbers such as 0,1")
 ]
 
 
@@ -113,7 +113,8 @@ def bench_cli(
 ) -> None:
     """Measure latency, memory and error rate on devices.
 
-    LIMIT of --fail-if is a condition such as total>400ms, wer>5% or peak>125MB.
+    LIMIT of --fail-if is a condition such as total>400ms, wer>5% or peak>125MB. A value that was
+    not measured meets every condition.
     """
     from benchmarks import limits
     from benchmarks.bench import BenchOptions

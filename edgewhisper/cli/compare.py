@@ -1,4 +1,4 @@
-"""`edgewhisper compare`: which differences between results are real."""
+"""`edgewhisper compare`: which differences between results are significant."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def compare_cli(
     fail_if: FailIf = None,
     json_file: Json = None,
 ) -> None:
-    """Show which differences between results are not noise.
+    """Show which differences between results are significant.
 
     On each device, all results are compared with the first one. LIMIT of --fail-if is a condition
-    on the ratio to the first result, such as total>1.1x. Differences that may be noise never meet
-    it.
+    on the ratio to the first result, such as total>1.1x. Differences that are not
+    significant never meet it.
     """
     from benchmarks import limits
     from benchmarks.compare import compare

@@ -20,22 +20,25 @@ Recipe = Annotated[
 ]
 Speech = Annotated[
     Path | None,
-    Option(help=f"clips to train on: {SPEECH}; default: clips included with EdgeWhisper"),
+    Option(
+        help=f"clips for training or calibration: {SPEECH}; default: clips included with "
+        "EdgeWhisper"
+    ),
 ]
 Dev = Annotated[
     Path | None,
     Option(
         help=f"dev clips, for measuring error rates and choosing thresholds: {SPEECH}; "
-        "default: every tenth clip of --speech"
+        "default: every tenth clip of --speech, or clips included with EdgeWhisper"
     ),
 ]
 Seed = Annotated[int, Option(help="random seed")]
-Revision = Annotated[str | None, Option(help="revision of a model on the hub")]
+Revision = Annotated[str | None, Option(help="revision of a model on the Hugging Face Hub")]
 Language = Annotated[
     str | None,
     Option(
         metavar="CODE",
-        help="language to prompt the model with, if it has no token for the language of the speech",
+        help="language of the prompt, if the model has no token for the language of the speech",
     ),
 ]
 TargetParams = Annotated[

@@ -20,16 +20,19 @@ CONNECTIONS = {
 """Kind of device -> how to connect to it."""
 
 Host = Annotated[
-    str | None, Option(metavar="USER@HOST", help="ssh address of the device, as for bench")
+    str | None, Option(metavar="USER@HOST", help="SSH address of the device, as in bench")
 ]
-Serial = Annotated[str | None, Option(help="serial number of the phone, as for bench")]
+Serial = Annotated[str | None, Option(help="serial number of the phone, as in bench")]
 
 devices_app = typer.Typer()
 
 
 @devices_app.callback(invoke_without_command=True)
 def devices_cli(context: typer.Context) -> None:
-    """List the known devices and how to connect to each."""
+    """List the known devices and how to connect to each.
+
+    In --device, rpi is short for rpi4, and mobile for pixel.
+    """
     if context.invoked_subcommand is not None:
         return
     from devices.device import load_profile, profile_names
@@ -60,7 +63,7 @@ def clean_cli(host: Host = None, serial: Serial = None) -> None:
 
 @devices_app.command("calibrate")
 def calibrate_cli(
-    device: Annotated[str, Option(help="device name, see `edgewhisper devices`")] = "local",
+    device: Annotated[str, Option(help="name of a device (see `edgewhisper devices`)")] = "local",
     host: Host = None,
     serial: Serial = None,
     threads: Threads = None,
@@ -70,16 +73,16 @@ def calibrate_cli(
     results: Annotated[
         list[Path] | None,
         Option(
-            help="measure nothing: correct the existing table with this file, which bench wrote; "
+            help="correct the existing table with this result file of bench, without measuring; "
             "may be repeated"
         ),
     ] = None,
 ) -> None:
     """Measure the latency table of a device.
 
-    The table has times of single operators, and `edgewhisper compress --target-latency` needs it.
-    It is corrected with results of bench in ./edgewhisper-runs that have the same device, precision
-    and number of threads.
+    The table has the times of single operators. `edgewhisper compress --target-latency` needs it.
+    Results of bench in ./edgewhisper-runs with the same device, precision and number of threads
+    correct the table.
     """
     from devices.device import Place, places
     from edgewhisper import pipeline

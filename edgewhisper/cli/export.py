@@ -33,9 +33,9 @@ Device = Annotated[
 Layout = Annotated[
     str | None,
     Option(
-        help="runtime to write files for; onnx: native (EdgeWhisper's runner), transformers, "
-        "sherpa or single; coreml: whisperkit or encoder (for whisper.cpp); default: native or "
-        "whisperkit"
+        help="runtime that reads the files; for onnx: native (EdgeWhisper's runner, the default), "
+        "transformers, sherpa or single (onnxruntime alone); for coreml: whisperkit (the default) "
+        "or encoder (whisper.cpp)"
     ),
 ]
 Speech = Annotated[
@@ -58,39 +58,46 @@ Language = Annotated[
     Option(
         metavar="CODE",
         help="default language of the artifact, or auto to detect it; default: the language "
-        "that the checkpoint names, otherwise auto, or English for layouts with one prompt",
+        "that the checkpoint records, otherwise auto, or English for layouts with a fixed prompt",
     ),
 ]
 Runtime = Annotated[
     str | None,
     Option(
         metavar="VERSION",
-        help="onnx: oldest onnxruntime version that must run the artifact, such as 1.23; "
+        help="onnx only: oldest onnxruntime version that must run the artifact, such as 1.23; "
         "default: the version that the fastest graphs need",
     ),
 ]
 DeploymentTarget = Annotated[
-    str | None, Option(help="coreml: iOS16, iOS17 or iOS18; default: the oldest one possible")
+    str | None,
+    Option(
+        help="coreml only: oldest system that must run the packages: iOS16, iOS17 or iOS18; "
+        "default: the oldest one that supports the other options"
+    ),
 ]
 Stateful = Annotated[
     bool,
-    Option("--stateful", help="coreml: keep the decoder's caches inside the model (needs iOS18)"),
+    Option("--stateful", help="coreml only: keep the decoder's caches in the model (iOS18)"),
 ]
 WordTimestamps = Annotated[
     bool | None,
     Option(
         "--word-timestamps/--no-word-timestamps",
-        help="coreml: output the weights of the alignment heads, for word timestamps; default: "
-        "on if the model has alignment heads",
+        help="coreml only: output the weights of the alignment heads, for word timestamps; "
+        "default: on if the model has alignment heads",
     ),
 ]
 NeuralEngine = Annotated[
     bool,
-    Option("--neural-engine", help="coreml: use the tensor layout that the Neural Engine prefers"),
+    Option(
+        "--neural-engine",
+        help="coreml only: use the tensor layout recommended for the Neural Engine",
+    ),
 ]
 Window = Annotated[
     float | None,
-    Option(help="coreml: window length in seconds, one that the model has; default: the longest"),
+    Option(help="coreml only: window length in seconds, one of the model's; default: the longest"),
 ]
 
 
@@ -114,10 +121,10 @@ def export_cli(
 ) -> None:
     """Turn a checkpoint into files that a device can run.
 
-    The last step is a check, called the gate: the files must give the same text as the checkpoint.
-    fp32 must give the same tokens. Other precisions fail if the word error rate rises by more than
-    0.5 percentage points with 95 % confidence, or by more than 10.5 points in any case. If the gate
-    fails, nothing is written.
+    The last step is an accuracy check, called the gate. It compares the text of the files with that
+    of the checkpoint. fp32 must give the same tokens. In other precisions, the gate fails if the
+    word error rate rises by more than 0.5 percentage points with 95 % confidence, or by more than
+    10.5 points. If the gate fails, nothing is written (see --gate).
     """
     options: dict[str, Any] = dict(
         deployment_target=deployment_target,

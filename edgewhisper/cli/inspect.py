@@ -18,8 +18,8 @@ def inspect_cli(
         Option(
             "--time",
             min=0.01,
-            help="also time an artifact's graphs on this many seconds of audio; without a number: "
-            "5",
+            help="also measure the time of an artifact's graphs for this many seconds of audio; "
+            "without a number: 5",
         ),
     ] = None,
     threads: Threads = None,

@@ -7,10 +7,11 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-SPEECH = "manifest (.jsonl), audiofolder directory, or data set hf:OWNER/NAME[:CONFIG][:SPLIT]"
+SPEECH = "manifest (.jsonl), audiofolder directory, or dataset hf:OWNER/NAME[:CONFIG][:SPLIT]"
 """What --speech takes."""
 MODEL = (
-    "size name (tiny.en, base, ...), hub id, directory (Hugging Face or CTranslate2) or .pt file"
+    "size name (tiny.en, base, ...), Hub ID, directory (Hugging Face, CTranslate2 or LoRA adapter) "
+    "or .pt file"
 )
 """What MODEL takes."""
 

@@ -26,7 +26,8 @@ def report_cli(
 ) -> None:
     """Write an HTML page about results of bench.
 
-    The page is one file. It shows error rate against latency, the stages, and the machines.
+    The page is one file. It shows a plot of error rate against latency, the time of each stage, and
+    the devices.
     """
     from edgewhisper import pipeline
 

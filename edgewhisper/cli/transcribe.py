@@ -1,4 +1,4 @@
-"""`edgewhisper transcribe`: the text of sound files."""
+"""`edgewhisper transcribe`: the text of audio files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typer import Argument, Option
 from edgewhisper.cli.options import Json, Source, Threads, Units
 from edgewhisper.cli.output import emit, say
 
-Audio = Annotated[list[Path], Argument(help="sound files of any length; - reads from stdin")]
+Audio = Annotated[list[Path], Argument(help="audio files of any length; - reads from stdin")]
 Language = Annotated[
     str | None,
     Option(
         help="language code such as hi, or auto to detect it; default: the language that the "
-        "model names, otherwise auto"
+        "model records, otherwise auto"
     ),
 ]
 Task = Annotated[
@@ -27,20 +27,24 @@ Timestamps = Annotated[
     bool,
     Option(
         "--timestamps",
-        help="print segments with start and end time; long audio is cut at segment ends",
+        help="print segments with start and end time; long audio is split at segment ends",
     ),
 ]
 Beams = Annotated[int, Option(min=1, help="number of beams in beam search; 1: greedy decoding")]
 Fallback = Annotated[
     bool,
-    Option("--fallback", help="if a window's text looks wrong, decode it again by random sampling"),
+    Option(
+        "--fallback",
+        help="if a window's text repeats itself or has a low probability, decode the window again "
+        "by random sampling",
+    ),
 ]
 Seed = Annotated[int, Option(help="random seed of --fallback")]
 Previous = Annotated[
     bool, Option("--previous", help="prompt each window with the text of the previous one")
 ]
 Strict = Annotated[
-    bool, Option("--strict", help="fail on truncated sound files instead of warning")
+    bool, Option("--strict", help="fail on truncated audio files instead of warning")
 ]
 
 
@@ -59,9 +63,9 @@ def transcribe_cli(
     compute_units: Units = None,
     json_file: Json = None,
 ) -> None:
-    """Transcribe sound files with a checkpoint or an artifact.
+    """Transcribe audio files with a checkpoint or an artifact.
 
-    An artifact prints each segment as soon as it is decoded.
+    With an artifact, each segment is printed as soon as it is decoded.
     """
     from benchmarks.speech.sound import read_audio
     from edgewhisper import transcription

@@ -461,7 +461,7 @@ def test_a_refused_eval_writes_no_file(edgewhisper, tmp_path, digits, spoken):
 
 def test_an_invalid_data_set_name_is_refused(edgewhisper, digits):
     text = error_of(edgewhisper("eval", digits, "--speech", "hf:librispeech"))
-    assert "'hf:librispeech' is not the name of a data set" in text
+    assert "'hf:librispeech' is not the name of a dataset" in text
 
 
 def test_a_missing_audio_file_is_refused(edgewhisper, tmp_path, digits):
@@ -470,7 +470,7 @@ def test_a_missing_audio_file_is_refused(edgewhisper, tmp_path, digits):
 
 def test_a_file_that_is_not_audio_is_refused(edgewhisper, tmp_path, digits):
     (tmp_path / "a.wav").write_text("not audio")
-    assert "is not a readable sound file" in error_of(edgewhisper("transcribe", digits, "a.wav"))
+    assert "is not a readable audio file" in error_of(edgewhisper("transcribe", digits, "a.wav"))
 
 
 def test_an_empty_recording_is_refused(edgewhisper, tmp_path, digits):

@@ -14,7 +14,7 @@ from export.problem import Problem
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two sound files of 0.5 s, one in a subfolder, without metadata."""
+    """Two audio files of 0.5 s, one in a subfolder, without metadata."""
     (tmp_path / "deep").mkdir()
     for name in ("a.wav", "deep/b.flac"):
         soundfile.write(tmp_path / name, np.full(8000, 0.1), 16000)

@@ -1,4 +1,4 @@
-"""Data sets of the hub instead of a manifest, with the real library, offline.
+"""Datasets of the hub instead of a manifest, with the real library, offline.
 
 The library reads OWNER/NAME from a local folder of that name, which the tests create.
 """
@@ -37,7 +37,7 @@ def home(tmp_path, monkeypatch):
 
 
 def store(home, split: str, columns: dict, audio: str | None = "audio") -> None:
-    """Write a split of owner/name as the hub stores it: sound files inside a parquet file."""
+    """Write a split of owner/name as the hub stores it: audio files inside a parquet file."""
     import datasets
 
     table = datasets.Dataset.from_dict(columns)
@@ -118,7 +118,7 @@ def test_an_unknown_split_lists_the_known_ones(home):
     store(home, "train", spoken("one"))
     store(home, "test", spoken("two"))
     assert "hf:owner/name::" in refused("hf:owner/name::dev", "no split 'dev'; .* has train, test")
-    refused("hf:owner/name", "no split is given; the data set has train, test")
+    refused("hf:owner/name", "no split is given; the dataset has train, test")
 
 
 def test_an_unknown_configuration_lists_the_known_ones(home):
@@ -216,7 +216,7 @@ def test_a_missing_library_is_named(home, monkeypatch):
     "text", ["hf:name", "hf:../..", "hf:a/b:c:d:e", "hf:a/b::d[:0]", "hf:a/b::"]
 )
 def test_an_invalid_name_is_refused(text):
-    with pytest.raises(Problem, match="is not the name of a data set") as error:
+    with pytest.raises(Problem, match="is not the name of a dataset") as error:
         hub.parse(text)
     assert "hf:OWNER/NAME:CONFIG:SPLIT" in error.value.hint
 

@@ -1,4 +1,4 @@
-"""Valid and invalid manifests and sound files."""
+"""Valid and invalid manifests and audio files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_text_is_not_audio(tmp_path):
     (tmp_path / "a.wav").write_text("hello")
-    with pytest.raises(Problem, match="is not a readable sound file"):
+    with pytest.raises(Problem, match="is not a readable audio file"):
         read_audio(tmp_path / "a.wav")
 
 

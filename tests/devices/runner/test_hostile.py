@@ -293,7 +293,8 @@ def test_unmerged_decoders_of_another_model_are_refused(
     sign(folder)
     found = why_not(folder, one_clip, "contract")
     assert (
-        "decoder_model_quantized.onnx: it and decoder_with_past_model_quantized.onnx choose" in found
+        "decoder_model_quantized.onnx: it and decoder_with_past_model_quantized.onnx choose"
+        in found
     )
 
 
