@@ -497,7 +497,7 @@ def test_a_truncated_recording_warns_or_fails_with_strict(
     assert "its text may be incomplete" in done.stderr
     for name in ("a.wav", "a.flac"):
         message = error_of(edgewhisper("transcribe", digits, name, "--strict"))
-        assert re.search("truncated|cannot be decoded to its end|is not audio|no samples", message)
+        assert re.search("truncated|cannot be decoded to its end|is not a readable|no samples", message)
 
 
 @pytest.fixture
@@ -516,7 +516,7 @@ def test_transcribe_reads_audio_from_stdin(edgewhisper, exported, spoken, piped,
         piped((tmp_path / "a").read_bytes())
         assert edgewhisper("transcribe", exported, "-").stdout == expected
     piped(b"")
-    assert "- is not a readable sound file" in error_of(edgewhisper("transcribe", exported, "-"))
+    assert "- is not a readable audio file" in error_of(edgewhisper("transcribe", exported, "-"))
 
 
 def test_the_text_of_a_long_file_is_printed_as_it_is_decoded(
