@@ -497,7 +497,9 @@ def test_a_truncated_recording_warns_or_fails_with_strict(
     assert "its text may be incomplete" in done.stderr
     for name in ("a.wav", "a.flac"):
         message = error_of(edgewhisper("transcribe", digits, name, "--strict"))
-        assert re.search("truncated|cannot be decoded to its end|is not a readable|no samples", message)
+        assert re.search(
+            "truncated|cannot be decoded to its end|is not a readable|no samples", message
+        )
 
 
 @pytest.fixture
