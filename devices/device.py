@@ -158,7 +158,7 @@ def open_device(
 ) -> Device:
     """Return a connected device; use it in a `with` block. `address` is that of a Place. `say` is
     called with a progress line before slow steps."""
-    module = importlib.import_module(f"devices.{choose(name, address).kind}")
+    module = importlib.import_module(f".{choose(name, address).kind}", __package__)
     device: Device = module.open_device(address, name, say)
     return device
 

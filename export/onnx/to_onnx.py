@@ -42,7 +42,7 @@ def export_onnx(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     oldest = needed(layout, precision, runtime)
-    write_layout = import_module(f"export.onnx.layouts.{layout}").write
+    write_layout = import_module(f".layouts.{layout}", __package__).write
     if layout == NATIVE:
         write_layout = partial(write_layout, int8_cache=has_int8_cache(precision, runtime))
     contract = write_layout(model, processor, precision, out)

@@ -135,7 +135,7 @@ def check_audio(audio: Field) -> None:
     step = 2 * audio.at("hop_samples").count(1, longest) if audio.get("hop_samples") else 1
     windows = audio.get("windows_samples")
     lengths = [w.count(1, MOST_SAMPLES) for w in windows.each(MOST_WINDOWS)] if windows else []
-    if lengths and (lengths != sorted(set(lengths)) or lengths[-1] != longest):
+    if windows and (lengths != sorted(set(lengths)) or lengths[-1:] != [longest]):
         raise RunnerProblem(
             f"{audio.path}: {audio.where}.windows_samples {lengths} must ascend to "
             f"window_samples, {longest}",

@@ -403,6 +403,7 @@ ABSURD = [
     ("audio.window_samples", -1, "a whole number from 1 to 960000"),
     ("audio.window_samples", 10**12, "a whole number from 1 to 960000"),
     ("audio.window_samples", "96000", "a whole number"),
+    ("audio.windows_samples", [], "must ascend"),
     ("audio.windows_samples", [96000, 32000], "must ascend"),
     ("audio.windows_samples", [32001, 96000], "not a multiple of 320"),
     ("audio.windows_samples", [-320, 96000], "a whole number"),
