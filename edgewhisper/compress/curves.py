@@ -2,8 +2,8 @@
 
 The loss of a level is first that of the branch's own output, from the arithmetic of surgeon.py. Two
 levels of each kind of structure are then tried in the whole model, and the Kullback-Leibler
-divergence of its next-token distributions is measured. The loss becomes a divergence by a power law
-through the two.
+divergence of its next-token distributions is measured on clips that the fit has seen and on others
+(walk.effect). The loss becomes a divergence by a power law through the two.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ from edgewhisper.compress.surgeon import (
     remove_columns,
     score_directions,
 )
-from edgewhisper.compress.walk import ScoreSums, Walk, divergence
+from edgewhisper.compress.walk import ScoreSums, Walk, effect
 
 if TYPE_CHECKING:
     from edgewhisper.compress.obs import Options
@@ -161,7 +161,7 @@ def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> l
     return parts
 
 
-def measure_part(walk: Walk, branch: Branch, dense: list[Tensor], options: "Options") -> Part:
+def measure_part(walk: Walk, branch: Branch, dense: list[list[Tensor]], options: "Options") -> Part:
     damping = damping_of(branch, options)
     fit = fit_of(branch.last_of(walk.model), walk.collect(branch), damping)
     energy = max(float((fit.wanted * fit.weight).sum()), TINY)  # variance of what it writes
@@ -215,11 +215,11 @@ def try_levels(
     branch: Branch,
     curve: Curve,
     change: Callable[[int], None],
-    dense: list[Tensor],
+    dense: list[list[Tensor]],
     options: "Options",
 ) -> dict[int, float]:
     """The divergence at about a quarter and a half of the structures removed."""
-    if not dense or len(curve.sizes) < 2:
+    if not all(dense) or len(curve.sizes) < 2:
         return {}
     whole, measured = curve.sizes[0], {}
     for share in (0.75, 0.5):
@@ -227,7 +227,7 @@ def try_levels(
         if size not in measured:
             with restored(branch_modules(walk.model, branch)):
                 change(size)
-                measured[size] = divergence(dense, walk.logits(branch))
+                measured[size] = effect(dense, walk.logits(branch))
     return measured
 
 

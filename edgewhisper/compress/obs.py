@@ -17,7 +17,9 @@ The steps, and the files that they are in:
    branch gives the covariance of the inputs of its last layer, and from it the loss of each number
    of removed structures (surgeon.py).
 2. Two levels of each kind are tried in the whole model. The Kullback-Leibler divergence of its
-   next-token distributions turns the losses of different branches into one unit (curves.py).
+   next-token distributions turns the losses of different branches into one unit (curves.py). It is
+   measured on calibration clips and on others, since a decoder's layer can have more inputs than
+   there are tokens.
 3. Dynamic programming chooses a level for each branch, so that the sum of the divergences is
    smallest for the wanted saving (allocation.py).
 4. The clips are heard again. Each branch is pruned and fitted to its inputs in the compressed model
@@ -95,9 +97,9 @@ class Options:
 
     clips: Annotated[int, Range(1)] = 100
     """Clips of calibration speech, drawn from the training clips by the seed; all if fewer."""
-    effect_clips: Annotated[int, Range(0)] = 16
-    """Dev clips that the divergence of step 2 is measured on. 0: the relative error of a branch's
-    output stands for it."""
+    effect_clips: Annotated[int, Range(0)] = 10
+    """The divergence of step 2 is measured on so many dev clips and on as many calibration clips.
+    0: the relative error of a branch's output stands for it."""
     own_words: bool = True
     """The decoder reads the dense model's transcripts of the clips, in its own case and
     punctuation. False: it reads the texts of the manifest."""

@@ -10,6 +10,7 @@
 Sums are float64. Memory holds one branch's matrices and the clips' states.
 """
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -145,24 +146,39 @@ class Walk:
     def rows_of(self, branch: Branch, clip: int, length: int) -> int:
         return self.windows[clip].positions if branch.side == "encoder" else length
 
+    def judging(self) -> list[list[int]]:
+        """Windows with a text, to judge a change on: as many of those that count as there are
+        judges, and the judges."""
+        texts = [i for i, window in enumerate(self.windows) if window.tokens is not None]
+        judges = [i for i in texts if i >= self.counted]
+        return [[i for i in texts if i < self.counted][: len(judges)], judges]
+
     @torch.no_grad()
-    def logits(self, branch: Branch) -> list[Tensor]:
-        """Log-probabilities (tokens, vocabulary) of the judges, run from the branch on."""
-        return [
-            functional.log_softmax(
-                logits_from(
-                    self.model, branch, self.states[i], self.windows[i], self.encoded_of(branch, i)
-                ),
-                dim=-1,
-            )
-            for i in range(self.counted, len(self.windows))
-            if self.windows[i].tokens is not None
-        ]
+    def logits(self, branch: Branch) -> list[list[Tensor]]:
+        """Log-probabilities (tokens, vocabulary) of both groups of `judging`, run from the branch
+        on."""
+        return [[self._logits(branch, i) for i in group] for group in self.judging()]
+
+    def _logits(self, branch: Branch, clip: int) -> Tensor:
+        window, encoded = self.windows[clip], self.encoded_of(branch, clip)
+        logits = logits_from(self.model, branch, self.states[clip], window, encoded)
+        return functional.log_softmax(logits, dim=-1)
 
 
 def by_head(attention: Any, rows: Tensor) -> Tensor:
     """(n, heads * k) -> (heads, n, k)"""
     return rows.unflatten(-1, (attention.num_heads, -1)).transpose(0, 1)
+
+
+def effect(dense: list[list[Tensor]], other: list[list[Tensor]]) -> float:
+    """What a change does: the geometric mean of its divergences on clips that it was fitted on, and
+    on others.
+
+    Levels that were chosen by the mean gave tiny.en, with 30 % removed, a divergence of 0.151 on
+    36 other clips; by the fitted clips alone 0.174, by the others alone 0.172.
+    """
+    seen, unseen = (divergence(*groups) for groups in zip(dense, other, strict=True))
+    return math.sqrt(max(seen, 0.0) * max(unseen, 0.0))
 
 
 def divergence(dense: list[Tensor], other: list[Tensor]) -> float:

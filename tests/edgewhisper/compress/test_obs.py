@@ -36,7 +36,7 @@ from edgewhisper.compress.surgeon import (
     score_directions,
     value_directions,
 )
-from edgewhisper.compress.walk import ScoreSums, Walk, divergence
+from edgewhisper.compress.walk import ScoreSums, Walk, divergence, effect
 from export.cost import count_parameters, macs, window_macs
 from export.problem import Problem
 
@@ -327,6 +327,16 @@ def test_a_curve_goes_through_what_was_measured():
     assert steep.losses == pytest.approx([0.0, 0.01, 0.04, 0.16])
 
 
+def test_an_effect_is_the_geometric_mean_over_both_groups_of_clips():
+    uniform = torch.full((3, 2), 0.5).log()
+    skewed = torch.tensor([[0.9, 0.1]] * 3).log()
+    milder = torch.tensor([[0.6, 0.4]] * 3).log()
+    pair = divergence([uniform], [skewed]), divergence([uniform], [milder])
+    assert pair[0] == pytest.approx(0.5 * np.log(0.25 / 0.09), rel=1e-5)  # by hand
+    found = effect([[uniform], [uniform]], [[skewed], [milder]])
+    assert found == pytest.approx((pair[0] * pair[1]) ** 0.5)
+
+
 # ------------------------------------------------------------------------------ the model
 
 
@@ -375,7 +385,9 @@ def test_judges_do_not_count_in_the_statistics(make_whisper, few, processor):
     branch = branches_of(model, "encoder")[0]
     alone = Walk(model, speech(few[:2], processor))
     judged = Walk(model, speech(few[:2], processor), judges=speech(few[2:], processor))
-    assert len(judged.logits(branch)) == len(few) - 2
+    assert judged.judging() == [[0, 1], [2, 3]]
+    assert alone.judging() == [[], []]
+    assert [len(group) for group in judged.logits(branch)] == [2, 2]
     torch.testing.assert_close(alone.collect(branch).covariance, judged.collect(branch).covariance)
     scores = [walk.collect_scores(branch).keys for walk in (alone, judged)]
     torch.testing.assert_close(*scores)
@@ -427,14 +439,14 @@ def test_half_of_the_units_cost_less_than_masking_by_size(make_whisper, few, pro
     weight, bias = (p.detach().clone() for p in branch.last_of(model).parameters())
     remove_units(model, branch, found, 24)
     updated = walk.collect(branch)
-    losses = divergence(dense, walk.logits(branch))
+    losses = effect(dense, walk.logits(branch))
     smallest = weight.square().sum(0).argsort()[:24]
     with torch.no_grad():
         branch.last_of(model).weight.copy_(weight)
         branch.last_of(model).weight[:, smallest] = 0
         branch.last_of(model).bias.copy_(bias)
     assert updated.count > 0
-    assert losses < divergence(dense, walk.logits(branch))
+    assert losses < effect(dense, walk.logits(branch))
 
 
 def test_the_digits_model_still_hears(digits, processor, clips, tmp_path):
