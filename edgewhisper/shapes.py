@@ -16,9 +16,10 @@ key `edgewhisper`:
                                      the grid of this many bits (export/quantise.py), and an int8
                                      export stores them in this width: 4, 8, 16, or 32 for floats.
                                      Layers without an entry use the precision of the export.
-    token_bits: b                    bits of the token table: 8, 16 or 32
+    token_bits: b                    bits of the token table: 4, 8, 16 or 32
     stem_bits: b                     bits of the convolutions: 8 or 32; float16 if absent
     block: n                         inputs that share a scale in 4 bits; 32 if absent
+    half_scales: true                4-bit scales are float16; float32 if absent
     scales: "tensor"                 one scale for each weight instead of one for each output
     token_rank: r                    the token table is a product (vocabulary, r) (r, d_model)
     windows: [n, ...]                audio lengths that the model was trained for, in encoder
@@ -45,10 +46,11 @@ from export.shrink import ATTENTIONS, FORMAT, windows_of
 POSITION_S = 0.02
 """Duration of one encoder position in seconds."""
 PRECISION: dict[str, tuple[Any, ...]] = {
-    "token_bits": BITS[1:],
+    "token_bits": BITS,
     "stem_bits": (8, 32),
     "block": BLOCKS,
     "scales": SCALES,
+    "half_scales": (True, False),
 }
 """Key -> its allowed values."""
 DAMAGED = "the checkpoint is damaged: copy it again, or repeat the compression"
