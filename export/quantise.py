@@ -53,6 +53,9 @@ class Scheme:
     """Number of neighbouring inputs that share a scale in 4 bits."""
     half_scales: bool = False
     """Whether 4-bit scales are rounded up to float16."""
+    columns: tuple[int, ...] = ()
+    """Exponents of two by which columns are divided before they are quantised: for a token table,
+    whose columns differ in size."""
     transposed: bool = False
     """Whether columns are the channels, as in the basis of a factorised token table."""
 
@@ -61,7 +64,9 @@ def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Quantise a weight (eq. 1): (out, in) -> codes (out, in) int8 or int16, scales (out, blocks)
     float32. A row is one block, except in 4 bits, where the last block may be shorter. A block of
     zeros has codes of zero and scale 1. 4-bit weights that lie on a grid keep it, also if the
-    largest code of a block is not -8, as after error propagation."""
+    largest code of a block is not -8, as after error propagation. With `columns`, codes and scales
+    are those of the divided weight."""
+    weight = weight / column_factors(scheme) if scheme.columns else weight
     blocks = _in_blocks(weight.float(), scheme)
     codes, scale = _codes(blocks, scheme)
     if scheme.bits == 4:
@@ -73,13 +78,22 @@ def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def dequantise(codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     """Return Q(w) (out, in) float32, exactly, from codes (out, in) and scales (out, blocks)."""
     wide = _in_blocks(codes.float(), scheme) * scale[:, :, None]
-    return wide.flatten(1)[:, : codes.shape[1]] + 0.0  # turns -0.0 into 0.0
+    whole = wide.flatten(1)[:, : codes.shape[1]] + 0.0  # turns -0.0 into 0.0
+    return whole * column_factors(scheme) if scheme.columns else whole
+
+
+def column_factors(scheme: Scheme) -> Tensor:
+    """Return the powers of two of the columns, (in,)."""
+    return torch.exp2(torch.tensor(scheme.columns, dtype=torch.float32))
 
 
 def fake_quantise(weight: Tensor, scheme: Scheme) -> Tensor:
     """Return Q(w) in the shape of weight; the first axis is `out`, all others are inputs."""
     if scheme.bits == 32:
         return weight
+    if scheme.columns:
+        factors = column_factors(scheme)
+        return fake_quantise(weight / factors, replace(scheme, columns=())) * factors
     if scheme.transposed:
         return fake_quantise(weight.T, replace(scheme, transposed=False)).T
     rows = weight.float().flatten(1)
@@ -185,7 +199,7 @@ def schemes(model: nn.Module) -> dict[nn.Module, Scheme]:
         if hasattr(table, "rows"):
             result |= {table.rows: scheme, table.up: Scheme(scheme.bits, transposed=True, **common)}
         else:
-            result[table] = scheme
+            result[table] = replace(scheme, columns=tuple(config.get("token_columns", ())))
     if "stem_bits" in config:
         result |= dict.fromkeys(
             (encoder.conv1, encoder.conv2), Scheme(config["stem_bits"], **common)
@@ -202,5 +216,5 @@ def is_quantised(model: nn.Module) -> bool:
 def precision_fields(model: nn.Module) -> dict[str, Any]:
     """Return the fields of config.edgewhisper about precision that do not belong to a layer."""
     config = getattr(model.config, "edgewhisper", None) or {}
-    keys = ("token_bits", "stem_bits", "block", "scales", "half_scales")
+    keys = ("token_bits", "stem_bits", "block", "scales", "half_scales", "token_columns")
     return {key: config[key] for key in keys if key in config}

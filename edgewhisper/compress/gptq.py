@@ -18,14 +18,15 @@ still to come, so that the layer's output on calibration speech changes least.
 The order by falling H_jj is the paper's `act-order`; scales belong to blocks of neighbouring inputs
 whatever the order. Ours: H is centred, and the bias absorbs the change of the mean output.
 Keys have no bias and need none, because a constant added to all keys does not change a softmax.
-H of the token table is not centred, because logits have no bias.
+H of the token table is not centred, because logits have no bias. Its columns are divided by powers
+of two first, as export does in int8 (export/onnx/tables.py).
 
 The branches of the model are quantised in order, each on the states that the quantised ones before
 it compute (see walk.py). Export stores exactly these weights (export/quantise.py finds the grids).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -40,8 +41,16 @@ from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.surgeon import damped, invert
 from edgewhisper.compress.walk import Walk
 from edgewhisper.recipe import Range
+from export.onnx.tables import column_exponents
 from export.problem import Problem
-from export.quantise import Scheme, block_scales, fake_quantise, is_quantised, schemes
+from export.quantise import (
+    Scheme,
+    block_scales,
+    column_factors,
+    fake_quantise,
+    is_quantised,
+    schemes,
+)
 
 if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
@@ -79,6 +88,8 @@ class Options:
     """Whether the decoder reads the model's own transcripts of the clips instead of their texts."""
     damping: Annotated[float, Range(0, 10)] = 0.01
     """Share of the mean of H's diagonal that is added to it."""
+    decoder_damping: Annotated[float, Range(0, 10)] = 0.3
+    """The same in the decoder, whose statistics count tokens: far fewer than positions."""
     table_damping: Annotated[float, Range(0, 10)] = 0.1
     """The same for the token table. Embeddings are rows of it too, and are not in H."""
 
@@ -108,6 +119,10 @@ def apply(
     speech = calibration_speech(model, context.train, options.clips, options.own_words, context)
     note_bits(model, options)
     model.config.edgewhisper["half_scales"] = True
+    table = model.model.decoder.embed_tokens
+    if options.token_table == 4 and not hasattr(table, "rows"):
+        exponents = column_exponents(table.weight.detach().numpy())
+        model.config.edgewhisper["token_columns"] = exponents
     chosen = schemes(model)
     errors: dict[str, list[float]] = {}
     walk = Walk(model, speech)
@@ -116,7 +131,9 @@ def apply(
         for branch in branches:
             if branch.side == "decoder" and walk.side == "encoder":
                 walk.enter_decoder()
-            errors |= quantise_branch(walk, branch, chosen, options.damping)
+            decoder = branch.side == "decoder"
+            damping = options.decoder_damping if decoder else options.damping
+            errors |= quantise_branch(walk, branch, chosen, damping)
             walk.move(branch)
             done()
         errors |= quantise_table(walk, chosen, options.table_damping)
@@ -188,11 +205,12 @@ def quantise_table(
     moments = Moments(table.weight.shape[1])
     for i in walk.heard():
         moments.add(norm(walk.states[i])[0])
-    h = damped(moments.products / moments.count, damping)
-    weight = table.weight.double()
-    rounded = round_inputs(weight, h, scheme)
-    errors = [loss(weight, other, h) for other in (rounded, nearest(weight, scheme))]
-    table.weight.copy_(rounded)
+    factors = column_factors(scheme).double()
+    h = damped(moments.products / moments.count, damping) * torch.outer(factors, factors)
+    weight, plain = table.weight.double() / factors, replace(scheme, columns=())
+    rounded = round_inputs(weight, h, plain)
+    errors = [loss(weight, other, h) for other in (rounded, nearest(weight, plain))]
+    table.weight.copy_(rounded * factors)
     return {"decoder.embed_tokens": errors}
 
 

@@ -8,7 +8,7 @@ from onnx import TensorProto
 
 from export.onnx.graph import FUSED, INT8, Graph
 from export.onnx.layers import float_table, nbits_product, quantise, scale_table, widened
-from export.quantise import Scheme, pack
+from export.quantise import Scheme, column_factors, pack
 from export.weights import Floats
 
 SINUSOID_ERROR = {False: 1e-5, True: 2**-12 + 2**-14}
@@ -19,10 +19,16 @@ SMOOTHING = 0.75
 """Exponent of the column scales: how much of the range of a column is moved to its factor."""
 
 
-def column_scales(table: Floats) -> Floats:
-    """Return a power of two per column, close to the column's largest magnitude ** SMOOTHING."""
+def column_exponents(table: Floats) -> list[int]:
+    """Return an exponent of two per column: its power is close to the column's largest magnitude
+    ** SMOOTHING."""
     largest = np.maximum(np.abs(table).max(0), 2.0**-100)
-    return np.exp2(np.round(SMOOTHING * np.log2(largest))).astype(np.float32)
+    return np.round(SMOOTHING * np.log2(largest)).astype(int).tolist()
+
+
+def column_scales(table: Floats) -> Floats:
+    """Return the powers of two of `column_exponents`."""
+    return np.exp2(np.array(column_exponents(table), np.float32))
 
 
 class TokenTable:
@@ -47,6 +53,8 @@ class TokenTable:
             columns = column_scales(weight)
             weight, self.columns = weight / columns, g.constant(columns)
         self.scheme = g.scheme(scheme, INT8)
+        if self.scheme.columns:
+            self.columns = g.constant(column_factors(self.scheme).numpy())
         if self.scheme.bits == 4:
             codes, scale = quantise(weight, self.scheme)
             packed = pack(torch.from_numpy(codes), self.scheme).numpy()
@@ -72,7 +80,8 @@ class TokenTable:
         scale = g.op("Gather", self.scale, ids) if ids else self.scale
         column = g.op("Unsqueeze", scale, g.constant([-1]))
         if self.scheme.bits == 4:
-            return self._joined(g.op("Mul", self._unpacked(rows), column), 3 if ids else 2)
+            rows = self._joined(g.op("Mul", self._unpacked(rows), column), 3 if ids else 2)
+            return g.op("Mul", rows, self.columns) if self.columns else rows
         rows = g.op("Mul", g.op("Cast", rows, to=TensorProto.FLOAT), column)
         return g.op("Mul", rows, self.columns) if self.columns else rows
 
@@ -101,6 +110,7 @@ class TokenTable:
         if self.scheme.bits == 4:
             assert self.scale is not None
             size = (self.width, self.vocab)
+            x = g.op("Mul", x, self.columns) if self.columns else x
             return nbits_product(g, x, self.table, self.scale, self.scheme, size)
         shape = g.op("Concat", g.op("Shape", x, end=-1), g.constant([self.vocab]), axis=0)
         x = g.op("Flatten", x, axis=-1)

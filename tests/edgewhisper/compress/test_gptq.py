@@ -21,7 +21,7 @@ from export.problem import Problem
 from export.quantise import Scheme, dequantise, fake_quantise, quantise, schemes
 
 FOUR = Scheme(4, half_scales=True)
-QUICK = Options(clips=2, own_words=False)
+QUICK = Options(clips=2, own_words=False, token_table=4)
 
 
 @pytest.fixture
@@ -112,6 +112,7 @@ def test_half_scales_are_float16_and_hold_the_largest_weight(rng, exponent):
 
 def test_every_layer_is_on_its_grid_and_better_than_nearest(make_whisper, context):
     model = gptq.apply(make_whisper(), QUICK, context)
+    assert any(scheme.columns for scheme in schemes(model).values())
     for module, scheme in schemes(model).items():
         rows = module.weight.detach().flatten(1)
         codes, scale = quantise(rows, scheme)
@@ -144,6 +145,15 @@ def test_it_survives_save_and_load(make_whisper, context, tmp_path):
         torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True)
     )
     assert {(s.bits, s.half_scales) for s in schemes(loaded).values()} == {(4, True), (8, True)}
+
+
+@pytest.mark.parametrize("exponents", [[0] * 31, [0.5] * 32, "none", [101] + [0] * 31])
+def test_bad_column_exponents_are_refused(make_whisper, context, tmp_path, exponents):
+    model = gptq.apply(make_whisper(), QUICK, context)
+    model.config.edgewhisper["token_columns"] = exponents
+    model.save_pretrained(tmp_path / "bad")
+    with pytest.raises(Problem, match="token_columns must be 32 integers"):
+        whisper.load(tmp_path / "bad")
 
 
 def test_low_rank_layers_are_quantised_factor_by_factor(make_whisper, context):
