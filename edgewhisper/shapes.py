@@ -16,9 +16,12 @@ key `edgewhisper`:
                                      the grid of this many bits (export/quantise.py), and an int8
                                      export stores them in this width: 4, 8, 16, or 32 for floats.
                                      Layers without an entry use the precision of the export.
-    token_bits: b                    bits of the token table: 8, 16 or 32
+    token_bits: b                    bits of the token table: 4, 8, 16 or 32
+    token_columns: [n, ...]          exponents of two by which the columns of a dense token table
+                                     are divided before they are quantised; none if absent
     stem_bits: b                     bits of the convolutions: 8 or 32; float16 if absent
     block: n                         inputs that share a scale in 4 bits; 32 if absent
+    half_scales: true                4-bit scales are float16; float32 if absent
     scales: "tensor"                 one scale for each weight instead of one for each output
     token_rank: r                    the token table is a product (vocabulary, r) (r, d_model)
     windows: [n, ...]                audio lengths that the model was trained for, in encoder
@@ -45,10 +48,11 @@ from export.shrink import ATTENTIONS, FORMAT, windows_of
 POSITION_S = 0.02
 """Duration of one encoder position in seconds."""
 PRECISION: dict[str, tuple[Any, ...]] = {
-    "token_bits": BITS[1:],
+    "token_bits": BITS,
     "stem_bits": (8, 32),
     "block": BLOCKS,
     "scales": SCALES,
+    "half_scales": (True, False),
 }
 """Key -> its allowed values."""
 DAMAGED = "the checkpoint is damaged: copy it again, or repeat the compression"
@@ -110,6 +114,8 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
         )
     for key, allowed in PRECISION.items():
         _check_one_of(key, shapes.get(key, allowed[0]), allowed)
+    if "token_columns" in shapes:
+        _check_columns(shapes["token_columns"], config.d_model)
     if "token_rank" in shapes:
         limit = min(config.vocab_size, config.d_model)
         _check_counts({"token_rank": (shapes["token_rank"], limit)})
@@ -153,6 +159,15 @@ def _check_counts(counts: Mapping[str, tuple[Any, int]]) -> None:
     for name, (count, limit) in counts.items():
         if type(count) is not int or not 1 <= count <= limit:
             raise _invalid(f"{name} is {count!r}; it must be between 1 and {limit}")
+
+
+def _check_columns(exponents: Any, width: int) -> None:
+    """Check the exponents of two of a token table's columns."""
+    small = isinstance(exponents, list) and all(
+        type(exponent) is int and abs(exponent) <= 100 for exponent in exponents
+    )
+    if not small or len(exponents) != width:
+        raise _invalid(f"token_columns must be {width} integers between -100 and 100")
 
 
 def _check_shared(attention: Any, side: str, where: str) -> None:

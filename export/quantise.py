@@ -22,7 +22,7 @@ bits, and export reproduces exactly these codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ LARGEST = {4: 8, 8: 127, 16: 32767}
 """Bits -> the largest magnitude of a code."""
 ROUNDED_AWAY = {4: 0xFF, 8: 0xFF, 16: 0x7FFFFF}
 """Bits -> mask of the mantissa bits of a float32 scale that are set to zero."""
+HALF_AWAY = 0x1FFF
+"""The same for 4-bit scales that are stored as float16."""
 TINY = 2.0**-100
 """A largest magnitude up to this counts as zero: its scale would have too few significant bits."""
 
@@ -49,6 +51,11 @@ class Scheme:
     per: str = "channel"
     block: int = 32
     """Number of neighbouring inputs that share a scale in 4 bits."""
+    half_scales: bool = False
+    """Whether 4-bit scales are rounded up to float16."""
+    columns: tuple[int, ...] = ()
+    """Exponents of two by which columns are divided before they are quantised: for a token table,
+    whose columns differ in size."""
     transposed: bool = False
     """Whether columns are the channels, as in the basis of a factorised token table."""
 
@@ -56,8 +63,14 @@ class Scheme:
 def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Quantise a weight (eq. 1): (out, in) -> codes (out, in) int8 or int16, scales (out, blocks)
     float32. A row is one block, except in 4 bits, where the last block may be shorter. A block of
-    zeros has codes of zero and scale 1."""
-    codes, scale = _codes(_in_blocks(weight.float(), scheme), scheme)
+    zeros has codes of zero and scale 1. 4-bit weights that lie on a grid keep it, also if the
+    largest code of a block is not -8, as after error propagation. With `columns`, codes and scales
+    are those of the divided weight."""
+    weight = weight / column_factors(scheme) if scheme.columns else weight
+    blocks = _in_blocks(weight.float(), scheme)
+    codes, scale = _codes(blocks, scheme)
+    if scheme.bits == 4:
+        codes, scale = _on_own_grid(blocks, codes, scale, scheme)
     whole = codes.flatten(1)[:, : weight.shape[1]]
     return whole.to(torch.int16 if scheme.bits == 16 else torch.int8), scale.squeeze(2)
 
@@ -65,15 +78,24 @@ def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def dequantise(codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     """Return Q(w) (out, in) float32, exactly, from codes (out, in) and scales (out, blocks)."""
     wide = _in_blocks(codes.float(), scheme) * scale[:, :, None]
-    return wide.flatten(1)[:, : codes.shape[1]] + 0.0  # turns -0.0 into 0.0
+    whole = wide.flatten(1)[:, : codes.shape[1]] + 0.0  # turns -0.0 into 0.0
+    return whole * column_factors(scheme) if scheme.columns else whole
+
+
+def column_factors(scheme: Scheme) -> Tensor:
+    """Return the powers of two of the columns, (in,)."""
+    return torch.exp2(torch.tensor(scheme.columns, dtype=torch.float32))
 
 
 def fake_quantise(weight: Tensor, scheme: Scheme) -> Tensor:
     """Return Q(w) in the shape of weight; the first axis is `out`, all others are inputs."""
     if scheme.bits == 32:
         return weight
+    if scheme.columns:
+        factors = column_factors(scheme)
+        return fake_quantise(weight / factors, replace(scheme, columns=())) * factors
     if scheme.transposed:
-        return fake_quantise(weight.T, Scheme(scheme.bits, scheme.per, scheme.block)).T
+        return fake_quantise(weight.T, replace(scheme, transposed=False)).T
     rows = weight.float().flatten(1)
     codes, scale = _codes(_in_blocks(rows, scheme), scheme)
     whole = (codes * scale).flatten(1)[:, : rows.shape[1]] + 0.0
@@ -86,20 +108,47 @@ def _in_blocks(rows: Tensor, scheme: Scheme) -> Tensor:
     return functional.pad(rows, (0, -rows.shape[1] % width)).unflatten(1, (-1, width))
 
 
-def _codes(blocks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def _codes(blocks: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return codes as integer-valued floats, (out, blocks, width), and scales (out, blocks, 1)."""
-    scale = _scales(blocks, scheme)
+    scale = block_scales(blocks, scheme) if scale is None else scale
     lowest = -8 if scheme.bits == 4 else -LARGEST[scheme.bits]
     highest = 7 if scheme.bits == 4 else LARGEST[scheme.bits]
     return (blocks / scale).round().clamp(lowest, highest), scale
 
 
-def _scales(blocks: Tensor, scheme: Scheme) -> Tensor:
+def _on_own_grid(
+    blocks: Tensor, codes: Tensor, scale: Tensor, scheme: Scheme
+) -> tuple[Tensor, Tensor]:
+    """Return codes and scales that reproduce blocks exactly, where the largest magnitude of a block
+    has one of the codes 7 to 1. Other blocks are unchanged."""
+    exact = (codes * scale == blocks).all(2)
+    if scheme.per == "tensor" or not exact.any():  # the weights lie on no grid
+        return codes, scale
+    for largest in range(7, 0, -1):
+        if exact.all():
+            break
+        others = blocks[~exact]  # (n, width)
+        step = block_scales(others[None], scheme, largest)[0]
+        tried, _ = _codes(others, scheme, step)
+        fits = (tried * step == others).all(1)
+        places = (~exact).nonzero()[fits]
+        codes[places[:, 0], places[:, 1]] = tried[fits]
+        scale = scale.clone()
+        scale[places[:, 0], places[:, 1]] = step[fits]
+        exact[places[:, 0], places[:, 1]] = True
+    return codes, scale
+
+
+def block_scales(blocks: Tensor, scheme: Scheme, code: int | None = None) -> Tensor:
+    """Return the scales (out, blocks, 1) of (out, blocks, width), such that the largest magnitude
+    of a block has the code of that magnitude; the default is the largest code."""
     sharing = blocks.reshape(1, 1, -1) if scheme.per == "tensor" else blocks
     low, high = sharing.aminmax(dim=2, keepdim=True)
     largest = torch.where(high >= -low, high, low)  # with its sign
     scale = -largest if scheme.bits == 4 else largest.abs()
-    scale = _round_up(scale / LARGEST[scheme.bits], ROUNDED_AWAY[scheme.bits])
+    scale = scale / (code or LARGEST[scheme.bits])
+    half = scheme.half_scales and scheme.bits == 4
+    scale = _half_up(scale) if half else _round_up(scale, ROUNDED_AWAY[scheme.bits])
     return torch.where(largest.abs() > TINY, scale, 1.0).expand(*blocks.shape[:2], 1)
 
 
@@ -107,6 +156,13 @@ def _round_up(x: Tensor, away: int) -> Tensor:
     """Round magnitudes up to the next float whose bits `away` are zero; a carry increases the
     exponent."""
     return ((x.view(torch.int32) + away) & ~away).view(torch.float32)
+
+
+def _half_up(x: Tensor) -> Tensor:
+    """Round magnitudes up to the next float16, as float32. Larger magnitudes keep their
+    exponent."""
+    small = (x.abs() * 2.0**24).ceil() * 2.0**-24 * x.sign()
+    return torch.where(x.abs() < 2.0**-14, small, _round_up(x, HALF_AWAY))
 
 
 def pack(codes: Tensor, scheme: Scheme) -> Tensor:
@@ -124,7 +180,11 @@ def schemes(model: nn.Module) -> dict[nn.Module, Scheme]:
     Layers, token table and stem that the config does not name are missing from the result; the
     precision of the export decides for them."""
     config = getattr(model.config, "edgewhisper", None) or {}
-    common = {"per": config.get("scales", "channel"), "block": config.get("block", Scheme.block)}
+    common = {
+        "per": config.get("scales", "channel"),
+        "block": config.get("block", Scheme.block),
+        "half_scales": config.get("half_scales", False),
+    }
     result: dict[nn.Module, Scheme] = {}
     for side in ("encoder", "decoder"):
         shapes = config.get(side, [])
@@ -139,7 +199,7 @@ def schemes(model: nn.Module) -> dict[nn.Module, Scheme]:
         if hasattr(table, "rows"):
             result |= {table.rows: scheme, table.up: Scheme(scheme.bits, transposed=True, **common)}
         else:
-            result[table] = scheme
+            result[table] = replace(scheme, columns=tuple(config.get("token_columns", ())))
     if "stem_bits" in config:
         result |= dict.fromkeys(
             (encoder.conv1, encoder.conv2), Scheme(config["stem_bits"], **common)
@@ -156,5 +216,5 @@ def is_quantised(model: nn.Module) -> bool:
 def precision_fields(model: nn.Module) -> dict[str, Any]:
     """Return the fields of config.edgewhisper about precision that do not belong to a layer."""
     config = getattr(model.config, "edgewhisper", None) or {}
-    keys = ("token_bits", "stem_bits", "block", "scales")
+    keys = ("token_bits", "stem_bits", "block", "scales", "half_scales", "token_columns")
     return {key: config[key] for key in keys if key in config}

@@ -20,6 +20,7 @@ METHODS: dict[str, str] = {
     "merge": "edgewhisper.compress.merge",  # BaldWhisper, stage 1
     "shear": "edgewhisper.compress.shear",  # BaldWhisper, stage 2
     "kdq": "edgewhisper.compress.kdq",
+    "gptq": "edgewhisper.compress.gptq",
     "qat": "edgewhisper.compress.qat",
     "short": "edgewhisper.compress.short",
     "shrink": "edgewhisper.compress.shrink",

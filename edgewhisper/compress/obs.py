@@ -143,8 +143,9 @@ def apply(
         raise Problem("obs: there are no clips to calibrate on", hint="name a speech manifest")
     home, training = next(model.parameters()).device, model.training
     model.cpu().eval()  # statistics are float64, which some accelerators lack
-    speech = calibration_speech(model, context.train, options.clips, options, context)
-    judges = calibration_speech(model, context.dev, options.effect_clips, options, context)
+    speech = calibration_speech(model, context.train, options.clips, options.own_words, context)
+    others = options.effect_clips, options.own_words
+    judges = calibration_speech(model, context.dev, *others, context)
     total = sum(len(branches_of(model, side)) for side in SIDES)
     with progress(total, "obs: measuring branches") as done:
         parts = measure_parts(Walk(model, speech, judges=judges), options, done)
@@ -195,12 +196,12 @@ def calibration_speech(
     model: "WhisperForConditionalGeneration",
     source: "Sequence[Clip]",
     size: int,
-    options: Options,
+    own_words: bool,
     context: Context,
 ) -> Speech:
     """So many of the clips, drawn by the seed, with the texts that the decoder reads."""
     clips = [source[i] for i in permutation(context.seed, 0, len(source))[:size]]
-    if options.own_words and clips:
+    if own_words and clips:
         clips = in_own_words(model, clips, context)
     return Speech(clips, context.processor, mask_padding=True)
 

@@ -204,7 +204,7 @@ def apply(
     return model
 
 
-def note_bits(model: "WhisperForConditionalGeneration", options: Precision) -> None:
+def note_bits(model: "WhisperForConditionalGeneration", options: Any) -> None:
     """Write the bits into config.edgewhisper, where schemes() and export read them.
 
     Raises Problem if no layer matches.

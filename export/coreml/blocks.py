@@ -66,7 +66,10 @@ def token_table(g: Graph, table: nn.Module) -> Table:
     if hasattr(table, "rows"):
         rows, basis = array(table.rows.weight), array(table.up.weight.T)
         return FactorisedTable(g, rows, basis, g.schemes.get(table.rows))
-    return TokenTable(g, array(table.weight), g.schemes.get(table))
+    scheme = g.schemes.get(table)
+    if scheme is not None and scheme.columns:  # Core ML programs have no factors of columns
+        scheme = None
+    return TokenTable(g, array(table.weight), scheme)
 
 
 def linears_of(g: Graph, attention: nn.Module, cached: bool = False) -> Attention:

@@ -25,7 +25,7 @@ from export.quantise import Scheme
 FUSED = "com.microsoft"
 OPSETS = {"": 18, FUSED: 1}
 IR_VERSION = 9
-INT8, INT4, FLOAT = Scheme(8), Scheme(4), Scheme(32)
+INT8, INT4, FLOAT = Scheme(8), Scheme(4, half_scales=True), Scheme(32)
 DTYPES = {
     "bool": TensorProto.BOOL,
     "float32": TensorProto.FLOAT,

@@ -152,19 +152,36 @@ def _int4_product(
     codes, scales = (np.concatenate(both) for both in zip(*parts, strict=True))
     packed = quantisers.pack(torch.from_numpy(codes), scheme).numpy()
     out, features = codes.shape
-    y = g.op(
+    y = nbits_product(g, x, g.constant(packed), scale_table(g, scales), scheme, (features, out))
+    return g.op("Add", y, *added) if added else y
+
+
+def nbits_product(
+    g: Graph, x: str, packed: str, scales: str, scheme: Scheme, shape: tuple[int, int]
+) -> str:
+    """Multiply x (..., in) with packed 4-bit codes; `shape` is (in, out). Activations are int8 with
+    a scale per block of a row."""
+    return g.op(
         "MatMulNBits",
         x,
-        g.constant(packed),
-        g.constant(scales),
+        packed,
+        scales,
         domain=FUSED,
-        K=features,
-        N=out,
+        K=shape[0],
+        N=shape[1],
         bits=4,
         block_size=scheme.block,
-        accuracy_level=4,  # int8 activations with a scale per block of a row
+        accuracy_level=4,
     )
-    return g.op("Add", y, *added) if added else y
+
+
+def scale_table(g: Graph, scales: Floats) -> str:
+    """Store 4-bit scales, as float16 if it holds them exactly. The runtime widens them once."""
+    with np.errstate(over="ignore"):
+        halves = scales.astype(np.float16)
+    if (halves.astype(np.float32) != scales).any():
+        return g.constant(scales)
+    return g.op("Cast", g.constant(halves), to=TensorProto.FLOAT)
 
 
 def _joint_matrix(g: Graph, layers: Sequence[Linear], weights: Sequence[NDArray]) -> str:

@@ -1,0 +1,285 @@
+"""GPTQ: 4-bit weights by error propagation, in closed form and without training.
+
+Frantar, Ashkboos, Hoefler and Alistarh 2022 (arXiv:2210.17323). Rounding to nearest treats each
+weight alone. GPTQ rounds the inputs of a layer one after the other and corrects the inputs that are
+still to come, so that the layer's output on calibration speech changes least.
+
+    here       shape           meaning
+    W          (d_out, d_in)   weight of a linear layer
+    H          (d_in, d_in)    damped second moments of the layer's input
+    U          (d_in, d_in)    upper Cholesky factor of H^-1
+    s          (d_out, blocks) scales, from W before any rounding, stored as float16
+
+    for each input j, in the order of falling H_jj:
+        q       = s clamp(round(W_:j / s), -8, 7)                                           (1)
+        W_:j   <- q
+        W_:k   <- W_:k - (W_:j - q) U_jk / U_jj     for all k after j                       (2)
+
+The order by falling H_jj is the paper's `act-order`; scales belong to blocks of neighbouring inputs
+whatever the order. Ours: H is centred, and the bias absorbs the change of the mean output.
+Keys have no bias and need none, because a constant added to all keys does not change a softmax.
+H of the token table is not centred, because logits have no bias. Its columns are divided by powers
+of two first, as export does in int8 (export/onnx/tables.py).
+
+The branches of the model are quantised in order, each on the states that the quantised ones before
+it compute (see walk.py). Export stores exactly these weights (export/quantise.py finds the grids).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from edgewhisper.calibration import Moments
+from edgewhisper.compress.branches import Branch, branches_of, inputs_of, run
+from edgewhisper.compress.context import Context
+from edgewhisper.compress.obs import calibration_speech, progress
+from edgewhisper.compress.qat import counted, note_bits, settle
+from edgewhisper.compress.shrink import slimmed
+from edgewhisper.compress.surgeon import damped, invert
+from edgewhisper.compress.walk import Walk
+from edgewhisper.recipe import Range
+from export.onnx.tables import column_exponents
+from export.problem import Problem
+from export.quantise import (
+    Scheme,
+    block_scales,
+    column_factors,
+    fake_quantise,
+    is_quantised,
+    schemes,
+)
+
+if TYPE_CHECKING:
+    from edgewhisper.whisper import WhisperForConditionalGeneration
+
+LAZY = 128
+"""Inputs that are rounded before the others are corrected for them together."""
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Factors of the scales among which each block takes the one with the least rounding error."""
+INPUTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "ffn": (("fc1",), ("fc2",)),
+    "self_attn": (("q_proj", "k_proj", "v_proj"), ("out_proj",)),
+    "encoder_attn": (("q_proj",), ("k_proj", "v_proj"), ("out_proj",)),
+}
+"""Kind of a branch -> its linear layers in order; layers of one group read the same input."""
+
+
+@dataclass(frozen=True)
+class Options:
+    encoder: Literal[4, 8, 16, 32] = 4
+    """Bits of the encoder's linear layers. Layers in 8 or 16 bits are rounded to nearest."""
+    decoder: Literal[4, 8, 16, 32] = 4
+    token_table: Literal[4, 8, 16, 32] = 4
+    stem: Literal[8, 32] = 8
+    """Bits of the convolutions, rounded to nearest; 32: float16 in an int4 artifact."""
+    layers: str = "*"
+    """Shell pattern of the linear layers that get these bits."""
+    scales: Literal["channel"] = "channel"
+    block: Literal[16, 32, 64, 128, 256] = 32
+    """Number of neighbouring inputs that share a scale of 2 bytes."""
+    half_scales: Literal[True] = True
+
+    clips: Annotated[int, Range(1)] = 100
+    """Calibration clips, drawn from the training clips by the seed; all if fewer."""
+    own_words: bool = True
+    """Whether the decoder reads the model's own transcripts of the clips instead of their texts."""
+    damping: Annotated[float, Range(0, 10)] = 0.01
+    """Share of the mean of H's diagonal that is added to it."""
+    decoder_damping: Annotated[float, Range(0, 10)] = 0.3
+    """The same in the decoder, whose statistics count tokens: far fewer than positions."""
+    table_damping: Annotated[float, Range(0, 10)] = 0.1
+    """The same for the token table. Embeddings are rows of it too, and are not in H."""
+
+
+def quantises(options: Options) -> bool:
+    """Whether the step stores any weight in fewer than 32 bits."""
+    return min(options.encoder, options.decoder, options.token_table, options.stem) < 32
+
+
+def apply(
+    model: "WhisperForConditionalGeneration", options: Options, context: Context
+) -> "WhisperForConditionalGeneration":
+    """Return the model with quantised weights; `context.record["gptq"]` has the error of each
+    layer, relative to its output, and that of rounding to nearest.
+
+    Raises Problem if the model is quantised already, if there are no clips, or if no layer matches.
+    """
+    if is_quantised(model):
+        raise Problem(
+            "gptq: the model is quantised already",
+            hint="start from the checkpoint before that step",
+        )
+    if not context.train:
+        raise Problem("gptq: there are no clips to calibrate on", hint="name a speech manifest")
+    home, training = next(model.parameters()).device, model.training
+    model, _ = slimmed(model.cpu().eval())  # statistics are float64, which some devices lack
+    speech = calibration_speech(model, context.train, options.clips, options.own_words, context)
+    note_bits(model, options)
+    model.config.edgewhisper["half_scales"] = True
+    table = model.model.decoder.embed_tokens
+    if options.token_table == 4 and not hasattr(table, "rows"):
+        exponents = column_exponents(table.weight.detach().numpy())
+        model.config.edgewhisper["token_columns"] = exponents
+    chosen = schemes(model)
+    errors: dict[str, list[float]] = {}
+    walk = Walk(model, speech)
+    branches = [*branches_of(model, "encoder"), *branches_of(model, "decoder")]
+    with progress(len(branches) + 1, "gptq: quantising branches") as done:
+        for branch in branches:
+            if branch.side == "decoder" and walk.side == "encoder":
+                walk.enter_decoder()
+            decoder = branch.side == "decoder"
+            damping = options.decoder_damping if decoder else options.damping
+            errors |= quantise_branch(walk, branch, chosen, damping)
+            walk.move(branch)
+            done()
+        errors |= quantise_table(walk, chosen, options.table_damping)
+        done()
+    settle(chosen)  # layers in 8 and 16 bits
+    context.record["gptq"] = {"clips": len(speech.clips), "weights": counted(chosen)}
+    context.record["gptq"]["error"] = {
+        name: {"gptq": ours, "nearest": nearest} for name, (ours, nearest) in errors.items()
+    }
+    return model.to(home).train(training)
+
+
+# ------------------------------------------------------------------------------- along the model
+
+
+def quantise_branch(
+    walk: Walk, branch: Branch, chosen: dict[nn.Module, Scheme], damping: float
+) -> dict[str, list[float]]:
+    """Quantise the 4-bit layers of a branch; the walk's states are those in front of it."""
+    owner = branch.layer_of(walk.model) if branch.kind == "ffn" else branch.attention_of(walk.model)
+    errors = {}
+    for group in INPUTS[branch.kind]:
+        of_encoded = branch.kind == "encoder_attn" and "k_proj" in group
+        for name, module in parts(owner, group):
+            scheme = chosen.get(module, Scheme(32))
+            if scheme.bits == 4:
+                moments = moments_of(walk, branch, module, of_encoded)
+                errors[f"{branch.name}.{name}"] = quantise_linear(module, moments, scheme, damping)
+    return errors
+
+
+def parts(owner: Any, names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the linear layers of these names; two for a low-rank layer."""
+    for name in names:
+        module = getattr(owner, name, None)
+        if module is None:
+            continue
+        if hasattr(module, "down"):
+            yield f"{name}.down", module.down
+            yield f"{name}.up", module.up
+        else:
+            yield name, module
+
+
+@torch.no_grad()
+def moments_of(walk: Walk, branch: Branch, module: nn.Module, of_encoded: bool) -> Moments:
+    """Return the moments of the features that a linear layer multiplies with, (d_in,)."""
+    moments = Moments(module.weight.shape[1])
+    for i in walk.heard():
+        x = walk.states[i]
+        with inputs_of(module) as inputs:
+            run(walk.model, branch, x, walk.encoded_of(branch, i))
+        sound = branch.side == "encoder" or of_encoded
+        rows = inputs[0][0, : walk.windows[i].positions if sound else x.shape[1]]
+        kept = getattr(module, "inputs", None)
+        moments.add(rows if kept is None else rows[:, kept])
+    return moments
+
+
+@torch.no_grad()
+def quantise_table(
+    walk: Walk, chosen: dict[nn.Module, Scheme], damping: float
+) -> dict[str, list[float]]:
+    """Quantise a token table in 4 bits for the logits of the decoder's last states."""
+    table, norm = walk.model.model.decoder.embed_tokens, walk.model.model.decoder.layer_norm
+    scheme = chosen.get(table, Scheme(32))
+    if scheme.bits != 4:
+        return {}
+    moments = Moments(table.weight.shape[1])
+    for i in walk.heard():
+        moments.add(norm(walk.states[i])[0])
+    factors = column_factors(scheme).double()
+    h = damped(moments.products / moments.count, damping) * torch.outer(factors, factors)
+    weight, plain = table.weight.double() / factors, replace(scheme, columns=())
+    rounded = round_inputs(weight, h, plain)
+    errors = [loss(weight, other, h) for other in (rounded, nearest(weight, plain))]
+    table.weight.copy_(rounded * factors)
+    return {"decoder.embed_tokens": errors}
+
+
+@torch.no_grad()
+def quantise_linear(
+    module: nn.Module, moments: Moments, scheme: Scheme, damping: float
+) -> list[float]:
+    """Quantise a linear layer and keep the mean of its output. Returns the error of its output,
+    relative to the output's standard deviation, of GPTQ and of rounding to nearest."""
+    h, weight = damped(moments.covariance, damping), module.weight.double()
+    rounded = round_inputs(weight, h, scheme)
+    errors = [loss(weight, other, h) for other in (rounded, nearest(weight, scheme))]
+    if module.bias is not None:
+        module.bias += ((weight - rounded) @ moments.mean).to(module.bias.dtype)
+    module.weight.copy_(rounded)
+    return errors
+
+
+# --------------------------------------------------------------------------------- one weight
+
+
+def round_inputs(weight: Tensor, h: Tensor, scheme: Scheme) -> Tensor:
+    """Return weight (d_out, d_in) on the grid of a 4-bit scheme, by (1) and (2); h (d_in, d_in)."""
+    order = h.diagonal().argsort(descending=True, stable=True)
+    scale = scales_of(weight, h, scheme)[:, order]
+    left = weight[:, order].clone()
+    upper = torch.linalg.cholesky(invert(h[order][:, order]), upper=True)
+    for start in range(0, left.shape[1], LAZY):
+        end = min(start + LAZY, left.shape[1])
+        block, u = left[:, start:end], upper[start:end, start:end]
+        errors = torch.empty_like(block)
+        for j in range(end - start):
+            step = scale[:, start + j]
+            rounded = step * (block[:, j] / step).round().clamp(-8, 7)
+            errors[:, j] = (block[:, j] - rounded) / u[j, j]
+            block[:, j] = rounded
+            block[:, j + 1 :] -= torch.outer(errors[:, j], u[j, j + 1 :])
+        left[:, end:] -= errors @ upper[start:end, end:]
+    return left[:, order.argsort()]
+
+
+def scales_of(weight: Tensor, h: Tensor, scheme: Scheme) -> Tensor:
+    """Return the scale of each weight, (d_out, d_in): for each block, the one of SHRINKS with the
+    least rounding error, weighted by the diagonal of h."""
+    d_in = weight.shape[1]
+    pad = -d_in % scheme.block
+    blocks = nn.functional.pad(weight.float(), (0, pad)).unflatten(1, (-1, scheme.block))
+    importance = nn.functional.pad(h.diagonal().float(), (0, pad)).view(1, -1, scheme.block)
+    best: Tensor | None = None
+    least = torch.full(blocks.shape[:2], torch.inf)
+    for shrink in SHRINKS:
+        scale = block_scales(blocks * shrink, scheme)
+        rounded = scale * (blocks / scale).round().clamp(-8, 7)
+        error = ((rounded - blocks).square() * importance).sum(2)
+        better = error < least
+        best = scale if best is None else torch.where(better[..., None], scale, best)
+        least = torch.where(better, error, least)
+    assert best is not None
+    return best.expand_as(blocks).flatten(1)[:, :d_in].double()
+
+
+def nearest(weight: Tensor, scheme: Scheme) -> Tensor:
+    return fake_quantise(weight.float(), scheme).double()
+
+
+def loss(weight: Tensor, other: Tensor, h: Tensor) -> float:
+    """Return sqrt(tr((W - Q) H (W - Q)^T) / tr(W H W^T))."""
+
+    def energy(x: Tensor) -> float:
+        return float((x @ h * x).sum())
+
+    return (energy(weight - other) / max(energy(weight), 1e-300)) ** 0.5
