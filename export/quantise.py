@@ -67,10 +67,7 @@ def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     largest code of a block is not -8, as after error propagation. With `columns`, codes and scales
     are those of the divided weight."""
     weight = weight / column_factors(scheme) if scheme.columns else weight
-    blocks = _in_blocks(weight.float(), scheme)
-    codes, scale = _codes(blocks, scheme)
-    if scheme.bits == 4:
-        codes, scale = _on_own_grid(blocks, codes, scale, scheme)
+    codes, scale = _quantised(_in_blocks(weight.float(), scheme), scheme)
     whole = codes.flatten(1)[:, : weight.shape[1]]
     return whole.to(torch.int16 if scheme.bits == 16 else torch.int8), scale.squeeze(2)
 
@@ -97,7 +94,7 @@ def fake_quantise(weight: Tensor, scheme: Scheme) -> Tensor:
     if scheme.transposed:
         return fake_quantise(weight.T, replace(scheme, transposed=False)).T
     rows = weight.float().flatten(1)
-    codes, scale = _codes(_in_blocks(rows, scheme), scheme)
+    codes, scale = _quantised(_in_blocks(rows, scheme), scheme)
     whole = (codes * scale).flatten(1)[:, : rows.shape[1]] + 0.0
     return whole.view(weight.shape).to(weight.dtype)
 
@@ -114,6 +111,12 @@ def _codes(blocks: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple
     lowest = -8 if scheme.bits == 4 else -LARGEST[scheme.bits]
     highest = 7 if scheme.bits == 4 else LARGEST[scheme.bits]
     return (blocks / scale).round().clamp(lowest, highest), scale
+
+
+def _quantised(blocks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return codes and scales, those of the weights' own grid if they lie on one."""
+    codes, scale = _codes(blocks, scheme)
+    return _on_own_grid(blocks, codes, scale, scheme) if scheme.bits == 4 else (codes, scale)
 
 
 def _on_own_grid(

@@ -555,7 +555,7 @@ def test_export_removes_nothing_from_a_quantised_model(
 @pytest.mark.parametrize(
     ("change", "record"),
     [
-        ({"token_bits": 4}, r"token_bits is 4; it must be one of 8, 16, 32"),
+        ({"token_bits": 3}, r"token_bits is 3; it must be one of 4, 8, 16, 32"),
         ({"stem_bits": 16}, r"stem_bits is 16; it must be one of 8, 32"),
         ({"block": 24}, r"block is 24; it must be one of 16, 32, 64, 128, 256"),
         ({"block": True}, r"block is True"),

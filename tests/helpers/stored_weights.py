@@ -39,7 +39,7 @@ def stored_rows(*paths: Path) -> dict[bytes, set[str]]:
 def _weight(node, constants, makers) -> np.ndarray | None:
     """(out, in) float32; None where the operator has no stored weight."""
     if node.op_type == "MatMulNBits":
-        return _blocks(node, constants)
+        return _blocks(node, constants, makers)
     if node.op_type not in ("MatMul", "Conv", "Gemm", *INT8):
         return None
     place, scale = INT8.get(node.op_type, (1, None))
@@ -52,10 +52,10 @@ def _weight(node, constants, makers) -> np.ndarray | None:
     return rows if scale is None else rows * constants[node.input[scale]].reshape(-1, 1)
 
 
-def _blocks(node, constants) -> np.ndarray:
+def _blocks(node, constants, makers) -> np.ndarray:
     """MatMulNBits' documentation: two codes a byte, the first one low, zero point 8."""
     settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    packed, scale = constants[node.input[1]], constants[node.input[2]]
+    packed, scale = (_value(name, constants, makers) for name in node.input[1:3])
     codes = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8
     wide = codes.reshape(*packed.shape[:2], -1) * scale[:, :, None]
     return np.ascontiguousarray(wide.reshape(len(packed), -1)[:, : settings["K"]])
