@@ -10,6 +10,7 @@ rivals. The results are in benchmarks/results:
     tiny-en.jsonl          a copy of the file that `edgewhisper bench --rival ...` wrote; drawn as
                            tiny-en.svg
     edge.jsonl             a copy of the file that `edgewhisper bench` of the recipe edge wrote
+    real.jsonl             python -m benchmarks.study.real build/models/tiny.en --out FILE
     study.jsonl            python -m benchmarks.study.run; drawn as study.png
     accounting.jsonl       python -m benchmarks.study.accounting
     training_cost.jsonl    python -m benchmarks.study.training_cost
@@ -31,7 +32,7 @@ from benchmarks.aarch64 import counts
 from benchmarks.markdown import table
 from benchmarks.result import brief_rows, other_texts, read
 from benchmarks.rivals import race
-from benchmarks.study import accounting, tables, training_cost
+from benchmarks.study import accounting, real, tables, training_cost
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -123,6 +124,17 @@ def engines_picture(results: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+def recipes() -> str:
+    """Return the table of the recipes on real models."""
+    lines = stored("real.jsonl")
+    days = sorted({line["measured_at"][:10] for line in lines})
+    note = (
+        f"\n{lines[0]['threads']} thread beside other work, so minutes are upper bounds; normalizer "
+        f"whisper-basic ({' to '.join(sorted({days[0], days[-1]}))}).\n"
+    )
+    return table([real.row(line) for line in lines]) + note
+
+
 def verdicts() -> str:
     lines = stored("study.jsonl")
     return tables.summary(lines) + "\n" + table(tables.verdict_rows(lines))
@@ -177,6 +189,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo": partial(bench_table, "demo.jsonl"),
     "tiny.en": engines_table,
     "edge": partial(bench_table, "edge.jsonl"),
+    "recipes": recipes,
     "verdicts": verdicts,
     "study": study,
     "accounting": sizes,

@@ -88,7 +88,7 @@ def test_wer(source: str) -> float:
 
 def row(line: Line) -> dict[str, str]:
     """Return a row of the table."""
-    dense, slim = (counted["rest"] / 1e6 for counted in line["parameters"])
+    dense, slim = (counted["total"] / 1e6 for counted in line["parameters"])
     dev, test = (
         f"{100 * before:.1f} -> {100 * after:.1f}"
         for before, after in (line["dev_wer"], line["test_wer"])
@@ -96,7 +96,7 @@ def row(line: Line) -> dict[str, str]:
     return {
         "recipe": line["recipe"],
         "model": line["model"],
-        "parameters outside the token table, M": f"{dense:.2f} -> {slim:.2f}",
+        "parameters, M": f"{dense:.2f} -> {slim:.2f}",
         "dev WER %": dev,
         "test WER %": test,
         "steps": str(line["steps"]),
