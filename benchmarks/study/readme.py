@@ -128,9 +128,10 @@ def recipes() -> str:
     """Return the table of the recipes on real models."""
     lines = stored("real.jsonl")
     days = sorted({line["measured_at"][:10] for line in lines})
+    when = " to ".join(sorted({days[0], days[-1]}))
     note = (
         f"\n{lines[0]['threads']} thread beside other work, so minutes are upper bounds; normalizer "
-        f"whisper-basic ({' to '.join(sorted({days[0], days[-1]}))}).\n"
+        f"whisper-basic ({when}).\n"
     )
     return table([real.row(line) for line in lines]) + note
 
