@@ -130,8 +130,8 @@ def recipes() -> str:
     days = sorted({line["measured_at"][:10] for line in lines})
     when = " to ".join(sorted({days[0], days[-1]}))
     note = (
-        f"\n{lines[0]['threads']} thread beside other work, so minutes are upper bounds; normalizer "
-        f"whisper-basic ({when}).\n"
+        f"\n{lines[0]['threads']} thread beside other work, so minutes are upper bounds; "
+        f"normalizer whisper-basic ({when}).\n"
     )
     return table([real.row(line) for line in lines]) + note
 
