@@ -140,3 +140,20 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     return tmp_path / "index"
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """An sshd on loopback that the tests of a module share; see sshd.Server."""
+    import sshd
+
+    server = sshd.Server(tmp_path_factory.mktemp("sshd"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(one_server, monkeypatch: pytest.MonkeyPatch):
+    """The same as a new device."""
+    one_server.fresh(monkeypatch)
+    return one_server

@@ -19,7 +19,7 @@ from some_clips import manifest_of_some
 from wheels_for_pip import make_wheel, raised
 
 from benchmarks import bench as benching
-from benchmarks import reference_runtimes as stock
+from benchmarks import reference_runtimes
 from benchmarks.candidates import by_units
 from benchmarks.result import read
 from benchmarks.speech.clips import read_manifest
@@ -302,7 +302,7 @@ def test_packages_are_compiled_once_and_measured_on_all_units(server, coreml, fe
     how = benching.BenchOptions(1, 1, compute_units=tuple(UNITS))
     with open_device("m1", "pi") as device:
         results = benching.bench_all([benching.Candidate(coreml)], device, few, how, said.append)
-    here = stock.recognizer(coreml, threads=1)
+    here = reference_runtimes.recognizer(coreml, threads=1)
     for result, name in zip(results, UNITS, strict=True):
         assert result["name"] == f"fp32 ({name})" and result["compute_units"] == name
         assert result["texts"] == [here.transcribe(clip.pcm()).text for clip in few]

@@ -29,20 +29,6 @@ real = pytest.mark.skipif(not sshd.EXISTS, reason=sshd.MISSING)
 
 
 @pytest.fixture(scope="module")
-def one_server(tmp_path_factory) -> Iterator[sshd.Server]:
-    server = sshd.Server(tmp_path_factory.mktemp("sshd"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(one_server, monkeypatch) -> sshd.Server:
-    """A new device."""
-    one_server.fresh(monkeypatch)
-    return one_server
-
-
-@pytest.fixture(scope="module")
 def pi(tmp_path_factory) -> Iterator[SshDevice]:
     """A shared connection; tests must leave it unchanged."""
     server = sshd.Server(tmp_path_factory.mktemp("other"))

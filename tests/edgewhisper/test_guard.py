@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from some_clips import copy_of_some
 
 from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, job, pipeline, runs, training_speech, whisper
@@ -44,11 +44,8 @@ def score(wer: float) -> SimpleNamespace:
 def few(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A manifest of six shipped clips in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(clips.parent / "test", tmp_path / "speech/test")
-    manifest = tmp_path / "speech/few.jsonl"
-    manifest.write_text("\n".join(clips.read_text().splitlines()[:6]) + "\n")
     (tmp_path / "ruinous.toml").write_text(RUINOUS)
-    return manifest
+    return copy_of_some(clips, 6, tmp_path / "speech")
 
 
 # ----------------------------------------------------------------------------------- the limit

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from ctrl_c import count_calls, press_ctrl_c
+from some_clips import copy_of_some
 
 from benchmarks.bench import BenchOptions
 from benchmarks.speech.clips import read_manifest
@@ -36,19 +36,9 @@ method = "shrink"
 
 
 @pytest.fixture
-def empty(tmp_path, monkeypatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def few(clips, tmp_path) -> Path:
     """Six of the shipped clips."""
-    shutil.copytree(clips.parent / "test", tmp_path / "speech/test")
-    manifest = tmp_path / "speech/few.jsonl"
-    manifest.write_text("\n".join(clips.read_text().splitlines()[:6]) + "\n")
-    return manifest
+    return copy_of_some(clips, 6, tmp_path / "speech")
 
 
 @pytest.fixture

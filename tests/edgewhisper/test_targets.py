@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from ctrl_c import count_calls, press_ctrl_c
 from made_table import make_table
+from some_clips import copy_of_some
 
 from benchmarks import latency
 from benchmarks.latency import Cost
@@ -173,18 +173,9 @@ def test_the_excess_adds_shares_of_sizes_and_differences_of_wer():
 
 
 @pytest.fixture
-def empty(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def few(clips, tmp_path) -> Path:
     """Two of the shipped clips."""
-    shutil.copytree(clips.parent / "test", tmp_path / "speech/test")
-    manifest = tmp_path / "speech/few.jsonl"
-    manifest.write_text("\n".join(clips.read_text().splitlines()[:2]) + "\n")
-    return manifest
+    return copy_of_some(clips, 2, tmp_path / "speech")
 
 
 @pytest.fixture

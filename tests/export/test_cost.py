@@ -6,7 +6,7 @@ import graph_macs
 import pytest
 import torch
 from dead_structure import kill
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from small_whisper import whisper_without_weights
 
 from benchmarks.speech.clips import read_manifest
 from edgewhisper import whisper
@@ -17,27 +17,13 @@ from export.cost import count_parameters, macs, macs_by_window, window_macs
 from export.shrink import shrink
 
 
-def dense(d_model, layers, heads):
-    config = WhisperConfig(
-        d_model=d_model,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=4 * d_model,
-        decoder_ffn_dim=4 * d_model,
-    )
-    with torch.device("meta"):
-        return WhisperForConditionalGeneration(config)
-
-
 @pytest.mark.parametrize(
     ("d_model", "layers", "heads", "millions"),
     [(384, 4, 6, 37.76), (512, 6, 8, 72.59), (768, 12, 12, 241.73)],
     ids=["tiny", "base", "small"],
 )
 def test_parameter_counts_are_those_published(d_model, layers, heads, millions):
-    result = count_parameters(dense(d_model, layers, heads))
+    result = count_parameters(whisper_without_weights(d_model, layers, heads))
     assert result["total"] == pytest.approx(millions * 1e6, abs=5000)
     assert result["token_table"] == 51865 * d_model
     assert result["rest"] == result["total"] - result["token_table"]
@@ -45,7 +31,7 @@ def test_parameter_counts_are_those_published(d_model, layers, heads, millions):
 
 def test_macs_of_tiny_match_the_hand_count():
     d, layers, positions, vocab = 384, 4, 1500, 51865
-    result = macs(dense(d, layers, 6))
+    result = macs(whisper_without_weights(d, layers, 6))
     linear = layers * 12 * d**2 * positions
     attention = layers * 2 * positions**2 * d
     stem = 80 * 3 * d * 2 * positions + d * 3 * d * positions
@@ -60,14 +46,14 @@ def test_macs_of_tiny_match_the_hand_count():
 
 
 def test_a_longer_context_costs_more_attention():
-    model = dense(384, 4, 6)
+    model = whisper_without_weights(384, 4, 6)
     more = macs(model, context=132)["decoder_per_token"] - macs(model)["decoder_per_token"]
     assert more == 100 * 4 * 2 * 384
 
 
 @pytest.mark.parametrize(("seconds", "share"), [(10, 0.28), (5, 0.13)])
 def test_a_short_window_of_small_costs_the_documented_share(seconds, share):
-    model = dense(768, 12, 12)
+    model = whisper_without_weights(768, 12, 12)
     result = macs(model, positions=50 * seconds)
     assert result["encoder"] / macs(model)["encoder"] == pytest.approx(share, abs=0.005)
     assert result["cross"] * 30 == macs(model)["cross"] * seconds

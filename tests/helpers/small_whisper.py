@@ -1,4 +1,4 @@
-"""Random small Whispers."""
+"""Random small Whispers, and Whispers without weights."""
 
 from __future__ import annotations
 
@@ -41,3 +41,18 @@ def random_whisper(
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.generation_config = GenerationConfig.from_pretrained(digits)
     return model
+
+
+def whisper_without_weights(d_model: int, layers: int, heads: int):
+    """A Whisper of a published size on the meta device: shapes only."""
+    config = WhisperConfig(
+        d_model=d_model,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=4 * d_model,
+        decoder_ffn_dim=4 * d_model,
+    )
+    with torch.device("meta"):
+        return WhisperForConditionalGeneration(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 
@@ -11,4 +12,12 @@ def manifest_of_some(clips: Path, chosen: slice, folder: Path) -> Path:
     lines = [json.dumps(row | {"audio": str(clips.parent / row["audio"])}) for row in rows]
     path = folder / "few.jsonl"
     path.write_text("\n".join(lines))
+    return path
+
+
+def copy_of_some(clips: Path, count: int, folder: Path) -> Path:
+    """Copy the sound files next to a manifest of its first clips, folder/few.jsonl."""
+    shutil.copytree(clips.parent / "test", folder / "test")
+    path = folder / "few.jsonl"
+    path.write_text("\n".join(clips.read_text().splitlines()[:count]) + "\n")
     return path

@@ -10,7 +10,6 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,19 +89,6 @@ def make_engine(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- over SSH
-
-
-@pytest.fixture(scope="module")
-def one_server(tmp_path_factory) -> Iterator[sshd.Server]:
-    server = sshd.Server(tmp_path_factory.mktemp("sshd"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(one_server, monkeypatch) -> sshd.Server:
-    one_server.fresh(monkeypatch)
-    return one_server
 
 
 @real_ssh

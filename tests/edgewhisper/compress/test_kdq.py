@@ -11,8 +11,8 @@ import pytest
 import torch
 from exported import irregular
 from scipy.special import log_softmax, softmax
+from small_whisper import whisper_without_weights
 from stored_weights import same_bits, stored_rows
-from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding, whisper
@@ -532,23 +532,11 @@ def test_a_missing_teacher_is_refused(tiny_whisper, context):
 # --------------------------------------------------------------------------------------------- size
 
 
-def of_size(d_model: int, layers: int, heads: int):
-    config = WhisperConfig(
-        d_model=d_model,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=4 * d_model,
-        decoder_ffn_dim=4 * d_model,
-    )
-    with torch.device("meta"):
-        return WhisperForConditionalGeneration(config)
-
-
 def test_sizes_are_those_of_the_paper():
-    small = published_bytes(of_size(768, 12, 12), 16)
-    base, tiny = (published_bytes(of_size(*size)) for size in ((512, 6, 8), (384, 4, 6)))
+    small = published_bytes(whisper_without_weights(768, 12, 12), 16)
+    base, tiny = (
+        published_bytes(whisper_without_weights(*size)) for size in ((512, 6, 8), (384, 4, 6))
+    )
     assert (small / 1e6, base / 1e6, tiny / 1e6) == pytest.approx((483.5, 93.46, 46.16), abs=0.05)
     assert base / 1e6 == pytest.approx(93.46, abs=0.005)
     assert tiny / 1e6 == pytest.approx(46.16, abs=0.005)
