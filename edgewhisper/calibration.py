@@ -60,6 +60,13 @@ class Moments:
         self.total += rows.sum(dim=0)
         self.products.addmm_(rows.T, rows)
 
+    def of(self, features: Tensor) -> "Moments":
+        """Return the moments of some of the features, given by their indices."""
+        part = Moments(len(features), self.total.device)
+        part.count, part.total = self.count, self.total[features]
+        part.products = self.products[features][:, features]
+        return part
+
     @property
     def mean(self) -> Tensor:
         """The mean of all rows, (width,)."""

@@ -4,6 +4,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
+
+from edgewhisper.runs import main_process
 
 LINE_S = 10.0
 """Seconds between two progress lines."""
@@ -57,3 +60,11 @@ def progress_bar(
     with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=steps, note="")
         yield lambda done, note: bar.update(task, completed=done, note=note)
+
+
+@contextmanager
+def progress_steps(steps: int, label: str) -> Iterator[Callable[[], None]]:
+    """Show a progress bar; yield a function that advances it by one step."""
+    counter = count(1)
+    with progress_bar(steps, None, main_process(), label) as show:
+        yield lambda: show(next(counter), "")

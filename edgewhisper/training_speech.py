@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.speech.clips import Clip, Samples, read_manifest
+from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.wer import score
-from edgewhisper import decoding, runs
-from edgewhisper.progress import progress_bar
 from edgewhisper.shipped import COMMON_VOICE, DEFAULT_MODEL, SPEECH
+from edgewhisper.transcripts import transcripts
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -88,15 +87,8 @@ def with_own_transcripts(
     The references of Common Voice lack case and punctuation. A model trained on them would lose
     both. Distil-Whisper (arXiv:2311.00430) trains on transcripts for the same reason.
     """
-    with progress_bar(len(clips), None, runs.main_process(), "transcripts to train on") as show:
-        texts = decoding.transcribe(
-            model,
-            processor,
-            Samples(clips),
-            [clip.lang for clip in clips],
-            max_tokens=4 * max(len(clip.text.split()) for clip in clips),
-            done=lambda finished: show(finished, ""),
-        )
+    limit = 4 * max(len(clip.text.split()) for clip in clips)
+    texts = transcripts(model, processor, clips, "transcripts to train on", limit)
     return [
         replace(clip, text=text) if text and agrees(clip, text) else clip
         for clip, text in zip(clips, texts, strict=True)

@@ -105,12 +105,22 @@ def _in_blocks(rows: Tensor, scheme: Scheme) -> Tensor:
     return functional.pad(rows, (0, -rows.shape[1] % width)).unflatten(1, (-1, width))
 
 
-def _codes(blocks: Tensor, scheme: Scheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _codes(blocks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Return codes as integer-valued floats, (out, blocks, width), and scales (out, blocks, 1)."""
-    scale = block_scales(blocks, scheme) if scale is None else scale
+    scale = block_scales(blocks, scheme)
+    return _rounded(blocks, scale, scheme), scale
+
+
+def _rounded(weights: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """Return the nearest codes as integer-valued floats."""
     lowest = -8 if scheme.bits == 4 else -LARGEST[scheme.bits]
     highest = 7 if scheme.bits == 4 else LARGEST[scheme.bits]
-    return (blocks / scale).round().clamp(lowest, highest), scale
+    return (weights / scale).round().clamp(lowest, highest)
+
+
+def on_grid(weights: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """Return the nearest weights on the grid of a scale that broadcasts to them."""
+    return _rounded(weights, scale, scheme) * scale
 
 
 def _quantised(blocks: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -132,7 +142,7 @@ def _on_own_grid(
             break
         others = blocks[~exact]  # (n, width)
         step = block_scales(others[None], scheme, largest)[0]
-        tried, _ = _codes(others, scheme, step)
+        tried = _rounded(others, step, scheme)
         fits = (tried * step == others).all(1)
         places = (~exact).nonzero()[fits]
         codes[places[:, 0], places[:, 1]] = tried[fits]

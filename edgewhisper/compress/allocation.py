@@ -1,9 +1,8 @@
-"""How much each part of a model loses: dynamic programming over levels of removal.
+"""Choose how much each part of a model is reduced: dynamic programming over levels of removal.
 
-Every part (a branch of a layer) can be had at several levels. A level saves some cost and loses
-something. The best selection of levels for a given total saving is a multiple-choice knapsack, as
-in SPDY (Frantar and Alistarh 2022, arXiv:2201.13096) and ZipLM (Kurtic et al. 2023,
-arXiv:2302.04089).
+Every part (a branch of a layer) has several levels. A level saves some cost and has a loss. The
+best selection of levels for a given total saving is a multiple-choice knapsack, as in SPDY (Frantar
+and Alistarh 2022, arXiv:2201.13096) and ZipLM (Kurtic et al. 2023, arXiv:2302.04089).
 """
 
 from collections.abc import Sequence
@@ -14,22 +13,22 @@ import numpy as np
 from export.problem import Problem
 
 BUCKETS = 4000
-"""Savings are counted in units of this share of the wanted total."""
+"""Savings are counted in units of 1/BUCKETS of the requested total."""
 
 
 class Level(NamedTuple):
-    """One way to have a part."""
+    """One size of a part."""
 
     kept: tuple[int, ...]
     """What remains: (units,) of a feed-forward branch; (heads, v_dim, qk_dim) of an attention."""
     saved: float
-    """Cost that is saved against the whole part."""
+    """Saved cost, compared with the dense part."""
     loss: float
-    """What the model loses, in units that are equal for all parts."""
+    """Loss of the model, in the same unit for all parts."""
 
 
 def front(levels: Sequence[Level]) -> list[Level]:
-    """The levels that no other level beats in both saving and loss, by rising saving."""
+    """Return the Pareto front of saving and loss, by rising saving."""
     best: list[Level] = []
     for level in sorted(levels, key=lambda level: (-level.saved, level.loss)):
         if not best or level.loss < best[-1].loss:
@@ -38,10 +37,10 @@ def front(levels: Sequence[Level]) -> list[Level]:
 
 
 def allocate(parts: Sequence[Sequence[Level]], wanted: float) -> list[Level]:
-    """One level of each part, with the smallest sum of losses that saves at least `wanted`.
+    """Return one level of each part, with the smallest sum of losses that saves at least `wanted`.
 
     Savings are rounded down to 1/4000 of `wanted`, so the result may save a little more than
-    needed. Raises Problem where the highest levels together save less.
+    needed. Raises Problem if the highest levels together save less.
     """
     fronts = [front(levels) for levels in parts]
     most = sum(levels[-1].saved for levels in fronts)
@@ -59,7 +58,7 @@ def allocate(parts: Sequence[Sequence[Level]], wanted: float) -> list[Level]:
     for levels in fronts:
         best, pick = add_part(best, levels, unit)
         picks.append(pick)
-    if not np.isfinite(best[-1]):  # lost in rounding: there is one selection only
+    if not np.isfinite(best[-1]):  # rounding left no selection but the highest levels
         return [levels[-1] for levels in fronts]
     return walk_back(fronts, picks, unit)
 
@@ -67,16 +66,16 @@ def allocate(parts: Sequence[Sequence[Level]], wanted: float) -> list[Level]:
 def add_part(
     best: np.ndarray, levels: Sequence[Level], unit: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The table with one more part, and which level each entry (saved units) took."""
+    """Return the table with one more part, and the level that each entry (saved units) uses."""
     total = len(best) - 1
     after = np.full(total + 1, np.inf)
     pick = np.zeros(total + 1, dtype=np.int64)
     index = np.arange(total + 1)
     for number, level in enumerate(levels):
         units = min(int(level.saved / unit), total)
-        found = best[np.maximum(index - units, 0)] + level.loss
-        better = found < after
-        after[better], pick[better] = found[better], number
+        losses = best[np.maximum(index - units, 0)] + level.loss
+        better = losses < after
+        after[better], pick[better] = losses[better], number
     return after, pick
 
 

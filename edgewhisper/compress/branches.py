@@ -1,13 +1,14 @@
-"""A Whisper as a sequence of residual branches, and the clips' states between them.
+"""Whisper as a sequence of residual branches, and the clips' states between them.
 
-A layer of Whisper adds the outputs of its branches to a stream of states:
+A layer of Whisper adds the outputs of its branches to the states:
 
     x <- x + self_attn(norm(x)),   x <- x + encoder_attn(norm(x), encoded),   x <- x + ffn(norm(x))
 
-The last linear layer of a branch (`out_proj` or `fc2`) reads features that nothing else reads. A
-method that goes through the branches in order keeps the states of all clips in front of the current
-branch, changes the branch, and moves the states behind it. Each branch then runs a few times per
-clip, however deep the model is, and memory holds one matrix of states per clip.
+The features that the last linear layer of a branch (`out_proj` or `fc2`) reads have no other
+reader. A method processes the branches in order: it keeps the input states of the current branch
+for all clips, changes the branch, and replaces the states by the branch's output. Each branch runs
+a few times per clip, whatever the depth of the model, and memory holds one matrix of states per
+clip.
 """
 
 import tempfile
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
 
 IN_MEMORY_BYTES = 400_000_000
-"""States beyond this are kept in files."""
+"""States that exceed this in total are stored in files."""
 
 Side = Literal["encoder", "decoder"]
 Kind = Literal["self_attn", "encoder_attn", "ffn"]
@@ -45,7 +46,7 @@ class Branch:
 
     @property
     def name(self) -> str:
-        """For example "encoder.0.self_attn" or "decoder.3.ffn"."""
+        """The name, for example "encoder.0.self_attn" or "decoder.3.ffn"."""
         return f"{self.side}.{self.layer}.{self.kind}"
 
     def layer_of(self, model: nn.Module) -> Any:
@@ -55,14 +56,14 @@ class Branch:
         return getattr(self.layer_of(model), self.kind)
 
     def last_of(self, model: nn.Module) -> nn.Module:
-        """The linear layer that writes to the stream."""
+        """Return the last linear layer, whose output is added to the states."""
         if self.kind == "ffn":
             return self.layer_of(model).fc2
         return self.attention_of(model).out_proj
 
 
 def branches_of(model: nn.Module, side: Side) -> list[Branch]:
-    """The branches of one side in the order in which they run."""
+    """Return the branches of one side in their order of execution."""
     kinds: tuple[Any, ...] = (*ATTENTIONS[side], "ffn")
     layers = getattr(model.model, side).layers
     return [Branch(side, i, kind) for i in range(len(layers)) for kind in kinds]
@@ -70,7 +71,7 @@ def branches_of(model: nn.Module, side: Side) -> list[Branch]:
 
 @dataclass
 class States:
-    """Tensors of clips by number. They are in memory as long as all together are small."""
+    """Tensors by clip number, in memory up to IN_MEMORY_BYTES and beyond it in files."""
 
     bytes: int = 0
     _kept: dict[int, Tensor] = field(default_factory=dict)
@@ -105,7 +106,8 @@ class States:
 
 
 def stem(model: "WhisperForConditionalGeneration", features: Tensor) -> Tensor:
-    """Log-mel features (1, mels, frames) -> states in front of the encoder's first branch."""
+    """Return the input states of the encoder's first branch for log-mel features (1, mels,
+    frames)."""
     encoder = model.model.encoder
     x = functional.gelu(encoder.conv1(features))
     x = functional.gelu(encoder.conv2(x)).transpose(1, 2)
@@ -113,18 +115,18 @@ def stem(model: "WhisperForConditionalGeneration", features: Tensor) -> Tensor:
 
 
 def embedded(model: "WhisperForConditionalGeneration", tokens: Tensor) -> Tensor:
-    """Tokens (1, n) -> states in front of the decoder's first branch."""
+    """Return the input states of the decoder's first branch for tokens (1, n)."""
     decoder = model.model.decoder
     return decoder.embed_tokens(tokens) + decoder.embed_positions.weight[: tokens.shape[1]]
 
 
 def causal_mask(size: int) -> Tensor:
-    """(1, 1, size, size): 0 where a token may look, minus infinity at later tokens."""
+    """Return (1, 1, size, size): 0 for earlier tokens and the token itself, -inf for later ones."""
     return torch.full((size, size), -torch.inf).triu(1)[None, None]
 
 
 def normed(model: nn.Module, branch: Branch, x: Tensor) -> Tensor:
-    """What the first linear layer of a branch reads."""
+    """Return the input of a branch's first linear layer."""
     layer = branch.layer_of(model)
     if branch.kind == "ffn":
         return layer.final_layer_norm(x)
@@ -132,7 +134,7 @@ def normed(model: nn.Module, branch: Branch, x: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, branch: Branch, x: Tensor, encoded: Tensor | None) -> Tensor:
-    """The output of a branch for states x (1, n, d_model), without the residual."""
+    """Return the output of a branch for states x (1, n, d_model), without the residual."""
     layer, y = branch.layer_of(model), normed(model, branch, x)
     if branch.kind == "ffn":
         return layer.fc2(layer.activation_fn(layer.fc1(y)))
@@ -144,11 +146,11 @@ def run(model: nn.Module, branch: Branch, x: Tensor, encoded: Tensor | None) -> 
 
 @contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list to which each call of the module appends its input."""
-    seen: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    """Yield a list to which each call of the module appends its input."""
+    recorded: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0]))
     try:
-        yield seen
+        yield recorded
     finally:
         hook.remove()
 
@@ -161,10 +163,10 @@ def logits_from(
     window: Window,
     encoded: Any,
 ) -> Tensor:
-    """Logits (tokens, vocabulary) of a clip whose states x stand in front of `branch`.
+    """Return the logits (tokens, vocabulary) of a clip with input states x of `branch`.
 
-    `encoded` is the encoder's output, which branches of the decoder need; branches of the encoder
-    make their own.
+    `encoded` is the encoder's output. It is needed for branches of the decoder, and computed for
+    branches of the encoder.
     """
     assert window.tokens is not None
     if branch.side == "encoder":
@@ -179,6 +181,6 @@ def logits_from(
 
 
 def later_branches(model: nn.Module, branch: Branch) -> Sequence[Branch]:
-    """The branch and those of its side behind it."""
+    """Return the branch and the later ones of its side."""
     branches = branches_of(model, branch.side)
     return branches[branches.index(branch) :]

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.problem import Problem
+
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from edgewhisper.alignment import Reference
 
 AT_ONCE = 8
-"""Clips in a batch of the evaluation. Where keys and values differ in width, torch makes the scores
+"""Clips in a batch of the evaluation. If keys and values differ in width, torch stores the scores
 of all pairs of positions: 16 clips of tiny.en then take 3 GB."""
 
 
@@ -39,6 +41,23 @@ class Context:
     scores: "dict[str, Score]" = field(default_factory=dict)
     """Cached dev scores, by a hash of the model and the clips."""
 
+    def calibration_clips(self, method: str, size: int) -> "list[Clip]":
+        """Return so many training clips, drawn by the seed; all if there are fewer.
+
+        Raises Problem if there are none. `method` is written before the error.
+        """
+        if not self.train:
+            raise Problem(
+                f"{method}: there are no clips to calibrate on", hint="pass speech with --speech"
+            )
+        return self.drawn(self.train, size)
+
+    def drawn(self, clips: "Sequence[Clip]", size: int) -> "list[Clip]":
+        """Return so many of the clips, drawn by the seed; all if there are fewer."""
+        from edgewhisper.examples import permutation
+
+        return [clips[i] for i in permutation(self.seed, 0, len(clips))[:size]]
+
     def wer(self, model: "WhisperForConditionalGeneration") -> "Score":
         """Return the dev score of the model: greedy transcripts against the clips' texts."""
         key = self._key(model)
@@ -48,24 +67,12 @@ class Context:
 
     def _evaluate(self, model: "WhisperForConditionalGeneration") -> "Score":
         from benchmarks.normalizers import name_for
-        from benchmarks.speech.clips import Samples
         from benchmarks.wer import score
-        from edgewhisper import decoding
-        from edgewhisper.progress import progress_bar
-        from edgewhisper.runs import main_process
+        from edgewhisper.transcripts import transcripts
 
-        pcms, languages = Samples(self.dev), [clip.lang for clip in self.dev]
         limit = self.token_limit()
-        with progress_bar(len(pcms), None, main_process(), "dev WER") as show:
-            texts = decoding.transcribe(
-                model,
-                self.processor,
-                pcms,
-                languages,
-                batch_size=AT_ONCE,
-                max_tokens=limit,
-                done=lambda clips: show(clips, ""),
-            )
+        texts = transcripts(model, self.processor, self.dev, "dev WER", limit, AT_ONCE)
+        languages = [clip.lang for clip in self.dev]
         labels = [clip.text for clip in self.dev]
         return score(labels, texts, name_for(self.dev, otherwise="none"), languages)
 

@@ -1,9 +1,9 @@
-"""What each branch of a model loses at each level, measured on the dense model.
+"""The loss of each branch at each level, measured on the dense model.
 
-The loss of a level is first that of the branch's own output, from the arithmetic of surgeon.py. Two
-levels of each kind of structure are then tried in the whole model, and the Kullback-Leibler
-divergence of its next-token distributions is measured on clips that the fit has seen and on others
-(walk.effect). The loss becomes a divergence by a power law through the two.
+The loss of a level is first that of the branch's own output (surgeon.py). Two levels of each kind
+of structure are then tried in the whole model. The Kullback-Leibler divergence of its next-token
+distributions is measured on clips of the fit and on others (walk.effect). A power law through the
+two converts losses to divergences.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,13 +20,14 @@ from edgewhisper.compress.fits import (
     GROUPS,
     Fit,
     branch_modules,
+    directions_of,
+    first_directions,
     fit_of,
     placed,
     put_units,
     reduce_scores,
     reduce_values,
     restored,
-    value_bases,
     whole_of,
 )
 from edgewhisper.compress.surgeon import (
@@ -42,16 +43,16 @@ if TYPE_CHECKING:
     from edgewhisper.compress.obs import Options
 
 TOKENS = 32
-"""Tokens of a window, where the budget is in MACs."""
+"""Tokens of a window if the budget is in MACs."""
 STEPS = 32
 """Levels of a feed-forward branch."""
 TINY = 1e-30
-"""Stands for zero in divisions: a dead branch writes nothing."""
+"""Replaces zero in divisions: the output of a dead branch is zero."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss of each size of one kind of structure. The first size is the whole."""
+    """The loss at each size of one kind of structure. The first size is the dense one."""
 
     sizes: list[int]
     losses: list[float]
@@ -61,13 +62,14 @@ class Curve:
 
 
 def sizes_of(total: int, step: int, most_removed: float) -> list[int]:
-    """Sizes to try: the whole, then multiples of `step` below it, down to the smallest allowed."""
+    """Return sizes to try: the dense one, then multiples of `step` down to the smallest allowed."""
     least = max(1, total * (1 - most_removed))
     return [total, *(n for n in range(total - 1, 0, -1) if n % step == 0 and n >= least)]
 
 
 def unit_curve(fit: Fit, options: "Options") -> tuple[Curve, Callable[[int], Tensor]]:
-    """The losses of numbers of units, and the units that go at each number."""
+    """Return the losses of numbers of units, and a function of a number that gives removed
+    units."""
     d = len(fit.h)
     step = max(1, -(-d // STEPS // options.round_to) * options.round_to) if d >= STEPS else 1
     sizes = sizes_of(d, step, options.most_removed)
@@ -79,7 +81,7 @@ def unit_curve(fit: Fit, options: "Options") -> tuple[Curve, Callable[[int], Ten
 
 
 def interpolated(counts: Tensor, losses: Sequence[float], at: int) -> float:
-    """The loss after so many single removals, between those of whole groups."""
+    """Return the loss after `at` single removals, interpolated between groups."""
     place = int(torch.searchsorted(counts, float(at)))
     if place == 0:
         return losses[0]
@@ -88,38 +90,39 @@ def interpolated(counts: Tensor, losses: Sequence[float], at: int) -> float:
 
 
 def head_curve(fit: Fit, total: int, options: "Options") -> Curve:
-    """The losses of numbers of heads."""
+    """Return the losses of numbers of heads."""
     sizes = sizes_of(total, 1, options.most_removed)
     removal = remove_blocks(fit.weight, fit.h, len(fit.h) // total, total - sizes[-1])
     return Curve(sizes, [removal.losses[total - size] for size in sizes])
 
 
 def value_curve(fit: Fit, total: int, options: "Options") -> Curve:
-    """The losses of numbers of value dimensions in each head."""
+    """Return the losses of numbers of value dimensions in each head."""
     width = len(fit.h) // total
+    directions = directions_of(fit, total, range(total))
     sizes = sizes_of(width, options.round_to, options.most_removed)
     losses = [0.0]
     for dims in sizes[1:]:
-        basis = placed(value_bases(fit, total, total, dims), len(fit.h))
+        basis = placed(first_directions(directions, dims), len(fit.h))
         losses.append(max(0.0, fitted_loss(fit.weight, fit.wanted, fit.h, basis)))
     return Curve(sizes, losses)
 
 
 def score_curve(sums: ScoreSums, options: "Options", damping: float) -> Curve:
-    """The losses of numbers of query and key dimensions in each head, as shares of the variance of
-    the scores; mean over heads."""
+    """Return the losses of numbers of query and key dimensions in each head, as shares of the
+    variance of the scores; mean over heads."""
     width = sums.queries.shape[-1]
     sizes = sizes_of(width, options.round_to, options.most_removed)
-    found = [
+    per_head = [
         score_directions(damped(q, damping), damped(k, damping))[2]
         for q, k in zip(sums.queries, sums.keys, strict=True)
     ]
-    shares = torch.stack([losses / losses.sum().clamp_min(TINY) for losses in found]).mean(0)
+    shares = torch.stack([losses / losses.sum().clamp_min(TINY) for losses in per_head]).mean(0)
     return Curve(sizes, [float(shares[size:].sum()) for size in sizes])
 
 
 def scaled(curve: Curve, measured: dict[int, float]) -> Curve:
-    """A curve in divergences: a power of its losses through the measured ones."""
+    """Convert the losses of a curve to divergences, by a power law through the measured ones."""
     points = sorted((curve.at(size), value) for size, value in measured.items())
     points = [(max(loss, TINY), max(value, 1e-9)) for loss, value in points]
     (low, first), (high, second) = points[0], points[-1]
@@ -139,7 +142,7 @@ def scaled(curve: Curve, measured: dict[int, float]) -> Curve:
 
 @dataclass(frozen=True)
 class Part:
-    """One branch at all levels."""
+    """One branch with its losses at all levels."""
 
     branch: Branch
     curves: dict[str, Curve]
@@ -147,7 +150,7 @@ class Part:
 
 
 def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> list[Part]:
-    """The curves of all branches, from one walk of the dense model."""
+    """Return the curves of all branches, from one pass through the dense model."""
     model, parts = walk.model, []
     first = branches_of(model, "encoder")[0]
     dense = walk.logits(first)
@@ -164,7 +167,7 @@ def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> l
 def measure_part(walk: Walk, branch: Branch, dense: list[list[Tensor]], options: "Options") -> Part:
     damping = damping_of(branch, options)
     fit = fit_of(branch.last_of(walk.model), walk.collect(branch), damping)
-    energy = max(float((fit.wanted * fit.weight).sum()), TINY)  # variance of what it writes
+    energy = max(float((fit.wanted * fit.weight).sum()), TINY)  # variance of its output
     tries: dict[str, tuple[Curve, Callable[[int], None]]] = {}
     if branch.kind == "ffn":
         if options.units:
@@ -218,7 +221,7 @@ def try_levels(
     dense: list[list[Tensor]],
     options: "Options",
 ) -> dict[int, float]:
-    """The divergence at about a quarter and a half of the structures removed."""
+    """Return the divergences with about a quarter and a half of the structures removed."""
     if not all(dense) or len(curve.sizes) < 2:
         return {}
     whole, measured = curve.sizes[0], {}
@@ -239,7 +242,7 @@ def damping_of(branch: Branch, options: "Options") -> float:
 
 
 def levels_of(model: nn.Module, part: Part, options: "Options") -> list[Level]:
-    """All ways to have a branch."""
+    """Return all levels of a branch."""
     weigh = options.decoder_weight if part.branch.side == "decoder" else 1.0
     whole = whole_of(model, part.branch)
     cost = cost_of(model, part.branch, options.budget_of)
@@ -256,13 +259,14 @@ def levels_of(model: nn.Module, part: Part, options: "Options") -> list[Level]:
     levels = []
     for kept in product(*(curve.sizes for curve in curves)):
         heads, values, scores = (c.at(size) for c, size in zip(curves, kept, strict=True))
-        loss = heads + (values + scores) * kept[0] / whole[0]  # what is left can lose dimensions
+        # only remaining heads can lose dimensions
+        loss = heads + (values + scores) * kept[0] / whole[0]
         levels.append(Level(kept, cost(whole) - cost(kept), weigh * loss))
     return levels
 
 
 def cost_of(model: nn.Module, branch: Branch, budget_of: str) -> Callable[[tuple[int, ...]], float]:
-    """Parameters, or multiply-accumulates of one window, of a branch at a level."""
+    """Return a function of a level: the branch's parameters, or its MACs in one window."""
     d, sound = model.config.d_model, model.config.max_source_positions
     rows = sound if branch.side == "encoder" else TOKENS
     source = sound if branch.kind == "encoder_attn" else rows

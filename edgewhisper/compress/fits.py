@@ -1,9 +1,9 @@
-"""Write a branch at a level: fewer units, heads or dimensions, and the rest refitted.
+"""Reduce a branch to a level: fewer units, heads or dimensions, and refitted remaining weights.
 
-Weights that are removed become zeros; export/shrink.py then makes the matrices smaller.
+Removed weights become zeros; export/shrink.py then makes the matrices smaller.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ GROUPS = 96
 
 @dataclass(frozen=True)
 class Fit:
-    """What the last layer of a branch writes (wanted, mean_y), and what it reads."""
+    """The regression of a branch's last layer: statistics of its input and its target output."""
 
     weight: Tensor
     """(d_out, d) W."""
@@ -40,13 +40,13 @@ class Fit:
     wanted: Tensor
     """(d_out, d) W H."""
     mean_x: Tensor
-    """(d,) mean of what the layer reads."""
+    """(d,) mean of the input."""
     mean_y: Tensor
-    """(d_out,) mean of what it writes."""
+    """(d_out,) mean of the output."""
 
 
 def fit_of(last: nn.Module, moments: Moments, damping: float) -> Fit:
-    """The regression of a last layer on its own outputs."""
+    """Return the regression of a last layer on its own output."""
     weight, bias = last.weight.detach().double(), last.bias.detach().double()
     h, mean_x = damped(moments.covariance, damping), moments.mean
     return Fit(weight, h, weight @ h, mean_x, weight @ mean_x + bias)
@@ -54,13 +54,13 @@ def fit_of(last: nn.Module, moments: Moments, damping: float) -> Fit:
 
 @torch.no_grad()
 def put(last: nn.Module, fit: Fit, weight: Tensor, mean_x: Tensor) -> None:
-    """Write a weight (d_out, d) and the bias that keeps the mean of the output."""
+    """Set a weight (d_out, d), and the bias that keeps the mean of the output."""
     last.weight.copy_(weight)
     last.bias.copy_(fit.mean_y - weight @ mean_x)
 
 
 def remove_units(model: nn.Module, branch: Branch, fit: Fit, units: int) -> None:
-    """Leave so many units of a feed-forward branch."""
+    """Reduce a feed-forward branch to a number of units."""
     d = len(fit.h)
     removal = remove_columns(fit.weight, fit.h, max(1, d // GROUPS), d - units)
     put_units(model, branch, fit, torch.cat([*removal.order, torch.empty(0).long()]))
@@ -77,7 +77,7 @@ def put_units(model: nn.Module, branch: Branch, fit: Fit, removed: Tensor) -> No
 
 @torch.no_grad()
 def reduce_values(model: nn.Module, branch: Branch, fit: Fit, heads: int, dims: int) -> None:
-    """Leave so many heads of an attention, and so many value dimensions of each."""
+    """Reduce an attention to a number of heads and of value dimensions per head."""
     attention = branch.attention_of(model)
     total = attention.num_heads
     width = len(fit.h) // total
@@ -96,23 +96,33 @@ def reduce_values(model: nn.Module, branch: Branch, fit: Fit, heads: int, dims: 
 
 
 def value_bases(fit: Fit, total: int, heads: int, dims: int) -> dict[int, Tensor]:
-    """Head that remains -> the directions of its values that remain, (dims, width)."""
+    """Return the remaining directions of values, (dims, width), of each remaining head."""
     width = len(fit.h) // total
-    gone = remove_blocks(fit.weight, fit.h, width, total - heads).order
-    removed = {int(group[0]) // width for group in gone}
+    groups = remove_blocks(fit.weight, fit.h, width, total - heads).order
+    removed = {int(group[0]) // width for group in groups}
     left = [head for head in range(total) if head not in removed]
     if dims == width:
         return {head: torch.eye(width, dtype=fit.h.dtype) for head in left}
-    columns = torch.cat([torch.arange(head * width, (head + 1) * width) for head in left])
+    return first_directions(directions_of(fit, total, left), dims)
+
+
+def directions_of(fit: Fit, total: int, heads: Sequence[int]) -> dict[int, Tensor]:
+    """Return the directions of values, (width, width), of each of these heads by importance, if
+    only these heads remain."""
+    width = len(fit.h) // total
+    columns = torch.cat([torch.arange(head * width, (head + 1) * width) for head in heads])
     weight = refit_columns(fit.wanted, fit.h, columns)
-    directions, _ = value_directions(weight, fit.h[columns][:, columns], heads)
-    return {
-        head: orthonormal_rows(rows[:dims]) for head, rows in zip(left, directions, strict=True)
-    }
+    directions, _ = value_directions(weight, fit.h[columns][:, columns], len(heads))
+    return dict(zip(heads, directions, strict=True))
+
+
+def first_directions(directions: dict[int, Tensor], dims: int) -> dict[int, Tensor]:
+    """Return an orthonormal basis (dims, width) of each head's first directions."""
+    return {head: orthonormal_rows(rows[:dims]) for head, rows in directions.items()}
 
 
 def placed(bases: dict[int, Tensor], d: int) -> Tensor:
-    """Directions of heads -> rows over the features of all heads, (heads * dims, d)."""
+    """Return the directions of heads as rows over the features of all heads, (heads * dims, d)."""
     rows = []
     for head, basis in bases.items():
         dims, width = basis.shape
@@ -124,7 +134,8 @@ def placed(bases: dict[int, Tensor], d: int) -> Tensor:
 
 @torch.no_grad()
 def rotate(linear: nn.Module, own: slice, rows: Tensor) -> None:
-    """One head's outputs (width) of a projection become rows @ outputs, and zeros behind them."""
+    """Replace the outputs (width) of one head of a projection by rows @ outputs, padded with
+    zeros."""
     end = own.start + len(rows)
     parameters = [linear.weight] + ([] if linear.bias is None else [linear.bias])
     for parameter in parameters:
@@ -136,7 +147,7 @@ def rotate(linear: nn.Module, own: slice, rows: Tensor) -> None:
 def reduce_scores(
     model: nn.Module, branch: Branch, sums: ScoreSums, dims: int, damping: float
 ) -> None:
-    """Leave so many dimensions of queries and keys in each head."""
+    """Reduce queries and keys to a number of dimensions per head."""
     attention = branch.attention_of(model)
     width = attention.head_dim
     if dims == width:
@@ -151,7 +162,7 @@ def reduce_scores(
 
 
 def whole_of(model: nn.Module, branch: Branch) -> tuple[int, ...]:
-    """(units,) of a feed-forward branch; (heads, value dims, score dims) of an attention."""
+    """Return (units,) of a feed-forward branch; (heads, value dims, score dims) of an attention."""
     inputs = branch.last_of(model).weight.shape[1]
     if branch.kind == "ffn":
         return (inputs,)
@@ -160,13 +171,13 @@ def whole_of(model: nn.Module, branch: Branch) -> tuple[int, ...]:
 
 
 def branch_modules(model: nn.Module, branch: Branch) -> nn.Module:
-    """The module whose weights a level changes."""
+    """Return the module whose weights a level changes."""
     return branch.last_of(model) if branch.kind == "ffn" else branch.attention_of(model)
 
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Afterwards the module has the weights that it had before."""
+    """Restore the weights of the module after the block."""
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     try:
         yield

@@ -27,19 +27,20 @@ it compute (see walk.py). Export stores exactly these weights (export/quantise.p
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from edgewhisper.calibration import Moments
-from edgewhisper.compress.branches import Branch, branches_of, inputs_of, run
+from edgewhisper.compress.branches import SIDES, Branch, branches_of
+from edgewhisper.compress.calibration_speech import decoder_speech
 from edgewhisper.compress.context import Context
-from edgewhisper.compress.obs import calibration_speech, progress
 from edgewhisper.compress.qat import counted, note_bits, settle
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.surgeon import damped, invert
 from edgewhisper.compress.walk import Walk
+from edgewhisper.progress import progress_steps
 from edgewhisper.recipe import Range
 from export.onnx.tables import column_exponents
 from export.problem import Problem
@@ -49,6 +50,7 @@ from export.quantise import (
     column_factors,
     fake_quantise,
     is_quantised,
+    on_grid,
     schemes,
 )
 
@@ -77,10 +79,9 @@ class Options:
     """Bits of the convolutions, rounded to nearest; 32: float16 in an int4 artifact."""
     layers: str = "*"
     """Shell pattern of the linear layers that get these bits."""
-    scales: Literal["channel"] = "channel"
+    scales: ClassVar = "channel"
     block: Literal[16, 32, 64, 128, 256] = 32
     """Number of neighbouring inputs that share a scale of 2 bytes."""
-    half_scales: Literal[True] = True
 
     clips: Annotated[int, Range(1)] = 100
     """Calibration clips, drawn from the training clips by the seed; all if fewer."""
@@ -112,56 +113,76 @@ def apply(
             "gptq: the model is quantised already",
             hint="start from the checkpoint before that step",
         )
-    if not context.train:
-        raise Problem("gptq: there are no clips to calibrate on", hint="name a speech manifest")
+    clips = context.calibration_clips("gptq", options.clips)
     home, training = next(model.parameters()).device, model.training
     model, _ = slimmed(model.cpu().eval())  # statistics are float64, which some devices lack
-    speech = calibration_speech(model, context.train, options.clips, options.own_words, context)
+    speech = decoder_speech(model, clips, options.own_words, context, "gptq")
+    note_grids(model, options)
+    chosen = schemes(model)
+    errors = quantise_in_order(Walk(model, speech), chosen, options)
+    settle(chosen)  # layers in 8 and 16 bits
+    context.record["gptq"] = {
+        "clips": len(clips),
+        "weights": counted(chosen),
+        "error": {name: {"gptq": e[0], "nearest": e[1]} for name, e in errors.items()},
+    }
+    return model.to(home).train(training)
+
+
+def note_grids(model: "WhisperForConditionalGeneration", options: Options) -> None:
+    """Write bits, scales and column exponents into config.edgewhisper, where export reads them."""
     note_bits(model, options)
     model.config.edgewhisper["half_scales"] = True
     table = model.model.decoder.embed_tokens
     if options.token_table == 4 and not hasattr(table, "rows"):
         exponents = column_exponents(table.weight.detach().numpy())
         model.config.edgewhisper["token_columns"] = exponents
-    chosen = schemes(model)
-    errors: dict[str, list[float]] = {}
-    walk = Walk(model, speech)
-    branches = [*branches_of(model, "encoder"), *branches_of(model, "decoder")]
-    with progress(len(branches) + 1, "gptq: quantising branches") as done:
-        for branch in branches:
-            if branch.side == "decoder" and walk.side == "encoder":
-                walk.enter_decoder()
-            decoder = branch.side == "decoder"
-            damping = options.decoder_damping if decoder else options.damping
-            errors |= quantise_branch(walk, branch, chosen, damping)
-            walk.move(branch)
-            done()
-        errors |= quantise_table(walk, chosen, options.table_damping)
-        done()
-    settle(chosen)  # layers in 8 and 16 bits
-    context.record["gptq"] = {"clips": len(speech.clips), "weights": counted(chosen)}
-    context.record["gptq"]["error"] = {
-        name: {"gptq": ours, "nearest": nearest} for name, (ours, nearest) in errors.items()
-    }
-    return model.to(home).train(training)
 
 
 # ------------------------------------------------------------------------------- along the model
 
 
+def quantise_in_order(
+    walk: Walk, chosen: dict[nn.Module, Scheme], options: Options
+) -> dict[str, list[float]]:
+    """Quantise all branches and the token table. Returns the errors of each layer, see
+    quantise_linear."""
+    errors: dict[str, list[float]] = {}
+    branches = {side: branches_of(walk.model, side) for side in SIDES}
+    steps = sum(map(len, branches.values())) + 1
+    with progress_steps(steps, "gptq: quantising branches") as done:
+        for side, damping in zip(SIDES, (options.damping, options.decoder_damping), strict=True):
+            if side == "decoder":
+                walk.enter_decoder()
+            for branch in branches[side]:
+                errors |= quantise_branch(walk, branch, chosen, damping)
+                walk.move(branch)
+                done()
+        errors |= quantise_table(walk, chosen, options.table_damping)
+        done()
+    return errors
+
+
 def quantise_branch(
     walk: Walk, branch: Branch, chosen: dict[nn.Module, Scheme], damping: float
 ) -> dict[str, list[float]]:
-    """Quantise the 4-bit layers of a branch; the walk's states are those in front of it."""
+    """Quantise the 4-bit layers of a branch; the walk's states are its input."""
     owner = branch.layer_of(walk.model) if branch.kind == "ffn" else branch.attention_of(walk.model)
     errors = {}
     for group in INPUTS[branch.kind]:
-        of_encoded = branch.kind == "encoder_attn" and "k_proj" in group
+        of_encoder = branch.kind == "encoder_attn" and "k_proj" in group
+        shared: Moments | None = None
         for name, module in parts(owner, group):
             scheme = chosen.get(module, Scheme(32))
-            if scheme.bits == 4:
-                moments = moments_of(walk, branch, module, of_encoded)
-                errors[f"{branch.name}.{name}"] = quantise_linear(module, moments, scheme, damping)
+            if scheme.bits != 4:
+                continue
+            if name.endswith(".up"):  # its input is the output of its own first factor
+                moments = walk.collect(branch, module, of_encoder)
+            else:
+                moments = shared = shared or walk.collect(branch, module, of_encoder)
+            kept = getattr(module, "inputs", None)
+            moments = moments if kept is None else moments.of(kept)
+            errors[f"{branch.name}.{name}"] = quantise_linear(module, moments, scheme, damping)
     return errors
 
 
@@ -179,21 +200,6 @@ def parts(owner: Any, names: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def moments_of(walk: Walk, branch: Branch, module: nn.Module, of_encoded: bool) -> Moments:
-    """Return the moments of the features that a linear layer multiplies with, (d_in,)."""
-    moments = Moments(module.weight.shape[1])
-    for i in walk.heard():
-        x = walk.states[i]
-        with inputs_of(module) as inputs:
-            run(walk.model, branch, x, walk.encoded_of(branch, i))
-        sound = branch.side == "encoder" or of_encoded
-        rows = inputs[0][0, : walk.windows[i].positions if sound else x.shape[1]]
-        kept = getattr(module, "inputs", None)
-        moments.add(rows if kept is None else rows[:, kept])
-    return moments
-
-
-@torch.no_grad()
 def quantise_table(
     walk: Walk, chosen: dict[nn.Module, Scheme], damping: float
 ) -> dict[str, list[float]]:
@@ -203,7 +209,7 @@ def quantise_table(
     if scheme.bits != 4:
         return {}
     moments = Moments(table.weight.shape[1])
-    for i in walk.heard():
+    for i in walk.counted_windows():
         moments.add(norm(walk.states[i])[0])
     factors = column_factors(scheme).double()
     h = damped(moments.products / moments.count, damping) * torch.outer(factors, factors)
@@ -244,7 +250,7 @@ def round_inputs(weight: Tensor, h: Tensor, scheme: Scheme) -> Tensor:
         errors = torch.empty_like(block)
         for j in range(end - start):
             step = scale[:, start + j]
-            rounded = step * (block[:, j] / step).round().clamp(-8, 7)
+            rounded = on_grid(block[:, j], step, scheme)
             errors[:, j] = (block[:, j] - rounded) / u[j, j]
             block[:, j] = rounded
             block[:, j + 1 :] -= torch.outer(errors[:, j], u[j, j + 1 :])
@@ -263,7 +269,7 @@ def scales_of(weight: Tensor, h: Tensor, scheme: Scheme) -> Tensor:
     least = torch.full(blocks.shape[:2], torch.inf)
     for shrink in SHRINKS:
         scale = block_scales(blocks * shrink, scheme)
-        rounded = scale * (blocks / scale).round().clamp(-8, 7)
+        rounded = on_grid(blocks, scale, scheme)
         error = ((rounded - blocks).square() * importance).sum(2)
         better = error < least
         best = scale if best is None else torch.where(better[..., None], scale, best)

@@ -76,13 +76,13 @@ from edgewhisper.compress.low_rank import (
     square_root,
     weight_of,
 )
-from edgewhisper.compress.output_statistics import OutputStatistics, Roots, calibrate, progress
+from edgewhisper.compress.output_statistics import OutputStatistics, Roots, calibrate
 from edgewhisper.compress.ranks import Choice, allocate, choices, energy_at, rank_for, worth_it
 from edgewhisper.compress.shared_attention import share_attention
 from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import distance_term
-from edgewhisper.examples import permutation
 from edgewhisper.model_modes import without_gradients
+from edgewhisper.progress import progress_steps
 from edgewhisper.recipe import Range
 from edgewhisper.training import LossTerm, Training, train
 from edgewhisper.whisper import LowRank, input_of, linears, reads_audio, side_and_layer
@@ -213,11 +213,9 @@ def chosen(model: nn.Module, pattern: str) -> list[str]:
 
 
 def calibration_speech(options: Options, context: Context) -> Speech:
-    """Draw the calibration clips from the training clips. Raises Problem if there are none."""
-    if not context.train:
-        raise Problem("lite: there are no clips to calibrate on", hint="pass speech with --speech")
-    order = permutation(context.seed, 0, len(context.train))[: options.clips]
-    return Speech([context.train[i] for i in order], context.processor, options.mask_padding)
+    """Return the calibration speech. Raises Problem if there are no training clips."""
+    clips = context.calibration_clips("lite", options.clips)
+    return Speech(clips, context.processor, options.mask_padding)
 
 
 def fastest_device() -> torch.device:
@@ -290,7 +288,7 @@ def split_at_once(
 ) -> None:
     """Apply (5) to every layer, with the statistics of the original model."""
     split_ranks = {name: rank for name, rank in ranks.items() if rank is not None}
-    with progress(len(split_ranks), "lite: splitting") as done:
+    with progress_steps(len(split_ranks), "lite: splitting") as done:
         for name, rank in split_ranks.items():
             weight, bias = weight_of(model, name), model.get_submodule(name).bias
             own = None if bias is None else exact(bias)
@@ -320,7 +318,7 @@ def split_in_turn(
         list(group) for _, group in groupby(ranks, lambda n: (input_of(n), side_and_layer(n)))
     ]
     changed = False
-    with progress(len(groups) * len(speech.clips), "lite: splitting layer by layer") as done:
+    with progress_steps(len(groups) * len(speech.clips), "lite: splitting layer by layer") as done:
         for group in groups:
             changed = changed or any(ranks[name] for name in group)
             if not changed:  # inputs are still those of the original, so (A) returns W

@@ -4,16 +4,14 @@ The covariance of a layer's outputs follows from that of its inputs, so layers t
 share one matrix, and no activation is stored.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from edgewhisper.calibration import Moments, Point, Speech, collect, exact
 from edgewhisper.compress.low_rank import inputs_of, spectrum, square_root, weight_of
-from edgewhisper.progress import progress_bar
-from edgewhisper.runs import main_process
+from edgewhisper.progress import progress_steps
 from edgewhisper.whisper import input_of
 
 if TYPE_CHECKING:
@@ -38,7 +36,7 @@ class OutputStatistics:
         self.positions = max(m.count for m in moments.values())
         self.roots: dict[Point, Roots] = {}
         self.variances: dict[str, Tensor] = {}
-        with progress(len(moments) + len(points), "lite: principal components") as done:
+        with progress_steps(len(moments) + len(points), "lite: principal components") as done:
             while moments:  # keeping moments and roots together would need twice the memory
                 point, moment = moments.popitem()
                 self.roots[point] = Roots(moment.mean, square_root(moment.covariance))
@@ -68,7 +66,7 @@ def calibrate(
 ) -> OutputStatistics:
     """Run the speech through the model; return the statistics of the layers' outputs."""
     points = observation_points(model, names)
-    with progress(len(speech.clips), "lite: calibrating") as done:
+    with progress_steps(len(speech.clips), "lite: calibrating") as done:
         moments = collect(model, dict.fromkeys(points.values()), speech, done)
     return OutputStatistics(model, moments, points)
 
@@ -88,17 +86,3 @@ def observation_points(model: nn.Module, names: Sequence[str]) -> dict[str, Poin
         for name in group:
             points[name] = Point(name, "output") if direct else Point(source)
     return points
-
-
-@contextmanager
-def progress(steps: int, label: str) -> Iterator[Callable[[], None]]:
-    """Show a progress bar; yield a function that advances it by one step."""
-    done = 0
-    with progress_bar(steps, None, main_process(), label) as show:
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            show(done, "")
-
-        yield step

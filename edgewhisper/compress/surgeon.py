@@ -1,10 +1,10 @@
 """The arithmetic of `obs`: which inputs of a linear layer to remove, and how to refit the rest.
 
     here          shape          meaning
-    weight        (d_out, d)     W, a layer that reads features a: y = W a + b
+    weight        (d_out, d)     W of a layer y = W a + b with input features a
     H             (d, d)         damped covariance of a: Cov(a) + damping * mean variance * I
-    inverse       (d, d)         H^-1, of what is not removed yet
-    S                            the features that are removed together
+    inverse       (d, d)         H^-1 of the remaining features
+    S                            features that are removed together
 
     loss of removing S    = tr(W_S ((H^-1)_SS)^-1 W_S^T)                                      (1)
     W                    <- W - W_S ((H^-1)_SS)^-1 (H^-1)_S,:                                 (2)
@@ -23,7 +23,8 @@ from torch import Tensor
 
 
 class Removal(NamedTuple):
-    """The order in which groups of features go, and the loss after each number of groups."""
+    """The order in which groups of features are removed, and the loss after each number of
+    groups."""
 
     order: list[Tensor]
     """Feature indices of each group, the first one to be removed first."""
@@ -32,7 +33,7 @@ class Removal(NamedTuple):
 
 
 def damped(covariance: Tensor, damping: float) -> Tensor:
-    """H (d, d). A constant input has variance 0; the smallest float keeps H invertible."""
+    """Return H (d, d). A constant input has variance 0; a tiny number keeps H invertible."""
     mean = covariance.diagonal().mean()
     tiny = torch.finfo(covariance.dtype).tiny ** 0.5
     return covariance + (damping * mean + tiny) * torch.eye(
@@ -41,12 +42,12 @@ def damped(covariance: Tensor, damping: float) -> Tensor:
 
 
 def invert(matrix: Tensor) -> Tensor:
-    """The inverse of a symmetric positive definite matrix."""
+    """Return the inverse of a symmetric positive definite matrix."""
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
 
 def remove_columns(weight: Tensor, h: Tensor, size: int, most: int) -> Removal:
-    """Greedy removal of single columns, `size` of them at a time, at most `most` in all.
+    """Remove single columns greedily, `size` at a time, at most `most` in total.
 
     Scores are (1) for each column alone; the loss of a step is (1) of its columns together. With
     size = 1 this is the exact greedy order.
@@ -67,7 +68,7 @@ def remove_columns(weight: Tensor, h: Tensor, size: int, most: int) -> Removal:
 
 
 def remove_blocks(weight: Tensor, h: Tensor, width: int, most: int) -> Removal:
-    """Greedy removal of blocks of `width` adjacent columns (attention heads), one at a time."""
+    """Remove blocks of `width` adjacent columns (attention heads) greedily, one at a time."""
     weight, inverse = weight.clone(), invert(h)
     left = torch.arange(len(h), device=h.device)
     order: list[Tensor] = []
@@ -83,7 +84,7 @@ def remove_blocks(weight: Tensor, h: Tensor, width: int, most: int) -> Removal:
 
 
 def loss_of(weight: Tensor, inverse: Tensor, group: Tensor) -> Tensor:
-    """The loss of removing one group of columns, (1)."""
+    """Return the loss of removing one group of columns, (1)."""
     columns = weight[:, group]  # (d_out, s)
     solved = torch.linalg.solve(inverse[group][:, group], columns.T)
     return (columns.T * solved).sum()
@@ -92,7 +93,8 @@ def loss_of(weight: Tensor, inverse: Tensor, group: Tensor) -> Tensor:
 def eliminate(
     weight: Tensor, inverse: Tensor, group: Tensor
 ) -> tuple[float, Tensor, Tensor, Tensor]:
-    """Apply (1), (2) and (3) to one group -> loss, then weight, inverse and indices of the rest."""
+    """Apply (1), (2) and (3) to one group. Returns the loss, and weight, inverse and indices of the
+    remaining columns."""
     kept = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
     kept[group] = False
     rest = kept.nonzero().flatten()
@@ -104,14 +106,14 @@ def eliminate(
     return loss, weight, inverse, rest
 
 
-# --------------------------------------------------------------------------- what remains, refitted
+# --------------------------------------------------------------------------- refitting the rest
 
 
 def refit(wanted: Tensor, h: Tensor, basis: Tensor) -> Tensor:
-    """W' (d_out, r) that minimises tr((W - W' B) H (W - W' B)^T).
+    """Return W' (d_out, r) that minimises tr((W - W' B) H (W - W' B)^T).
 
-    `wanted` is W H (d_out, d): what the layer should write, against what it reads. The rows of
-    `basis` B (r, d) are the directions that remain. Rows of an identity matrix give the result
+    `wanted` is W H (d_out, d), the covariance of output and input. The rows of `basis` B (r, d) are
+    the remaining directions. Rows of an identity matrix give the result
     of (2), without its rounding.
     """
     inside = basis @ h @ basis.T  # (r, r)
@@ -119,13 +121,13 @@ def refit(wanted: Tensor, h: Tensor, basis: Tensor) -> Tensor:
 
 
 def refit_columns(wanted: Tensor, h: Tensor, kept: Tensor) -> Tensor:
-    """`refit` where single columns remain: W' (d_out, kept)."""
+    """The same as `refit` for remaining single columns: W' (d_out, kept)."""
     inside = h[kept][:, kept]
     return torch.cholesky_solve(wanted[:, kept].T, torch.linalg.cholesky(inside)).T
 
 
 def fitted_loss(weight: Tensor, wanted: Tensor, h: Tensor, basis: Tensor) -> float:
-    """tr((W - W' B) H (W - W' B)^T) at the W' of `refit`."""
+    """Return tr((W - W' B) H (W - W' B)^T) at the W' of `refit`."""
     whole = (wanted * weight).sum()  # tr(W H W^T)
     return float(whole - (refit(wanted, h, basis) * (wanted @ basis.T)).sum())
 
@@ -134,18 +136,18 @@ def fitted_loss(weight: Tensor, wanted: Tensor, h: Tensor, basis: Tensor) -> flo
 
 
 def roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root of a positive definite matrix, and its inverse."""
+    """Return the symmetric square root of a positive definite matrix, and its inverse."""
     values, axes = torch.linalg.eigh(matrix)
     values = values.clamp_min(torch.finfo(matrix.dtype).eps * values[-1]).sqrt()
     return (axes * values) @ axes.T, (axes / values) @ axes.T
 
 
 def value_directions(weight: Tensor, h: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Directions of each head's values by what they write, the most important one first.
+    """Return directions of each head's values by their share of the output, largest first.
 
     weight (d_out, heads * v), h (heads * v, heads * v) -> directions (heads, v, v) as rows, and the
-    loss (heads, v) of removing each. The covariance of a head is the one that the other heads
-    cannot make up for, ((H^-1)_SS)^-1. Truncation to the first rows is the best possible for one
+    loss (heads, v) of removing each. The covariance of a head is conditional on the other
+    heads, ((H^-1)_SS)^-1. Truncation to the first rows is the best possible for one
     head (Eckart and Young): removal of channels after a rotation never loses more than without.
     """
     inverse, width = invert(h), len(h) // heads
@@ -159,13 +161,13 @@ def value_directions(weight: Tensor, h: Tensor, heads: int) -> tuple[Tensor, Ten
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
-    """(r, d) -> an orthonormal basis of the same row space. Channels keep their usual sizes, which
-    grids of few bits need."""
+    """Return an orthonormal basis (r, d) of the row space. Channels keep their usual sizes, which
+    low-bit grids need."""
     return torch.linalg.qr(rows.T).Q.T
 
 
 def score_directions(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One head's scores q^T k in the best directions.
+    """Return the best directions for the scores q^T k of one head.
 
     Covariances of queries and keys (d, d) -> L (d, d), R (d, d), losses (d,): with the first r rows
     of U and V of L = U and R = V, q^T k is nearly (U q)^T (V k), and the loss is the variance of
@@ -179,7 +181,7 @@ def score_directions(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Other factors (r, d) of left^T right (d, d), whose rows are orthogonal and of equal size."""
+    """Return other factors (r, d) of left^T right (d, d), with orthogonal rows of equal size."""
     u, r_left = torch.linalg.qr(left.T)
     v, r_right = torch.linalg.qr(right.T)
     x, sizes, y = torch.linalg.svd(r_left @ r_right.T)

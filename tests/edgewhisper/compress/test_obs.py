@@ -36,7 +36,8 @@ from edgewhisper.compress.surgeon import (
     score_directions,
     value_directions,
 )
-from edgewhisper.compress.walk import ScoreSums, Walk, divergence, effect
+from edgewhisper.compress.teacher import divergence
+from edgewhisper.compress.walk import ScoreSums, Walk, effect
 from export.cost import count_parameters, macs, window_macs
 from export.problem import Problem
 
@@ -331,7 +332,7 @@ def test_an_effect_is_the_geometric_mean_over_both_groups_of_clips():
     uniform = torch.full((3, 2), 0.5).log()
     skewed = torch.tensor([[0.9, 0.1]] * 3).log()
     milder = torch.tensor([[0.6, 0.4]] * 3).log()
-    pair = divergence([uniform], [skewed]), divergence([uniform], [milder])
+    pair = float(divergence(uniform, skewed)), float(divergence(uniform, milder))
     assert pair[0] == pytest.approx(0.5 * np.log(0.25 / 0.09), rel=1e-5)  # by hand
     found = effect([[uniform], [uniform]], [[skewed], [milder]])
     assert found == pytest.approx((pair[0] * pair[1]) ** 0.5)
@@ -380,16 +381,16 @@ def test_padding_does_not_matter(make_whisper, few, processor, monkeypatch):
     torch.testing.assert_close(before.covariance, after.covariance)
 
 
-def test_judges_do_not_count_in_the_statistics(make_whisper, few, processor):
+def test_held_out_clips_do_not_count_in_the_statistics(make_whisper, few, processor):
     model = make_whisper()
     branch = branches_of(model, "encoder")[0]
     alone = Walk(model, speech(few[:2], processor))
-    judged = Walk(model, speech(few[:2], processor), judges=speech(few[2:], processor))
-    assert judged.judging() == [[0, 1], [2, 3]]
-    assert alone.judging() == [[], []]
-    assert [len(group) for group in judged.logits(branch)] == [2, 2]
-    torch.testing.assert_close(alone.collect(branch).covariance, judged.collect(branch).covariance)
-    scores = [walk.collect_scores(branch).keys for walk in (alone, judged)]
+    both = Walk(model, speech(few[:2], processor), held_out=speech(few[2:], processor))
+    assert both.effect_windows() == [[0, 1], [2, 3]]
+    assert alone.effect_windows() == [[], []]
+    assert [len(group) for group in both.logits(branch)] == [2, 2]
+    torch.testing.assert_close(alone.collect(branch).covariance, both.collect(branch).covariance)
+    scores = [walk.collect_scores(branch).keys for walk in (alone, both)]
     torch.testing.assert_close(*scores)
 
 
@@ -431,7 +432,7 @@ def test_a_share_of_macs_is_reached(make_whisper, context):
 
 def test_half_of_the_units_cost_less_than_masking_by_size(make_whisper, few, processor):
     model = make_whisper()
-    walk = Walk(model, speech(few, processor), judges=speech(few, processor))
+    walk = Walk(model, speech(few, processor), held_out=speech(few, processor))
     branch = branches_of(model, "encoder")[1]
     walk.move(branches_of(model, "encoder")[0])
     dense = walk.logits(branch)
