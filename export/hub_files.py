@@ -11,10 +11,15 @@ from torch import nn
 
 def save_hub_files(model: nn.Module, processor: Any, out: Path) -> None:
     """Save the configuration, tokenizer and feature extractor, for tools that read them."""
-    parts = (model.config, model.generation_config, processor.tokenizer)
-    for part in (*parts, processor.feature_extractor):
-        part.save_pretrained(out)
+    save_configuration(model, processor, out)
+    processor.tokenizer.save_pretrained(out)
     write_compactly(out / "tokenizer.json")
+
+
+def save_configuration(model: nn.Module, processor: Any, out: Path) -> None:
+    """Save the files of `save_hub_files` without the tokenizer, which tokens.json replaces."""
+    for part in (model.config, model.generation_config, processor.feature_extractor):
+        part.save_pretrained(out)
 
 
 def write_compactly(path: Path) -> None:

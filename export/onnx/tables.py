@@ -11,10 +11,13 @@ from export.onnx.layers import float_table, nbits_product, quantise, scale_table
 from export.quantise import Scheme, column_factors, pack
 from export.weights import Floats
 
-SINUSOID_ERROR = {False: 1e-5, True: 2**-12 + 2**-14}
-"""Halved floats -> largest difference from Whisper's sinusoids at which positions are computed
-instead of stored. Storing them as float16 has an error of 2**-12; OpenAI's own table, stored as
-float16, differs by 2.8e-4."""
+SINUSOID_ERROR = 1e-5
+"""Largest difference from Whisper's sinusoids at which positions are computed instead of stored."""
+HALF_STEP = 2**-11
+"""The same for a table of float16 and sinusoids rounded to float16: the distance of two float16
+below 1. In OpenAI's tables, 98.6 % of the rounded sinusoids are equal to the stored numbers. On 80
+clips with tiny.en, int8 loses 0.61 points of WER without the rounding and 0.00 with it. A stored
+table loses 0.24 points and takes 1.2 MB."""
 SMOOTHING = 0.75
 """Exponent of the column scales: how much of the range of a column is moved to its factor."""
 
@@ -155,14 +158,23 @@ def sinusoids(g: Graph, length: str, rates: Floats) -> str:
 
 
 def encoder_positions(g: Graph, table: Floats, length: str) -> str:
-    """Return the first `length` rows of the table, computed if they are Whisper's sinusoids."""
+    """Return the first `length` rows of the table, computed if they are Whisper's sinusoids, or
+    these rounded to float16."""
     rates = sinusoid_rates(table.shape[1])
     angles = np.arange(len(table), dtype=np.float32)[:, None] * rates
     expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    error = SINUSOID_ERROR[g.halves]
-    if expected.shape == table.shape and np.abs(expected - table).max() <= error:
+    if within(SINUSOID_ERROR, expected, table):
         return sinusoids(g, length, rates)
+    halves = expected.astype(np.float16)
+    if g.halves and (table == table.astype(np.float16)).all() and within(HALF_STEP, halves, table):
+        rounded = g.op("Cast", sinusoids(g, length, rates), to=TensorProto.FLOAT16)
+        return g.op("Cast", rounded, to=TensorProto.FLOAT)
     return g.op("Slice", float_table(g, table), g.constant([0]), length)
+
+
+def within(error: float, expected: Floats, table: Floats) -> bool:
+    """Return whether two tables have the same shape and differ by at most `error`."""
+    return expected.shape == table.shape and bool(np.abs(expected - table).max() <= error)
 
 
 def sinusoid_rates(width: int) -> Floats:

@@ -49,7 +49,7 @@ from typing import Any
 from onnx import TensorProto
 from torch import nn
 
-from export.hub_files import save_hub_files
+from export.hub_files import save_configuration
 from export.manifest import Contract, Spec
 from export.onnx import blocks
 from export.onnx.attention import (
@@ -82,7 +82,7 @@ def write(
         "decoder": write_graph(decoder, out, "decoder", mapped=True),
     }
     write_tokens(processor.tokenizer, model.config.vocab_size, out)
-    save_hub_files(model, processor, out)
+    save_configuration(model, processor, out)
     return contract
 
 

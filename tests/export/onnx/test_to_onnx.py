@@ -28,7 +28,7 @@ from export.onnx import graph, save
 from export.onnx.graph import Graph
 from export.onnx.layers import quantise
 from export.onnx.layouts.native import encoder_graph
-from export.onnx.tables import column_scales, sinusoid_rates
+from export.onnx.tables import column_scales, encoder_positions, sinusoid_rates
 from export.onnx.tables import sinusoids as onnx_sinusoids
 from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
@@ -106,8 +106,14 @@ def test_the_manifest_records_how_the_artifact_was_made(tiny_whisper, processor,
         "hop_samples": 160,
     }
     assert manifest["versions"]["onnxruntime"] == version("onnxruntime")
-    needed = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
-    assert needed <= manifest["files"].keys()
+    assert manifest["files"].keys() == {
+        "config.json",
+        "decoder.onnx",
+        "encoder.onnx",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokens.json",  # instead of the tokenizer's files
+    }
 
 
 def test_shapes_of_a_slim_model_match_its_config(make_whisper, rng):
@@ -222,6 +228,21 @@ def test_positions_that_are_not_sinusoids_are_stored(make_whisper, processor, rn
     assert np.abs(result - want).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_float16_sinusoids_are_computed_and_rounded(precision, tmp_path):
+    """OpenAI's checkpoints hold sinusoids in float16. Only fp32 stores them."""
+    from transformers.models.whisper.modeling_whisper import sinusoids
+
+    table = sinusoids(1500, 384).half().float().numpy()
+    g = Graph(precision)
+    name = g.name(encoder_positions(g, table, g.constant([1500])), "positions")
+    onnx.save(g.model("positions", [], [Spec(name, (1500, 384))]), tmp_path / "x.onnx")
+    result = session(tmp_path / "x.onnx").run(None, {})[0]
+    assert any(a.shape == table.shape for a in stored(tmp_path / "x.onnx")) == (precision == "fp32")
+    assert (result == table).mean() > 0.98
+    assert np.abs(result - table).max() <= 2**-11
+
+
 @pytest.mark.parametrize("width", [2, 32, 384, 1280])
 def test_computed_positions_match_whispers(width, tmp_path):
     from transformers.models.whisper.modeling_whisper import sinusoids
@@ -240,7 +261,7 @@ def test_computed_positions_match_whispers(width, tmp_path):
 def test_the_tokenizer_is_saved_without_indentation(tiny_whisper, processor, tmp_path):
     from transformers import AutoTokenizer, WhisperTokenizerFast
 
-    export_onnx(tiny_whisper, processor, tmp_path / "out")
+    export_onnx(tiny_whisper, processor, tmp_path / "out", layout="transformers")
     processor.tokenizer.save_pretrained(tmp_path / "before")
     small, large = (tmp_path / where / "tokenizer.json" for where in ("out", "before"))
     assert json.loads(small.read_text()) == json.loads(large.read_text())
