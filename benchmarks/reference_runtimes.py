@@ -45,22 +45,29 @@ from devices.runner.measure.check import WindowDecoder, said
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 from export import layouts
-from export.artifact import AGAIN, read_manifest
+from export.artifact import AGAIN, checked_manifest, read_manifest
 from export.layouts import graph_files
 from export.problem import Problem
 
 
-def open_artifact(folder: Path, threads: int | None = None) -> WindowDecoder:
-    """Open an artifact of any layout in its reference runtime."""
-    manifest = read_manifest(folder)
+def open_artifact(
+    folder: Path, threads: int | None = None, manifest: dict[str, Any] | None = None
+) -> WindowDecoder:
+    """Open an artifact of any layout in its reference runtime. A `manifest` is used instead of the
+    folder's manifest.json, which an export writes last."""
+    manifest = read_manifest(folder) if manifest is None else checked_manifest(folder, manifest)
     layout = manifest.get("layout", "native")
     if layouts.LAYOUTS[layout].runtime == layouts.RUNNER:
-        return recognizer(folder, threads, guards=False)
+        return recognizer(folder, threads, guards=False, manifest=manifest)
     return LAYOUTS[layout](folder, manifest, threads)
 
 
 def recognizer(
-    folder: Path, threads: int | None, guards: bool = True, compute_units: str | None = None
+    folder: Path,
+    threads: int | None,
+    guards: bool = True,
+    compute_units: str | None = None,
+    manifest: dict[str, Any] | None = None,
 ) -> Recognizer:
     """Return the runner's recognizer; without Core ML, packages run in the interpreter."""
     return Recognizer(
@@ -69,6 +76,7 @@ def recognizer(
         guards,
         compute_units=compute_units,
         open_package=None if has_core_ml() else opener(threads),
+        manifest=manifest,
     )
 
 

@@ -111,7 +111,7 @@ def gate(
     artifact = (
         CheckpointDecoder(folder, manifest, model, processor)
         if layout == "encoder"
-        else open_artifact(folder)
+        else open_artifact(folder, manifest=manifest)
     )
     bounds = bounds_for(manifest.get("target", "onnx"), manifest["precision"])
     parts = torch_parts(model, processor, manifest)

@@ -26,7 +26,6 @@ from edgewhisper.job import Job, Request, Say, describe, finish, prepare, recipe
 from edgewhisper.languages import set_prompt
 from edgewhisper.provenance import embedded_of, record_of
 from edgewhisper.shipped import DEFAULT_MODEL, default_speech, speech_for
-from export.artifact import write_manifest
 from export.files import new_directory
 from export.layouts import LAYOUTS, TARGETS
 from export.problem import Problem
@@ -140,12 +139,13 @@ def export(
         write: Callable[..., dict[str, Any]]
         write = export_coreml if target == "coreml" else export_onnx
         record = whisper.compression_record(source)
-        manifest = write(model, processor, folder, precision, record, layout, **options)
-        notes = chosen(manifest, options) if target == "coreml" else onnx_notes(manifest)
-        for line in notes:
-            say(line)
-        manifest["gate"] = gated(folder, manifest, model, processor, clips, gating or Gating(), say)
-        write_manifest(folder, manifest)
+
+        def gate(manifest: dict[str, Any]) -> dict[str, Any]:
+            for line in chosen(manifest, options) if target == "coreml" else onnx_notes(manifest):
+                say(line)
+            return gated(folder, manifest, model, processor, clips, gating or Gating(), say)
+
+        write(model, processor, folder, precision, record, layout, gate=gate, **options)
     return place
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ AUTO_FORMAT = 3
 them for English."""
 MANIFEST = "manifest.json"
 AGAIN = "export it again, or copy the whole folder again"
+Gate = Callable[[dict[str, Any]], dict[str, Any]]
+"""Function from a manifest to its value of the key `gate`."""
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(directory: Path, manifest: dict[str, Any], gate: Gate | None = None) -> None:
     """Write manifest.json with the hash and size of every other file in the folder. Adds the keys
-    `format` and `files` to `manifest`, so that it equals what `read_manifest` returns."""
+    `format` and `files` to `manifest`, so that it equals what `read_manifest` returns. Then runs
+    `gate` and stores its record; if it raises, no manifest is written."""
     detects = (manifest.get("decoding") or {}).get("language") == "auto"
     manifest["format"] = AUTO_FORMAT if detects else FORMAT
     manifest["files"] = {
@@ -35,6 +39,8 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path != directory / MANIFEST
     }
+    if gate is not None:
+        manifest["gate"] = gate(manifest)
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with new_file(directory / MANIFEST) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -58,6 +64,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise Problem(f"{path}: damaged, not JSON ({error})", hint=AGAIN) from error
+    return checked_manifest(directory, manifest)
+
+
+def checked_manifest(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a folder. Raises Problem as `read_manifest` does."""
+    path = Path(directory) / MANIFEST
     actual = manifest.get("format") if isinstance(manifest, dict) else None
     if type(actual) is not int or actual not in (FORMAT, AUTO_FORMAT):
         raise Problem(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .artifact.manifest import check_files, read_manifest
+from .artifact.manifest import check_files, checked_manifest, read_manifest
 from .audio import checked_samples, is_silent, read_wav, shortest
 from .decode.greedy import detect, greedy
 from .decode.listen import Listener, Options, plain
@@ -32,7 +32,8 @@ class Recognizer:
     decoded, and a text that repeats itself is cut. The gate turns them off to compare tokens.
 
     The folder is checked first (artifact/). With `hashed` false, file sizes are compared with the
-    manifest but contents are not, for callers that have checked them already.
+    manifest but contents are not, for callers that have checked them already. A `manifest` is used
+    instead of the folder's manifest.json, which an export writes last.
 
     A Core ML artifact runs in Core ML on `compute_units` (coreml.UNITS). If none are given,
     `open_package` may open its packages in another runtime.
@@ -46,12 +47,14 @@ class Recognizer:
         hashed: bool = True,
         compute_units: str | None = None,
         open_package: "Opener | None" = None,
+        manifest: dict[str, Any] | None = None,
     ) -> None:
         folder = self.folder = Path(artifact)
-        self.manifest, self.guards = read_manifest(folder), guards
-        check_files(folder, self.manifest, hashed)
-        self.rules = Rules.from_manifest(self.manifest["decoding"])
-        audio = self.manifest["audio"]
+        manifest = read_manifest(folder) if manifest is None else checked_manifest(folder, manifest)
+        self.manifest, self.guards = manifest, guards
+        check_files(folder, manifest, hashed)
+        self.rules = Rules.from_manifest(manifest["decoding"])
+        audio = manifest["audio"]
         self.window_samples: int = audio["window_samples"]
         self.windows: list[int] = audio.get("windows_samples", [self.window_samples])
         self.table = read_tokens(folder / "tokens.json")

@@ -47,7 +47,7 @@ from typing import Any
 
 from torch import nn
 
-from export.artifact import write_manifest
+from export.artifact import Gate, write_manifest
 from export.checks import check
 from export.coreml.graph import TARGETS, save
 from export.coreml.plan import make_plan
@@ -66,13 +66,14 @@ def export_coreml(
     precision: str = "fp16",
     provenance: dict[str, Any] | None = None,
     layout: str = "whisperkit",
+    gate: Gate | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write an artifact into the empty folder `out`; return its manifest, with `gate` still None.
+    """Write an artifact into the empty folder `out` and return its manifest.
 
     `model` is a Whisper, dense or slim, `processor` its WhisperProcessor, and `provenance` the
     checkpoint's compression.json. `options` are the keyword arguments of `plan.make_plan`. The
-    caller runs the gate and writes the manifest again.
+    manifest is written last, after `gate`.
 
     Raises Problem before a file is written if the request cannot be fulfilled, and if a weight is
     beyond the range of float16.
@@ -108,5 +109,5 @@ def export_coreml(
         "said": notes,
     }
     manifest["versions"]["coremltools"] = version("coremltools")
-    write_manifest(out, manifest)
+    write_manifest(out, manifest, gate)
     return manifest

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from export.artifact import write_manifest
+from export.artifact import Gate, write_manifest
 from export.checks import check, check_choice
 from export.cost import macs_by_window
 from export.layouts import NATIVE, TARGETS, layouts_of
@@ -25,12 +25,13 @@ def export_onnx(
     provenance: dict[str, Any] | None = None,
     layout: str = "native",
     runtime: str | None = None,
+    gate: Gate | None = None,
 ) -> dict[str, Any]:
-    """Write an artifact into the empty folder `out`; return its manifest, with `gate` still None.
+    """Write an artifact into the empty folder `out` and return its manifest.
 
     `model` is a Whisper, dense or slim, `processor` its WhisperProcessor, and `provenance` the
     checkpoint's compression.json. `runtime` is the oldest onnxruntime that has to run the artifact;
-    see runtimes.py. The caller runs the gate and writes the manifest again.
+    see runtimes.py. The manifest is written last, after `gate`.
 
     Raises Problem for an unknown precision, layout or runtime, for a model or feature extractor
     that the graphs cannot represent, for a prompt that the generation config cannot give, and for a
@@ -50,5 +51,5 @@ def export_onnx(
     header["runtime"] = {"onnxruntime": oldest}
     costs = macs_by_window(model)
     manifest = manifest_of(header, model, processor, costs, contract, provenance)
-    write_manifest(out, manifest)
+    write_manifest(out, manifest, gate)
     return manifest

@@ -12,6 +12,7 @@ from some_clips import manifest_of_some
 
 from benchmarks.gate import GateFailure
 from benchmarks.speech.clips import read_manifest
+from devices.runner.recognizer import Recognizer
 from edgewhisper import pipeline, shipped, transcription, whisper
 from edgewhisper.gating import Gating
 from edgewhisper.shipped import COMMON_VOICE, SPEECH
@@ -134,6 +135,21 @@ def test_gate_off_is_recorded_in_the_manifest(digits, few, tmp_path):
     report = verify(place, few, threads=1)
     assert "was exported with --gate off" in str(report.error)
     assert "100% of 10 clips" in verify(place, few, str(digits), threads=1).rows[-1]["found"]
+
+
+def test_an_export_stopped_in_its_gate_leaves_no_artifact(digits, few, tmp_path, monkeypatch):
+    files: list[str] = []
+
+    def stop(recognizer, *arguments, **options):
+        files.extend(path.name for path in recognizer.folder.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recognizer, "window", stop)
+    with pytest.raises(KeyboardInterrupt):
+        exported(digits, few, tmp_path / "new" / "out")
+    assert "encoder.onnx" in files
+    assert "manifest.json" not in files, "a killed export would leave what looks like an artifact"
+    assert not list((tmp_path / "new").iterdir())
 
 
 # ----------------------------------------------------------------------------------------- verify

@@ -39,7 +39,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RunnerProblem(
             f"{folder}: no {MANIFEST} there", "give a directory written by `edgewhisper export`"
         )
-    manifest = read_json(path)
+    return checked_manifest(folder, read_json(path))
+
+
+def checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a folder; raise RunnerProblem if it is not supported."""
+    path = Path(folder) / MANIFEST
     check_version(path, manifest)
     check_manifest(path, manifest)
     return manifest
