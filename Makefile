@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 RIVALS := build/rivals
 INTEROP := build/interop
 
-.PHONY: demo test models test-real test-slow test-devices sshd check interop aarch64 rivals-env clean
+.PHONY: demo test models test-real test-slow test-random test-devices sshd check interop aarch64 rivals-env clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test          run the tests"
 	@echo "make check         check format, lint, types and import contracts"
 	@echo "make test-slow     run the tests that take minutes"
+	@echo "make test-random   run the tests of make test with new random inputs"
 	@echo "make test-devices  run the tests that need an emulated device"
 	@echo "make test-real     run the tests on OpenAI's models, and on the rivals after make rivals-env"
 	@echo "make models        download OpenAI's tiny.en and base to build/models"
@@ -25,11 +26,17 @@ help:
 demo: $(READY)
 	$(BIN)/edgewhisper demo
 
-# one thread a worker: two workers use both cores
+# one thread a worker: two workers use both cores; loadscope: one worker runs a whole module, so that
+# the fixtures of the module are built once
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+
 test: $(READY) sshd
 	@sh tests/helpers/system-packages.sh 'espeak-ng --version' espeak-ng
 	@sh tests/helpers/system-packages.sh 'flite -lv' flite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(PYTEST)
+
+test-random:
+	EDGEWHISPER_SEED=random $(MAKE) test
 
 models: $(READY)
 	$(BIN)/python -m edgewhisper.checkpoints.fetch tiny.en base --out build/models
@@ -40,7 +47,7 @@ test-real: models
 
 # hundreds of mutated inputs for each reader
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	$(PYTEST) -m slow
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Fixtures: small real models, the shipped checkpoint and clips, fresh randomness with its seed."""
+"""Fixtures: small real models, the shipped checkpoint and clips, random numbers and their seed."""
 
 from __future__ import annotations
 
@@ -20,27 +20,34 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 # a shell that starts the tests in the background has them ignore Ctrl-C; some press it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# a busy machine is slow, not wrong
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy")
+SEED = os.environ.get("EDGEWHISPER_SEED", "1")
+"""The seed of all tests, or "random" for a new one in each test (make test-random)."""
+
+settings.register_profile(
+    "tests",
+    deadline=None,  # a busy machine is slow, not wrong
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=SEED != "random",
+)
+settings.load_profile("tests")
 
 ASSETS = Path(__file__).parent.parent / "edgewhisper" / "assets"
 
 
 @pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    """Drawn anew for every test and shown when it fails; EDGEWHISPER_SEED=n repeats a run."""
-    return drawn_seed()
+def seed() -> int:
+    """The seed of a test; it is printed if the test fails."""
+    return chosen_seed()
 
 
 @pytest.fixture(scope="module")
 def module_seed() -> int:
-    """Likewise, for what the tests of a module share."""
-    return drawn_seed()
+    """The seed of what the tests of a module share."""
+    return chosen_seed()
 
 
-def drawn_seed() -> int:
-    value = int(os.environ.get("EDGEWHISPER_SEED", secrets.randbits(31)))
+def chosen_seed() -> int:
+    value = secrets.randbits(31) if SEED == "random" else int(SEED)
     print(f"seed: EDGEWHISPER_SEED={value}")
     return value
 

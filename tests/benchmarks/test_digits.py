@@ -265,8 +265,8 @@ def test_the_error_for_missing_flite_has_the_install_command(monkeypatch):
         flite.speak("seven", Voice("en-us", "slt"))
 
 
-def test_flites_dev_voice_is_not_in_the_training_data():
-    rng = np.random.default_rng()
+def test_flites_dev_voice_is_not_in_the_training_data(seed):
+    rng = np.random.default_rng(seed)
     lines = list(flite.lines(rng, flite.TRAIN_VOICES, rounds=2))
     assert not {line.voice.variant for line in lines} & set(flite.DEV_VOICES)
     assert {line.kind for line in lines} == {"natural", "phrase", "other"}
