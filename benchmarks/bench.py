@@ -33,17 +33,17 @@ MAX_ROUNDS = 50
 
 
 def bench(
-    artifact: Path, device: Device, clips: Sequence[Clip], how: BenchOptions = DEFAULT
+    artifact: Path, device: Device, clips: Sequence[Clip], options: BenchOptions = DEFAULT
 ) -> dict[str, Any]:
     """Return the result of one artifact; see bench_all."""
-    return bench_all([Candidate(artifact)], device, clips, how)[0]
+    return bench_all([Candidate(artifact)], device, clips, options)[0]
 
 
 def bench_all(
     candidates: Sequence[Candidate],
     device: Device,
     clips: Sequence[Clip],
-    how: BenchOptions = DEFAULT,
+    options: BenchOptions = DEFAULT,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Return the results of several candidates on the same clips, in the candidates' order.
@@ -53,7 +53,7 @@ def bench_all(
     Raises Problem for no clips, a damaged artifact, a rival that cannot run there or a Core ML
     artifact on a system without Core ML, and passes on the errors of the device and the runner.
     """
-    ready = prepare(candidates, device, clips, how)
+    ready = prepare(candidates, device, clips, options)
     return measure(ready, progress, checkpoint_wers(ready, progress))
 
 
@@ -75,24 +75,24 @@ def measure(
         ready.known, first_loads, all_rounds, sustained, strict=True
     ):
         machine = {"device": {**known["device"], "temperature_after_c": after}}
-        words = accuracy(ready.clips, rounds[-1]["texts"], str(ready.how.normalizer))
+        words = accuracy(ready.clips, rounds[-1]["texts"], str(ready.options.normalizer))
         merged = merged_fields(ready, rounds, last, known["audio_s"])
         result = known | machine | merged | first | words
-        results.append(result | stability(result, ready.how, rounds, last))
+        results.append(result | stability(result, ready.options, rounds, last))
     add_checkpoint_wers(ready.candidates, results, checkpoints or {})
     return [validate(result) for result in results]
 
 
 def take_turns(ready: Prepared, progress: Callable[[str], None]) -> list[list[dict[str, Any]]]:
     """Run the rounds of all candidates; return each candidate's answers."""
-    how = ready.how
+    options = ready.options
     answers: list[list[dict[str, Any]]] = [[] for _ in ready.candidates]
     turn = 0
-    while turn < how.repeats or (
-        turn < MAX_ROUNDS and not all(is_precise(rounds, how.interval) for rounds in answers)
+    while turn < options.repeats or (
+        turn < MAX_ROUNDS and not all(is_precise(rounds, options.interval) for rounds in answers)
     ):
         for index, candidate in enumerate(ready.candidates):
-            total = f"up to {MAX_ROUNDS}" if how.interval else how.repeats
+            total = f"up to {MAX_ROUNDS}" if options.interval else options.repeats
             progress(f"{candidate.label}: round {turn + 1} of {total}")
             answers[index].append(run_round(ready, index))
         turn += 1
@@ -111,7 +111,7 @@ def merged_fields(
     """Return the fields that a candidate's processes give together; `last` is the sustained run."""
     return {
         "rounds": len(rounds),
-        "threads": ready.how.threads,
+        "threads": ready.options.threads,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **merge(rounds),
         **telemetry.result_fields(rounds, last, audio_s, len(ready.clips)),
@@ -120,7 +120,7 @@ def merged_fields(
 
 def stability(
     result: dict[str, Any],
-    how: BenchOptions,
+    options: BenchOptions,
     rounds: Sequence[dict[str, Any]],
     last: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def stability(
     debug = [sign for answer in rounds for sign in answer.get("debug", [])]
     return {
         "unstable_because": telemetry.unstable_because(result, samples, debug),
-        "notes": telemetry.notes(result, samples_of(last or {}), how.interval),
+        "notes": telemetry.notes(result, samples_of(last or {}), options.interval),
     }
 
 
@@ -168,7 +168,7 @@ def checkpoint_wers(
     for source in dict.fromkeys(candidate.source for candidate in rivals):
         if source not in measured:
             progress(f"{source.name}: reference texts of the checkpoint, by {REFERENCE}")
-            rates[source] = checkpoint_wer(source, ready.clips, str(ready.how.normalizer))
+            rates[source] = checkpoint_wer(source, ready.clips, str(ready.options.normalizer))
     return rates
 
 

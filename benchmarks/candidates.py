@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from benchmarks.metadata import artifact_hash, folder_bytes, folder_hash
 from benchmarks.rivals.engines import RIVALS, count_parameters, interpreter, refuse_missing
-from benchmarks.rivals.prepare import Order
+from benchmarks.rivals.prepare import Conversion
 from benchmarks.rivals.transformers import refuse_slim
 from devices.device import Device
 from devices.runner.engines.coreml import UNITS
@@ -43,6 +46,29 @@ class Candidate:
     @property
     def is_coreml(self) -> bool:
         return self.rival is None and read_manifest(Path(self.source)).get("target") == "coreml"
+
+    @property
+    def oldest_runtime(self) -> str | None:
+        """The oldest onnxruntime that runs the artifact, by its manifest; None if it has none."""
+        if self.rival is not None:
+            return None
+        runtime = read_manifest(Path(self.source)).get("runtime")
+        version = runtime.get("onnxruntime") if isinstance(runtime, dict) else runtime
+        if version is None:
+            return None
+        if not isinstance(version, str) or not re.fullmatch(r"\d+\.\d+(\.\d+)?", version):
+            raise Problem(
+                f"{self.source}: its manifest needs onnxruntime {str(version)[:60]!r}, which is no "
+                "version",
+                hint="export it again",
+            )
+        return version
+
+
+def oldest_runtime(candidates: Sequence[Candidate]) -> str:
+    """Return the oldest onnxruntime that runs all artifacts, or "" if none of them names one."""
+    versions = filter(None, (candidate.oldest_runtime for candidate in candidates))
+    return max(versions, key=Version, default="")
 
 
 def by_units(candidates: Sequence[Candidate], units: tuple[str, ...]) -> list[Candidate]:
@@ -109,8 +135,8 @@ def in_own_form(candidate: Candidate, folder: Path, say: Callable[[str], None]) 
     kind = RIVALS[str(candidate.rival)]
     if kind.foreign:
         say(f"{candidate.label}: converting the model")
-    order = Order(Path(candidate.source).resolve(), folder, interpreter())
-    return replace(candidate, form=kind.prepare(order))
+    conversion = Conversion(Path(candidate.source).resolve(), folder, interpreter())
+    return replace(candidate, form=kind.prepare(conversion))
 
 
 def place_for(candidate: Candidate, device: Device) -> Device:

@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.candidates import Candidate, by_units, check_target, identify, place_for
+from benchmarks.candidates import (
+    Candidate,
+    by_units,
+    check_target,
+    identify,
+    oldest_runtime,
+    place_for,
+)
 from benchmarks.metadata import clips_hash
 from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
@@ -57,28 +64,29 @@ class Prepared:
     places: Sequence[Device]
     """For each candidate, the device with the packages of its program."""
     clips: Sequence[Clip]
-    how: BenchOptions
+    options: BenchOptions
     """The options, with the normalizer and (unless cores are pinned) the threads filled in."""
     known: Sequence[dict[str, Any]]
     """For each candidate, the fields of its result that are known before anything runs."""
 
 
 def prepare(
-    candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip], how: BenchOptions
+    candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip], options: BenchOptions
 ) -> Prepared:
     """Check everything that can be checked, then copy what the device lacks.
 
     Raises Problem as bench_all does.
     """
-    candidates = by_units(candidates, how.compute_units)
+    candidates = by_units(candidates, options.compute_units)
     if not clips:
         raise Problem("there are no clips to bench on", hint="give a speech manifest")
-    normalizer = how.normalizer or name_for(clips)
+    normalizer = options.normalizer or name_for(clips)
     normalizer_named(normalizer)  # refuse an unknown name before the measurement
-    check_options(candidates, device, how)
+    check_options(candidates, device, options)
     identities = [identify(candidate) for candidate in candidates]
     if any(candidate.is_coreml for candidate in candidates):
         device.libraries = ("coremltools",)
+    device.oldest_runtime = oldest_runtime(candidates)
     machine = device.describe()
     for candidate in candidates:
         check_target(candidate, machine, device.name)
@@ -91,16 +99,16 @@ def prepare(
         "emulated": machine["emulated"],
     }
     # with pinned cores, the runner uses as many threads as there are cores
-    threads = how.threads or (None if how.pin else device_cores(machine))
-    how = replace(how, threads=threads, normalizer=normalizer)
+    threads = options.threads or (None if options.pin else device_cores(machine))
+    options = replace(options, threads=threads, normalizer=normalizer)
     known = [common | identity for identity in identities]
-    return Prepared(candidates, device, places, clips, how, known)
+    return Prepared(candidates, device, places, clips, options, known)
 
 
-def check_options(candidates: Sequence[Candidate], device: Device, how: BenchOptions) -> None:
+def check_options(candidates: Sequence[Candidate], device: Device, options: BenchOptions) -> None:
     """Raise Problem for options that the device or a candidate does not support."""
     for name in device.lacks:
-        if getattr(how, name):
+        if getattr(options, name):
             option = f"--{name.replace('_', '-')}"
             raise Problem(f"{option} is not supported on {device.name}", hint=f"leave {option} out")
     for candidate in candidates:
@@ -109,23 +117,23 @@ def check_options(candidates: Sequence[Candidate], device: Device, how: BenchOpt
                 f"{candidate.source} is a Core ML artifact, which {device.name} cannot run",
                 hint="export it with `--target onnx`",
             )
-    if how.minutes is not None and not 0 < how.minutes <= MAX_MINUTES:
+    if options.minutes is not None and not 0 < options.minutes <= MAX_MINUTES:
         raise Problem(
-            f"--minutes {how.minutes:g} is not between 0 and {MAX_MINUTES}",
+            f"--minutes {options.minutes:g} is not between 0 and {MAX_MINUTES}",
             hint="ten minutes are enough for a board to reach its final temperature",
         )
-    if how.interval is not None and not 0 < how.interval < 1:
+    if options.interval is not None and not 0 < options.interval < 1:
         raise Problem(
-            f"--interval {how.interval:g} is not a valid share of the median",
+            f"--interval {options.interval:g} is not a valid share of the median",
             hint="write 2% or 0.02",
         )
-    given = {"--minutes": how.minutes, "--governor": how.governor, "--pin": how.pin}
-    options = [name for name, value in given.items() if value is not None]
+    given = {"--minutes": options.minutes, "--governor": options.governor, "--pin": options.pin}
+    names = [name for name, value in given.items() if value is not None]
     rivals = [candidate.label for candidate in candidates if candidate.rival is not None]
-    if options and rivals:
+    if names and rivals:
         raise Problem(
-            f"{' and '.join(options)} can be used with artifacts only; {rivals[0]} is a rival",
-            hint=f"bench the rival in a separate call, or leave {' and '.join(options)} out",
+            f"{' and '.join(names)} can be used with artifacts only; {rivals[0]} is a rival",
+            hint=f"bench the rival in a separate call, or leave {' and '.join(names)} out",
         )
 
 

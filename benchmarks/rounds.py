@@ -58,30 +58,30 @@ def first_load(
 def run_round(ready: Prepared, index: int) -> dict[str, Any]:
     """Run one process of one candidate, which transcribes every clip once; return its answer."""
     candidate, device = ready.candidates[index], ready.places[index]
-    options = ["clips/clips.json", "--repeats", "1", *thread_options(ready.how)]
+    arguments = ["clips/clips.json", "--repeats", "1", *thread_options(ready.options)]
     artifact = f"artifacts/{index}"
     if candidate.rival is None:
-        options += [*unit_options(candidate), *runner_options(ready.how)]
-        answer = run_runner(device, ["bench", artifact, *options], timeout_s=ROUND_S)
+        arguments += [*unit_options(candidate), *runner_options(ready.options)]
+        answer = run_runner(device, ["bench", artifact, *arguments], timeout_s=ROUND_S)
     else:
         kind = RIVALS[candidate.rival]
         model, env = artifact, OURS | {"PYTHONPATH": CODE} | kind.env
         if not kind.foreign:  # it runs in this environment
             model, env = str(Path(candidate.source).resolve()), OURS
-        answer = run_runner(device, [model, *options], kind.program, env, ROUND_S)
+        answer = run_runner(device, [model, *arguments], kind.program, env, ROUND_S)
     return checked(answer, device, len(ready.clips))
 
 
 def sustain(ready: Prepared, index: int, progress: Callable[[str], None]) -> dict[str, Any] | None:
-    """Run one more process of a candidate continuously for `how.minutes`; None without minutes."""
-    how, label = ready.how, ready.candidates[index].label
-    if how.minutes is None:
+    """Run one more process of a candidate continuously for `options.minutes`, or return None."""
+    options, label = ready.options, ready.candidates[index].label
+    if options.minutes is None:
         return None
-    progress(f"{label}: running continuously for {how.minutes:g} minutes")
-    options = ["clips/clips.json", "--minutes", f"{how.minutes:g}", *thread_options(how)]
-    options += [*unit_options(ready.candidates[index]), *runner_options(how)]
-    words = ["bench", f"artifacts/{index}", *options]
-    answer = run_runner(ready.device, words, timeout_s=ROUND_S + 60 * how.minutes)
+    progress(f"{label}: running continuously for {options.minutes:g} minutes")
+    arguments = ["clips/clips.json", "--minutes", f"{options.minutes:g}", *thread_options(options)]
+    arguments += [*unit_options(ready.candidates[index]), *runner_options(options)]
+    words = ["bench", f"artifacts/{index}", *arguments]
+    answer = run_runner(ready.device, words, timeout_s=ROUND_S + 60 * options.minutes)
     fields, invalid = telemetry.valid_fields(answer)
     invalid += [] if "sustained" in fields or invalid else ["sustained"]
     if invalid:
@@ -89,17 +89,17 @@ def sustain(ready: Prepared, index: int, progress: Callable[[str], None]) -> dic
     return fields
 
 
-def thread_options(how: BenchOptions) -> list[str]:
-    return ["--threads", str(how.threads)] if how.threads else []
+def thread_options(options: BenchOptions) -> list[str]:
+    return ["--threads", str(options.threads)] if options.threads else []
 
 
 def unit_options(candidate: Candidate) -> list[str]:
     return ["--compute-units", candidate.compute_units] if candidate.compute_units else []
 
 
-def runner_options(how: BenchOptions) -> list[str]:
-    """Return the options that the runner supports and rivals do not."""
-    given = {"--governor": how.governor, "--pin": how.pin}
+def runner_options(options: BenchOptions) -> list[str]:
+    """Return the arguments that the runner supports and rivals do not."""
+    given = {"--governor": options.governor, "--pin": options.pin}
     return [word for name, value in given.items() if value is not None for word in (name, value)]
 
 

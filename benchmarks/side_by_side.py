@@ -24,7 +24,7 @@ def bench_places(
     candidates: Sequence[Candidate],
     places: Sequence[Place],
     clips: Sequence[Clip],
-    how: BenchOptions,
+    options: BenchOptions,
     say: Say,
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Return the results of the devices, in the order of `places`, and the errors of failed ones.
@@ -44,7 +44,7 @@ def bench_places(
                 raise DeviceProblem(f"{place}: opened after Ctrl-C")
         if names.count(place.device) > 1:
             device.name = str(place)
-        return prepare(candidates, device, clips, how), tell
+        return prepare(candidates, device, clips, options), tell
 
     # the devices are closed before the threads are joined, because that ends the threads
     with ThreadPoolExecutor(max_workers=len(places)) as pool, ExitStack() as opened:

@@ -19,6 +19,7 @@ from devices.bundle import CPUS, Cpu, bundle
 from devices.device import DeviceProblem, clean, last_line
 from devices.link import READS_AGENT, Link
 from devices.remote import ANSWER_S, SLOWEST_BYTES_PER_S, RemoteDevice
+from devices.wheels import in_range, installed
 
 ROOT = "/data/local/tmp/edgewhisper"
 SERIAL = re.compile(r"[A-Za-z0-9\[][A-Za-z0-9._:%\[\]-]{0,127}")
@@ -91,7 +92,14 @@ class AdbDevice(RemoteDevice):
             self.try_out()
 
     def prepare(self) -> None:
-        """Do nothing: the bundle has all packages."""
+        """Check the onnxruntime of the bundle, which has the version installed on this machine."""
+        versions = self.facts.get("versions")
+        if self.oldest_runtime and not in_range(versions, oldest=self.oldest_runtime):
+            raise self.problem(
+                f"the artifact needs onnxruntime {self.oldest_runtime} or newer, and this machine "
+                f"copied {installed().get('onnxruntime')} there",
+                "update onnxruntime on this machine, or export the checkpoint again with --runtime",
+            )
 
     def try_out(self) -> None:
         """Import numpy and onnxruntime once, which also compiles them for later runs."""

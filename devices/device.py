@@ -76,6 +76,9 @@ class Device(ABC):
     """Options of the runner that the device does not support."""
     libraries: tuple[str, ...] = ()
     """Further packages to install if available; set before the first command."""
+    oldest_runtime: str = ""
+    """The oldest onnxruntime that the artifacts run in, such as "1.27"; set before the first
+    command. Empty: the oldest that this project supports."""
 
     @abstractmethod
     def run(self, argv: Sequence[str], env: Env = None, timeout_s: float | None = None) -> Finished:
@@ -183,10 +186,10 @@ def places(
     Raises DeviceProblem if addresses are left over or missing, or a device is given twice.
     """
     left = {"ssh": list(hosts), "adb": list(serials), "browser": list(pages)}
-    found = []
+    pairs = []
     for name in names:
         addresses = left.get(load_profile(name).kind)
-        found.append(Place(name, addresses.pop(0) if addresses else None))
+        pairs.append(Place(name, addresses.pop(0) if addresses else None))
     for kind, (option, more) in ADDRESSES.items():
         if left[kind]:
             raise DeviceProblem(
@@ -194,8 +197,8 @@ def places(
                 f"({', '.join(names)})",
                 f"leave {option} out, or {more}",
             )
-    ways = [(choose(*place).kind, place.address) for place in found]
-    for place, way in zip(found, ways, strict=True):
+    ways = [(choose(*place).kind, place.address) for place in pairs]
+    for place, way in zip(pairs, ways, strict=True):
         if ways.count(way) > 1:
             raise DeviceProblem(
                 f"{place} is given twice, and two runs at once disturb each other",
@@ -206,19 +209,19 @@ def places(
             "several phones are given, and one of them has no serial number",
             "give one --serial per phone; `adb devices` lists them",
         )
-    return found
+    return pairs
 
 
 def in_browser(names: Sequence[str]) -> list[str]:
     """Return the devices with each phone replaced by its browser. Raises DeviceProblem if there is
     no phone."""
-    found = ["browser" if load_profile(name).kind == "adb" else name for name in names]
-    if "browser" not in found:
+    devices = ["browser" if load_profile(name).kind == "adb" else name for name in names]
+    if "browser" not in devices:
         raise DeviceProblem(
             f"--browser: no phone is among the devices ({', '.join(names)})",
             "add --device mobile",
         )
-    return found
+    return devices
 
 
 def choose(name: str, address: str | None) -> Profile:
@@ -263,10 +266,10 @@ def run_runner(
 def last_json(stdout: str) -> dict[str, Any] | None:
     """Return the JSON object on the last line, or None."""
     try:
-        found = json.loads(stdout.strip().splitlines()[-1])
+        value = json.loads(stdout.strip().splitlines()[-1])
     except (IndexError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def last_line(output: str) -> str:
@@ -279,7 +282,7 @@ def clean(value: Any) -> Any:
     """Return a device's output without control characters, and of bounded length."""
     if isinstance(value, str):
         text = value if len(value) <= MOST_TEXT else f"{value[:MOST_TEXT]} ..."
-        return "".join(letter if letter.isprintable() else " " for letter in text)
+        return "".join(char if char.isprintable() else " " for char in text)
     if isinstance(value, list):
         return [clean(part) for part in value[:MOST_PARTS]]
     if isinstance(value, dict):

@@ -61,7 +61,8 @@ class SshDevice(RemoteDevice):
     def has_runtime(self) -> bool:
         """Return whether the runner's packages are installed there."""
         versions = field(self.facts, "versions", dict)
-        return in_range(versions, self.more) and self.imports() is None
+        supported = in_range(versions, self.more, self.oldest_runtime)
+        return supported and self.imports() is None
 
     def target(self) -> Target:
         """Return the interpreter that wheels are needed for; raise DeviceProblem if unsupported."""
@@ -80,8 +81,9 @@ class SshDevice(RemoteDevice):
         if system not in ("Linux", "Darwin"):
             raise self.problem(f"{system} is not supported", "bench a machine with Linux or macOS")
         release = self.macos(machine) if system == "Darwin" else self.glibc(machine)
-        only = self.packages.requirements if self.packages else ()
-        return Target(python, machine, release, system, self.more, only)
+        if self.packages:
+            return Target(python, machine, release, system, only=self.packages.requirements)
+        return Target(python, machine, release, system, self.more, oldest=self.oldest_runtime)
 
     def glibc(self, machine: str) -> int:
         """Return glibc's minor version; raise DeviceProblem if there are no wheels for it."""

@@ -7,6 +7,7 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.tags import mac_platforms
 from packaging.version import InvalidVersion, Version
 
@@ -42,6 +44,8 @@ class Target:
     """Packages of OPTIONAL to install too."""
     only: tuple[str, ...] = ()
     """Requirements of another program, installed with their dependencies instead of NAMES."""
+    oldest: str = ""
+    """The oldest onnxruntime that the artifacts run in; see Device.oldest_runtime."""
 
     @property
     def names(self) -> list[str]:
@@ -50,8 +54,15 @@ class Target:
 
     @property
     def requirements(self) -> list[str]:
-        """The packages to install, with exact versions if possible."""
-        return list(self.only) or pins(self.more)
+        """The packages to install, with the versions installed here if these are new enough."""
+        if self.only:
+            return list(self.only)
+        return pins(self.more) if in_range(installed(), self.more, self.oldest) else self.newest
+
+    @property
+    def newest(self) -> list[str]:
+        """The packages to install, in all supported versions."""
+        return [range_of(name, self.oldest) for name in self.names]
 
     @property
     def options(self) -> list[str]:
@@ -100,36 +111,54 @@ def pins(more: Sequence[str] = ()) -> list[str]:
 
 def pin(name: str) -> str:
     """Return the requirement of the version installed here, or of the supported range."""
-    try:
-        return f"{name}=={metadata.version(name)}"
-    except metadata.PackageNotFoundError:
-        return range_of(name)
+    return f"{name}=={installed()[name]}" if name in installed() else range_of(name)
 
 
-def range_of(name: str) -> str:
+def installed() -> dict[str, str]:
+    """Return the versions of the packages installed here by name."""
+    versions = {}
+    for name in (*NAMES, *OPTIONAL):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def range_of(name: str, oldest: str = "") -> str:
     """Return the requirement of the supported range, without the marker for this machine."""
-    return f"{name}{ranges()[name].specifier}"
+    return f"{name}{supported(name, oldest)}"
 
 
-def in_range(versions: dict[str, Any], more: Sequence[str] = ()) -> bool:
+def supported(name: str, oldest: str = "") -> SpecifierSet:
+    """Return the supported versions; those of onnxruntime begin with `oldest` if it is given."""
+    versions = ranges()[name].specifier
+    if name != "onnxruntime" or not oldest:
+        return versions
+    others = [str(limit) for limit in versions if limit.operator != ">="]
+    return SpecifierSet(",".join([f">={oldest}", *others]))
+
+
+def in_range(versions: Any, more: Sequence[str] = (), oldest: str = "") -> bool:
     """Return whether the versions installed on a device are supported."""
     try:
-        installed = {name: Version(versions[name]) for name in (*NAMES, *more)}
+        known = {name: Version(versions[name]) for name in (*NAMES, *more)}
     except (KeyError, TypeError, InvalidVersion):
         return False
-    return all(ranges()[name].specifier.contains(version) for name, version in installed.items())
+    return all(supported(name, oldest).contains(version) for name, version in known.items())
 
 
 def download(target: Target, folder: Path) -> list[Path]:
     """Download wheels to a folder: the versions installed here, or else the newest supported."""
     choices = {"pinned": target.requirements}
     if not target.only:
-        choices["newest"] = [range_of(name) for name in target.names]
+        choices["newest"] = target.newest
     for name, requirements in choices.items():
         error = pip(target, folder / name, requirements)
         if not error:
             return sorted((folder / name).glob("*.whl"))
-    raise DeviceProblem(f"no wheels of {listed(target.names)} for {target}: {error}", hint(target))
+    what = listed(target.names)
+    if target.oldest:
+        what += f" (the artifact needs onnxruntime {target.oldest} or newer)"
+    raise DeviceProblem(f"no wheels of {what} for {target}: {error}", hint(target))
 
 
 def hint(target: Target) -> str:
@@ -141,7 +170,8 @@ def hint(target: Target) -> str:
             "check that pip can reach its index; onnxruntime's wheels need macOS 14, coremltools' "
             "need Python 3.13 or older: `brew install python@3.13` there"
         )
-    return "check that pip can reach its index, or install both on the device"
+    again = "; `export --runtime` makes artifacts for an older onnxruntime" if target.oldest else ""
+    return f"check that pip can reach its index, or install both on the device{again}"
 
 
 def listed(names: Sequence[str]) -> str:

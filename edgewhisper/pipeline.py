@@ -202,7 +202,7 @@ def bench(
     places: Sequence[Place] | None = None,
     speech: Path | None = None,
     baseline: str | None = None,
-    how: BenchOptions | None = None,
+    options: BenchOptions | None = None,
     say: Say = print,
     rivals: Sequence[str] = (),
 ) -> BenchOutcome:
@@ -225,19 +225,19 @@ def bench(
     chosen = list(artifacts) or [newest or export(say=say)]
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
     if baseline is None and not rivals:
-        return bench_candidates(candidates, places, speech, how, say)
+        return bench_candidates(candidates, places, speech, options, say)
     with tempfile.TemporaryDirectory() as folder:
         dense = whisper.as_directory(baseline or embedded_of(chosen), Path(folder) / "baseline")
         names = dict.fromkeys(rivals or ("transformers",))
         dense_ones = [in_own_form(Candidate(dense, name), Path(folder), say) for name in names]
-        return bench_candidates([*dense_ones, *candidates], places, speech, how, say)
+        return bench_candidates([*dense_ones, *candidates], places, speech, options, say)
 
 
 def bench_candidates(
     candidates: Sequence[Candidate],
     places: Sequence[Place],
     speech: Path | None,
-    how: BenchOptions | None,
+    options: BenchOptions | None,
     say: Say,
 ) -> BenchOutcome:
     """Measure candidates on devices and write the results to ./edgewhisper-runs.
@@ -250,7 +250,7 @@ def bench_candidates(
 
     sources = [Path(candidate.source) for candidate in candidates]
     clips = read_manifest(speech or speech_for(sources))
-    results, failed = bench_places(candidates, places, clips, how or BenchOptions(), say)
+    results, failed = bench_places(candidates, places, clips, options or BenchOptions(), say)
     if not results:
         raise failed[0]
     path = runs.new_path("result", ".jsonl")

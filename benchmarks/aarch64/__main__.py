@@ -108,8 +108,8 @@ def standard() -> Iterator[Case]:
         models.make("tiny", place / RANDOM)
     for name, precision, seconds in STANDARD:
         source = ASSETS / name if name == DIGITS else place / name
-        order = prepare.Order(source, place, Path(sys.executable), (seconds,))
-        folder = prepare.artifact(precision)(order)
+        conversion = prepare.Conversion(source, place, Path(sys.executable), (seconds,))
+        folder = prepare.artifact(precision)(conversion)
         yield Case(f"{name}-{precision}", folder, seconds, is_trained=name == DIGITS)
 
 
@@ -119,7 +119,7 @@ def count(
     """Yield a row of counts for every core."""
     manifest = verify(case.folder)
     inputs = clips if case.is_trained else ()
-    task = machine.Work(case.folder, inputs, case.seconds, given.tokens)
+    task = machine.Task(case.folder, inputs, case.seconds, given.tokens)
     here = machine.run_here(task)
     window_s = counts.window_s(manifest["audio"]["windows_samples"], case.seconds)
     for cpu in given.cpu:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.aarch64.guest import ENCODER, END, PROMPT, TOKEN
-from benchmarks.aarch64.machine import Answer, Work
+from benchmarks.aarch64.machine import Answer, Task
 from devices.runner.audio import SAMPLING_RATE
 from export.files import new_file
 from export.problem import Problem
@@ -52,7 +52,7 @@ def spans(text: str) -> dict[int, np.ndarray]:
     return {number: between[numbers[:-1] == number] for number in set(numbers.tolist()) - {END}}
 
 
-def counted(text: str, task: Work, window_s: float) -> dict[str, dict[str, float]]:
+def counted(text: str, task: Task, window_s: float) -> dict[str, dict[str, float]]:
     """Return `instructions` and `dot_products` of the last round, by stage."""
     by_mark = spans(text)
     expected = {ENCODER: task.rounds, PROMPT: task.rounds, TOKEN: task.rounds * task.tokens}

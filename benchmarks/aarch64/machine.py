@@ -52,7 +52,7 @@ CORES = 4
 
 
 @dataclass(frozen=True)
-class Work:
+class Task:
     """The arguments of guest.py."""
 
     artifact: Path
@@ -78,7 +78,7 @@ class Answer:
     marks: str = ""
 
 
-def emulate(place: Path, cpu: str, work: Work) -> Answer:
+def emulate(place: Path, cpu: str, task: Task) -> Answer:
     """Run the guest on an emulated core; return its answer with the marks."""
     root = place / "root"
     env = {
@@ -88,7 +88,7 @@ def emulate(place: Path, cpu: str, work: Work) -> Answer:
     }
     with tempfile.TemporaryDirectory() as folder:
         marks = Path(folder) / "marks"
-        result = answer(python(place, cpu, Path(folder), marks), env, work, Path(folder))
+        result = answer(python(place, cpu, Path(folder), marks), env, task, Path(folder))
         return replace(result, marks=marks.read_text(encoding="ascii"))
 
 
@@ -100,15 +100,15 @@ def python(place: Path, cpu: str, folder: Path, marks: Path) -> list[str]:
     return [*emulator, str(root / f"usr/bin/python{PYTHON}")]
 
 
-def run_here(work: Work) -> Answer:
+def run_here(task: Task) -> Answer:
     """Run the guest on this machine's CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        return answer([sys.executable], {"PYTHONPATH": str(PROJECT)}, work, Path(folder))
+        return answer([sys.executable], {"PYTHONPATH": str(PROJECT)}, task, Path(folder))
 
 
-def answer(interpreter: Sequence[str], env: Mapping[str, str], work: Work, folder: Path) -> Answer:
+def answer(interpreter: Sequence[str], env: Mapping[str, str], task: Task, folder: Path) -> Answer:
     hint = "read its output; delete build/aarch64 to rebuild the emulated machine"
-    checked([*interpreter, *work.argv(folder / "guest")], hint, env)
+    checked([*interpreter, *task.argv(folder / "guest")], hint, env)
     output = json.loads((folder / "guest.json").read_text(encoding="utf-8"))
     with np.load(folder / "guest.npz") as stored:
         return Answer(dict(stored), **output)

@@ -28,7 +28,7 @@ from benchmarks.program import exit_code, parser_of
 from benchmarks.result import remarks, write
 from benchmarks.rivals import models
 from benchmarks.rivals.engines import ENGINES, interpreter
-from benchmarks.rivals.race import USUAL, Work, race, ratio_rows, ratios, rows
+from benchmarks.rivals.race import USUAL, Task, race, ratio_rows, ratios, rows
 from benchmarks.sizes import SIZES
 from benchmarks.speech.clips import Clip, read_manifest
 from devices.runner.audio import SAMPLING_RATE
@@ -75,27 +75,27 @@ def measure(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = (given.models or Path(folder) / "models").resolve()
         place.mkdir(parents=True, exist_ok=True)
-        work = work_of(given, place, Path(folder))
+        task = task_of(given, place, Path(folder))
         results = race(
-            work,
+            task,
             given.engines,
             given.threads,
             given.rounds,
             place,
             given.python.absolute(),  # not resolved: an environment's interpreter is a link
-            name_for(work.clips),
+            name_for(task.clips),
             lambda text: print(text, file=sys.stderr),
         )
     if given.out is not None:
         write(results, given.out)
-    print(describe(work))
+    print(describe(task))
     print(table(rows(results)))
     if compared := ratio_rows(ratios(results)):
         print(table(compared))
     print("\n".join(remarks(results)))
 
 
-def work_of(given: argparse.Namespace, place: Path, folder: Path) -> Work:
+def task_of(given: argparse.Namespace, place: Path, folder: Path) -> Task:
     """Return the workload, with checkpoint and clips on disk."""
     checkpoint = given.model
     if checkpoint is None:
@@ -110,7 +110,7 @@ def work_of(given: argparse.Namespace, place: Path, folder: Path) -> Work:
         clips = tuple(read_manifest(given.speech))
     else:
         clips = (noise(given.seconds, folder / "noise.wav"),)
-    return Work(
+    return Task(
         model=checkpoint.name,
         checkpoint=checkpoint.resolve(),
         clips=clips,
@@ -129,15 +129,15 @@ def noise(seconds: float, path: Path) -> Clip:
     return Clip(path, "noise", "en", duration_s=seconds)
 
 
-def describe(work: Work) -> str:
+def describe(task: Task) -> str:
     """Return the line above the table."""
-    sound = sum(clip.duration_s or 0 for clip in work.clips)
-    noise_only = work.clips[0].text == "noise"
-    clips = f"{sound:g} s of noise" if noise_only else f"{len(work.clips)} clips"
+    sound = sum(clip.duration_s or 0 for clip in task.clips)
+    noise_only = task.clips[0].text == "noise"
+    clips = f"{sound:g} s of noise" if noise_only else f"{len(task.clips)} clips"
     ended = "decoded to the end of the text"
-    if work.tokens is not None:
-        ended = f"exactly {work.tokens} tokens forced in every engine (end of text is suppressed)"
-    return f"{work.model}: {clips}, {ended}; medians of interleaved rounds\n"
+    if task.tokens is not None:
+        ended = f"exactly {task.tokens} tokens forced in every engine (end of text is suppressed)"
+    return f"{task.model}: {clips}, {ended}; medians of interleaved rounds\n"
 
 
 if __name__ == "__main__":

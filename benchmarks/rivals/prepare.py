@@ -22,7 +22,7 @@ PROMPT = 4
 
 
 @dataclass(frozen=True)
-class Order:
+class Conversion:
     """The checkpoint to convert, and where to put the models.
 
     Existing models are reused, except those of our exporter, which may have changed.
@@ -43,13 +43,13 @@ class Order:
         return self.models / f"{self.checkpoint.name}-{form}"
 
 
-Prepare = Callable[[Order], Path]
+Prepare = Callable[[Conversion], Path]
 """Function that converts the checkpoint and returns the model's folder."""
 
 
-def as_it_is(order: Order) -> Path:
+def as_it_is(conversion: Conversion) -> Path:
     """Return the checkpoint itself."""
-    return order.checkpoint
+    return conversion.checkpoint
 
 
 # ---------------------------------------------------------------------------------- our exporter
@@ -58,10 +58,10 @@ def as_it_is(order: Order) -> Path:
 def artifact(precision: str) -> Prepare:
     """Return a converter to our artifact, without a gate: random weights cannot pass one."""
 
-    def write(order: Order) -> Path:
-        model, processor = load(order.checkpoint)
-        set_windows(model.config, order.windows_s)
-        return export(model, processor, order.place(f"ours-{precision}"), precision, "native")
+    def write(conversion: Conversion) -> Path:
+        model, processor = load(conversion.checkpoint)
+        set_windows(model.config, conversion.windows_s)
+        return export(model, processor, conversion.place(f"ours-{precision}"), precision, "native")
 
     return write
 
@@ -70,13 +70,15 @@ def sherpa(precision: str) -> Prepare:
     """Return a converter to sherpa-onnx's layout. It decodes half as many tokens as there are
     positions."""
 
-    def write(order: Order) -> Path:
-        model, processor = load(order.checkpoint)
-        if order.tokens is not None:
-            force(model, order.tokens)
-        place = export(model, processor, order.place(f"sherpa-{precision}"), precision, "sherpa")
-        write_rules(order.checkpoint, place)
-        if order.tokens is not None:
+    def write(conversion: Conversion) -> Path:
+        model, processor = load(conversion.checkpoint)
+        if conversion.tokens is not None:
+            force(model, conversion.tokens)
+        place = export(
+            model, processor, conversion.place(f"sherpa-{precision}"), precision, "sherpa"
+        )
+        write_rules(conversion.checkpoint, place)
+        if conversion.tokens is not None:
             name_by_number(place)
         return place
 
@@ -152,33 +154,33 @@ def name_by_number(place: Path) -> None:
 def ggml(kind: str) -> Prepare:
     """Return a converter to whisper.cpp's model file, written by ggml.py."""
 
-    def write(order: Order) -> Path:
+    def write(conversion: Conversion) -> Path:
         from benchmarks.rivals.ggml import convert
 
-        place = order.place(f"ggml-{kind}")
+        place = conversion.place(f"ggml-{kind}")
         if not is_written(place):
-            convert(order.checkpoint, place, kind)
+            convert(conversion.checkpoint, place, kind)
         return place
 
     return write
 
 
-def ctranslate2(order: Order) -> Path:
+def ctranslate2(conversion: Conversion) -> Path:
     """Convert to CTranslate2's int8 with its own converter; see to_ctranslate2.py."""
-    place = order.place("ctranslate2-int8")
+    place = conversion.place("ctranslate2-int8")
     if not is_written(place):
-        if not order.python.is_file():
+        if not conversion.python.is_file():
             raise Problem(
                 "faster-whisper: its model is written by CTranslate2's converter in the rivals' "
-                f"environment, which is missing: there is no {order.python}",
+                f"environment, which is missing: there is no {conversion.python}",
                 hint="make it with `make rivals-env`, or leave faster-whisper out",
             )
-        module, checkpoint = "benchmarks.rivals.to_ctranslate2", str(order.checkpoint)
+        module, checkpoint = "benchmarks.rivals.to_ctranslate2", str(conversion.checkpoint)
         with new_directory(place) as folder:
             folder.rmdir()  # the converter creates it
-            site_packages = packages(order.python)
+            site_packages = packages(conversion.python)
             run([sys.executable, "-m", module, checkpoint, str(folder), site_packages])
-            write_rules(order.checkpoint, folder)
+            write_rules(conversion.checkpoint, folder)
     return place
 
 

@@ -28,7 +28,7 @@ from benchmarks.result import (
     wer,
 )
 from benchmarks.rivals.engines import ENGINES, count_parameters, refuse_missing, refuse_unknown
-from benchmarks.rivals.prepare import Order
+from benchmarks.rivals.prepare import Conversion
 from benchmarks.rivals.transformers import refuse_slim
 from benchmarks.speech.clips import Clip
 from benchmarks.speech.wav import push_clips
@@ -55,7 +55,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Work:
+class Task:
     """The checkpoint, clips and options that every engine gets."""
 
     model: str
@@ -70,7 +70,7 @@ class Work:
 
 
 def race(
-    work: Work,
+    task: Task,
     engines: Sequence[str],
     threads: Sequence[int],
     rounds: int,
@@ -89,42 +89,42 @@ def race(
     """
     refuse_unknown(engines)
     own = [name for name, kind in ENGINES.items() if not kind.foreign]
-    refuse_slim(work.checkpoint)
+    refuse_slim(task.checkpoint)
     refuse_missing(engines, python, f"leave them out: --engines {' '.join(own)}")
-    order = Order(work.checkpoint, models, python, work.windows_s, work.tokens)
+    conversion = Conversion(task.checkpoint, models, python, task.windows_s, task.tokens)
     places = {}
     for engine in engines:
         say(f"{engine}: converting the model")
-        places[engine] = ENGINES[engine].prepare(order)
+        places[engine] = ENGINES[engine].prepare(conversion)
     cases = [Case(engine, count) for count in threads for engine in engines]
     with open_device("local") as device:
-        audio_s = push_clips(work.clips, device)
+        audio_s = push_clips(task.clips, device)
         before = device.describe()
 
         def run(case: Case, turn: int) -> dict[str, Any]:
             say(f"{case.label}: round {turn + 1} of {rounds}")
-            return run_case(case, work, places[case.engine], device, python)
+            return run_case(case, task, places[case.engine], device, python)
 
         answers = by_turns(cases, rounds, run)
         after = device.describe().get("temperature_c", "unavailable")
     common = {
         "format": FORMAT,
-        "clips_hash": clips_hash(work.clips),
+        "clips_hash": clips_hash(task.clips),
         "rounds": rounds,
         "audio_s": audio_s,
-        "forced_tokens": work.tokens,
+        "forced_tokens": task.tokens,
         "device": {**before, "name": "local", "temperature_after_c": after},
         "emulated": before["emulated"],
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     has_rivals = any(ENGINES[engine].rival for engine in engines)
-    references = reference(work, answers, normalizer) if has_rivals else {}
+    references = reference(task, answers, normalizer) if has_rivals else {}
     return [
         validate(
             common
-            | identify(case, work, places[case.engine])
+            | identify(case, task, places[case.engine])
             | merge(answers[case])
-            | accuracy(work.clips, answers[case][-1]["texts"], normalizer)
+            | accuracy(task.clips, answers[case][-1]["texts"], normalizer)
             | (references if ENGINES[case.engine].rival else {})
         )
         for case in cases
@@ -132,16 +132,16 @@ def race(
 
 
 def reference(
-    work: Work, answers: Mapping[Case, Sequence[Mapping[str, Any]]], normalizer: str
+    task: Task, answers: Mapping[Case, Sequence[Mapping[str, Any]]], normalizer: str
 ) -> dict[str, float]:
     """Return the field `checkpoint_wer`; nothing if tokens are forced, because texts then mean
     nothing."""
-    if work.tokens is not None:
+    if task.tokens is not None:
         return {}
     own = [rounds[-1]["texts"] for case, rounds in answers.items() if case.engine == REFERENCE]
     if own:
-        return {"checkpoint_wer": accuracy(work.clips, own[0], normalizer)["wer"]}
-    return {"checkpoint_wer": checkpoint_wer(work.checkpoint, work.clips, normalizer)}
+        return {"checkpoint_wer": accuracy(task.clips, own[0], normalizer)["wer"]}
+    return {"checkpoint_wer": checkpoint_wer(task.checkpoint, task.clips, normalizer)}
 
 
 def by_turns(
@@ -155,13 +155,13 @@ def by_turns(
     return answers
 
 
-def run_case(case: Case, work: Work, place: Path, device: Device, python: Path) -> dict[str, Any]:
+def run_case(case: Case, task: Task, place: Path, device: Device, python: Path) -> dict[str, Any]:
     """Run one process and return its answer. Raises Problem for a wrong number of forced tokens."""
     kind = ENGINES[case.engine]
     arguments = [str(place), "clips/clips.json", "--threads", str(case.threads)]
-    arguments += ["--repeats", str(work.repeats)]
-    if work.tokens is not None:
-        arguments += ["--tokens", str(work.tokens)]
+    arguments += ["--repeats", str(task.repeats)]
+    if task.tokens is not None:
+        arguments += ["--tokens", str(task.tokens)]
     answer = run_runner(
         device,
         arguments,
@@ -170,27 +170,27 @@ def run_case(case: Case, work: Work, place: Path, device: Device, python: Path) 
         python=str(python) if kind.foreign else sys.executable,
     )
     counts = {len(tokens) for tokens in answer["tokens"]}
-    if work.tokens is not None and counts != {work.tokens}:
+    if task.tokens is not None and counts != {task.tokens}:
         raise Problem(
-            f"{case.label}: {work.tokens} tokens were forced, but {sorted(counts)} were decoded",
+            f"{case.label}: {task.tokens} tokens were forced, but {sorted(counts)} were decoded",
             hint="use fewer --tokens or longer clips: sherpa-onnx decodes 6 tokens per second",
         )
     return answer
 
 
-def identify(case: Case, work: Work, place: Path) -> dict[str, Any]:
+def identify(case: Case, task: Task, place: Path) -> dict[str, Any]:
     """Return the fields of a result that are known before anything runs."""
     kind = ENGINES[case.engine]
     manifest = {} if kind.rival else json.loads((place / "manifest.json").read_text("utf-8"))
     return {
-        "name": f"{work.model}, {case.label}",
+        "name": f"{task.model}, {case.label}",
         "rival": case.engine if kind.rival else None,
         "engine": case.engine,
         "threads": case.threads,
         "precision": kind.precision,
         "artifact_hash": folder_hash(place),
         "artifact_bytes": folder_bytes(place),
-        "parameters": count_parameters(work.checkpoint),
+        "parameters": count_parameters(task.checkpoint),
         "macs": manifest.get("macs"),
     }
 
@@ -283,7 +283,7 @@ def in_unit(measure: str, value: float) -> str:
     return in_milliseconds(value) if measure.endswith("_s") else f"{value / 1e6:.1f}"
 
 
-def describe_work(results: Sequence[Mapping[str, Any]]) -> str:
+def describe_task(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the model, duration and tokens of stored results as text."""
     first = results[0]
     model, _, _ = str(first["name"]).partition(",")
@@ -301,7 +301,7 @@ def brief_rows(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         for ours in dict.fromkeys(row["ours"] for row in best)
     }
     return [
-        {"workload": describe_work(results), "": ours}
+        {"workload": describe_task(results), "": ours}
         | {"total ms": in_unit("end_to_end_s", rows["end_to_end_s"]["value"])}
         | compared("end_to_end_s", "fastest rival", rows["end_to_end_s"])
         | {"peak MB": in_unit("peak_rss_bytes", rows["peak_rss_bytes"]["value"])}

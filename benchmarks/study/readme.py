@@ -130,7 +130,7 @@ def recipes() -> str:
     days = sorted({line["measured_at"][:10] for line in lines})
     when = " to ".join(sorted({days[0], days[-1]}))
     note = (
-        f"\n{lines[0]['threads']} thread beside other work, so minutes are upper bounds; "
+        f"\n{lines[0]['threads']} thread on a busy machine, so minutes are upper bounds; "
         f"normalizer whisper-basic ({when}).\n"
     )
     return table([real.row(line) for line in lines]) + note
@@ -169,15 +169,17 @@ def instructions() -> str:
 
 def rivals() -> str:
     """Return total time and memory, a row for each model, length and number of threads."""
-    return table([row for work in works() for row in race.brief_rows(work)])
+    return table([row for results in races() for row in race.brief_rows(results)])
 
 
 def rivals_in_full(rows: Callable[[list[dict[str, Any]]], list[dict[str, str]]]) -> str:
     """Return a table for each model and length of audio."""
-    return "\n".join(f"**{race.describe_work(work)}**\n\n{table(rows(work))}" for work in works())
+    return "\n".join(
+        f"**{race.describe_task(results)}**\n\n{table(rows(results))}" for results in races()
+    )
 
 
-def works() -> list[list[dict[str, Any]]]:
+def races() -> list[list[dict[str, Any]]]:
     return [read(path) for path in sorted((RESULTS / "rivals").glob("*.jsonl"))]
 
 
@@ -198,7 +200,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "aarch64": instructions,
     "rivals": rivals,
     "engines": partial(rivals_in_full, race.rows),
-    "ratios": partial(rivals_in_full, lambda work: race.ratio_rows(race.ratios(work))),
+    "ratios": partial(rivals_in_full, lambda results: race.ratio_rows(race.ratios(results))),
 }
 
 

@@ -124,12 +124,12 @@ def bench_cli(
     parsed = [limits.parse(text) for text in fail_if or []]
     units = tuple(compute_units or ())
     share = None if interval is None else share_of("--interval", interval)
-    how = BenchOptions(repeats, threads, normalizer, units, minutes, share, governor, pin)
+    options = BenchOptions(repeats, threads, normalizer, units, minutes, share, governor, pin)
     names = device or ["local"]
     names = in_browser(names) if browser else names
     where = places(names, host or [], serial or [], [listen] if listen else [])
     say = say_for(json_file)
-    outcome = pipeline.bench(artifacts or [], where, speech, baseline, how, say, rival or ())
+    outcome = pipeline.bench(artifacts or [], where, speech, baseline, options, say, rival or ())
     print_results(outcome.results, json_file)
     say(f"wrote {outcome.path}")
     for error in outcome.failed[:-1]:

@@ -29,8 +29,8 @@ emulated = pytest.mark.skipif(
 
 
 @pytest.fixture
-def work(tmp_path) -> machine.Work:
-    return machine.Work(tmp_path, (), seconds=2.0, tokens=3)
+def work(tmp_path) -> machine.Task:
+    return machine.Task(tmp_path, (), seconds=2.0, tokens=3)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def marks_of(stages: list[tuple[int, int, int]], rng) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rounds(work: machine.Work, rng) -> list[tuple[int, int, int]]:
+def rounds(work: machine.Task, rng) -> list[tuple[int, int, int]]:
     """Return random counts for the stages of each round."""
     once = [ENCODER, PROMPT, *[TOKEN] * work.tokens]
     return [
@@ -175,7 +175,7 @@ def test_the_guest_does_the_same_work_twice(exported, clips, tmp_path):
     from benchmarks.speech.wav import write_clips
 
     write_clips(read_manifest(clips)[:2], tmp_path)
-    work = machine.Work(exported, tuple(sorted(tmp_path.glob("*.wav"))), 1.0, tokens=2)
+    work = machine.Task(exported, tuple(sorted(tmp_path.glob("*.wav"))), 1.0, tokens=2)
     first, second = (machine.run_here(work) for _ in range(2))
     off = counts.against(first, second)
     assert (off["encoder"], off["logits"], off["clips"], off["clips_alike"]) == (0, 0, 2, 2)

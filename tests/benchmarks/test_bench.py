@@ -13,6 +13,7 @@ import soundfile
 
 from benchmarks.bench import BenchOptions, Candidate, bench, bench_all
 from benchmarks.metadata import artifact_hash, clips_hash, file_hash, folder_hash
+from benchmarks.prepare import prepare
 from benchmarks.result import STAGES, validate
 from benchmarks.speech.clips import read_manifest
 from benchmarks.speech.wav import write_clips
@@ -49,6 +50,19 @@ def reply(texts, **changes) -> Finished:
 
 
 # --------------------------------------------------------------------------------- on a fake device
+
+
+def test_the_device_learns_the_oldest_runtime_that_runs_all_artifacts(artifact, few, tmp_path):
+    both = [artifact, *(tmp_path / name for name in ("older", "wrong"))]
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    for folder, runtime in zip(both[1:], ({"onnxruntime": "1.9"}, {"onnxruntime": 1}), strict=True):
+        shutil.copytree(artifact, folder)
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"runtime": runtime}))
+    fake = FakeDevice()
+    prepare([Candidate(folder) for folder in both[:2]], fake, few, BenchOptions())
+    assert fake.oldest_runtime == manifest["runtime"]["onnxruntime"] == "1.27"
+    with pytest.raises(Problem, match="its manifest needs onnxruntime '1', which is no version"):
+        prepare([Candidate(both[2])], fake, few, BenchOptions())
 
 
 def test_rounds_are_interleaved_and_samples_kept(artifact, few, tmp_path):

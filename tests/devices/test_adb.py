@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import adbd
 import pixel
 import pytest
+from waiting import wait_until
 
 from devices import adb, bundle
 from devices.adb import AdbDevice
@@ -246,6 +248,19 @@ def test_a_bundle_that_cannot_import_numpy_gets_an_error_message(player):
     assert "devices clean" in found.hint
 
 
+def test_an_artifact_for_a_newer_runtime_is_refused_before_it_is_copied(player):
+    here = {name: metadata.version(name) for name in ("numpy", "onnxruntime")}
+    player.says("agent", MARK + json.dumps({"versions": here}) + "\n", waits=True)
+    with AdbDevice() as device:
+        device.oldest_runtime = here["onnxruntime"]
+        device.prepare()
+        device.oldest_runtime = "1.99"
+        found = raised(lambda: device.push(Path(__file__), "artifact"))
+    assert f"needs onnxruntime 1.99 or newer, and this machine copied {here['onnxruntime']}" in str(
+        found
+    )
+
+
 DONE = {"exit_code": 0, "ended": "itself", "stdout": "", "stderr": ""}
 
 
@@ -444,7 +459,7 @@ def test_fast_cores_are_used_and_set_the_default_thread_count(phone, exported, f
     with open_device("mobile") as device:
         prepared = bench.prepare([bench.Candidate(exported)], device, few, bench.BenchOptions())
     told = prepared.known[0]["device"]
-    assert (prepared.how.threads, told["cores"], told["pinned_to"]) == (1, 1, [1])
+    assert (prepared.options.threads, told["cores"], told["pinned_to"]) == (1, 1, [1])
     assert told["core_frequencies_max_hz"] == [1000.0 * SLOW, 1000.0 * FAST]
 
 
@@ -504,13 +519,6 @@ def test_unplugging_during_a_run_ends_it(phone):
     wait_until(lambda: phone.says(f"ls {adb.ROOT}/work") == "")
     with AdbDevice(phone.serial) as device:
         assert device.run([device.python, "-c", "print(1)"]).stdout == "1\n"
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @real

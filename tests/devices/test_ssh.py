@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import sshd
+from waiting import wait_until
 from wheels_for_pip import PLATFORM, make_wheel, raised
 
 from devices import connection, wheels
@@ -50,13 +50,6 @@ def connect(name: str = "ssh") -> SshDevice:
 
 def python(code: str) -> list[str]:
     return ["python3", "-c", code]
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 HOSTILE = [
@@ -664,6 +657,22 @@ def test_other_supported_versions_are_used_without_matching_wheels(server, index
 
 
 @real
+def test_wheels_are_chosen_by_the_oldest_runtime_of_the_artifacts(server, index):
+    server.python(options="-S")
+    make_wheel(index, "numpy", metadata.version("numpy"))
+    make_wheel(index, "onnxruntime", "1.23.9")
+    with SshDevice("pi") as device:
+        device.oldest_runtime = "1.27"
+        found = raised(device.prepare)
+        assert "onnxruntime (the artifact needs onnxruntime 1.27 or newer) for Python" in str(found)
+        assert "`export --runtime` makes artifacts for an older onnxruntime" in found.hint
+        device.oldest_runtime = "1.22"
+        assert device.run(python("import onnxruntime as o; print(o.said)")).stdout == (
+            "pushed 1.23.9\n"
+        )
+
+
+@real
 def test_missing_or_broken_wheels_get_error_messages(server, index):
     server.python(options="-S")
     make_wheel(index, "numpy", metadata.version("numpy"))
@@ -693,6 +702,18 @@ def test_installed_versions_are_compared_with_the_supported_ranges():
     for name, older in (("numpy", "1.26.4"), ("onnxruntime", "1.21.0")):
         for other in (older, "99.0", "", "x\n", None, ["2.3"]):
             assert not wheels.in_range(here | {name: other})
+    old = here | {"onnxruntime": "1.23.2"}
+    assert wheels.in_range(old, oldest="1.22") and not wheels.in_range(old, oldest="1.24")
+
+
+def test_wheels_newer_than_here_are_requested_for_an_artifact_that_needs_them():
+    exact = f"onnxruntime=={metadata.version('onnxruntime')}"
+    target = Target((3, 13), "aarch64", 31, oldest="1.22")
+    assert exact in target.requirements
+    assert target.name == Target((3, 13), "aarch64", 31).name, "the same wheels are copied once"
+    newer = Target((3, 13), "aarch64", 31, oldest="1.99")
+    assert "onnxruntime<2,>=1.99" in newer.requirements
+    assert newer.name != target.name
 
 
 # --------------------------------------------------------------------------------------- the bench

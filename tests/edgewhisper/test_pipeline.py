@@ -64,7 +64,7 @@ def test_the_stages_pass_their_records_on(empty, few, quick, digits):
     assert texts[0] == texts[1]
 
     once = BenchOptions(repeats=1)
-    results, place, _ = pipeline.bench([artifact], speech=few, baseline=str(digits), how=once)
+    results, place, _ = pipeline.bench([artifact], speech=few, baseline=str(digits), options=once)
     assert [result["rival"] for result in results] == ["transformers", None]
     assert results[1]["parameters"] == record["after"]["parameters"]["total"]
     assert results[0]["clips_hash"] == results[1]["clips_hash"]

@@ -15,7 +15,7 @@ from benchmarks.program import PROJECT
 from benchmarks.result import MOST_POINTS, RATIO, remarks, table_rows
 from benchmarks.rivals import prepare
 from benchmarks.rivals.engines import interpreter
-from benchmarks.rivals.prepare import Order
+from benchmarks.rivals.prepare import Conversion
 from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.wer import score
 from devices.device import open_device
@@ -32,7 +32,7 @@ NAMES = ("faster-whisper", "whisper.cpp", "sherpa-onnx", "transformers")
 def run_rivals(model: Path, clips: list[Clip], folder: Path) -> list[dict[str, Any]]:
     """The results of one round of all rivals, and of our int8 artifact."""
     rivals = [in_own_form(Candidate(model, name), folder, lambda text: None) for name in NAMES]
-    ours = prepare.artifact("int8")(Order(model, folder, interpreter()))
+    ours = prepare.artifact("int8")(Conversion(model, folder, interpreter()))
     with open_device("local") as device:
         return bench_all([*rivals, Candidate(ours)], device, clips, BenchOptions(repeats=1))
 

@@ -19,7 +19,7 @@ from benchmarks.result import table_rows
 from benchmarks.rivals import __main__ as command
 from benchmarks.rivals import ggml, prepare
 from benchmarks.rivals.engines import ENGINES, count_parameters, interpreter, refuse_missing
-from benchmarks.rivals.prepare import Order
+from benchmarks.rivals.prepare import Conversion
 from benchmarks.rivals.protocol import (
     RULES,
     Engine,
@@ -32,7 +32,7 @@ from benchmarks.rivals.protocol import (
 )
 from benchmarks.rivals.race import (
     Case,
-    Work,
+    Task,
     by_turns,
     race,
     ratio_rows,
@@ -255,20 +255,20 @@ def test_the_task_is_the_checkpoints():
 def test_every_converted_model_has_the_checkpoints_rules(digits, tmp_path):
     from export.artifact import read_manifest as manifest_of
 
-    order = Order(digits, tmp_path, PYTHON)
-    expected = manifest_of(prepare.artifact("fp32")(order))["decoding"]
+    conversion = Conversion(digits, tmp_path, PYTHON)
+    expected = manifest_of(prepare.artifact("fp32")(conversion))["decoding"]
     for write in (prepare.sherpa("fp32"), prepare.ggml("f16")):
-        place = write(order)
+        place = write(conversion)
         stored = json.loads((place / RULES).read_text())
         assert expected.items() <= stored.items()
         assert read_rules(place).language == "en"
 
 
 def test_a_model_converted_by_an_older_version_is_replaced(digits, tmp_path):
-    place = prepare.ggml("f16")(Order(digits, tmp_path, PYTHON))
+    place = prepare.ggml("f16")(Conversion(digits, tmp_path, PYTHON))
     (place / RULES).unlink()
     (place / ggml.MODEL).write_bytes(b"old")
-    assert prepare.ggml("f16")(Order(digits, tmp_path, PYTHON)) == place
+    assert prepare.ggml("f16")(Conversion(digits, tmp_path, PYTHON)) == place
     assert (place / RULES).is_file()
     assert (place / ggml.MODEL).stat().st_size > 1000
 
@@ -353,8 +353,8 @@ print(json.dumps({"prompts": found, "suppressed": cpp.rules.suppress_tokens,
 def test_faster_whisper_and_whisper_cpp_are_prompted_in_each_clips_language(
     digits, tmp_path, multilingual
 ):
-    fast = prepare.ctranslate2(Order(digits, tmp_path, PYTHON))
-    cpp = prepare.ggml("q8_0")(Order(digits, tmp_path, PYTHON))
+    fast = prepare.ctranslate2(Conversion(digits, tmp_path, PYTHON))
+    cpp = prepare.ggml("q8_0")(Conversion(digits, tmp_path, PYTHON))
     rules = read_rules(cpp)
     if not multilingual:
         start, _, _, silent = rules.prompt
@@ -413,11 +413,11 @@ def test_parameters_are_counted_from_the_file(random_checkpoint, digits):
 
 def test_our_artifact_has_a_window_as_long_as_the_noise(random_checkpoint, tmp_path):
     write = prepare.artifact("int8")
-    order = Order(random_checkpoint, tmp_path, PYTHON, windows_s=(5.0,))
-    place = write(order)
+    conversion = Conversion(random_checkpoint, tmp_path, PYTHON, windows_s=(5.0,))
+    place = write(conversion)
     manifest = json.loads((place / "manifest.json").read_text())
     assert manifest["audio"]["windows_samples"] == [80_000, 480_000]
-    again = write(replace(order, windows_s=(30.0,)))
+    again = write(replace(conversion, windows_s=(30.0,)))
     assert again == place
     manifest = json.loads((place / "manifest.json").read_text())
     assert manifest["audio"]["windows_samples"] == [480_000]
@@ -490,7 +490,7 @@ def test_a_missing_environment_is_reported(digits, tmp_path):
     with pytest.raises(Problem, match=r"faster-whisper, whisper\.cpp: the rivals' environment"):
         refuse_missing(["ours", "faster-whisper", "whisper.cpp"], tmp_path / "python", "x")
     with pytest.raises(Problem) as error:
-        race(Work("digits", digits, ()), ["whisper.cpp"], [1], 1, tmp_path, tmp_path / "python")
+        race(Task("digits", digits, ()), ["whisper.cpp"], [1], 1, tmp_path, tmp_path / "python")
     assert error.value.hint.endswith("--engines ours ours-fp32 transformers")
     refuse_missing(["ours", "transformers"], tmp_path / "python", "x")
 
@@ -582,7 +582,7 @@ def test_compare_reads_forced_results_and_leaves_error_rates_out():
 
 
 def test_ours_and_transformers_run_on_the_shipped_model(digits, few, tmp_path):
-    work = Work("digits", digits, tuple(few))
+    work = Task("digits", digits, tuple(few))
     results = race(work, ["ours", "transformers"], [1], 1, tmp_path, PYTHON)
     assert [result["rival"] for result in results] == [None, "transformers"]
     assert [result["texts"] for result in results] == [[clip.text for clip in few]] * 2
@@ -593,7 +593,7 @@ def test_ours_and_transformers_run_on_the_shipped_model(digits, few, tmp_path):
 
 def test_ours_and_transformers_decode_the_forced_tokens(digits, few, tmp_path, rng):
     count = int(rng.integers(2, 20))
-    work = Work("digits", digits, tuple(few[:1]), tokens=count, repeats=2)
+    work = Task("digits", digits, tuple(few[:1]), tokens=count, repeats=2)
     results = race(work, ["ours", "transformers"], [1], 1, tmp_path, PYTHON)
     for result in results:
         assert result["forced_tokens"] == count
@@ -629,7 +629,7 @@ def test_whisper_cpp_reads_our_file_and_transcribes_the_clips(digits, few, pushe
 
 @with_rivals
 def test_faster_whisper_transcribes_the_clips(digits, few, pushed, tmp_path):
-    place = prepare.ctranslate2(Order(digits, tmp_path, PYTHON))
+    place = prepare.ctranslate2(Conversion(digits, tmp_path, PYTHON))
     answer = answer_of(pushed, "faster_whisper", place)
     assert answer["texts"] == [clip.text for clip in few]
     assert answer["per_token_s"] == []
@@ -651,7 +651,7 @@ def test_rivals_decode_the_forced_tokens(random_checkpoint, pushed, tmp_path, rn
     pushed.push(tmp_path / "00000.wav", "clips/00000.wav")
     pushed.push(tmp_path / "clips.json", "clips/clips.json")
     pushed.push(tmp_path / "languages.json", "clips/languages.json")
-    place = write(Order(random_checkpoint, tmp_path, PYTHON, tokens=count))
+    place = write(Conversion(random_checkpoint, tmp_path, PYTHON, tokens=count))
     answer = answer_of(pushed, module, place, "--tokens", str(count))
     assert [len(tokens) for tokens in answer["tokens"]] == [count]
     assert len(answer["encoder_s"]) == 1

@@ -9,13 +9,13 @@ import json
 import shutil
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sshd
 from some_clips import manifest_of_some
+from waiting import wait_until
 from wheels_for_pip import make_wheel, raised
 
 from benchmarks import bench as benching
@@ -140,12 +140,12 @@ def test_a_rival_without_a_wheel_is_refused(server, index, sherpa, few):
 def test_the_runner_cannot_import_a_rivals_packages(server, index):
     make_engine(index)
     with SshDevice("pi", "rpi") as device:
-        beside = device.having(ENGINES["sherpa-onnx"].packages, Path())
+        other = device.having(ENGINES["sherpa-onnx"].packages, Path())
         code = ["python3", "-c", "import sherpa_onnx; print(sherpa_onnx.__file__)"]
-        assert str(server.private / "runtime") in beside.run(code).stdout
+        assert str(server.private / "runtime") in other.run(code).stdout
         assert "No module named 'sherpa_onnx'" in device.run(code).stderr
         where = ["python3", "-c", "import os; print(os.getcwd())"]
-        assert beside.run(where).stdout == device.run(where).stdout
+        assert other.run(where).stdout == device.run(where).stdout
 
 
 def test_each_set_of_packages_has_its_own_runtime():
@@ -258,15 +258,14 @@ def test_an_artifact_of_another_model_needs_its_checkpoint(exported, tmp_path):
 
 def test_closing_a_device_ends_a_rivals_process():
     with open_device() as device:
-        beside = device.having(Packages((), ()), Path(sys.executable))
+        other = device.having(Packages((), ()), Path(sys.executable))
         code = "import time; open('started', 'w'); time.sleep(60)"
         ended = []
         thread = threading.Thread(
-            target=lambda: ended.append(beside.run([beside.python, "-c", code]).exit_code)
+            target=lambda: ended.append(other.run([other.python, "-c", code]).exit_code)
         )
         thread.start()
-        while not (device.work / "started").exists():
-            time.sleep(0.05)
+        wait_until((device.work / "started").exists)
     thread.join(30)
     assert ended == [-9]
 
@@ -276,7 +275,9 @@ def test_the_real_rivals_transcribe_the_clips(exported, few, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     names = ["faster-whisper", "whisper.cpp", "sherpa-onnx"]
     once = BenchOptions(repeats=1, threads=1)
-    found = pipeline.bench([exported], speech=few, how=once, rivals=names, say=lambda text: None)
+    found = pipeline.bench(
+        [exported], speech=few, options=once, rivals=names, say=lambda text: None
+    )
     assert [result["rival"] for result in found.results] == [*names, None]
     texts = [clip.text for clip in read_manifest(few)]
     assert [result["texts"] for result in found.results] == [texts] * 4
