@@ -182,7 +182,7 @@ class TransformersRuntime(_OnnxRuntime):
             self.tokenizer = WhisperTokenizer.from_pretrained(folder)
 
     def window(self, pcm: np.ndarray) -> list[int]:
-        step = self._steps(pcm, merged=True)
+        step = self.steps(pcm, merged=True)
         with blamed(self.paths[1]):
             tokens = greedy(step, self.rules, stop_loops=False)
         self._check_unmerged(pcm, tokens)
@@ -203,7 +203,7 @@ class TransformersRuntime(_OnnxRuntime):
             )
 
     def logits(self, pcm: np.ndarray, tokens: Sequence[int]) -> Logits:
-        step = self._steps(pcm, merged=False)
+        step = self.steps(pcm, merged=False)
         fed = [self.rules.prompt, *((token,) for token in tokens)]
         with blamed(self.paths[3]):
             return np.stack([step(ids) for ids in fed])
@@ -215,7 +215,7 @@ class TransformersRuntime(_OnnxRuntime):
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text.strip()
 
-    def _steps(self, pcm: np.ndarray, merged: bool) -> Callable[[Sequence[int]], Logits]:
+    def steps(self, pcm: np.ndarray, merged: bool) -> Callable[[Sequence[int]], Logits]:
         with blamed(self.folder / "preprocessor_config.json"):
             features = log_mel(self.extractor, pcm)
         with blamed(self.paths[0]):
@@ -295,7 +295,7 @@ class Sherpa(_OnnxRuntime):
 
     def decode(self, mel: np.ndarray) -> list[int]:
         """Return the greedy tokens of log-mel frames (1, n_mels, n)."""
-        step = self._steps(mel)
+        step = self.steps(mel)
         rules = replace(self.rules, prompt=tuple(self.prompt))
         rules = replace(rules, suppress_tokens=(), begin_suppress_tokens=(), timestamp_begin=None)
         with blamed(self.paths[1]):
@@ -312,7 +312,7 @@ class Sherpa(_OnnxRuntime):
         tail = np.zeros((1, whole.shape[1], self.TAIL), np.float32)
         return np.concatenate([whole[..., :frames], tail], axis=2)
 
-    def _steps(self, mel: np.ndarray) -> Callable[[Sequence[int]], Logits]:
+    def steps(self, mel: np.ndarray) -> Callable[[Sequence[int]], Logits]:
         with blamed(self.paths[0]):
             cross = self.encoder.run(None, {"mel": mel})
         own, fed = [self.no_past, self.no_past], 0

@@ -209,8 +209,8 @@ def same_names(place: Place, names: list[str]) -> list[str]:
     folder, own = os.path.split(place.root)
     if not os.path.exists(os.path.join(folder, own.swapcase())):
         return []
-    seen: dict[str, str] = {}
-    pairs = ([seen.setdefault(name.lower(), name), name] for name in names)
+    first: dict[str, str] = {}
+    pairs = ([first.setdefault(name.lower(), name), name] for name in names)
     return next((pair for pair in pairs if pair[0] != pair[1]), [])
 
 

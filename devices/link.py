@@ -58,10 +58,10 @@ class Link(ABC):
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         os.set_blocking(self.stdin.fileno(), False)
-        self.listener = threading.Thread(
-            target=self.listen, args=(self.process.stderr,), daemon=True
+        self.stderr_reader = threading.Thread(
+            target=self.read_stderr, args=(self.process.stderr,), daemon=True
         )
-        self.listener.start()
+        self.stderr_reader.start()
         agent = AGENT.read_bytes()
         self.send(f"{len(agent)}\n".encode() + agent)
 
@@ -69,7 +69,7 @@ class Link(ABC):
     def why(self, code: int, stderr: str) -> tuple[str, str]:
         """Return message and hint for a process that ended, from its exit code and its stderr."""
 
-    def listen(self, stderr: IO[bytes]) -> None:
+    def read_stderr(self, stderr: IO[bytes]) -> None:
         """Keep the end of the process's stderr."""
         with stderr:
             while block := os.read(stderr.fileno(), CHUNK):
@@ -160,7 +160,7 @@ class Link(ABC):
     def failure(self, reason: str = "") -> DeviceProblem:
         """Close the connection; return the error for `reason`, or for how the process ended."""
         self.end(0 if reason else CLOSE_S)
-        self.listener.join(CLOSE_S)
+        self.stderr_reader.join(CLOSE_S)
         if reason:
             return self.problem(reason, "check the device, and start again")
         return self.problem(
@@ -174,7 +174,7 @@ class Link(ABC):
     def close(self) -> None:
         """Close the connection after the agent's cleanup."""
         self.end(CLOSE_S)
-        self.listener.join(CLOSE_S)
+        self.stderr_reader.join(CLOSE_S)
 
     def end(self, patience_s: float) -> None:
         """Close the pipes and wait for the process to end, or kill it."""

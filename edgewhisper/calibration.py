@@ -140,8 +140,8 @@ def sounding(samples: int, hop: int, positions: int) -> int:
 # --------------------------------------------------------------------------------------- hooks
 
 
-class Listener:
-    """Forward hooks on a model that call `seen(point, rows)` for every window it processes.
+class LayerHooks:
+    """Forward hooks on a model that call `receive(point, rows)` for every window it processes.
 
     A context manager. Inside it, the model is in evaluation mode and has no layers after the last
     point.
@@ -151,14 +151,14 @@ class Listener:
         self,
         model: "WhisperForConditionalGeneration",
         points: Iterable[Point],
-        seen: Callable[[Point, Tensor], None],
+        receive: Callable[[Point, Tensor], None],
     ) -> None:
-        self.model, self.points, self.seen = model, list(points), seen
+        self.model, self.points, self.receive = model, list(points), receive
         self.decoder = any(side_and_layer(p.module)[0] == "decoder" for p in self.points)
         self._window: Window
         self._open = ExitStack()
 
-    def __enter__(self) -> "Listener":
+    def __enter__(self) -> "LayerHooks":
         was_training = self.model.training
         self._open.callback(self.model.train, was_training)
         self.model.eval()
@@ -176,12 +176,12 @@ class Listener:
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             rows = (inputs[0] if point.side == "input" else output)[0]  # (positions, d)
-            self.seen(point, rows[: self._window.positions] if sound else rows)
+            self.receive(point, rows[: self._window.positions] if sound else rows)
 
         return hook
 
     @torch.no_grad()
-    def hear(self, window: Window) -> None:
+    def run(self, window: Window) -> None:
         """Run the model on a window."""
         self._window = window
         device = next(self.model.parameters()).device
@@ -233,9 +233,9 @@ def collect(
             moments[point] = Moments(rows.shape[1], exact(rows[:0]).device)
         moments[point].add(rows)
 
-    with Listener(model, points, add) as listener:
-        for window in speech.windows(model, listener.decoder):
-            listener.hear(window)
+    with LayerHooks(model, points, add) as hooks:
+        for window in speech.windows(model, hooks.decoder):
+            hooks.run(window)
             heard()
     for point in points:
         refuse_unseen(point, moments.get(point), speech)
@@ -254,15 +254,15 @@ def collect_together(
     columns = [(number, point) for number, of_model in enumerate(points) for point in of_model]
     moments: Moments | None = None
     with ExitStack() as stack:
-        listeners = [
-            stack.enter_context(Listener(model, of_model, storer(rows, number)))
+        group = [
+            stack.enter_context(LayerHooks(model, of_model, storer(rows, number)))
             for number, (model, of_model) in enumerate(zip(models, points, strict=True))
         ]
-        decoder = any(listener.decoder for listener in listeners)
+        decoder = any(hooks.decoder for hooks in group)
         for window in speech.windows(models[0], decoder):
             rows.clear()
-            for listener in listeners:
-                listener.hear(window)
+            for hooks in group:
+                hooks.run(window)
             if rows:  # empty if the decoder did not run
                 joint = torch.cat([exact(rows[key]) for key in columns], dim=1)
                 moments = moments or Moments(joint.shape[1], joint.device)

@@ -74,7 +74,7 @@ def greedy(
     finished = 0
     tokens: list[list[int]] = [[] for _ in pcms]
     prompts = prompt_languages(model, processor, pcms, languages, batch_size)
-    for indices, features in _batches(model, processor, pcms, batch_size, prompts):
+    for indices, features in batches(model, processor, pcms, batch_size, prompts):
         prompt = prompt_ids(model.generation_config, prompts[indices[0]])
         room = model.config.max_target_positions - len(prompt)
         limit = room if max_tokens is None else min(max_tokens, room)
@@ -84,11 +84,11 @@ def greedy(
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=limit,
-                suppress_tokens=_suppressed(model),
+                suppress_tokens=suppressed(model),
                 **_prompt_options(model, prompts[indices[0]]),
             )
         for index, row in zip(indices, output.tolist(), strict=True):
-            tokens[index] = _until_end(row, model.generation_config.eos_token_id)
+            tokens[index] = until_end(row, model.generation_config.eos_token_id)
         finished += len(indices)
         done(finished)
     return tokens
@@ -143,7 +143,7 @@ def detect(
     codes = language_ids(model.generation_config)
     start = model.generation_config.decoder_start_token_id
     results = [("", 0.0)] * len(pcms)
-    for indices, features in _batches(model, processor, pcms, batch_size):
+    for indices, features in batches(model, processor, pcms, batch_size):
         inputs = torch.full((len(indices), 1), start, device=next(model.parameters()).device)
         output = model(input_features=features.to(inputs.device), decoder_input_ids=inputs)
         scores = output.logits[:, -1, list(codes.values())]  # (batch, languages)
@@ -154,7 +154,7 @@ def detect(
     return results
 
 
-def _batches(
+def batches(
     model: nn.Module,
     processor: WhisperProcessor,
     pcms: Sequence[np.ndarray],
@@ -193,7 +193,7 @@ def parts(
     - `logits`: (ids, vocab)
     """
     device = next(model.parameters()).device
-    (_, features), *_ = _batches(model, processor, [pcm], size=1)
+    (_, features), *_ = batches(model, processor, [pcm], size=1)
     inputs = torch.tensor([list(ids)], device=device)
     output = model(input_features=features.to(device), decoder_input_ids=inputs, use_cache=True)
     caches = output.past_key_values.self_attention_cache.layers
@@ -275,7 +275,7 @@ def _prompt_options(model: nn.Module, language: str | None) -> dict[str, str]:
     return {"language": language, "task": task_of(model.generation_config)}
 
 
-def _suppressed(model: nn.Module) -> list[int]:
+def suppressed(model: nn.Module) -> list[int]:
     """Return the suppressed tokens and all timestamp tokens.
 
     The prompt forbids timestamps. If a compressed model predicts one anyway, generate() decodes the
@@ -286,6 +286,6 @@ def _suppressed(model: nn.Module) -> list[int]:
     return [*(generation.suppress_tokens or []), *stamps]
 
 
-def _until_end(tokens: list[int], end: int | list[int]) -> list[int]:
+def until_end(tokens: list[int], end: int | list[int]) -> list[int]:
     ends = {end} if isinstance(end, int) else set(end)
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]

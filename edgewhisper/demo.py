@@ -56,7 +56,7 @@ def demo_checkpoint(source: str, say: Say) -> tuple[str, str]:
 
 
 def demo_source(model: str | None, say: Say) -> str:
-    """Return the model of the demo: a path, a size name or a hub id."""
+    """Return the model of the demo: a path, a size name or a Hub ID."""
     from edgewhisper.checkpoints.fetch import hub_or_pinned
 
     if model == EMBEDDED:

@@ -38,7 +38,7 @@ class Request:
     """The arguments of `edgewhisper compress`."""
 
     model: str | None = None
-    """Size name, hub id, directory or .pt file. None: the embedded digits model."""
+    """Size name, Hub ID, directory or .pt file. None: the embedded digits model."""
     recipe: str | None = None
     """Name or .toml file. None: see recipe_for."""
     speech: Path | None = None

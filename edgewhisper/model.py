@@ -225,9 +225,9 @@ class WhisperForConditionalGeneration(transformers.WhisperForConditionalGenerati
                 for layer, shape in zip(stack.layers, shapes[side], strict=True):
                     _reshape_layer(layer, shape, ATTENTIONS[side])
             if "token_rank" in shapes:
-                self._factorise_table(shapes["token_rank"])
+                self.factorise_table(shapes["token_rank"])
 
-    def _factorise_table(self, rank: int) -> None:
+    def factorise_table(self, rank: int) -> None:
         dense = self.model.decoder.embed_tokens
         rows = nn.Embedding(dense.num_embeddings, rank, dense.padding_idx)
         table = FactorisedTable(rows, nn.Linear(rank, dense.embedding_dim, bias=False))

@@ -25,9 +25,9 @@ async function bytes(name) {
 }
 
 // Fetching is not timed: on other devices the files are local.
-async function fetchGraph({ file, beside, place }) {
+async function fetchGraph({ file, external, place }) {
   const externalData = [];
-  for (const path of beside) externalData.push({ path, data: new Uint8Array(await bytes(place + path)) });
+  for (const path of external) externalData.push({ path, data: new Uint8Array(await bytes(place + path)) });
   return { graph: new Uint8Array(await bytes(file)), externalData };
 }
 

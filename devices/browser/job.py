@@ -70,7 +70,7 @@ def graphs(
         constants = read_graph(folder / name, manifest["files"].keys()).constants.values()
         weights = sorted({c.location for c in constants if c.location is not None})
         files |= {place + file: folder / file for file in (name, *weights)}
-        graph = {"file": place + name, "beside": weights, "place": place}
+        graph = {"file": place + name, "external": weights, "place": place}
         entries[name.removesuffix(".onnx")] = graph
     outputs = manifest["contract"]["decoder"]["outputs"]
     shapes = {spec["name"]: spec["shape"] for spec in outputs}

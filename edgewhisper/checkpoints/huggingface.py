@@ -67,7 +67,7 @@ def read_config(
     if looks_local(source) and not Path(source).is_dir():
         raise Problem(
             f"{source}: there is no such checkpoint",
-            hint="name a directory, a .pt file, a hub id like openai/whisper-tiny, or one of "
+            hint="name a directory, a .pt file, a Hub ID like openai/whisper-tiny, or one of "
             f"{', '.join(openai.HUB_IDS)}",
         )
     try:
@@ -90,7 +90,7 @@ def read_config(
 
 
 def resolved(source: str | Path) -> str | Path:
-    """Return the hub id of one of OpenAI's size names; a path of that name takes precedence."""
+    """Return the Hub ID of one of OpenAI's size names; a path of that name takes precedence."""
     return source if looks_local(source) else openai.hub_id(str(source))
 
 
@@ -151,7 +151,7 @@ def unreadable(source: str | Path, error: Exception) -> Problem:
         if any(Path(source).glob("pytorch_model*.bin")):
             hint = "pickled weights can run code and are not read: convert them to safetensors"
     else:
-        hint = "check the hub id and the network, or name a local checkpoint directory"
+        hint = "check the Hub ID and the network, or name a local checkpoint directory"
         if size := next((s for s in PINNED if openai.hub_id(s) == str(source)), None):
             hint += (
                 f"; without the hub, `python -m edgewhisper.checkpoints.fetch {size} --out models` "

@@ -24,7 +24,7 @@ def is_folder(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> str:
-    """Return the path or hub id of an adapter's base. Raises Problem if it has none."""
+    """Return the path or Hub ID of an adapter's base. Raises Problem if it has none."""
     base = _config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise Problem(

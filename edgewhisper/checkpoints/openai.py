@@ -81,7 +81,7 @@ HUB_IDS = {
     "large": "openai/whisper-large-v3",
     "turbo": "openai/whisper-large-v3-turbo",
 }
-"""Size name -> hub id. `large` and `turbo` are the same models as in openai-whisper."""
+"""Size name -> Hub ID. `large` and `turbo` are the same models as in openai-whisper."""
 
 
 # -------------------------------------------------------------------------------- vocabularies
@@ -196,5 +196,5 @@ def size_of(config: WhisperConfig) -> Size | None:
 
 
 def hub_id(name: str) -> str:
-    """Return the hub id of a size name, or the unchanged name."""
+    """Return the Hub ID of a size name, or the unchanged name."""
     return HUB_IDS.get(name, name)

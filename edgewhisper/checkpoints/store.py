@@ -39,7 +39,7 @@ def load(source: str | Path, revision: str | None = None) -> WhisperForCondition
     `source` is one of:
 
     - a size name of OpenAI's, such as "tiny.en"
-    - a hub id
+    - a Hub ID
     - a Hugging Face directory, dense or compressed
     - a directory with a LoRA adapter of PEFT's, which is merged into its base
     - a CTranslate2 directory, as faster-whisper uses it

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import wait_until
 
 from benchmarks import bench
 from benchmarks import telemetry as run_telemetry
@@ -191,17 +192,11 @@ def test_rates_are_computed_from_two_samples(tmp_path, rng, monkeypatch):
 # ------------------------------------------------------------------------------- a real sampler
 
 
-def gone(pid: int) -> bool:
-    """Return whether a process ends within 30 s."""
-    ends = time.monotonic() + 30
-    while time.monotonic() < ends:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.02)
-    return False
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 @linux
@@ -216,7 +211,7 @@ def test_the_sampler_samples_this_machine_at_its_interval():
     assert all(isinstance(sample["load_average"], float) for sample in found["samples"])
     assert found["cpu_s"] > 0
     assert run_telemetry.valid_fields({"telemetry": found})[1] == []
-    assert gone(sampler.helper.pid)
+    wait_until(lambda: ended(sampler.helper.pid))
 
 
 @linux
@@ -245,7 +240,7 @@ def test_a_killed_parent_leaves_no_sampler(end):
         assert Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
         parent.send_signal(end)
         assert parent.stdout.read() == ""  # the sampler does not keep the pipe open
-    assert gone(pid)
+    wait_until(lambda: ended(pid))
 
 
 @linux
@@ -306,10 +301,7 @@ def test_a_killed_runner_restores_the_governor(pi, end):
         assert runner.stdout.readline() == "performance\n"
         assert governors(pi) == ["performance"] * 4
         os.killpg(runner.pid, end)
-    ends = time.monotonic() + 30
-    while governors(pi) != ["ondemand"] * 4 and time.monotonic() < ends:
-        time.sleep(0.02)
-    assert governors(pi) == ["ondemand"] * 4
+    wait_until(lambda: governors(pi) == ["ondemand"] * 4)
 
 
 @linux

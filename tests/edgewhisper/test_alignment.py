@@ -160,7 +160,7 @@ def test_token_times_of_pruned_and_shrunk_models_are_the_same(make_whisper, proc
                 return_token_timestamps=True,
                 return_dict_in_generate=True,
                 max_new_tokens=12,
-                suppress_tokens=decoding._suppressed(one),
+                suppress_tokens=decoding.suppressed(one),
             )
         times.append((out["sequences"].tolist(), out["token_timestamps"].tolist()))
     assert times[0] == times[1]

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper.calibration import (
-    Listener,
+    LayerHooks,
     Moments,
     Point,
     Speech,
@@ -188,18 +188,23 @@ def test_later_layers_do_not_run_and_are_restored(tiny_whisper, speech):
 def test_hooks_are_removed_and_the_mode_is_restored(fails, tiny_whisper, speech):
     tiny_whisper.train()
 
+    calls = []
+
     def check(point, rows):
+        calls.append(point)
         assert not tiny_whisper.training
         if fails:
             raise RuntimeError("stopped")
 
     try:
-        with Listener(tiny_whisper, [Point(FC1)], check) as listener:
-            listener.hear(next(speech.windows(tiny_whisper)))
+        with LayerHooks(tiny_whisper, [Point(FC1)], check) as hooks:
+            hooks.run(next(speech.windows(tiny_whisper)))
     except RuntimeError:
         assert fails
     assert tiny_whisper.training and len(tiny_whisper.model.encoder.layers) == 2
-    assert not tiny_whisper.get_submodule(FC1)._forward_hooks
+    count = len(calls)
+    tiny_whisper.get_submodule(FC1)(torch.zeros(1, 1, 32))
+    assert len(calls) == count > 0
 
 
 # -------------------------------------------------------------------------------- names of layers

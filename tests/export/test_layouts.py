@@ -384,7 +384,7 @@ def test_sherpa_logits_match_torch_except_suppressed_tokens(kind, made, processo
     model, hearing = made(kind, "sherpa")
     pcm = window(processor, rng)[: int(rng.integers(8000, 96000))]
     chunks = [hearing.prompt, *([int(i)] for i in rng.integers(0, 374, 4))]
-    step = hearing._steps(hearing.mel(pcm))
+    step = hearing.steps(hearing.mel(pcm))
     for chunk, want in zip(chunks, torch_steps(model, processor, pcm, chunks), strict=True):
         logits = step(chunk)
         stamps = model.generation_config.no_timestamps_token_id + 1

@@ -154,10 +154,10 @@ class Reader:
             if self.left < 0:
                 raise self.refused(f"more than {MOST_FIELDS} fields in one graph")
             key, place = (data[place], place + 1) if data[place] < 128 else varint(place, stop)
-            kind, found = key & 7, key >> 3
+            kind, number = key & 7, key >> 3
             if kind == 0:
                 value, place = varint(place, stop)
-                yield found, value
+                yield number, value
                 continue
             if kind == 2:
                 size, place = varint(place, stop)
@@ -165,9 +165,9 @@ class Reader:
                 size = 8 if kind == 1 else 4
             else:
                 raise self.damaged(place)
-            if size > stop - place or found == 0:
+            if size > stop - place or number == 0:
                 raise self.damaged(place)
-            yield found, (place, place + size)
+            yield number, (place, place + size)
             place += size
 
     def text(self, value: int | Span) -> str:
@@ -195,16 +195,16 @@ class Reader:
             yield signed(number)
 
     def model(self) -> None:
-        found = False
+        has_graph = False
         for number, value in self.fields((0, len(self.data))):
             if number == 7:
-                found = True
+                has_graph = True
                 self.graph(self.span(value), 0)
             elif number == 8:
                 self.opset(self.span(value))
             elif number in (20, 25):
                 raise self.refused("functions or training steps, which are not supported")
-        if not found or not self.parts.nodes:
+        if not has_graph or not self.parts.nodes:
             raise self.damaged(len(self.data))
 
     def opset(self, span: Span) -> None:

@@ -97,8 +97,8 @@ def joined(props: dict[str, str], maker: str, model: str) -> str:
 
 def entry(output: str, name: str) -> str:
     """Return the value of an indented `name: value` line."""
-    found = re.search(rf"^\s+{re.escape(name)}: *(\S.*)$", output, re.MULTILINE)
-    return found[1].strip() if found else UNAVAILABLE
+    match = re.search(rf"^\s+{re.escape(name)}: *(\S.*)$", output, re.MULTILINE)
+    return match[1].strip() if match else UNAVAILABLE
 
 
 def share(battery: str) -> float | str:
@@ -120,17 +120,17 @@ def plugged(battery: str) -> str:
 def screen_state(output: str) -> str:
     """Return the screen's state, such as on, off or doze."""
     for pattern in (r"Display Power: state=(\w+)", r"mWakefulness=(\w+)"):
-        if found := re.search(pattern, output):
-            return {"awake": "on", "asleep": "off"}.get(found[1].lower(), found[1].lower())
+        if match := re.search(pattern, output):
+            return {"awake": "on", "asleep": "off"}.get(match[1].lower(), match[1].lower())
     return UNAVAILABLE
 
 
 def thermal_status(output: str) -> str:
     """Return Android's name of the current thermal throttling level."""
-    found = re.search(r"^\s*Thermal Status: (\d+)", output, re.MULTILINE)
-    if found is None:
+    match = re.search(r"^\s*Thermal Status: (\d+)", output, re.MULTILINE)
+    if match is None:
         return UNAVAILABLE
-    return THERMAL[int(found[1])] if int(found[1]) < len(THERMAL) else found[1]
+    return THERMAL[int(match[1])] if int(match[1]) < len(THERMAL) else match[1]
 
 
 def cpu_temperature(output: str) -> float | str:
@@ -171,11 +171,11 @@ def power(base: Path, battery: str) -> float | str:
 
 def clocks(base: Path, name: str) -> dict[int, float]:
     """Return the value of a cpufreq file by core, in Hz."""
-    found = {}
+    values = {}
     for path in (base / "sys/devices/system/cpu").glob(f"cpu[0-9]*/cpufreq/{name}"):
         if not isinstance(hertz := number(read(path), 1000), str):  # kHz there
-            found[int(path.parent.parent.name[len("cpu") :])] = hertz
-    return found
+            values[int(path.parent.parent.name[len("cpu") :])] = hertz
+    return values
 
 
 def maxima(base: Path) -> dict[int, float]:

@@ -33,7 +33,7 @@ def describe(root: str | Path = "/") -> dict:
     base = Path(root)
     cpuinfo = read(base / "proc/cpuinfo")
     clock = base / "sys/devices/system/cpu/cpu0/cpufreq"
-    found = {
+    description = {
         "model": model(base),
         "cpu": cpu_name(cpuinfo),
         "architecture": platform.machine(),
@@ -56,8 +56,8 @@ def describe(root: str | Path = "/") -> dict:
     if sys.platform == "darwin":
         from .mac import describe as describe_mac
 
-        found |= describe_mac()
-    return found
+        description |= describe_mac()
+    return description
 
 
 def emulated(base: Path, machine: str) -> bool:
@@ -88,14 +88,14 @@ def read(path: Path) -> str:
 
 def field(text: str, name: str) -> str:
     """Return the value after `name:` in a /proc file."""
-    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else UNAVAILABLE
+    match = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else UNAVAILABLE
 
 
 def number(text: str, scale: float) -> float | str:
     """Return the leading number of a text times `scale`; "unavailable" if there is none."""
-    found = re.match(r"-?\d+", text)
-    return float(f"{int(found[0]) * scale:.12g}") if found else UNAVAILABLE
+    match = re.match(r"-?\d+", text)
+    return float(f"{int(match[0]) * scale:.12g}") if match else UNAVAILABLE
 
 
 def model(base: Path) -> str:
@@ -115,8 +115,8 @@ def cpu_name(cpuinfo: str) -> str:
 def isa(cpuinfo: str) -> list[str] | str:
     """Return the features of ISA_FEATURES that the CPU has."""
     names = ("flags", "Features")
-    found = next((f for name in names if (f := field(cpuinfo, name)) != UNAVAILABLE), None)
-    return [name for name in ISA_FEATURES if name in found.split()] if found else UNAVAILABLE
+    flags = next((f for name in names if (f := field(cpuinfo, name)) != UNAVAILABLE), None)
+    return [name for name in ISA_FEATURES if name in flags.split()] if flags else UNAVAILABLE
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -154,20 +154,20 @@ def quotas(root: Path) -> Iterator[float]:
 
 def os_name(release: str) -> str:
     """Return the distribution's name from the text of /etc/os-release."""
-    found = re.search(r'^PRETTY_NAME="?([^"\n]+)', release, re.MULTILINE)
-    return found[1] if found else platform.platform(terse=True)
+    match = re.search(r'^PRETTY_NAME="?([^"\n]+)', release, re.MULTILINE)
+    return match[1] if match else platform.platform(terse=True)
 
 
 def load_average(text: str) -> float | str:
     """Return the load average of the last minute."""
-    found = re.match(r"[\d.]+", text)
-    return float(found[0]) if found else UNAVAILABLE
+    match = re.match(r"[\d.]+", text)
+    return float(match[0]) if match else UNAVAILABLE
 
 
 def throttled() -> str:
     """Return the Raspberry Pi firmware's throttling bits, such as 0x0."""
-    found = re.search(r"throttled=(0x[0-9a-fA-F]+)", vcgencmd("get_throttled"))
-    return found[1] if found else UNAVAILABLE
+    match = re.search(r"throttled=(0x[0-9a-fA-F]+)", vcgencmd("get_throttled"))
+    return match[1] if match else UNAVAILABLE
 
 
 def vcgencmd(question: str) -> str:
@@ -212,13 +212,13 @@ def versions(*more: str) -> dict[str, str]:
     """Return the versions of Python, numpy, onnxruntime and more, without importing them."""
     from importlib import metadata
 
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for name in ("numpy", "onnxruntime", *more):
         try:
-            found[name] = metadata.version(name)
+            known[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = UNAVAILABLE
-    return found
+            known[name] = UNAVAILABLE
+    return known
 
 
 def peak_rss_bytes(base: Path = Path("/")) -> int | str:

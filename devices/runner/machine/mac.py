@@ -33,17 +33,17 @@ PATIENCE_S = 5
 
 def describe() -> dict:
     """Return the entries of host.describe() that come from other sources than on Linux."""
-    found = sysctl(NAMES)
+    values = sysctl(NAMES)
     return {
-        "model": found.get("hw.model", UNAVAILABLE),
-        "cpu": found.get("machdep.cpu.brand_string", UNAVAILABLE),
-        "isa": [name for key, name in ISA.items() if found.get(key) == "1"] or UNAVAILABLE,
-        "performance_cores": count(found.get("hw.perflevel0.physicalcpu", "")),
-        "efficiency_cores": count(found.get("hw.perflevel1.physicalcpu", "")),
-        "memory_bytes": count(found.get("hw.memsize", "")),
+        "model": values.get("hw.model", UNAVAILABLE),
+        "cpu": values.get("machdep.cpu.brand_string", UNAVAILABLE),
+        "isa": [name for key, name in ISA.items() if values.get(key) == "1"] or UNAVAILABLE,
+        "performance_cores": count(values.get("hw.perflevel0.physicalcpu", "")),
+        "efficiency_cores": count(values.get("hw.perflevel1.physicalcpu", "")),
+        "memory_bytes": count(values.get("hw.memsize", "")),
         "os": system(output_of("sw_vers")),
         "power_source": source(output_of("pmset", "-g", "batt")),
-        "emulated": found.get("sysctl.proc_translated") == "1",  # by Rosetta
+        "emulated": values.get("sysctl.proc_translated") == "1",  # by Rosetta
         **readings(),
     }
 
@@ -88,8 +88,8 @@ def count(text: str) -> int | str:
 
 def system(text: str) -> str:
     """Return name, version and build of macOS from the output of sw_vers."""
-    found = [re.search(rf"^{name}:\s*(.+)$", text, re.MULTILINE) for name in SW_VERS]
-    name, version, build = (match[1].strip() if match else "" for match in found)
+    matches = [re.search(rf"^{name}:\s*(.+)$", text, re.MULTILINE) for name in SW_VERS]
+    name, version, build = (match[1].strip() if match else "" for match in matches)
     return f"{name} {version} ({build})" if name and version else UNAVAILABLE
 
 
@@ -108,14 +108,14 @@ AT = re.compile(r"^Note: |^\d{4}-\d\d-\d\d [\d:]+ [+-]\d{4} ")
 
 def share(text: str) -> float | str:
     """Return the battery's charge, 0 to 1."""
-    found = re.search(r"\b(\d{1,3})%", text)
-    return int(found[1]) / 100 if found else UNAVAILABLE
+    match = re.search(r"\b(\d{1,3})%", text)
+    return int(match[1]) / 100 if match else UNAVAILABLE
 
 
 def source(text: str) -> str:
     """Return the power source."""
-    found = re.search(r"drawing from '([^'\n]+)'", text)
-    return found[1] if found else UNAVAILABLE
+    match = re.search(r"drawing from '([^'\n]+)'", text)
+    return match[1] if match else UNAVAILABLE
 
 
 @cache
@@ -126,8 +126,8 @@ def has_powermetrics() -> bool:
 
 def watts(text: str) -> float | str:
     """Return the combined power of CPU, GPU and Neural Engine in W."""
-    found = re.search(r"^Combined Power[^:\n]*:\s*(\d+)\s*mW", text, re.MULTILINE)
-    return int(found[1]) / 1000 if found else UNAVAILABLE
+    match = re.search(r"^Combined Power[^:\n]*:\s*(\d+)\s*mW", text, re.MULTILINE)
+    return int(match[1]) / 1000 if match else UNAVAILABLE
 
 
 # ----------------------------------------------------------------------------------------- memory

@@ -191,16 +191,16 @@ def cached_share(file: int) -> float:
     if not size:
         return 0.0
     pages = -(-size // mmap.PAGESIZE)
-    found = (ctypes.c_ubyte * pages)()
+    flags = (ctypes.c_ubyte * pages)()
     with mmap.mmap(file, size, access=mmap.ACCESS_COPY) as mapped:
         start = ctypes.c_char.from_buffer(mapped)
         libc = ctypes.CDLL(None, use_errno=True)
         address, length = ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size)
-        failed = libc.mincore(address, length, found)
+        failed = libc.mincore(address, length, flags)
         del start
     if failed:
         raise OSError(ctypes.get_errno(), "mincore")
-    return sum(page & 1 for page in found) / pages
+    return sum(page & 1 for page in flags) / pages
 
 
 def debug_signs() -> list[str]:
@@ -212,7 +212,7 @@ def debug_signs() -> list[str]:
         "python runs with -X dev": sys.flags.dev_mode,
         "onnxruntime is a debug build": "build type=Debug" in build_info(),
     }
-    return [sign for sign, found in signs.items() if found]
+    return [sign for sign, holds in signs.items() if holds]
 
 
 def read_clips(path: Path) -> list[Path]:

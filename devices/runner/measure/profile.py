@@ -63,8 +63,8 @@ def profile(artifact: Path, seconds: float, threads: int | None = None) -> dict[
         "samples": pad(pcm, recognizer.windows).shape[1],
         "context": CONTEXT,
         "threads": threads or usable_cores(),
-        "encoder_s": [s for found in times for s in found.graph_s],
-        "token_s": [s for found in times for s in found.per_token_s],
+        "encoder_s": [s for run in times for s in run.graph_s],
+        "token_s": [s for run in times for s in run.per_token_s],
         "encoder_shares": shares(encoder),
         "token_shares": shares(decoder),
         "bytes_per_s": copy_rate(

@@ -132,9 +132,9 @@ class Watch:
 
     def energy_j(self) -> float | str:
         """Return the energy counter of the processor's packages in J, as a running total."""
-        found = [number(read(counter), 1e-6) for counter in self.counters]
-        known = [value for value in found if not isinstance(value, str)]
-        return sum(known) if known and len(known) == len(found) else UNAVAILABLE
+        readings = [number(read(counter), 1e-6) for counter in self.counters]
+        known = [value for value in readings if not isinstance(value, str)]
+        return sum(known) if known and len(known) == len(readings) else UNAVAILABLE
 
 
 class Rate:
@@ -161,10 +161,10 @@ class Rate:
 
 def busy_ticks(stat: str) -> int | None:
     """Return the busy ticks of all cores in /proc/stat, including time stolen by a hypervisor."""
-    found = re.match(r"cpu((?: +\d+){8})", stat)
-    if not found:
+    match = re.match(r"cpu((?: +\d+){8})", stat)
+    if not match:
         return None
-    user, nice, system, _, _, interrupt, soft, stolen = map(int, found[1].split())
+    user, nice, system, _, _, interrupt, soft, stolen = map(int, match[1].split())
     return user + nice + system + interrupt + soft + stolen
 
 
@@ -213,8 +213,8 @@ class Linux:
         }
 
     def temperature(self) -> float | str:
-        found = (number(read(zone), 0.001) for zone in self.zones)
-        known = [c for c in found if not isinstance(c, str) and LOWEST_C < c < HIGHEST_C]
+        readings = (number(read(zone), 0.001) for zone in self.zones)
+        known = [c for c in readings if not isinstance(c, str) and LOWEST_C < c < HIGHEST_C]
         return max(known, default=UNAVAILABLE)
 
     def ask(self, name: str, query: Callable[[], Any]) -> Any:

@@ -189,7 +189,7 @@ def test_tokens_with_timestamps_equal_those_of_generate(plain, torch_model, proc
         listener = Listener(plain, Options(timestamps=True), Transcript())
         found = listener.window(pcm)
         wanted = wanted.tolist()[len(listener.rules.prompt) :]
-        assert found[:60] == decoding._until_end(wanted, listener.rules.eos)
+        assert found[:60] == decoding.until_end(wanted, listener.rules.eos)
         assert found[0] >= listener.rules.timestamp_begin
 
 
@@ -260,7 +260,7 @@ def test_timestamps_equal_those_of_generate(plain, torch_model, processor, pcms)
                 return_dict_in_generate=True,
             ).sequences[0, len(listener.rules.prompt) :]
         found = listener.window(pcm)
-        assert found == decoding._until_end(wanted.tolist(), plain.rules.eos)
+        assert found == decoding.until_end(wanted.tolist(), plain.rules.eos)
         assert any(token >= plain.rules.timestamp_begin for token in found)
 
 
@@ -420,7 +420,7 @@ def test_another_language_gives_the_tokens_of_generate(plain, torch_model, proce
             suppress_tokens=list(range(plain.rules.timestamp_begin, len(plain.table))),
         )[0].tolist()
     transcript = plain.transcribe(pcms[2], language="hi_in", task=task)
-    assert transcript.tokens == decoding._until_end(wanted, plain.rules.eos)
+    assert transcript.tokens == decoding.until_end(wanted, plain.rules.eos)
     assert transcript.language == "hi"
 
 
@@ -581,7 +581,7 @@ def test_beam_search_equals_that_of_transformers(tiny_whisper, monkeypatch, rng,
     texts = Again(model, model.model.encoder(mel), own.prompt)
     gaps = watch_gaps(monkeypatch)
     found = beam_search(texts.logits()[0], texts, own, beams)
-    if found.tokens != decoding._until_end(wanted.tolist(), own.eos):
+    if found.tokens != decoding.until_end(wanted.tolist(), own.eos):
         assert min(gaps) < ROUNDING
 
 
@@ -597,7 +597,7 @@ def test_beam_search_equals_generate_on_the_artifact(plain, torch_model, process
                 max_new_tokens=60,
                 suppress_tokens=silent,
             )[0].tolist()
-        assert plain.transcribe(pcm, beams=beams).tokens == decoding._until_end(
+        assert plain.transcribe(pcm, beams=beams).tokens == decoding.until_end(
             wanted, plain.rules.eos
         )
 

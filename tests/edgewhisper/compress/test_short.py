@@ -574,7 +574,7 @@ def test_training_uses_the_windows_that_decoding_uses(
     rule = Lengths(Options(lengths="windows", margin=int(rng.integers(64))), tuple(WINDOWS), seed)
     examples = Examples(drawn, short_whisper, processor, seed, window=rule)
     decoded = {}
-    for indices, features in decoding._batches(
+    for indices, features in decoding.batches(
         short_whisper, processor, [clip.pcm() for clip in drawn], 4
     ):
         decoded |= dict.fromkeys(indices, features.shape[-1] // 2)

@@ -105,7 +105,7 @@ def share_keys(layer):
 def factorised(make_whisper, rng):
     """A model with a factorised table, shared keys, low-rank layers with biases, and few layers."""
     model = make_whisper(d_model=40, heads=5, encoder_layers=1, decoder_layers=3)
-    model._factorise_table(9)
+    model.factorise_table(9)
     share_keys(model.model.encoder.layers[0])
     first, second = model.model.decoder.layers[:2]
     for attention, name in ((first.encoder_attn, "k_proj"), (second.encoder_attn, "v_proj")):
