@@ -49,6 +49,8 @@ def speech_lines(speech: Mapping[str, Any]) -> list[str]:
         lines.append(f"The speech: {speech['source']}")
     if speech.get("texts"):
         lines.append(f"The texts: {speech['texts']}")
+    if speech.get("dev_texts"):
+        lines.append(f"The texts that WER is judged against: {speech['dev_texts']}")
     return lines
 
 

@@ -58,6 +58,8 @@ class Batch:
     """(clips, mels, frames) in the model's full window."""
     clips: tuple[int, ...] | None = None
     """Indices of the clips, if they are not augmented: equal indices have equal features."""
+    lengths: tuple[int, ...] | None = None
+    """Encoder positions that each clip fills."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return a copy of the batch on this device."""
@@ -67,6 +69,7 @@ class Batch:
             self.labels.to(device),
             None if self.whole_features is None else self.whole_features.to(device),
             self.clips,
+            self.lengths,
         )
 
 
@@ -200,7 +203,8 @@ class Examples:
         inputs = padded([prompt + text[:-1] for prompt, text in texts], texts[0][1][-1])
         labels = [[IGNORED] * (len(prompt) - 1) + text for prompt, text in texts]
         cut = features[..., : 2 * positions]  # two mel frames make a position
-        return Batch(cut, inputs, padded(labels, IGNORED), features)
+        lengths = tuple(self.needed[i] for i in indices)
+        return Batch(cut, inputs, padded(labels, IGNORED), features, lengths=lengths)
 
     def features(self, position: int) -> Tensor:
         """Return the features (mels, frames), augmented as the seed and the position determine."""

@@ -21,7 +21,13 @@ from edgewhisper.guard import Guard, Loss, likely_cause, trainings_of
 from edgewhisper.languages import set_language
 from edgewhisper.recipe import Recipe, load_recipe
 from edgewhisper.shipped import DEFAULT_MODEL
-from edgewhisper.training_speech import OWN_WORDS, Speech, choose_speech, with_own_transcripts
+from edgewhisper.training_speech import (
+    OWN_WORDS,
+    Speech,
+    choose_speech,
+    with_own_transcripts,
+    with_pseudo_labels,
+)
 from export.cost import count_parameters, macs, macs_by_window
 from export.problem import Problem
 from export.prompt import is_multilingual
@@ -85,18 +91,25 @@ class Job:
     before: dict[str, Any]
     """The measurements of `dense`, see measure()."""
     speech: dict[str, str | None] = field(default_factory=dict)
-    """Source of shipped clips and of their texts. Empty for the user's own clips."""
+    """Source of shipped clips and of their texts. For the user's own clips, the source of the texts
+    if the model wrote them, "texts" and "dev_texts"."""
 
     @property
     def notes(self) -> list[str]:
         """Notes to print before the first step."""
-        if not self.speech.get("source"):
-            return []
-        notes = [f"no --speech given: training on {self.speech['source']}"]
-        if is_multilingual(self.dense.generation_config):
+        source, texts, dev_texts = map(self.speech.get, ("source", "texts", "dev_texts"))
+        notes = [f"no --speech given: training on {source}"] if source else []
+        if source and is_multilingual(self.dense.generation_config):
             notes.append(
                 "note: these clips are English, so the error rates do not hold for other "
                 "languages; use --speech with clips in your language"
+            )
+        if texts and not source:
+            notes.append(f"note: the clips have no texts: training on {texts}")
+        if dev_texts:
+            notes.append(
+                f"note: WER is judged against {dev_texts}: it shows how far the compressed model "
+                "departs from the dense one, not how many words are wrong"
             )
         return notes
 
@@ -112,22 +125,29 @@ def prepare(request: Request, recipe: Recipe, purpose: str = "") -> Job:
         raise Problem(f"{out} exists already", hint="choose another --out, or remove it first")
     dense = whisper.load(source, request.revision)
     clips = choose_speech(source, request.speech, request.dev, dense.config.vocab_size >= ENGLISH)
+    run_dir = unfinished_dir(request, recipe, clips, purpose)
+    processor = whisper.load_processor(source, request.revision)
+    clips, labelled = with_pseudo_labels(dense, processor, clips, run_dir)
     if clips.source is None or request.language is not None:
         set_language(dense.generation_config, clips.train, clips.dev, request.language)
     for step in recipe.steps:
         refuse_quantised(dense, step.method, step.options)
-    processor = whisper.load_processor(source, request.revision)
     own_texts = clips.source is not None and trains(recipe)
     context = Context(
         processor=processor,
         train=with_own_transcripts(dense, processor, clips.train) if own_texts else clips.train,
         dev=clips.dev,
-        run_dir=unfinished_dir(request, recipe, clips, purpose),
+        run_dir=run_dir,
+        dense_texts=own_texts or "train" in labelled,
         seed=request.seed,
         original=dense,
         timed=alignment.reference(dense, processor, clips.dev),
     )
-    speech = {"source": clips.source, "texts": OWN_WORDS if own_texts else None}
+    speech = {
+        "source": clips.source,
+        "texts": OWN_WORDS if own_texts else labelled.get("train"),
+        "dev_texts": labelled.get("dev"),
+    }
     return Job(source, recipe, dense, context, measure(dense, context), speech)
 
 

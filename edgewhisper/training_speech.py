@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.wer import score
+from edgewhisper.pseudo_labels import pseudo_labelled, reasons
 from edgewhisper.shipped import COMMON_VOICE, DEFAULT_MODEL, SPEECH
 from edgewhisper.transcripts import transcripts
 from export.problem import Problem
@@ -43,22 +44,23 @@ def choose_speech(
     """Return the user's clips, or shipped clips if the user gives none.
 
     The embedded model gets spoken digits. A `general` model, with the vocabulary of OpenAI's
-    models, gets English clips of Common Voice. Raises Problem for other models without clips, for
-    clips without texts, and if there are too few clips to hold out a dev set.
+    models, gets English clips of Common Voice. The texts of the user's clips are all empty if they
+    have none. Raises Problem for other models without clips, and if there are too few clips to hold
+    out a dev set.
     """
     if speech is None and dev is None and Path(source) == DEFAULT_MODEL:
         speech, dev = SPEECH / "train.jsonl", SPEECH / "dev.jsonl"
     elif speech is None and general:
-        dev_clips = with_texts(dev or COMMON_VOICE / "dev.jsonl")
-        return Speech(with_texts(COMMON_VOICE / "calibration.jsonl"), dev_clips, SHIPPED)
+        dev_clips = clips_of(dev or COMMON_VOICE / "dev.jsonl")
+        return Speech(clips_of(COMMON_VOICE / "calibration.jsonl"), dev_clips, SHIPPED)
     if speech is None:
         raise Problem(
             f"{source}: no speech to compress it with",
             hint="give a manifest with --speech; best are a few hours in the model's language",
         )
-    clips = with_texts(speech)
+    clips = clips_of(speech)
     if dev is not None:
-        return Speech(clips, with_texts(dev))
+        return Speech(clips, clips_of(dev))
     if len(clips) < 2 * DEV_SHARE:
         raise Problem(
             f"{speech} has {len(clips)} clips: too few to hold out a dev set",
@@ -68,15 +70,34 @@ def choose_speech(
     return Speech([clip for clip in clips if clip not in held_out], held_out)
 
 
-def with_texts(speech: Path) -> list[Clip]:
-    """Return the clips of a manifest. Raises Problem if the texts of all clips are empty."""
-    clips = read_manifest(speech)
-    if not any(clip.text.strip() for clip in clips):
-        raise Problem(
-            f"{speech}: the text of all {len(clips)} clips is empty, so there is nothing to learn",
-            hint="write the spoken words into `text`; single clips without speech are allowed",
-        )
-    return clips
+def clips_of(speech: Path) -> list[Clip]:
+    """Return the clips of a manifest. Either all of them need a text, or none of them has one."""
+    clips = read_manifest(speech, need_texts=False)
+    return read_manifest(speech) if has_texts(clips) else clips
+
+
+def has_texts(clips: Sequence[Clip]) -> bool:
+    return any(clip.text.strip() for clip in clips)
+
+
+def with_pseudo_labels(
+    model: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    speech: Speech,
+    cache: Path,
+) -> tuple[Speech, dict[str, str]]:
+    """Return the speech with the model's transcripts as texts of clips that have none, and what
+    was labelled: "train" or "dev" -> a description with the number of clips left out."""
+    parts, labelled = {"train": speech.train, "dev": speech.dev}, {}
+    for part, clips in parts.items():
+        if not has_texts(clips):
+            path = cache / f"{part}-transcripts.json"
+            parts[part], left_out = pseudo_labelled(model, processor, clips, path)
+            labelled[part] = (
+                f"the dense model's transcripts of {len(parts[part])} of {len(clips)} clips "
+                f"(left out: {reasons(left_out)})"
+            )
+    return replace(speech, **parts), labelled
 
 
 def with_own_transcripts(

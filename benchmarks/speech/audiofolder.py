@@ -1,7 +1,8 @@
 """Read folders in Hugging Face's audiofolder format: audio files with metadata.csv or .jsonl.
 
 Every row has a file (`file_name`, relative to the folder) and its text (`text`, `sentence` or
-`transcription`). `lang` (or `locale`, `language`), `speaker` and `duration` are optional.
+`transcription`). `lang` (or `locale`, `language`), `speaker` and `duration` are optional. Where
+texts are not needed, the folder needs neither texts nor metadata.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ from export.prompt import language_code
 
 NAMES = ("metadata.csv", "metadata.jsonl")
 FILE = "file_name"
+AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+"""Endings of the audio files that are read from a folder without metadata."""
 
 
-def read_folder(folder: Path) -> list[dict[str, Any]]:
+def read_folder(folder: Path, need_texts: bool = True) -> list[dict[str, Any]]:
     """Return the fields of each Clip of a folder, in the order of its metadata.
 
+    Without `need_texts`, missing texts are empty, and without metadata all audio files are clips.
     Raises Problem for missing or duplicate metadata, no rows, unknown column names, an invalid row
     (with its number), and a file that is missing or outside the folder.
     """
+    if not need_texts and (files := audio_files(folder)):
+        return [{"audio": path, "text": ""} for path in files]
     path = metadata_file(folder)
     try:
-        rows = list(_csv(path) if path.suffix == ".csv" else _jsonl(path))
+        rows = list((_csv if path.suffix == ".csv" else _jsonl)(path, need_texts))
     except OSError as error:
         raise Problem(f"{path} cannot be read: {error.strerror}", hint="check the file") from error
     except UnicodeDecodeError as error:
@@ -38,6 +44,13 @@ def read_folder(folder: Path) -> list[dict[str, Any]]:
     if not rows:
         raise Problem(f"{path} names no clips", hint=f"give it rows with `{FILE}` and `text`")
     return [_clip(path, number, row) for number, row in rows]
+
+
+def audio_files(folder: Path) -> list[Path]:
+    """Return the audio files of a folder and its folders, none if one of them has metadata."""
+    if any(next(folder.rglob(name), None) for name in NAMES):
+        return []
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO)
 
 
 def metadata_file(folder: Path) -> Path:
@@ -59,18 +72,18 @@ def metadata_file(folder: Path) -> Path:
     )
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: Path, need_texts: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row); cells that are missing in a short line are left out."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         names = reader.fieldnames or []
         if names:
-            _check_columns(names, str(path))
+            _check_columns(names, str(path), need_texts)
         for row in reader:
             yield reader.line_num, {name: row[name] for name in names if row[name] is not None}
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(path: Path, need_texts: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
@@ -86,27 +99,28 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{path}, line {number}: a {type(row).__name__}, not an object",
                 hint="write an object, {...}",
             )
-        _check_columns(row, f"{path}, line {number}")
+        _check_columns(row, f"{path}, line {number}", need_texts)
         yield number, row
 
 
-def _check_columns(names: Any, where: str) -> None:
+def _check_columns(names: Any, where: str, need_texts: bool) -> None:
     if FILE not in names:
         raise Problem(
             f"{where}: no column `{FILE}`; the columns are {columns.listed(names)}",
             hint=f"name the column of audio files `{FILE}`",
         )
-    columns.text_column(names, where)
+    if need_texts:
+        columns.text_column(names, where)
 
 
 def _clip(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
     where = f"{path}, line {number}"
-    text = columns.find(row, columns.TEXTS) or columns.TEXT[0]
+    text = columns.find(row, columns.TEXTS)
     lang, speaker = columns.find(row, columns.LANG), columns.find(row, columns.SPEAKER)
-    default = columns.TEXT_BY_LANGUAGE.get(text, "en")
+    default = columns.TEXT_BY_LANGUAGE.get(text or "", "en")
     return {
         "audio": _audio(path.parent, _string(row, FILE, where), where),
-        "text": _string(row, text, where),
+        "text": _string(row, text, where) if text else "",
         "lang": language_code(str(row[lang])) if lang and row[lang] else default,
         "speaker": str(row[speaker]) if speaker and row[speaker] is not None else None,
         "duration_s": _seconds(row.get("duration")),

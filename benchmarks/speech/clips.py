@@ -64,11 +64,12 @@ class Samples(Sequence[np.ndarray]):
         return self.clips[index].pcm()
 
 
-def read_manifest(path: str | Path) -> list[Clip]:
+def read_manifest(path: str | Path, need_texts: bool = True) -> list[Clip]:
     """Return the clips of a manifest, an audiofolder or a dataset of the hub, in order.
 
-    Raises Problem for a missing file, no clips or an invalid line (with its number), and as
-    read_folder and hub.fetch do.
+    Without `need_texts`, clips that have no `text` get an empty one, and a folder needs no
+    metadata. Raises Problem for a missing file, no clips or an invalid line (with its number), and
+    as read_folder and hub.fetch do.
     """
     if str(path).startswith("hf:"):
         from benchmarks.speech import hub
@@ -78,7 +79,7 @@ def read_manifest(path: str | Path) -> list[Clip]:
     if path.is_dir():
         from benchmarks.speech.audiofolder import read_folder
 
-        return [Clip(**fields) for fields in read_folder(path)]
+        return [Clip(**fields) for fields in read_folder(path, need_texts)]
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -89,7 +90,9 @@ def read_manifest(path: str | Path) -> list[Clip]:
     except UnicodeDecodeError as error:
         raise Problem(f"the manifest {path} is not UTF-8 text", hint="save it as UTF-8") from error
     clips = [
-        _clip(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()
+        _clip(path, number, line, need_texts)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
     ]
     if not clips:
         raise Problem(
@@ -99,7 +102,7 @@ def read_manifest(path: str | Path) -> list[Clip]:
     return clips
 
 
-def _clip(path: Path, number: int, line: str) -> Clip:
+def _clip(path: Path, number: int, line: str, need_text: bool) -> Clip:
     where = f"{path}, line {number}"
     try:
         row: Any = json.loads(line)
@@ -112,6 +115,8 @@ def _clip(path: Path, number: int, line: str) -> Clip:
         raise Problem(
             f"{where}: a {type(row).__name__}, not an object", hint="write an object, {...}"
         )
+    if not need_text:
+        row.setdefault("text", "")
     for key in ("audio", "text"):
         if not isinstance(row.get(key), str):
             raise Problem(

@@ -23,5 +23,6 @@ METHODS: dict[str, str] = {
     "gptq": "edgewhisper.compress.gptq",
     "qat": "edgewhisper.compress.qat",
     "short": "edgewhisper.compress.short",
+    "recover": "edgewhisper.compress.recover",
     "shrink": "edgewhisper.compress.shrink",
 }

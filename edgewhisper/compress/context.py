@@ -33,6 +33,8 @@ class Context:
     seed: int = 0
     original: "WhisperForConditionalGeneration | None" = None
     """The model before the first step of the recipe, if available: a teacher for later steps."""
+    dense_texts: bool = False
+    """Whether the texts of `train` are the transcripts of `original`."""
     record: dict[str, Any] = field(default_factory=dict)
     """Results that a step adds; they are saved in compression.json."""
     timed: "Reference | None" = None

@@ -356,7 +356,7 @@ def apply(
     """
     refuse_guidance_without_distances(options)
     if options.teacher:
-        teacher = load_teacher(options.teacher, model, context.processor)
+        teacher = load_teacher(options.teacher, model, context.processor, "kdq")
     else:
         teacher = frozen_copy(model)
     if not is_quantised(model):

@@ -132,17 +132,20 @@ class Lengths:
         return drawn_length(needed + self.options.margin, self.options.reach, full, rng)
 
 
-def windows_for(seconds: Sequence[float], full: int, step_s: float) -> list[int]:
+def windows_for(
+    seconds: Sequence[float], full: int, step_s: float, method: str = "short"
+) -> list[int]:
     """Return the windows in encoder positions, each `step_s` seconds long, with the full window.
 
-    Raises Problem if they are not ascending, or not within the full window.
+    Raises Problem if they are not ascending, or not within the full window. `method` is written
+    before the error.
     """
     if not seconds:
         return sorted({max(1, round(full / 3)), max(1, round(2 * full / 3)), full})
     windows = [round(s / step_s) if 0 < s < inf else 0 for s in seconds]
     if windows != sorted(set(windows)) or windows[0] < 1 or windows[-1] > full:
         raise Problem(
-            f"short: windows_s is {list(seconds)}; windows must be ascending and between "
+            f"{method}: windows_s is {list(seconds)}; windows must be ascending and between "
             f"{step_s:g} and the model's {full * step_s:g} s",
             hint="list the lengths of most of your clips, for example "
             f"windows_s = [{full * step_s / 3:g}, {2 * full * step_s / 3:g}]",

@@ -66,19 +66,19 @@ def forward(model: nn.Module, batch: Batch) -> Any:
     return model(batch.input_features, decoder_input_ids=ids, use_cache=False)
 
 
-def load_teacher(name: str, student: nn.Module, processor: Any) -> nn.Module:
-    """Load a teacher from a directory or hub id.
+def load_teacher(name: str, student: nn.Module, processor: Any, method: str) -> nn.Module:
+    """Load a teacher from a directory or hub id. `method` is written before the error.
 
     Raises Problem if its features, text window or vocabulary differ from the student's.
     """
     teacher = whisper.load(name)
     vocabulary = whisper.load_processor(name).tokenizer.get_vocab()
-    check_teacher(teacher, student, name)
-    check_vocabulary(vocabulary, processor.tokenizer.get_vocab(), name)
+    check_teacher(teacher, student, name, method)
+    check_vocabulary(vocabulary, processor.tokenizer.get_vocab(), name, method)
     return freeze(teacher)
 
 
-def check_teacher(teacher: nn.Module, student: nn.Module, name: str) -> None:
+def check_teacher(teacher: nn.Module, student: nn.Module, name: str, method: str) -> None:
     """Raise Problem unless both models take the same features and predict the same tokens."""
     for key, unit in (
         ("vocab_size", "tokens"),
@@ -88,24 +88,24 @@ def check_teacher(teacher: nn.Module, student: nn.Module, name: str) -> None:
         theirs, ours = (getattr(model.config, key) for model in (teacher, student))
         if theirs != ours:
             raise Problem(
-                f"kdq: the teacher {name} has {theirs} {unit}, the student {ours}",
+                f"{method}: the teacher {name} has {theirs} {unit}, the student {ours}",
                 hint="use a teacher of the same Whisper family: large-v3 differs from the other "
                 "sizes, and English-only models differ from multilingual ones",
             )
     theirs, ours = (model.config.max_target_positions for model in (teacher, student))
     if theirs < ours:
         raise Problem(
-            f"kdq: the teacher {name} reads at most {theirs} text tokens, the student {ours}",
+            f"{method}: the teacher {name} reads at most {theirs} text tokens, the student {ours}",
             hint="use a teacher whose text window is at least as long as the student's",
         )
 
 
-def check_vocabulary(theirs: dict[str, int], ours: dict[str, int], name: str) -> None:
+def check_vocabulary(theirs: dict[str, int], ours: dict[str, int], name: str, method: str) -> None:
     """Raise Problem unless both vocabularies map the same tokens to the same ids."""
     different = len(theirs.items() ^ ours.items())
     if different:
         raise Problem(
-            f"kdq: the teacher {name} has another vocabulary: of {len(theirs)} tokens of the "
+            f"{method}: the teacher {name} has another vocabulary: of {len(theirs)} tokens of the "
             f"teacher and {len(ours)} of the student, {different} differ in text or id",
             hint="use a teacher with the student's tokenizer",
         )

@@ -18,7 +18,7 @@ from small_whisper import random_whisper
 
 from benchmarks.speech.clips import read_manifest
 from edgewhisper import shipped, whisper
-from edgewhisper.compress import imp, kdq, lite, merge, qat, shear, short, tspar, wsap
+from edgewhisper.compress import imp, kdq, lite, merge, qat, recover, shear, short, tspar, wsap
 from edgewhisper.compress.context import Context
 from edgewhisper.training import Training, train
 
@@ -92,6 +92,7 @@ STEPS = {
     ),
     "qat": Step(qat.apply, qat.Options(encoder=4, keep=0.1, training=BRIEF)),
     "short": Step(short.apply, short.Options(full_share=0.3, kl=0.5, ce=0.2, training=PASSES)),
+    "recover": Step(recover.apply, recover.Options(windows_s=(2.0,), training=PASSES)),
     "lite": Step(
         lite.apply,
         lite.Options(theta_attn=0.9, theta_mlp=0.9, round_to=1, clips=4, recovery=BRIEF),
@@ -112,7 +113,9 @@ def take(name: str, seed: int, place: Path, train_clips: int = 7) -> tuple[Any, 
     if getattr(options, "teacher", ""):
         options = replace(options, teacher=str(place.parent / TEACHER))
     processor = whisper.load_processor(digits)
-    context = Context(processor, clips[:train_clips], clips[:2], place, seed, copy.deepcopy(model))
+    context = Context(
+        processor, clips[:train_clips], clips[:2], place, seed, copy.deepcopy(model), True
+    )
     return step.apply(model, options, context), context.record
 
 

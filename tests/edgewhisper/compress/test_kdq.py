@@ -514,14 +514,14 @@ def test_the_error_for_a_mismatched_teacher_has_both_numbers(key, value, message
     other = copy.deepcopy(tiny_whisper)
     setattr(other.config, key, value)
     with pytest.raises(Problem, match=f"kdq: the teacher big {message}") as problem:
-        check_teacher(other, tiny_whisper, "big")
+        check_teacher(other, tiny_whisper, "big", "kdq")
     assert problem.value.hint
 
 
 def test_a_teacher_with_another_vocabulary_is_refused():
-    check_vocabulary({"a": 0, "b": 1}, {"b": 1, "a": 0}, "big")
+    check_vocabulary({"a": 0, "b": 1}, {"b": 1, "a": 0}, "big", "kdq")
     with pytest.raises(Problem, match="of 2 tokens of the teacher and 3 of the student, 3 differ"):
-        check_vocabulary({"a": 0, "b": 1}, {"a": 0, "b": 2, "c": 1}, "big")
+        check_vocabulary({"a": 0, "b": 1}, {"a": 0, "b": 2, "c": 1}, "big", "kdq")
 
 
 def test_a_missing_teacher_is_refused(tiny_whisper, context):
