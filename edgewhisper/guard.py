@@ -28,6 +28,7 @@ REMOVES: dict[str, tuple[str, ...]] = {
     "merge": ("groups",),
     "shear": ("rank", "theta"),
     "short": ("windows_s",),
+    "recover": ("windows_s",),
     "kdq": ("quantise.encoder", "quantise.decoder"),
     "qat": ("encoder", "decoder"),
 }

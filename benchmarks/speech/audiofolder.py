@@ -43,7 +43,7 @@ def read_folder(folder: Path, need_texts: bool = True) -> list[dict[str, Any]]:
         raise Problem(f"{path} is not CSV ({error})", hint="write it again") from error
     if not rows:
         raise Problem(f"{path} names no clips", hint=f"give it rows with `{FILE}` and `text`")
-    return [_clip(path, number, row) for number, row in rows]
+    return [_clip(path, number, row, need_texts) for number, row in rows]
 
 
 def audio_files(folder: Path) -> list[Path]:
@@ -113,14 +113,14 @@ def _check_columns(names: Any, where: str, need_texts: bool) -> None:
         columns.text_column(names, where)
 
 
-def _clip(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
+def _clip(path: Path, number: int, row: dict[str, Any], need_text: bool) -> dict[str, Any]:
     where = f"{path}, line {number}"
-    text = columns.find(row, columns.TEXTS)
+    text = columns.find(row, columns.TEXTS) or columns.TEXT[0]
     lang, speaker = columns.find(row, columns.LANG), columns.find(row, columns.SPEAKER)
-    default = columns.TEXT_BY_LANGUAGE.get(text or "", "en")
+    default = columns.TEXT_BY_LANGUAGE.get(text, "en")
     return {
         "audio": _audio(path.parent, _string(row, FILE, where), where),
-        "text": _string(row, text, where) if text else "",
+        "text": _string(row, text, where) if need_text or text in row else "",
         "lang": language_code(str(row[lang])) if lang and row[lang] else default,
         "speaker": str(row[speaker]) if speaker and row[speaker] is not None else None,
         "duration_s": _seconds(row.get("duration")),

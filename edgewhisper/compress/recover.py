@@ -29,12 +29,10 @@ Differences:
 - The decoder reads the dense model's transcripts, as Distil-Whisper does (Gandhi et al. 2023,
   arXiv:2311.00430), so the texts of the clips are not used. Empty and implausible transcripts are
   left out, see pseudo_labels.py.
-- Each clip is also used at other speeds (Ko et al. 2015, "Audio augmentation for speech
-  recognition"), with the same text.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -48,12 +46,11 @@ from edgewhisper.compress.context import Context
 from edgewhisper.compress.short import windows_for, with_hidden_states
 from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import divergence, frozen_copy, load_teacher
-from edgewhisper.examples import CACHED_BYTES, IGNORED, SAMPLE_RATE, Batch, seconds
+from edgewhisper.examples import CACHED_BYTES, IGNORED, Batch
 from edgewhisper.pseudo_labels import pseudo_labelled
 from edgewhisper.recipe import Range
 from edgewhisper.training import LossTerm, Training, cross_entropy, train
 from export.cost import macs_by_window
-from export.problem import Problem
 from export.shrink import windows_of
 
 if TYPE_CHECKING:
@@ -69,8 +66,6 @@ class Options:
     that the model has."""
     teacher: str = ""
     """A directory or hub id of the dense model. Empty: the model before the recipe."""
-    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
-    """Each clip is used at all of these speeds; (1.0,) uses it as it is."""
     full_share: Annotated[float, Range(0, 1)] = 0.1
     """Share of the steps that use the full window. The other steps draw one of the windows that
     hold the longest clip of the step."""
@@ -202,41 +197,12 @@ def dense_model(model: nn.Module, options: Options, context: Context) -> nn.Modu
 def recovery_clips(
     dense: Any, options: Options, context: Context
 ) -> tuple[list[Clip], Counter[str]]:
-    """Return the training clips with the dense model's transcripts, at all speeds, and the number
-    of clips that were left out per reason."""
-    if not options.speeds or not all(0.5 <= speed <= 2 for speed in options.speeds):
-        raise Problem(
-            f"recover: speeds is {list(options.speeds)}; it must name factors from 0.5 to 2",
-            hint="set speeds = [0.9, 1.0, 1.1], or [1.0] to use the clips as they are",
-        )
+    """Return the training clips with the dense model's transcripts, and the number of clips that
+    were left out per reason."""
     if context.dense_texts and not options.teacher:
-        clips, left_out = list(context.train), Counter[str]()
-    else:
-        cache = context.run_dir / "transcripts.json"
-        clips, left_out = pseudo_labelled(dense, context.processor, context.train, cache)
-    return [at_speed(clip, speed) for speed in options.speeds for clip in clips], left_out
-
-
-@dataclass(frozen=True)
-class SpedClip(Clip):
-    """A clip that is played faster or slower, with a higher or lower pitch."""
-
-    speed: float = 1.0
-
-    def pcm(self) -> np.ndarray:
-        """Return the samples (n / speed,) float32 at 16 kHz."""
-        import soxr
-
-        faster = soxr.resample(super().pcm(), self.speed * SAMPLE_RATE, SAMPLE_RATE)
-        return np.asarray(faster, dtype=np.float32)
-
-
-def at_speed(clip: Clip, speed: float) -> Clip:
-    """Return the clip at another speed; the same clip at speed 1."""
-    if speed == 1:
-        return clip
-    known = {item.name: getattr(clip, item.name) for item in fields(clip)}
-    return SpedClip(**known | {"duration_s": seconds(clip) / speed}, speed=speed)
+        return list(context.train), Counter()
+    cache = context.run_dir / "transcripts.json"
+    return pseudo_labelled(dense, context.processor, context.train, cache)
 
 
 def apply(

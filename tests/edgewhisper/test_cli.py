@@ -256,9 +256,6 @@ def refused(edgewhisper, tmp_path, digits, clips) -> Callable[..., str]:
     ("recipe", "change", "more", "message"),
     [
         pytest.param(TRAIN, None, (), "names no clips", id="empty manifest"),
-        pytest.param(
-            TRAIN, {"text": " "}, (), "the text of all 2 clips is empty", id="empty texts"
-        ),
         pytest.param(TRAIN, {"text": None}, (), "line 1: `text` is None", id="no text"),
         pytest.param(
             TRAIN,

@@ -87,6 +87,24 @@ def test_a_folder_without_metadata_is_refused(folder):
         read_manifest(folder)
 
 
+def test_texts_and_metadata_may_be_missing_where_no_texts_are_needed(folder):
+    (folder / "notes.txt").write_text("not audio")
+    clips = read_manifest(folder, need_texts=False)
+    assert [clip.audio for clip in clips] == [folder / "a.wav", folder / "deep" / "b.flac"]
+    (folder / "metadata.csv").write_text("file_name,locale\na.wav,hi-IN\n")
+    clips += read_manifest(folder, need_texts=False)
+    assert [(clip.text, clip.lang) for clip in clips] == [("", "en"), ("", "en"), ("", "hi")]
+    (folder / "rows.jsonl").write_text('{"audio": "a.wav"}\n')
+    assert read_manifest(folder / "rows.jsonl", need_texts=False)[0].text == ""
+    with pytest.raises(Problem, match="`text` is None"):
+        read_manifest(folder / "rows.jsonl")
+
+
+def test_a_folder_without_audio_files_is_refused_where_no_texts_are_needed(tmp_path):
+    with pytest.raises(Problem, match=r"a folder without metadata\.csv or metadata\.jsonl"):
+        read_manifest(tmp_path, need_texts=False)
+
+
 def test_two_metadata_files_are_refused(folder):
     for name in ("metadata.csv", "metadata.jsonl"):
         (folder / name).write_text("")

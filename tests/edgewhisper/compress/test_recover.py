@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from dead_structure import kill
@@ -17,7 +16,7 @@ from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import recover
 from edgewhisper.compress.context import Context
-from edgewhisper.compress.recover import DrawnWindows, Options, at_speed, relative_error
+from edgewhisper.compress.recover import DrawnWindows, Options, relative_error
 from edgewhisper.examples import Examples
 from edgewhisper.training import Training
 from export.onnx.to_onnx import export_onnx
@@ -50,7 +49,7 @@ def pruned(tiny_whisper, rng):
 
 def brief(steps: int) -> Options:
     training = Training(steps=steps, batch_size=2, learning_rate=1e-3)
-    return Options(windows_s=(2.0, 4.0), speeds=(1.0,), training=training)
+    return Options(windows_s=(2.0, 4.0), training=training)
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -135,34 +134,6 @@ def test_dense_states_are_computed_once_for_each_clip(tiny_whisper, processor, f
     monkeypatch.setattr(states, "computed", None)  # a second computation would fail
     assert states(batch, 0) is first
     assert first[0].shape == (batch.lengths[0], 32)
-
-
-# ------------------------------------------------------------------------------------------- clips
-
-
-def test_a_clip_at_another_speed_has_another_length_and_pitch(few):
-    clip = few[2]
-    fast = at_speed(clip, 1.25)
-    assert fast.text == clip.text
-    assert fast.duration_s == pytest.approx(len(fast.pcm()) / 16000, abs=0.01)
-    assert len(fast.pcm()) == pytest.approx(len(clip.pcm()) / 1.25, abs=2)
-    assert at_speed(clip, 1.0) is clip
-    tone = np.sin(np.arange(len(clip.pcm())) * 0.1)
-    assert not np.allclose(fast.pcm()[:100], tone[:100])
-
-
-def test_each_clip_is_used_at_every_speed(tiny_whisper, context, few):
-    options = Options(speeds=(0.9, 1.0))
-    clips, left_out = recover.recovery_clips(tiny_whisper, options, context)
-    assert [clip.audio for clip in clips] == [clip.audio for clip in few * 2]
-    assert clips[4:] == few
-    assert not left_out
-
-
-@pytest.mark.parametrize("speeds", [(), (0.0,), (3.0,)])
-def test_invalid_speeds_are_refused(speeds, tiny_whisper, context):
-    with pytest.raises(Problem, match=r"recover: speeds is .* factors from 0\.5 to 2"):
-        recover.apply(tiny_whisper, Options(speeds=speeds), context)
 
 
 def test_invalid_windows_are_refused(tiny_whisper, context):
