@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from export.problem import Problem
 from export.prompt import AUTO, is_multilingual, language_code
 
 if TYPE_CHECKING:
-    from devices.runner.decode.listen import Segment
+    from devices.runner.batch import Transcribe
     from devices.runner.recognizer import Recognizer
 
 
@@ -31,13 +32,25 @@ def transcribe(
     source: str,
     pcms: Iterable[np.ndarray],
     threads: int | None = None,
-    on_segment: Callable[[int, Segment], None] = lambda number, segment: None,
     compute_units: str | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Yield text and language of each 16 kHz recording; an artifact adds its segments.
+    """Yield the transcript of each 16 kHz recording. Options are those of `recogniser`."""
+    recognise = recogniser(source, threads, compute_units, **options)
+    for pcm in pcms:
+        yield recognise(pcm, lambda segment: None)
 
-    An artifact calls `on_segment` with the index of the recording as soon as a segment is decoded.
+
+def recogniser(
+    source: str,
+    threads: int | None = None,
+    compute_units: str | None = None,
+    **options: Any,
+) -> Transcribe:
+    """Return a function from a 16 kHz recording to its text and language; an artifact adds the
+    segments.
+
+    An artifact calls the function's second argument with each segment as soon as it is decoded.
     `options` are those of devices/runner/decode/listen.py. A checkpoint takes the language only,
     and raises Problem for other options.
     """
@@ -46,19 +59,14 @@ def transcribe(
         model, processor = whisper.load(source), whisper.load_processor(source)
         refuse_options(source, model.generation_config, options)
         language = known_language(model.generation_config, options.get("language"))
-        for pcm in pcms:
+
+        def by_checkpoint(pcm: np.ndarray, on_segment: object) -> dict[str, Any]:
             (code,) = decoding.prompt_languages(model, processor, [pcm], [language])
             text = decoding.transcribe(model, processor, [pcm], [code])[0]
-            yield {"text": text, "language": code}
-        return
-    from devices.runner.recognizer import Transcript
+            return {"text": text, "language": code}
 
-    recognizer = open_artifact(source, threads, compute_units)
-    for number, pcm in enumerate(pcms):
-        transcript = Transcript()
-        for segment in recognizer.stream(pcm, transcript, **options):
-            on_segment(number, segment)
-        yield transcript.as_dict()
+        return by_checkpoint
+    return partial(open_artifact(source, threads, compute_units).row, **options)
 
 
 class Evaluation(NamedTuple):
@@ -146,6 +154,20 @@ def refuse_options(source: str, generation: Any, options: dict[str, Any]) -> Non
     if wrong := [name for name in given if name not in allowed]:
         raise Problem(
             f"{source} is a checkpoint, and {' and '.join(wrong)} are for artifacts",
+            hint="export it with `edgewhisper export`, and transcribe with the artifact",
+        )
+
+
+def refuse_files_and_jobs(source: str, formats: Sequence[str], jobs: int) -> None:
+    """Raise Problem for outputs with times, and for several files at once: a checkpoint has
+    neither."""
+    from devices.runner.writers import TIMED
+
+    timed = [name for name in formats if name in TIMED]
+    if timed or jobs > 1:
+        what = f"--output {timed[0]}" if timed else f"--jobs {jobs}"
+        raise Problem(
+            f"{source} is a checkpoint, and {what} is for artifacts",
             hint="export it with `edgewhisper export`, and transcribe with the artifact",
         )
 

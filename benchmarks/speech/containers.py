@@ -5,10 +5,14 @@
     FLAC                        number of samples in the header (compared after decoding)
     Ogg (Vorbis, Opus)          an end-of-stream page per stream, page numbers without a gap
     MP3                         number of frames, if the first frame has it; a complete last frame
+    MP4                         length of every box
+    AAC (ADTS)                  a complete last frame
+    Matroska, WebM              length of the segment, if the header has it
 
 Decoders do not report missing data. WAV is checked in devices/runner/audio.py, because devices read
 it too. Sources: RFC 3533 (Ogg), RFC 9639 (FLAC), EBU Tech 3306 (RF64), Apple's
-CAF specification, ISO 11172-3 (MP3), and the Xing header that LAME writes.
+CAF specification, ISO 11172-3 (MP3), the Xing header that LAME writes, ISO 14496-12 (MP4), ISO
+13818-7 (ADTS), RFC 8794 (EBML).
 """
 
 from __future__ import annotations
@@ -36,8 +40,14 @@ MP3_KBITS = {
 def missing(content: memoryview, kind: str) -> str | None:
     """Return a description of what is missing at the end of a file, or None.
 
-    `kind` is libsndfile's name of its format.
+    `kind` is libsndfile's name of its format, or a key of compressed.CONTAINERS.
     """
+    if kind == "MP4":
+        return _mp4(content)
+    if kind == "AAC":
+        return _adts(content)
+    if kind == "Matroska":
+        return _matroska(content)
     if kind == "MP3":
         return _mp3(content)
     if kind == "OGG":
@@ -156,6 +166,56 @@ def _mp3(content: memoryview) -> str | None:
     if declared is not None and frames - 1 < declared:
         return f"the file has {frames - 1} of {declared} MP3 frames"
     return None
+
+
+def _mp4(content: memoryview) -> str | None:
+    """Walk the boxes of an MP4 file; the last must be complete."""
+    place = 0
+    while place + 8 <= len(content):
+        (size,) = struct.unpack_from(">I", content, place)
+        if size == 1 and place + 16 <= len(content):  # a 64-bit size follows
+            (size,) = struct.unpack_from(">Q", content, place + 8)
+        if size == 0:  # to the end of the file
+            return None
+        if size < 8 or place + size > len(content):
+            return f"the MP4 box at byte {place} of {len(content)} is cut short or damaged"
+        place += size
+    return None
+
+
+def _adts(content: memoryview) -> str | None:
+    """Walk the ADTS frames of an AAC file; the last must be complete."""
+    place = 0
+    while place < len(content) and content[place] == 0xFF:
+        head = content[place : place + 6]
+        size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5 if len(head) == 6 else 0
+        if size < 7 or place + size > len(content):
+            return f"the AAC frame at byte {place} of {len(content)} is cut short or damaged"
+        place += size
+    return None
+
+
+def _matroska(content: memoryview) -> str | None:
+    """Compare the end of the Matroska segment with the end of the file."""
+    end = 0
+    for _ in range(2):  # the EBML header and the segment; both identifiers have four bytes
+        size, known, width = _ebml_size(content, end + 4)
+        if not known:
+            return None
+        end += 4 + width + size
+    if end <= len(content):
+        return None
+    return f"its header declares sound up to byte {end}, but the file has {len(content)} bytes"
+
+
+def _ebml_size(content: memoryview, place: int) -> tuple[int, bool, int]:
+    """Return the size of an EBML element, whether it is known, and how many bytes it is stored in.
+    The number of leading zero bits of the first byte is that of the bytes after it."""
+    if place >= len(content) or not content[place]:
+        return 0, False, 1
+    width = 9 - content[place].bit_length()
+    size = int.from_bytes(content[place : place + width], "big") & ~(1 << 7 * width)
+    return size, size != (1 << 7 * width) - 1, width
 
 
 def _after_id3(content: memoryview) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.speech import compressed
 from benchmarks.speech.containers import FORMATS, missing, with_true_length
 from devices.runner.audio import SAMPLING_RATE, check_whole, checked_samples, parse_riff
 from devices.runner.problem import RunnerProblem
@@ -18,7 +19,10 @@ from export.problem import Problem
 KINDS = {b"OggS": "OGG", b"FORM": "AIFF", b"riff": "W64", b"RF64": "RF64"}
 """The first bytes of the formats that libsndfile cannot open if they are cut short."""
 MIN_RATE, MAX_RATE = 1000, 768_000
-FORMATS_HINT = "give WAV, FLAC, OGG or MP3; convert other formats, for example with ffmpeg"
+FORMATS_HINT = "give WAV, FLAC, OGG, MP3 or M4A; convert other formats, for example with ffmpeg"
+PLAIN_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
+SUFFIXES = frozenset((*PLAIN_SUFFIXES, *compressed.SUFFIXES))
+"""The suffixes of audio files in folders. The content of a file decides how it is read."""
 
 
 def read_audio(path: str | Path, strict: bool = True) -> np.ndarray:
@@ -36,7 +40,14 @@ def read_audio(path: str | Path, strict: bool = True) -> np.ndarray:
         content, defect = _wav(path, content) if content[:4] == b"RIFF" else (content, None)
         if content[:4] == b"caff" and (defect := missing(content, "CAF")):
             content = with_true_length(content)
-        blocks, rate, broken = _decode(path, content)
+        kind = compressed.kind_of(content)
+        decoded = compressed.decode(path, content, kind) if kind else _decode(path, content)
+        blocks, rate, broken = decoded
+        if not sum(map(len, blocks)):
+            raise Problem(
+                f"{path} has no samples{f' ({broken})' if broken else ''}",
+                hint="record or copy it again, or leave it out",
+            )
         check_whole(path, defect or broken, strict)
         return _at_16k(path, checked_samples(np.concatenate(blocks), str(path)), rate)
     except RunnerProblem as error:
@@ -117,11 +128,6 @@ def _decode(path: Path, content: memoryview) -> tuple[list[np.ndarray], int, str
         count, declared, rate = sum(map(len, blocks)), file.frames, file.samplerate
     if broken is None and file.format == "FLAC" and count < declared < 2**62:
         broken = f"its header declares {declared} samples, but the file has {count}"
-    if not count:
-        raise Problem(
-            f"{path} has no samples{f' ({broken})' if broken else ''}",
-            hint="record or copy it again, or leave it out",
-        )
     return blocks, rate, broken
 
 

@@ -4,18 +4,25 @@ A command that opens an artifact runs with a memory limit of 1 GiB plus eight ti
 artifact and audio, so a malicious graph ends in an error message instead of taking all memory.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import platform
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .machine import android
 from .machine.host import UNAVAILABLE, describe, emulated, limit_memory
 from .problem import RunnerProblem
+
+if TYPE_CHECKING:
+    from .batch import Job
+    from .interfaces import Segment
 
 SPARE_BYTES = 2**30
 COLD_S = 600
@@ -37,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     print(json.dumps(answer, ensure_ascii=False))
-    return 0
+    return int(failed(answer))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     transcribe = commands.add_parser("transcribe", help="transcribe WAV files")
     transcribe.add_argument("artifact", type=Path)
-    transcribe.add_argument("wav", type=Path, nargs="+", help="WAV files; - reads standard input")
+    transcribe.add_argument(
+        "wav", type=Path, nargs="+", help="WAV files and folders; - reads standard input"
+    )
     add_options(transcribe)
     bench = commands.add_parser("bench", help="transcribe a JSON list of WAV files and time it")
     bench.add_argument("artifact", type=Path)
@@ -84,6 +93,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fallback", action="store_true", help="decode failed windows again")
     command.add_argument("--seed", type=int, default=0, help="random seed of --fallback")
     command.add_argument("--previous", action="store_true", help="prompt with the previous text")
+    command.add_argument("--prompt", help="text that prompts the first window, such as names")
+    command.add_argument("--hotwords", help="words that prompt every window")
+    command.add_argument(
+        "--output", action="append", default=[], help="also write txt, srt, vtt, json or tsv files"
+    )
+    command.add_argument("--output-dir", type=Path, help="default: the folder of the audio")
+    command.add_argument("--overwrite", action="store_true", help="replace existing transcripts")
+    command.add_argument("--jobs", type=positive, default=1, help="files to transcribe at once")
     command.add_argument("--strict", action="store_true", help="refuse truncated files")
     command.add_argument("--stream", action="store_true", help="print each segment as JSON at once")
 
@@ -101,7 +118,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         android.take_fast_cores(getattr(arguments, "threads", None))
     if arguments.command == "describe":
         return describe()
-    sound = sum(path.stat().st_size for path in getattr(arguments, "wav", []) if path.is_file())
+    sound = sum(size_of(path) for path in getattr(arguments, "wav", []))
     limit_memory(SPARE_BYTES + 8 * (size_of(arguments.artifact) + sound))
     if arguments.command == "check":
         from .measure.check import check
@@ -124,6 +141,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.command == "bench":
         return bench_with_telemetry(arguments)
     return {"transcripts": list(transcripts(arguments))}
+
+
+def failed(answer: dict[str, Any]) -> bool:
+    """Print the errors of files that could not be read, and return whether there are any."""
+    rows = [row for row in answer.get("transcripts", []) if "error" in row]
+    for row in rows:
+        print(f"error: {row['error']}\ntry:   {row['hint']}", file=sys.stderr)
+    return bool(rows)
 
 
 def bench_with_telemetry(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -172,27 +197,39 @@ def cold_load_s(arguments: argparse.Namespace) -> float | str:
 
 def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the transcript of each file; `--stream` prints every segment once it is decoded."""
+    from . import batch, writers
     from .audio import read_wav
-    from .recognizer import Recognizer, Transcript
+    from .recognizer import Recognizer
 
+    formats = writers.formats_of(arguments.output)
+    jobs = batch.plan(arguments.wav, (".wav",), formats, arguments.output_dir, arguments.overwrite)
     recognizer = Recognizer(
-        arguments.artifact, arguments.threads, compute_units=arguments.compute_units
+        arguments.artifact,
+        arguments.threads or batch.threads_for(arguments.jobs),
+        compute_units=arguments.compute_units,
     )
-    names = ("language", "task", "timestamps", "beams", "fallback", "seed", "previous")
+    names = ("language", "task", "beams", "fallback", "seed", "previous", "prompt", "hotwords")
     options = {name: getattr(arguments, name) for name in names}
-    for path in arguments.wav:
-        transcript = Transcript()
-        pcm = read_wav(path, arguments.strict)
-        for segment in recognizer.stream(pcm, transcript, **options):
-            if arguments.stream:
-                row = {"audio": str(path), **segment.as_dict()}
-                print(json.dumps(row, ensure_ascii=False), flush=True)
-        yield {"audio": str(path), **transcript.as_dict()}
+    options["timestamps"] = arguments.timestamps or not writers.TIMED.isdisjoint(formats)
+
+    def show(job: Job, segment: Segment) -> None:
+        if arguments.stream:
+            row = {"audio": str(job.path), **segment.as_dict()}
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+
+    return batch.run(
+        jobs,
+        partial(read_wav, strict=arguments.strict),
+        partial(recognizer.row, confidence=True, **options),
+        arguments.jobs,
+        show,
+    )
 
 
-def size_of(artifact: Path) -> int:
-    """Return the total size of the files in a folder, in bytes."""
-    return sum(entry.stat().st_size for entry in artifact.rglob("*") if entry.is_file())
+def size_of(path: Path) -> int:
+    """Return the size of a file, or the total size of the files in a folder, in bytes."""
+    entries = [path, *path.rglob("*")]
+    return sum(entry.stat().st_size for entry in entries if entry.is_file())
 
 
 def out_of_memory(arguments: argparse.Namespace) -> RunnerProblem:

@@ -22,10 +22,20 @@ class Segment:
     end_s: float
     text: str
     tokens: list[int]
+    avg_logprob: float | None = None
+    """Mean log-probability of the tokens, with Options.confidence."""
+    no_speech_prob: float | None = None
+    """Probability that the segment's window has no speech, with Options.confidence."""
 
-    def as_dict(self) -> dict[str, float | str]:
-        """Return the entries for the JSON output."""
-        return {"start_s": self.start_s, "end_s": self.end_s, "text": self.text}
+    def as_dict(self) -> dict[str, Any]:
+        """Return the entries for the JSON output, those of Options only if they were requested."""
+        optional = {"avg_logprob": self.avg_logprob, "no_speech_prob": self.no_speech_prob}
+        return {
+            "start_s": self.start_s,
+            "end_s": self.end_s,
+            "text": self.text,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
 
 
 @dataclass

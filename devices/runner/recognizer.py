@@ -5,7 +5,7 @@ Core ML artifacts (engines/coreml.py). Prompts, decoding rules, windows, beam se
 fallback are the same for both.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from .artifact.manifest import check_files, checked_manifest, read_manifest
 from .audio import checked_samples, is_silent, read_wav, shortest
+from .decode.encode import encode
 from .decode.greedy import detect, greedy
 from .decode.listen import Listener, Options, plain
 from .decode.rules import Rules
@@ -85,12 +86,22 @@ class Recognizer:
 
         A truncated file is transcribed up to its end, with a warning. Samples are a NumPy array
         (samples,), floats in [-1, 1] or int16 (see audio.checked_samples). Keywords are the fields
-        of Options: language, task, timestamps, beams, fallback, seed, previous.
+        of Options: language, task, timestamps, beams, fallback, seed, previous, prompt, hotwords,
+        confidence.
         """
         transcript = Transcript()
         for _ in self.stream(audio, transcript, **options):
             pass
         return transcript
+
+    def row(
+        self, pcm: Pcm, on_segment: Callable[[Segment], None], **options: Any
+    ) -> dict[str, Any]:
+        """Return a transcript as a dictionary; `on_segment` is called with each segment at once."""
+        transcript = Transcript()
+        for segment in self.stream(pcm, transcript, **options):
+            on_segment(segment)
+        return transcript.as_dict()
 
     def stream(
         self, audio: Pcm | str | Path, into: Transcript | None = None, **options: Any
@@ -144,6 +155,10 @@ class Recognizer:
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens."""
         return to_text(tokens, self.table)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text; a prompt begins with a space, as words in a sentence do."""
+        return encode(text, self.table)
 
 
 def samples(audio: Pcm | str | Path) -> Pcm:

@@ -2,63 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import typer
-from typer import Argument, Option
 
+from edgewhisper.cli import transcribe_options as given
 from edgewhisper.cli.options import Json, Source, Threads, Units
-from edgewhisper.cli.output import emit, say
+from edgewhisper.cli.output import emit, print_error, say
+from export.problem import Problem
 
-Audio = Annotated[list[Path], Argument(help="audio files of any length; - reads from stdin")]
-Language = Annotated[
-    str | None,
-    Option(
-        help="language code such as hi, or auto to detect it; default: the language that the "
-        "model records, otherwise auto"
-    ),
-]
-Task = Annotated[
-    str | None,
-    Option(help="transcribe, or translate to translate into English; default: transcribe"),
-]
-Timestamps = Annotated[
-    bool,
-    Option(
-        "--timestamps",
-        help="print segments with start and end time; long audio is split at segment ends",
-    ),
-]
-Beams = Annotated[int, Option(min=1, help="number of beams in beam search; 1: greedy decoding")]
-Fallback = Annotated[
-    bool,
-    Option(
-        "--fallback",
-        help="if a window's text repeats itself or has a low probability, decode the window again "
-        "by random sampling",
-    ),
-]
-Seed = Annotated[int, Option(help="random seed of --fallback")]
-Previous = Annotated[
-    bool, Option("--previous", help="prompt each window with the text of the previous one")
-]
-Strict = Annotated[
-    bool, Option("--strict", help="fail on truncated audio files instead of warning")
-]
+if TYPE_CHECKING:
+    from devices.runner.batch import Job
+    from devices.runner.interfaces import Segment
 
 
 def transcribe_cli(
     source: Source,
-    audio: Audio,
-    language: Language = None,
-    task: Task = None,
-    timestamps: Timestamps = False,
-    beams: Beams = 1,
-    fallback: Fallback = False,
-    seed: Seed = 0,
-    previous: Previous = False,
-    strict: Strict = False,
+    audio: given.Audio,
+    language: given.Language = None,
+    task: given.Task = None,
+    timestamps: given.Timestamps = False,
+    beams: given.Beams = 1,
+    fallback: given.Fallback = False,
+    seed: given.Seed = 0,
+    previous: given.Previous = False,
+    prompt: given.Prompt = None,
+    hotwords: given.Hotwords = None,
+    output: given.Output = None,
+    output_dir: given.OutputDir = None,
+    overwrite: given.Overwrite = False,
+    jobs: given.Jobs = 1,
+    strict: given.Strict = False,
     threads: Threads = None,
     compute_units: Units = None,
     json_file: Json = None,
@@ -67,54 +43,88 @@ def transcribe_cli(
 
     With an artifact, each segment is printed as soon as it is decoded.
     """
-    from benchmarks.speech.sound import read_audio
+    from benchmarks.speech.sound import SUFFIXES, read_audio
+    from devices.runner import batch, writers
     from edgewhisper import transcription
 
-    options: dict[str, Any] = dict(
+    formats = writers.formats_of(output or [])
+    files = batch.plan(audio, SUFFIXES, formats, output_dir, overwrite)
+    artifact = transcription.is_artifact(source)
+    if not artifact:
+        transcription.refuse_files_and_jobs(source, formats, jobs)
+    recognise = transcription.recogniser(
+        source,
+        threads or batch.threads_for(jobs),
+        compute_units,
         language=language,
         task=task,
-        timestamps=timestamps,
+        timestamps=timestamps or not writers.TIMED.isdisjoint(formats),
         beams=beams,
         fallback=fallback,
         seed=seed,
         previous=previous,
-        compute_units=compute_units,
+        prompt=prompt,
+        hotwords=hotwords,
+        confidence=artifact and (json_file is not None or "json" in formats),
     )
-    printer = Printer(audio, timestamps, quiet=json_file == "-")
-    pcms = (read_audio(path, strict) for path in audio)  # one at a time: they may be hours long
+    printer = Printer(files, timestamps, quiet=json_file == "-", live=jobs == 1)
+    read = partial(read_audio, strict=strict)
+    progress = printer.quiet or not sys.stdout.isatty()
     rows = []
-    transcripts = transcription.transcribe(source, pcms, threads, printer.segment, **options)
-    for number, transcript in enumerate(transcripts):
-        rows.append({"audio": str(audio[number]), **transcript})
-        printer.end(number, transcript["text"])
+    for row in batch.run(files, read, recognise, jobs, printer.segment, progress):
+        rows.append(row)
+        printer.end(row)
     emit(rows, json_file)
+    if any("error" in row for row in rows):
+        raise typer.Exit(1)
 
 
 class Printer:
-    """Prints segments as they come: one line each with timestamps, otherwise one line a file."""
+    """Prints segments as they come: one line each with timestamps, otherwise one line a file.
 
-    def __init__(self, audio: list[Path], timestamps: bool, quiet: bool) -> None:
-        self.audio, self.timestamps, self.quiet = audio, timestamps, quiet
-        self.begun = -1
-        """Index of the last file with a printed segment."""
+    Unless `live`, several files are transcribed at once, and each is printed when it is done.
+    """
 
-    def segment(self, number: int, segment: Any) -> None:
-        """Print a segment of the file with index `number`."""
-        if self.quiet:
-            return
+    def __init__(self, files: list[Job], timestamps: bool, quiet: bool, live: bool) -> None:
+        self.several, self.timestamps = len(files) > 1, timestamps
+        self.quiet, self.live = quiet, live
+        self.begun = False
+        """Whether a segment of the current file was printed."""
+
+    def segment(self, job: Job, segment: Segment) -> None:
+        """Print a segment of a file that is being transcribed."""
+        if self.live and not self.quiet:
+            self.print(str(job.path), segment.as_dict())
+
+    def print(self, audio: str, segment: dict[str, Any]) -> None:
+        """Print a segment of a file."""
         if self.timestamps:
-            times = f"{segment.start_s:.2f}\t{segment.end_s:.2f}"
-            say(f"{self.prefix(number)}{times}\t{segment.text}")
+            times = f"{segment['start_s']:.2f}\t{segment['end_s']:.2f}"
+            say(f"{self.prefix(audio)}{times}\t{segment['text']}")
         else:
-            typer.echo(" " if self.begun == number else self.prefix(number), nl=False)
-            typer.echo(segment.text, nl=False)
-        self.begun = number
+            typer.echo(" " if self.begun else self.prefix(audio), nl=False)
+            typer.echo(segment["text"], nl=False)
+        self.begun = True
 
-    def end(self, number: int, text: str) -> None:
-        """End the line of a file, or print its text if it had no segments."""
-        if not self.timestamps and not self.quiet:
-            say("" if self.begun == number else self.prefix(number) + text)
+    def end(self, row: dict[str, Any]) -> None:
+        """End the line of a file; print what was not printed before, and the error if there is
+        one."""
+        if "error" in row:
+            print_error(Problem(row["error"], row["hint"]))
+            return
+        if not self.quiet:
+            self.rest(row)
+        self.begun = False
 
-    def prefix(self, number: int) -> str:
+    def rest(self, row: dict[str, Any]) -> None:
+        """Print the segments or the text that were not printed before, and end the line."""
+        audio = row["audio"]
+        if not self.live:
+            for segment in row["segments"]:
+                self.print(audio, segment)
+        if not self.timestamps:
+            say("" if self.begun else self.prefix(audio) + row["text"])
+
+    def prefix(self, audio: str) -> str:
         """Return the name of the file if there are several."""
-        return "" if len(self.audio) == 1 else f"{self.audio[number]}\t"
+        return f"{audio}\t" if self.several else ""

@@ -540,6 +540,49 @@ def test_the_text_of_a_long_file_is_printed_as_it_is_decoded(
     assert both == f"a.wav\t{text}" * 2
 
 
+def test_transcripts_are_written_for_files_in_folders(edgewhisper, exported, clips, tmp_path):
+    for number, clip in enumerate(read_manifest(clips)[:4]):
+        path = tmp_path / "in" / f"sub{number % 2}" / f"{number}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, clip.pcm(), 16_000)
+    one = edgewhisper("transcribe", exported, "in", "--output", "txt,json")
+    assert one.returncode == 0
+    for line in one.stdout.splitlines():
+        path, text = line.split("\t")
+        row = json.loads((tmp_path / path).with_suffix(".json").read_text())
+        assert (row["audio"], row["text"]) == (path, text)
+        assert (tmp_path / path).with_suffix(".txt").read_text() == text + "\n"
+        assert all(segment["avg_logprob"] < 0 for segment in row["segments"])
+    message = error_of(edgewhisper("transcribe", exported, "in", "--output", "txt"))
+    assert "0.txt exists already, and 3 more transcripts" in message
+    two = edgewhisper(
+        *("transcribe", exported, "in", "--output", "srt", "--output", "txt"),
+        *("--output-dir", "out", "--jobs", "2"),
+    )
+    assert len(list((tmp_path / "out").rglob("*.srt"))) == 4
+    assert two.stdout == one.stdout
+
+
+def test_an_unreadable_file_among_others_gives_an_error_and_the_other_texts(
+    edgewhisper, exported, spoken, tmp_path
+):
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    done = edgewhisper("transcribe", exported, spoken, "a.wav", spoken, "--json", "texts.json")
+    first, _, second = json.loads((tmp_path / "texts.json").read_text())
+    assert done.returncode == 1
+    assert first == second
+    assert done.stdout == f"{spoken}\t{first['text']}\n" * 2
+    assert "error: a.wav: expected a WAV file" in done.stderr
+
+
+def test_a_checkpoint_writes_text_but_no_subtitles(edgewhisper, digits, spoken, tmp_path):
+    words = ("transcribe", digits, spoken, "--output-dir", "out")
+    text = edgewhisper(*words, "--output", "txt").stdout
+    assert (tmp_path / "out" / spoken.with_suffix(".txt").name).read_text() == text
+    assert "--output srt is for artifacts" in error_of(edgewhisper(*words, "--output", "srt"))
+    assert "--jobs 2 is for artifacts" in error_of(edgewhisper(*words, "--jobs", "2"))
+
+
 def test_ctrl_c_in_a_long_file_exits_with_130_and_writes_nothing(
     edgewhisper, exported, clips, tmp_path, rng
 ):

@@ -3,11 +3,12 @@
 from ..interfaces import Pcm
 from .pauses import FRAME, find_cut, split
 from .samples import SAMPLING_RATE, checked_samples, is_hum, is_silent, shortest
-from .wav import check_whole, parse_riff, read_wav
+from .wav import STDIN, check_whole, parse_riff, read_wav
 
 __all__ = [
     "FRAME",
     "SAMPLING_RATE",
+    "STDIN",
     "Pcm",
     "check_whole",
     "checked_samples",

@@ -6,7 +6,8 @@ before forbidden ones are masked.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,11 +27,12 @@ NEVER = -1e9
 @dataclass(frozen=True)
 class Beam:
     """A text and its score: a sum of log-probabilities, divided by the length penalty at the
-    end."""
+    end; and the sum after each token."""
 
     tokens: tuple[int, ...]
     score: float
     parent: int = 0
+    sums: tuple[float, ...] = ()
 
 
 def beam_search(
@@ -47,7 +49,8 @@ def beam_search(
         ended = [last or beam.tokens[-1] == rules.eos for beam in candidates]
         for beam, over in list(zip(candidates, ended, strict=True))[:beams]:
             if over and beam.score > -np.inf:
-                finished.append(Beam(beam.tokens, beam.score / length**length_penalty))
+                score = beam.score / length**length_penalty
+                finished.append(replace(beam, score=score))
         finished = sorted(finished, key=lambda beam: -beam.score)[:beams]
         running = [b for b, over in zip(candidates, ended, strict=True) if not over][:beams]
         if last or not can_improve(running, finished, beams, length**length_penalty):
@@ -70,9 +73,13 @@ def best_candidates(
     best = best[np.lexsort((best, -flat[best]))]
     vocab = logits.shape[1]
     return [
-        Beam((*running[i // vocab].tokens, int(i % vocab)), float(flat[i]), int(i // vocab))
-        for i in best
+        extended(running[i // vocab], int(i % vocab), float(flat[i]), int(i // vocab)) for i in best
     ]
+
+
+def extended(beam: Beam, token: int, score: float, parent: int) -> Beam:
+    """Return the beam with another token and its new score."""
+    return Beam((*beam.tokens, token), score, parent, (*beam.sums, score))
 
 
 def can_improve(
@@ -86,8 +93,9 @@ def can_improve(
 
 def attempt_of(beam: Beam, rules: Rules) -> Attempt:
     """Return a finished beam without its end token; the score is the mean log-probability."""
-    ended = beam.tokens[-1] == rules.eos
-    return Attempt(list(beam.tokens[:-1] if ended else beam.tokens), beam.score)
+    tokens = list(beam.tokens[:-1] if beam.tokens[-1] == rules.eos else beam.tokens)
+    logprobs = [b - a for a, b in pairwise((0.0, *beam.sums))]
+    return Attempt(tokens, beam.score, logprobs=logprobs[: len(tokens)])
 
 
 # ------------------------------------------------------------------------------ decoder branches

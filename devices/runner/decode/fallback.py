@@ -24,27 +24,27 @@ LEAST_LOGPROB = -1.0
 @dataclass(frozen=True)
 class Attempt:
     """Tokens, the mean log-probability of tokens and end token, whether the text ends in a loop,
-    and the sampling temperature."""
+    the sampling temperature, and the log-probability of each token."""
 
     tokens: list[int]
     logprob: float
     looped: bool = False
     temperature: float = 0.0
+    logprobs: Sequence[float] = ()
 
 
 class Sampler:
-    """Samples tokens at a temperature (0 is greedy), and sums their log-probabilities."""
+    """Samples tokens at a temperature (0 is greedy), and records their log-probabilities."""
 
     def __init__(self, rules: Rules, temperature: float, rng: np.random.Generator) -> None:
         self.filter, self.temperature, self.rng = Filter(rules), temperature, rng
-        self.logprob, self.count = 0.0, 0
+        self.logprobs: list[float] = []
 
     def __call__(self, logits: Logits, tokens: Sequence[int]) -> int:
         """Return the next token. Log-probabilities are those at temperature 1."""
         scores = self.filter(logits, tokens)
         token = draw(scores / self.temperature, self.rng) if self.temperature else scores.argmax()
-        self.logprob += float(scores[token]) - log_sum_exp(scores)
-        self.count += 1
+        self.logprobs.append(float(scores[token]) - log_sum_exp(scores))
         return int(token)
 
 
@@ -61,7 +61,8 @@ def sample(
     sampler = Sampler(rules, temperature, rng)
     tokens = say(step, sampler, rules, stop_loops)
     looped = stop_loops and loop_period(tokens) > 0
-    return Attempt(tokens, sampler.logprob / max(1, sampler.count), looped, temperature)
+    mean = sum(sampler.logprobs) / max(1, len(sampler.logprobs))
+    return Attempt(tokens, mean, looped, temperature, sampler.logprobs[: len(tokens)])
 
 
 def best_attempt(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -57,6 +57,13 @@ class Options:
     previous: bool = False
     """Prompt every window with the text before it. Names and style carry over, and so do errors. A
     model that was not trained for it may return nothing or repeat itself."""
+    prompt: str | None = None
+    """Text before the recording, such as names and their spelling. It prompts the first window
+    only, or with `previous` all windows that it and the previous text fit in."""
+    hotwords: str | None = None
+    """Words that prompt every window."""
+    confidence: bool = False
+    """Set avg_logprob and no_speech_prob of the segments."""
 
 
 class Model(Protocol):
@@ -71,6 +78,9 @@ class Model(Protocol):
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text."""
 
 
 class Listener:
@@ -89,6 +99,15 @@ class Listener:
         self.prompted, self.doubtful = self.rules, False
         self.since = len(transcript.tokens)
         """Tokens from this index on may prompt the next window."""
+        self.context, self.hotwords = (
+            recognizer.encode(f" {text.strip()}") if text and text.strip() else []
+            for text in (options.prompt, options.hotwords)
+        )
+        """Tokens before the first window, and before every window."""
+        self.logprobs: Sequence[float] = ()
+        """The log-probability of each token of the last window, if they are needed."""
+        self.no_speech_prob: float | None = None
+        """The probability that the last window has no speech, if it is needed."""
 
     def segments(self, pcm: Pcm) -> Iterator[Segment]:
         """Yield the segments, and add them to the transcript."""
@@ -100,7 +119,7 @@ class Listener:
             self.transcript.tokens += tokens
             self.transcript.segments += spoken
             if self.doubtful:
-                self.since = len(self.transcript.tokens)
+                self.since, self.context = len(self.transcript.tokens), []
             yield from spoken
 
     def windows(self, pcm: Pcm) -> Iterator[list[Segment]]:
@@ -110,7 +129,7 @@ class Listener:
     def by_pauses(self, pcm: Pcm) -> Iterator[list[Segment]]:
         """Yield one segment per window; windows end in pauses."""
         for piece in split(pcm, self.recognizer.window_samples):
-            yield [self.segment(piece.start, piece.stop, self.window(pcm[piece]))]
+            yield self.timed([(piece.start, piece.stop, self.window(pcm[piece]))])
 
     def by_timestamps(self, pcm: Pcm) -> Iterator[list[Segment]]:
         """Yield the finished segments of each window; the next window begins where they end.
@@ -128,34 +147,56 @@ class Listener:
                 timed, steps = [*timed, (steps, length, rest)], length
             stop = start + len(window)
             spans = [[min(start + n * STEP_SAMPLES, stop) for n in (a, b)] for a, b, _ in timed]
-            yield [
-                self.segment(a, b, part) for (a, b), (_, _, part) in zip(spans, timed, strict=True)
-            ]
+            yield self.timed(
+                [(a, b, part) for (a, b), (_, _, part) in zip(spans, timed, strict=True)]
+            )
             start = stop if steps >= length else start + steps * STEP_SAMPLES
 
-    def segment(self, start: int, stop: int, tokens: list[int]) -> Segment:
-        """Return the segment between two samples."""
-        text = self.recognizer.text(tokens)
-        return Segment(start / SAMPLING_RATE, stop / SAMPLING_RATE, text, tokens)
+    def timed(self, parts: Sequence[tuple[int, int, list[int]]]) -> list[Segment]:
+        """Return the segments of the last window from their first and last sample and their tokens,
+        which are successive parts of its tokens."""
+        segments, place = [], 0
+        for start, stop, tokens in parts:
+            text, seconds = (
+                self.recognizer.text(tokens),
+                (start / SAMPLING_RATE, stop / SAMPLING_RATE),
+            )
+            logprobs = self.logprobs[place : place + len(tokens)]
+            mean = sum(logprobs) / len(logprobs) if logprobs else None
+            segments.append(Segment(*seconds, text, tokens, mean, self.no_speech_prob))
+            place += len(tokens)
+        return segments
 
     def window(self, pcm: Pcm) -> list[int]:
         """Return the tokens of one window, without prompt and end token."""
         guards, options = self.recognizer.guards, self.options
+        self.logprobs, self.no_speech_prob = (), None
         if guards and is_silent(pcm):
             return []
         decoder = self.recognizer.decoder_over(pcm, self.transcript)
         self.set_language(decoder, pcm)
-        previous = self.transcript.tokens[self.since :] if options.previous else []
-        self.prompted, hot = self.rules.after(previous), False
-        if options.beams == 1 and not options.fallback:
+        self.prompted, hot = self.with_context(), False
+        if options.beams == 1 and not options.fallback and not options.confidence:
             choose = Filter(self.prompted).likeliest
             tokens = say(decoder, choose, self.prompted, guards)
         else:
             best = self.considered(decoder) if options.fallback else self.attempt(decoder, 0.0)
             tokens, hot = best.tokens, best.temperature > HOT
+            self.logprobs = best.logprobs if options.confidence else ()
         kept = without_loop(tokens) if guards else tokens
         self.doubtful = hot or len(kept) < len(tokens)
+        if options.confidence:
+            self.no_speech_prob = self.no_speech(decoder)
         return kept
+
+    def with_context(self) -> Rules:
+        """Return the rules with hotwords and the text before the window in the prompt."""
+        previous = self.context
+        if self.options.previous:
+            previous = previous + self.transcript.tokens[self.since :]
+        else:
+            self.context = []
+        return self.rules.after(previous, self.hotwords)
 
     def set_language(self, decoder: Decoder, pcm: Pcm) -> None:
         """Detect the language and put it into the prompt, unless it is known. The language of the
@@ -226,9 +267,10 @@ def check(options: Options, rules: Rules) -> None:
             "leave them out, or start from a checkpoint whose generation_config.json has "
             "no_timestamps_token_id",
         )
-    if options.previous and rules.previous is None:
+    needing = [name for name in ("previous", "prompt", "hotwords") if getattr(options, name)]
+    if needing and rules.previous is None:
         raise RunnerProblem(
-            "previous: the artifact has no token for prompting with the previous text",
+            f"{needing[0]}: the artifact has no token for prompting with the previous text",
             "leave it out, or export a checkpoint whose generation_config.json has "
             "prev_sot_token_id",
         )

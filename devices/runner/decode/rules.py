@@ -80,14 +80,16 @@ class Rules:
             timestamps=timestamps,
         )
 
-    def after(self, previous: Sequence[int]) -> "Rules":
-        """Return the rules with the end of the previous tokens in front of the prompt. As in
-        Whisper, the previous tokens take at most half of the context."""
+    def after(self, previous: Sequence[int], hotwords: Sequence[int] = ()) -> "Rules":
+        """Return the rules with hotwords and the end of the previous tokens in front of the prompt.
+        As in Whisper, they take at most half of the context; hotwords come first."""
         room = len(self.prompt) + self.max_new_tokens
-        kept = min(len(previous), room // 2 - 1, self.max_new_tokens - 1)
-        if self.previous is None or kept < 1:
+        most = max(0, min(room // 2 - 1, self.max_new_tokens - 1))
+        context = [*hotwords[:most]]
+        context += previous[max(0, len(previous) + len(context) - most) :]
+        if self.previous is None or not context:
             return self
-        prompt = (self.previous, *previous[-kept:], *self.prompt)
+        prompt = (self.previous, *context, *self.prompt)
         return replace(self, prompt=prompt, max_new_tokens=room - len(prompt))
 
 

@@ -1,6 +1,7 @@
 """Converts tokens to text with a table, so that a device needs no tokenizer library."""
 
 import base64
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ class Tokens:
 
     def __getitem__(self, token: int) -> bytes:
         return self.joined[self.ends[token] : self.ends[token + 1]]
+
+    @cached_property
+    def ids(self) -> dict[bytes, int]:
+        """The lowest id of the bytes of every ordinary token; needed for prompts only."""
+        return {self[token]: token for token in reversed(range(len(self))) if self[token]}
 
 
 def read_tokens(path: Path) -> Tokens:

@@ -10,6 +10,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -39,6 +40,8 @@ KINDS = {
     "opus": {"format": "OGG", "subtype": "OPUS"},
     "mp3": {"format": "MP3"},
 }
+COMPRESSED = {"m4a": "aac", "mp4": "aac", "mov": "pcm_s16le", "aac": "aac", "webm": "libopus"}
+"""Suffix -> codec of the files that PyAV reads."""
 
 
 @pytest.fixture
@@ -52,6 +55,18 @@ def sound(rng) -> np.ndarray:
 def write(folder: Path, kind: str, sound: np.ndarray) -> Path:
     path = folder / f"sound.{kind}"
     soundfile.write(path, sound, RATE, **{"format": "WAV", **KINDS[kind]})
+    return path
+
+
+def write_compressed(folder: Path, kind: str, sound: np.ndarray, rate: int = RATE) -> Path:
+    path = folder / f"sound.{kind}"
+    with av.open(path, "w", format={"m4a": "mp4", "aac": "adts"}.get(kind, kind)) as container:
+        stream = container.add_stream(COMPRESSED[kind], rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        for part in av.AudioResampler(format=stream.format, rate=rate).resample(frame):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
     return path
 
 
@@ -83,6 +98,65 @@ def test_a_file_that_is_cut_short_is_refused_or_read_with_a_warning(kind, share,
         assert kind in ("ogg", "opus"), problem
     else:
         assert 0.2 * len(sound) < len(found) < len(sound)
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_compressed_files_are_read(kind, tmp_path):
+    """A tone with a pause; decoders may add some milliseconds."""
+    sound = (0.3 * np.sin(2 * np.pi * 440 * np.arange(4 * RATE) / RATE)).astype(np.float32)
+    sound[RATE : 2 * RATE] = 0
+    found = quietly(write_compressed(tmp_path, kind, sound))
+    assert abs(len(found) - len(sound)) < 2500
+    loud = np.abs(found).reshape(-1)[: 4 * RATE // 100 * 100].reshape(-1, 100).max(axis=1) > 0.1
+    wanted = np.abs(sound).reshape(-1, 100).max(axis=1) > 0.1
+    assert np.mean(loud[: len(wanted)] != wanted[: len(loud)]) < 0.1
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.97])
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_a_compressed_file_that_is_cut_short_is_refused_or_read_with_a_warning(
+    kind, share, sound, tmp_path
+):
+    path = write_compressed(tmp_path, kind, sound)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(Problem, match=r"sound\.\w+"):
+        read_audio(path)
+    if kind in ("m4a", "mp4", "mov"):  # the index of an MP4 file is at its end
+        with pytest.raises(Problem, match=r"is not a readable MP4 file \(the MP4 box at byte"):
+            read_audio(path, strict=False)
+        return
+    with pytest.warns(UserWarning, match="its text may be incomplete"):
+        found = read_audio(path, strict=False)
+    assert 0.2 * len(sound) < len(found) < len(sound)
+
+
+def test_a_compressed_file_needs_pyav(sound, tmp_path, monkeypatch):
+    path = write_compressed(tmp_path, "m4a", sound)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(Problem, match="reading MP4 files needs PyAV") as error:
+        read_audio(path)
+    assert "edgewhisper[audio]" in error.value.hint
+
+
+def test_a_video_without_sound_is_refused(tmp_path):
+    with av.open(tmp_path / "a.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 32
+        frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(Problem, match="has no audio stream"):
+        read_audio(tmp_path / "a.mp4")
+
+
+def test_random_bytes_after_the_first_are_an_error_not_a_traceback(rng, tmp_path):
+    for head in (b"\0\0\0\x20ftypM4A ", b"\x1aE\xdf\xa3\x9f", b"\xff\xf1P\x80"):
+        (tmp_path / "a").write_bytes(head + rng.bytes(int(rng.integers(0, 3000))))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(Problem):
+                read_audio(tmp_path / "a")
 
 
 def test_formats_whose_end_cannot_be_checked_are_not_read(sound, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -474,6 +475,67 @@ def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, proces
             assert scores[token] > scores.max() - 2e-3
 
 
+def test_a_prompt_precedes_the_first_window_and_hotwords_every_window(plain, pcms):
+    pcm = np.concatenate([pcms[1], pcms[2], pcms[3], pcms[4]])
+    prompted = []
+    for previous in (False, True):
+        transcript = Transcript()
+        options = Options(prompt="four two", hotwords=" nine ", previous=previous)
+        listener = Listener(plain, options, transcript)
+        windows, tokens = listener.segments(pcm), []
+        for _ in windows:
+            prompted.append((previous, list(listener.prompted.prompt), tokens))
+            tokens = list(transcript.tokens)
+    assert len(prompted) > 3
+    hot, text = plain.encode(" nine"), plain.encode(" four two")
+    rules = plain.rules
+    for previous, prompt, tokens in prompted:
+        context = [*text, *tokens] if previous or not tokens else []
+        assert prompt == list(rules.after(context, hot).prompt)
+        assert prompt[: 1 + len(hot)] == [rules.previous, *hot]
+
+
+def test_hotwords_and_previous_text_share_half_of_the_context():
+    told = rules(max_new_tokens=36)  # with the prompt 40 positions, of which 19 are for context
+    found = told.after(range(100, 130), range(200, 205))
+    assert list(found.prompt) == [SILENT - 2, *range(200, 205), *range(116, 130), *told.prompt]
+    assert len(found.prompt) + found.max_new_tokens == 40
+    found = told.after([1, 2], range(200, 230))
+    assert list(found.prompt) == [SILENT - 2, *range(200, 219), *told.prompt]
+
+
+def test_a_prompt_needs_the_token_for_previous_text(recognizer, pcms):
+    for name in ("prompt", "hotwords"):
+        listener = partial(Listener, SimpleNamespace(rules=rules(previous=None)))
+        with pytest.raises(RunnerProblem, match=f"{name}: the artifact has no token"):
+            listener(Options(**{name: "x"}), Transcript())
+
+
+@pytest.mark.parametrize("options", [{}, {"beams": 3}, {"timestamps": True}], ids=str)
+def test_the_confidence_is_that_of_the_model(options, plain, torch_model, processor, pcms):
+    """The same text, and the probabilities of torch on the same prompt and text."""
+    for pcm in pcms[:3]:
+        expected = plain.transcribe(pcm, **options)
+        found = plain.transcribe(pcm, confidence=True, **options)
+        assert found.tokens == expected.tokens
+        assert all(segment.avg_logprob is None for segment in expected.segments)
+        told = plain.rules.with_options(None, None, options.get("timestamps", False))
+        rows = decoding.logits(torch_model, processor, pcm, [*told.prompt, *found.tokens])
+        no_speech = float(np.exp(rows[0][told.no_speech] - log_sum_exp(rows[0])))
+        place = 0
+        for segment in found.segments:
+            logprobs = []
+            for token in segment.tokens:
+                scores = rows[len(told.prompt) - 1 + place]
+                if not options.get("beams"):
+                    scores = Filter(told)(scores, found.tokens[:place]).copy()
+                logprobs.append(scores[token] - log_sum_exp(scores))
+                place += 1
+            assert segment.avg_logprob == pytest.approx(float(np.mean(logprobs)), abs=2e-3)
+            assert segment.no_speech_prob == pytest.approx(no_speech, rel=1e-2)
+            assert segment.as_dict()["no_speech_prob"] == segment.no_speech_prob
+
+
 def test_a_long_prompt_is_fed_in_parts(plain, torch_model, processor, pcms, rng):
     told = plain.rules.after(rng.integers(0, 370, 100).tolist())
     assert MOST_IDS < len(told.prompt) == 32 + len(plain.rules.prompt)
@@ -630,7 +692,7 @@ def test_the_mean_log_probability_equals_that_of_transformers(rng):
         filtered = Filter(told)(logits, [1])
         scores.append(torch.from_numpy(filtered / (temperature or 1)))
     wanted = Whisper._retrieve_avg_logprobs(scores, torch.tensor(tokens), temperature)
-    assert sampler.logprob / sampler.count == pytest.approx(float(wanted), abs=1e-5)
+    assert np.mean(sampler.logprobs) == pytest.approx(float(wanted), abs=1e-5)
 
 
 def test_tokens_are_sampled_with_their_probabilities(rng):

@@ -469,6 +469,26 @@ def test_transcribe_streams_segments_and_accepts_the_options(device_folder):
     assert "language 'xx': not among" in answer["error"]
 
 
+def test_transcripts_of_a_folder_are_written_by_several_jobs(device_folder, tmp_path):
+    for name in ("a.wav", "b.wav"):
+        shutil.copy(device_folder / name, tmp_path)
+    argv = ["transcribe", "artifact", str(tmp_path), "--output", "srt,json", "--jobs", "2"]
+    code, answer, stderr = runner(device_folder, *argv)
+    assert (code, stderr) == (0, "")
+    for row in answer["transcripts"]:
+        path = Path(row["audio"])
+        assert json.loads(path.with_suffix(".json").read_text()) == row
+        assert path.with_suffix(".srt").read_text().startswith("1\n00:00:00,")
+        assert 0 < row["segments"][0]["no_speech_prob"] < 1
+    code, answer, _ = runner(device_folder, *argv)
+    assert code == 1
+    assert "a.json exists already" in answer["error"] or "a.srt exists already" in answer["error"]
+    code, answer, stderr = runner(device_folder, "transcribe", "artifact", "a.wav", "bad.wav")
+    assert code == 1
+    assert answer["transcripts"][0]["text"]
+    assert stderr.startswith("error: bad.wav: sampled at 8000 Hz")
+
+
 def test_audio_is_read_from_standard_input(device_folder):
     _, wanted, _ = runner(device_folder, "transcribe", "artifact", "a.wav")
     content = (device_folder / "a.wav").read_bytes()
