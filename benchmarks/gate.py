@@ -20,14 +20,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.gate_loss import MAX_WER_LOSS, errors_of, loss, normalizer_for, rate, too_much
 from benchmarks.metadata import clips_hash, digest
-from benchmarks.reference_runtimes import Encoder, open_artifact
+from benchmarks.reference_runtimes import Encoder
 from benchmarks.speech.clips import Clip
 from benchmarks.text_difference import around_difference, common_length, cut
 from devices.runner.audio import split
@@ -214,21 +213,6 @@ def refuse_foreign(clips: Sequence[Clip], texts: Sequence[str]) -> None:
 
 
 # ----------------------------------------------------------------------------------- the artifact
-
-
-def run_gate(
-    artifact_dir: Path,
-    reference: Sequence[Windows],
-    clips: Sequence[Clip],
-    bounds: Bounds,
-    parts: Parts | None = None,
-    threads: int | None = None,
-    languages: Languages | None = None,
-    progress: Progress = no_progress,
-) -> dict[str, Any]:
-    """Open an artifact and return the gate's figures for the manifest; see judge."""
-    recognizer = open_artifact(artifact_dir, threads)
-    return judge(recognizer, reference, clips, bounds, parts, languages, progress)
 
 
 def judge(

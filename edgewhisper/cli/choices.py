@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgewhisper.cli.output import say
+from export import layouts
 from export.layouts import TARGETS, layouts_of
 
 LAYOUTS = {target: layouts_of(target) for target in TARGETS}
@@ -12,6 +13,14 @@ LAYOUTS = {target: layouts_of(target) for target in TARGETS}
 PRECISIONS = {name: target.precisions for name, target in TARGETS.items()}
 """Target -> its precisions."""
 GATES = ("fail", "warn", "off")
+
+
+def layouts_help(target: str) -> str:
+    """Return the layouts of a target, with the runtimes that read them."""
+    default = TARGETS[target].layout
+    readers = {name: layouts.LAYOUTS[name].runtime for name in layouts_of(target)}
+    readers[default] = "default"
+    return f"for {target}: " + ", ".join(f"{name} ({by})" for name, by in readers.items())
 
 
 def check_choices(target: str, gate: str, layout: str | None, options: dict[str, Any]) -> None:

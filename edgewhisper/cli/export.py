@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from edgewhisper.cli.choices import check_choices, precision_for
+from edgewhisper.cli.choices import check_choices, layouts_help, precision_for
 from edgewhisper.cli.options import MODEL, SPEECH, Out
 from edgewhisper.cli.output import say
+from export.layouts import TARGETS
 
 Checkpoint = Annotated[
     str | None,
@@ -33,9 +34,8 @@ Device = Annotated[
 Layout = Annotated[
     str | None,
     Option(
-        help="runtime that reads the files; for onnx: native (EdgeWhisper's runner, the default), "
-        "transformers, sherpa or single (onnxruntime alone); for coreml: whisperkit (the default) "
-        "or encoder (whisper.cpp)"
+        help="which runtime reads the files (the default layouts: EdgeWhisper's runner); "
+        f"{'; '.join(map(layouts_help, TARGETS))}"
     ),
 ]
 Speech = Annotated[

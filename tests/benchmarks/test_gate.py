@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from gates import run_gate
 from onnx import numpy_helper
 
 from benchmarks.gate import (
@@ -20,7 +21,6 @@ from benchmarks.gate import (
     checkpoint_tokens,
     evenly,
     refuse_foreign,
-    run_gate,
     tokens_record,
 )
 from benchmarks.gate_loss import loss, too_much

@@ -18,12 +18,13 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+from gates import run_gate
 from small_whisper import random_whisper
 from some_clips import manifest_of_some
 
 from benchmarks import bench as benching
 from benchmarks import reference_runtimes
-from benchmarks.gate import Bounds, GateFailure, bounds_for, checkpoint_tokens, run_gate
+from benchmarks.gate import Bounds, GateFailure, bounds_for, checkpoint_tokens
 from benchmarks.gate_record import states_again
 from benchmarks.result import STAGES
 from benchmarks.speech.clips import read_manifest

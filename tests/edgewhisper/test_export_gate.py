@@ -193,7 +193,15 @@ def test_artifacts_of_a_checkpoint_without_a_language_detect_the_language(namele
     assert report.error is None, report.error
 
 
-@pytest.mark.parametrize("layout", ["native", "sherpa", "single", "transformers"])
+@pytest.mark.parametrize(
+    "layout",
+    # test_verify.py checks the layouts whose runtime takes seconds to import
+    [
+        "native",
+        "single",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("sherpa", "transformers")),
+    ],
+)
 def test_a_language_can_be_chosen_for_every_layout(nameless, few, tmp_path, layout):
     options = {"layout": layout, "gating": Gating("off"), "precision": "fp32"}
     place = exported(nameless, few, tmp_path / "out", language="de", **options)

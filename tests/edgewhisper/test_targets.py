@@ -497,6 +497,7 @@ target_search.compress_to(Targets(wer_loss=100.0), request, 3, lambda text: None
 """
 
 
+@pytest.mark.slow
 def test_two_processes_search_together(empty, few, digits):
     trained = RANK.replace("steps = 0", "steps = 1\nbatch_size = 2")
     (empty / "mine.toml").write_text(trained)

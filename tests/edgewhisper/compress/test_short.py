@@ -16,8 +16,9 @@ import soundfile
 import torch
 from dead_structure import kill
 from exported import irregular
+from gates import run_gate
 
-from benchmarks.gate import EXACT, checkpoint_tokens, run_gate
+from benchmarks.gate import EXACT, checkpoint_tokens
 from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.wer import score
 from devices.runner.audio import shortest
