@@ -2,11 +2,11 @@
 //
 // The page and its worker share this module. The page talks to its server and shows the progress.
 // For every round it starts a new worker, which loads the graphs, transcribes each clip once and
-// ends, like a process of the runner on other devices. devices/browser/job.py builds the jobs; the
-// decode loop is the same as in devices/runner/decode/greedy.py.
+// ends, like a process of the runner on other devices. devices/browser/job.py builds the jobs, and
+// recognizer.js decodes.
 
-const LOOP_TOKENS = 30; // a loop is a phrase repeated over at least 30 tokens
-const LOOP_COPIES = 5; // and at least 5 times in a row
+import { Recognizer, bytes, chooser, fetchGraph, seconds, startRuntime } from "./recognizer.js";
+
 const ALIVE_MS = 5000;
 const MEMORY_MS = 20000;
 const RETRY_MS = 50000; // less than the server's timeout for a silent page
@@ -14,146 +14,47 @@ const AGAIN_MS = 5000;
 const HELLOS = 4;
 
 const pause = (ms) => new Promise((over) => setTimeout(over, ms));
-const seconds = (since) => Math.max(0, performance.now() - since) / 1000;
 
 // ------------------------------------------------------------------------------------ the worker
-
-async function bytes(name) {
-  const response = await fetch(name);
-  if (!response.ok) throw new Error(`${name}: ${response.status}`);
-  return response.arrayBuffer();
-}
-
-// Fetching is not timed: on other devices the files are local.
-async function fetchGraph({ file, external, place }) {
-  const externalData = [];
-  for (const path of external) externalData.push({ path, data: new Uint8Array(await bytes(place + path)) });
-  return { graph: new Uint8Array(await bytes(file)), externalData };
-}
 
 // Clips are fetched one at a time: a phone has no memory for hours of speech.
 async function fetchClip(clip) {
   const windows = [];
-  for (const name of clip.windows) windows.push(new Float32Array(await bytes(name)));
+  for (const name of clip.windows) windows.push(new Float32Array((await bytes(name)).buffer));
   return { ...clip, windows };
 }
 
-// Returns the length of the phrase that the end of the text repeats, or 0.
-function loopPeriod(tokens) {
-  for (let period = 1; period * LOOP_COPIES <= tokens.length; ++period) {
-    const length = period * Math.max(LOOP_COPIES, Math.ceil(LOOP_TOKENS / period));
-    if (length > tokens.length) continue;
-    const tail = tokens.slice(-length);
-    if (tail.slice(period).every((token, i) => token === tail[i])) return period;
+async function transcribe(recognizer, choose, { windows, prompt, most }) {
+  const { eos } = recognizer.job;
+  const started = performance.now();
+  const results = [];
+  for (const pcm of windows) {
+    const window = await recognizer.encode(pcm);
+    const decoded = await recognizer.greedy(window, { prompt, most, eos }, choose);
+    results.push({ encoder_s: window.encoder_s, ...decoded });
   }
-  return 0;
-}
-
-// Returns the most probable allowed token; of equals the lower id.
-function likeliest(logits, forbidden) {
-  let best = -1;
-  for (let id = 0; id < logits.length; ++id) {
-    if (!forbidden[id] && (best < 0 || logits[id] > logits[best])) best = id;
-  }
-  return best;
-}
-
-class Recognizer {
-  constructor(ort, job) {
-    this.ort = ort;
-    this.job = job;
-    this.always = new Uint8Array(job.vocabulary);
-    for (const id of job.never) this.always[id] = 1;
-    this.first = this.always.slice();
-    for (const id of job.not_first) this.first[id] = 1;
-    // not the outputs `heard.*`, copies of the cross caches for runtimes that bind in place
-    this.outputs = ["logits", ...Object.keys(job.caches)];
-  }
-
-  async open(decoder, encoder) {
-    for (const [name, { graph, externalData }] of Object.entries({ decoder, encoder })) {
-      this.at = `${name}.onnx`;
-      const options = { executionProviders: ["wasm"], externalData, logSeverityLevel: 4 };
-      this[name] = await this.ort.InferenceSession.create(graph, options);
-    }
-  }
-
-  // Returns tokens and times of one window. In JavaScript all inputs and outputs are copied, so the
-  // times include copying keys and values between steps, unlike on other devices.
-  async window(pcm, { prompt, most }) {
-    const { Tensor } = this.ort;
-    const { windows, caches, eos, most_ids } = this.job;
-    this.at = "encoder.onnx";
-    const samples = new Float32Array(windows.find((n) => n >= pcm.length));
-    samples.set(pcm);
-    let started = performance.now();
-    const sound = { pcm: new Tensor("float32", samples, [1, samples.length]) };
-    const cross = await this.encoder.run(sound);
-    const result = { encoder_s: seconds(started), prompt_s: [], per_token_s: [], tokens: [] };
-    this.at = "decoder.onnx";
-    const state = { ...cross };
-    for (const [name, shape] of Object.entries(caches)) {
-      const empty = new Float32Array(shape.reduce((a, b) => a * b, 1));
-      state[name.replace("present.", "past.")] = new Tensor("float32", empty, shape);
-    }
-    let fed = 0;
-    const step = async (ids, clock) => {
-      started = performance.now();
-      state.input_ids = new Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
-      state.past_length = new Tensor("int32", Int32Array.of(fed), [1]);
-      const outputs = await this.decoder.run(state, this.outputs);
-      for (const name of Object.keys(caches)) state[name.replace("present.", "past.")] = outputs[name];
-      fed += ids.length;
-      clock.push(seconds(started));
-      return outputs.logits.data;
-    };
-    let ids = prompt;
-    const { tokens } = result;
-    while (tokens.length < most) {
-      const clock = tokens.length ? result.per_token_s : result.prompt_s;
-      let logits;
-      for (let at = 0; at < ids.length; at += most_ids) {
-        logits = await step(ids.slice(at, at + most_ids), clock);
-      }
-      const token = likeliest(logits, tokens.length ? this.always : this.first);
-      if (token === eos) break;
-      tokens.push(token);
-      ids = [token];
-      if (loopPeriod(tokens)) break;
-    }
-    return result;
-  }
-
-  async clip(clip) {
-    const started = performance.now();
-    const windows = [];
-    for (const pcm of clip.windows) windows.push(await this.window(pcm, clip));
-    return { wall_s: seconds(started), windows };
-  }
+  return { wall_s: seconds(started), windows: results };
 }
 
 async function run(job) {
-  const recognizer = new Recognizer(null, job);
+  const recognizer = new Recognizer(job);
   const report = (state, share) => self.postMessage({ state, share });
   try {
-    recognizer.at = "loading";
     report("loading", 0);
-    const ort = (recognizer.ort = await import("./ort.wasm.min.mjs"));
-    ort.env.wasm.numThreads = job.threads;
-    ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href;
-    // The runtime starts with its first session, even one without a graph. Its start is not timed,
-    // like the import of onnxruntime on other devices.
-    await ort.InferenceSession.create(new Uint8Array(), { logSeverityLevel: 4 }).catch(() => {});
+    // the start of the runtime is not timed, like the import of onnxruntime on other devices
+    const ort = await startRuntime(job.threads);
     const { clips } = job;
     const graphs = [await fetchGraph(job.decoder), await fetchGraph(job.encoder)];
     const started = performance.now();
-    await recognizer.open(...graphs);
+    await recognizer.open(ort, ...graphs);
     const load_s = seconds(started);
+    const choose = chooser(job.vocabulary, job.never, job.not_first);
+    const clip = async (asked) => transcribe(recognizer, choose, await fetchClip(asked));
     report("warming up", 0);
-    for (const clip of clips.slice(0, job.warm_up)) await recognizer.clip(await fetchClip(clip));
+    for (const asked of clips.slice(0, job.warm_up)) await clip(asked);
     const results = [];
-    for (const clip of clips) {
-      results.push(await recognizer.clip(await fetchClip(clip)));
+    for (const asked of clips) {
+      results.push(await clip(asked));
       report(`clip ${results.length} of ${clips.length}`, results.length / clips.length);
     }
     // onnxruntime-web sets numThreads to 1 if the browser provides no threads

@@ -16,7 +16,7 @@ from devices.runner.problem import RunnerProblem
 from . import job, ort_web
 from .site import Site
 
-PAGE = ("page.html", "bench.js")
+PAGE = ("page.html", "bench.js", "recognizer.js")
 VISIT_S = 900.0
 """Timeout for the page to be opened."""
 ROUND_S = 4 * 3600.0

@@ -21,6 +21,7 @@ from devices.runner.decode.loops import without_loop
 from devices.runner.decode.rules import Rules
 from devices.runner.decode.text import join, read_tokens, to_text
 from devices.runner.measure.bench import WARM_UP_CLIPS, read_clips, read_languages
+from devices.runner.problem import RunnerProblem
 
 from .ort_web import VERSION
 
@@ -52,7 +53,7 @@ def make(root: Path, artifact: str, clips: Path, threads: int) -> Job:
     work = {
         **graphs(folder, manifest, f"{artifact}/", files),
         **fixed_rules(manifest),
-        "windows": manifest["audio"].get("windows_samples", [manifest["audio"]["window_samples"]]),
+        "windows": windows(manifest),
         "clips": spoken(clips, manifest, files),
         "warm_up": WARM_UP_CLIPS,
         "most_ids": MOST_IDS,
@@ -64,7 +65,13 @@ def make(root: Path, artifact: str, clips: Path, threads: int) -> Job:
 def graphs(
     folder: Path, manifest: dict[str, Any], place: str, files: dict[str, bytes | Path]
 ) -> dict[str, Any]:
-    """Return the files of the graphs, and the shapes of the decoder's caches; extend `files`."""
+    """Return the files of the graphs, and the shapes of the decoder's caches; extend `files`.
+    Raises RunnerProblem for a Core ML artifact."""
+    if manifest["target"] != "onnx":
+        raise RunnerProblem(
+            f"{folder}: a browser runs ONNX artifacts, and this one is for {manifest['target']}",
+            "export the checkpoint with `--target onnx`",
+        )
     entries: dict[str, Any] = {}
     for name in (f"{graph}.onnx" for graph in GRAPHS):
         constants = read_graph(folder / name, manifest["files"].keys()).constants.values()
@@ -76,6 +83,13 @@ def graphs(
     shapes = {spec["name"]: spec["shape"] for spec in outputs}
     caches = {name: shape for name, shape in shapes.items() if name.startswith("present.")}
     return entries | {"caches": caches, "vocabulary": shapes["logits"][-1]}
+
+
+def windows(manifest: dict[str, Any]) -> list[int]:
+    """Return the lengths of the encoder's windows in samples."""
+    audio = manifest["audio"]
+    lengths: list[int] = audio.get("windows_samples", [audio["window_samples"]])
+    return lengths
 
 
 def fixed_rules(manifest: dict[str, Any]) -> dict[str, Any]:

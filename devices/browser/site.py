@@ -17,9 +17,10 @@ import json
 import secrets
 import shutil
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +29,8 @@ from typing import Any
 
 from devices.device import DeviceProblem
 
+MESSAGES = ("hello", "next", "alive", "answer")
+"""What a page posts during a bench."""
 MOST_BODY_BYTES = 16 * 2**20
 MOST_CONNECTIONS = 32
 SAME = ("user_agent", "cores")
@@ -67,8 +70,17 @@ class Site(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, listen: str | None = None) -> None:
+    def __init__(
+        self,
+        listen: str | None = None,
+        table: Mapping[str, bytes | Path] | None = None,
+        messages: tuple[str, ...] = MESSAGES,
+        certificate: Path | None = None,
+    ) -> None:
+        """`table` has the content of each name, `messages` those that pages may post. With a
+        certificate, the site is served over https."""
         address, port = where(listen)
+        context = None if certificate is None else encrypted(certificate)
         try:
             super().__init__((address, port), Handler)
         except OSError as error:
@@ -76,10 +88,13 @@ class Site(ThreadingHTTPServer):
                 f"cannot serve on {address} port {port} ({error.strerror})",
                 "give --listen an address of this machine, with another port or none",
             ) from None
+        if context is not None:
+            # the handshake is part of the first read, in the connection's own thread
+            self.socket = context.wrap_socket(self.socket, True, do_handshake_on_connect=False)
         self.token = secrets.token_urlsafe(18)
         self.authority = f"{address}:{self.server_address[1]}"
-        self.url = f"http://{self.authority}/{self.token}/"
-        self.table: dict[str, bytes | Path] = {}
+        self.url = f"{'http' if context is None else 'https'}://{self.authority}/{self.token}/"
+        self.table, self.messages = dict(table or {}), messages
         self.free = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self.change = threading.Condition()
         self.page: str | None = None
@@ -246,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
             shutil.copyfileobj(file, self.wfile)
 
     def do_POST(self) -> None:
-        if self.known_name() not in ("hello", "next", "alive", "answer"):
+        if self.known_name() not in self.server.messages:
             return self.reply(404, b"")
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit() and len(length) < 10):
@@ -313,6 +328,21 @@ def where(listen: str | None) -> tuple[str, int]:
             "192.168.1.5:8000",
         ) from None
     return address, int(port or 0)
+
+
+def encrypted(certificate: Path) -> ssl.SSLContext:
+    """Return the settings of https with a PEM file that has a private key and its certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # without a terminal, a password would be asked for on the terminal
+        context.load_cert_chain(certificate, password="")
+    except OSError as error:
+        raise DeviceProblem(
+            f"--certificate {certificate}: not a PEM file with a private key and its certificate "
+            f"({error.strerror or error})",
+            "write the key without a password and the certificate into one file, see docs/run.md",
+        ) from None
+    return context
 
 
 def local_address() -> str:

@@ -24,6 +24,7 @@ from edgewhisper.cli.inspect import inspect_cli
 from edgewhisper.cli.output import print_error
 from edgewhisper.cli.recipes import recipes_cli
 from edgewhisper.cli.report import report_cli
+from edgewhisper.cli.serve import serve_cli
 from edgewhisper.cli.transcribe import transcribe_cli
 from edgewhisper.cli.verify import verify_cli
 
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench_cli,
     "eval": eval_cli,
     "transcribe": transcribe_cli,
+    "serve": serve_cli,
     "inspect": inspect_cli,
     "verify": verify_cli,
     "compare": compare_cli,

@@ -1,0 +1,34 @@
+"""The page of `edgewhisper serve` with tiny.en, in Chromium."""
+
+from __future__ import annotations
+
+import chromium
+import pytest
+from real_models import model
+from transcribe_page import READY, transcribed, write_wav
+
+from benchmarks.speech.clips import read_manifest
+from devices.browser.transcribe import open_site
+from devices.runner.recognizer import Recognizer
+from edgewhisper import pipeline
+from edgewhisper.gating import Gating
+from edgewhisper.shipped import COMMON_VOICE
+
+pytestmark = pytest.mark.real
+
+
+@pytest.mark.skipif(chromium.PROGRAM is None, reason=chromium.MISSING)
+def test_the_page_gives_the_runners_texts(tmp_path):
+    source = str(model("tiny.en"))
+    artifact = pipeline.export(source, "int8", out=tmp_path / "tiny", gating=Gating("off"))
+    runner = Recognizer(artifact)
+    served = open_site(artifact, "127.0.0.1")
+    try:
+        with chromium.driven(served.url, tmp_path / "profile") as tab:
+            tab.wait(READY)
+            for number, clip in enumerate(read_manifest(COMMON_VOICE / "test.jsonl")[:3]):
+                path = write_wav(tmp_path / f"{number}.wav", clip.pcm())
+                expected = runner.transcribe(path, timestamps=True).text
+                assert transcribed(tab, path) == f"{expected}\n"
+    finally:
+        served.close()
