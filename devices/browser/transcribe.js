@@ -4,6 +4,7 @@
 import { readAudio } from "./audio.js";
 
 const SAMPLING_RATE = 16000;
+const LARGE_BYTES = 1e8;
 const MICROPHONE = {
   NotAllowedError:
     "The browser does not allow this page to use the microphone. Allow it in the settings of the " +
@@ -124,7 +125,7 @@ async function transcribe(blob, name) {
   } catch {
     fail(
       `This browser cannot read audio from ${name} (${blob.size} bytes). Choose another file, ` +
-        "such as WAV, MP3 or M4A. A recording of hours may be too large for the memory.",
+        `such as WAV, MP3 or M4A.${blob.size > LARGE_BYTES ? " It may be too large for the memory." : ""}`,
     );
     return setFree(true);
   }
@@ -233,8 +234,8 @@ function explainInsecure() {
   element("insecure").hidden = false;
   element("insecure").textContent =
     `Browsers give the microphone only to pages over https, and this one is ${location.protocol}//` +
-    `${location.host}. Record with another app of this device and choose its file here, or start ` +
-    "`edgewhisper serve` with --certificate.";
+    `${location.host}. Record with another app of this device and choose its file here, or serve ` +
+    "the page with the option --certificate.";
 }
 
 async function open() {
