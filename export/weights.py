@@ -79,6 +79,16 @@ def heads_of(attention: nn.Module) -> Heads:
     return Heads(shape["heads"], shape["qk_dim"], shape["v_dim"], attention.scaling)
 
 
+def alignment_heads(model: nn.Module) -> list[list[int]]:
+    """Return the alignment heads of every decoder layer that generation_config names and the model
+    has."""
+    counts = [heads_of(layer.encoder_attn).count for layer in model.model.decoder.layers]
+    named = sorted(
+        {tuple(head) for head in getattr(model.generation_config, "alignment_heads", None) or []}
+    )
+    return [[h for n, h in named if n == i and h < count] for i, count in enumerate(counts)]
+
+
 def outputs_of(linear: nn.Module) -> int:
     """Return the number of outputs of a linear module."""
     return len(getattr(linear, "up", linear).weight)

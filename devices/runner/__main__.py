@@ -93,6 +93,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fallback", action="store_true", help="decode failed windows again")
     command.add_argument("--seed", type=int, default=0, help="random seed of --fallback")
     command.add_argument("--previous", action="store_true", help="prompt with the previous text")
+    command.add_argument(
+        "--word-timestamps", action="store_true", help="times and probabilities of words"
+    )
     command.add_argument("--prompt", help="text that prompts the first window, such as names")
     command.add_argument("--hotwords", help="words that prompt every window")
     command.add_argument(
@@ -208,7 +211,8 @@ def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         arguments.threads or batch.threads_for(arguments.jobs),
         compute_units=arguments.compute_units,
     )
-    names = ("language", "task", "beams", "fallback", "seed", "previous", "prompt", "hotwords")
+    names = ["language", "task", "beams", "fallback", "seed", "previous"]
+    names += ["prompt", "hotwords", "word_timestamps"]
     options = {name: getattr(arguments, name) for name in names}
     options["timestamps"] = arguments.timestamps or not writers.TIMED.isdisjoint(formats)
 

@@ -1,7 +1,7 @@
 """Types that the parts of the runner exchange: arrays, segments, transcripts, decoders, engines."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,17 @@ Pcm = npt.NDArray[np.float32]
 
 Logits = npt.NDArray[np.float32]
 """Scores of the next token, (vocab,)."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a segment: its text with the space before it, its times in seconds from the start
+    of the recording, and the mean probability of its tokens."""
+
+    start_s: float
+    end_s: float
+    text: str
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,16 @@ class Segment:
     """Mean log-probability of the tokens, with Options.confidence."""
     no_speech_prob: float | None = None
     """Probability that the segment's window has no speech, with Options.confidence."""
+    words: list[Word] | None = None
+    """The words, with Options.word_timestamps."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the entries for the JSON output, those of Options only if they were requested."""
-        optional = {"avg_logprob": self.avg_logprob, "no_speech_prob": self.no_speech_prob}
+        optional = {
+            "avg_logprob": self.avg_logprob,
+            "no_speech_prob": self.no_speech_prob,
+            "words": None if self.words is None else [asdict(word) for word in self.words],
+        }
         return {
             "start_s": self.start_s,
             "end_s": self.end_s,
@@ -74,6 +91,10 @@ class Decoder(Protocol):
     def __call__(self, ids: Sequence[int]) -> Logits:
         """Feed tokens after those already fed; return the logits (vocab,) after the last. The array
         may belong to the engine; the next call overwrites it."""
+
+    def attention(self, ids: Sequence[int], positions: int) -> npt.NDArray[np.float32]:
+        """Return the attention (heads, ids, positions) of the alignment heads over the first
+        positions of the window, for tokens from the start of the decoder."""
 
     def branches(self, count: int) -> "Sequence[Decoder]":
         """Return `count` decoders over the same window, each with its own caches."""

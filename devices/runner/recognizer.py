@@ -87,7 +87,7 @@ class Recognizer:
         A truncated file is transcribed up to its end, with a warning. Samples are a NumPy array
         (samples,), floats in [-1, 1] or int16 (see audio.checked_samples). Keywords are the fields
         of Options: language, task, timestamps, beams, fallback, seed, previous, prompt, hotwords,
-        confidence.
+        confidence, word_timestamps.
         """
         transcript = Transcript()
         for _ in self.stream(audio, transcript, **options):

@@ -41,6 +41,10 @@ Seed = Annotated[int, Option(help="random seed of --fallback")]
 Previous = Annotated[
     bool, Option("--previous", help="prompt each window with the text of the previous one")
 ]
+WordTimestamps = Annotated[
+    bool,
+    Option("--word-timestamps", help="add the times and probabilities of words to JSON"),
+]
 Prompt = Annotated[
     str | None,
     Option(help="text that prompts the first window, such as names in their spelling"),

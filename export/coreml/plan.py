@@ -14,7 +14,7 @@ from export.coreml.weights import needs_blocks
 from export.problem import Problem
 from export.quantise import Scheme, schemes
 from export.shrink import windows_of
-from export.weights import heads_of
+from export.weights import alignment_heads
 
 SAMPLE_LENGTH = 224
 """Default of WhisperKit's DecodingOptions.sampleLength, in tokens; caches must hold as many."""
@@ -151,7 +151,7 @@ def _room(model: nn.Module, requested: int | None) -> int:
 def _alignment(model: nn.Module, requested: bool | None) -> list[list[int]]:
     """Return the alignment heads of every decoder layer; empty if there are none or not
     requested."""
-    heads = _existing_heads(model)
+    heads = alignment_heads(model)
     if requested and not any(heads):
         raise Problem(
             f"word timestamps need alignment heads; {_heads_summary(model)}",
@@ -165,15 +165,8 @@ def _named_heads(model: nn.Module) -> list[tuple[int, int]]:
     return sorted({(layer, head) for layer, head in named})
 
 
-def _existing_heads(model: nn.Module) -> list[list[int]]:
-    """Return the alignment heads of every decoder layer that are named and exist in the model."""
-    counts = [heads_of(layer.encoder_attn).count for layer in model.model.decoder.layers]
-    named = _named_heads(model)
-    return [[h for n, h in named if n == i and h < count] for i, count in enumerate(counts)]
-
-
 def _heads_summary(model: nn.Module) -> str:
-    named, existing = len(_named_heads(model)), sum(map(len, _existing_heads(model)))
+    named, existing = len(_named_heads(model)), sum(map(len, alignment_heads(model)))
     return f"generation_config.json names {named or 'none'}" + (
         f", of which the model has {existing or 'none'}" if named else ""
     )
@@ -187,7 +180,7 @@ def decoder_limits(model: nn.Module, plan: Plan) -> list[str]:
             f"its caches hold {plan.room} tokens, so WhisperKit's DecodingOptions.sampleLength, "
             f"{SAMPLE_LENGTH} by default, must be at most {plan.room}"
         )
-    if sum(map(len, _existing_heads(model))) < len(_named_heads(model)) or not _named_heads(model):
+    if sum(map(len, alignment_heads(model))) < len(_named_heads(model)) or not _named_heads(model):
         kind = "fewer alignment heads" if plan.alignment else "no word timestamps"
         limits.append(f"{kind}: {_heads_summary(model)}")
     return limits

@@ -14,6 +14,7 @@ from export.checks import check, check_choice
 from export.cost import macs_by_window
 from export.layouts import NATIVE, TARGETS, layouts_of
 from export.manifest import manifest_of
+from export.onnx.layouts.native import alignment
 from export.onnx.runtimes import has_int8_cache, needed
 
 
@@ -51,5 +52,7 @@ def export_onnx(
     header["runtime"] = {"onnxruntime": oldest}
     costs = macs_by_window(model)
     manifest = manifest_of(header, model, processor, costs, contract, provenance)
+    if layout == NATIVE:
+        manifest["decoding"]["alignment"] = alignment(model)
     write_manifest(out, manifest, gate)
     return manifest

@@ -27,6 +27,7 @@ LAYOUTS = {"onnx": "native", "coreml": "whisperkit"}
 
 MOST_SAMPLES = 60 * SAMPLING_RATE
 MOST_WINDOWS = 64
+MOST_SCALE = 1e6
 
 
 # ------------------------------------------------------------------------------------- manifest
@@ -73,7 +74,10 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     root = Field(path, manifest)
     sizes = check_packaged(root) if manifest["target"] == "coreml" else check_graphs(root)
     check_audio(root.at("audio"))
-    check_decoding(root.at("decoding"), *sizes)
+    decoding = root.at("decoding")
+    check_decoding(decoding, *sizes)
+    if (alignment := decoding.get("alignment")) is not None:
+        check_alignment(alignment, root.at("contract"))
     check_facts(root)
 
 
@@ -178,6 +182,41 @@ def check_decoding(decoding: Field, vocabulary: int, room: int) -> None:
             for token in table.items().values():
                 token.count(0, vocabulary - 1)
     check_language(decoding)
+
+
+def check_alignment(alignment: Field, contract: Field) -> None:
+    """Raise RunnerProblem unless the alignment heads are different pairs of a layer and one of its
+    heads, whose queries the decoder outputs, and the scale is a positive number."""
+    scale = alignment.at("scale")
+    if not isinstance(scale.value, float) or not 0 < scale.value < MOST_SCALE:
+        raise scale.wrong("a positive number")
+    shapes = {
+        spec.value["name"]: spec.value["shape"]
+        for graph in ("encoder", "decoder")
+        for spec in contract.at(graph).at("outputs").each()
+    }
+    heads = alignment.at("heads").each()
+    pairs = [[entry.count() for entry in head.each(2)] for head in heads]
+    if not pairs or len(set(map(tuple, pairs))) < len(pairs):
+        raise alignment.at("heads").wrong("a list of different heads")
+    for head, pair in zip(heads, pairs, strict=True):
+        if len(pair) != 2 or not has_head(shapes, *pair):
+            raise head.wrong("a layer and one of its heads whose queries the decoder outputs")
+
+
+def has_head(shapes: dict[str, list[Any]], layer: int, head: int) -> bool:
+    """Return whether the shapes of the graphs' outputs have the queries and keys of a head."""
+    name = f"cross.{layer}.key"
+    query, key = shapes.get(f"query.{layer}", []), shapes.get(name, [])
+    if len(query) != 3 or len(key) != 4:
+        return False
+    count, room, width = key[1], key[3], query[2]
+    if not all(isinstance(size, int) for size in (count, room, width)):
+        return False
+    scales = shapes.get(f"{name}_scale", [count * room])
+    return (
+        head < count and not width % count and width // count <= room and scales == [count * room]
+    )
 
 
 def check_language(decoding: Field) -> None:

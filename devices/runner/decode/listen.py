@@ -12,14 +12,15 @@ import numpy as np
 
 from ..artifact.manifest import AUTO
 from ..audio import SAMPLING_RATE, find_cut, is_hum, is_silent, split
-from ..interfaces import Decoder, Pcm, Segment, Transcript
+from ..interfaces import Decoder, Pcm, Segment, Transcript, Word
 from ..problem import RunnerProblem
 from .greedy import MOST_NO_SPEECH, Filter, detect, say
 from .loops import without_loop
 from .rules import Rules
 from .softmax import probability
-from .text import join
+from .text import Tokens, join
 from .timestamps import STEP_SAMPLES, parts
+from .words import TimedWord, timed_words
 
 if TYPE_CHECKING:
     from .fallback import Attempt
@@ -64,6 +65,8 @@ class Options:
     """Words that prompt every window."""
     confidence: bool = False
     """Set avg_logprob and no_speech_prob of the segments."""
+    word_timestamps: bool = False
+    """Set the words of the segments, with their times and probabilities."""
 
 
 class Model(Protocol):
@@ -81,6 +84,8 @@ class Model(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text."""
+
+    table: Tokens
 
 
 class Listener:
@@ -108,6 +113,8 @@ class Listener:
         """The log-probability of each token of the last window, if they are needed."""
         self.no_speech_prob: float | None = None
         """The probability that the last window has no speech, if it is needed."""
+        self.words: list[TimedWord] = []
+        """The words of the last window, if they are needed."""
 
     def segments(self, pcm: Pcm) -> Iterator[Segment]:
         """Yield the segments, and add them to the transcript."""
@@ -129,7 +136,8 @@ class Listener:
     def by_pauses(self, pcm: Pcm) -> Iterator[list[Segment]]:
         """Yield one segment per window; windows end in pauses."""
         for piece in split(pcm, self.recognizer.window_samples):
-            yield self.timed([(piece.start, piece.stop, self.window(pcm[piece]))])
+            tokens = self.window(pcm[piece])
+            yield self.timed([(piece.start, piece.stop, tokens)], piece.start)
 
     def by_timestamps(self, pcm: Pcm) -> Iterator[list[Segment]]:
         """Yield the finished segments of each window; the next window begins where they end.
@@ -147,14 +155,13 @@ class Listener:
                 timed, steps = [*timed, (steps, length, rest)], length
             stop = start + len(window)
             spans = [[min(start + n * STEP_SAMPLES, stop) for n in (a, b)] for a, b, _ in timed]
-            yield self.timed(
-                [(a, b, part) for (a, b), (_, _, part) in zip(spans, timed, strict=True)]
-            )
+            found = [(a, b, part) for (a, b), (_, _, part) in zip(spans, timed, strict=True)]
+            yield self.timed(found, start)
             start = stop if steps >= length else start + steps * STEP_SAMPLES
 
-    def timed(self, parts: Sequence[tuple[int, int, list[int]]]) -> list[Segment]:
-        """Return the segments of the last window from their first and last sample and their tokens,
-        which are successive parts of its tokens."""
+    def timed(self, parts: Sequence[tuple[int, int, list[int]]], begin: int) -> list[Segment]:
+        """Return the segments of the last window, which began at a sample, from their first and
+        last sample and their tokens, which are successive parts of its tokens."""
         segments, place = [], 0
         for start, stop, tokens in parts:
             text, seconds = (
@@ -162,32 +169,68 @@ class Listener:
                 (start / SAMPLING_RATE, stop / SAMPLING_RATE),
             )
             logprobs = self.logprobs[place : place + len(tokens)]
-            mean = sum(logprobs) / len(logprobs) if logprobs else None
-            segments.append(Segment(*seconds, text, tokens, mean, self.no_speech_prob))
+            known = self.options.confidence and logprobs
+            mean = sum(logprobs) / len(logprobs) if known else None
+            words = self.words_of(range(place, place + len(tokens)), begin / SAMPLING_RATE)
+            segments.append(Segment(*seconds, text, tokens, mean, self.no_speech_prob, words))
             place += len(tokens)
         return segments
 
     def window(self, pcm: Pcm) -> list[int]:
         """Return the tokens of one window, without prompt and end token."""
         guards, options = self.recognizer.guards, self.options
-        self.logprobs, self.no_speech_prob = (), None
+        self.logprobs, self.no_speech_prob, self.words = (), None, []
         if guards and is_silent(pcm):
             return []
         decoder = self.recognizer.decoder_over(pcm, self.transcript)
         self.set_language(decoder, pcm)
         self.prompted, hot = self.with_context(), False
-        if options.beams == 1 and not options.fallback and not options.confidence:
+        needs_logprobs = options.confidence or options.word_timestamps
+        if options.beams == 1 and not options.fallback and not needs_logprobs:
             choose = Filter(self.prompted).likeliest
             tokens = say(decoder, choose, self.prompted, guards)
         else:
             best = self.considered(decoder) if options.fallback else self.attempt(decoder, 0.0)
             tokens, hot = best.tokens, best.temperature > HOT
-            self.logprobs = best.logprobs if options.confidence else ()
+            self.logprobs = best.logprobs
         kept = without_loop(tokens) if guards else tokens
         self.doubtful = hot or len(kept) < len(tokens)
         if options.confidence:
             self.no_speech_prob = self.no_speech(decoder)
+        if options.word_timestamps:
+            self.words = self.align(decoder, kept, len(pcm))
         return kept
+
+    def align(self, decoder: Decoder, tokens: list[int], samples: int) -> list[TimedWord]:
+        """Return the words of a window of some samples, as ranges of its tokens."""
+        table = self.recognizer.table
+        places = [i for i, token in enumerate(tokens) if token < len(table) and table[token]]
+        untimed = self.recognizer.rules.with_options(self.rules.language, self.options.task, False)
+        places = places[: untimed.max_new_tokens - 1]
+        if not places:
+            return []
+        text = [tokens[i] for i in places]
+        ids = [*untimed.prompt, *text, untimed.eos]
+        attention = decoder.attention(ids, -(-samples // STEP_SAMPLES))
+        before = len(untimed.prompt) - 1
+        words = timed_words(attention, before, text, table, self.rules.language)
+        return [w._replace(first=places[w.first], stop=places[w.stop - 1] + 1) for w in words]
+
+    def words_of(self, tokens: range, begin_s: float) -> list[Word] | None:
+        """Return the words whose first token is in a range of the last window's tokens; None unless
+        they were requested. The window began at `begin_s`."""
+        if not self.options.word_timestamps:
+            return None
+        return [
+            Word(
+                round(begin_s + word.start_s, 2),
+                round(begin_s + word.end_s, 2),
+                word.text,
+                float(np.exp(self.logprobs[word.first : word.stop]).mean()),
+            )
+            for word in self.words
+            if word.first in tokens
+        ]
 
     def with_context(self) -> Rules:
         """Return the rules with hotwords and the text before the window in the prompt."""
@@ -266,6 +309,11 @@ def check(options: Options, rules: Rules) -> None:
             "timestamps: the artifact's model has no timestamp tokens",
             "leave them out, or start from a checkpoint whose generation_config.json has "
             "no_timestamps_token_id",
+        )
+    if options.word_timestamps and not rules.aligns:
+        raise RunnerProblem(
+            "word_timestamps: the artifact does not output what they are computed from",
+            "export the checkpoint again, with `--target onnx` and the layout `native`",
         )
     needing = [name for name in ("previous", "prompt", "hotwords") if getattr(options, name)]
     if needing and rules.previous is None:

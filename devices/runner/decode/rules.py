@@ -29,6 +29,8 @@ class Rules:
     languages: Mapping[str, int] = field(default_factory=dict)
     """Language code -> id; empty for English-only models."""
     tasks: Mapping[str, int] = field(default_factory=dict)
+    aligns: bool = False
+    """Whether the artifact gives the attention of its alignment heads, for word timestamps."""
     auto: bool = False
     """Whether the language is detected by default; the prompt's language is then a placeholder."""
     timestamps: bool = False
@@ -49,6 +51,7 @@ class Rules:
             previous=decoding.get("previous"),
             languages=decoding.get("languages", {}),
             tasks=decoding.get("tasks", {}),
+            aligns=decoding.get("alignment") is not None,
             auto=decoding.get("language") == AUTO,
         )
 

@@ -136,6 +136,12 @@ class Decoder:
         self.fed += 1
         return outputs["logits"]
 
+    def attention(self, ids: Sequence[int], positions: int) -> np.ndarray:
+        """Raise RunnerProblem: the packages average the heads, which is for WhisperKit."""
+        raise RunnerProblem(
+            "word timestamps need an ONNX artifact", "export the checkpoint with `--target onnx`"
+        )
+
     def branches(self, count: int) -> list["Decoder"]:
         """Return `count` decoders over the same window, each with its own caches."""
         others = []

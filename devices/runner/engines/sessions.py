@@ -53,6 +53,7 @@ class Sessions:
         give_back_memory(folder)
         for name, session in (("encoder", self.encoder), ("decoder", self.decoder)):
             check_session(folder / f"{name}.onnx", session, manifest["contract"][name])
+        self.alignment: dict[str, Any] = manifest["decoding"].get("alignment") or {}
         self.own = threading.local()
         self.caches(1)
 
@@ -121,9 +122,47 @@ class Decoder:
         for name, array in other.past.items():
             self.past[name][:, :, : self.fed] = array[:, :, : self.fed]
 
+    def attention(self, ids: Sequence[int], positions: int) -> np.ndarray:
+        """Return the attention (heads, ids, positions) of the alignment heads over the first
+        positions of the window, for tokens from the start of the decoder. They are fed again."""
+        heads, scale = self.sessions.alignment["heads"], self.sessions.alignment["scale"]
+        layers, parts = sorted({layer for layer, _ in heads}), []
+        self.fed, self.clock = 0, []  # not a stage of decoding
+        for start in range(0, len(ids), MOST_IDS):
+            for layer in layers:  # again for every step, because their shape may change
+                self.binding.bind_output(f"query.{layer}")
+            self.step(ids[start : start + MOST_IDS])
+            outputs = self.binding.get_outputs()[-len(layers) :]
+            parts.append([output.numpy()[0].copy() for output in outputs])
+        queries = dict(zip(layers, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+        return softmax(
+            np.stack(
+                [self.products(queries[layer], layer, head, positions) for layer, head in heads]
+            )
+            * np.float32(scale)
+        )
+
+    def products(self, queries: np.ndarray, layer: int, head: int, positions: int) -> np.ndarray:
+        """Return the products (ids, positions) of a head's queries with its keys. `queries` are
+        (ids, heads * width)."""
+        keys = self.cross[f"cross.{layer}.key"].numpy()[0]  # (heads, room, cache width)
+        width = queries.shape[1] // len(keys)
+        own = keys[head, :positions, :width].astype(np.float32)
+        if scales := self.cross.get(f"cross.{layer}.key_scale"):
+            own *= scales.numpy().reshape(len(keys), -1)[head, :width]
+        product: np.ndarray = queries[:, head * width : (head + 1) * width] @ own.T
+        return product
+
     def parts(self) -> dict[str, np.ndarray]:
         """Return no intermediate arrays: onnxruntime does not expose them."""
         return {}
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Return the softmax over the last axis."""
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
+    return shares
 
 
 def views(state: State) -> Past:
@@ -138,6 +177,8 @@ def bind(decoder: ort.InferenceSession, state: State) -> Any:
         binding.bind_ortvalue_input(name, array)
     for output in decoder.get_outputs():
         name = output.name.replace("present.", "past.").replace("heard.", "cross.")
+        if name.startswith("query."):  # bound for word timestamps only
+            continue
         if name in state:
             binding.bind_ortvalue_output(output.name, state[name])
         else:

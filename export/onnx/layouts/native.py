@@ -5,7 +5,8 @@
     decoder.onnx   input_ids (1, s) int64, s <= 32, past_length (1,) int32,
                    past.{i}.key/value (1, heads, room, width), cross.{i}.*
                    -> logits (1, 1, vocab) of the last position,
-                      present.{i}.key/value, heard.{i}.key/value
+                      present.{i}.key/value, heard.{i}.key/value,
+                      query.{i} (1, s, heads * qk_dim) of layers with alignment heads
 
 `i` counts decoder layers. `samples` is one of the manifest's `windows_samples`, and T is the number
 of encoder positions of that window; one graph serves all windows. If the model has one window, both
@@ -17,6 +18,11 @@ nothing is copied between steps; with separate buffers the results are the same.
 rounded up to a multiple of 8. In int8 the encoder's keys and values are int8 too, because reading
 them is a large part of a step, and cross.{i}.key_scale and value_scale (heads * width,) are their
 scales.
+
+Word timestamps. query.{i} are the queries of the cross-attention, for every position. With the keys
+cross.{i}.key they give the attention of the alignment heads. The graph computes these queries in
+any case; outputs that a caller does not bind cost nothing. The manifest has the heads and the
+scale.
 
 Other files. tokens.json and the manifest's prompt and decoding rules are all that inference needs,
 without a tokenizer library. The Hugging Face files are for tools that read them. Weights from 1 MiB
@@ -68,7 +74,7 @@ from export.onnx.save import GraphParts, write_graph
 from export.quantise import schemes
 from export.shrink import windows_of
 from export.tokens import write_tokens
-from export.weights import array, chain, chains, heads_of
+from export.weights import alignment_heads, array, chain, chains, heads_of
 
 
 def write(
@@ -134,9 +140,10 @@ def decoder_graph(model: nn.Module, precision: str, int8_cache: bool = True) -> 
         cross=ends(g, "input_ids", g.op("Cast", filled, to=TensorProto.INT32)),
         mask=spare_mask(g, "input_ids", filled),
     )
+    aligned = {layer for layer, _ in alignment(model)["heads"]}
     for i, layer in enumerate(decoder.layers):
         with g.scope(f"layers.{i}"):
-            x = _decoder_layer(g, x, layer, i, places)
+            x = _decoder_layer(g, x, layer, i, places, i in aligned)
     with g.scope("logits"):
         last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
         g.name(table.logits(blocks.norm(g, last, decoder.layer_norm)), "logits")
@@ -161,7 +168,26 @@ def _decoder_contract(model: nn.Module, int8: bool) -> tuple[list[Spec], list[Sp
         inputs += _cross(model, i, int8, f"heads_enc_{i}")
         outputs += _cache(model, f"present.{i}", heads_of(layer.self_attn).count, layer.self_attn)
         outputs += _cross(model, i, int8, heads_of(layer.encoder_attn).count, "heard")[:2]
+    for i in sorted({layer for layer, _ in alignment(model)["heads"]}):
+        heads = heads_of(model.model.decoder.layers[i].encoder_attn)
+        outputs.append(Spec(f"query.{i}", (1, "s", heads.count * heads.qk_dim)))
     return inputs, outputs
+
+
+def alignment(model: nn.Module) -> dict[str, Any]:
+    """Return the alignment heads as [layer, head], and the scale of their attention. If the
+    generation config names none that exist, they are all heads of the upper half of the layers, as
+    in OpenAI's Whisper."""
+    layers = model.model.decoder.layers
+    named = alignment_heads(model)
+    if not any(named):
+        upper = range(len(layers) // 2, len(layers))
+        named = [
+            [*range(heads_of(layer.encoder_attn).count)] if i in upper else []
+            for i, layer in enumerate(layers)
+        ]
+    heads = [[i, head] for i, chosen in enumerate(named) for head in chosen]
+    return {"heads": heads, "scale": heads_of(layers[heads[0][0]].encoder_attn).scale}
 
 
 def _cache(model: nn.Module, name: str, heads: int | str, attention: nn.Module) -> list[Spec]:
@@ -183,7 +209,9 @@ def _cross(
     return specs + scales if int8 else specs
 
 
-def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Places) -> str:
+def _decoder_layer(
+    g: Graph, x: str, layer: nn.Module, number: int, places: Places, aligned: bool
+) -> str:
     attention = layer.self_attn
     y = blocks.norm(g, x, layer.self_attn_layer_norm)
     past, present = ([f"{time}.{number}.{kind}" for kind in KINDS] for time in ("past", "present"))
@@ -192,14 +220,18 @@ def _decoder_layer(g: Graph, x: str, layer: nn.Module, number: int, places: Plac
     x = g.op("Add", x, blocks.attention_output(g, y, attention))
 
     with g.scope("encoder_attn"):
-        x = _cross_attention(g, x, layer, number, places)
+        x = _cross_attention(g, x, layer, number, places, aligned)
     return blocks.feed_forward(g, x, layer, gather=True)
 
 
-def _cross_attention(g: Graph, x: str, layer: nn.Module, number: int, places: Places) -> str:
+def _cross_attention(
+    g: Graph, x: str, layer: nn.Module, number: int, places: Places, aligned: bool
+) -> str:
     attention = layer.encoder_attn
     y = blocks.norm(g, x, layer.encoder_attn_layer_norm)
     q = linear(g, y, chain(g.schemes, attention.q_proj, layer.embed_dim), gather=True)
+    if aligned:
+        q = g.name(q, f"query.{number}")
     kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.int8_cache else KINDS
     cross = [f"cross.{number}.{kind}" for kind in kinds]
     heard = [f"heard.{number}.{kind}" for kind in KINDS]
