@@ -158,16 +158,18 @@ def refuse_options(source: str, generation: Any, options: dict[str, Any]) -> Non
         )
 
 
-def refuse_files_and_jobs(source: str, formats: Sequence[str], jobs: int) -> None:
-    """Raise Problem for outputs with times, and for several files at once: a checkpoint has
-    neither."""
+def refuse_files_and_jobs(
+    source: str, formats: Sequence[str], jobs: int, live: bool = False
+) -> None:
+    """Raise Problem for outputs with times, several files at once and live transcription: a
+    checkpoint has none of these."""
     from devices.runner.writers import TIMED
 
-    timed = [name for name in formats if name in TIMED]
-    if timed or jobs > 1:
-        what = f"--output {timed[0]}" if timed else f"--jobs {jobs}"
+    asked = [f"--output {name}" for name in formats if name in TIMED]
+    asked += [f"--jobs {jobs}"] * (jobs > 1) + ["--live"] * live
+    if asked:
         raise Problem(
-            f"{source} is a checkpoint, and {what} is for artifacts",
+            f"{source} is a checkpoint, and {asked[0]} is for artifacts",
             hint="export it with `edgewhisper export`, and transcribe with the artifact",
         )
 

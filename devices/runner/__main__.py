@@ -104,6 +104,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output-dir", type=Path, help="default: the folder of the audio")
     command.add_argument("--overwrite", action="store_true", help="replace existing transcripts")
     command.add_argument("--jobs", type=positive, default=1, help="files to transcribe at once")
+    command.add_argument(
+        "--live", action="store_true", help="transcribe - or mic while it is recorded"
+    )
     command.add_argument("--strict", action="store_true", help="refuse truncated files")
     command.add_argument("--stream", action="store_true", help="print each segment as JSON at once")
 
@@ -199,8 +202,9 @@ def cold_load_s(arguments: argparse.Namespace) -> float | str:
 
 
 def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the transcript of each file; `--stream` prints every segment once it is decoded."""
-    from . import batch, writers
+    """Yield the transcript of each file; `--stream` prints every segment once it is decoded, and
+    `--live` every result."""
+    from . import batch, live, writers
     from .audio import read_wav
     from .recognizer import Recognizer
 
@@ -211,15 +215,17 @@ def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         arguments.threads or batch.threads_for(arguments.jobs),
         compute_units=arguments.compute_units,
     )
-    names = ["language", "task", "beams", "fallback", "seed", "previous"]
-    names += ["prompt", "hotwords", "word_timestamps"]
+    names = ["language", "task", "beams", "fallback", "seed", "previous", "prompt", "hotwords"]
     options = {name: getattr(arguments, name) for name in names}
+    if arguments.live:
+        row = live.transcript(recognizer, jobs, lambda result: say(result.as_dict()), **options)
+        return iter([row])
+    options["word_timestamps"] = arguments.word_timestamps
     options["timestamps"] = arguments.timestamps or not writers.TIMED.isdisjoint(formats)
 
     def show(job: Job, segment: Segment) -> None:
         if arguments.stream:
-            row = {"audio": str(job.path), **segment.as_dict()}
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            say({"audio": str(job.path), **segment.as_dict()})
 
     return batch.run(
         jobs,
@@ -228,6 +234,11 @@ def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         arguments.jobs,
         show,
     )
+
+
+def say(row: dict[str, Any]) -> None:
+    """Print one line of JSON at once."""
+    print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
 def size_of(path: Path) -> int:

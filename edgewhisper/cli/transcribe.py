@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from edgewhisper.cli import transcribe_options as given
 from edgewhisper.cli.options import Json, Source, Threads, Units
-from edgewhisper.cli.output import emit, print_error, say
-from export.problem import Problem
-
-if TYPE_CHECKING:
-    from devices.runner.batch import Job
-    from devices.runner.interfaces import Segment
+from edgewhisper.cli.output import emit
+from edgewhisper.cli.transcripts import LivePrinter, Printer
 
 
 def transcribe_cli(
@@ -35,6 +31,7 @@ def transcribe_cli(
     output_dir: given.OutputDir = None,
     overwrite: given.Overwrite = False,
     jobs: given.Jobs = 1,
+    live: given.Live = False,
     strict: given.Strict = False,
     threads: Threads = None,
     compute_units: Units = None,
@@ -46,28 +43,37 @@ def transcribe_cli(
     """
     from benchmarks.speech.sound import SUFFIXES, read_audio
     from devices.runner import batch, writers
+    from devices.runner.live import transcript
     from edgewhisper import transcription
 
     formats = writers.formats_of(output or [])
     files = batch.plan(audio, SUFFIXES, formats, output_dir, overwrite)
     artifact = transcription.is_artifact(source)
     if not artifact:
-        transcription.refuse_files_and_jobs(source, formats, jobs)
-    recognise = transcription.recogniser(
-        source,
-        threads or batch.threads_for(jobs),
-        compute_units,
+        transcription.refuse_files_and_jobs(source, formats, jobs, live)
+    threads = threads or batch.threads_for(jobs)
+    options: dict[str, Any] = dict(
         language=language,
         task=task,
-        timestamps=timestamps or not writers.TIMED.isdisjoint(formats),
         beams=beams,
         fallback=fallback,
         seed=seed,
         previous=previous,
-        word_timestamps=word_timestamps,
         prompt=prompt,
         hotwords=hotwords,
+    )
+    if live:
+        recognizer = transcription.open_artifact(source, threads, compute_units)
+        emit([transcript(recognizer, files, LivePrinter(json_file == "-"), **options)], json_file)
+        return
+    recognise = transcription.recogniser(
+        source,
+        threads,
+        compute_units,
+        timestamps=timestamps or not writers.TIMED.isdisjoint(formats),
+        word_timestamps=word_timestamps,
         confidence=artifact and (json_file is not None or "json" in formats),
+        **options,
     )
     printer = Printer(files, timestamps, quiet=json_file == "-", live=jobs == 1)
     read = partial(read_audio, strict=strict)
@@ -79,54 +85,3 @@ def transcribe_cli(
     emit(rows, json_file)
     if any("error" in row for row in rows):
         raise typer.Exit(1)
-
-
-class Printer:
-    """Prints segments as they come: one line each with timestamps, otherwise one line a file.
-
-    Unless `live`, several files are transcribed at once, and each is printed when it is done.
-    """
-
-    def __init__(self, files: list[Job], timestamps: bool, quiet: bool, live: bool) -> None:
-        self.several, self.timestamps = len(files) > 1, timestamps
-        self.quiet, self.live = quiet, live
-        self.begun = False
-        """Whether a segment of the current file was printed."""
-
-    def segment(self, job: Job, segment: Segment) -> None:
-        """Print a segment of a file that is being transcribed."""
-        if self.live and not self.quiet:
-            self.print(str(job.path), segment.as_dict())
-
-    def print(self, audio: str, segment: dict[str, Any]) -> None:
-        """Print a segment of a file."""
-        if self.timestamps:
-            times = f"{segment['start_s']:.2f}\t{segment['end_s']:.2f}"
-            say(f"{self.prefix(audio)}{times}\t{segment['text']}")
-        else:
-            typer.echo(" " if self.begun else self.prefix(audio), nl=False)
-            typer.echo(segment["text"], nl=False)
-        self.begun = True
-
-    def end(self, row: dict[str, Any]) -> None:
-        """End the line of a file; print what was not printed before, and the error if there is
-        one."""
-        if "error" in row:
-            print_error(Problem(row["error"], row["hint"]))
-            return
-        if not self.quiet:
-            self.rest(row)
-        self.begun = False
-
-    def rest(self, row: dict[str, Any]) -> None:
-        """Print the segments or the text that were not printed before, and end the line."""
-        audio = row["audio"]
-        if not self.live:
-            for segment in row["segments"]:
-                self.print(audio, segment)
-        if not self.timestamps:
-            say("" if self.begun else self.prefix(audio) + row["text"])
-
-    def prefix(self, audio: str) -> str:
-        """Return the name of the file if there are several."""
-        return f"{audio}\t" if self.several else ""

@@ -65,6 +65,14 @@ Overwrite = Annotated[bool, Option("--overwrite", help="replace existing files")
 Jobs = Annotated[
     int, Option(min=1, help="number of files to transcribe at once; they share the cores")
 ]
+Live = Annotated[
+    bool,
+    Option(
+        "--live",
+        help="transcribe - (WAV, or raw 16-bit samples at 16 kHz) or mic while it is recorded; "
+        "partial results are shown on a terminal",
+    ),
+]
 Strict = Annotated[
     bool, Option("--strict", help="fail on truncated audio files instead of warning")
 ]

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -575,11 +575,27 @@ def test_an_unreadable_file_among_others_gives_an_error_and_the_other_texts(
     assert "error: a.wav: expected a WAV file" in done.stderr
 
 
+def test_live_sound_is_printed_and_written(edgewhisper, exported, spoken, tmp_path, monkeypatch):
+    content = BufferedReader(BytesIO(spoken.read_bytes()))
+    if spoken.suffix != ".wav":
+        soundfile.write(tmp_path / "a.wav", *soundfile.read(spoken))
+        content = BufferedReader(BytesIO((tmp_path / "a.wav").read_bytes()))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=content))
+    done = edgewhisper("transcribe", exported, "-", "--live", "--output", "json", "--json", "x")
+    (row,) = json.loads((tmp_path / "x").read_text())
+    assert done.stdout == row["text"] + "\n"
+    assert json.loads((tmp_path / "stdin.json").read_text()) == row
+    assert "--live: a.wav is neither" in error_of(
+        edgewhisper("transcribe", exported, "a.wav", "--live")
+    )
+
+
 def test_a_checkpoint_writes_text_but_no_subtitles(edgewhisper, digits, spoken, tmp_path):
     words = ("transcribe", digits, spoken, "--output-dir", "out")
     text = edgewhisper(*words, "--output", "txt").stdout
     assert (tmp_path / "out" / spoken.with_suffix(".txt").name).read_text() == text
     assert "--output srt is for artifacts" in error_of(edgewhisper(*words, "--output", "srt"))
+    assert "--live is for artifacts" in error_of(edgewhisper(*words, "--live"))
     assert "--jobs 2 is for artifacts" in error_of(edgewhisper(*words, "--jobs", "2"))
 
 
