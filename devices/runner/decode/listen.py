@@ -164,15 +164,21 @@ class Listener:
         last sample and their tokens, which are successive parts of its tokens."""
         segments, place = [], 0
         for start, stop, tokens in parts:
-            text, seconds = (
-                self.recognizer.text(tokens),
-                (start / SAMPLING_RATE, stop / SAMPLING_RATE),
-            )
             logprobs = self.logprobs[place : place + len(tokens)]
             known = self.options.confidence and logprobs
             mean = sum(logprobs) / len(logprobs) if known else None
             words = self.words_of(range(place, place + len(tokens)), begin / SAMPLING_RATE)
-            segments.append(Segment(*seconds, text, tokens, mean, self.no_speech_prob, words))
+            segments.append(
+                Segment(
+                    start / SAMPLING_RATE,
+                    stop / SAMPLING_RATE,
+                    self.recognizer.text(tokens),
+                    tokens,
+                    mean,
+                    self.no_speech_prob,
+                    words,
+                )
+            )
             place += len(tokens)
         return segments
 
