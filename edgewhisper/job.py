@@ -19,7 +19,7 @@ from edgewhisper.compress.context import Context
 from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.guard import Guard, Loss, likely_cause, trainings_of
 from edgewhisper.languages import set_language
-from edgewhisper.recipe import Recipe, load_recipe
+from edgewhisper.recipe import Recipe, Step, load_recipe
 from edgewhisper.shipped import DEFAULT_MODEL
 from edgewhisper.training_speech import (
     OWN_WORDS,
@@ -174,26 +174,46 @@ def run_steps(
 ) -> WhisperForConditionalGeneration:
     """Run the steps of a recipe in order and return the last step's model.
 
-    `first` and `last` select steps like a slice. Each step gets its own run directory and its own
-    entry in context.record, also if a method occurs twice. With a `guard`, raises AccuracyLoss if a
-    step, or the whole recipe, costs more dev WER than the guard allows.
+    `first` and `last` select steps like a slice. With a `guard`, raises AccuracyLoss if a step, or
+    the whole recipe, costs more dev WER than the guard allows. The WER after a step is measured
+    after the steps behind it that only make the matrices smaller.
     """
-    start = context.wer(model) if guard else None
-    for number, step in list(enumerate(recipe.steps, start=1))[first:last]:
+    start = before = context.wer(model) if guard else None
+    steps = list(enumerate(recipe.steps, start=1))[first:last]
+    changed: tuple[int, Step, dict[str, Any]] | None = None
+    for place, (number, step) in enumerate(steps):
         say(f"step {number} of {len(recipe.steps)}: {step.method}")
-        before = context.wer(model) if guard else None
-        own = replace(context, run_dir=context.run_dir / f"step-{number}", record={})
-        model = import_module(METHODS[step.method]).apply(model, step.options, own)
-        for name, entry in own.record.items():
-            context.record[f"{name}-{number}" if name in context.record else name] = entry
-        if guard and before:
+        model, record = run_step(model, step, number, context)
+        if not keeps_outputs(step):
+            changed = number, step, record
+        following = [later for _, later in steps[place + 1 : place + 2]]
+        if guard and before and changed and not any(map(keeps_outputs, following)):
             after = context.wer(model)
-            cause = likely_cause(step, own.record, after.wer)
+            number, step, record = changed
+            cause = likely_cause(step, record, after.wer)
             guard.check(Loss(number, step.method, before, after), cause, model, say)
+            before, changed = after, None
     if guard and start:
         whole = Loss(None, recipe.name, start, context.wer(model))
         guard.check(whole, "remove less or train longer in the steps that lost most", model, say)
     return model
+
+
+def run_step(
+    model: WhisperForConditionalGeneration, step: Step, number: int, context: Context
+) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
+    """Run one step; return its model and its record. Each step gets its own run directory and its
+    own entry in context.record, also if a method occurs twice."""
+    own = replace(context, run_dir=context.run_dir / f"step-{number}", record={})
+    model = import_module(METHODS[step.method]).apply(model, step.options, own)
+    for name, entry in own.record.items():
+        context.record[f"{name}-{number}" if name in context.record else name] = entry
+    return model, own.record
+
+
+def keeps_outputs(step: Step) -> bool:
+    """Return whether a step leaves the model's outputs as they are."""
+    return step.method == "shrink"
 
 
 def finish(

@@ -146,6 +146,8 @@ class SlimAttention(WhisperAttention):
         query = self._heads(self.q_proj(hidden_states) * self.scaling, self.head_dim)
         states = hidden_states if key_value_states is None else key_value_states
         key, value = self._keys_values(states, past_key_values, is_cross)
+        if not self.is_decoder:
+            query, key, value = equal_widths(query, key, value)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -160,7 +162,14 @@ class SlimAttention(WhisperAttention):
             output_attentions=output_attentions,
             **kwargs,
         )
-        return self.out_proj(output.flatten(2)), weights
+        return self.out_proj(output[..., : self.v_dim].flatten(2)), weights
+
+
+def equal_widths(*tensors: Tensor) -> list[Tensor]:
+    """Pad queries, keys and values with zeros to the same width. Otherwise torch stores the scores
+    of all pairs of positions."""
+    width = max(tensor.shape[-1] for tensor in tensors)
+    return [functional.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
 
 
 class Encoder(WhisperEncoder):

@@ -170,7 +170,7 @@ def test_allow_loss_saves_the_model_with_a_warning_in_its_card(few, digits):
     request = pipeline.Request(str(digits), "ruinous.toml", few, few, Path("slim"), allow_loss=True)
     place = pipeline.compress(request)
     record = json.loads((place / "compression.json").read_text())["dev_wer"]
-    assert [loss["step"] for loss in record["losses"]] == [1, 2, None]
+    assert [loss["step"] for loss in record["losses"]] == [1, None], "step 2 only shrinks"
     assert record["allow_loss"] and record["exceeded"]
     assert "step 1 (wsap) cost" in (place / "README.md").read_text()
 
@@ -178,9 +178,9 @@ def test_allow_loss_saves_the_model_with_a_warning_in_its_card(few, digits):
 def test_the_sum_of_small_losses_is_limited(tiny_whisper, processor, clips, tmp_path):
     two = read_manifest(clips)[:2]
     context = Context(processor, two, two, tmp_path)
-    wers = iter([0.05, 0.05, 0.09, 0.09, 0.13, 0.13])
+    wers = iter([0.05, 0.09, 0.13, 0.13])
     context.wer = lambda model: score(next(wers))
-    recipe = parse("mine", SHRINK + SHRINK)
+    recipe = parse("mine", 2 * '[[step]]\nmethod = "qat"\nencoder = 32\ndecoder = 32\n')
     with pytest.raises(
         AccuracyLoss, match=r"the whole recipe raised dev WER from 5\.0 % to 13\.0 %"
     ):
