@@ -113,7 +113,12 @@ def known_precision(name: str) -> str:
 
 def predict(table: Table, model: nn.Module, tokens: int = 32) -> float:
     """Return the predicted seconds of a model for one full window and `tokens` tokens."""
-    seconds = stages(table, shapes_of(model))
+    return predict_shapes(table, shapes_of(model), tokens)
+
+
+def predict_shapes(table: Table, shapes: Shapes, tokens: int = 32) -> float:
+    """Return the predicted seconds of a model with these shapes, as `predict`."""
+    seconds = stages(table, shapes)
     return seconds["encoder"] + tokens * seconds["token"]
 
 

@@ -85,6 +85,19 @@ def memory(axes: Axes, results: Results) -> None:
     finish(axes, "peak memory, MB")
 
 
+def wer_against_size(
+    axes: Axes, points: Sequence[tuple[float, float, Sequence[float]]], x_title: str
+) -> None:
+    """Draw points (size, WER, interval of the WER) as a curve by size. The first one is dense."""
+    sizes, rates, bounds = zip(*sorted(points), strict=True)
+    lows, highs = zip(*bounds, strict=True)
+    percent = [[100 * value for value in values] for values in (rates, lows, highs)]
+    axes.fill_between(sizes, percent[1], percent[2], alpha=0.2, label="95 % interval")
+    axes.plot(sizes, percent[0], "o-", label="compressed")
+    axes.plot(points[0][0], 100 * points[0][1], "s", color="black", label="dense")
+    finish(axes, x_title)
+
+
 def draw_marker(
     axes: Axes,
     results: Results,

@@ -1,4 +1,4 @@
-"""The Pareto front of a search's trials, the choice among them, and pareto.json."""
+"""The Pareto front of a search's trials, the choice among them, pareto.json and its plot."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.latency import Table
+from benchmarks.plots import figure, wer_against_size
 from benchmarks.result import in_milliseconds
 from edgewhisper.search import Point, Trial
 from edgewhisper.targets import Targets
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 PARETO = "pareto.json"
+PLOT = "front.png"
+KEYS = {"latency": "latency_s", "bytes": "predicted_bytes"}
+"""Axis -> its key in pareto.json, if that is another name."""
+PLOTTED = {
+    "parameters": (1e-6, "parameters, millions"),
+    "macs": (1e-9, "multiply-accumulates of one window and 32 tokens, billions"),
+    "latency": (1e3, "predicted latency of one window and 32 tokens, ms"),
+    "bytes": (1e-6, "predicted size of the artifact, MB"),
+}
+"""Axis -> factor and title in the plot."""
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
@@ -104,7 +115,7 @@ def measured_record(trial: Trial) -> dict[str, Any]:
     return {
         "parameters": measured["parameters"]["total"],
         "macs": window_macs(measured["macs"]),
-        **{name: measured[name] for name in ("latency_s",) if name in measured},
+        **{name: measured[name] for name in ("latency_s", "predicted_bytes") if name in measured},
         "dev_wer": measured["dev"]["wer"],
         "dev_wer_interval": list(measured["dev"]["wer_interval"]),
     }
@@ -118,8 +129,8 @@ def write_pareto(
     records: Sequence[dict[str, Any]],
     table: Table | None,
 ) -> None:
-    """Write pareto.json into `folder`."""
-    content = {
+    """Write pareto.json and front.png into `folder`."""
+    content: dict[str, Any] = {
         "format": FORMAT,
         "recipe": job.recipe.name,
         "searched": {knob.field: asdict(knob.dimension) for knob in job.recipe.knobs},
@@ -131,6 +142,19 @@ def write_pareto(
         "trials": list(records),
     }
     (folder / PARETO).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    axis = next(axis for axis in limits if axis != "wer")
+    (folder / PLOT).write_bytes(plot(axis, [content["before"], *records]))
+
+
+def plot(axis: str, records: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return a PNG of dev WER against the size on an axis, of the dense model and all trials."""
+    scale, unit = PLOTTED[axis]
+    points = [
+        (scale * record[KEYS.get(axis, axis)], record["dev_wer"], record["dev_wer_interval"])
+        for record in records
+        if "refused" not in record
+    ]
+    return figure(lambda axes: wer_against_size(axes, points, unit))
 
 
 # --------------------------------------------------------------------------- the printed table
@@ -155,12 +179,14 @@ def table_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 def size_cells(record: Mapping[str, Any], times: bool) -> dict[str, str]:
     """Return the cells of the measurements; "-" for values that could not be used."""
     if "refused" in record:
-        titles = ("parameters", "MMAC", *(["predicted ms"] if times else []), "dev WER %", "95 %")
+        times_title = ["predicted ms"] if times else []
+        titles = ("parameters", "MMAC", "predicted MB", *times_title, "dev WER %", "95 %")
         return dict.fromkeys(titles, "-")
     low, high = record["dev_wer_interval"]
     return {
         "parameters": f"{record['parameters']:,}",
         "MMAC": f"{record['macs'] / 1e6:,.1f}",
+        "predicted MB": f"{record['predicted_bytes'] / 1e6:.1f}",
         **({"predicted ms": in_milliseconds(record["latency_s"])} if times else {}),
         "dev WER %": f"{100 * record['dev_wer']:.2f}",
         "95 %": f"{100 * low:.1f} to {100 * high:.1f}",

@@ -142,6 +142,7 @@ def prepare(request: Request, recipe: Recipe, purpose: str = "") -> Job:
         seed=request.seed,
         original=dense,
         timed=alignment.reference(dense, processor, clips.dev),
+        measured_dir=runs.RUNS / "measured",
     )
     speech = {
         "source": clips.source,

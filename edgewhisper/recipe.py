@@ -314,12 +314,12 @@ def value_at(recipe: Recipe, knob: Knob) -> Value:
 
 
 def with_values(recipe: Recipe, point: dict[str, Any]) -> Recipe:
-    """Return the recipe with the values of `point` for the fields that may be searched."""
+    """Return the recipe with the values of `point` for some of its fields."""
     steps = list(recipe.steps)
-    for knob in recipe.knobs:
+    for field, value in point.items():
+        knob = Knob(field, Dimension())
         step = steps[knob.step]
-        options = put(step.options, knob.path, point[knob.field])
-        steps[knob.step] = replace(step, options=options)
+        steps[knob.step] = replace(step, options=put(step.options, knob.path, value))
     return replace(recipe, steps=tuple(steps))
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.latency import Table, predict
-from edgewhisper import runs, whisper
+from edgewhisper import budget_search, runs, whisper
 from edgewhisper.front import (
     choose,
     excess,
@@ -43,6 +43,7 @@ from edgewhisper.resume import Interrupted, digest
 from edgewhisper.search import Outcome, Point, Trial, minimise
 from edgewhisper.targets import Targets, limits_of, listed, position
 from edgewhisper.training import Training, start_accelerator
+from export.cost import artifact_bytes
 from export.files import new_directory
 from export.problem import Problem
 from export.prompt import prompt_language
@@ -85,6 +86,8 @@ class Search:
     """Axis -> largest allowed value."""
     trials: int
     table: Table | None
+    precision: str
+    """Precision of the artifact whose bytes are predicted."""
     say: Say
     clock: Clock
 
@@ -111,23 +114,14 @@ def compress_to(
         )
     axes = targets.axes()
     job = prepare(request, recipe, f"search {axes}")
-    job = replace(job, before=job.before | latency_of(job.dense, table))
+    before = job.before | predictions(job.dense, table, targets.precision)
+    job = replace(job, before=before)
     for line in (*job.notes, f"{job.source}: {describe(job.before)}"):
         say(line)
     limits = limits_of(targets, job.before)
-    search = Search(job, *run_start(job, say), limits, trials, table, say, Clock())
-    tried = minimise(
-        partial(run_trial, search),
-        {knob.field: knob.dimension for knob in recipe.knobs},
-        trials=trials,
-        first=first_points(recipe),
-        limits=list(limits.values()),
-        startup=STARTUP,
-        run_dir=job.context.run_dir,
-        name=search_name(job, axes, table),
-        seed=request.seed,
-        accelerator=start_accelerator(Training()),
-    )
+    start = run_start(job, say)
+    search = Search(job, *start, limits, trials, table, targets.precision, say, Clock())
+    tried = run_trials(search, targets, request.seed)
     chosen = choose(tried, limits)
     if chosen is None:
         raise out_of_reach(tried, limits)
@@ -156,6 +150,37 @@ def write(
                 target = folder / record["checkpoint"]
                 shutil.copytree(kept_dir(search.job, trial.point), target, dirs_exist_ok=True)
         write_pareto(folder, search.job, targets, search.limits, records, search.table)
+
+
+def run_trials(search: Search, targets: Targets, seed: int) -> list[Trial]:
+    """Run the trials: those that sizes known in advance need, or those that Optuna chooses."""
+    job, axes = search.job, targets.axes()
+    measured = [*axes, search.precision] if "bytes" in axes else axes
+    name = search_name(job, measured, search.table)
+    if budget_search.applies(job.recipe):
+        plan = budget_search.plan_of(
+            job.recipe,
+            job.dense,
+            targets,
+            search.limits,
+            position(job.before),
+            search.table,
+            shares=search.trials if targets.front else 0,
+        )
+        trial = partial(run_trial, replace(search, trials=plan.trials))
+        return budget_search.run_plan(plan, trial, job.context.run_dir / f"{name}.json")
+    return minimise(
+        partial(run_trial, search),
+        {knob.field: knob.dimension for knob in job.recipe.knobs},
+        trials=search.trials,
+        first=first_points(job.recipe),
+        limits=list(search.limits.values()),
+        startup=STARTUP,
+        run_dir=job.context.run_dir,
+        name=name,
+        seed=seed,
+        accelerator=start_accelerator(Training()),
+    )
 
 
 # ------------------------------------------------------------------------------------ refusals
@@ -213,9 +238,12 @@ def out_of_reach(tried: Sequence[Trial], limits: Mapping[str, float]) -> Problem
 # ---------------------------------------------------------------------------------- the search
 
 
-def latency_of(model: WhisperForConditionalGeneration, table: Table | None) -> dict[str, float]:
-    """Return {"latency_s": predicted seconds}, or an empty dict without a table."""
-    return {} if table is None else {"latency_s": predict(table, model)}
+def predictions(
+    model: WhisperForConditionalGeneration, table: Table | None, precision: str
+) -> dict[str, float]:
+    """Return "predicted_bytes" of the artifact, and with a table "latency_s"."""
+    latency = {} if table is None else {"latency_s": predict(table, model)}
+    return latency | {"predicted_bytes": round(artifact_bytes(model, precision))}
 
 
 def search_name(job: Job, axes: Sequence[str], table: Table | None = None) -> str:
@@ -308,7 +336,7 @@ def make(
     recipe, model = with_values(job.recipe, point), copy.deepcopy(search.start)
     model = run_steps(model, recipe, context, search.say, first=search.start_steps)
     model, after = finish(model, context)
-    after |= latency_of(model, search.table)
+    after |= predictions(model, search.table, search.precision)
     return model, after, record_of(job, context, after, point)
 
 

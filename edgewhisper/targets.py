@@ -13,16 +13,17 @@ from typing import Any
 
 from benchmarks.latency import Table, find_table
 from benchmarks.result import in_milliseconds
-from export.cost import window_macs
+from export.cost import STORED_BYTES, window_macs
 from export.problem import Problem
 
 UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}
 TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s)\s*")
-SIZES = ("parameters", "macs", "latency")
+SIZES = ("parameters", "macs", "latency", "bytes")
 NAMES = {
     "parameters": "parameters",
     "macs": "MACs",
     "latency": "ms of predicted latency",
+    "bytes": "predicted bytes",
     "wer": "dev WER",
 }
 """Axis -> its name in messages."""
@@ -51,18 +52,33 @@ class Targets:
     """Predicted seconds for one full window and 32 tokens on a device."""
     wer_loss: float | None = None
     """Points of dev WER that may be lost: 1.0 is one word in a hundred."""
+    bytes: Amount | None = None
+    """Predicted bytes of the artifact's graphs and weights in `precision`."""
+    precision: str = "int8"
+    front: str | None = None
+    """Size over which the trials of a front are spread."""
 
     def axes(self) -> list[str]:
         """Return the axes of the search: the sizes that have a target, and "wer"."""
-        amounts = zip(SIZES, (self.parameters, self.macs, self.latency_s), strict=True)
-        sizes = [name for name, amount in amounts if amount is not None]
-        return [*(sizes or ["parameters"]), "wer"]
+        amounts = (self.parameters, self.macs, self.latency_s, self.bytes)
+        sizes = [name for name, amount in zip(SIZES, amounts, strict=True) if amount is not None]
+        return [*(sizes or [self.front or "parameters"]), "wer"]
 
 
 def parse(
-    params: str | None, macs: str | None, max_wer_loss: float | None, latency: str | None = None
+    params: str | None,
+    macs: str | None,
+    max_wer_loss: float | None,
+    latency: str | None = None,
+    size: str | None = None,
+    precision: str | None = None,
 ) -> Targets:
     """Return the targets given on the command line. Raises Problem for invalid values."""
+    if precision is not None and (size is None or precision not in STORED_BYTES):
+        raise Problem(
+            f"--precision {precision} is for --target-bytes, and one of {', '.join(STORED_BYTES)}",
+            hint="add --target-bytes 30M, or leave --precision out",
+        )
     if max_wer_loss is not None and not 0 <= max_wer_loss <= 100:
         raise Problem(
             f"--max-wer-loss {max_wer_loss:g} is not between 0 and 100 points",
@@ -73,6 +89,8 @@ def parse(
         None if macs is None else parse_amount("--target-macs", macs),
         None if latency is None else parse_time("--target-latency", latency),
         max_wer_loss,
+        None if size is None else parse_amount("--target-bytes", size.strip().removesuffix("B")),
+        precision or Targets.precision,
     )
 
 
@@ -103,8 +121,8 @@ def parse_time(option: str, text: str) -> float:
     return seconds
 
 
-def table_of(latency: str | None, device: str | None) -> Table | None:
-    """Return the latency table of the device if a latency is a target, otherwise None.
+def table_of(latency: str | None, device: str | None, front: bool = False) -> Table | None:
+    """Return the latency table of the device if a latency is a target, or the size of a front.
 
     Raises Problem if only one of the two options is given, or if there is no table.
     """
@@ -115,9 +133,9 @@ def table_of(latency: str | None, device: str | None) -> Table | None:
             f"--target-latency {latency} needs a device",
             hint="add --device: `edgewhisper devices` lists the known ones",
         )
-    if latency is None:
+    if latency is None and not front:
         raise Problem(
-            f"--device {device} has no effect without --target-latency",
+            f"--device {device} has no effect without --target-latency or --front",
             hint="add --target-latency 400ms, or leave --device out: it is for `export` and "
             "`bench`",
         )
@@ -132,7 +150,7 @@ def limits_of(targets: Targets, before: Mapping[str, Any]) -> dict[str, float]:
     """
     dense = position(before)
     limits = dict.fromkeys(targets.axes(), math.inf)
-    for axis in limits.keys() & {"parameters", "macs"}:
+    for axis in limits.keys() & {"parameters", "macs", "bytes"}:
         amount = getattr(targets, axis)
         limits[axis] = math.inf if amount is None else amount.of(int(dense[axis]))
     if targets.latency_s is not None:
@@ -155,6 +173,7 @@ def position(measured: Mapping[str, Any]) -> dict[str, float]:
         "parameters": measured["parameters"]["total"],
         "macs": window_macs(measured["macs"]),
         **({"latency": measured["latency_s"]} if "latency_s" in measured else {}),
+        "bytes": measured.get("predicted_bytes", math.inf),
         "wer": measured["dev"]["wer"],
     }
 

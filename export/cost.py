@@ -20,10 +20,17 @@ costs 0.28 times as much for 10 s of audio as for 30 s, and 0.13 times for 5 s.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from torch import nn
 
-from export.shrink import windows_of
+from export.shrink import ATTENTIONS, layer_shapes, windows_of
 
+STORED_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5625}
+"""Bytes of a stored weight; in 4 bits including a float16 scale for every 32."""
+OTHER_BYTES = {"fp32": 4, "fp16": 2, "int8": 2, "int4": 2}
+"""Bytes of a weight of the convolutions and of the decoder's positions."""
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -64,6 +71,48 @@ def macs(
             for layer in decoder.layers
         ),
     }
+
+
+def artifact_bytes(model: nn.Module, precision: str) -> float:
+    """Return the predicted bytes of the graphs and weights of a native artifact, without the
+    tokenizer's files."""
+    encoder, decoder = model.model.encoder, model.model.decoder
+    convolutions = encoder.conv1.weight.numel() + encoder.conv2.weight.numel()
+    table = list(decoder.embed_tokens.parameters())
+    shapes, width = layer_shapes(model), model.config.d_model
+    return (
+        OTHER_BYTES[precision] * (convolutions + decoder.embed_positions.weight.numel())
+        + sum(matrix_bytes(p.shape[0], p.shape[1], precision) for p in table)
+        + sum(layer_bytes(e, width, precision) for s in ATTENTIONS for e in shapes[s])
+    )
+
+
+def layer_bytes(layer: Mapping[str, Any], width: int, precision: str) -> float:
+    """Return the bytes of a layer's matrices, given its entry of `layer_shapes`."""
+    ranks, total = layer.get("ranks") or {}, 0.0
+    for name, outputs, inputs in _matrices(layer, width):
+        rank = ranks.get(name)
+        pairs = [(outputs, inputs)] if rank is None else [(outputs, rank), (rank, inputs)]
+        total += sum(matrix_bytes(rows, columns, precision) for rows, columns in pairs)
+    return total
+
+
+def matrix_bytes(outputs: int, inputs: int, precision: str) -> float:
+    """Return the bytes of a matrix with a scale and a bias for each output."""
+    return STORED_BYTES[precision] * outputs * inputs + 8 * outputs
+
+
+def _matrices(layer: Mapping[str, Any], width: int) -> Iterator[tuple[str, int, int]]:
+    """Yield name, outputs and inputs of a layer's matrices."""
+    for name in {"self_attn", "encoder_attn"} & layer.keys():
+        shape = layer[name]
+        heads, keys = shape["heads"], 1 if shape.get("shared") else shape["heads"]
+        yield f"{name}.q_proj", heads * shape["qk_dim"], width
+        yield f"{name}.k_proj", keys * shape["qk_dim"], width
+        yield f"{name}.v_proj", keys * shape["v_dim"], width
+        yield f"{name}.out_proj", width, heads * shape["v_dim"]
+    yield "fc1", layer["ffn"], width
+    yield "fc2", width, layer["ffn"]
 
 
 def window_macs(counted: dict[str, int], tokens: int = 32) -> int:

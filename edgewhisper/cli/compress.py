@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,17 @@ from typer import Argument, Option
 
 from edgewhisper.cli.options import MODEL, SPEECH, Out
 from edgewhisper.cli.output import print_table, say
+from edgewhisper.cli.target_options import (
+    Device,
+    Front,
+    MaxWerLoss,
+    Precision,
+    TargetBytes,
+    TargetLatency,
+    TargetMacs,
+    TargetParams,
+    Trials,
+)
 
 Model = Annotated[str | None, Argument(help=f"{MODEL}; default: the embedded digits model")]
 Recipe = Annotated[
@@ -41,40 +53,6 @@ Language = Annotated[
         help="language of the prompt, if the model has no token for the language of the speech",
     ),
 ]
-TargetParams = Annotated[
-    str | None,
-    Option(
-        metavar="N|SHARE",
-        help="search for a model with at most this many parameters: 900000, 0.9M or 60%",
-    ),
-]
-TargetMacs = Annotated[
-    str | None,
-    Option(
-        metavar="N|SHARE",
-        help="search for a model with at most this many multiply-accumulates for one window "
-        "and 32 tokens",
-    ),
-]
-TargetLatency = Annotated[
-    str | None,
-    Option(
-        metavar="TIME",
-        help="search for a model with at most this latency on --device: 400ms or 0.4s",
-    ),
-]
-Device = Annotated[
-    str | None,
-    Option(help="device for --target-latency; run `edgewhisper devices calibrate` on it first"),
-]
-MaxWerLoss = Annotated[
-    float | None,
-    Option(
-        metavar="POINTS",
-        help="search for the smallest model whose word error rate (WER) on the dev clips rises "
-        "by at most this many percentage points",
-    ),
-]
 AllowLoss = Annotated[
     bool,
     Option(
@@ -82,7 +60,6 @@ AllowLoss = Annotated[
         help="write the checkpoint even if its WER rises by more than max_wer_loss in the recipe",
     ),
 ]
-Trials = Annotated[int | None, Option(min=1, help="number of trials in a search; default: 12")]
 
 
 def compress_cli(
@@ -98,7 +75,10 @@ def compress_cli(
     target_macs: TargetMacs = None,
     target_latency: TargetLatency = None,
     device: Device = None,
+    target_bytes: TargetBytes = None,
+    precision: Precision = None,
     max_wer_loss: MaxWerLoss = None,
+    front: Front = False,
     allow_loss: AllowLoss = False,
     trials: Trials = None,
 ) -> None:
@@ -106,29 +86,30 @@ def compress_cli(
 
     Run an interrupted command again to resume it.
 
-    --target-params, --target-macs, --target-latency and --max-wer-loss start a search: the recipe
-    runs several times with different values (see `edgewhisper recipes`). The output directory gets
-    the checkpoint that meets the targets best, all trials in pareto.json, and the other trials on
-    the Pareto front in front/.
+    --target-params, --target-macs, --target-latency, --target-bytes, --max-wer-loss and --front
+    start a search: the recipe runs several times with different values (see `edgewhisper
+    recipes`). The output directory gets the checkpoint that meets the targets best, all trials in
+    pareto.json and front.png, and the other trials on the Pareto front in front/.
     """
     from edgewhisper import job, pipeline
 
     request = job.Request(
         model, recipe, speech, dev, out, seed, revision, language, allow_loss=allow_loss
     )
-    asked = (target_params, target_macs, max_wer_loss, target_latency)
-    if asked == (None,) * 4 and device is None:
+    asked = (target_params, target_macs, max_wer_loss, target_latency, target_bytes, precision)
+    if not any(value is not None for value in (*asked, device)) and not front:
         refuse_trials(trials)
         say(f"wrote {pipeline.compress(request, say)}")
         return
     from edgewhisper import target_search, targets
 
+    over = ("latency" if device else "parameters") if front else None
     place, rows = target_search.compress_to(
-        targets.parse(*asked),
+        replace(targets.parse(*asked), front=over),
         request,
         trials or target_search.TRIALS,
         say,
-        targets.table_of(target_latency, device),
+        targets.table_of(target_latency, device, front),
     )
     print_table(rows)
     say(f"wrote {place}")
@@ -141,6 +122,6 @@ def refuse_trials(trials: int | None) -> None:
 
         raise Problem(
             f"--trials {trials}: there is nothing to search without a target",
-            hint="add --target-params, --target-macs, --target-latency or --max-wer-loss, or leave "
-            "--trials out",
+            hint="add --target-params, --target-macs, --target-latency, --target-bytes, "
+            "--max-wer-loss or --front, or leave --trials out",
         )

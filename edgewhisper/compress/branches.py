@@ -92,6 +92,17 @@ class States:
     def __getitem__(self, clip: int) -> Tensor:
         return self._kept[clip] if clip in self._kept else torch.load(self._file(clip))
 
+    def pop(self, clip: int) -> Tensor | None:
+        """Remove and return the states of a clip, None if there are none."""
+        if clip in self._kept:
+            states = self._kept.pop(clip)
+            self.bytes -= states.nbytes
+            return states
+        if clip not in self._files:
+            return None
+        self._files.remove(clip)
+        return torch.load(self._file(clip))
+
     def __len__(self) -> int:
         return len(self._kept) + len(self._files)
 

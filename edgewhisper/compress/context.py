@@ -40,6 +40,9 @@ class Context:
     timed: "Reference | None" = None
     """Dev speech with known word times, against which token timestamps are evaluated."""
 
+    measured_dir: Path | None = None
+    """Directory of measurements of the model that later runs reuse. None: they are not stored."""
+
     scores: "dict[str, Score]" = field(default_factory=dict)
     """Cached dev scores, by a hash of the model and the clips."""
 

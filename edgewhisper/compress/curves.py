@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgewhisper.compress.allocation import Level
 from edgewhisper.compress.branches import SIDES, Branch, branches_of
+from edgewhisper.compress.budgets import Budget, cost_of
 from edgewhisper.compress.fits import (
     GROUPS,
     Fit,
@@ -42,8 +43,6 @@ from edgewhisper.compress.walk import ScoreSums, Walk, effect
 if TYPE_CHECKING:
     from edgewhisper.compress.obs import Options
 
-TOKENS = 32
-"""Tokens of a window if the budget is in MACs."""
 STEPS = 32
 """Levels of a feed-forward branch."""
 TINY = 1e-30
@@ -59,6 +58,12 @@ class Curve:
 
     def at(self, size: int) -> float:
         return self.losses[self.sizes.index(size)]
+
+    def checked(self) -> "Curve":
+        """Return the curve. Raises ValueError if sizes and losses differ in number."""
+        if not self.sizes or len(self.sizes) != len(self.losses):
+            raise ValueError(f"{len(self.sizes)} sizes and {len(self.losses)} losses")
+        return self
 
 
 def sizes_of(total: int, step: int, most_removed: float) -> list[int]:
@@ -166,7 +171,8 @@ def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> l
 
 def measure_part(walk: Walk, branch: Branch, dense: list[list[Tensor]], options: "Options") -> Part:
     damping = damping_of(branch, options)
-    fit = fit_of(branch.last_of(walk.model), walk.collect(branch), damping)
+    moments = walk.collect(branch, store=True)
+    fit = fit_of(branch.last_of(walk.model), moments, damping)
     energy = max(float((fit.wanted * fit.weight).sum()), TINY)  # variance of its output
     tries: dict[str, tuple[Curve, Callable[[int], None]]] = {}
     if branch.kind == "ffn":
@@ -230,7 +236,9 @@ def try_levels(
         if size not in measured:
             with restored(branch_modules(walk.model, branch)):
                 change(size)
-                measured[size] = effect(dense, walk.logits(branch))
+                # the encoder has more positions than inputs: clips of the fit would say the same
+                logits = walk.logits(branch, fitted=branch.side == "decoder")
+                measured[size] = effect(dense, logits)
     return measured
 
 
@@ -241,11 +249,11 @@ def damping_of(branch: Branch, options: "Options") -> float:
 # ------------------------------------------------------------------------------ levels and costs
 
 
-def levels_of(model: nn.Module, part: Part, options: "Options") -> list[Level]:
-    """Return all levels of a branch."""
+def levels_of(model: nn.Module, part: Part, options: "Options", budget: Budget) -> list[Level]:
+    """Return all levels of a branch, with what they save of the budget."""
     weigh = options.decoder_weight if part.branch.side == "decoder" else 1.0
     whole = whole_of(model, part.branch)
-    cost = cost_of(model, part.branch, options.budget_of)
+    cost = cost_of(model, part.branch, budget)
     if part.branch.kind == "ffn":
         curve = part.curves.get("units", Curve([whole[0]], [0.0]))
         return [
@@ -263,23 +271,3 @@ def levels_of(model: nn.Module, part: Part, options: "Options") -> list[Level]:
         loss = heads + (values + scores) * kept[0] / whole[0]
         levels.append(Level(kept, cost(whole) - cost(kept), weigh * loss))
     return levels
-
-
-def cost_of(model: nn.Module, branch: Branch, budget_of: str) -> Callable[[tuple[int, ...]], float]:
-    """Return a function of a level: the branch's parameters, or its MACs in one window."""
-    d, sound = model.config.d_model, model.config.max_source_positions
-    rows = sound if branch.side == "encoder" else TOKENS
-    source = sound if branch.kind == "encoder_attn" else rows
-    if budget_of == "parameters":
-        unit, value, score = 2 * d + 1, 2 * d + 1, 2 * d + 1  # one bias each
-    else:
-        unit = 2 * d * rows
-        value = score = d * (rows + source) + rows * source
-
-    def cost(kept: tuple[int, ...]) -> float:
-        if len(kept) == 1:
-            return unit * kept[0]
-        heads, values, scores = kept
-        return heads * (value * values + score * scores)
-
-    return cost

@@ -40,7 +40,7 @@ The result has zeros in its weights. The step `shrink` makes it smaller.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import nn
@@ -48,9 +48,10 @@ from torch import nn
 from edgewhisper.calibration import Speech
 from edgewhisper.compress.allocation import Level, allocate
 from edgewhisper.compress.branches import SIDES, Branch, branches_of
+from edgewhisper.compress.budgets import Axis, Budget, budget_of, total_of
 from edgewhisper.compress.calibration_speech import decoder_speech
 from edgewhisper.compress.context import Context
-from edgewhisper.compress.curves import TOKENS, Part, damping_of, levels_of, measure_parts
+from edgewhisper.compress.curves import Part, damping_of, levels_of, measure_parts
 from edgewhisper.compress.fits import (
     branch_modules,
     fit_of,
@@ -60,22 +61,28 @@ from edgewhisper.compress.fits import (
     whole_of,
 )
 from edgewhisper.compress.step_order import refuse_quantised
+from edgewhisper.compress.stored_curves import Measured, file_of, read, write
 from edgewhisper.compress.walk import Walk
 from edgewhisper.progress import progress_steps
 from edgewhisper.recipe import Range
-from export.cost import count_parameters, macs, window_macs
 from export.problem import Problem
 
 if TYPE_CHECKING:
+    from benchmarks.speech.clips import Clip
     from edgewhisper.whisper import WhisperForConditionalGeneration
 
 
 @dataclass(frozen=True)
 class Options:
     remove: Annotated[float, Range(0, 1)] = 0.15
-    """Share of the cost to remove: of the parameters outside the token table, or of the MACs."""
-    budget_of: Literal["parameters", "macs"] = "parameters"
-    """macs: multiply-accumulates of one window and 32 tokens."""
+    """Share of the cost to remove."""
+    budget_of: Axis = "parameters"
+    """The cost: parameters outside the token table; or, for one window and 32 tokens, macs
+    (multiply-accumulates) or latency on a device; or bytes of the artifact."""
+    device: str = ""
+    """Device whose latency table is used if the budget is latency."""
+    precision: Literal["fp32", "fp16", "int8", "int4"] = "int8"
+    """Precision of the artifact if the budget is bytes."""
 
     units: bool = True
     """Remove units of feed-forward branches."""
@@ -106,13 +113,12 @@ class Options:
     """Factor of the divergences of the decoder's branches when levels are chosen."""
 
 
-def choose_levels(model: nn.Module, parts: Sequence[Part], options: Options) -> list[Level]:
+def choose_levels(
+    model: nn.Module, parts: Sequence[Part], options: Options, budget: Budget
+) -> list[Level]:
     """Return a level for each part. Raises Problem if the levels save less than requested."""
-    if options.budget_of == "parameters":
-        total = count_parameters(model)["rest"]
-    else:
-        total = window_macs(macs(model, TOKENS), TOKENS)
-    levels = [levels_of(model, part, options) for part in parts]
+    total = total_of(model, budget)
+    levels = [levels_of(model, part, options, budget) for part in parts]
     most = sum(max(level.saved for level in of_part) for of_part in levels) / total
     if most < options.remove:
         raise Problem(
@@ -134,26 +140,46 @@ def apply(
     """
     refuse_quantised(model, "obs", options)
     refuse(model, options)
+    budget = budget_of(options.budget_of, options.precision, options.device)
     clips = context.calibration_clips("obs", options.clips)
     home, training = next(model.parameters()).device, model.training
     model.cpu().eval()  # statistics are float64, which some accelerators lack
-    speech = decoder_speech(model, clips, options.own_words, context, "obs")
-    dev = context.drawn(context.dev, options.effect_clips)
-    held_out = decoder_speech(model, dev, options.own_words, context, "obs")
-    total = sum(len(branches_of(model, side)) for side in SIDES)
-    with progress_steps(total, "obs: measuring branches") as done:
-        parts = measure_parts(Walk(model, speech, held_out), options, done)
-    levels = choose_levels(model, parts, options)
+    measured = measure(model, clips, options, context)
+    levels = choose_levels(model, measured.parts, options, budget)
     context.record["obs"] = {
-        "clips": {"calibration": len(speech.clips), "effect": len(held_out.clips)},
+        "clips": {"calibration": len(clips), "effect": measured.effect_clips},
         "branches": {
             part.branch.name: described(model, part, level)
-            for part, level in zip(parts, levels, strict=True)
+            for part, level in zip(measured.parts, levels, strict=True)
         },
     }
-    with progress_steps(total, "obs: pruning branches") as done:
-        prune(model, speech, [part.branch for part in parts], levels, options, done)
+    branches = [part.branch for part in measured.parts]
+    texts = [replace(clip, text=t) for clip, t in zip(clips, measured.texts, strict=True)]
+    speech = Speech(texts, context.processor, mask_padding=True)
+    with progress_steps(len(branches), "obs: pruning branches") as done:
+        prune(model, speech, branches, levels, options, done)
     return model.to(home).train(training)
+
+
+def measure(
+    model: "WhisperForConditionalGeneration",
+    clips: "Sequence[Clip]",
+    options: Options,
+    context: Context,
+) -> Measured:
+    """Return the curves of all branches, stored ones if there are any."""
+    dev = context.drawn(context.dev, options.effect_clips)
+    file = file_of(model, clips, dev, options, context)
+    measured = read(file)
+    if measured is None:
+        speech = decoder_speech(model, clips, options.own_words, context, "obs")
+        held_out = decoder_speech(model, dev, options.own_words, context, "obs")
+        total = sum(len(branches_of(model, side)) for side in SIDES)
+        with progress_steps(total, "obs: measuring branches") as done:
+            parts = measure_parts(Walk(model, speech, held_out), options, done)
+        measured = Measured(parts, [clip.text for clip in speech.clips], len(dev))
+        write(file, measured)
+    return measured
 
 
 def described(model: nn.Module, part: Part, level: Level) -> dict[str, Any]:

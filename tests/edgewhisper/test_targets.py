@@ -101,7 +101,9 @@ def test_a_latency_target_needs_a_device_and_its_table(tmp_path, monkeypatch):
     assert targets.table_of(None, None) is None
     with pytest.raises(Problem, match="--target-latency 400ms needs a device"):
         targets.table_of("400ms", None)
-    with pytest.raises(Problem, match="--device rpi5 has no effect without --target-latency"):
+    with pytest.raises(
+        Problem, match="--device rpi5 has no effect without --target-latency or --front"
+    ):
         targets.table_of(None, "rpi5")
     with pytest.raises(Problem, match="there is no latency table of rpi5") as error:
         targets.table_of("400ms", "rpi5")

@@ -13,7 +13,8 @@ from edgewhisper import whisper
 from edgewhisper.compress import lite, merge, shear
 from edgewhisper.compress.context import Context
 from edgewhisper.training import Training
-from export.cost import count_parameters, macs, macs_by_window, window_macs
+from export.cost import artifact_bytes, count_parameters, macs, macs_by_window, window_macs
+from export.onnx.to_onnx import export_onnx
 from export.shrink import shrink
 
 
@@ -142,3 +143,12 @@ def test_graphs_of_lite_bald_and_tspar_models_cost_what_is_counted(
     encoder, step = graph_macs.of_exported(slim, processor, tmp_path, context)
     assert encoder == record["encoder"] + record["cross"]
     assert step == record["decoder_per_token"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_predicted_bytes_are_those_of_the_weights(precision, digits, processor, tmp_path):
+    model = whisper.load(digits)
+    export_onnx(model, processor, tmp_path / "out", precision)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.onnx*"))
+    # the structure of the graphs takes 0.1 to 0.2 MB more
+    assert 80_000 < size - artifact_bytes(model, precision) < 200_000

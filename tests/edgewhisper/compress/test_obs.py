@@ -16,6 +16,7 @@ from edgewhisper.calibration import Moments, Speech
 from edgewhisper.compress import fits, lite, obs
 from edgewhisper.compress.allocation import Level, allocate, front
 from edgewhisper.compress.branches import Branch, States, branches_of, logits_from, stem
+from edgewhisper.compress.budgets import Budget, total_of
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.curves import Curve, scaled
 from edgewhisper.compress.fits import Fit, fit_of, put_units, remove_units
@@ -38,7 +39,7 @@ from edgewhisper.compress.surgeon import (
 )
 from edgewhisper.compress.teacher import divergence
 from edgewhisper.compress.walk import ScoreSums, Walk, effect
-from export.cost import count_parameters, macs, window_macs
+from export.cost import count_parameters
 from export.problem import Problem
 
 QUICK = Options(own_words=False, effect_clips=0, round_to=1, remove=0.2)
@@ -336,6 +337,7 @@ def test_an_effect_is_the_geometric_mean_over_both_groups_of_clips():
     assert pair[0] == pytest.approx(0.5 * np.log(0.25 / 0.09), rel=1e-5)  # by hand
     found = effect([[uniform], [uniform]], [[skewed], [milder]])
     assert found == pytest.approx((pair[0] * pair[1]) ** 0.5)
+    assert effect([[uniform], [uniform]], [[], [milder]]) == pytest.approx(pair[1])
 
 
 # ------------------------------------------------------------------------------ the model
@@ -364,6 +366,8 @@ def test_states_are_the_same_in_files(rng, monkeypatch):
     assert list(states) == [0, 1, 2]
     assert states[0].equal(tensors[0]) and states[1].equal(tensors[1])
     assert states[2].equal(tensors[0])
+    assert states.pop(0).equal(tensors[0]) and states.pop(2).equal(tensors[0])
+    assert states.pop(0) is None and list(states) == [1]
 
 
 def test_padding_does_not_matter(make_whisper, few, processor, monkeypatch):
@@ -381,6 +385,17 @@ def test_padding_does_not_matter(make_whisper, few, processor, monkeypatch):
     torch.testing.assert_close(before.covariance, after.covariance)
 
 
+def test_stored_outputs_move_the_states_like_computed_ones(make_whisper, few, processor):
+    model = make_whisper()
+    branch = branches_of(model, "encoder")[0]
+    walks = [Walk(model, speech(few[:2], processor), speech(few[2:], processor)) for _ in range(2)]
+    walks[0].collect(branch, store=True)
+    for walk in walks:
+        walk.move(branch)
+    assert all(walks[0].states[i].equal(walks[1].states[i]) for i in range(4))
+    assert not len(walks[0].outputs)
+
+
 def test_held_out_clips_do_not_count_in_the_statistics(make_whisper, few, processor):
     model = make_whisper()
     branch = branches_of(model, "encoder")[0]
@@ -389,6 +404,7 @@ def test_held_out_clips_do_not_count_in_the_statistics(make_whisper, few, proces
     assert both.effect_windows() == [[0, 1], [2, 3]]
     assert alone.effect_windows() == [[], []]
     assert [len(group) for group in both.logits(branch)] == [2, 2]
+    assert [len(group) for group in both.logits(branch, fitted=False)] == [0, 2]
     torch.testing.assert_close(alone.collect(branch).covariance, both.collect(branch).covariance)
     scores = [walk.collect_scores(branch).keys for walk in (alone, both)]
     torch.testing.assert_close(*scores)
@@ -420,14 +436,6 @@ def test_the_share_is_reached_and_the_smaller_model_is_the_same(kinds, make_whis
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-4 * max(1, np.abs(logits[0]).max()))
     assert count_parameters(slim)["rest"] < count_parameters(masked)["rest"]
     assert set(context.record["obs"]["branches"]) >= {"encoder.0.ffn", "decoder.1.encoder_attn"}
-
-
-def test_a_share_of_macs_is_reached(make_whisper, context):
-    model = make_whisper()
-    before = window_macs(macs(model))
-    masked = obs.apply(model, replace(QUICK, budget_of="macs", remove=0.15), context)
-    slim, _ = slimmed(masked)
-    assert window_macs(macs(slim)) <= before * (1 - 0.15 + 1e-3)
 
 
 def test_half_of_the_units_cost_less_than_masking_by_size(make_whisper, few, processor):
@@ -466,6 +474,50 @@ def test_runs_are_repeatable(make_whisper, context):
     model = make_whisper()
     results = [obs.apply(copy.deepcopy(model), QUICK, context).state_dict() for _ in range(2)]
     assert all(results[0][name].equal(results[1][name]) for name in results[0])
+
+
+def test_stored_measurements_are_reused_with_another_share_only(make_whisper, context, tmp_path):
+    model = make_whisper()
+    context = replace(context, measured_dir=tmp_path / "measured")
+    fresh = obs.apply(copy.deepcopy(model), replace(QUICK, remove=0.1), context)
+    (file,) = context.measured_dir.iterdir()
+    written = file.stat().st_mtime_ns
+    obs.apply(copy.deepcopy(model), QUICK, context)
+    again = obs.apply(copy.deepcopy(model), replace(QUICK, remove=0.1), context)
+    assert file.stat().st_mtime_ns == written
+    assert all(again.state_dict()[n].equal(tensor) for n, tensor in fresh.state_dict().items())
+    obs.apply(copy.deepcopy(model), replace(QUICK, damping=0.5), context)
+    obs.apply(copy.deepcopy(model), QUICK, replace(context, train=context.train[:2]))
+    assert len(list(context.measured_dir.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"parts": [{"branch": ["encoder", 0, "ffn"], "curves": {"units": {}}}]}']
+)
+def test_damaged_measurements_are_measured_again(text, make_whisper, context, tmp_path):
+    context = replace(context, measured_dir=tmp_path)
+    model = make_whisper()
+    clips = context.calibration_clips("obs", QUICK.clips)
+    measured = obs.measure(model, clips, QUICK, context)
+    (file,) = tmp_path.glob("obs-*.json")
+    stored = file.read_text()
+    file.write_text(text)
+    assert obs.measure(model, clips, QUICK, context) == measured
+    assert file.read_text() == stored
+
+
+@pytest.mark.parametrize("axis", ["bytes", "parameters", "macs"])
+def test_what_a_level_saves_is_what_the_smaller_model_lacks(axis, make_whisper, context):
+    model = make_whisper()
+    budget = Budget(axis, "int8")
+    masked = obs.apply(model, replace(QUICK, budget_of=axis, remove=0.1), context)
+    slim, _ = slimmed(masked)
+    assert total_of(slim, budget) <= total_of(model, budget) * (0.9 + 1e-3)
+
+
+def test_a_budget_of_latency_needs_a_device(tiny_whisper, context):
+    with pytest.raises(Problem, match='budget_of = "latency" needs a device'):
+        obs.apply(tiny_whisper, replace(QUICK, budget_of="latency"), context)
 
 
 def test_units_can_be_put_back(make_whisper, few, processor):
