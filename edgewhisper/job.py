@@ -70,13 +70,13 @@ class Request:
 def recipe_for(request: Request) -> Recipe:
     """Return the requested recipe.
 
-    The default is `lite`, which trains nothing. For the embedded model it is `quick`, which trains
-    for some minutes, or `digits-tspar` if the user gives speech.
+    The default is `oneshot`, which trains nothing. For the embedded model it is `quick`, which
+    trains for some minutes, or `digits-tspar` if the user gives speech.
     """
     recipe = request.recipe
     if recipe is None and Path(request.source) == DEFAULT_MODEL:
         recipe = "quick" if request.speech is None else "digits-tspar"
-    return load_recipe(recipe or "lite")
+    return load_recipe(recipe or "oneshot")
 
 
 @dataclass(frozen=True)

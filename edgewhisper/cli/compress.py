@@ -26,7 +26,7 @@ Model = Annotated[str | None, Argument(help=f"{MODEL}; default: the embedded dig
 Recipe = Annotated[
     str | None,
     Option(
-        help="name of a recipe (see `edgewhisper recipes`) or .toml file; default: lite, or "
+        help="name of a recipe (see `edgewhisper recipes`) or .toml file; default: oneshot, or "
         "quick for the embedded model"
     ),
 ]

@@ -55,7 +55,7 @@ def dev(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_default_recipe_keeps_the_error_rate_and_names_its_speech(tiny_en, dev):
     place = pipeline.compress(pipeline.Request(str(tiny_en), dev=dev, out=Path("slim")))
     record = json.loads((place / "compression.json").read_text())
-    assert record["recipe"]["name"] == "lite"
+    assert record["recipe"]["name"] == "oneshot"
     assert record["after"]["parameters"]["total"] < record["before"]["parameters"]["total"]
     assert record["dev_wer"]["losses"][-1]["points"] <= record["dev_wer"]["max_wer_loss"]
     for text in (record["speech"]["source"], (place / "README.md").read_text()):
