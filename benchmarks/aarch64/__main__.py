@@ -90,7 +90,7 @@ def run(given: argparse.Namespace) -> None:
     print(table([line | {"change": counts.change(row, kept)} for line, row in lines]))
     counts.judge(rows, rows if given.keep else kept)
     if given.keep:
-        counts.keep(rows, KEPT)
+        counts.store(rows, KEPT)
 
 
 def given_case(path: Path, seconds: float) -> Case:

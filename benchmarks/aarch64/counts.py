@@ -124,7 +124,7 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def keep(rows: Sequence[Row], path: Path) -> None:
+def store(rows: Sequence[Row], path: Path) -> None:
     """Store rows in a file; they replace rows of the same artifacts and cores."""
     kept = {key(row): row for row in (read(path) if path.is_file() else [])}
     kept |= {key(row): row for row in rows}

@@ -138,8 +138,8 @@ def test_other_tokens_and_fp32_differences_beyond_rounding_fail(row):
 
 def test_storing_replaces_rows_of_the_same_artifact_and_core_only(row, tmp_path):
     place = tmp_path / "kept.jsonl"
-    counts.keep([row, row | {"name": "other"}], place)
-    counts.keep([row | {"precision": "fp16"}], place)
+    counts.store([row, row | {"name": "other"}], place)
+    counts.store([row | {"precision": "fp16"}], place)
     assert [(r["name"], r["precision"]) for r in counts.read(place)] == sorted(
         [(row["name"], "fp16"), ("other", row["precision"])]
     )

@@ -712,7 +712,7 @@ def test_bench_on_an_unknown_device_lists_the_known_ones(edgewhisper):
     assert "local" in text
 
 
-def test_bench_on_a_phone_needs_adb(edgewhisper, tmp_path, monkeypatch):
+def test_bench_on_a_phone_needs_adb(edgewhisper, exported, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    text = error_of(edgewhisper("bench", "--device", "mobile"))
+    text = error_of(edgewhisper("bench", exported, "--device", "mobile"))
     assert "adb cannot be started" in text

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from exported import irregular, torch_steps, whole, window
+from some_clips import manifest_of_some
 from torch import nn
 
 from benchmarks.reference_runtimes import Sherpa, open_artifact
@@ -114,12 +116,15 @@ def test_contract_and_graphs_agree(precision, layout, made, tmp_path):
             assert [value.name for value in result] == list(expected), "some runtimes use the order"
 
 
+@pytest.fixture(scope="module")
+def few(clips, tmp_path_factory) -> Path:
+    """A manifest of six shipped clips."""
+    return manifest_of_some(clips, slice(6), tmp_path_factory.mktemp("clips"))
+
+
 @pytest.mark.parametrize("layout", OTHERS)
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_the_default_checkpoint_passes_its_gate(precision, layout, digits, clips, tmp_path):
-    few = tmp_path / "few.jsonl"
-    lines = clips.read_text().splitlines()[:6]
-    few.write_text("\n".join(line.replace('"test/', f'"{clips.parent}/test/') for line in lines))
+def test_the_default_checkpoint_passes_its_gate(precision, layout, digits, few, tmp_path):
     place = pipeline.export(str(digits), precision, few, tmp_path / "out", layout=layout)
     gate = verify(place)["gate"]
     assert gate["clips"] == 6
@@ -129,11 +134,11 @@ def test_the_default_checkpoint_passes_its_gate(precision, layout, digits, clips
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_a_failing_gate_leaves_nothing_behind(layout, digits, clips, tmp_path, monkeypatch):
+def test_a_failing_gate_leaves_nothing_behind(layout, digits, few, tmp_path, monkeypatch):
     greedy = decoding.greedy
     monkeypatch.setattr(decoding, "greedy", lambda *given: [t[:-1] for t in greedy(*given)])
     with pytest.raises(Problem, match="clips get other tokens"):
-        pipeline.export(str(digits), "fp32", clips, tmp_path / "out", layout=layout)
+        pipeline.export(str(digits), "fp32", few, tmp_path / "out", layout=layout)
     assert not list(tmp_path.iterdir())
 
 
@@ -170,14 +175,11 @@ def test_an_artifact_of_an_unknown_layout_is_refused(made, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["transformers", "sherpa"])
-def test_a_runtime_with_one_window_gets_the_full_one(layout, digits, clips, tmp_path):
+def test_a_runtime_with_one_window_gets_the_full_one(layout, digits, few, tmp_path):
     """The checkpoint has shorter windows too; the manifest and the graphs have one."""
     model, processor = whisper.load(digits), whisper.load_processor(digits)
     model.config.edgewhisper = {"format": 1, "windows": [150, 300]}
     whisper.save(model, processor, tmp_path / "two", {})
-    few = tmp_path / "few.jsonl"
-    line = clips.read_text().splitlines()[0]
-    few.write_text(line.replace('"test/', f'"{clips.parent}/test/'))
     place = pipeline.export(str(tmp_path / "two"), "fp32", few, tmp_path / "out", layout=layout)
     assert verify(place)["audio"]["windows_samples"] == [96000]
 
