@@ -97,7 +97,7 @@ def with_pseudo_labels(
                 f"the dense model's transcripts of {len(parts[part])} of {len(clips)} clips "
                 f"(left out: {reasons(left_out)})"
             )
-    return replace(speech, **parts), labelled
+    return replace(speech, train=parts["train"], dev=parts["dev"]), labelled
 
 
 def with_own_transcripts(
