@@ -140,7 +140,7 @@ def graph_bytes(folder: Path, manifest: dict[str, Any]) -> dict[str, int]:
         return {name: package_bytes(manifest, name) for name in names}
     if "decoder.onnx" not in sizes or "encoder.onnx" not in sizes:
         return {"graphs": sum(sizes.values())}
-    parts = read_graph(folder / "decoder.onnx", manifest["files"].keys())
+    parts = read_graph(folder / "decoder.onnx", [folder / name for name in sizes])
     table = sum(constant.bytes for constant in token_table(parts, manifest))
     encoder = sum(size for name, size in sizes.items() if name.startswith("encoder"))
     return {
@@ -325,7 +325,7 @@ def with_floors(folder: Path, manifest: dict[str, Any], answer: dict[str, Any]) 
         )
     rows, width = PROBE
     rates = {name: rows * width**2 / seconds for name, seconds in answer["probes"].items()}
-    files = manifest["files"].keys()
+    files = [folder / name for name in manifest["files"]]
     encoder, decoder = (read_graph(folder / f"{n}.onnx", files) for n in ("encoder", "decoder"))
 
     total = macs["encoder"] + macs["cross"]

@@ -130,15 +130,16 @@ def check_graphs(folder: Path, manifest: dict[str, Any]) -> str:
     """Read the graphs without running them, and check the versions of their operators."""
     if manifest.get("layout") in layouts_of("coreml"):
         return check_packages(folder)
-    names = [name for name in manifest["files"] if name.endswith(".onnx")]
+    files = [folder / name for name in manifest["files"]]
+    graphs = [path for path in files if path.suffix == ".onnx"]
     branches = manifest.get("layout") in BRANCHES
     kinds, constants = set(), 0
-    for name in names:
-        parts = read_graph(folder / name, manifest["files"].keys(), subgraphs=branches)
-        check_opsets(folder / name, parts.opsets)
+    for graph in graphs:
+        parts = read_graph(graph, files, subgraphs=branches)
+        check_opsets(graph, parts.opsets)
         kinds |= {node.kind for node in parts.nodes}
         constants += len(parts.constants)
-    return f"{len(names)} graphs with {len(kinds)} kinds of operators, {constants} constants"
+    return f"{len(graphs)} graphs with {len(kinds)} kinds of operators, {constants} constants"
 
 
 def check_packages(folder: Path) -> str:

@@ -73,8 +73,9 @@ def graphs(
             "export the checkpoint with `--target onnx`",
         )
     entries: dict[str, Any] = {}
+    listed = [folder / file for file in manifest["files"]]
     for name in (f"{graph}.onnx" for graph in GRAPHS):
-        constants = read_graph(folder / name, manifest["files"].keys()).constants.values()
+        constants = read_graph(folder / name, listed).constants.values()
         weights = sorted({c.location for c in constants if c.location is not None})
         files |= {place + file: folder / file for file in (name, *weights)}
         graph = {"file": place + name, "external": weights, "place": place}

@@ -18,6 +18,7 @@ from edgewhisper.gating import Gating
 from edgewhisper.shipped import COMMON_VOICE, SPEECH
 from edgewhisper.verify import verify
 from export.artifact import read_manifest as read_artifact
+from export.onnx import save
 from export.problem import Problem
 
 
@@ -150,6 +151,14 @@ def test_an_export_stopped_in_its_gate_leaves_no_artifact(digits, few, tmp_path,
     assert "encoder.onnx" in files
     assert "manifest.json" not in files, "a killed export would leave what looks like an artifact"
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_the_gate_runs_on_graphs_with_weights_in_files(digits, few, tmp_path, monkeypatch):
+    """The weights of large models are in files next to the graphs."""
+    monkeypatch.setattr(save, "LARGE", 2**10)
+    place = exported(digits, few, tmp_path / "out")
+    assert {"encoder.weights", "decoder.weights"} <= read_artifact(place)["files"].keys()
+    assert read_artifact(place)["gate"]["result"] == "passed"
 
 
 # ----------------------------------------------------------------------------------------- verify

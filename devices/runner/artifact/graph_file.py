@@ -95,11 +95,11 @@ class Parts:
     opsets: dict[str, int] = field(default_factory=dict)
 
 
-def read_graph(path: Path, files: Collection[str] = (), subgraphs: bool = False) -> Parts:
+def read_graph(path: Path, files: Collection[Path] = (), subgraphs: bool = False) -> Parts:
     """Return the parts of an ONNX file; raise RunnerProblem for a damaged or dangerous one.
 
-    `files` are the manifest's file names, which may hold external constants. With `subgraphs`,
-    loops and branches are allowed.
+    `files` are the artifact's files, which may hold external constants. With `subgraphs`, loops and
+    branches are allowed.
     """
     try:
         size = path.stat().st_size
@@ -312,7 +312,7 @@ def signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
 
 
-def check_constant(path: Path, constant: Constant, files: Collection[str]) -> None:
+def check_constant(path: Path, constant: Constant, files: Collection[Path]) -> None:
     """Raise RunnerProblem unless a constant's bytes fit its shape and are in the artifact."""
     name, dims = constant.name, list(constant.dims)
     if constant.data_type not in BITS:
@@ -335,15 +335,11 @@ def check_constant(path: Path, constant: Constant, files: Collection[str]) -> No
         )
 
 
-def check_external(path: Path, constant: Constant, files: Collection[str]) -> None:
+def check_external(path: Path, constant: Constant, files: Collection[Path]) -> None:
     """Raise RunnerProblem unless an external constant is in a listed file that is large enough."""
-    root = path.parent
-    while root.name and not (root / "manifest.json").is_file():
-        root = root.parent
     place = path.parent / str(constant.location)
     try:
-        inside = Path(os.path.normpath(place)).relative_to(os.path.normpath(root))
-        listed = inside.as_posix() in files
+        listed = os.path.normpath(place) in map(os.path.normpath, files)
         plain = place.is_file() and not links_outside(place)
     except (OSError, ValueError):
         listed = plain = False

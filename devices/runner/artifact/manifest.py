@@ -305,6 +305,6 @@ def check_files(folder: Path, manifest: dict[str, Any], hashed: bool = True) -> 
     for name in NEEDED:
         check_file(folder / name, listed[name], hashed)
     for name in ("encoder.onnx", "decoder.onnx"):
-        constants = read_graph(folder / name, listed.keys()).constants.values()
+        constants = read_graph(folder / name, [folder / file for file in listed]).constants.values()
         for other in {str(c.location) for c in constants if c.location is not None}:
             check_file(folder / other, listed[Path(os.path.normpath(other)).as_posix()], hashed)
