@@ -77,7 +77,7 @@ class Options:
     """Weight of the divergence in (2)."""
     training: Training = field(
         default_factory=lambda: Training(
-            steps=2000, batch_size=6, learning_rate=1e-4, token_table=False
+            steps=500, batch_size=6, learning_rate=4e-5, token_table=False
         )
     )
 
