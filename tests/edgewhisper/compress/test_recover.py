@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from dead_structure import kill
+from gates import run_gate
 
-from benchmarks.gate import EXACT, checkpoint_tokens, run_gate
+from benchmarks.gate import EXACT, checkpoint_tokens
 from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import recover
