@@ -365,7 +365,7 @@ def test_bits_survive_later_methods(tiny_whisper, context):
     assert result["windows"] == [100, 200, 300]
 
 
-MOVING = ["tspar", "imp", "wsap", "obs", "lite", "merge", "shear", "short", "shrink"]
+MOVING = ["tspar", "imp", "wsap", "obs", "lite", "merge", "shear", "short", "recover", "shrink"]
 """Methods that take weights off their grids, by default."""
 
 
