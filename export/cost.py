@@ -74,8 +74,7 @@ def macs(
 
 
 def artifact_bytes(model: nn.Module, precision: str) -> float:
-    """Return the predicted bytes of the graphs and weights of a native artifact, without the
-    tokenizer's files."""
+    """Return the predicted bytes of the weights of a native artifact."""
     encoder, decoder = model.model.encoder, model.model.decoder
     convolutions = encoder.conv1.weight.numel() + encoder.conv2.weight.numel()
     table = list(decoder.embed_tokens.parameters())

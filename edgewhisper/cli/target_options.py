@@ -45,7 +45,7 @@ TargetBytes = Annotated[
     Option(
         metavar="N|SHARE",
         help="search for a model whose artifact has at most this many bytes in --precision, "
-        "predicted without the tokenizer's files: 30M or 60%",
+        "predicted from the shapes: 30M or 60%",
     ),
 ]
 Precision = Annotated[
