@@ -1,6 +1,6 @@
 // The worker of transcribe.html: transcribes recordings of any length with the rules of
 // devices/runner/decode/listen.py (greedy decoding). It receives {pcm, language, timestamps} and
-// sends {segments, text, language, at_s} for each window, then {done}.
+// sends {segments, language, at_s} for each window, then {done}.
 
 import { SAMPLING_RATE, findCut, isHum, isSilent } from "./pauses.js";
 import { Recognizer, bytes, chooser, fetchGraph, loopPeriod, startRuntime } from "./recognizer.js";
@@ -111,7 +111,6 @@ class Listener {
       }));
       self.postMessage({
         segments: timed.filter((segment) => segment.text),
-        text: this.text(segments.flatMap(([, , tokens]) => tokens)),
         language: this.language,
         at_s: end / SAMPLING_RATE,
       });

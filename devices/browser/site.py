@@ -5,8 +5,9 @@ the token, or with another Host header (as in DNS rebinding), get status 404. Na
 a table, so no path of a request reaches the file system. Pages send JSON of limited size, and each
 job has one answer.
 
-A page posts `hello` with a description of its browser and gets an id. It posts `next` until it gets
-a job, `alive` while it runs, and `answer` at the end.
+The page of a bench posts `hello` with a description of its browser and gets an id. It posts `next`
+until it gets a job, `alive` while it runs, and `answer` at the end. The page that transcribes posts
+nothing.
 """
 
 from __future__ import annotations
@@ -292,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in HEADERS.items():
             self.send_header(name, value)
-        # the URL is new for every bench, so its contents never change
+        # the URL is new for every server, so its contents never change
         fixed = status == 200 and self.command == "GET"
         self.send_header("Cache-Control", "private, max-age=86400" if fixed else "no-store")
         self.send_header("Content-Type", kind)
@@ -331,10 +332,11 @@ def where(listen: str | None) -> tuple[str, int]:
 
 
 def encrypted(certificate: Path) -> ssl.SSLContext:
-    """Return the settings of https with a PEM file that has a private key and its certificate."""
+    """Return the settings of https with a PEM file that has a private key and its certificate.
+    Raises DeviceProblem if the file cannot be loaded."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # without a terminal, a password would be asked for on the terminal
+        # with an empty password, OpenSSL does not ask for one on the terminal
         context.load_cert_chain(certificate, password="")
     except OSError as error:
         raise DeviceProblem(

@@ -20,7 +20,7 @@ let job = null;
 let worker = null;
 let recorder = null;
 let ready = false;
-let shown = null; // the transcript: its name, its length in seconds, its segments and texts
+let shown = null; // the transcript: its name, its length in seconds, its segments
 
 // ------------------------------------------------------------------------------------ what is shown
 
@@ -83,7 +83,7 @@ function start() {
   worker.postMessage(job);
 }
 
-function receive({ loaded, ready: opened, segments, text, language, at_s, done: finished, error }) {
+function receive({ loaded, ready: opened, segments, language, at_s, done: finished, error }) {
   if (error) return failedAt(error);
   if (loaded) show("Loading the model", loaded);
   if (opened) {
@@ -93,7 +93,6 @@ function receive({ loaded, ready: opened, segments, text, language, at_s, done: 
   }
   if (segments) {
     shown.language = language;
-    shown.texts.push(text);
     shown.segments.push(...segments);
     for (const segment of segments) addSegment(segment);
     element("name").textContent = language ? `${shown.name} (${languageName(language)})` : shown.name;
@@ -129,7 +128,7 @@ async function transcribe(blob, name) {
     );
     return setFree(true);
   }
-  shown = { name, length_s: pcm.length / SAMPLING_RATE, segments: [], texts: [], started: performance.now() };
+  shown = { name, length_s: pcm.length / SAMPLING_RATE, segments: [], started: performance.now() };
   element("segments").replaceChildren();
   element("result").hidden = true;
   show(`Transcribing ${name}, ${short(shown.length_s)}`, 0);
@@ -172,13 +171,15 @@ function setRecording(active) {
 
 // ----------------------------------------------------------------------------------------- results
 
-const fullText = () => `${shown.texts.filter((text) => text).join(" ")}\n`;
+// The formats are those of devices/runner/writers.py.
+const fullText = () => `${shown.segments.map(({ text }) => text).join("\n")}\n`;
 
 function subtitles() {
-  const cues = shown.segments.map(
-    ({ start_s, end_s, text }, i) => `${i + 1}\n${clock(start_s)} --> ${clock(end_s)}\n${text}\n`,
-  );
-  return cues.join("\n");
+  const cues = shown.segments.map(({ start_s, end_s, text }, i) => {
+    const times = `${clock(start_s)} --> ${clock(end_s)}`;
+    return `${i + 1}\n${times}\n${text.replaceAll("-->", "->")}\n\n`;
+  });
+  return cues.join("");
 }
 
 function download(ending, content) {

@@ -75,7 +75,7 @@ def formats_of(names: Sequence[str]) -> list[str]:
     formats = [name.strip() for value in names for name in value.split(",")]
     if unknown := [name for name in formats if name not in FORMATS]:
         raise RunnerProblem(
-            f"output format {unknown[0]!r} is not known", f"choose of {', '.join(FORMATS)}"
+            f"output format {unknown[0]!r} is not known", f"choose from {', '.join(FORMATS)}"
         )
     return list(dict.fromkeys(formats))
 

@@ -9,6 +9,7 @@ from transcribe_page import READY, transcribed, write_wav
 
 from benchmarks.speech.clips import read_manifest
 from devices.browser.transcribe import open_site
+from devices.runner import writers
 from devices.runner.recognizer import Recognizer
 from edgewhisper import pipeline
 from edgewhisper.gating import Gating
@@ -28,7 +29,7 @@ def test_the_page_gives_the_runners_texts(tmp_path):
             tab.wait(READY)
             for number, clip in enumerate(read_manifest(COMMON_VOICE / "test.jsonl")[:3]):
                 path = write_wav(tmp_path / f"{number}.wav", clip.pcm())
-                expected = runner.transcribe(path, timestamps=True).text
-                assert transcribed(tab, path) == f"{expected}\n"
+                expected = runner.transcribe(path, timestamps=True)
+                assert transcribed(tab, path) == writers.txt(expected.as_dict())
     finally:
         served.close()
