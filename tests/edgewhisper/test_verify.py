@@ -101,7 +101,9 @@ def test_other_clips_than_the_gates_are_refused(exported, clips):
     assert "the gate was run on 3 other clips than these 40" in str(report.error)
 
 
-@pytest.mark.parametrize("layout", ["transformers", "sherpa", "single"])
+@pytest.mark.parametrize(
+    "layout", ["sherpa", "single", pytest.param("transformers", marks=pytest.mark.slow)]
+)
 def test_other_layouts_are_verified_too(layout, digits, few, tmp_path, monkeypatch, capsys):
     """Their reference runtimes run the graphs. Some of them only have the model's full window."""
     model, processor = whisper.load(digits), whisper.load_processor(digits)

@@ -203,6 +203,8 @@ def test_pipes_and_folders_are_refused_without_blocking(name, artifact, one_clip
 # ------------------------------------------------------------------------------- other layouts
 
 OTHERS = ("transformers", "sherpa", "single")
+HEAVY = ("transformers", "sherpa")
+"""Layouts whose runtime imports transformers: 5 s of CPU time for each process of `verify`."""
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +233,9 @@ def graphs_in(folder: Path, layout: str) -> list[Path]:
     return [folder / name for name in graph_files(layout, "int8").values()]
 
 
-@pytest.mark.parametrize("layout", OTHERS)
+@pytest.mark.parametrize(
+    "layout", ["single", *(pytest.param(name, marks=pytest.mark.slow) for name in HEAVY)]
+)
 def test_unchanged_artifacts_of_other_layouts_are_accepted(layout, layouts, one_clip):
     """`verify` fails only because the gate was not run."""
     assert "has passed no gate" in why_not(layouts / layout, one_clip, "gate")
@@ -255,7 +259,8 @@ def test_truncated_files_of_other_layouts_are_refused(layout, layouts, one_clip,
         sign(folder)
 
 
-@pytest.mark.parametrize("layout", ["transformers", "sherpa"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", HEAVY)
 def test_other_layouts_refuse_an_encoder_of_another_export(layout, layouts, one_clip, tmp_path):
     folder = Path(shutil.copytree(layouts / layout, tmp_path / layout))
     encoder = graphs_in(folder, layout)[0]
@@ -264,7 +269,8 @@ def test_other_layouts_refuse_an_encoder_of_another_export(layout, layouts, one_
     assert f"{encoder}: " in why_not(folder, one_clip, "contract")
 
 
-@pytest.mark.parametrize("layout", ["transformers", "sherpa"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", HEAVY)
 def test_swapped_graphs_are_refused_in_other_layouts(layout, layouts, one_clip, tmp_path):
     folder = Path(shutil.copytree(layouts / layout, tmp_path / layout))
     first, second = graphs_in(folder, layout)[-2:]
@@ -275,6 +281,7 @@ def test_swapped_graphs_are_refused_in_other_layouts(layout, layouts, one_clip, 
     assert f"{first}: its" in why_not(folder, one_clip, "contract")
 
 
+@pytest.mark.slow
 def test_unmerged_decoders_of_another_model_are_refused(
     layouts, digits, processor, one_clip, tmp_path
 ):
@@ -308,6 +315,7 @@ ODD_FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "name", "old", "new"), ODD_FILES, ids=[f"{row[1]}-{row[3]}" for row in ODD_FILES]
 )
@@ -322,6 +330,7 @@ def test_malformed_companion_files_of_other_layouts_are_refused(
     assert name in why_not(folder, one_clip, "contract")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -707,6 +707,7 @@ def test_macs_by_window_are_those_of_the_encoders_graph(make_whisper, processor,
         assert count / counted[-1] <= int(window) / 300
 
 
+@pytest.mark.slow
 def test_trained_short_windows_lose_less_than_one_point_and_do_not_loop(
     digits, processor, tmp_path
 ):
