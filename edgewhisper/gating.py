@@ -45,6 +45,12 @@ class Gating:
     most_clips: int | None = None
     """Maximum number of clips, chosen evenly. None: benchmarks.gate.MOST_CLIPS."""
 
+    def chosen(self, clips: Sequence[Clip]) -> list[Clip]:
+        """Return the clips that are compared."""
+        from benchmarks.gate import MOST_CLIPS, evenly
+
+        return evenly(clips, self.most_clips or MOST_CLIPS)
+
 
 def gated(
     folder: Path,
@@ -59,13 +65,13 @@ def gated(
 
     Raises GateFailure if the gate fails and `gating.mode` is "fail".
     """
-    from benchmarks.gate import FAILED, MOST_CLIPS, NOT_RUN, PASSED, GateFailure, compared, evenly
+    from benchmarks.gate import FAILED, NOT_RUN, PASSED, GateFailure, compared
     from devices.runner.engines.sessions import saturates
 
     if gating.mode == "off":
         say("the gate was not run (--gate off)")
         return {"result": NOT_RUN}
-    chosen = evenly(clips, gating.most_clips or MOST_CLIPS)
+    chosen = gating.chosen(clips)
     counts = {"clips": len(chosen), "clips_available": len(clips)}
     started = time.monotonic()
     try:

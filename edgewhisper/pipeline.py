@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,7 @@ from edgewhisper.shipped import DEFAULT_MODEL, default_speech, speech_for
 from export.files import new_directory
 from export.layouts import LAYOUTS, TARGETS
 from export.problem import Problem
+from export.prompt import is_multilingual
 from export.quantise import is_quantised
 
 if TYPE_CHECKING:
@@ -111,16 +113,20 @@ def export(
     target: str = "onnx",
     language: str | None = None,
     gating: Gating | None = None,
+    two_stage: bool | None = None,
     **options: Any,
 ) -> Path:
     """Write an artifact from a checkpoint and return its directory.
 
     Pruned weights are removed first. The gate then compares the artifact's text with the
     checkpoint's; if it fails, nothing is written and GateFailure is raised, unless `gating` asks
-    otherwise. `language` is the artifact's default prompt. `options` are those of export_coreml;
-    for ONNX there is one, `runtime`, the oldest onnxruntime that must run the artifact.
+    otherwise. `language` is the artifact's default prompt. `two_stage` selects logits in one or two
+    stages for ONNX; None uses two if they change no token (see two_stage.py). `options` are those
+    of export_coreml; for ONNX there is one, `runtime`, the oldest onnxruntime that must run the
+    artifact.
     """
     from edgewhisper.coreml import chosen
+    from edgewhisper.two_stage import moment_for
     from export.coreml.to_coreml import export_coreml
     from export.onnx.to_onnx import export_onnx
 
@@ -138,15 +144,45 @@ def export(
         say(f"{source} -> {place} ({kind})")
         write: Callable[..., dict[str, Any]]
         write = export_coreml if target == "coreml" else export_onnx
+        gating = gating or Gating()
+        if in_two_stages(two_stage, model, precision, layout, gating):
+            trial = partial(write, model, processor, precision=precision, layout=layout, **options)
+            some, asked = gating.chosen(clips), two_stage is True
+            options["moment"] = moment_for(trial, model, processor, some, asked, say)
         record = whisper.compression_record(source)
 
         def gate(manifest: dict[str, Any]) -> dict[str, Any]:
             for line in chosen(manifest, options) if target == "coreml" else onnx_notes(manifest):
                 say(line)
-            return gated(folder, manifest, model, processor, clips, gating or Gating(), say)
+            return gated(folder, manifest, model, processor, clips, gating, say)
 
         write(model, processor, folder, precision, record, layout, gate=gate, **options)
     return place
+
+
+def in_two_stages(
+    asked: bool | None,
+    model: WhisperForConditionalGeneration,
+    precision: str,
+    layout: str,
+    gating: Gating,
+) -> bool:
+    """Return whether to try logits in two stages. By default they are tried where they can be
+    faster, if the gate runs and the model knows one language: they are calibrated and compared on
+    English clips. Raises Problem if they are asked for and cannot be."""
+    from export.onnx.two_stage import suits
+
+    if asked and not suits(model, precision, layout):
+        raise Problem(
+            f"--two-stage: precision {precision}, layout {layout} and a vocabulary of "
+            f"{model.config.vocab_size}; it needs a native int8 or int4 artifact, and a large "
+            "token table in 8 bits that is not factorised",
+            hint="leave --two-stage out",
+        )
+    if asked is None:
+        checked = gating.mode != "off" and not is_multilingual(model.generation_config)
+        return checked and suits(model, precision, layout)
+    return asked
 
 
 def kind_of(layout: str, precision: str) -> str:

@@ -12,6 +12,8 @@ LAYOUTS = {target: layouts_of(target) for target in TARGETS}
 """Target -> its layouts."""
 PRECISIONS = {name: target.precisions for name, target in TARGETS.items()}
 """Target -> its precisions."""
+FOR_ONNX = ("runtime", "two_stage")
+"""Options for ONNX only. All others are for Core ML only."""
 GATES = ("fail", "warn", "off")
 
 
@@ -81,8 +83,8 @@ def require_for_target(
 
 
 def refuse_options(target: str, options: dict[str, Any]) -> None:
-    """Raise Problem for options of the other target. Only --runtime is for ONNX."""
-    wrong = [name for name in options if (name == "runtime") != (target == "onnx")]
+    """Raise Problem for options of the other target."""
+    wrong = [name for name in options if (name in FOR_ONNX) != (target == "onnx")]
     if wrong:
         from export.problem import Problem
 

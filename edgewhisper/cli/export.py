@@ -69,6 +69,13 @@ Runtime = Annotated[
         "default: the version that the fastest graphs need",
     ),
 ]
+TwoStage = Annotated[
+    bool | None,
+    Option(
+        "--two-stage/--one-stage",
+        help="onnx only: logits in two stages; default: for English models, if no token changes",
+    ),
+]
 DeploymentTarget = Annotated[
     str | None,
     Option(
@@ -90,10 +97,7 @@ WordTimestamps = Annotated[
 ]
 NeuralEngine = Annotated[
     bool,
-    Option(
-        "--neural-engine",
-        help="coreml only: use the tensor layout recommended for the Neural Engine",
-    ),
+    Option("--neural-engine", help="coreml only: use the Neural Engine's tensor layout"),
 ]
 Window = Annotated[
     float | None,
@@ -112,6 +116,7 @@ def export_cli(
     gate_clips: GateClips = None,
     language: Language = None,
     runtime: Runtime = None,
+    two_stage: TwoStage = None,
     out: Out = None,
     deployment_target: DeploymentTarget = None,
     stateful: Stateful = False,
@@ -133,12 +138,13 @@ def export_cli(
         neural_engine=neural_engine or None,
         window=window,
         runtime=runtime,
+        two_stage=two_stage,
     )
     options = {name: value for name, value in options.items() if value is not None}
     check_choices(target, gate, layout, options)
     precision = precision_for(precision, device, target)
     from edgewhisper import pipeline
 
-    gating = pipeline.Gating(gate, gate_clips)
-    rest = (checkpoint, precision, speech, out, say, layout, target, language, gating)
+    options["gating"] = pipeline.Gating(gate, gate_clips)
+    rest = (checkpoint, precision, speech, out, say, layout, target, language)
     say(f"wrote {pipeline.export(*rest, **options)}")

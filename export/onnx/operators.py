@@ -141,6 +141,8 @@ class Shapes:
     vocabulary: int
     positions: int
     """Encoder positions of the full window."""
+    stages: tuple[int, int] | None = None
+    """Rank and number of candidates of logits in two stages."""
 
     @property
     def windows(self) -> list[int]:
@@ -216,7 +218,12 @@ def token_operators(shapes: Shapes, context: int = CONTEXT) -> Iterator[Operator
         yield from _linears(layer, "fc2", units, width)
     yield Operator("norm", (1, width))
     rank = shapes.layers.get("token_rank")
-    if rank is None:
+    if shapes.stages is not None:
+        first, candidates = shapes.stages
+        yield Operator("product", (width, first))
+        yield Operator("logits", (shapes.vocabulary, first))
+        yield Operator("logits", (candidates, width))
+    elif rank is None:
         yield Operator("logits", (shapes.vocabulary, width))
     else:
         yield Operator("product", (rank, width))  # the look-up

@@ -119,12 +119,34 @@ class TokenTable:
         x = g.op("Flatten", x, axis=-1)
         if self.scale is None:
             return g.op("Reshape", g.op("Gemm", x, self.table, transB=1), shape)
-        q, scale, zero = g.quantised(g.op("Mul", x, self.columns) if self.columns else x)
+        q, scale, zero = self._quantised(x)
         none = g.constant(np.zeros(1, np.int8))  # the weights are symmetric
         zeros = g.op("Expand", none, g.constant([self.vocab]))
         weights = [self.table, self.scale, zeros]
         y = g.op("QGemm", q, scale, zero, *weights, domain=FUSED, transB=1)
         return g.op("Reshape", y, shape)
+
+    def logits_of(self, x: str, tokens: str) -> str:
+        """Return the logits of some tokens from an int8 table: x (1, 1, d_model), ids (1, 1, n) ->
+        (1, 1, n).
+
+        The codes are multiplied as floats. They are integers, and their sums are below 2**24, so
+        the result equals that of `logits` to the bit on every processor. Up to a width of 518 no
+        sum can be larger; in wider models only rows of the largest codes could be.
+        """
+        g = self.g
+        assert self.scheme.bits == 8 and self.scale is not None
+        q, scale, zero = self._quantised(g.op("Flatten", x, axis=-1))
+        wide = (g.op("Cast", codes, to=TensorProto.FLOAT) for codes in (q, zero))
+        rows = g.op("Cast", g.op("Gather", self.table, tokens), to=TensorProto.FLOAT)
+        rows = g.op("Reshape", rows, g.constant([-1, self.width]))  # (n, d_model)
+        sums = g.op("Gemm", g.op("Sub", *wide), rows, transB=1)  # (1, n)
+        scales = g.op("Mul", scale, g.op("Gather", self.scale, tokens))
+        return g.op("Mul", g.op("Unsqueeze", sums, g.constant([0])), scales)
+
+    def _quantised(self, x: str) -> list[str]:
+        """Return hidden states (n, d_model) in 8 bits, with their scale and zero point."""
+        return self.g.quantised(self.g.op("Mul", x, self.columns) if self.columns else x)
 
 
 class FactorisedTable:

@@ -16,6 +16,8 @@ from export.layouts import NATIVE, TARGETS, layouts_of
 from export.manifest import manifest_of
 from export.onnx.layouts.native import alignment
 from export.onnx.runtimes import has_int8_cache, needed
+from export.onnx.two_stage import facts
+from export.weights import Floats
 
 
 def export_onnx(
@@ -26,13 +28,16 @@ def export_onnx(
     provenance: dict[str, Any] | None = None,
     layout: str = "native",
     runtime: str | None = None,
+    moment: Floats | None = None,
     gate: Gate | None = None,
 ) -> dict[str, Any]:
     """Write an artifact into the empty folder `out` and return its manifest.
 
     `model` is a Whisper, dense or slim, `processor` its WhisperProcessor, and `provenance` the
     checkpoint's compression.json. `runtime` is the oldest onnxruntime that has to run the artifact;
-    see runtimes.py. The manifest is written last, after `gate`.
+    see runtimes.py. `moment` is the second moment (d_model, d_model) of the decoder's last hidden
+    states. With it, logits are computed in two stages; the model must pass two_stage.suits(). The
+    manifest is written last, after `gate`.
 
     Raises Problem for an unknown precision, layout or runtime, for a model or feature extractor
     that the graphs cannot represent, for a prompt that the generation config cannot give, and for a
@@ -46,10 +51,13 @@ def export_onnx(
     oldest = needed(layout, precision, runtime)
     write_layout = import_module(f".layouts.{layout}", __package__).write
     if layout == NATIVE:
-        write_layout = partial(write_layout, int8_cache=has_int8_cache(precision, runtime))
+        int8_cache = has_int8_cache(precision, runtime)
+        write_layout = partial(write_layout, int8_cache=int8_cache, moment=moment)
     contract = write_layout(model, processor, precision, out)
     header: dict[str, Any] = {"target": "onnx", "layout": layout, "precision": precision}
     header["runtime"] = {"onnxruntime": oldest}
+    if moment is not None:
+        header["logits"] = facts(model)
     costs = macs_by_window(model)
     manifest = manifest_of(header, model, processor, costs, contract, provenance)
     if layout == NATIVE:

@@ -254,6 +254,7 @@ def check_facts(root: Field) -> None:
         "precision": Field.text,
         "parameters": Field.count,
         "macs": counts,
+        "logits": counts,
         "macs_by_window": counts_by_window,
         "layers": check_layers,
         "provenance": Field.items,

@@ -35,7 +35,8 @@ stem and the decoder's positions are stored as float16 and computed in float32; 
 stay float32. int4 differs from int8 in the matrices of the blocks: 4 bits, with a scale per 32
 inputs. The encoder's positions are computed if they are Whisper's sinusoids. If the checkpoint
 names bits for a layer, the table or the stem (see quantise.py), int8 and int4 use them: 4 bits in
-blocks, 8, 16 (computed in float32) or 32. Nothing is stored twice. On x86 without VNNI, the int8
+blocks, 8, 16 (computed in float32) or 32. Nothing is stored twice, except by logits in two stages
+(see two_stage.py), which add a smaller table. On x86 without VNNI, the int8
 products of onnxruntime saturate unless the session asks for exact ones; see constants.py.
 
 Profiling. The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels,
@@ -71,18 +72,26 @@ from export.onnx.graph import Graph
 from export.onnx.layers import float_table, joint_linear, linear, separate_linear
 from export.onnx.log_mel import log_mel
 from export.onnx.save import GraphParts, write_graph
+from export.onnx.tables import TokenTable
+from export.onnx.two_stage import two_stage_logits
 from export.quantise import schemes
 from export.shrink import windows_of
 from export.tokens import write_tokens
-from export.weights import alignment_heads, array, chain, chains, heads_of
+from export.weights import Floats, alignment_heads, array, chain, chains, heads_of
 
 
 def write(
-    model: nn.Module, processor: Any, precision: str, out: Path, int8_cache: bool = True
+    model: nn.Module,
+    processor: Any,
+    precision: str,
+    out: Path,
+    int8_cache: bool = True,
+    moment: Floats | None = None,
 ) -> Contract:
-    """Write the layout's files and return the inputs and outputs of each graph."""
+    """Write the layout's files and return the inputs and outputs of each graph. With `moment`,
+    logits are computed in two stages; see two_stage.py."""
     encoder = encoder_graph(model, processor.feature_extractor, precision, int8_cache)
-    decoder = decoder_graph(model, precision, int8_cache)
+    decoder = decoder_graph(model, precision, int8_cache, moment)
     contract = {
         "encoder": write_graph(encoder, out, "encoder", mapped=True),
         "decoder": write_graph(decoder, out, "decoder", mapped=True),
@@ -122,7 +131,9 @@ def encoder_graph(
     return g, [Spec("pcm", (1, extractor.n_samples if one_window else "samples"))], outputs
 
 
-def decoder_graph(model: nn.Module, precision: str, int8_cache: bool = True) -> GraphParts:
+def decoder_graph(
+    model: nn.Module, precision: str, int8_cache: bool = True, moment: Floats | None = None
+) -> GraphParts:
     """Build the graph from new tokens and the cache to the last token's logits and the longer
     cache."""
     g = Graph(precision, schemes(model), int8_cache)
@@ -146,7 +157,13 @@ def decoder_graph(model: nn.Module, precision: str, int8_cache: bool = True) -> 
             x = _decoder_layer(g, x, layer, i, places, i in aligned)
     with g.scope("logits"):
         last = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
-        g.name(table.logits(blocks.norm(g, last, decoder.layer_norm)), "logits")
+        x = blocks.norm(g, last, decoder.layer_norm)
+        if moment is None:
+            logits = table.logits(x)
+        else:
+            assert isinstance(table, TokenTable)  # see two_stage.suits
+            logits = two_stage_logits(g, table, x, model, moment)
+        g.name(logits, "logits")
     return g, *_decoder_contract(model, g.int8_cache)
 
 
