@@ -20,6 +20,7 @@ def export(digits, clips, monkeypatch, tmp_path):
     """Exports the embedded model with stages of a rank and a number of candidates."""
     monkeypatch.setattr(two_stage, "LEAST_VOCABULARY", 100)
     monkeypatch.setattr(two_stage, "LEAST_RATIO", 0)
+    monkeypatch.setattr(pipeline, "is_multilingual", lambda generation: False)
     few = tmp_path / "few.jsonl"
     lines = [json.loads(line) for line in clips.read_text().splitlines()[:4]]
     absolute = [json.dumps(line | {"audio": str(clips.parent / line["audio"])}) for line in lines]
@@ -70,3 +71,16 @@ def test_without_a_gate_or_with_one_stage_asked_for_nothing_is_compared(export, 
 def test_asking_for_two_stages_in_floats_gives_an_error(export):
     with pytest.raises(Problem, match="--two-stage: precision fp32, layout native"):
         export(rank=32, best=64, precision="fp32", two_stage=True)
+
+
+def test_multilingual_models_have_one_stage_unless_two_are_asked_for(make_whisper, monkeypatch):
+    monkeypatch.setattr(two_stage, "LEAST_VOCABULARY", 100)
+    monkeypatch.setattr(two_stage, "LEAST_RATIO", 0)
+    model = make_whisper()
+    for multilingual in (False, True):
+        model.generation_config.is_multilingual = multilingual
+        tried = [
+            pipeline.in_two_stages(asked, model, "int8", "native", Gating())
+            for asked in (None, True, False)
+        ]
+        assert tried == [not multilingual, True, False]
