@@ -39,7 +39,7 @@ from devices.runner.decode.text import read_tokens, to_text
 from devices.runner.engines.coreml import Opener, checked, installed, typed
 from devices.runner.engines.sessions import open_session, session_options
 from devices.runner.interfaces import Logits
-from devices.runner.machine.host import limit_memory, versions
+from devices.runner.machine.host import limit_memory, usable_cores, versions
 from devices.runner.measure.bench import read_clips
 from devices.runner.measure.check import WindowDecoder, said
 from devices.runner.problem import RunnerProblem
@@ -132,8 +132,7 @@ class InterpretedPackage:
 
         from export.coreml.interpreter import open_package
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
         program = open_package(path)
         self.inputs, self.outputs, self.states = program.inputs, program.outputs, program.states
         self.predict, self.new_state = program.predict, program.new_state
