@@ -107,6 +107,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--live", action="store_true", help="transcribe - or mic while it is recorded"
     )
+    command.add_argument("--vad", action="store_true", help="skip noise; needs silero-vad")
     command.add_argument("--strict", action="store_true", help="refuse truncated files")
     command.add_argument("--stream", action="store_true", help="print each segment as JSON at once")
 
@@ -215,7 +216,8 @@ def transcripts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         arguments.threads or batch.threads_for(arguments.jobs),
         compute_units=arguments.compute_units,
     )
-    names = ["language", "task", "beams", "fallback", "seed", "previous", "prompt", "hotwords"]
+    names = ["language", "task", "beams", "fallback", "seed", "previous", "vad"]
+    names += ["prompt", "hotwords"]
     options = {name: getattr(arguments, name) for name in names}
     if arguments.live:
         row = live.transcript(recognizer, jobs, lambda result: say(result.as_dict()), **options)

@@ -62,7 +62,8 @@ class Transcript:
     `language` is the code in the prompt: requested, set by the checkpoint or detected; None for
     English-only models. `graph_s` is the time of the encoder graph: log-mel, encoder, cross keys
     and values. `mel_s` is log-mel's part of it, if known. The lists have one entry per window,
-    `per_token_s` one per decoder step after the prompt.
+    `per_token_s` one per decoder step after the prompt, `no_speech_s` one per decoder step for the
+    probability of no speech.
     """
 
     text: str = ""
@@ -71,6 +72,7 @@ class Transcript:
     language: str | None = None
     graph_s: list[float] = field(default_factory=list)
     mel_s: list[float] = field(default_factory=list)
+    no_speech_s: list[float] = field(default_factory=list)
     prompt_s: list[float] = field(default_factory=list)
     per_token_s: list[float] = field(default_factory=list)
 

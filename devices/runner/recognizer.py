@@ -6,6 +6,7 @@ fallback are the same for both.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,17 @@ from .problem import RunnerProblem
 
 if TYPE_CHECKING:
     from .engines.coreml import Opener
+    from .engines.voice import Voice
 
 
 class Recognizer:
     """An opened artifact. Several threads may use it at once: they share the graphs, and each has
     its own key and value caches (5.5 MB per thread for whisper-tiny).
 
-    `guards` are two rules that transformers' generate() does not have: silent windows are not
-    decoded, and a text that repeats itself is cut. The gate turns them off to compare tokens.
+    `guards` are rules that transformers' generate() does not have: silent windows and steady noise
+    are not decoded, a text that repeats itself is cut, one that was probably invented is left out,
+    and a window whose text is too short is decoded again. The gate turns them off to compare
+    tokens.
 
     The folder is checked first (artifact/). With `hashed` false, file sizes are compared with the
     manifest but contents are not, for callers that have checked them already. A `manifest` is used
@@ -87,7 +91,7 @@ class Recognizer:
         A truncated file is transcribed up to its end, with a warning. Samples are a NumPy array
         (samples,), floats in [-1, 1] or int16 (see audio.checked_samples). Keywords are the fields
         of Options: language, task, timestamps, beams, fallback, seed, previous, prompt, hotwords,
-        confidence, word_timestamps.
+        confidence, word_timestamps, vad.
         """
         transcript = Transcript()
         for _ in self.stream(audio, transcript, **options):
@@ -130,6 +134,18 @@ class Recognizer:
     def decoder_over(self, pcm: Pcm, times: Transcript) -> Decoder:
         """Encode one window (samples,) and return the decoder over it."""
         return self.engine.decoder_over(pad(pcm, self.windows), times)
+
+    @cached_property
+    def voice(self) -> "Voice":
+        """The voice activity detector. Raises RunnerProblem if it is not installed."""
+        try:
+            from .engines.voice import Voice
+        except ImportError:  # a Mac with Core ML only
+            raise RunnerProblem(
+                "vad: the detector runs in onnxruntime, which is not installed",
+                "run `pip install onnxruntime`, or leave it out",
+            ) from None
+        return Voice()
 
     def known(self, language: str | None) -> str | None:
         """Return the model's code for a language, or None if it has none."""

@@ -32,6 +32,7 @@ def transcribe_cli(
     overwrite: given.Overwrite = False,
     jobs: given.Jobs = 1,
     live: given.Live = False,
+    vad: given.Vad = False,
     strict: given.Strict = False,
     threads: Threads = None,
     compute_units: Units = None,
@@ -61,6 +62,7 @@ def transcribe_cli(
         previous=previous,
         prompt=prompt,
         hotwords=hotwords,
+        vad=vad,
     )
     if live:
         recognizer = transcription.open_artifact(source, threads, compute_units)

@@ -41,6 +41,10 @@ Seed = Annotated[int, Option(help="random seed of --fallback")]
 Previous = Annotated[
     bool, Option("--previous", help="prompt each window with the text of the previous one")
 ]
+Vad = Annotated[
+    bool,
+    Option("--vad", help="skip noise and music with a voice activity detector; needs silero-vad"),
+]
 WordTimestamps = Annotated[
     bool,
     Option("--word-timestamps", help="add the times and probabilities of words to JSON"),

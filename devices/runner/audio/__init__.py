@@ -1,8 +1,9 @@
 """Audio in: reading WAV files, checking samples, splitting long recordings in pauses."""
 
 from ..interfaces import Pcm
-from .pauses import FRAME, find_cut, split
+from .pauses import FRAME, find_cut, sound_seconds, split
 from .samples import SAMPLING_RATE, checked_samples, is_hum, is_silent, shortest
+from .steady import is_steady
 from .wav import STDIN, check_whole, parse_riff, read_wav
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "find_cut",
     "is_hum",
     "is_silent",
+    "is_steady",
     "parse_riff",
     "read_wav",
     "shortest",
+    "sound_seconds",
     "split",
 ]

@@ -14,8 +14,15 @@ FRAME = 160
 """Samples per frame in the search for pauses: 10 ms."""
 PAUSE_FRAMES = 20
 """0.2 s: longer than the closure of a stop consonant, which is also quiet."""
+SMOOTH_FRAMES = 5
+FLOOR_PERCENT = 3
+"""This share of the frames is below the noise floor. In a window of 30 s it is 0.9 s, so that short
+stretches of digital silence do not count."""
 PAUSE_RISE = 4.0
-"""Frames within 6 dB of the quietest one count as pause; white noise varies by 1 dB."""
+"""0.2 s whose mean level is within 6 dB of the noise floor are a pause."""
+SOUND_RISE = 10.0
+SAME_RISE = 1.5
+"""Places whose levels differ by less than 1.8 dB are equally quiet."""
 
 
 def split(pcm: Pcm, window_samples: int) -> list[slice]:
@@ -32,20 +39,45 @@ def split(pcm: Pcm, window_samples: int) -> list[slice]:
 def find_cut(window: Pcm) -> int:
     """Return the sample of a full window at which to end the piece.
 
-    It is the middle of the longest pause of at least 0.2 s in the second half, or else of the
-    longest pause after the first eighth, or else the quietest frame of the second half.
+    It is the middle of the longest of the quietest pauses in the last third, or if that has no
+    pause of 0.2 s, in the second half, or after the first eighth. If there is none at all, it is
+    the quietest 0.2 s of the last third.
     """
     count = len(window) // FRAME
     if count < 8:
         return len(window)
-    audible = without_hum(window[: count * FRAME])
-    power = np.square(audible).reshape(count, FRAME).mean(axis=1)  # (frames,)
-    quiet = power <= max(PAUSE_RISE * float(power.min()), SILENT_PEAK**2)
-    for begin, shortest in ((count // 2, PAUSE_FRAMES), (count // 8, 2)):
-        length, middle = longest_run(quiet[begin:])
-        if length >= shortest:
-            return round((begin + middle) * FRAME)
-    return (count // 2 + int(power[count // 2 :].argmin())) * FRAME + FRAME // 2
+    levels = frame_levels(window[: count * FRAME])
+    late = 2 * count // 3
+    for begin in (late, count // 2, count // 8, late):
+        width = min(PAUSE_FRAMES, count - begin)
+        means = moving_average(levels[begin:], width)
+        if means.min() <= math.log(PAUSE_RISE):
+            break
+    _, middle = longest_run(means <= means.min() + math.log(SAME_RISE))
+    return round((begin + middle + (width - 1) / 2) * FRAME)
+
+
+def frame_levels(pcm: Pcm) -> npt.NDArray[np.float64]:
+    """Return the logarithm of each frame's power over the noise floor, (frames,). Frames below the
+    floor have 0."""
+    power = np.square(without_hum(pcm)).reshape(-1, FRAME).mean(axis=1, dtype=np.float64)
+    smooth = moving_average(power, SMOOTH_FRAMES)
+    floor = max(float(np.percentile(smooth, FLOOR_PERCENT)), SILENT_PEAK**2)
+    return np.log(np.maximum(power, floor) / floor)
+
+
+def sound_seconds(pcm: Pcm) -> float:
+    """Return how long the sound is at least 10 dB above the noise floor, in seconds."""
+    count = len(pcm) // FRAME
+    if count < SMOOTH_FRAMES:
+        return 0.0
+    loud = frame_levels(pcm[: count * FRAME]) > math.log(SOUND_RISE)
+    return int(loud.sum()) * FRAME / SAMPLING_RATE
+
+
+def moving_average(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
+    """Return the mean of every `width` neighbours, (len(values) - width + 1,)."""
+    return np.convolve(values, np.full(width, 1 / width), "valid")
 
 
 def without_hum(pcm: Pcm) -> Pcm:

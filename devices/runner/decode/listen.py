@@ -6,24 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..artifact.manifest import AUTO
-from ..audio import SAMPLING_RATE, find_cut, is_hum, is_silent, split
+from ..audio import SAMPLING_RATE, find_cut, is_hum, is_silent, is_steady, sound_seconds, split
 from ..interfaces import Decoder, Pcm, Segment, Transcript, Word
 from ..problem import RunnerProblem
+from .fallback import SPARSE_LIMIT, TEMPERATURES, Attempt, best_attempt, is_invented, sample
 from .greedy import MOST_NO_SPEECH, Filter, detect, say
-from .loops import without_loop
+from .loops import loop_period, without_loop
 from .rules import Rules
 from .softmax import probability
 from .text import Tokens, join
 from .timestamps import STEP_SAMPLES, parts
 from .words import TimedWord, timed_words
-
-if TYPE_CHECKING:
-    from .fallback import Attempt
 
 ENGLISH = "en"
 
@@ -31,6 +29,10 @@ MOST_BEAMS = 32
 
 HOT = 0.5
 """Text sampled at a higher temperature is not used as a prompt, as in Whisper."""
+
+LEAST_SOUND_S, LEAST_TOKENS_PER_S = 5.0, 1.5
+"""A text with fewer tokens for more sound is incomplete: the model ended it too early. English
+speech has 2 to 4 tokens for each second of sound, without pauses."""
 
 LEAST_STEPS = 50
 """If the next window would begin less than 1 s later, the unfinished text is kept instead: a model
@@ -52,7 +54,7 @@ class Options:
     beams: int = 1
     """Beam width; 1 is greedy."""
     fallback: bool = False
-    """Decode failed windows again at higher temperatures, and leave out windows without speech."""
+    """Decode failed windows again at higher temperatures."""
     seed: int = 0
     """Random seed of sampling at higher temperatures."""
     previous: bool = False
@@ -67,6 +69,15 @@ class Options:
     """Set avg_logprob and no_speech_prob of the segments."""
     word_timestamps: bool = False
     """Set the words of the segments, with their times and probabilities."""
+    vad: bool = False
+    """Decode only what Silero's voice activity detector takes for speech; needs silero-vad."""
+
+
+class Voice(Protocol):
+    """A voice activity detector."""
+
+    def only_speech(self, pcm: Pcm) -> Pcm:
+        """Return a window with zeros where there is no speech."""
 
 
 class Model(Protocol):
@@ -75,6 +86,10 @@ class Model(Protocol):
     rules: Rules
     guards: bool
     window_samples: int
+
+    @property
+    def voice(self) -> Voice:
+        """The voice activity detector."""
 
     def decoder_over(self, pcm: Pcm, times: Transcript) -> Decoder:
         """Encode one window and return the decoder over it."""
@@ -101,7 +116,8 @@ class Listener:
             None if self.detects else language, options.task, options.timestamps
         )
         transcript.language = None if self.detects else self.rules.language
-        self.prompted, self.doubtful = self.rules, False
+        self.only_speech = recognizer.voice.only_speech if options.vad else unchanged
+        self.prompted, self.doubtful, self.silent = self.rules, False, False
         self.since = len(transcript.tokens)
         """Tokens from this index on may prompt the next window."""
         self.context, self.hotwords = (
@@ -136,8 +152,29 @@ class Listener:
     def by_pauses(self, pcm: Pcm) -> Iterator[list[Segment]]:
         """Yield one segment per window; windows end in pauses."""
         for piece in split(pcm, self.recognizer.window_samples):
-            tokens = self.window(pcm[piece])
-            yield self.timed([(piece.start, piece.stop, tokens)], piece.start)
+            yield self.complete(self.only_speech(pcm[piece]), piece.start)
+
+    def complete(self, window: Pcm, start: int) -> list[Segment]:
+        """Return the segment of a window that began at a sample, or those of its two parts if the
+        model may have left out some of its speech and the text of the parts is longer."""
+        whole = self.piece(window, start)
+        tokens = sum(len(segment.tokens) for segment in whole)
+        if not self.leaves_out(window, tokens):
+            return whole
+        halves = split(window, 2 * len(window) // 3)
+        parts = [part for h in halves for part in self.piece(window[h], start + h.start)]
+        return parts if sum(len(part.tokens) for part in parts) > tokens else whole
+
+    def piece(self, window: Pcm, start: int) -> list[Segment]:
+        """Return a window that began at a sample as one segment."""
+        return self.timed([(start, start + len(window), self.window(window))], start)
+
+    def leaves_out(self, pcm: Pcm, tokens: int) -> bool:
+        """Return whether the last window's tokens are too few for the sound of this part of it."""
+        if not self.recognizer.guards or self.silent:
+            return False
+        sound_s = sound_seconds(pcm)
+        return sound_s > LEAST_SOUND_S and tokens < LEAST_TOKENS_PER_S * sound_s
 
     def by_timestamps(self, pcm: Pcm) -> Iterator[list[Segment]]:
         """Yield the finished segments of each window; the next window begins where they end.
@@ -148,8 +185,11 @@ class Listener:
         start = 0
         while start < len(pcm):
             window = first_window(pcm[start:], self.recognizer.window_samples)
+            window = self.only_speech(window)
             tokens, length = self.window(window), len(window) // STEP_SAMPLES
             timed, steps = parts(tokens, self.rules, length) if tokens else ([], length)
+            if timed and self.leaves_out(window[timed[-1][1] * STEP_SAMPLES :], 0):
+                steps = timed[-1][1]  # decode the sound after the last segment again
             if steps < min(length, LEAST_STEPS):
                 rest = tokens[sum(len(part) for _, _, part in timed) :]
                 timed, steps = [*timed, (steps, length, rest)], length
@@ -186,26 +226,39 @@ class Listener:
         """Return the tokens of one window, without prompt and end token."""
         guards, options = self.recognizer.guards, self.options
         self.logprobs, self.no_speech_prob, self.words = (), None, []
-        if guards and is_silent(pcm):
+        self.silent = guards and (is_silent(pcm) or is_steady(pcm))
+        if self.silent:
             return []
         decoder = self.recognizer.decoder_over(pcm, self.transcript)
         self.set_language(decoder, pcm)
-        self.prompted, hot = self.with_context(), False
-        needs_logprobs = options.confidence or options.word_timestamps
-        if options.beams == 1 and not options.fallback and not needs_logprobs:
-            choose = Filter(self.prompted).likeliest
-            tokens = say(decoder, choose, self.prompted, guards)
-        else:
-            best = self.considered(decoder) if options.fallback else self.attempt(decoder, 0.0)
-            tokens, hot = best.tokens, best.temperature > HOT
-            self.logprobs = best.logprobs
-        kept = without_loop(tokens) if guards else tokens
-        self.doubtful = hot or len(kept) < len(tokens)
-        if options.confidence:
-            self.no_speech_prob = self.no_speech(decoder)
+        self.prompted = self.with_context()
+        best = self.best(decoder, len(pcm) / SAMPLING_RATE)
+        self.logprobs = best.logprobs
+        kept = without_loop(best.tokens) if guards else best.tokens
+        self.doubtful = best.temperature > HOT or len(kept) < len(best.tokens)
         if options.word_timestamps:
             self.words = self.align(decoder, kept, len(pcm))
         return kept
+
+    def best(self, decoder: Decoder, window_s: float) -> Attempt:
+        """Return the text of an encoded window, without tokens if it was probably invented."""
+        options = self.options
+        judged = self.recognizer.guards or options.fallback
+        silence = self.no_speech(decoder) if judged or options.confidence else 0.0
+        if options.confidence:
+            self.no_speech_prob = silence
+
+        def invented(found: Attempt) -> bool:
+            words = [token for token in found.tokens if not self.rules.is_timestamp(token)]
+            return judged and is_invented(found, len(without_loop(words)), silence, window_s)
+
+        needs_logprobs = options.fallback or options.confidence or options.word_timestamps
+        likely = options.beams == 1 and not needs_logprobs and silence <= SPARSE_LIMIT[0]
+        attempt = partial(self.greedy if likely else self.attempt, decoder)
+        temperatures = TEMPERATURES if options.fallback else TEMPERATURES[:1]
+        found = best_attempt(attempt, self.recognizer.text, invented, temperatures)
+        self.silent = silence > MOST_NO_SPEECH or (not found.tokens and not found.looped)
+        return found
 
     def align(self, decoder: Decoder, tokens: list[int], samples: int) -> list[TimedWord]:
         """Return the words of a window of some samples, as ranges of its tokens."""
@@ -257,17 +310,15 @@ class Listener:
             self.detects = no_speech > MOST_NO_SPEECH or is_hum(pcm)
             self.rewind(decoder)
 
-    def considered(self, decoder: Decoder) -> Attempt:
-        """Return the first attempt that does not fail."""
-        from .fallback import best_attempt
-
-        attempt, no_speech = partial(self.attempt, decoder), partial(self.no_speech, decoder)
-        return best_attempt(attempt, self.recognizer.text, no_speech)
+    def greedy(self, decoder: Decoder, temperature: float) -> Attempt:
+        """Decode the window once without computing log-probabilities, which takes less time."""
+        self.rewind(decoder)
+        guards = self.recognizer.guards
+        tokens = say(decoder, Filter(self.prompted).likeliest, self.prompted, guards)
+        return Attempt(tokens, 0.0, guards and loop_period(tokens) > 0)
 
     def attempt(self, decoder: Decoder, temperature: float) -> Attempt:
         """Decode the window once from the prompt; beam search is used at temperature 0 only."""
-        from .fallback import sample
-
         self.rewind(decoder)
         if self.options.beams == 1 or temperature:
             return sample(decoder, self.prompted, temperature, self.rng, self.recognizer.guards)
@@ -283,17 +334,22 @@ class Listener:
         return replace(best, looped=without_loop(best.tokens) != best.tokens)
 
     def no_speech(self, decoder: Decoder) -> float:
-        """Return the probability that the window has no speech."""
+        """Return the probability that the window has no speech: that of a token after the prompt's
+        first. The decoder has to start over after this."""
         token = self.rules.no_speech
         if token is None:
             return 0.0
-        self.rewind(decoder)
+        decoder.fed, decoder.clock = 0, self.transcript.no_speech_s
         before = len(self.prompted.prompt) - len(self.rules.prompt)
         return probability(decoder(self.prompted.prompt[: before + 1]), token)
 
     def rewind(self, decoder: Decoder) -> None:
         """Make the decoder start over; the next call is timed as a prompt."""
         decoder.fed, decoder.clock = 0, self.transcript.prompt_s
+
+
+def unchanged(pcm: Pcm) -> Pcm:
+    return pcm
 
 
 def first_window(pcm: Pcm, window_samples: int) -> Pcm:

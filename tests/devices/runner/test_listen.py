@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from devices.runner.decode.fallback import (
     best_attempt,
     compression_ratio,
     draw,
+    is_invented,
     sample,
 )
 from devices.runner.decode.greedy import Filter, greedy, say
@@ -282,6 +284,72 @@ def test_a_window_that_advances_less_than_a_second_keeps_its_text():
     assert [(s.start_s, s.text) for s in segments[:2]] == [(0, "1"), (0.04, "3 4")]
     assert segments[1].end_s == segments[2].start_s > 1
     assert segments[-1].end_s == pytest.approx(6.4)
+
+
+# -------------------------------------------------------------------- texts that end too early
+
+
+def words_and_pauses(rng: np.random.Generator, seconds: int) -> np.ndarray:
+    """Return words of 0.35 s of noise and pauses of 0.15 s."""
+    loud = np.tile(np.repeat([0.1, 0.0], [5600, 2400]), 2 * seconds)
+    return ((loud + 1e-3) * rng.standard_normal(len(loud))).astype(np.float32)
+
+
+def scripted(window: Callable[[np.ndarray], list[int]], timestamps: bool = False) -> Listener:
+    """Return a listener with windows of 30 s and a scripted decoder."""
+    listener = ideal(window_steps=1500)
+    listener.options = Options(timestamps=timestamps)
+    listener.window = window
+    return listener
+
+
+def test_a_window_whose_text_is_too_short_is_decoded_again_in_two_parts(rng):
+    pcm, lengths = words_and_pauses(rng, 24), []
+
+    def window(piece: np.ndarray) -> list[int]:
+        lengths.append(len(piece))
+        return [1] if len(piece) == len(pcm) else [2] * 12
+
+    segments = list(scripted(window).segments(pcm))
+    assert [segment.tokens for segment in segments] == [[2] * 12, [2] * 12]
+    assert lengths[0] == lengths[1] + lengths[2] == len(pcm)
+    assert segments[0].end_s == segments[1].start_s == lengths[1] / 16_000
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["shorter parts", "no speech"])
+def test_its_own_text_stays_if_the_parts_have_less_or_it_has_no_speech(rng, silent):
+    pcm, calls = words_and_pauses(rng, 24), []
+
+    def window(piece: np.ndarray) -> list[int]:
+        calls.append(len(piece))
+        listener.silent = silent
+        return [1, 1] if len(piece) == len(pcm) else [2] * silent
+
+    listener = scripted(window)
+    assert [segment.tokens for segment in listener.segments(pcm)] == [[1, 1]]
+    assert len(calls) == (1 if silent else 3)
+
+
+def test_a_text_of_usual_length_or_in_silence_is_not_decoded_again(rng):
+    speech, calls = words_and_pauses(rng, 24), []
+    quiet = np.concatenate([speech[:64_000], np.zeros(320_000, np.float32)])
+    for pcm, tokens in ((speech, [1] * 30), (quiet, [1])):
+        listener = scripted(lambda piece, tokens=tokens: calls.append(piece) or tokens)
+        assert [segment.tokens for segment in listener.segments(pcm)] == [tokens]
+    assert len(calls) == 2
+
+
+def test_sound_after_the_last_timestamp_is_decoded_again(rng):
+    pcm, lengths = words_and_pauses(rng, 24), []
+
+    def window(piece: np.ndarray) -> list[int]:
+        lengths.append(len(piece))
+        end = 500 if len(lengths) == 1 else len(piece) // STEP_SAMPLES
+        return [BEGIN, len(lengths), BEGIN + end]
+
+    segments = list(scripted(window, timestamps=True).segments(pcm))
+    assert [(s.start_s, s.end_s, s.text) for s in segments] == [(0, 10, "1"), (10, 24, "2")]
+    assert lengths == [len(pcm), len(pcm) - 500 * STEP_SAMPLES]
 
 
 def test_joined_clips_are_cut_between_words(recognizer, clips, rng):
@@ -704,21 +772,18 @@ def test_tokens_are_sampled_with_their_probabilities(rng):
     assert probability(logits, 2) == pytest.approx(wanted[2], abs=1e-6)
 
 
-def tries(*attempts: Attempt, silence: float = 0.0) -> tuple[Attempt, list[float], int]:
-    """Return the chosen attempt of a scripted list, the temperatures tried, and how often the
-    probability of no speech was computed."""
-    asked, heard, script = [], [], iter(attempts)
+def tries(*attempts: Attempt, silence: float = 0.0) -> tuple[Attempt, list[float]]:
+    """Return the chosen attempt of a scripted list for a window of 5 s, and the temperatures."""
+    asked, script = [], iter(attempts)
 
     def attempt(temperature: float) -> Attempt:
         asked.append(temperature)
         return next(script)
 
-    def no_speech() -> float:
-        heard.append(silence)
-        return silence
+    def invented(found: Attempt) -> bool:
+        return is_invented(found, len(found.tokens), silence, 5.0)
 
-    found = best_attempt(attempt, lambda tokens: "ab " * len(tokens), no_speech)
-    return found, asked, len(heard)
+    return best_attempt(attempt, lambda tokens: "ab " * len(tokens), invented), asked
 
 
 GOOD, UNLIKELY = Attempt([1], -0.3), Attempt([1], LEAST_LOGPROB - 0.1)
@@ -726,23 +791,47 @@ REPEATING, LOOPED = Attempt([1] * 60, -0.1), Attempt([1], -0.1, looped=True)
 
 
 def test_a_good_text_is_accepted_at_temperature_0():
-    assert tries(GOOD) == (GOOD, [0.0], 0)
+    assert tries(GOOD) == (GOOD, [0.0])
 
 
 @pytest.mark.parametrize("bad", [UNLIKELY, REPEATING, LOOPED], ids=["unlikely", "zlib", "loop"])
 def test_a_bad_text_is_decoded_again_at_increasing_temperatures(bad):
-    found, temperatures, _ = tries(bad, bad, GOOD)
+    found, temperatures = tries(bad, bad, GOOD)
     assert (found, temperatures) == (GOOD, [0.0, 0.2, 0.4])
-    found, temperatures, _ = tries(*[bad] * 6)
+    found, temperatures = tries(*[bad] * 6)
     assert (found, temperatures) == (bad, list(TEMPERATURES))
 
 
 def test_an_unlikely_text_without_speech_is_left_out():
-    found, temperatures, asked = tries(UNLIKELY, silence=0.7)
-    assert (found.tokens, temperatures, asked) == ([], [0.0], 1)
+    assert tries(UNLIKELY, silence=0.7) == (replace(UNLIKELY, tokens=[]), [0.0])
     assert tries(GOOD, silence=0.9)[0] == GOOD
-    assert tries(REPEATING, GOOD, silence=0.9)[0] == GOOD
-    assert tries(UNLIKELY, UNLIKELY, GOOD, silence=0.5)[2] == 1
+    assert tries(REPEATING, GOOD, silence=0.7)[0] == GOOD
+    assert tries(UNLIKELY, UNLIKELY, GOOD, silence=0.5)[0] == GOOD
+
+
+@pytest.mark.parametrize(
+    ("logprob", "looped", "words", "silence", "window_s", "invented"),
+    [
+        (-1.1, False, 20, 0.61, 10, True),  # Whisper's rule
+        (-0.9, False, 20, 0.61, 10, False),
+        (-1.1, False, 20, 0.59, 10, False),
+        (-0.6, False, 1, 0.81, 2, True),  # almost certainly no speech
+        (-0.4, False, 1, 0.81, 2, False),
+        (-0.9, False, 4, 0.3, 10, True),  # few words for 10 s
+        (-0.9, False, 5, 0.3, 10, False),
+        (-0.9, False, 1, 0.3, 4, False),  # one word for 4 s is not few
+        (-0.7, False, 4, 0.3, 10, False),
+        (-0.9, False, 4, 0.2, 10, False),
+        (-0.1, True, 4, 0.0, 10, True),  # nothing but a loop
+        (-0.1, True, 20, 0.0, 10, False),
+        (-0.1, True, 20, 0.7, 10, True),
+    ],
+)
+def test_texts_of_windows_without_speech_are_invented(
+    logprob, looped, words, silence, window_s, invented
+):
+    found = Attempt([1] * words, logprob, looped)
+    assert is_invented(found, words, silence, window_s) == invented
 
 
 def test_repetition_compresses_well():

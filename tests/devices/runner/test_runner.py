@@ -23,8 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.speech.clips import read_manifest
+from benchmarks.speech.noises import NOISES
 from devices.device import RUNNER
-from devices.runner.audio import FRAME, is_silent, read_wav, split
+from devices.runner.audio import FRAME, is_silent, is_steady, read_wav, sound_seconds, split
 from devices.runner.decode.greedy import greedy
 from devices.runner.decode.loops import loop_period
 from devices.runner.decode.rules import Rules
@@ -35,6 +36,7 @@ from devices.runner.measure import bench as measure
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
 
+ROOT = Path(__file__).parents[3]
 WINDOW = 96_000
 
 
@@ -213,6 +215,77 @@ def test_the_longest_pause_of_the_later_half_is_taken(rng):
     pcm, _ = bursts(rng, [3.2, 0.5, 0.6, 4.0], [0.08, 0.3, 0.08, 0.1], 1e-3)
     middle = (3.2 + 0.08 + 0.5 + 0.15) * 16_000
     assert abs(split(pcm, WINDOW)[0].stop - middle) <= 2 * FRAME
+
+
+@pytest.mark.parametrize("place_s", [1.0, 4.3], ids=["early", "late"])
+def test_digital_silence_hides_no_pause(place_s, rng):
+    """A recording with noise in its pauses has 90 ms of zeros in a word of the first window."""
+    sound, spans = bursts_of_words(rng, 12)
+    begin, end = next(span for span in spans if span[0] > place_s * 16_000)
+    sound[(begin + end) // 2 - 720 : (begin + end) // 2 + 720] = 0
+    cuts = [piece.stop for piece in split(sound, WINDOW)][:-1]
+    assert cuts
+    assert not any(begin < cut < end for cut in cuts for begin, end in spans)
+
+
+def test_cuts_are_late_so_that_windows_are_full(rng):
+    sound, _ = bursts_of_words(rng, 100)
+    pieces = split(sound, WINDOW)[:-1]
+    assert all(piece.stop - piece.start >= 0.66 * WINDOW for piece in pieces)
+    assert np.mean([piece.stop - piece.start for piece in pieces]) > 0.75 * WINDOW
+
+
+def test_the_sound_of_a_recording_is_that_of_its_words(rng):
+    sound, _ = bursts_of_words(rng, 12)
+    assert sound_seconds(sound) == pytest.approx(12 * 0.3, rel=0.2)
+    assert sound_seconds(np.zeros(16_000, np.float32)) == 0
+    assert sound_seconds(rng.standard_normal(160_000).astype(np.float32)) == 0
+    assert sound_seconds(sound[:100]) == 0
+
+
+# ---------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
+def test_an_artifact_is_run_with_as_many_threads_as_cores_that_the_process_may_use(exported):
+    core = min(os.sched_getaffinity(0))
+    program = f"""
+import os, sys
+os.sched_setaffinity(0, [{core}])
+from devices.runner.recognizer import Recognizer
+engine = Recognizer(sys.argv[1]).engine
+sessions = engine.encoder, engine.decoder
+print(*(session.get_session_options().intra_op_num_threads for session in sessions))
+"""
+    words = [sys.executable, "-c", program, str(exported)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["1", "1"]
+
+
+# ----------------------------------------------------------------------------------- steady noise
+
+
+@pytest.mark.parametrize("kind", ["white", "pink", "hum"])
+@pytest.mark.parametrize("seconds", [1, 5, 30])
+def test_noise_that_stays_the_same_is_steady(kind, seconds, rng):
+    assert is_steady(1e-3 * NOISES[kind](seconds * 16_000, rng))
+
+
+@pytest.mark.parametrize("kind", ["tones", "music"])
+def test_tones_and_music_are_not_steady(kind, rng):
+    assert not is_steady(NOISES[kind](160_000, rng))
+
+
+@pytest.mark.parametrize("kind", ["white", "pink", "room"])
+def test_digits_in_as_much_noise_are_not_steady(kind, clips, rng):
+    for clip in read_manifest(clips):
+        pcm = clip.pcm()
+        loudness = np.sqrt(np.mean(np.square(pcm)))
+        assert clip.text == "" or not is_steady(pcm + loudness * NOISES[kind](len(pcm), rng))
+
+
+def test_less_than_a_second_is_never_steady():
+    assert not is_steady(np.full(15_000, 0.1, np.float32))
 
 
 def test_silence_is_below_minus_80_decibels():
