@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.markdown import table
 from benchmarks.program import OURS, PROJECT, exit_code, parser_of
 from benchmarks.rivals.engines import interpreter, refuse_missing
-from benchmarks.rivals.prepare import Order, ctranslate2
+from benchmarks.rivals.prepare import Conversion, ctranslate2
 from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.speech.noises import NOISES
 from benchmarks.speech.wav import float_wav
@@ -172,7 +172,7 @@ def rival(given: argparse.Namespace, recordings: list[Recording]) -> list[dict[s
     with tempfile.TemporaryDirectory() as folder:
         models = (given.models or Path(folder) / "models").resolve()
         models.mkdir(parents=True, exist_ok=True)
-        model = ctranslate2(Order(given.checkpoint, models, given.python.absolute()))
+        model = ctranslate2(Conversion(given.checkpoint, models, given.python.absolute()))
         paths = [Path(folder) / f"{number:05}.wav" for number in range(len(recordings))]
         for path, recording in zip(paths, recordings, strict=True):
             path.write_bytes(float_wav(recording.pcm))

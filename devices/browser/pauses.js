@@ -5,7 +5,10 @@ export const SILENT_PEAK = 1e-4;
 const LOWEST_HZ = 80;
 const FRAME = 160;
 const PAUSE_FRAMES = 20;
+const SMOOTH_FRAMES = 5;
+const FLOOR_PERCENT = 3;
 const PAUSE_RISE = 4;
+const SAME_RISE = 1.5;
 
 export const isSilent = (pcm) => pcm.every((sample) => Math.abs(sample) < SILENT_PEAK);
 
@@ -16,21 +19,38 @@ export const isHum = (pcm) => pcm.every((x, i) => !i || Math.abs(x - pcm[i - 1])
 export function findCut(window) {
   const count = Math.floor(window.length / FRAME);
   if (count < 8) return window.length;
-  const audible = withoutHum(window.subarray(0, count * FRAME));
+  const levels = frameLevels(window.subarray(0, count * FRAME), count);
+  const late = Math.floor((2 * count) / 3);
+  let begin, width, means, least;
+  for (begin of [late, Math.floor(count / 2), Math.floor(count / 8), late]) {
+    width = Math.min(PAUSE_FRAMES, count - begin);
+    means = movingAverage(levels.subarray(begin), width);
+    least = means.reduce((a, b) => Math.min(a, b));
+    if (least <= Math.log(PAUSE_RISE)) break;
+  }
+  const limit = least + Math.log(SAME_RISE);
+  const { middle } = longestRun(Array.from(means, (level) => level <= limit));
+  return Math.round((begin + middle + (width - 1) / 2) * FRAME);
+}
+
+// Returns the logarithm of each frame's power over the noise floor; 0 below the floor.
+function frameLevels(pcm, count) {
+  const audible = withoutHum(pcm);
   const power = Float64Array.from({ length: count }, (_, frame) => {
     const samples = audible.subarray(frame * FRAME, (frame + 1) * FRAME);
     return samples.reduce((sum, x) => sum + x * x, 0) / FRAME;
   });
-  const least = power.reduce((a, b) => Math.min(a, b));
-  const limit = Math.max(PAUSE_RISE * least, SILENT_PEAK ** 2);
-  const quiet = Array.from(power, (level) => level <= limit);
-  const half = Math.floor(count / 2);
-  for (const [begin, shortest] of [[half, PAUSE_FRAMES], [Math.floor(count / 8), 2]]) {
-    const { length, middle } = longestRun(quiet.slice(begin));
-    if (length >= shortest) return Math.round((begin + middle) * FRAME);
-  }
-  const late = power.subarray(half);
-  return (half + late.indexOf(late.reduce((a, b) => Math.min(a, b)))) * FRAME + FRAME / 2;
+  const smooth = movingAverage(power, SMOOTH_FRAMES).sort();
+  const place = (FLOOR_PERCENT / 100) * (smooth.length - 1);
+  const [below, above] = [smooth[Math.floor(place)], smooth[Math.ceil(place)]];
+  const floor = Math.max(below + (above - below) * (place % 1), SILENT_PEAK ** 2);
+  return power.map((level) => Math.log(Math.max(level, floor) / floor));
+}
+
+// Returns the mean of every `width` neighbours.
+function movingAverage(values, width) {
+  return Float64Array.from({ length: values.length - width + 1 }, (_, i) =>
+    values.subarray(i, i + width).reduce((sum, x) => sum + x, 0) / width);
 }
 
 // Returns length and middle of the longest run of true flags, the last one if equal.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from real_models import model
 
-from benchmarks.rivals.prepare import Order, artifact
+from benchmarks.rivals.prepare import Conversion, artifact
 from benchmarks.speech.clips import read_manifest
 from benchmarks.speech.noises import NOISES
 from benchmarks.wer import word_errors
@@ -22,7 +22,7 @@ WINDOW_S = 30
 @pytest.fixture(scope="module", params=["tiny.en", "base"])
 def recognizer(request, tmp_path_factory: pytest.TempPathFactory) -> Recognizer:
     models = tmp_path_factory.mktemp("models")
-    order = Order(model(request.param), models, Path("python"))
+    order = Conversion(model(request.param), models, Path("python"))
     return Recognizer(artifact("int8")(order))
 
 

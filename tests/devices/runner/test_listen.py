@@ -544,7 +544,7 @@ def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, proces
 
 
 def test_a_prompt_precedes_the_first_window_and_hotwords_every_window(plain, pcms):
-    pcm = np.concatenate([pcms[1], pcms[2], pcms[3], pcms[4]])
+    pcm = np.concatenate([*pcms[1:5], *pcms[1:5]])
     prompted = []
     for previous in (False, True):
         transcript = Transcript()
