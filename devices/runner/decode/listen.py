@@ -21,7 +21,7 @@ from .rules import Rules
 from .softmax import probability
 from .text import Tokens, join
 from .timestamps import STEP_SAMPLES, parts
-from .words import TimedWord, timed_words
+from .words import TimedWord, at_pauses, timed_words
 
 ENGLISH = "en"
 
@@ -237,7 +237,7 @@ class Listener:
         kept = without_loop(best.tokens) if guards else best.tokens
         self.doubtful = best.temperature > HOT or len(kept) < len(best.tokens)
         if options.word_timestamps:
-            self.words = self.align(decoder, kept, len(pcm))
+            self.words = at_pauses(self.align(decoder, kept, len(pcm)), pcm)
         return kept
 
     def best(self, decoder: Decoder, window_s: float) -> Attempt:

@@ -3,7 +3,8 @@
 Each row of the attention is a token, each column an encoder position of 0.02 s. The attention of
 each head is normalised over the tokens and smoothed by a median filter over time, then the heads
 are averaged. Dynamic time warping finds the monotonic path through the result with the most
-attention. A token begins where the path enters its row.
+attention. A token begins where the path enters its row. Unlike OpenAI's, borders of words are then
+moved to the edges of pauses.
 """
 
 import string
@@ -14,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..audio import FRAME, SAMPLING_RATE
+from ..interfaces import Pcm
 from .text import Tokens
 
 Floats = npt.NDArray[np.floating]
@@ -33,6 +36,12 @@ BEFORE_WORD = frozenset("\"'“¿([{-")
 AFTER_WORD = frozenset("\"'.。,，!！?？:：”)]}、")
 SENTENCE_END = frozenset(".。!！?？")
 LONGEST_MEDIAN_S = 0.7
+NEAR_S = 0.3
+"""A border is moved to a pause by at most this."""
+PAUSE_S = 0.15
+"""Longer than the closure of a stop consonant."""
+QUIET = 0.01
+"""A pause has less than this share of the power of the loud parts: -20 dB."""
 
 
 class TimedWord(NamedTuple):
@@ -176,6 +185,38 @@ def shortened(words: list[TimedWord]) -> list[TimedWord]:
                 word = word._replace(start_s=word.end_s - longest)
         result.append(word)
     return result
+
+
+def at_pauses(words: Sequence[TimedWord], pcm: Pcm) -> list[TimedWord]:
+    """Move the borders between words to the edges of the nearest pause, if it is within NEAR_S. The
+    attention is vague in a pause, so that one of the words would last through it."""
+    if not words:
+        return []
+    borders = np.array([*(word.start_s for word in words), words[-1].end_s])
+    result = list(words)
+    for begin, end in sorted(pauses(pcm), key=lambda span: span[1] - span[0]):  # longest last
+        away = np.maximum(0, np.maximum(begin - borders, borders - end))
+        i = int(away.argmin())
+        if away[i] > NEAR_S:
+            continue
+        if i > 0 and begin > result[i - 1].start_s:
+            result[i - 1] = result[i - 1]._replace(end_s=begin)
+        if i < len(words) and end < result[i].end_s:
+            result[i] = result[i]._replace(start_s=end)
+    return result
+
+
+def pauses(pcm: Pcm) -> list[tuple[float, float]]:
+    """Return start and end in seconds of the stretches of at least PAUSE_S that are quiet, compared
+    with the loud parts. In a noisy recording there are none."""
+    frames = pcm[: len(pcm) // FRAME * FRAME].reshape(-1, FRAME)
+    if len(frames) < 3:
+        return []
+    power = np.convolve(np.square(frames).mean(axis=1), np.ones(3) / 3, mode="same")
+    quiet = power < QUIET * np.quantile(power, 0.95)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], quiet, [False]]).astype(np.int8)))
+    spans = edges.reshape(-1, 2) * (FRAME / SAMPLING_RATE)
+    return [(float(a), float(b)) for a, b in spans if b - a >= PAUSE_S]
 
 
 def with_punctuation(words: Sequence[TimedWord]) -> list[TimedWord]:

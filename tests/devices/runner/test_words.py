@@ -13,9 +13,11 @@ from exported import irregular, whole
 from openai_timing import dtw, token_times
 
 from benchmarks.speech.clips import read_manifest
+from devices.runner.decode import listen
 from devices.runner.decode.text import Tokens, to_text
 from devices.runner.decode.words import (
     TimedWord,
+    at_pauses,
     characters,
     median_filter,
     shortened,
@@ -95,6 +97,19 @@ def test_a_word_after_a_sentence_loses_its_pause():
     assert [*found[:3], found[4]] == [*words[:3], words[4]]
 
 
+def test_borders_of_words_move_to_the_edges_of_pauses(rng):
+    pcm = (1e-3 * rng.standard_normal(4 * 16_000)).astype(np.float32)
+    for begin, end in ((0.5, 1.2), (1.6, 3.0)):
+        part = pcm[round(begin * 16_000) : round(end * 16_000)]
+        part += 0.2 * np.sin(np.arange(len(part)) / 6).astype(np.float32)
+    spans = [(0.3, 0.8), (0.8, 1.75), (1.75, 2.4), (2.4, 3.2)]
+    words = [TimedWord(f" {i}", a, b, i, i + 1) for i, (a, b) in enumerate(spans)]
+    found = [time for word in at_pauses(words, pcm) for time in word[1:3]]
+    assert found == pytest.approx([0.5, 0.8, 0.8, 1.2, 1.6, 2.4, 2.4, 3.0], abs=0.021)
+    assert at_pauses(words, rng.standard_normal(64_000).astype(np.float32) / 9) == words
+    assert (at_pauses([], pcm), at_pauses(words, pcm[:100])) == ([], words)
+
+
 # ------------------------------------------------------------------------------------- the graphs
 
 
@@ -127,7 +142,10 @@ def test_alignment_heads_that_the_model_has_are_used(tiny_whisper):
 
 
 @pytest.mark.parametrize("options", [{}, {"timestamps": True}, {"beams": 2}], ids=str)
-def test_the_times_are_those_of_openai_s_algorithm(options, recognizer, digits, processor, pcms):
+def test_the_times_are_those_of_openai_s_algorithm(
+    options, recognizer, digits, processor, pcms, monkeypatch
+):
+    monkeypatch.setattr(listen, "at_pauses", lambda words, pcm: words)
     model = whisper.load(digits)
     heads = recognizer.manifest["decoding"]["alignment"]["heads"]
     prompt = list(recognizer.rules.prompt)
