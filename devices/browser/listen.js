@@ -2,26 +2,41 @@
 // devices/runner/decode/listen.py (greedy decoding). It receives {pcm, language, timestamps} and
 // sends {segments, language, at_s} for each window, then {done}.
 
-import { SAMPLING_RATE, findCut, isHum, isSilent } from "./pauses.js";
+import { SAMPLING_RATE, findCut, isHum, isSilent, soundSeconds, split } from "./pauses.js";
 import { Recognizer, bytes, chooser, fetchGraph, loopPeriod, startRuntime } from "./recognizer.js";
-import { STEP_SAMPLES, forbid, parts } from "./timestamps.js";
+import { isSteady } from "./steady.js";
+import { STEP_SAMPLES, forbid, isTimestamp, logSumExp, parts } from "./timestamps.js";
 
 const MOST_NO_SPEECH = 0.6;
+// a text is invented above a probability of no speech and below a mean log-probability
+const LIMITS = [[MOST_NO_SPEECH, -1], [0.8, -0.5]];
+const SPARSE_LIMIT = [0.25, -0.8]; // for texts with few tokens for a long window
+const SPARSE_WINDOW_S = 8;
+const SPARSE_PER_S = 0.5;
+const LEAST_SOUND_S = 5;
+const LEAST_TOKENS_PER_S = 1.5;
 const LEAST_STEPS = 50;
 
 const text = new TextDecoder("utf-8", { ignoreBOM: true });
 
 // Returns the text up to the first loop, with its phrase once.
 function withoutLoop(tokens) {
-  const period = loopPeriod(tokens); // decoding stops at the first one
-  let start = tokens.length - period;
-  while (period && start > 0 && tokens[start - 1] === tokens[start - 1 + period]) --start;
-  return tokens.slice(0, start + period);
+  for (let length = 1; length <= tokens.length; ++length) {
+    const period = loopPeriod(tokens.slice(0, length));
+    if (!period) continue;
+    let start = length - period;
+    while (start > 0 && tokens[start - 1] === tokens[start - 1 + period]) --start;
+    return tokens.slice(0, start + period);
+  }
+  return tokens;
 }
 
-function probability(logits, token) {
-  const most = logits.reduce((a, b) => Math.max(a, b));
-  return Math.exp(logits[token] - most) / logits.reduce((sum, x) => sum + Math.exp(x - most), 0);
+// Returns whether a text was probably invented for a window without speech.
+function isInvented({ looped, logprob }, words, silence, window_s) {
+  const sparse = window_s > SPARSE_WINDOW_S && words < SPARSE_PER_S * window_s;
+  if (looped) return sparse || silence > MOST_NO_SPEECH;
+  const limits = sparse ? [...LIMITS, SPARSE_LIMIT] : LIMITS;
+  return limits.some(([silent, likely]) => silence > silent && logprob < likely);
 }
 
 // Transcribes one recording.
@@ -47,53 +62,97 @@ class Listener {
     return this.timestamps ? swapped.filter((id) => id !== timestamp_begin - 1) : swapped;
   }
 
-  // Detects the language, unless that of an earlier window with speech is known.
-  async detect(window, pcm) {
+  // Returns the probability that a window has no speech, and detects the language unless that of an
+  // earlier window with speech is known.
+  async begin(window, pcm) {
     const { prompt, languages, no_speech } = this.rules;
     const logits = await this.recognizer.feed(window, prompt.slice(0, 1), []);
-    const codes = Object.keys(languages);
-    this.language = codes.reduce((a, b) => (logits[languages[b]] > logits[languages[a]] ? b : a));
-    const silence = no_speech === null ? 0 : probability(logits, no_speech);
-    this.detects = silence > MOST_NO_SPEECH || isHum(pcm);
     window.fed = 0;
+    const silence = no_speech === null ? 0 : Math.exp(logits[no_speech] - logSumExp(logits));
+    if (this.detects) {
+      const codes = Object.keys(languages);
+      this.language = codes.reduce((a, b) => (logits[languages[b]] > logits[languages[a]] ? b : a));
+      this.detects = silence > MOST_NO_SPEECH || isHum(pcm);
+    }
+    return silence;
+  }
+
+  // Returns tokens and mean log-probability of a window, and whether the text ends in a loop.
+  async decode(window, likely) {
+    const { prompt: given, max_new_tokens, eos } = this.rules;
+    const prompt = this.prompt();
+    const most = given.length + max_new_tokens - prompt.length;
+    const logprobs = [];
+    const record = (scores, token) => logprobs.push(scores[token] - logSumExp(scores));
+    const choose = (logits, tokens) => this.choose(logits, tokens, likely ? null : record);
+    const { tokens } = await this.recognizer.greedy(window, { prompt, most, eos }, choose);
+    const logprob = logprobs.reduce((sum, x) => sum + x, 0) / Math.max(1, logprobs.length);
+    return { tokens, logprob, looped: loopPeriod(tokens) > 0 };
   }
 
   // Returns the tokens of a window.
   async window(pcm) {
-    if (isSilent(pcm)) return [];
+    this.silent = isSilent(pcm) || isSteady(pcm);
+    if (this.silent) return [];
     const window = await this.recognizer.encode(pcm);
-    if (this.detects) await this.detect(window, pcm);
-    const { prompt: given, max_new_tokens, eos } = this.rules;
-    const prompt = this.prompt();
-    const most = given.length + max_new_tokens - prompt.length;
-    const { tokens } = await this.recognizer.greedy(window, { prompt, most, eos }, this.choose);
+    const silence = await this.begin(window, pcm);
+    const found = await this.decode(window, silence <= SPARSE_LIMIT[0]);
+    const words = withoutLoop(found.tokens.filter((token) => !isTimestamp(token, this.rules)));
+    const invented = isInvented(found, words.length, silence, pcm.length / SAMPLING_RATE);
+    const tokens = invented ? [] : found.tokens;
+    this.silent = silence > MOST_NO_SPEECH || (!tokens.length && !found.looped);
     return withoutLoop(tokens);
   }
 
-  // Yields the segments of each window, as [begin, end, tokens] in samples, and the window's end.
+  // Returns whether the last window's tokens are too few for the sound of this part of it.
+  leavesOut(pcm, tokens) {
+    if (this.silent) return false;
+    const sound_s = soundSeconds(pcm);
+    return sound_s > LEAST_SOUND_S && tokens < LEAST_TOKENS_PER_S * sound_s;
+  }
+
+  // Returns the segments of a window, as [begin, end, tokens] in samples: one, or two if the model
+  // left out some of its speech and the text of the two is longer.
+  async complete(pcm) {
+    const whole = await this.window(pcm);
+    const one = [[0, pcm.length, whole]];
+    if (!this.leavesOut(pcm, whole.length)) return one;
+    const two = [];
+    for (const [begin, end] of split(pcm, Math.floor((2 * pcm.length) / 3))) {
+      two.push([begin, end, await this.window(pcm.subarray(begin, end))]);
+    }
+    return two.flatMap(([, , tokens]) => tokens).length > whole.length ? two : one;
+  }
+
+  // Returns the segments of a window by timestamps, and the sample at which the next one begins.
+  async timed(pcm) {
+    const tokens = await this.window(pcm);
+    const length = Math.floor(pcm.length / STEP_SAMPLES);
+    let [timed, steps] = tokens.length ? parts(tokens, this.rules, length) : [[], length];
+    const last = timed.at(-1)?.[1];
+    if (timed.length && this.leavesOut(pcm.subarray(last * STEP_SAMPLES), 0)) steps = last;
+    if (steps < Math.min(length, LEAST_STEPS)) {
+      const used = timed.reduce((sum, [, , part]) => sum + part.length, 0);
+      timed = [...timed, [steps, length, tokens.slice(used)]];
+      steps = length;
+    }
+    const at = (step) => Math.min(step * STEP_SAMPLES, pcm.length);
+    const segments = timed.map(([begin, end, part]) => [at(begin), at(end), part]);
+    return [segments, steps < length ? at(steps) : pcm.length];
+  }
+
+  // Yields the segments of each window, and the sample at which the next one begins.
   async *windows(pcm) {
     const { window_samples } = this.recognizer.job;
     for (let start = 0, next; start < pcm.length; start = next) {
       const rest = pcm.subarray(start);
       const full = rest.subarray(0, window_samples);
       const window = rest.length > window_samples ? full.subarray(0, findCut(full)) : full;
-      const stop = start + window.length;
-      const tokens = await this.window(window);
-      next = stop;
-      if (!this.timestamps || !tokens.length) {
-        yield [[[start, stop, tokens]], next];
-        continue;
-      }
-      const length = Math.floor(window.length / STEP_SAMPLES);
-      let [timed, steps] = parts(tokens, this.rules, length);
-      if (steps < Math.min(length, LEAST_STEPS)) {
-        const used = timed.reduce((sum, [, , part]) => sum + part.length, 0);
-        timed = [...timed, [steps, length, tokens.slice(used)]];
-        steps = length;
-      }
-      const at = (step) => Math.min(start + step * STEP_SAMPLES, stop);
-      if (steps < length) next = at(steps);
-      yield [timed.map(([begin, end, part]) => [at(begin), at(end), part]), next];
+      const [segments, length] = this.timestamps
+        ? await this.timed(window)
+        : [await this.complete(window), window.length];
+      next = start + length;
+      yield [segments.map(([begin, end, tokens]) => [start + begin, start + end, tokens]), next];
     }
   }
 

@@ -8,62 +8,86 @@ const PAUSE_FRAMES = 20;
 const SMOOTH_FRAMES = 5;
 const FLOOR_PERCENT = 3;
 const PAUSE_RISE = 4;
+const SOUND_RISE = 10;
 const SAME_RISE = 1.5;
+
+const least = (values) => values.reduce((a, b) => Math.min(a, b));
 
 export const isSilent = (pcm) => pcm.every((sample) => Math.abs(sample) < SILENT_PEAK);
 
 // Returns whether a window holds only silence, an offset or mains hum.
 export const isHum = (pcm) => pcm.every((x, i) => !i || Math.abs(x - pcm[i - 1]) < SILENT_PEAK);
 
+// Returns start and end of the pieces of at most `most` samples, which end in pauses.
+export function split(pcm, most) {
+  const pieces = [];
+  let start = 0;
+  while (pcm.length - start > most) {
+    const stop = start + findCut(pcm.subarray(start, start + most));
+    pieces.push([start, stop]);
+    start = stop;
+  }
+  return [...pieces, [start, pcm.length]];
+}
+
 // Returns the sample of a full window at which to end the piece.
 export function findCut(window) {
   const count = Math.floor(window.length / FRAME);
   if (count < 8) return window.length;
-  const levels = frameLevels(window.subarray(0, count * FRAME), count);
+  const levels = frameLevels(window.subarray(0, count * FRAME));
   const late = Math.floor((2 * count) / 3);
-  let begin, width, means, least;
+  let begin, width, means;
   for (begin of [late, Math.floor(count / 2), Math.floor(count / 8), late]) {
     width = Math.min(PAUSE_FRAMES, count - begin);
     means = movingAverage(levels.subarray(begin), width);
-    least = means.reduce((a, b) => Math.min(a, b));
-    if (least <= Math.log(PAUSE_RISE)) break;
+    if (least(means) <= Math.log(PAUSE_RISE)) break;
   }
-  const limit = least + Math.log(SAME_RISE);
-  const { middle } = longestRun(Array.from(means, (level) => level <= limit));
+  const limit = least(means) + Math.log(SAME_RISE);
+  const middle = middleOfLongest(Array.from(means, (level) => level <= limit));
   return Math.round((begin + middle + (width - 1) / 2) * FRAME);
 }
 
-// Returns the logarithm of each frame's power over the noise floor; 0 below the floor.
-function frameLevels(pcm, count) {
+// Returns the logarithm of each frame's power over the noise floor.
+function frameLevels(pcm) {
   const audible = withoutHum(pcm);
-  const power = Float64Array.from({ length: count }, (_, frame) => {
+  const power = Float64Array.from({ length: pcm.length / FRAME }, (_, frame) => {
     const samples = audible.subarray(frame * FRAME, (frame + 1) * FRAME);
     return samples.reduce((sum, x) => sum + x * x, 0) / FRAME;
   });
-  const smooth = movingAverage(power, SMOOTH_FRAMES).sort();
-  const place = (FLOOR_PERCENT / 100) * (smooth.length - 1);
-  const [below, above] = [smooth[Math.floor(place)], smooth[Math.ceil(place)]];
-  const floor = Math.max(below + (above - below) * (place % 1), SILENT_PEAK ** 2);
+  const sorted = movingAverage(power, SMOOTH_FRAMES).sort();
+  const rank = ((sorted.length - 1) * FLOOR_PERCENT) / 100;
+  const below = sorted[Math.floor(rank)];
+  const percentile = below + (sorted[Math.ceil(rank)] - below) * (rank % 1);
+  const floor = Math.max(percentile, SILENT_PEAK ** 2);
   return power.map((level) => Math.log(Math.max(level, floor) / floor));
+}
+
+// Returns how long the sound is at least 10 dB above the noise floor, in seconds.
+export function soundSeconds(pcm) {
+  const count = Math.floor(pcm.length / FRAME);
+  if (count < SMOOTH_FRAMES) return 0;
+  const levels = frameLevels(pcm.subarray(0, count * FRAME));
+  return (levels.filter((level) => level > Math.log(SOUND_RISE)).length * FRAME) / SAMPLING_RATE;
 }
 
 // Returns the mean of every `width` neighbours.
 function movingAverage(values, width) {
   return Float64Array.from({ length: values.length - width + 1 }, (_, i) =>
-    values.subarray(i, i + width).reduce((sum, x) => sum + x, 0) / width);
+    values.subarray(i, i + width).reduce((sum, x) => sum + x / width, 0),
+  );
 }
 
-// Returns length and middle of the longest run of true flags, the last one if equal.
-function longestRun(flags) {
-  const best = { length: 0, middle: 0 };
+// Returns the middle of the longest run of true flags, the last one if equal.
+function middleOfLongest(flags) {
+  let [longest, middle] = [0, 0];
   for (let begin = 0, at = 0; at < flags.length; ++at) {
     if (!flags[at]) begin = at + 1;
-    else if (at + 1 - begin >= best.length) {
-      best.length = at + 1 - begin;
-      best.middle = (begin + at + 1) / 2;
+    else if (at + 1 - begin >= longest) {
+      longest = at + 1 - begin;
+      middle = (begin + at + 1) / 2;
     }
   }
-  return best;
+  return middle;
 }
 
 // Returns the samples without frequencies below LOWEST_HZ. They are removed as if the samples were

@@ -58,18 +58,20 @@ function likeliest(logits, forbidden) {
 }
 
 // Returns a function that chooses the most probable token for logits and the tokens before. `refine`
-// may set the scores of further tokens to -Infinity.
+// may set the scores of further tokens to -Infinity; `record` gets the scores and the token.
 export function chooser(vocabulary, never, notFirst, refine = null) {
   const always = new Uint8Array(vocabulary);
   for (const id of never) always[id] = 1;
   const first = always.slice();
   for (const id of notFirst) first[id] = 1;
-  return (logits, tokens) => {
+  return (logits, tokens, record = null) => {
     const forbidden = tokens.length ? always : first;
-    if (!refine) return likeliest(logits, forbidden);
+    if (!refine && !record) return likeliest(logits, forbidden);
     const scores = logits.map((score, id) => (forbidden[id] ? -Infinity : score));
-    refine(scores, tokens);
-    return likeliest(scores, forbidden);
+    refine?.(scores, tokens);
+    const token = likeliest(scores, forbidden);
+    record?.(scores, token);
+    return token;
   };
 }
 

@@ -3,10 +3,10 @@
 export const STEP_SAMPLES = 320; // 0.02 s
 
 export function isTimestamp(token, { timestamp_begin, timestamp_end }) {
-  return token >= timestamp_begin && (timestamp_end === null || token < timestamp_end);
+  return timestamp_begin !== null && token >= timestamp_begin && (timestamp_end === null || token < timestamp_end);
 }
 
-function logSumExp(values) {
+export function logSumExp(values) {
   const most = values.reduce((a, b) => Math.max(a, b), -Infinity);
   if (most === -Infinity) return most;
   return most + Math.log(values.reduce((sum, value) => sum + Math.exp(value - most), 0));

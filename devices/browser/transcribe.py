@@ -25,6 +25,7 @@ PAGE = (
     "listen.js",
     "recognizer.js",
     "pauses.js",
+    "steady.js",
     "timestamps.js",
 )
 PLACE = "artifact/"
