@@ -214,12 +214,14 @@ def artifacts_in(folders: Iterable[Path]) -> dict[str, Shapes]:
 
 def shapes_in(folder: Path, manifest: Mapping[str, Any]) -> Shapes:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = ("d_model", "num_mel_bins", "vocab_size", "max_source_positions")
     stages = manifest.get("logits")
     return Shapes(
         manifest["layers"],
-        *(config[name] for name in names),
-        stages=None if stages is None else (stages["rank"], stages["candidates"]),
+        config["d_model"],
+        config["num_mel_bins"],
+        config["vocab_size"],
+        config["max_source_positions"],
+        None if stages is None else (stages["rank"], stages["candidates"]),
     )
 
 

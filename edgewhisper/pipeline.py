@@ -30,7 +30,6 @@ from edgewhisper.shipped import DEFAULT_MODEL, default_speech, speech_for
 from export.files import new_directory
 from export.layouts import LAYOUTS, TARGETS
 from export.problem import Problem
-from export.prompt import is_multilingual
 from export.quantise import is_quantised
 
 if TYPE_CHECKING:
@@ -113,16 +112,16 @@ def export(
     target: str = "onnx",
     language: str | None = None,
     gating: Gating | None = None,
-    two_stage: bool | None = None,
+    two_stage: bool = False,
     **options: Any,
 ) -> Path:
     """Write an artifact from a checkpoint and return its directory.
 
     Pruned weights are removed first. The gate then compares the artifact's text with the
     checkpoint's; if it fails, nothing is written and GateFailure is raised, unless `gating` asks
-    otherwise. `language` is the artifact's default prompt. `two_stage` selects logits in one or two
-    stages for ONNX; None uses two if they change no token (see two_stage.py). `options` are those
-    of export_coreml; for ONNX there is one, `runtime`, the oldest onnxruntime that must run the
+    otherwise. `language` is the artifact's default prompt. `two_stage` computes logits in two
+    stages if they change no token, for ONNX (see two_stage.py). `options` are those of
+    export_coreml; for ONNX there is one, `runtime`, the oldest onnxruntime that must run the
     artifact.
     """
     from edgewhisper.coreml import chosen
@@ -145,10 +144,10 @@ def export(
         write: Callable[..., dict[str, Any]]
         write = export_coreml if target == "coreml" else export_onnx
         gating = gating or Gating()
-        if in_two_stages(two_stage, model, precision, layout, gating):
+        if two_stage:
+            refuse_two_stages(model, precision, layout)
             trial = partial(write, model, processor, precision=precision, layout=layout, **options)
-            some, asked = gating.chosen(clips), two_stage is True
-            options["moment"] = moment_for(trial, model, processor, some, asked, say)
+            options["moment"] = moment_for(trial, model, processor, gating.chosen(clips), say)
         record = whisper.compression_record(source)
 
         def gate(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -160,29 +159,17 @@ def export(
     return place
 
 
-def in_two_stages(
-    asked: bool | None,
-    model: WhisperForConditionalGeneration,
-    precision: str,
-    layout: str,
-    gating: Gating,
-) -> bool:
-    """Return whether to try logits in two stages. By default they are tried where they can be
-    faster, if the gate runs and the model knows one language: they are calibrated and compared on
-    English clips. Raises Problem if they are asked for and cannot be."""
+def refuse_two_stages(model: WhisperForConditionalGeneration, precision: str, layout: str) -> None:
+    """Raise Problem if logits in two stages cannot be faster."""
     from export.onnx.two_stage import suits
 
-    if asked and not suits(model, precision, layout):
+    if not suits(model, precision, layout):
         raise Problem(
             f"--two-stage: precision {precision}, layout {layout} and a vocabulary of "
             f"{model.config.vocab_size}; it needs a native int8 or int4 artifact, and a large "
             "token table in 8 bits that is not factorised",
             hint="leave --two-stage out",
         )
-    if asked is None:
-        checked = gating.mode != "off" and not is_multilingual(model.generation_config)
-        return checked and suits(model, precision, layout)
-    return asked
 
 
 def kind_of(layout: str, precision: str) -> str:

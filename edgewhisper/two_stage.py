@@ -37,13 +37,11 @@ def moment_for(
     model: WhisperForConditionalGeneration,
     processor: WhisperProcessor,
     clips: Sequence[Clip],
-    asked: bool,
     say: Say,
 ) -> Floats | None:
     """Return the second moment that two stages need; None if they change tokens.
 
-    Two artifacts are written and compared on `clips`, with and without timestamps. With `asked`, a
-    difference is only reported.
+    Two artifacts are written and compared on `clips`, with and without timestamps.
     """
     moment = second_moment(model, processor)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,12 +49,9 @@ def moment_for(
         write(staged, moment=moment)
         write(plain)
         differing = count_differing(staged, plain, clips)
-    used = asked or not differing
-    say(
-        f"logits in {'two stages' if used else 'one stage'}: {differing} of {len(clips)} clips get "
-        "other tokens in two stages"
-    )
-    return moment if used else None
+    stages = "one stage" if differing else "two stages"
+    say(f"logits in {stages}: {differing} of {len(clips)} clips get other tokens in two stages")
+    return None if differing else moment
 
 
 @torch.no_grad()

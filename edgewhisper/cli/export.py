@@ -70,10 +70,10 @@ Runtime = Annotated[
     ),
 ]
 TwoStage = Annotated[
-    bool | None,
+    bool,
     Option(
-        "--two-stage/--one-stage",
-        help="onnx only: logits in two stages; default: for English models, if no token changes",
+        "--two-stage",
+        help="onnx only: compute logits in two stages, if no token of the gate's clips changes",
     ),
 ]
 DeploymentTarget = Annotated[
@@ -116,7 +116,7 @@ def export_cli(
     gate_clips: GateClips = None,
     language: Language = None,
     runtime: Runtime = None,
-    two_stage: TwoStage = None,
+    two_stage: TwoStage = False,
     out: Out = None,
     deployment_target: DeploymentTarget = None,
     stateful: Stateful = False,
@@ -138,7 +138,7 @@ def export_cli(
         neural_engine=neural_engine or None,
         window=window,
         runtime=runtime,
-        two_stage=two_stage,
+        two_stage=two_stage or None,
     )
     options = {name: value for name, value in options.items() if value is not None}
     check_choices(target, gate, layout, options)

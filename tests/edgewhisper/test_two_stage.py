@@ -20,7 +20,6 @@ def export(digits, clips, monkeypatch, tmp_path):
     """Exports the embedded model with stages of a rank and a number of candidates."""
     monkeypatch.setattr(two_stage, "LEAST_VOCABULARY", 100)
     monkeypatch.setattr(two_stage, "LEAST_RATIO", 0)
-    monkeypatch.setattr(pipeline, "is_multilingual", lambda generation: False)
     few = tmp_path / "few.jsonl"
     lines = [json.loads(line) for line in clips.read_text().splitlines()[:4]]
     absolute = [json.dumps(line | {"audio": str(clips.parent / line["audio"])}) for line in lines]
@@ -42,45 +41,25 @@ def export(digits, clips, monkeypatch, tmp_path):
 
 def test_stages_that_change_no_token_are_used(export):
     """All tokens are candidates."""
-    place, said = export(rank=32, best=512)
+    place, said = export(rank=32, best=512, two_stage=True)
     assert "logits in two stages: 0 of 4 clips get other tokens in two stages" in said
     assert read_manifest(place)["logits"] == {"rank": 32, "candidates": 783}
     Recognizer(place)  # accepts the manifest
 
 
 def test_stages_that_change_tokens_are_not_used(export):
-    place, said = export(rank=1, best=1)
+    place, said = export(rank=1, best=1, two_stage=True)
     assert "logits in one stage: " in said
     assert "logits in one stage: 0 of" not in said
     assert "logits" not in read_manifest(place)
 
 
-def test_stages_that_are_asked_for_are_used_even_if_tokens_change(export):
-    place, said = export(rank=1, best=1, two_stage=True)
-    assert "logits in two stages: " in said
-    assert read_manifest(place)["logits"] == {"rank": 1, "candidates": 2}
-
-
-@pytest.mark.parametrize(("mode", "options"), [("off", {}), ("warn", {"two_stage": False})])
-def test_without_a_gate_or_with_one_stage_asked_for_nothing_is_compared(export, mode, options):
-    place, said = export(rank=32, best=64, mode=mode, **options)
-    assert "stage" not in said
+def test_the_default_is_one_stage(export):
+    place, said = export(rank=32, best=64)
+    assert "logits in" not in said
     assert "logits" not in read_manifest(place)
 
 
 def test_asking_for_two_stages_in_floats_gives_an_error(export):
     with pytest.raises(Problem, match="--two-stage: precision fp32, layout native"):
         export(rank=32, best=64, precision="fp32", two_stage=True)
-
-
-def test_multilingual_models_have_one_stage_unless_two_are_asked_for(make_whisper, monkeypatch):
-    monkeypatch.setattr(two_stage, "LEAST_VOCABULARY", 100)
-    monkeypatch.setattr(two_stage, "LEAST_RATIO", 0)
-    model = make_whisper()
-    for multilingual in (False, True):
-        model.generation_config.is_multilingual = multilingual
-        tried = [
-            pipeline.in_two_stages(asked, model, "int8", "native", Gating())
-            for asked in (None, True, False)
-        ]
-        assert tried == [not multilingual, True, False]
