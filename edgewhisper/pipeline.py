@@ -26,7 +26,7 @@ from edgewhisper.guard import AccuracyLoss, Guard
 from edgewhisper.job import Job, Request, Say, describe, finish, prepare, recipe_for, run_steps
 from edgewhisper.languages import set_prompt
 from edgewhisper.provenance import embedded_of, record_of
-from edgewhisper.shipped import DEFAULT_MODEL, default_speech, speech_for
+from edgewhisper.shipped import DEFAULT_MODEL, default_artifact, default_speech, speech_for
 from export.files import new_directory
 from export.layouts import LAYOUTS, TARGETS
 from export.problem import Problem
@@ -244,8 +244,7 @@ def bench(
         has_core_ml() if name == "local" else load_profile(name).model.startswith("Apple")
         for name, _ in places
     )
-    newest = runs.newest("artifact", without="" if apple else "-coreml-")
-    chosen = list(artifacts) or [newest or export(say=say)]
+    chosen = list(artifacts) or [default_artifact(core_ml=apple)]
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
     if baseline is None and not rivals:
         return bench_candidates(candidates, places, speech, options, say)

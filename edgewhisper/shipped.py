@@ -1,4 +1,4 @@
-"""The digits model and the clips that ship with EdgeWhisper, and which clips fit which model."""
+"""The models and the clips that ship with EdgeWhisper, and which clips fit which model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from edgewhisper.runs import newest
 from export.problem import Problem
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = ASSETS / "whisper-digits"
 """The embedded model: a small Whisper that knows spoken digits and needs no download."""
+ENGLISH = ASSETS / "whisper-tiny-en"
+"""The embedded artifact: OpenAI's tiny.en, compressed. Recognises English without a download."""
 SPEECH = ASSETS / "speech"
 """Folder of spoken digits: train.jsonl, dev.jsonl, test.jsonl."""
 COMMON_VOICE = ASSETS / "common-voice"
@@ -27,6 +30,12 @@ def default_speech(vocabulary: int | None) -> Path:
     """
     digits = vocabulary == vocabulary_of(DEFAULT_MODEL)
     return (SPEECH if digits else COMMON_VOICE) / "test.jsonl"
+
+
+def default_artifact(core_ml: bool = False) -> Path:
+    """Return the newest artifact in ./edgewhisper-runs, or else the embedded one. Core ML artifacts
+    are included with `core_ml`."""
+    return newest("artifact", without="" if core_ml else "-coreml-") or ENGLISH
 
 
 def vocabulary_of(folder: Path) -> int | None:

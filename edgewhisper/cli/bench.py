@@ -7,13 +7,13 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from edgewhisper.cli.options import SPEECH, FailIf, Json, Normalizer, Threads
+from edgewhisper.cli.options import DEFAULT, SPEECH, FailIf, Json, Normalizer, Threads
 from edgewhisper.cli.output import print_error, print_results, say_for
 
 Artifacts = Annotated[
     list[Path] | None,
     Argument(
-        help="directories written by `edgewhisper export`; default: the newest artifact",
+        help=f"directories written by `edgewhisper export`; default: {DEFAULT}",
         metavar="ARTIFACT...",
     ),
 ]

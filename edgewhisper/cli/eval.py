@@ -6,15 +6,22 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
-from edgewhisper.cli.options import SPEECH, Json, Normalizer, Source, Units
+from edgewhisper.cli.options import DEFAULT, MODEL, SPEECH, Json, Normalizer, Units
 from edgewhisper.cli.output import emit, say, write_text
 
 
 def eval_cli(
-    source: Source,
-    speech: Annotated[Path, Option(help=f"clips with reference texts: {SPEECH}")],
+    source: Annotated[
+        str | None, Argument(help=f"artifact, or checkpoint: {MODEL}; default: {DEFAULT}")
+    ] = None,
+    speech: Annotated[
+        Path | None,
+        Option(
+            help=f"clips with reference texts: {SPEECH}; default: clips included with EdgeWhisper"
+        ),
+    ] = None,
     normalizer: Normalizer = None,
     compute_units: Units = None,
     texts: Annotated[
@@ -27,8 +34,10 @@ def eval_cli(
     json_file: Json = None,
 ) -> None:
     """Compute the word and character error rates of a model."""
-    from edgewhisper import transcription
+    from edgewhisper import shipped, transcription
 
+    source = source or str(shipped.default_artifact())
+    speech = speech or shipped.speech_for([Path(source)])
     score, clips = transcription.evaluate(source, speech, normalizer, compute_units)
     if texts is not None:
         write_text(texts, "".join(json.dumps(clip, ensure_ascii=False) + "\n" for clip in clips))

@@ -15,6 +15,9 @@ MODEL = (
 )
 """What MODEL takes."""
 
+DEFAULT = "the newest artifact in ./edgewhisper-runs, otherwise the embedded English model"
+"""The model of the commands that need none."""
+
 Source = Annotated[str, Argument(help=f"artifact, or checkpoint: {MODEL}")]
 Json = Annotated[
     str | None,

@@ -9,14 +9,13 @@ from typing import Any
 import typer
 
 from edgewhisper.cli import transcribe_options as given
-from edgewhisper.cli.options import Json, Source, Threads, Units
+from edgewhisper.cli.options import Json, Threads, Units
 from edgewhisper.cli.output import emit
 from edgewhisper.cli.transcripts import LivePrinter, Printer
 
 
 def transcribe_cli(
-    source: Source,
-    audio: given.Audio,
+    inputs: given.Inputs,
     language: given.Language = None,
     task: given.Task = None,
     timestamps: given.Timestamps = False,
@@ -47,6 +46,7 @@ def transcribe_cli(
     from devices.runner.live import transcript
     from edgewhisper import transcription
 
+    source, audio = given.model_and_audio(inputs)
     formats = writers.formats_of(output or [])
     files = batch.plan(audio, SUFFIXES, formats, output_dir, overwrite)
     artifact = transcription.is_artifact(source)

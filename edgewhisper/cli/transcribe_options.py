@@ -7,8 +7,16 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-Audio = Annotated[
-    list[Path], Argument(help="audio files of any length, and folders of them; - reads from stdin")
+from edgewhisper.cli.options import DEFAULT, MODEL
+from export.problem import Problem
+
+Inputs = Annotated[
+    list[str],
+    Argument(
+        metavar="[MODEL] AUDIO...",
+        help=f"MODEL: artifact, or checkpoint: {MODEL}; default: {DEFAULT}. AUDIO: audio files of "
+        "any length, and folders of them; - reads from stdin",
+    ),
 ]
 Language = Annotated[
     str | None,
@@ -80,3 +88,24 @@ Live = Annotated[
 Strict = Annotated[
     bool, Option("--strict", help="fail on truncated audio files instead of warning")
 ]
+
+
+def model_and_audio(inputs: list[str]) -> tuple[str, list[Path]]:
+    """Split the arguments into the model and the audio files.
+
+    The first argument is the model, unless it is a file that is not a .pt file, or "-", or the only
+    argument and a directory without config.json. Raises Problem if no audio is given.
+    """
+    from edgewhisper.shipped import default_artifact
+
+    first = Path(inputs[0])
+    is_file = first.is_file() and first.suffix != ".pt"
+    is_folder = len(inputs) == 1 and first.is_dir() and not (first / "config.json").exists()
+    if is_file or is_folder or inputs[0] == "-":
+        return str(default_artifact()), [Path(name) for name in inputs]
+    if len(inputs) == 1:
+        raise Problem(
+            f"{first} is not an audio file, and no audio file follows it",
+            hint="name a model and audio files, or only audio files: edgewhisper transcribe a.wav",
+        )
+    return inputs[0], [Path(name) for name in inputs[1:]]

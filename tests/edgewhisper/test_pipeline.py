@@ -94,12 +94,11 @@ def test_no_word_is_lost_or_repeated_at_window_boundaries(empty, clips, digits):
 def test_an_artifact_reports_segments_and_language(empty, clips, exported):
     clip = next(clip for clip in read_manifest(clips) if clip.text)
     segments = []
-    (transcript,) = transcription.transcribe(
-        str(exported), [clip.pcm()], on_segment=lambda i, s: segments.append((i, s.text)), beams=2
-    )
+    recognise = transcription.recogniser(str(exported), beams=2)
+    transcript = recognise(clip.pcm(), segments.append)
     assert transcript["language"] == "en"
     assert transcript["text"] == clip.text
-    assert segments == [(0, segment["text"]) for segment in transcript["segments"]]
+    assert [segment.as_dict() for segment in segments] == transcript["segments"]
 
 
 def test_a_full_disk_leaves_no_partial_artifact(empty, digits, full_disk):
