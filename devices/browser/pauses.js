@@ -47,7 +47,7 @@ export function findCut(window) {
   return Math.round((begin + middle + (width - 1) / 2) * FRAME);
 }
 
-// Returns the logarithm of each frame's power over the noise floor.
+// Returns the logarithm of each frame's power over the noise floor; 0 for silent frames.
 function frameLevels(pcm) {
   const audible = withoutHum(pcm);
   const power = Float64Array.from({ length: pcm.length / FRAME }, (_, frame) => {
@@ -59,7 +59,10 @@ function frameLevels(pcm) {
   const below = sorted[Math.floor(rank)];
   const percentile = below + (sorted[Math.ceil(rank)] - below) * (rank % 1);
   const floor = Math.max(percentile, SILENT_PEAK ** 2);
-  return power.map((level) => Math.log(Math.max(level, floor) / floor));
+  return power.map((level, frame) => {
+    const silent = isSilent(pcm.subarray(frame * FRAME, (frame + 1) * FRAME));
+    return silent ? 0 : Math.log(Math.max(level, floor) / floor);
+  });
 }
 
 // Returns how long the sound is at least 10 dB above the noise floor, in seconds.

@@ -469,11 +469,11 @@ def test_the_job_equals_what_the_runner_would_do(made, work_folder, exported):
 
 
 def test_long_audio_is_split_and_silence_left_out(rng):
-    speech = rng.normal(0, 0.1, 3000).astype(np.float32)
-    quiet = np.zeros(4000, np.float32)
-    found = job.sounding(np.concatenate([speech, quiet, speech]), 4000)
+    speech = rng.normal(0, 0.1, 48_000).astype(np.float32)
+    quiet = np.zeros(80_000, np.float32)
+    found = job.sounding(np.concatenate([speech, quiet, speech]), 64_000)
     assert len(found) == 2
-    assert sum(np.count_nonzero(piece) for piece in found.values()) == 6000
+    assert sum(np.count_nonzero(piece) for piece in found.values()) == 96_000
 
 
 def test_an_artifact_of_another_layout_gets_the_runners_error(tmp_path, exported, monkeypatch):

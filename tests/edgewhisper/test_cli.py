@@ -682,7 +682,9 @@ def precisions(monkeypatch) -> list[str]:
     from edgewhisper import pipeline
 
     calls: list[str] = []
-    monkeypatch.setattr(pipeline, "export", lambda source, precision, *_: calls.append(precision))
+    monkeypatch.setattr(
+        pipeline, "export", lambda _, precision, *__, **___: calls.append(precision)
+    )
     return calls
 
 

@@ -59,11 +59,12 @@ def find_cut(window: Pcm) -> int:
 
 def frame_levels(pcm: Pcm) -> npt.NDArray[np.float64]:
     """Return the logarithm of each frame's power over the noise floor, (frames,). Frames below the
-    floor have 0."""
+    floor, and silent ones, have 0. The filter spreads loud sound into silent frames."""
     power = np.square(without_hum(pcm)).reshape(-1, FRAME).mean(axis=1, dtype=np.float64)
     smooth = moving_average(power, SMOOTH_FRAMES)
     floor = max(float(np.percentile(smooth, FLOOR_PERCENT)), SILENT_PEAK**2)
-    return np.log(np.maximum(power, floor) / floor)
+    silent = np.abs(pcm).reshape(-1, FRAME).max(axis=1) < SILENT_PEAK
+    return np.where(silent, 0.0, np.log(np.maximum(power, floor) / floor))
 
 
 def sound_seconds(pcm: Pcm) -> float:

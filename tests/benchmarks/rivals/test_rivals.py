@@ -257,6 +257,7 @@ def test_every_converted_model_has_the_checkpoints_rules(digits, tmp_path):
 
     conversion = Conversion(digits, tmp_path, PYTHON)
     expected = manifest_of(prepare.artifact("fp32")(conversion))["decoding"]
+    del expected["alignment"]  # for the word timestamps of native artifacts
     for write in (prepare.sherpa("fp32"), prepare.ggml("f16")):
         place = write(conversion)
         stored = json.loads((place / RULES).read_text())

@@ -327,8 +327,9 @@ def test_the_runner_takes_the_shortest_window_that_holds_the_clip(artifact, leng
 
 
 def test_the_last_piece_of_a_long_clip_may_take_a_short_window(artifact, lengths, rng):
-    steady = (0.1 * rng.standard_normal(310 * SAMPLES)).astype(np.float32)  # without pauses
-    pcm = np.insert(steady, 250 * SAMPLES, np.zeros(4800))
+    levels = np.resize([0.02, 0.12, 0.02, 0.12, 0.02, 0.4], 310 * SAMPLES // 800 + 1)  # no pause
+    sound = np.repeat(levels, 800)[: 310 * SAMPLES] * rng.standard_normal(310 * SAMPLES)
+    pcm = np.insert(sound.astype(np.float32), 250 * SAMPLES, np.zeros(4800))
     Recognizer(artifact, threads=1).transcribe(pcm)
     assert lengths == [96000, 32000]
 
