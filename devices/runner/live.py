@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .audio import SAMPLING_RATE, STDIN, find_cut, is_silent
+from .audio import FRAME, SAMPLING_RATE, STDIN, find_cut, is_silent, quiet_power
 from .audio.wav import Header, check_header, parse_riff, to_float
 from .batch import Job
 from .interfaces import Pcm
@@ -37,8 +37,6 @@ RECORDERS = {
 """Programs that write the microphone's samples to standard output (ALSA, PulseAudio, SoX)."""
 STEP_S = 1.0
 PAUSE_S = 0.6
-QUIET = 0.01
-"""A pause has less than this share of the power of the loud parts: -20 dB."""
 MOST_HEADER = 4096
 CHUNK_BYTES = 2**16
 
@@ -122,9 +120,8 @@ def in_pause(pcm: Pcm) -> bool:
     tail = round(PAUSE_S * SAMPLING_RATE)
     if len(pcm) <= tail:
         return False
-    frames = pcm[len(pcm) % 160 :].reshape(-1, 160)
-    loud = float(np.quantile(np.square(frames).mean(axis=1), 0.95))
-    return is_silent(pcm[-tail:]) or float(np.square(pcm[-tail:]).mean()) < QUIET * loud
+    power = np.square(pcm[len(pcm) % FRAME :]).reshape(-1, FRAME).mean(axis=1)
+    return is_silent(pcm[-tail:]) or float(np.square(pcm[-tail:]).mean()) < quiet_power(power)
 
 
 # -------------------------------------------------------------------------------------- recordings

@@ -23,6 +23,8 @@ PAUSE_RISE = 4.0
 SOUND_RISE = 10.0
 SAME_RISE = 1.5
 """Places whose levels differ by less than 1.8 dB are equally quiet."""
+QUIET = 0.01
+"""Quiet sound has less than this share of the power of the loud frames: -20 dB."""
 
 
 def split(pcm: Pcm, window_samples: int) -> list[slice]:
@@ -90,9 +92,19 @@ def without_hum(pcm: Pcm) -> Pcm:
 
 def longest_run(flags: npt.NDArray[np.bool_]) -> tuple[int, float]:
     """Return length and middle of the longest run of true flags, the last one if equal."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
     best, middle = 0, 0.0
-    for begin, end in edges.reshape(-1, 2):
+    for begin, end in runs(flags):
         if end - begin >= best:
             best, middle = int(end - begin), (begin + end) / 2
     return best, middle
+
+
+def runs(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+    """Return begin and end of every run of true flags, (runs, 2)."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
+    return edges.reshape(-1, 2)
+
+
+def quiet_power(power: npt.NDArray[np.floating]) -> float:
+    """Return the power below which sound is quiet, compared with the loud ones of some frames."""
+    return QUIET * float(np.quantile(power, 0.95))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..audio import FRAME, SAMPLING_RATE
+from ..audio import FRAME, SAMPLING_RATE, quiet_power, runs
 from ..interfaces import Pcm
 from .text import Tokens
 
@@ -40,8 +40,6 @@ NEAR_S = 0.3
 """A border is moved to a pause by at most this."""
 PAUSE_S = 0.15
 """Longer than the closure of a stop consonant."""
-QUIET = 0.01
-"""A pause has less than this share of the power of the loud parts: -20 dB."""
 
 
 class TimedWord(NamedTuple):
@@ -213,9 +211,7 @@ def pauses(pcm: Pcm) -> list[tuple[float, float]]:
     if len(frames) < 3:
         return []
     power = np.convolve(np.square(frames).mean(axis=1), np.ones(3) / 3, mode="same")
-    quiet = power < QUIET * np.quantile(power, 0.95)
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], quiet, [False]]).astype(np.int8)))
-    spans = edges.reshape(-1, 2) * (FRAME / SAMPLING_RATE)
+    spans = runs(power < quiet_power(power)) * (FRAME / SAMPLING_RATE)
     return [(float(a), float(b)) for a, b in spans if b - a >= PAUSE_S]
 
 
