@@ -106,7 +106,9 @@ class Listener {
 
   // Returns whether the last window's tokens are too few for the sound of this part of it.
   leavesOut(pcm, tokens) {
-    if (this.silent) return false;
+    const most_s = pcm.length / SAMPLING_RATE; // of sound, which takes longer to compute
+    const enough = most_s <= LEAST_SOUND_S || tokens >= LEAST_TOKENS_PER_S * most_s;
+    if (this.silent || enough) return false;
     const sound_s = soundSeconds(pcm);
     return sound_s > LEAST_SOUND_S && tokens < LEAST_TOKENS_PER_S * sound_s;
   }

@@ -171,7 +171,9 @@ class Listener:
 
     def leaves_out(self, pcm: Pcm, tokens: int) -> bool:
         """Return whether the last window's tokens are too few for the sound of this part of it."""
-        if not self.recognizer.guards or self.silent:
+        most_s = len(pcm) / SAMPLING_RATE  # of sound, which takes longer to compute
+        enough = most_s <= LEAST_SOUND_S or tokens >= LEAST_TOKENS_PER_S * most_s
+        if not self.recognizer.guards or self.silent or enough:
             return False
         sound_s = sound_seconds(pcm)
         return sound_s > LEAST_SOUND_S and tokens < LEAST_TOKENS_PER_S * sound_s
