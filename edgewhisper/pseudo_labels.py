@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.speech.clips import Clip
+from devices.runner.decode.fallback import MOST_COMPRESSION, compression_ratio
 from edgewhisper.examples import seconds
 from edgewhisper.resume import digest
 from edgewhisper.transcripts import transcripts
+from export.files import new_file
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 TOKENS_PER_S = 12
 """Tokens that a transcript may have for a second of the longest clip."""
-COMPRESSION = 2.4
-"""Ratio of bytes to compressed bytes above which Whisper's own decoder rejects a transcript."""
 CHARACTERS_PER_S = 0.5, 30.0
 """Plausible rates of speech. Fast English has about 20 characters per second."""
 
@@ -70,8 +69,8 @@ def cached_transcripts(
             return stored["texts"]
     limit = 16 + round(TOKENS_PER_S * max(map(seconds, clips)))
     texts = transcripts(model, processor, clips, "transcripts of clips without texts", limit)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps({"key": key, "texts": texts}), "utf-8")
+    with new_file(cache) as partial:
+        partial.write_text(json.dumps({"key": key, "texts": texts}), "utf-8")
     return texts
 
 
@@ -80,8 +79,7 @@ def defect(text: str, duration_s: float) -> str | None:
     text = text.strip()
     if not text:
         return "empty"
-    content = text.encode()
-    if len(content) / len(zlib.compress(content)) > COMPRESSION:
+    if compression_ratio(text) > MOST_COMPRESSION:  # as in Whisper's decoding
         return "repetitive"
     slowest, fastest = CHARACTERS_PER_S
     return None if slowest <= len(text) / duration_s <= fastest else "rate"
