@@ -7,10 +7,10 @@ name is a hash of the model, the clips and the options that determine them.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.metadata import clips_hash
 from edgewhisper.compress.branches import Branch
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.curves import Curve, Part
@@ -47,16 +47,12 @@ def file_of(
     """Return the file of these measurements; None if the context has no directory for them."""
     if context.measured_dir is None:
         return None
-    clips = [[(sound_of(c), c.text, c.lang) for c in group] for group in (calibration, dev)]
+    clips = [clips_hash(group) for group in (calibration, dev)]
     decisive = {name: v for name, v in asdict(options).items() if name not in LATER}
     shapes = getattr(model.config, "edgewhisper", None)
     prompts = [getattr(model.generation_config, name, None) for name in ("language", "task")]
     key = digest(model.state_dict(), [FORMAT, clips, decisive, shapes, prompts])
     return context.measured_dir / f"obs-{key[:16]}.json"
-
-
-def sound_of(clip: "Clip") -> str:
-    return sha256(clip.pcm().tobytes()).hexdigest()
 
 
 def read(file: Path | None) -> Measured | None:
