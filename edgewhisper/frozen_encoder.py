@@ -1,7 +1,9 @@
-"""An encoder that is not trained, with its states cached for each clip."""
+"""An encoder that is not trained, with its states cached for each clip, and the cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +16,27 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
 
 
+class StatesCache:
+    """States of clips in memory, up to CACHED_BYTES in total. Later ones are not stored."""
+
+    def __init__(self) -> None:
+        self.states_of: dict[Hashable, tuple[Tensor, ...]] = {}
+        self.bytes = 0
+
+    def __call__(
+        self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Return the stored states of a key, or else the computed ones."""
+        if key in self.states_of:
+            return self.states_of[key]
+        states = compute()
+        size = sum(x.numel() * x.element_size() for x in states)
+        if self.bytes + size <= CACHED_BYTES:
+            self.states_of[key] = states
+            self.bytes += size
+        return states
+
+
 class FrozenEncoder:
     """An encoder that is not trained, with a cache of its states.
 
@@ -23,8 +46,8 @@ class FrozenEncoder:
     """
 
     def __init__(self, encoder: nn.Module, cache: bool = True) -> None:
-        self.encoder, self.cache, self.bytes = encoder, cache, 0
-        self.states_of: dict[tuple[int, int], Tensor] = {}
+        self.encoder = encoder
+        self.cache = StatesCache() if cache else None
         """(clip, positions) -> states (positions, d_model)"""
 
     @classmethod
@@ -36,29 +59,20 @@ class FrozenEncoder:
         return None if learns or random else cls(encoder)
 
     def __call__(self, batch: Batch) -> BaseModelOutput:
-        if batch.clips is None or not self.cache:
+        if batch.clips is None or self.cache is None:
             return BaseModelOutput(self.states(batch.input_features))
         positions = batch.input_features.shape[-1] // 2
+        # each clip is computed alone, so that its rounding depends neither on the rest of the batch
+        # nor on whether the training was resumed
         rows = [
-            self.cached((clip, positions), features)
+            self.cache((clip, positions), partial(self.of_clip, features))[0]
             for clip, features in zip(batch.clips, batch.input_features, strict=True)
         ]
         return BaseModelOutput(torch.stack(rows))
 
-    def cached(self, key: tuple[int, int], features: Tensor) -> Tensor:
-        """Return the states (positions, d_model) of one clip's features (mels, frames).
-
-        Each clip is computed alone, so that its rounding depends neither on the rest of the batch
-        nor on whether the training was resumed.
-        """
-        if key in self.states_of:
-            return self.states_of[key]
-        states = self.states(features[None])[0]
-        size = states.numel() * states.element_size()
-        if self.bytes + size <= CACHED_BYTES:
-            self.states_of[key] = states
-            self.bytes += size
-        return states
+    def of_clip(self, features: Tensor) -> tuple[Tensor]:
+        """Return the states (positions, d_model) of one clip's features (mels, frames)."""
+        return (self.states(features[None])[0],)
 
     @torch.no_grad()
     def states(self, features: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ from edgewhisper.compress.context import Context
 from edgewhisper.compress.short import windows_for, with_hidden_states
 from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import divergence, frozen_copy, load_teacher
-from edgewhisper.examples import CACHED_BYTES, IGNORED, Batch
+from edgewhisper.examples import IGNORED, Batch
+from edgewhisper.frozen_encoder import StatesCache
 from edgewhisper.pseudo_labels import pseudo_labelled
 from edgewhisper.recipe import Range
 from edgewhisper.training import LossTerm, Training, cross_entropy, train
@@ -120,23 +121,16 @@ def relative_error(student: Tensor, dense: Tensor) -> Tensor:
 
 
 class DenseStates:
-    """The states of a frozen model for each clip: computed once, up to CACHED_BYTES in memory."""
+    """The states of a frozen model for each clip: computed once and stored in memory."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.bytes = model, 0
-        self.states_of: dict[int, States] = {}
+        self.model, self.cache = model, StatesCache()
 
     def __call__(self, batch: Batch, row: int) -> States:
         """Return both states of one clip of a batch, which is processed alone."""
-        clip = None if batch.clips is None else batch.clips[row]
-        if clip in self.states_of:
-            return self.states_of[clip]
-        states = self.computed(batch, row)
-        size = sum(x.numel() * x.element_size() for x in states)
-        if clip is not None and self.bytes + size <= CACHED_BYTES:
-            self.states_of[clip] = states
-            self.bytes += size
-        return states
+        if batch.clips is None:
+            return self.computed(batch, row)
+        return self.cache(batch.clips[row], lambda: self.computed(batch, row))
 
     @torch.no_grad()
     def computed(self, batch: Batch, row: int) -> States:
