@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-SAMPLING_RATE = 16_000
+from devices.runner.audio import SAMPLING_RATE
+
 CHORDS = ((220, 277.2, 329.6), (246.9, 293.7, 370), (196, 246.9, 293.7), (164.8, 207.7, 246.9))
 """Frequencies in Hz: A major, B minor, G major, E major."""
 MELODY = (440, 493.9, 554.4, 659.3, 587.3, 440, 392, 329.6)
