@@ -432,8 +432,8 @@ def test_a_phone_with_arm_programs_gives_the_same_tokens(
     (tmp_path / "clips").mkdir()
     write_clips(few[:2], tmp_path / "clips")
     with open_device("mobile", arm_phone.serial) as device:
-        told = device.describe()
-        assert (told["architecture"], told["emulated"]) == ("aarch64", True)
+        facts = device.describe()
+        assert (facts["architecture"], facts["emulated"]) == ("aarch64", True)
     there = tokens("mobile", tmp_path, arm_phone.serial)
     assert there == tokens("local", tmp_path)
     assert all(any(clip) for clip in there)
@@ -458,9 +458,9 @@ def test_fast_cores_are_used_and_set_the_default_thread_count(phone, exported, f
         pytest.skip("this process may not use the first two cores")
     with open_device("mobile") as device:
         prepared = bench.prepare([bench.Candidate(exported)], device, few, bench.BenchOptions())
-    told = prepared.known[0]["device"]
-    assert (prepared.options.threads, told["cores"], told["pinned_to"]) == (1, 1, [1])
-    assert told["core_frequencies_max_hz"] == [1000.0 * SLOW, 1000.0 * FAST]
+    facts = prepared.known[0]["device"]
+    assert (prepared.options.threads, facts["cores"], facts["pinned_to"]) == (1, 1, [1])
+    assert facts["core_frequencies_max_hz"] == [1000.0 * SLOW, 1000.0 * FAST]
 
 
 @real

@@ -109,15 +109,15 @@ class Tab:
 
     def js(self, expression: str) -> Any:
         """Return the value of a JavaScript expression, awaited if it is a promise."""
-        told = self.call(
+        answer = self.call(
             "Runtime.evaluate",
             expression=expression,
             awaitPromise=True,
             returnByValue=True,
             userGesture=True,
         )
-        assert "exceptionDetails" not in told, told
-        return told["result"].get("value")
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def wait(self, expression: str, most_s: float = 120) -> Any:
         """Return the value of an expression once it is true."""

@@ -103,7 +103,7 @@ def features(processor, pcm: np.ndarray) -> torch.Tensor:
     first=st.sampled_from([None, 0, 5, 19]),
 )
 def test_the_forbidden_tokens_equal_those_of_transformers(seed, tokens, spread, first):
-    told = rules(max_initial_timestamp_index=first).with_options(None, None, timestamps=True)
+    active = rules(max_initial_timestamp_index=first).with_options(None, None, timestamps=True)
     logits = (spread * np.random.default_rng(seed).standard_normal(VOCAB)).astype(np.float32)
     config = SimpleNamespace(
         no_timestamps_token_id=SILENT,
@@ -111,10 +111,10 @@ def test_the_forbidden_tokens_equal_those_of_transformers(seed, tokens, spread, 
         bos_token_id=EOS,
         max_initial_timestamp_index=first,
     )
-    theirs = WhisperTimeStampLogitsProcessor(config, begin_index=len(told.prompt))
-    ids = torch.tensor([[*told.prompt, *tokens]])
+    theirs = WhisperTimeStampLogitsProcessor(config, begin_index=len(active.prompt))
+    ids = torch.tensor([[*active.prompt, *tokens]])
     wanted = theirs(ids, torch.from_numpy(logits.copy())[None])[0].numpy()
-    assert np.array_equal(Filter(told)(logits, tokens), wanted)
+    assert np.array_equal(Filter(active)(logits, tokens), wanted)
 
 
 @settings(max_examples=200, deadline=None)
@@ -503,11 +503,11 @@ def test_another_language_gives_the_tokens_of_generate(plain, torch_model, proce
     timestamps=st.booleans(),
 )
 def test_the_prompt_with_previous_text_equals_that_of_transformers(said, room, timestamps):
-    told = rules(max_new_tokens=room - 4).with_options(None, None, timestamps)
-    half = min(room // 2, told.max_new_tokens) - 1  # ours leaves room for at least one token
+    active = rules(max_new_tokens=room - 4).with_options(None, None, timestamps)
+    half = min(room // 2, active.max_new_tokens) - 1  # ours leaves room for at least one token
     wanted, _ = Whisper._prepare_decoder_input_ids(
         cur_bsz=1,
-        init_tokens=torch.tensor([told.prompt]),
+        init_tokens=torch.tensor([active.prompt]),
         current_segments=[[{"tokens": torch.tensor(said)}] if said else []],
         batch_idx_map=[0],
         do_condition_on_prev_tokens=[True],
@@ -524,7 +524,7 @@ def test_the_prompt_with_previous_text_equals_that_of_transformers(said, room, t
         timestamp_begin=BEGIN,
         kwargs={},
     )
-    found = told.after(said)
+    found = active.after(said)
     assert list(found.prompt) == wanted[0].tolist()
     assert len(found.prompt) + found.max_new_tokens == room
 
@@ -535,11 +535,11 @@ def test_a_window_is_prompted_with_the_text_before_it(plain, torch_model, proces
         listener = Listener(plain, Options(previous=True), Transcript())
         said = rng.integers(0, 370, int(rng.integers(1, 50))).tolist()
         listener.transcript.tokens += said
-        found, told = listener.window(pcm), plain.rules.after(said)
-        rows = decoding.logits(torch_model, processor, pcm, [*told.prompt, *found])
-        ended = [*found, told.eos] if len(found) < told.max_new_tokens else found
+        found, active = listener.window(pcm), plain.rules.after(said)
+        rows = decoding.logits(torch_model, processor, pcm, [*active.prompt, *found])
+        ended = [*found, active.eos] if len(found) < active.max_new_tokens else found
         for n, token in enumerate(ended):
-            scores = Filter(told)(rows[len(told.prompt) - 1 + n], found[:n])
+            scores = Filter(active)(rows[len(active.prompt) - 1 + n], found[:n])
             assert scores[token] > scores.max() - 2e-3
 
 
@@ -564,12 +564,12 @@ def test_a_prompt_precedes_the_first_window_and_hotwords_every_window(plain, pcm
 
 
 def test_hotwords_and_previous_text_share_half_of_the_context():
-    told = rules(max_new_tokens=36)  # with the prompt 40 positions, of which 19 are for context
-    found = told.after(range(100, 130), range(200, 205))
-    assert list(found.prompt) == [SILENT - 2, *range(200, 205), *range(116, 130), *told.prompt]
+    active = rules(max_new_tokens=36)  # with the prompt 40 positions, of which 19 are for context
+    found = active.after(range(100, 130), range(200, 205))
+    assert list(found.prompt) == [SILENT - 2, *range(200, 205), *range(116, 130), *active.prompt]
     assert len(found.prompt) + found.max_new_tokens == 40
-    found = told.after([1, 2], range(200, 230))
-    assert list(found.prompt) == [SILENT - 2, *range(200, 219), *told.prompt]
+    found = active.after([1, 2], range(200, 230))
+    assert list(found.prompt) == [SILENT - 2, *range(200, 219), *active.prompt]
 
 
 def test_a_prompt_needs_the_token_for_previous_text(recognizer, pcms):
@@ -587,16 +587,16 @@ def test_the_confidence_is_that_of_the_model(options, plain, torch_model, proces
         found = plain.transcribe(pcm, confidence=True, **options)
         assert found.tokens == expected.tokens
         assert all(segment.avg_logprob is None for segment in expected.segments)
-        told = plain.rules.with_options(None, None, options.get("timestamps", False))
-        rows = decoding.logits(torch_model, processor, pcm, [*told.prompt, *found.tokens])
-        no_speech = float(np.exp(rows[0][told.no_speech] - log_sum_exp(rows[0])))
+        active = plain.rules.with_options(None, None, options.get("timestamps", False))
+        rows = decoding.logits(torch_model, processor, pcm, [*active.prompt, *found.tokens])
+        no_speech = float(np.exp(rows[0][active.no_speech] - log_sum_exp(rows[0])))
         place = 0
         for segment in found.segments:
             logprobs = []
             for token in segment.tokens:
-                scores = rows[len(told.prompt) - 1 + place]
+                scores = rows[len(active.prompt) - 1 + place]
                 if not options.get("beams"):
-                    scores = Filter(told)(scores, found.tokens[:place]).copy()
+                    scores = Filter(active)(scores, found.tokens[:place]).copy()
                 logprobs.append(scores[token] - log_sum_exp(scores))
                 place += 1
             assert segment.avg_logprob == pytest.approx(float(np.mean(logprobs)), abs=2e-3)
@@ -605,11 +605,11 @@ def test_the_confidence_is_that_of_the_model(options, plain, torch_model, proces
 
 
 def test_a_long_prompt_is_fed_in_parts(plain, torch_model, processor, pcms, rng):
-    told = plain.rules.after(rng.integers(0, 370, 100).tolist())
-    assert MOST_IDS < len(told.prompt) == 32 + len(plain.rules.prompt)
+    active = plain.rules.after(rng.integers(0, 370, 100).tolist())
+    assert MOST_IDS < len(active.prompt) == 32 + len(plain.rules.prompt)
     times = Transcript()
-    found = plain.decoder_over(pcms[0], times)(told.prompt)
-    wanted = decoding.logits(torch_model, processor, pcms[0], told.prompt)[-1]
+    found = plain.decoder_over(pcms[0], times)(active.prompt)
+    wanted = decoding.logits(torch_model, processor, pcms[0], active.prompt)[-1]
     assert np.allclose(found, wanted, atol=2e-3)
     assert (len(times.prompt_s), times.per_token_s) == (2, [])
 
@@ -696,7 +696,7 @@ def test_beam_search_equals_that_of_transformers(tiny_whisper, monkeypatch, rng,
         generation.eos_token_id = generation.pad_token_id = said[int(rng.integers(1, 8))]
     own = Rules.from_manifest(decoding_rules(model) | {"max_new_tokens": 14})
     own = own.with_options(None, None, timestamps)
-    told = {} if timestamps else {"suppress_tokens": list(range(own.timestamp_begin, 783))}
+    limits = {} if timestamps else {"suppress_tokens": list(range(own.timestamp_begin, 783))}
     with torch.no_grad():
         wanted = model.generate(
             mel,
@@ -706,7 +706,7 @@ def test_beam_search_equals_that_of_transformers(tiny_whisper, monkeypatch, rng,
             return_timestamps=timestamps,
             force_unique_generate_call=True,
             return_dict_in_generate=True,
-            **told,
+            **limits,
         ).sequences[0, len(own.prompt) :]
     texts = Again(model, model.model.encoder(mel), own.prompt)
     gaps = watch_gaps(monkeypatch)
@@ -752,12 +752,12 @@ def test_branches_continue_their_parents(plain, pcms, rng):
 
 
 def test_the_mean_log_probability_equals_that_of_transformers(rng):
-    told, scores, tokens = rules(suppress_tokens=[3, 4]), [], []
-    sampler = Sampler(told, temperature := float(rng.choice([0.0, 0.4, 1.0])), rng)
+    active, scores, tokens = rules(suppress_tokens=[3, 4]), [], []
+    sampler = Sampler(active, temperature := float(rng.choice([0.0, 0.4, 1.0])), rng)
     for _ in range(6):
         logits = (3 * rng.standard_normal(VOCAB)).astype(np.float32)
         tokens.append(sampler(logits, tokens))
-        filtered = Filter(told)(logits, [1])
+        filtered = Filter(active)(logits, [1])
         scores.append(torch.from_numpy(filtered / (temperature or 1)))
     wanted = Whisper._retrieve_avg_logprobs(scores, torch.tensor(tokens), temperature)
     assert np.mean(sampler.logprobs) == pytest.approx(float(wanted), abs=1e-5)
@@ -848,12 +848,12 @@ def test_clear_speech_gets_the_greedy_text_with_fallback(recognizer, pcms):
 def test_the_same_seed_gives_the_same_tokens(plain, pcms, seed):
     def drawn(seed: int) -> list[list[int]]:
         rng = np.random.default_rng(seed)
-        told = Rules.from_manifest(plain.manifest["decoding"])
+        active = Rules.from_manifest(plain.manifest["decoding"])
         decoder = plain.decoder_over(pcms[0], Transcript())
         found = []
         for _ in range(3):
             decoder.fed = 0
-            found.append(sample(decoder, told, 3.0, rng, stop_loops=True).tokens)
+            found.append(sample(decoder, active, 3.0, rng, stop_loops=True).tokens)
         return found
 
     assert drawn(seed) == drawn(seed)
@@ -879,12 +879,14 @@ def test_a_beam_search_loop_is_cut_like_a_greedy_one(tokens):
         wanted = next(script)
         return np.array([float(i == wanted) for i in range(VOCAB)], np.float32)
 
-    told = rules(timestamp_begin=None, max_new_tokens=100)
-    assert without_loop(tokens) == greedy(step, told, stop_loops=True)
+    active = rules(timestamp_begin=None, max_new_tokens=100)
+    assert without_loop(tokens) == greedy(step, active, stop_loops=True)
 
 
 def test_a_text_ends_at_the_capacity_of_the_caches():
-    told = rules(max_new_tokens=7)
-    found = say(lambda ids: np.eye(VOCAB, dtype=np.float32)[3], Filter(told).likeliest, told, False)
+    active = rules(max_new_tokens=7)
+    found = say(
+        lambda ids: np.eye(VOCAB, dtype=np.float32)[3], Filter(active).likeliest, active, False
+    )
     assert found == [3] * 7
     assert loop_period(found) == 0
