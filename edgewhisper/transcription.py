@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -26,19 +26,6 @@ from export.prompt import AUTO, is_multilingual, language_code
 if TYPE_CHECKING:
     from devices.runner.batch import Transcribe
     from devices.runner.recognizer import Recognizer
-
-
-def transcribe(
-    source: str,
-    pcms: Iterable[np.ndarray],
-    threads: int | None = None,
-    compute_units: str | None = None,
-    **options: Any,
-) -> Iterator[dict[str, Any]]:
-    """Yield the transcript of each 16 kHz recording. Options are those of `recogniser`."""
-    recognise = recogniser(source, threads, compute_units, **options)
-    for pcm in pcms:
-        yield recognise(pcm, lambda segment: None)
 
 
 def recogniser(

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from small_whisper import random_whisper
 from some_clips import manifest_of_some
+from transcripts import transcripts
 
 from benchmarks.gate import GateFailure
 from benchmarks.speech.clips import read_manifest
 from devices.runner.recognizer import Recognizer
-from edgewhisper import pipeline, shipped, transcription, whisper
+from edgewhisper import pipeline, shipped, whisper
 from edgewhisper.gating import Gating
 from edgewhisper.shipped import COMMON_VOICE, SPEECH
 from edgewhisper.verify import verify
@@ -194,8 +195,8 @@ def test_artifacts_of_a_checkpoint_without_a_language_detect_the_language(namele
     assert (manifest["format"], manifest["decoding"]["language"]) == (3, "auto")
     assert manifest["gate"]["identical_tokens"] == 1
     pcm = read_manifest(few)[1].pcm()
-    (actual,) = transcription.transcribe(str(place), [pcm])
-    (expected,) = transcription.transcribe(str(nameless), [pcm])
+    (actual,) = transcripts(str(place), [pcm])
+    (expected,) = transcripts(str(nameless), [pcm])
     assert actual["language"] == expected["language"] is not None
     assert actual["text"] == expected["text"]
     report = verify(place, few, str(nameless), threads=1)
@@ -248,12 +249,12 @@ def test_english_only_models_accept_english_auto_and_transcribe(digits, few, tmp
     place = str(exported(source, few, tmp_path / "out", gating=off, precision="fp32"))
     both = (source, place)
     for options in ({}, {"language": "en"}, {"language": "auto"}, {"task": "transcribe"}):
-        texts = [next(iter(transcription.transcribe(s, [pcm], **options)))["text"] for s in both]
+        texts = [next(iter(transcripts(s, [pcm], **options)))["text"] for s in both]
         assert texts[0] == texts[1]
     for each in both:
         with pytest.raises(ValueError, match="English only"):
-            list(transcription.transcribe(each, [pcm], language="de"))
+            list(transcripts(each, [pcm], language="de"))
         with pytest.raises(ValueError, match="English only"):
-            list(transcription.transcribe(each, [pcm], task="translate"))
+            list(transcripts(each, [pcm], task="translate"))
     with pytest.raises(Problem, match="--language de: the model knows English only"):
         exported(source, few, tmp_path / "no", language="de")

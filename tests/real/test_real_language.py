@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from real_models import model
+from transcripts import transcripts
 
 from benchmarks.gate import evenly
 from benchmarks.speech.clips import read_manifest
-from edgewhisper import decoding, pipeline, transcription, whisper
+from edgewhisper import decoding, pipeline, whisper
 from edgewhisper.gating import Gating
 from edgewhisper.shipped import COMMON_VOICE
 from export.artifact import read_manifest as read_artifact
@@ -30,9 +31,9 @@ def test_a_multilingual_artifact_detects_english(base, few):
     manifest = read_artifact(base)
     assert (manifest["format"], manifest["decoding"]["language"]) == (3, "auto")
     recordings = [clip.pcm() for clip in few[:4]]
-    found = list(transcription.transcribe(str(base), recordings))
+    found = list(transcripts(str(base), recordings))
     assert [one["language"] for one in found] == ["en"] * 4
-    named = transcription.transcribe(str(base), recordings, language="en")
+    named = transcripts(str(base), recordings, language="en")
     assert [one["text"] for one in found] == [one["text"] for one in named]
 
 
@@ -47,13 +48,13 @@ def test_english_only_models_take_english_auto_and_transcribe(few, tmp_path):
     place = pipeline.export(source, "fp32", out=tmp_path / "tiny", gating=Gating("off"))
     pcm = few[0].pcm()
     texts = {
-        next(iter(transcription.transcribe(each, [pcm], **options)))["text"]
+        next(iter(transcripts(each, [pcm], **options)))["text"]
         for each in (source, str(place))
         for options in ({}, {"language": "en"}, {"language": "auto"}, {"task": "transcribe"})
     }
     assert len(texts) == 1
     for each in (source, str(place)):
         with pytest.raises(ValueError, match="English only"):
-            list(transcription.transcribe(each, [pcm], language="de"))
+            list(transcripts(each, [pcm], language="de"))
         with pytest.raises(ValueError, match="English only"):
-            list(transcription.transcribe(each, [pcm], task="translate"))
+            list(transcripts(each, [pcm], task="translate"))
