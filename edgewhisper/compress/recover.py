@@ -25,7 +25,8 @@ Differences:
 - Errors are relative to the variance of the dense states, so that one weight suits all sizes.
 - The hidden states inside the stacks are not compared: pruned layers need not divide the
   computation as the dense layers do.
-- The dense model's states are computed once for each clip and stored in memory (up to 512 MB).
+- The dense model's states are computed once for each clip and stored in memory (float16, up to
+  512 MB, about 1,500 clips).
 - The decoder reads the dense model's transcripts, as Distil-Whisper does (Gandhi et al. 2023,
   arXiv:2311.00430), so the texts of the clips are not used. Empty and implausible transcripts are
   left out, see pseudo_labels.py.
@@ -49,8 +50,10 @@ from edgewhisper.compress.teacher import divergence, frozen_copy, load_teacher
 from edgewhisper.examples import IGNORED, Batch
 from edgewhisper.frozen_encoder import StatesCache
 from edgewhisper.pseudo_labels import pseudo_labelled
+from edgewhisper.progress import progress_steps
 from edgewhisper.recipe import Range
 from edgewhisper.training import LossTerm, Training, cross_entropy, train
+from edgewhisper.variants import variants
 from export.cost import macs_by_window
 from export.shrink import windows_of
 
@@ -76,6 +79,9 @@ class Options:
     """Weight of the error of the decoder states in (2)."""
     kl: Weight = 1.0
     """Weight of the divergence in (2)."""
+    variants: Annotated[int, Range(0)] = 0
+    """Variants of each clip to train on as well: other speeds and levels, joined clips, noise (see
+    variants.py). They are written to the run's directory, and the dense model transcribes them."""
     training: Training = field(
         default_factory=lambda: Training(
             steps=500, batch_size=6, learning_rate=4e-5, token_table=False
@@ -145,7 +151,8 @@ class DenseStates:
             output_hidden_states=True,
         )
         heard = outputs.encoder_last_hidden_state[0, : batch.lengths[row]]
-        return heard.clone(), outputs.decoder_hidden_states[-1][0]
+        # float16: its rounding is far below the errors, and twice as many clips fit in the cache
+        return heard.half(), outputs.decoder_hidden_states[-1][0].half()
 
 
 def tokens_of(labels: Tensor) -> int:
@@ -171,7 +178,7 @@ def recovery(dense: nn.Module, options: Options) -> LossTerm:
         ]
         errors = options.encoder * torch.stack(heard) + options.decoder * torch.stack(read)
         rows = [t[chosen[: len(t)]] for (_, t), chosen in zip(targets, labelled, strict=True)]
-        kl = divergence(dense.proj_out(torch.cat(rows)), outputs.logits[labelled])
+        kl = divergence(dense.proj_out(torch.cat(rows).float()), outputs.logits[labelled])
         loss = (shares * errors).sum() + options.kl * kl
         return loss - cross_entropy(outputs.logits, batch.labels)
 
@@ -189,14 +196,28 @@ def dense_model(model: nn.Module, options: Options, context: Context) -> nn.Modu
 
 
 def recovery_clips(
-    dense: Any, options: Options, context: Context
+    dense: Any, options: Options, context: Context, longest_s: float
 ) -> tuple[list[Clip], Counter[str]]:
-    """Return the training clips with the dense model's transcripts, and the number of clips that
-    were left out per reason."""
-    if context.dense_texts and not options.teacher:
-        return list(context.train), Counter()
-    cache = context.run_dir / "transcripts.json"
-    return pseudo_labelled(dense, context.processor, context.train, cache)
+    """Return the training clips and their variants with the dense model's transcripts, and the
+    number of clips that were left out per reason."""
+    clips, left_out = list(context.train), Counter[str]()
+    if not context.dense_texts or options.teacher:
+        cache = context.run_dir / "transcripts.json"
+        clips, left_out = pseudo_labelled(dense, context.processor, clips, cache)
+    if options.variants:
+        made = variants_of(context, options, longest_s)
+        cache = context.run_dir / "variants-transcripts.json"
+        labelled, more_left_out = pseudo_labelled(dense, context.processor, made, cache)
+        clips, left_out = clips + labelled, left_out + more_left_out
+    return clips, left_out
+
+
+def variants_of(context: Context, options: Options, longest_s: float) -> list[Clip]:
+    """Return variants of the training clips, which fit in `longest_s` seconds."""
+    number = options.variants * len(context.train)
+    with progress_steps(number, "recover: writing variants of the clips") as done:
+        folder = context.run_dir / "recover-variants"
+        return variants(context.train, options.variants, longest_s, context.seed, folder, done)
 
 
 def apply(
@@ -214,7 +235,8 @@ def apply(
         windows = windows_for(options.windows_s, full, step_s, "recover")
         whisper.set_windows(model.config, windows)
     windows = windows_of(model.config)
-    clips, left_out = recovery_clips(dense, options, context)
+    longest_s = windows[-2 if len(windows) > 1 else -1] * position_s(context.processor)
+    clips, left_out = recovery_clips(dense, options, context, longest_s)
     with with_hidden_states(model):
         log = train(
             model,

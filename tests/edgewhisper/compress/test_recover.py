@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,7 @@ def test_the_loss_equals_one_computed_clip_by_clip_with_transformers(
         parts.append(2 * e + 3 * d + 0.5 * kl)
         tokens.append(count)
     expected = sum(n * part for n, part in zip(tokens, parts, strict=True)) / sum(tokens)
-    assert result.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert result.item() == pytest.approx(expected.item(), rel=1e-3)  # float16
 
 
 def test_dense_states_are_computed_once_for_each_clip(tiny_whisper, processor, few, monkeypatch):
@@ -162,6 +163,23 @@ def test_a_teacher_may_be_a_directory(
     monkeypatch.setattr(recover, "pseudo_labelled", lambda *rest: (list(rest[2]), {}))
     recover.apply(other, options, context)
     assert same_bits(pruned.state_dict(), other.state_dict())
+
+
+def test_variants_of_the_clips_are_transcribed_and_trained_on(pruned, context, monkeypatch):
+    labelled = []
+
+    def label(dense, processor, clips, cache):
+        labelled.extend(clips)
+        return [replace(clip, text="three one") for clip in clips[1:]], Counter(empty=1)
+
+    monkeypatch.setattr(recover, "pseudo_labelled", label)
+    recover.apply(pruned, replace(brief(2), variants=2), context)
+    record, variants = context.record["recover"], sorted(context.run_dir.rglob("*.flac"))
+    assert [clip.audio for clip in labelled] == variants
+    assert len(variants) == 8
+    assert max(clip.duration_s for clip in labelled) <= 4.0  # the longest short window
+    assert record["left_out"] == {"empty": 1}
+    assert record["training"]["clips"] == 4 + 8 - 1
 
 
 def test_a_recovered_model_survives_save_load_and_export(pruned, processor, context, tmp_path):
