@@ -324,7 +324,7 @@ def where(listen: str | None) -> tuple[str, int]:
             raise ValueError
     except ValueError:
         raise DeviceProblem(
-            f"--listen {listen!r} is not an IPv4 address with an optional port",
+            f"--listen {listen!r} is not an IPv4 address of one interface, with an optional port",
             "give this machine's address in the phone's network, such as 192.168.1.5 or "
             "192.168.1.5:8000",
         ) from None

@@ -74,6 +74,11 @@ def read_config(
         stored, _ = transformers.PretrainedConfig.get_config_dict(str(source), revision=revision)
     except Exception as error:
         raise unreadable(source, error) from error
+    if not stored:
+        raise Problem(
+            f"{source}: there is no config.json, so it is not a checkpoint",
+            hint="name the directory that holds config.json and model.safetensors",
+        )
     if stored.get("model_type") != "whisper":
         raise Problem(
             f"{source}: config.json has model_type {stored.get('model_type')!r}, not 'whisper'",

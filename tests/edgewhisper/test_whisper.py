@@ -212,6 +212,11 @@ def test_a_missing_directory_is_named(tmp_path):
         load(tmp_path / "nowhere")
 
 
+def test_a_directory_without_a_config_is_not_called_another_model(tmp_path):
+    with pytest.raises(Problem, match=r"there is no config\.json, so it is not a checkpoint"):
+        load(tmp_path)
+
+
 def test_a_missing_tokenizer_is_an_error(copied):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copied / name).unlink()
