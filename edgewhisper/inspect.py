@@ -380,7 +380,12 @@ def bytes_a_token(parts: Parts, manifest: dict[str, Any], positions: int, contex
     read as float32.
     """
     weights = used(parts, ("layers.", "logits/"))
-    table = [c for c in token_table(parts, manifest) if c not in weights]
+    places = {(w.location, w.offset) for w in weights if w.location}  # the table, or its pieces
+    table = [
+        c
+        for c in token_table(parts, manifest)
+        if c not in weights and (c.location, c.offset) not in places
+    ]
     read = sum(c.elements * 4 if c.data_type == FLOAT16 else c.bytes for c in [*weights, *table])
     outputs = {name: manifest["contract"][name]["outputs"] for name in ("encoder", "decoder")}
     cross = [cache_bytes(spec, positions) for spec in outputs["encoder"]]

@@ -49,7 +49,10 @@ class Graph:
         precision: str,
         schemes: Mapping[Any, Scheme] | None = None,
         int8_cache: bool = True,
+        mapped: bool = False,
     ) -> None:
+        self.mapped = mapped
+        """Whether large constants are stored in a file that the runtime maps into memory."""
         self.quantises = precision in ("int8", "int4")
         self.int8_cache = self.quantises and int8_cache
         """Whether the encoder's keys and values are int8."""
@@ -60,6 +63,8 @@ class Graph:
         self._nodes: list[onnx.NodeProto] = []
         self._quantised: dict[str, list[str]] = {}
         self._constants: dict[bytes, onnx.TensorProto] = {}
+        self.parts: dict[str, tuple[str, int]] = {}
+        """Names of constants that are a part of another -> its name and the first byte there."""
         self._prefix = ""
 
     def constant(self, value: NDArray | float | int | Sequence[int]) -> str:
@@ -73,6 +78,13 @@ class Graph:
             name = f"constant_{len(self._constants)}"
             self._constants[key] = numpy_helper.from_array(array, name)
         return self._constants[key].name
+
+    def part(self, whole: str, array: NDArray, start: int) -> str:
+        """Store an array that is a part of another constant, from its byte `start` on, and return
+        its name. A file of mapped weights holds these bytes once."""
+        name = self.constant(array)
+        self.parts[name] = whole, start
+        return name
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: object) -> str:
         """Add an operator with one output and return the output's name."""

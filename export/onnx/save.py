@@ -40,7 +40,7 @@ def write_graph(
     if mapped:
         own_constants(model)
         with Weights(path.with_suffix(".weights"), LARGE) as weights:
-            weights.take(model)
+            weights.take(model, graph.parts)
     onnx.save(model, path)
     return describe_graph(inputs, outputs)
 

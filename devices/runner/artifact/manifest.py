@@ -233,11 +233,11 @@ def check_language(decoding: Field) -> None:
 
 def vocabulary_and_room(path: Path, decoder: dict[str, list[Field]]) -> tuple[int, int]:
     """Return the vocabulary size, and how many tokens the decoder's caches hold."""
-    shapes = {
-        spec.value["name"]: spec.value["shape"]
-        for spec in (*decoder["inputs"], *decoder["outputs"])
-    }
-    logits, past = shapes.get("logits", [])[-1:], shapes.get("past.0.key", [])[2:3]
+    shapes, outputs = (
+        {spec.value["name"]: spec.value["shape"] for spec in decoder[side]}
+        for side in ("inputs", "outputs")
+    )
+    logits, past = outputs.get("logits", [])[-1:], shapes.get("past.0.key", [])[2:3]
     for name in ("input_ids", "past_length"):
         if name not in shapes:
             raise RunnerProblem(f"{path}: contract.decoder.inputs lacks {name}", AGAIN)

@@ -5,6 +5,8 @@ log-probability is too low. With and without fallback, it has no text if the pro
 speech is also high.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -108,7 +108,6 @@ class Listener:
 
     def __init__(self, recognizer: Model, options: Options, transcript: Transcript) -> None:
         self.recognizer, self.options, self.transcript = recognizer, options, transcript
-        self.rng = np.random.default_rng(options.seed)
         check(options, recognizer.rules)
         language = code(options.language, recognizer.rules)
         self.detects = language == AUTO or (language is None and recognizer.rules.auto)
@@ -129,8 +128,15 @@ class Listener:
         """The log-probability of each token of the last window, if they are needed."""
         self.no_speech_prob: float | None = None
         """The probability that the last window has no speech, if it is needed."""
+        self.silence: float | None = None
+        """The same, if the language was detected in the last window."""
         self.words: list[TimedWord] = []
         """The words of the last window, if they are needed."""
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        """The random numbers of sampling. Importing numpy.random takes 2 MB of memory."""
+        return np.random.default_rng(self.options.seed)
 
     def segments(self, pcm: Pcm) -> Iterator[Segment]:
         """Yield the segments, and add them to the transcript."""
@@ -227,7 +233,7 @@ class Listener:
     def window(self, pcm: Pcm) -> list[int]:
         """Return the tokens of one window, without prompt and end token."""
         guards, options = self.recognizer.guards, self.options
-        self.logprobs, self.no_speech_prob, self.words = (), None, []
+        self.logprobs, self.no_speech_prob, self.words, self.silence = (), None, [], None
         self.silent = guards and (is_silent(pcm) or is_steady(pcm))
         if self.silent:
             return []
@@ -306,10 +312,10 @@ class Listener:
         """Detect the language and put it into the prompt, unless it is known. The language of the
         first window with speech is final; windows before it use their own."""
         if self.detects:
-            detected, no_speech = detect(decoder, self.rules)
+            detected, self.silence = detect(decoder, self.rules)
             self.rules = self.rules.with_options(detected, None, self.options.timestamps)
             self.transcript.language = detected
-            self.detects = no_speech > MOST_NO_SPEECH or is_hum(pcm)
+            self.detects = self.silence > MOST_NO_SPEECH or is_hum(pcm)
             self.rewind(decoder)
 
     def greedy(self, decoder: Decoder, temperature: float) -> Attempt:
@@ -339,10 +345,12 @@ class Listener:
         """Return the probability that the window has no speech: that of a token after the prompt's
         first. The decoder has to start over after this."""
         token = self.rules.no_speech
+        before = len(self.prompted.prompt) - len(self.rules.prompt)
         if token is None:
             return 0.0
+        if self.silence is not None and not before:
+            return self.silence
         decoder.fed, decoder.clock = 0, self.transcript.no_speech_s
-        before = len(self.prompted.prompt) - len(self.rules.prompt)
         return probability(decoder(self.prompted.prompt[: before + 1]), token)
 
     def rewind(self, decoder: Decoder) -> None:

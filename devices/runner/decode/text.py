@@ -1,6 +1,8 @@
 """Converts tokens to text with a table, so that a device needs no tokenizer library."""
 
-import base64
+from array import array
+from binascii import a2b_base64
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ MOST_BYTES = 2**24
 class Tokens:
     """The bytes of every token, in one array; separate objects would take 7 MB more."""
 
-    def __init__(self, rows: list[bytes]) -> None:
-        self.joined = b"".join(rows)
-        self.ends = np.cumsum([0, *map(len, rows)])
+    def __init__(self, rows: Iterable[bytes]) -> None:
+        joined, ends = bytearray(), array("q", [0])
+        for row in rows:
+            joined += row
+            ends.append(len(joined))
+        self.joined, self.ends = bytes(joined), np.array(ends)
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -36,8 +41,7 @@ def read_tokens(path: Path) -> Tokens:
     """Read tokens.json: the bytes of each ordinary token id; special tokens are empty."""
     content = read_json(path, MOST_BYTES)
     try:
-        rows = [base64.b64decode(row, validate=True) if row else b"" for row in list_of(content)]
-        return Tokens(rows)
+        return Tokens(a2b_base64(row, strict_mode=True) if row else b"" for row in list_of(content))
     except (ValueError, KeyError, TypeError) as error:
         raise RunnerProblem(
             f"{path}: the token table cannot be read ({error})",

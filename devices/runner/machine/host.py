@@ -10,11 +10,13 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 UNAVAILABLE = "unavailable"
-MADV_PAGEOUT = 21
+MADV_DONTNEED = 4
 M_MMAP_THRESHOLD = -3
 LARGE_BLOCK_BYTES = 2**20
 
@@ -265,15 +267,46 @@ def give_back_memory(folder: Path, maps: Path = Path("/proc/self/maps")) -> None
     """Return freed memory, and pages of files mapped from `folder`, to the system (Linux only).
 
     Packing a large weight reads its whole file, of which few rows are needed afterwards; the system
-    reads those again on demand.
+    reads those again on demand. They leave the page cache too: a file that was just written or read
+    is cached in blocks of up to 2 MB, and one row would map a whole block.
     """
     if not maps.is_file():  # not Linux
         return
-    libc, inside = ctypes.CDLL(None), f"{folder.resolve()}{os.sep}"
+    libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+    places = mapped(folder, maps)
+    unmap_pages(places)
+    for place in places:
+        with suppress(OSError):  # deleted
+            file = os.open(place.path, os.O_RDONLY)
+            os.posix_fadvise(file, place.offset, place.size, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+class Mapping(NamedTuple):
+    """Where a part of a file is mapped into this process, in bytes."""
+
+    path: str
+    offset: int
+    start: int
+    size: int
+
+
+def mapped(folder: Path, maps: Path = Path("/proc/self/maps")) -> list[Mapping]:
+    """Return the mappings of files in `folder`; none where the system is not Linux."""
+    inside, found = f"{folder.resolve()}{os.sep}", []
     for line in read(maps).splitlines():
-        addresses, *_, name = line.split(maxsplit=5)
-        if name.startswith(inside):
+        addresses, _, offset, *_, path = line.split(maxsplit=5)
+        if path.startswith(inside):
             start, end = (int(address, 16) for address in addresses.split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+            found.append(Mapping(path, int(offset, 16), start, end - start))
+    return found
+
+
+def unmap_pages(places: Sequence[Mapping]) -> None:
+    """Remove the pages of mapped files, which are only read, from this process. They stay in the
+    page cache and are mapped again on demand."""
+    for place in places:
+        start, size = ctypes.c_void_p(place.start), ctypes.c_size_t(place.size)
+        ctypes.CDLL(None).madvise(start, size, MADV_DONTNEED)

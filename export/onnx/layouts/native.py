@@ -25,8 +25,8 @@ any case; outputs that a caller does not bind cost nothing. The manifest has the
 scale.
 
 Other files. tokens.json and the manifest's prompt and decoding rules are all that inference needs,
-without a tokenizer library. The Hugging Face files are for tools that read them. Weights from 1 MiB
-on are in encoder.weights and decoder.weights, which the runtime maps into memory.
+without a tokenizer library. The Hugging Face files are for tools that read them. Weights from
+128 KiB on are in encoder.weights and decoder.weights, which the runtime maps into memory.
 
 Precisions. fp32 keeps every weight. fp16 stores matrices and tables as float16, which the runtime
 widens when it loads them. int8 quantises every matrix of the blocks per output channel and the tied
@@ -105,7 +105,7 @@ def encoder_graph(
     model: nn.Module, extractor: Any, precision: str, int8_cache: bool = True
 ) -> GraphParts:
     """Build the graph from PCM to the cross-attention's keys and values of every decoder layer."""
-    g = Graph(precision, schemes(model), int8_cache)
+    g = Graph(precision, schemes(model), int8_cache, mapped=True)
     encoder = model.model.encoder
     windows = windows_of(model.config)
     mel = log_mel(g, "pcm", extractor, [2 * n for n in windows])
@@ -136,7 +136,7 @@ def decoder_graph(
 ) -> GraphParts:
     """Build the graph from new tokens and the cache to the last token's logits and the longer
     cache."""
-    g = Graph(precision, schemes(model), int8_cache)
+    g = Graph(precision, schemes(model), int8_cache, mapped=True)
     decoder = model.model.decoder
     with g.scope("look_up"):
         table = blocks.token_table(g, decoder.embed_tokens)

@@ -870,6 +870,15 @@ def test_the_probability_of_no_speech_comes_from_the_model(plain, torch_model, p
     assert listener.no_speech(decoder) == pytest.approx(wanted, rel=1e-3)
 
 
+def test_detecting_the_language_also_gives_the_probability_of_no_speech(recognizer, pcms):
+    found, known = Transcript(), Transcript()
+    for transcript, language in ((found, "auto"), (known, None)):
+        language = language or found.language
+        list(recognizer.stream(pcms[0], transcript, language=language, confidence=True))
+    assert (len(found.no_speech_s), len(known.no_speech_s)) == (0, 1)
+    assert found.segments == known.segments
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=70))
 def test_a_beam_search_loop_is_cut_like_a_greedy_one(tokens):

@@ -31,7 +31,13 @@ from devices.runner.decode.loops import loop_period
 from devices.runner.decode.rules import Rules
 from devices.runner.decode.text import join, read_tokens, to_text
 from devices.runner.engines import sessions
-from devices.runner.machine.host import describe, give_back_memory, peak_rss_bytes
+from devices.runner.machine.host import (
+    describe,
+    give_back_memory,
+    mapped,
+    peak_rss_bytes,
+    unmap_pages,
+)
 from devices.runner.measure import bench as measure
 from devices.runner.problem import RunnerProblem
 from devices.runner.recognizer import Recognizer
@@ -737,15 +743,34 @@ def test_mapped_pages_are_returned_and_read_again(tmp_path, rng):
     held = rng.integers(0, 256, 2**22, np.uint8)
     held.tofile(tmp_path / "held.weights")
     os.sync()  # pages not written to disk yet cannot be dropped
-    mapped = np.memmap(tmp_path / "held.weights", mode="r")
-    assert mapped.sum() == held.sum()
+    array = np.memmap(tmp_path / "held.weights", mode="r")
+    assert array.sum() == held.sum()
     before = resident(tmp_path / "held.weights")
     give_back_memory(tmp_path, maps=tmp_path / "not Linux")
     give_back_memory(tmp_path / "elsewhere")
     assert resident(tmp_path / "held.weights") == before
     give_back_memory(tmp_path)
     assert resident(tmp_path / "held.weights") <= before
-    assert (mapped == held).all()
+    assert (array == held).all()
+
+
+def test_pages_of_a_mapped_file_leave_the_process_and_are_mapped_again(tmp_path, rng):
+    held = rng.integers(0, 256, 2**22, np.uint8)
+    held.tofile(tmp_path / "held.weights")
+    array = np.memmap(tmp_path / "held.weights", mode="r")
+    assert (array == held).all()
+    (place,) = mapped(tmp_path)
+    assert (place.path, place.size) == (str(tmp_path / "held.weights"), 2**22)
+    before = resident_bytes(place)
+    unmap_pages([place])
+    assert (before, resident_bytes(place)) == (2**22, 0)
+    assert (array == held).all()
+
+
+def resident_bytes(place) -> int:
+    """The bytes of a mapping that are in this process, from /proc/self/smaps."""
+    _, entry = Path("/proc/self/smaps").read_text().split(f"{place.start:x}-", 1)
+    return 1024 * int(re.search(r"^Rss:\s+(\d+) kB", entry, re.MULTILINE)[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and asks glibc")

@@ -12,8 +12,10 @@ from onnx import TensorProto, checker
 from onnx_sessions import open_model
 from transformers import WhisperFeatureExtractor
 
+from devices.runner.engines.sessions import open_session, session_options
 from export.layouts import TARGETS
 from export.manifest import Spec
+from export.onnx import save, tables
 from export.onnx.attention import (
     cached_attention,
     cross_attention,
@@ -205,6 +207,26 @@ def test_look_ups_and_logits_use_one_stored_table(precision, rng):
     rounded = 0.02 * np.abs(x).max() * np.abs(weight).sum(1).max()
     tolerance = rounded if graph.quantises else 1e-5
     assert np.abs(result[1] - x @ weight.T).max() < tolerance
+
+
+def test_the_pieces_of_a_mapped_table_are_stored_once_and_give_the_same_logits(
+    rng, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tables, "PRODUCT_BYTES", 300)
+    monkeypatch.setattr(save, "LARGE", 500)
+    weight, results = draw(rng, 101, 8), []
+    inputs = {"ids": np.array([[3, 100]]), "x": draw(rng, 1, 1, 8)}
+    specs = [Spec(name, array.shape, str(array.dtype)) for name, array in inputs.items()]
+    for name, mapped in (("whole", False), ("pieces", True)):
+        graph = Graph("int8", mapped=mapped)
+        table = TokenTable(graph, weight)
+        outputs = {table.look_up("ids"): (1, 2, 8), table.logits("x"): (1, 1, 101)}
+        parts = graph, specs, [Spec(*output) for output in outputs.items()]
+        save.write_graph(parts, tmp_path, name, mapped=mapped)
+        session = open_session(tmp_path / f"{name}.onnx", session_options(1))
+        results.append(session.run(list(outputs), inputs))
+    assert all(np.array_equal(*both) for both in zip(*results, strict=True))
+    assert (tmp_path / "pieces.weights").stat().st_size == weight.size
 
 
 def test_a_large_column_of_a_table_does_not_reduce_the_precision_of_others(rng):
