@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib import metadata
 
 PACKAGES = ("edgewhisper", "torch", "transformers", "accelerate", "onnx", "onnxruntime", "numpy")
@@ -13,6 +14,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
+@cache
 def version(package: str) -> str:
     """Return the version of an installed package, or "not installed"."""
     try:

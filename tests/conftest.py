@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import secrets
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,12 @@ from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+# a process for each core: several would wait for each other's threads, which spin
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
 
 # a shell that starts the tests in the background has them ignore Ctrl-C; some press it
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,6 +38,23 @@ settings.register_profile(
     derandomize=SEED != "random",
 )
 settings.load_profile("tests")
+
+gc.disable()  # imports leave little garbage; the first test enables it
+frozen_modules = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Take imported modules out of garbage collection.
+
+    coremltools collects garbage for each model. This takes 0.2 s if all modules are visited.
+    """
+    global frozen_modules
+    if len(sys.modules) > frozen_modules + 100:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+        frozen_modules = len(sys.modules)
+
 
 ASSETS = Path(__file__).parent.parent / "edgewhisper" / "assets"
 

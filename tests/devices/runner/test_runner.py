@@ -583,7 +583,7 @@ def test_audio_is_read_from_standard_input(device_folder):
 
 
 def test_ctrl_c_ends_a_long_recording_cleanly(device_folder, pcms):
-    soundfile.write(device_folder / "long.wav", np.concatenate(pcms * 200), 16_000)
+    soundfile.write(device_folder / "long.wav", np.concatenate(pcms * 40), 16_000)
     argv = ["transcribe", "artifact", "long.wav", "--stream"]
     with subprocess.Popen(
         [sys.executable, "-m", "runner", *argv],
@@ -599,7 +599,8 @@ def test_ctrl_c_ends_a_long_recording_cleanly(device_folder, pcms):
     (device_folder / "long.wav").unlink()
     assert first["start_s"] == 0
     assert all("text" in json.loads(line) for line in rest.splitlines())
-    assert (running.returncode, stderr) == (130, "interrupted\n")
+    assert running.returncode == 130
+    assert stderr.splitlines()[-1] == "interrupted", "there may be a progress line before"
 
 
 def test_the_text_does_not_depend_on_the_number_of_threads(exported, pcms):

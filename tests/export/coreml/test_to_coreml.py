@@ -4,7 +4,6 @@ logits.
 
 from __future__ import annotations
 
-import gc
 import json
 from importlib.metadata import version
 
@@ -24,15 +23,6 @@ from export.coreml.interpreter import open_package
 from export.coreml.to_coreml import export_coreml
 from export.problem import Problem
 from export.quantise import fake_quantise, schemes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """coremltools collects garbage as it converts: half of the time, over what pytest holds."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
 
 FLOATS = {"fp32": np.float32}
 ENGINE = pytest.mark.parametrize("engine", [False, True], ids=["plain", "neural-engine"])
