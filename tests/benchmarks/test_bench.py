@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from fake_device import FakeDevice
 
 from benchmarks.bench import BenchOptions, Candidate, bench, bench_all
 from benchmarks.metadata import artifact_hash, clips_hash, file_hash, folder_hash
@@ -19,7 +20,6 @@ from benchmarks.speech.clips import read_manifest
 from benchmarks.speech.wav import write_clips
 from benchmarks.wer import word_errors
 from devices.device import Finished, open_device
-from devices.fake import FakeDevice
 from devices.runner.audio import read_wav
 from export.artifact import read_manifest as read_artifact
 from export.problem import Problem

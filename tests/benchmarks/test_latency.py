@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from fake_device import FakeDevice
 from made_results import make_result
 from made_table import make_table
 
@@ -17,7 +18,6 @@ from benchmarks import latency
 from benchmarks.latency import STAGES, Correction, Cost
 from benchmarks.study import latency_check
 from devices.device import Finished, Place
-from devices.fake import FakeDevice
 from devices.runner.measure.probe import probe_all
 from devices.runner.problem import RunnerProblem
 from edgewhisper import inspect, pipeline

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from fake_device import FakeDevice
 
 from benchmarks import side_by_side
 from benchmarks.bench import BenchOptions, Candidate
@@ -14,7 +15,6 @@ from benchmarks.result import STAGES
 from benchmarks.side_by_side import bench_places
 from benchmarks.speech.clips import read_manifest
 from devices.device import DeviceProblem, Finished, Place
-from devices.fake import FakeDevice
 
 PATIENCE_S = 60
 

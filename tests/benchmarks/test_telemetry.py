@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_device import FakeDevice
 from hypothesis import given
 from hypothesis import strategies as st
 from waiting import wait_until
@@ -26,7 +27,6 @@ from benchmarks.speech.clips import read_manifest
 from benchmarks.speech.wav import write_clips
 from benchmarks.timing import ENOUGH_ROUNDS
 from devices.device import Finished, open_device
-from devices.fake import FakeDevice
 from devices.runner.machine import host as machine
 from devices.runner.machine import tuning
 from devices.runner.machine.helper_process import HelperProcess

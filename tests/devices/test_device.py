@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_device import FakeDevice
 
 from devices.device import (
     FAMILIES,
@@ -21,7 +22,6 @@ from devices.device import (
     profile_names,
     run_runner,
 )
-from devices.fake import FakeDevice
 from devices.local import LocalDevice
 from devices.runner.machine.host import emulated
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
 
+import emulated_computer
 import pytest
 import sshd
 
 from benchmarks.aarch64 import __main__ as command
-from benchmarks.aarch64 import system
 from benchmarks.bench import BenchOptions, bench
 from benchmarks.result import brief_rows
 from benchmarks.speech.clips import Clip, read_manifest
@@ -19,7 +19,11 @@ from benchmarks.speech.wav import write_clips
 from devices import connection
 from devices.device import RUNNER, Device, DeviceProblem, open_device, run_runner
 
-MISSING = [package for tool, package in system.TOOLS.items() if not which(tool, path=system.SBIN)]
+MISSING = [
+    package
+    for tool, package in emulated_computer.TOOLS.items()
+    if not which(tool, path=emulated_computer.SBIN)
+]
 pytestmark = [
     pytest.mark.devices,
     pytest.mark.skipif(bool(MISSING), reason=f"missing: {' '.join(MISSING)}; make test-devices"),
@@ -60,10 +64,10 @@ def few(clips) -> list[Clip]:
 @contextmanager
 def computer(monkeypatch) -> Iterator[Device]:
     """A freshly booted computer."""
-    system.build(PLACE)
+    emulated_computer.build(PLACE)
     port = sshd.free_port()
-    with system.booted(PLACE, port, "cortex-a72", MEMORY_BYTES, CORES):
-        monkeypatch.setenv(connection.CONFIG, str(system.ssh_config(PLACE, port)))
+    with emulated_computer.booted(PLACE, port, "cortex-a72", MEMORY_BYTES, CORES):
+        monkeypatch.setenv(connection.CONFIG, str(emulated_computer.ssh_config(PLACE, port)))
         with open_device("rpi4", "computer") as device:
             yield device
 

@@ -18,6 +18,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+from fake_device import FakeDevice
 from gates import run_gate
 from small_whisper import random_whisper
 from some_clips import manifest_of_some
@@ -29,7 +30,6 @@ from benchmarks.gate_record import states_again
 from benchmarks.result import STAGES
 from benchmarks.speech.clips import read_manifest
 from benchmarks.speech.wav import write_clips
-from devices.fake import FakeDevice
 from devices.runner.decode.beam import Branches
 from devices.runner.engines import coreml
 from devices.runner.measure import bench as measure

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import sshd
+from fake_device import FakeDevice
 from some_clips import manifest_of_some
 from waiting import wait_until
 from wheels_for_pip import make_wheel, raised
@@ -26,7 +27,6 @@ from benchmarks.rivals import engines
 from benchmarks.rivals.engines import ENGINES, RIVALS, interpreter
 from benchmarks.speech.clips import read_manifest
 from devices.device import Packages, open_device
-from devices.fake import FakeDevice
 from devices.ssh import SshDevice
 from devices.wheels import Target
 from edgewhisper import pipeline, runs, shipped
