@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import WhisperConfig, WhisperProcessor, WhisperTokenizer
+from transformers import GenerationConfig, WhisperConfig, WhisperProcessor, WhisperTokenizer
 
 from devices.runner.machine.host import usable_cores
 from edgewhisper.checkpoints import ctranslate2, generation, huggingface, lora, pt
+from edgewhisper.checkpoints import mapped as mapped_file
 from edgewhisper.checkpoints.huggingface import resolved
 from edgewhisper.checkpoints.processors import load_tokenizer, processor_of
 from edgewhisper.model import WhisperForConditionalGeneration
@@ -33,8 +34,13 @@ COMPLETE = (
 """The files that transformers and other engines need in a Hugging Face directory."""
 
 
-def load(source: str | Path, revision: str | None = None) -> WhisperForConditionalGeneration:
+def load(
+    source: str | Path, revision: str | None = None, mapped: bool = False
+) -> WhisperForConditionalGeneration:
     """Load a checkpoint as a model in float32 and evaluation mode.
+
+    With `mapped`, `source` is a Hugging Face directory with one file of a dense model's weights.
+    They stay in the file and keep their type, see edgewhisper/checkpoints/mapped.py.
 
     `source` is one of:
 
@@ -52,7 +58,7 @@ def load(source: str | Path, revision: str | None = None) -> WhisperForCondition
     Raises Problem if the source does not exist, is not a Whisper checkpoint, is damaged, or has
     files that contradict each other.
     """
-    return _load(source, revision)[0]
+    return _load(source, revision, mapped)[0]
 
 
 def load_with_processor(
@@ -67,14 +73,16 @@ def load_with_processor(
 
 
 def _load(
-    source: str | Path, revision: str | None
+    source: str | Path, revision: str | None, mapped: bool = False
 ) -> tuple[WhisperForConditionalGeneration, WhisperTokenizer | None]:
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     source = resolved(source)
     stored: dict[str, Any] = {}
-    if lora.is_folder(Path(source)):
+    if mapped:
+        model, stored = _in_file(Path(source))
+    elif lora.is_folder(Path(source)):
         return _from_adapter(Path(source))
-    if ctranslate2.is_folder(Path(source)):
+    elif ctranslate2.is_folder(Path(source)):
         model, stored = _from_ctranslate2(Path(source))
     elif pt.is_file(Path(source)):
         model = _from_tensors(source, *pt.read(Path(source)))
@@ -102,6 +110,21 @@ def _from_adapter(
     model = cast(WhisperForConditionalGeneration, lora.merged(folder, model))
     model.generation_config = generation_config
     return model.eval(), tokenizer
+
+
+def _in_file(folder: Path) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
+    """Return a dense model whose weights are in its file, and the content of config.json."""
+    config, stored = huggingface.read_config(folder)
+    if getattr(config, "edgewhisper", None) is not None:
+        raise Problem(
+            f"{folder}: only dense models can stay in their file; this one is compressed",
+            hint="load it without mapped=True",
+        )
+    model = _from_tensors(folder, config, mapped_file.read(folder))
+    mapped_file.compute_in_float32(model)
+    if (folder / generation.FILE).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, stored
 
 
 def _from_ctranslate2(folder: Path) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
