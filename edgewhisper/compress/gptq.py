@@ -27,6 +27,7 @@ it compute (see walk.py). Export stores exactly these weights (export/quantise.p
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -79,6 +80,8 @@ class Options:
     """Bits of the convolutions, rounded to nearest; 32: float16 in an int4 artifact."""
     layers: str = "*"
     """Shell pattern of the linear layers that get these bits."""
+    in_8_bits: str = ""
+    """Shell patterns, separated by spaces, of layers among these that get 8 bits instead."""
     scales: ClassVar = "channel"
     block: Literal[16, 32, 64, 128, 256] = 32
     """Number of neighbouring inputs that share a scale of 2 bytes."""
@@ -130,13 +133,33 @@ def apply(
 
 
 def note_grids(model: "WhisperForConditionalGeneration", options: Options) -> None:
-    """Write bits, scales and column exponents into config.edgewhisper, where export reads them."""
+    """Write bits, scales and column exponents into config.edgewhisper, where export reads them.
+
+    Raises Problem if no layer matches, or none for a pattern of `in_8_bits`.
+    """
     note_bits(model, options)
+    for pattern in options.in_8_bits.split():
+        note_8_bits(model, pattern)
     model.config.edgewhisper["half_scales"] = True
     table = model.model.decoder.embed_tokens
     if options.token_table == 4 and not hasattr(table, "rows"):
         exponents = column_exponents(table.weight.detach().numpy())
         model.config.edgewhisper["token_columns"] = exponents
+
+
+def note_8_bits(model: nn.Module, pattern: str) -> None:
+    """Change the noted bits of matching layers to 8. Raises Problem if there are none."""
+    matched = False
+    for side in SIDES:
+        for number, shape in enumerate(model.config.edgewhisper[side]):
+            for name in shape["bits"]:
+                if fnmatchcase(f"model.{side}.layers.{number}.{name}", pattern):
+                    shape["bits"][name], matched = 8, True
+    if not matched:
+        raise Problem(
+            f"gptq: in_8_bits has {pattern!r}, which matches no linear layer",
+            hint="a name is model.encoder.layers.0.self_attn.v_proj",
+        )
 
 
 # ------------------------------------------------------------------------------- along the model

@@ -123,6 +123,20 @@ def test_every_layer_is_on_its_grid_and_better_than_nearest(make_whisper, contex
     assert better >= 0.9 * len(errors)
 
 
+def test_chosen_layers_get_8_bits(make_whisper, context):
+    options = replace(QUICK, in_8_bits="*.encoder.layers.0.* *.v_proj")
+    model = gptq.apply(make_whisper(), options, context)
+    encoder, decoder = (model.config.edgewhisper[side] for side in ("encoder", "decoder"))
+    assert set(encoder[0]["bits"].values()) == {8}
+    assert {n for n, bits in encoder[1]["bits"].items() if bits == 8} == {"self_attn.v_proj"}
+    assert decoder[1]["bits"]["encoder_attn.v_proj"] == 8 and decoder[1]["bits"]["fc1"] == 4
+    for module, scheme in schemes(model).items():
+        rows = module.weight.detach().flatten(1)
+        assert torch.equal(dequantise(*quantise(rows, scheme), scheme), rows + 0.0)
+    with pytest.raises(Problem, match=r"in_8_bits has '\*\.fc3', which matches no linear layer"):
+        gptq.apply(make_whisper(), replace(QUICK, in_8_bits="*.fc3"), context)
+
+
 def test_the_artifact_stores_the_token_table_in_4_bits(make_whisper, context, tmp_path):
     model = gptq.apply(make_whisper(d_model=64, heads=2, ffn=96), QUICK, context)
     export_onnx(model, context.processor, tmp_path / "int4", "int4")
