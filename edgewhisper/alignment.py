@@ -46,9 +46,10 @@ Moves = Mapping[Head, Head | None]
 
 
 def moves(left: Sequence[Sequence[int]]) -> dict[Head, Head | None]:
-    """Return the moves. `left` has the remaining heads of each decoder layer in their new order."""
+    """Return the moves. `left` has the remaining heads of each decoder layer in their new order. A
+    layer without heads was removed."""
     return {
-        (layer, old): (layer, new)
+        (layer, old): (sum(map(bool, left[:layer])), new)
         for layer, heads in enumerate(left)
         for new, old in enumerate(heads)
     }

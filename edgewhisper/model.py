@@ -329,13 +329,16 @@ def rebuild(
 ) -> WhisperForConditionalGeneration:
     """Return a new model with the per-layer shapes `layers` (None: dense) and these tensors.
 
-    `decoder_layers` is the number of decoder layers (None: as in `model`). They are renumbered,
-    because their index selects their entry in the key-value cache. The config, generation config,
+    `decoder_layers` is the number of decoder layers if `layers` does not have them (None: as in
+    `model`). They are renumbered, because their index selects their entry in the key-value cache.
+    The config, generation config,
     training mode and, if `layers` has none, the windows are copied from `model`. Raises Problem if
     tensors and shapes do not fit together.
     """
     config = copy.deepcopy(model.config)
     config.decoder_layers = decoder_layers or config.decoder_layers
+    for side in ATTENTIONS.keys() & (layers or {}).keys():
+        setattr(config, f"{side}_layers", len((layers or {})[side]))
     config.edgewhisper = copy.deepcopy(layers)
     if layers is None:
         del config.edgewhisper

@@ -19,6 +19,9 @@ contribution is added to a bias and attention keeps its scale:
 All heads of one attention keep the same number of channels: as many as the head with most live
 ones. The other heads also keep their largest dead channels, which do no harm.
 
+A layer whose branches all add constants, because their last weights are zero, is removed too. The
+constants are added to fc2.bias of the layer before it, so the first layer remains.
+
 The order is heads, channels and units, then inputs. One pass is enough: a column may die because
 the units that read it were removed, and inputs come last. Removing columns of zeros never makes a
 row zero.
@@ -48,7 +51,7 @@ class Shrunk:
     layers: dict[str, Any]
     heads: dict[str, list[dict[str, list[int]]]]
     """Side, layer, attention -> indices in the original model of the heads that are kept, in
-    order."""
+    order; none for a removed layer."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,48 @@ def shrink(model: nn.Module, round_to: int = 1, min_saving: float = 0.125) -> Sh
         stack = getattr(model.model, side)
         layers[side], heads[side] = [], []
         for number, (layer, bits) in enumerate(zip(stack.layers, _bits(model, side), strict=True)):
+            place = f"model.{side}.layers."
+            own = _taken(tensors, f"{place}{number}.")
+            constant = _constant(layer, attentions)
+            if constant is not None and layers[side]:
+                _add(constant, f"{place}{len(layers[side]) - 1}.fc2.", tensors)
+                heads[side].append({name: [] for name in attentions})
+                continue
             linears, shape, left = _shrink_layer(layer, attentions, round_to)
-            prefix = f"model.{side}.layers.{number}."
+            prefix = f"{place}{len(layers[side])}."
+            tensors |= {prefix + name: tensor for name, tensor in own.items()}
             for name, affine in linears.items():
                 _store(affine, name, prefix, tensors, shape, round_to, min_saving)
             layers[side].append(shape | bits)
             heads[side].append(left)
     return Shrunk(tensors, layers, heads)
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Remove the tensors of a layer and return them by their names within it."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors.pop(name) for name in names}
+
+
+def _constant(layer: nn.Module, attentions: tuple[str, ...]) -> Tensor | None:
+    """Return what a layer adds to the states (d_model,), or None if that depends on the states."""
+    lasts = [*(getattr(layer, name).out_proj for name in attentions), layer.fc2]
+    if not all(_is_zero(last) for last in lasts):
+        return None
+    biases = [getattr(last, "up", last).bias for last in lasts]
+    return torch.stack([bias.detach().double() for bias in biases if bias is not None]).sum(0)
+
+
+def _is_zero(linear: nn.Module) -> bool:
+    """Return whether the weight of a linear layer is zero, of a low-rank one either factor."""
+    factors = [linear.down, linear.up] if hasattr(linear, "down") else [linear]
+    return any(not factor.weight.any() for factor in factors)
+
+
+def _add(constant: Tensor, prefix: str, tensors: dict[str, Tensor]) -> None:
+    """Add a constant to the bias of the linear layer that is stored under `prefix`."""
+    name = next(f"{prefix}{end}" for end in ("bias", "up.bias") if f"{prefix}{end}" in tensors)
+    tensors[name] = (tensors[name].double() + constant).to(tensors[name].dtype)
 
 
 def _shrink_layer(

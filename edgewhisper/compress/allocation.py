@@ -20,7 +20,8 @@ class Level(NamedTuple):
     """One size of a part."""
 
     kept: tuple[int, ...]
-    """What remains: (units,) of a feed-forward branch; (heads, v_dim, qk_dim) of an attention."""
+    """What remains: (units,) of a feed-forward branch, or (units, rank) if it is factorised;
+    (heads, v_dim, qk_dim) of an attention."""
     saved: float
     """Saved cost, compared with the dense part."""
     loss: float

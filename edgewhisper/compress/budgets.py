@@ -24,7 +24,8 @@ TOKENS = 32
 """Tokens of a window if the budget is in MACs or in latency."""
 
 Kept = tuple[int, ...]
-"""What remains of a branch: (units,) or (heads, value dims, score dims), as in Level."""
+"""What remains of a branch: (units,), (units, rank) or (heads, value dims, score dims), as in
+Level."""
 Axis = Literal["parameters", "macs", "latency", "bytes"]
 
 
@@ -88,7 +89,8 @@ def cost_of(model: nn.Module, branch: Branch, budget: Budget) -> Callable[[Kept]
 def resized(layer: dict[str, Any], branch: Branch, kept: Kept) -> dict[str, Any]:
     """Return the shape of a layer with one branch at a level."""
     if branch.kind == "ffn":
-        return layer | {"ffn": kept[0]}
+        ranks = dict.fromkeys(("fc1", "fc2"), kept[1]) if len(kept) == 2 else {}
+        return layer | {"ffn": kept[0], "ranks": layer["ranks"] | ranks}
     sizes = dict(zip(("heads", "v_dim", "qk_dim"), kept, strict=True))
     return layer | {branch.kind: layer[branch.kind] | sizes}
 
@@ -107,6 +109,10 @@ def linear_cost(model: nn.Module, branch: Branch, axis: Axis) -> Callable[[Kept]
     def cost(kept: Kept) -> float:
         if len(kept) == 1:
             return unit * kept[0]
+        if len(kept) == 2:  # each layer is two factors
+            units, rank = kept
+            products = 2 * rank * (d + units)
+            return products + units if axis == "parameters" else products * rows
         heads, values, scores = kept
         return heads * (value * values + score * scores)
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from edgewhisper.compress.allocation import Level
 from edgewhisper.compress.branches import SIDES, Branch, branches_of
-from edgewhisper.compress.budgets import Budget, cost_of
+from edgewhisper.compress.budgets import Budget, Kept, cost_of
 from edgewhisper.compress.fits import (
+    FFN,
     GROUPS,
     Fit,
     branch_modules,
@@ -25,14 +26,17 @@ from edgewhisper.compress.fits import (
     first_directions,
     fit_of,
     placed,
+    put_product,
     put_units,
     reduce_scores,
     reduce_values,
+    remove_branch,
     restored,
     whole_of,
 )
 from edgewhisper.compress.surgeon import (
     damped,
+    factors_of,
     fitted_loss,
     remove_blocks,
     remove_columns,
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
 
 STEPS = 32
 """Levels of a feed-forward branch."""
+SHARES = ("score_dims", "rank")
+"""Curves whose losses are shares of a variance before divergences are measured."""
 TINY = 1e-30
 """Replaces zero in divisions: the output of a dead branch is zero."""
 
@@ -126,6 +132,18 @@ def score_curve(sums: ScoreSums, options: "Options", damping: float) -> Curve:
     return Curve(sizes, [float(shares[size:].sum()) for size in sizes])
 
 
+def rank_curve(fits: Sequence[Fit], options: "Options") -> Curve:
+    """Return the losses of ranks of both layers of a feed-forward branch, as shares of the variance
+    of their outputs; sum over the layers. The first size is the rank that saves no parameters."""
+    units, d = fits[0].weight.shape
+    sizes = sizes_of(units * d // (units + d), options.round_to, options.most_removed)
+    losses = torch.zeros(min(units, d), dtype=torch.float64)
+    for fit in fits:
+        own = factors_of(fit.weight, fit.h)[2]
+        losses += own / own.sum().clamp_min(TINY)
+    return Curve(sizes, [0.0, *(float(losses[size:].sum()) for size in sizes[1:])])
+
+
 def scaled(curve: Curve, measured: dict[int, float]) -> Curve:
     """Convert the losses of a curve to divergences, by a power law through the measured ones."""
     points = sorted((curve.at(size), value) for size, value in measured.items())
@@ -151,7 +169,8 @@ class Part:
 
     branch: Branch
     curves: dict[str, Curve]
-    """"units"; or "heads", "value_dims" and "score_dims". Losses are divergences."""
+    """"units" and "rank"; or "heads", "value_dims" and "score_dims"; and "whole" with the sizes 1
+    and 0. Losses are divergences."""
 
 
 def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> list[Part]:
@@ -174,23 +193,37 @@ def measure_part(walk: Walk, branch: Branch, dense: list[list[Tensor]], options:
     moments = walk.collect(branch, store=True)
     fit = fit_of(branch.last_of(walk.model), moments, damping)
     energy = max(float((fit.wanted * fit.weight).sum()), TINY)  # variance of its output
-    tries: dict[str, tuple[Curve, Callable[[int], None]]] = {}
-    if branch.kind == "ffn":
-        if options.units:
-            curve, removed = unit_curve(fit, options)
-            tries["units"] = (
-                curve,
-                lambda size: put_units(walk.model, branch, fit, removed(size)),
-            )
-    else:
-        tries = attention_tries(walk, branch, fit, options)
+    of_kind = ffn_tries if branch.kind == "ffn" else attention_tries
+    tries = of_kind(walk, branch, fit, options)
+    if options.branches:
+        drop = Curve([1, 0], [0.0, energy])
+        tries["whole"] = drop, lambda _: remove_branch(walk.model, branch, fit)
     curves = {}
     for kind, (curve, change) in tries.items():
-        if kind != "score_dims":
+        if kind not in SHARES:
             curve = Curve(curve.sizes, [loss / energy for loss in curve.losses])
         measured = try_levels(walk, branch, curve, change, dense, options)
         curves[kind] = scaled(curve, measured) if measured else curve
     return Part(branch, curves)
+
+
+def ffn_tries(
+    walk: Walk, branch: Branch, fit: Fit, options: "Options"
+) -> dict[str, tuple[Curve, Callable[[int], None]]]:
+    tries: dict[str, tuple[Curve, Callable[[int], None]]] = {}
+    if options.units:
+        curve, removed = unit_curve(fit, options)
+        tries["units"] = curve, lambda size: put_units(walk.model, branch, fit, removed(size))
+    if options.low_rank:
+        first, last = (getattr(branch.layer_of(walk.model), name) for name in FFN)
+        inside = fit_of(first, walk.collect(branch, first), damping_of(branch, options))
+
+        def factorise_both(rank: int) -> None:
+            put_product(first, inside, rank)
+            put_product(last, fit, rank)
+
+        tries["rank"] = rank_curve([inside, fit], options), factorise_both
+    return tries
 
 
 def attention_tries(
@@ -254,17 +287,22 @@ def levels_of(model: nn.Module, part: Part, options: "Options", budget: Budget) 
     weigh = options.decoder_weight if part.branch.side == "decoder" else 1.0
     whole = whole_of(model, part.branch)
     cost = cost_of(model, part.branch, budget)
+    levels = []
+    if "whole" in part.curves:  # `shrink` leaves one of each, unless it removes the layer
+        saved = cost(whole) - cost((1,) * len(whole))
+        levels.append(Level((0,) * len(whole), saved, weigh * part.curves["whole"].at(0)))
     if part.branch.kind == "ffn":
         curve = part.curves.get("units", Curve([whole[0]], [0.0]))
-        return [
-            Level((size,), cost(whole) - cost((size,)), weigh * loss)
-            for size, loss in zip(curve.sizes, curve.losses, strict=True)
+        losses: dict[Kept, float] = {(size,): curve.at(size) for size in curve.sizes}
+        ranks = part.curves.get("rank", Curve([0], [0.0]))
+        losses |= {(*whole, size): ranks.at(size) for size in ranks.sizes[1:]}
+        return levels + [
+            Level(kept, cost(whole) - cost(kept), weigh * loss) for kept, loss in losses.items()
         ]
     curves = [
         part.curves.get(kind, Curve([size], [0.0]))
         for kind, size in zip(("heads", "value_dims", "score_dims"), whole, strict=True)
     ]
-    levels = []
     for kept in product(*(curve.sizes for curve in curves)):
         heads, values, scores = (c.at(size) for c, size in zip(curves, kept, strict=True))
         # only remaining heads can lose dimensions

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from edgewhisper.calibration import Moments
 from edgewhisper.compress.branches import Branch
+from edgewhisper.compress.low_rank import Factors, set_factors
 from edgewhisper.compress.surgeon import (
     balanced,
     damped,
+    factors_of,
     orthonormal_rows,
     refit,
     refit_columns,
@@ -25,6 +27,8 @@ from edgewhisper.compress.surgeon import (
 )
 from edgewhisper.compress.walk import ScoreSums
 
+FFN = ("fc1", "fc2")
+"""The linear layers of a feed-forward branch."""
 GROUPS = 96
 """Units of a feed-forward branch are removed in at most so many groups."""
 
@@ -57,6 +61,24 @@ def put(last: nn.Module, fit: Fit, weight: Tensor, mean_x: Tensor) -> None:
     """Set a weight (d_out, d), and the bias that keeps the mean of the output."""
     last.weight.copy_(weight)
     last.bias.copy_(fit.mean_y - weight @ mean_x)
+
+
+def remove_branch(model: nn.Module, branch: Branch, fit: Fit) -> None:
+    """Replace the output of a branch by its mean."""
+    put(branch.last_of(model), fit, torch.zeros_like(fit.weight), fit.mean_x)
+
+
+def put_product(linear: nn.Module, fit: Fit, rank: int) -> None:
+    """Set the weight of a layer to its best product of a rank."""
+    up, down, _ = factors_of(fit.weight, fit.h)
+    put(linear, fit, up[:, :rank] @ down[:rank], fit.mean_x)
+
+
+def factorise(model: nn.Module, name: str, fit: Fit, rank: int) -> None:
+    """Replace a layer by the two factors of its best product of a rank."""
+    up, down, _ = factors_of(fit.weight, fit.h)
+    up, down = up[:, :rank], down[:rank]
+    set_factors(model, name, Factors(down, up, fit.mean_y - up @ (down @ fit.mean_x)))
 
 
 def remove_units(model: nn.Module, branch: Branch, fit: Fit, units: int) -> None:
@@ -171,15 +193,20 @@ def whole_of(model: nn.Module, branch: Branch) -> tuple[int, ...]:
 
 
 def branch_modules(model: nn.Module, branch: Branch) -> nn.Module:
-    """Return the module whose weights a level changes."""
-    return branch.last_of(model) if branch.kind == "ffn" else branch.attention_of(model)
+    """Return the modules whose weights a level changes."""
+    if branch.kind == "ffn":
+        return nn.ModuleList(getattr(branch.layer_of(model), name) for name in FFN)
+    return branch.attention_of(model)
 
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Restore the weights of the module after the block."""
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    """Let the block change copies of the module's weights."""
+    before = [(parameter, parameter.data) for parameter in module.parameters()]
+    for parameter, data in before:
+        parameter.data = data.clone()
     try:
         yield
     finally:
-        module.load_state_dict(before)
+        for parameter, data in before:
+            parameter.data = data

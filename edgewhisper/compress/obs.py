@@ -10,6 +10,8 @@ Stork (1992).
     heads         blocks of columns of out_proj                 out_proj
     value_dims    dimensions of the values of all heads         out_proj, v_proj (rotated)
     score_dims    dimensions of the queries and keys            q_proj, k_proj (rotated)
+    low_rank      singular values of fc1 and fc2              both, as products of two factors
+    branches      all columns of fc2 or out_proj                its bias: the mean of the output
 
 Steps and their files:
 
@@ -35,6 +37,21 @@ Differences to ZipLM:
   arXiv:2406.08904). Queries and keys keep the directions that contribute most to the scores. Keys
   are weighted by their attention.
 - Units are removed in groups instead of one by one. That is faster by the size of a group.
+- A feed-forward branch may be factorised instead of pruned. tiny.en, one branch changed at a time,
+  10 held-out clips, divergence with half of the branch's parameters:
+
+      branch             pruned    factorised
+      encoder.0.ffn      0.017     0.016
+      encoder.1.ffn      0.020     0.013
+      encoder.2.ffn      0.052     0.016
+      encoder.3.ffn      0.062     0.033
+      decoder.0.ffn      0.0036    0.0051
+      decoder.1.ffn      0.0019    0.0082
+      decoder.2.ffn      0.0020    0.0091
+      decoder.3.ffn      0.0131    0.0743
+
+  Attentions are not factorised: removal of dimensions after a rotation loses less in 23 of 24 cases
+  (12 attentions with three quarters and with half of their parameters).
 
 The result has zeros in its weights. The step `shrink` makes it smaller.
 """
@@ -53,10 +70,13 @@ from edgewhisper.compress.calibration_speech import decoder_speech
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.curves import Part, damping_of, levels_of, measure_parts
 from edgewhisper.compress.fits import (
+    FFN,
     branch_modules,
+    factorise,
     fit_of,
     reduce_scores,
     reduce_values,
+    remove_branch,
     remove_units,
     whole_of,
 )
@@ -66,6 +86,7 @@ from edgewhisper.compress.walk import Walk
 from edgewhisper.progress import progress_steps
 from edgewhisper.recipe import Range
 from export.problem import Problem
+from export.shrink import layer_shapes
 
 if TYPE_CHECKING:
     from benchmarks.speech.clips import Clip
@@ -86,12 +107,16 @@ class Options:
 
     units: bool = True
     """Remove units of feed-forward branches."""
+    low_rank: bool = True
+    """Factorise both layers of a feed-forward branch instead, where that loses less."""
     heads: bool = True
     """Remove attention heads."""
     value_dims: bool = True
     """Remove dimensions of values, the same number in every head of an attention."""
     score_dims: bool = True
     """Remove dimensions of queries and keys, the same number in every head of an attention."""
+    branches: bool = True
+    """Replace whole branches by their mean output. `shrink` removes a layer without branches."""
     most_removed: Annotated[float, Range(0, 0.95)] = 0.75
     """No branch loses more than this share of one kind of structure."""
     round_to: Annotated[int, Range(1)] = 8
@@ -113,6 +138,10 @@ class Options:
     """Factor of the divergences of the decoder's branches when levels are chosen."""
 
 
+KINDS = ("units", "low_rank", "heads", "value_dims", "score_dims", "branches")
+"""Options that name what may be removed."""
+
+
 def choose_levels(
     model: nn.Module, parts: Sequence[Part], options: Options, budget: Budget
 ) -> list[Level]:
@@ -124,8 +153,7 @@ def choose_levels(
         raise Problem(
             f"obs: remove = {options.remove:g} is asked for; the kinds that are chosen can save "
             f"{most:.3f} of the {options.budget_of}",
-            hint="lower remove, raise most_removed, or allow more of units, heads, value_dims and "
-            "score_dims",
+            hint=f"lower remove, raise most_removed, or allow more of {', '.join(KINDS)}",
         )
     return allocate(levels, options.remove * total)
 
@@ -158,6 +186,8 @@ def apply(
     speech = Speech(texts, context.processor, mask_padding=True)
     with progress_steps(len(branches), "obs: pruning branches") as done:
         prune(model, speech, branches, levels, options, done)
+    if any(len(level.kept) == 2 for level in levels):
+        model.config.edgewhisper = layer_shapes(model)
     return model.to(home).train(training)
 
 
@@ -184,20 +214,20 @@ def measure(
 
 def described(model: nn.Module, part: Part, level: Level) -> dict[str, Any]:
     """Return the record of a branch: structures before and after, and the estimated divergence."""
-    kinds = ("units",) if part.branch.kind == "ffn" else ("heads", "value_dims", "score_dims")
-    whole = whole_of(model, part.branch)
+    ffn = part.branch.kind == "ffn"
+    kinds = ("units", "rank") if ffn else ("heads", "value_dims", "score_dims")
     return {
-        "before": dict(zip(kinds, whole, strict=True)),
-        "after": dict(zip(kinds, level.kept, strict=True)),
+        "before": dict(zip(kinds, whole_of(model, part.branch), strict=False)),
+        "after": dict(zip(kinds, level.kept, strict=False)),
         "divergence": level.loss,
     }
 
 
 def refuse(model: nn.Module, options: Options) -> None:
     """Raise Problem if no kind of structure may be removed, or a branch is low-rank or shared."""
-    if not (options.units or options.heads or options.value_dims or options.score_dims):
+    if not any(getattr(options, kind) for kind in KINDS):
         raise Problem(
-            "obs: units, heads, value_dims and score_dims are all false, so nothing may be removed",
+            f"obs: {', '.join(KINDS)} are all false, so nothing may be removed",
             hint="set one of them to true",
         )
     for side in SIDES:
@@ -236,10 +266,24 @@ def prune_branch(walk: Walk, branch: Branch, level: Level, options: Options) -> 
     whole = whole_of(model, branch)
     if level.kept == whole:
         return
-    if branch.kind != "ffn" and level.kept[2] < whole[2]:
+    if branch.kind == "ffn" and len(level.kept) == 2:
+        factorise_ffn(walk, branch, level.kept[1], damping)
+        return
+    if branch.kind != "ffn" and 0 < level.kept[2] < whole[2]:
         reduce_scores(model, branch, walk.collect_scores(branch), level.kept[2], damping)
     fit = fit_of(branch.last_of(model), walk.collect(branch), damping)
-    if branch.kind == "ffn":
+    if level.kept[0] == 0:
+        remove_branch(model, branch, fit)
+    elif branch.kind == "ffn":
         remove_units(model, branch, fit, level.kept[0])
     elif level.kept[:2] != whole[:2]:
         reduce_values(model, branch, fit, *level.kept[:2])
+
+
+def factorise_ffn(walk: Walk, branch: Branch, rank: int, damping: float) -> None:
+    """Factorise the layers of a feed-forward branch, the second one fitted to the first one."""
+    for name in FFN:
+        linear = getattr(branch.layer_of(walk.model), name)
+        fit = fit_of(linear, walk.collect(branch, linear), damping)
+        full_name = f"model.{branch.side}.layers.{branch.layer}.{name}"
+        factorise(walk.model, full_name, fit, rank)

@@ -11,6 +11,7 @@ from same_function import largest_difference
 from torch import nn
 
 from edgewhisper import whisper
+from edgewhisper.compress.shrink import slimmed
 from export.cost import count_parameters
 from export.shrink import shrink
 
@@ -235,3 +236,28 @@ def test_a_shrunk_model_survives_save_and_load(tiny_whisper, processor, rng, tmp
     loaded = whisper.load(tmp_path / "slim")
     assert same_tensors(slim.state_dict(), loaded.state_dict())
     assert loaded.config.edgewhisper == slim.config.edgewhisper
+
+
+@pytest.mark.parametrize(
+    ("side", "dead", "left"), [("encoder", [1], 2), ("decoder", [1, 2], 1), ("decoder", [0, 1], 2)]
+)
+def test_layers_that_add_constants_are_removed_but_not_the_first(
+    side, dead, left, make_whisper, processor, rng, tmp_path
+):
+    model = make_whisper(encoder_layers=3, decoder_layers=3)
+    model.generation_config.alignment_heads = [[0, 0], [1, 1], [2, 0]]
+    with torch.no_grad():
+        for layer in (getattr(model.model, side).layers[number] for number in dead):
+            for last in (layer.self_attn.out_proj, layer.fc2):
+                last.weight.zero_()
+                last.bias.normal_()
+            if side == "decoder":
+                layer.encoder_attn.out_proj.weight.zero_()
+    slim, heads = slimmed(model)
+    assert len(slim.config.edgewhisper[side]) == getattr(slim.config, f"{side}_layers") == left
+    assert largest_difference(model, slim, rng) < TOLERANCE
+    if side == "decoder":
+        assert heads["after"][-1] == [left - 1, 0]
+    whisper.save(slim, processor, tmp_path / "slim", {})
+    assert largest_difference(slim, whisper.load(tmp_path / "slim"), rng) < TOLERANCE
+    assert shrink(slim).layers == slim.config.edgewhisper | {"format": 1}
