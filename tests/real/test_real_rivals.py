@@ -13,11 +13,9 @@ from benchmarks.bench import BenchOptions, Candidate, bench_all
 from benchmarks.candidates import in_own_form
 from benchmarks.program import PROJECT
 from benchmarks.result import MOST_POINTS, RATIO, remarks, table_rows
-from benchmarks.rivals import prepare
 from benchmarks.rivals.engines import interpreter
-from benchmarks.rivals.prepare import Conversion
 from benchmarks.speech.clips import Clip, read_manifest
-from benchmarks.wer import score
+from benchmarks.wer import word_errors
 from devices.device import open_device
 
 pytestmark = [
@@ -29,16 +27,17 @@ CLIPS = PROJECT / "edgewhisper/assets/common-voice/test.jsonl"
 NAMES = ("faster-whisper", "whisper.cpp", "sherpa-onnx", "transformers")
 
 
-def run_rivals(model: Path, clips: list[Clip], folder: Path) -> list[dict[str, Any]]:
-    """The results of one round of all rivals, and of our int8 artifact."""
+def run_rivals(model: Path, ours: Path, clips: list[Clip], folder: Path) -> list[dict[str, Any]]:
+    """The results of one round of all rivals, and of our artifact."""
     rivals = [in_own_form(Candidate(model, name), folder, lambda text: None) for name in NAMES]
-    ours = prepare.artifact("int8")(Conversion(model, folder, interpreter()))
+    options = BenchOptions(repeats=1, threads=1)  # other tests use the other core
     with open_device("local") as device:
-        return bench_all([*rivals, Candidate(ours)], device, clips, BenchOptions(repeats=1))
+        return bench_all([*rivals, Candidate(ours)], device, clips, options)
 
 
-def test_each_rival_is_within_a_point_of_tiny_en_or_gets_no_ratio_and_a_reason(tmp_path):
-    results = run_rivals(model("tiny.en"), read_manifest(CLIPS), tmp_path)
+def test_each_rival_is_within_a_point_of_tiny_en_or_gets_no_ratio_and_a_reason(artifact, tmp_path):
+    ours = artifact("tiny.en", "int8")
+    results = run_rivals(model("tiny.en"), ours, read_manifest(CLIPS), tmp_path)
     *rivals, _ = results
     points = {one["rival"]: 100 * (one["wer"] - one["checkpoint_wer"]) for one in rivals}
     assert points.keys() == set(NAMES)
@@ -57,20 +56,22 @@ def test_each_rival_is_within_a_point_of_tiny_en_or_gets_no_ratio_and_a_reason(t
     assert "CPU" in build
 
 
-def test_each_rival_of_base_is_prompted_in_the_language_of_each_clip(tmp_path):
-    """English clips that are given as German: Whisper then writes German."""
+def test_each_rival_of_base_is_prompted_in_the_language_of_each_clip(artifact, tmp_path):
+    """English clips that are given as German: Whisper then writes German. Texts of a rival with
+    another prompt are closer to those of the checkpoint with that prompt; a text that repeats
+    itself changes this for one clip at most."""
     english = read_manifest(CLIPS)[:5]
     german = [replace(clip, lang="de") for clip in english]
-    results = run_rivals(model("base"), [*english, *german], tmp_path)
+    ours = artifact("base", "int8")
+    results = run_rivals(model("base"), ours, [*english, *german], tmp_path)
     (own,) = [one["texts"] for one in results if one["rival"] == "transformers"]
     for one in results:
         texts = one["texts"]
-        english_text, german_text = texts[:5], texts[5:]
-        assert 2 * errors(own[:5], english_text) < errors(own[5:], english_text), one["name"]
-        assert 2 * errors(own[5:], german_text) < errors(own[:5], german_text), one["name"]
+        assert closer(texts[:5], own[:5], own[5:]) >= 4, one["name"]
+        assert closer(texts[5:], own[5:], own[:5]) >= 4, one["name"]
 
 
-def errors(references: list[str], texts: list[str]) -> int:
-    """How many words differ."""
-    found = score(references, texts, "whisper-basic")
-    return found.substitutions + found.deletions + found.insertions
+def closer(texts: list[str], first: list[str], second: list[str]) -> int:
+    """How many texts differ from those of `first` in fewer words than from those of `second`."""
+    errors = [word_errors(one, texts, "whisper-basic") for one in (first, second)]
+    return sum(wrong < otherwise for (wrong, _), (otherwise, _) in zip(*errors, strict=True))
