@@ -41,9 +41,12 @@ test-random:
 models: $(READY)
 	$(BIN)/python -m edgewhisper.checkpoints.fetch tiny.en base --out build/models
 
+# the two longest modules start first, one in each process
+LONG := tests/real/test_real_rivals.py tests/real/test_real_recipes.py
+
 # the rivals are tested if `make rivals-env` was run
 test-real: models
-	$(BIN)/python -m pytest -m real tests/real
+	$(PYTEST) --no-loadscope-reorder -m real $(LONG) $(wildcard tests/real/test_*.py)
 
 # hundreds of mutated inputs for each reader
 test-slow: $(READY)

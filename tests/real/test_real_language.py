@@ -8,8 +8,7 @@ from transcripts import transcripts
 
 from benchmarks.gate import evenly
 from benchmarks.speech.clips import read_manifest
-from edgewhisper import decoding, pipeline, whisper
-from edgewhisper.gating import Gating
+from edgewhisper import decoding, whisper
 from edgewhisper.shipped import COMMON_VOICE
 from export.artifact import read_manifest as read_artifact
 
@@ -21,13 +20,8 @@ def few():
     return evenly(read_manifest(COMMON_VOICE / "test.jsonl"), 8)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    out = tmp_path_factory.mktemp("real") / "base"
-    return pipeline.export(str(model("base")), "fp32", out=out, gating=Gating("off"))
-
-
-def test_a_multilingual_artifact_detects_english(base, few):
+def test_a_multilingual_artifact_detects_english(artifact, few):
+    base = artifact("base", "int8")
     manifest = read_artifact(base)
     assert (manifest["format"], manifest["decoding"]["language"]) == (3, "auto")
     recordings = [clip.pcm() for clip in few[:4]]
@@ -43,9 +37,8 @@ def test_the_checkpoint_detects_it_too(few):
     assert found.count("en") >= 7  # one clip begins with a name that base hears as Maori
 
 
-def test_english_only_models_take_english_auto_and_transcribe(few, tmp_path):
-    source = str(model("tiny.en"))
-    place = pipeline.export(source, "fp32", out=tmp_path / "tiny", gating=Gating("off"))
+def test_english_only_models_take_english_auto_and_transcribe(artifact, few):
+    source, place = str(model("tiny.en")), artifact("tiny.en", "fp32")
     pcm = few[0].pcm()
     texts = {
         next(iter(transcripts(each, [pcm], **options)))["text"]

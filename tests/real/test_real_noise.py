@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from real_models import model
 
-from benchmarks.rivals.prepare import Conversion, artifact
 from benchmarks.speech.clips import read_manifest
 from benchmarks.speech.noises import NOISES
 from benchmarks.wer import word_errors
@@ -20,10 +18,8 @@ WINDOW_S = 30
 
 
 @pytest.fixture(scope="module", params=["tiny.en", "base"])
-def recognizer(request, tmp_path_factory: pytest.TempPathFactory) -> Recognizer:
-    models = tmp_path_factory.mktemp("models")
-    order = Conversion(model(request.param), models, Path("python"))
-    return Recognizer(artifact("int8")(order))
+def recognizer(request: pytest.FixtureRequest, artifact: Callable) -> Recognizer:
+    return Recognizer(artifact(request.param, "int8"))
 
 
 @pytest.mark.parametrize("loudness", [0.1, 0.01])

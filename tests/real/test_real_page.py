@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import chromium
 import pytest
-from real_models import model
 from transcribe_page import READY, transcribed, write_wav
 
 from benchmarks.speech.clips import read_manifest
 from devices.browser.transcribe import open_site
 from devices.runner import writers
 from devices.runner.recognizer import Recognizer
-from edgewhisper import pipeline
-from edgewhisper.gating import Gating
 from edgewhisper.shipped import COMMON_VOICE
 
 pytestmark = pytest.mark.real
 
 
 @pytest.mark.skipif(chromium.PROGRAM is None, reason=chromium.MISSING)
-def test_the_page_gives_the_runners_texts(tmp_path):
-    source = str(model("tiny.en"))
-    artifact = pipeline.export(source, "int8", out=tmp_path / "tiny", gating=Gating("off"))
-    runner = Recognizer(artifact)
-    served = open_site(artifact, "127.0.0.1")
+def test_the_page_gives_the_runners_texts(artifact, tmp_path):
+    tiny = artifact("tiny.en", "int8")
+    runner = Recognizer(tiny)
+    served = open_site(tiny, "127.0.0.1")
     try:
         with chromium.driven(served.url, tmp_path / "profile") as tab:
             tab.wait(READY)

@@ -13,16 +13,14 @@ from devices.runner.decode.words import characters, spaced
 from devices.runner.recognizer import Recognizer
 from edgewhisper import whisper
 from edgewhisper.shipped import COMMON_VOICE
-from export.onnx.to_onnx import export_onnx
 
 pytestmark = pytest.mark.real
 
 
-def test_the_median_error_is_at_most_20_ms(tmp_path):
+def test_the_median_error_is_at_most_20_ms(artifact):
     source = model("tiny.en")
     dense, processor = whisper.load(source), whisper.load_processor(source)
-    export_onnx(dense, processor, tmp_path, "int8")
-    recognizer = Recognizer(tmp_path)
+    recognizer = Recognizer(artifact("tiny.en", "int8"))
     heads = dense.generation_config.alignment_heads
     assert recognizer.manifest["decoding"]["alignment"]["heads"] == heads
     errors = []
