@@ -12,6 +12,8 @@ import pytest
 import torch
 from small_steps import RATE, STEPS, make_teacher, take
 
+pytestmark = pytest.mark.slow  # the processes import torch and train for most of a minute
+
 TESTS = Path(__file__).parents[1] / "helpers"
 
 

@@ -102,7 +102,12 @@ def test_other_clips_than_the_gates_are_refused(exported, clips):
 
 
 @pytest.mark.parametrize(
-    "layout", ["sherpa", "single", pytest.param("transformers", marks=pytest.mark.slow)]
+    "layout",
+    [
+        "single",
+        pytest.param("sherpa", marks=pytest.mark.slow),
+        pytest.param("transformers", marks=pytest.mark.slow),
+    ],
 )
 def test_other_layouts_are_verified_too(layout, digits, few, tmp_path, monkeypatch, capsys):
     """Their reference runtimes run the graphs. Some of them only have the model's full window."""
