@@ -1,8 +1,7 @@
 """Variants of clips: more speech for distillation, made from a few hundred clips.
 
-A variant is one clip, or two clips in sequence, at another speed and level, and in half of the cases
-with noise. It has no text: the dense model transcribes it, and its states are the targets, so a
-variant is as good a training clip as a recording.
+A variant is one clip, or two clips in sequence, at another speed and level, and in half of the
+cases with noise. It has no text: the dense model transcribes it, and its states are the targets.
 
 Speed perturbation is that of Ko et al. 2015 (Audio augmentation for speech recognition).
 """
@@ -43,8 +42,8 @@ def variants(
 ) -> list[Clip]:
     """Write variants of clips to a folder, as 16 kHz FLAC files, and return them without texts.
 
-    There are `per_clip` variants for each clip, of at most `longest_s` seconds, joined from clips of
-    one language. They depend only on the seed, so files that exist are not written again.
+    There are `per_clip` variants for each clip, of at most `longest_s` seconds. Joined clips
+    have one language. Variants depend only on the seed; files that exist are not written again.
     """
     by_language: dict[str, list[Clip]] = {}
     for clip in clips:
@@ -93,7 +92,7 @@ def variant(
 
 
 def piece(pcm: np.ndarray, longest: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the samples, or a random piece of them if they are too long, and at times otherwise."""
+    """Return the samples, or a random piece: always if they are too long, at times otherwise."""
     if len(pcm) <= longest and rng.random() >= PIECES:
         return pcm
     length = min(len(pcm), round(longest * rng.uniform(0.4, 1.0)))

@@ -49,8 +49,8 @@ from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import divergence, frozen_copy, load_teacher
 from edgewhisper.examples import IGNORED, Batch
 from edgewhisper.frozen_encoder import StatesCache
-from edgewhisper.pseudo_labels import pseudo_labelled
 from edgewhisper.progress import progress_steps
+from edgewhisper.pseudo_labels import pseudo_labelled
 from edgewhisper.recipe import Range
 from edgewhisper.training import LossTerm, Training, cross_entropy, train
 from edgewhisper.variants import variants

@@ -295,13 +295,13 @@ class Mapping(NamedTuple):
 
 def mapped(folder: Path, maps: Path = Path("/proc/self/maps")) -> list[Mapping]:
     """Return the mappings of files in `folder`; none where the system is not Linux."""
-    inside, found = f"{folder.resolve()}{os.sep}", []
+    inside, mappings = f"{folder.resolve()}{os.sep}", []
     for line in read(maps).splitlines():
         addresses, _, offset, *_, path = line.split(maxsplit=5)
         if path.startswith(inside):
             start, end = (int(address, 16) for address in addresses.split("-"))
-            found.append(Mapping(path, int(offset, 16), start, end - start))
-    return found
+            mappings.append(Mapping(path, int(offset, 16), start, end - start))
+    return mappings
 
 
 def unmap_pages(places: Sequence[Mapping]) -> None:
