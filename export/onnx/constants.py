@@ -24,7 +24,7 @@ SMALL = 1024
 the runtime must know when it loads the graph."""
 LARGE = 2**17
 """Constants from this number of bytes on are stored in a file of their own, to be mapped. The
-runtime copies those in the graph: with 2**20, loading tiny.en took up to 25 % more CPU time."""
+runtime copies those in the graph. With 2**20, loading tiny.en took 6 to 26 % more CPU time."""
 ALIGNMENT = 64
 
 INT8_PRODUCTS = {"DynamicQuantizeMatMul": (1, 3), "MatMulIntegerToFloat": (1, 5), "QGemm": (3, 5)}

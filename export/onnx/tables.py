@@ -136,6 +136,7 @@ class TokenTable:
     def _products(self, x: Sequence[str]) -> Iterator[str]:
         """Yield the logits (n, tokens) of one piece of the table after the other."""
         g, first = self.g, 0
+        assert self.scale is not None
         for codes in self.pieces:
             table, scale, stop = self.table, self.scale, first + len(codes)
             if len(self.pieces) > 1:

@@ -82,7 +82,10 @@ class Sessions:
 class Decoder:
     """The decoder over one encoded window, with its key and value caches. The graph updates the
     caches in place. It reads ids and length from arrays that are bound once, and writes logits to
-    one: binding them in every step took 5 % of a token's time on whisper-tiny."""
+    one: binding them in every step took 3 % of a token's CPU time on whisper-tiny."""
+
+    ids: np.ndarray
+    """The tokens of a step, (1, s)."""
 
     def __init__(self, sessions: Sessions, window: Pcm, times: Transcript) -> None:
         self.sessions, self.session, self.fed = sessions, sessions.decoder, 0
@@ -115,7 +118,8 @@ class Decoder:
             self.session.run_with_iobinding(self.binding)
         self.fed += len(ids)
         self.clock.append(time.perf_counter() - started)
-        return self.logits[0, 0]
+        logits: Logits = self.logits[0, 0]
+        return logits
 
     def branches(self, count: int) -> list["Decoder"]:
         """Return `count` decoders over the same window, each with its own caches."""
@@ -127,8 +131,9 @@ class Decoder:
     def write_to(self, cache: State) -> None:
         """Use this memory for the decoder's own keys and values."""
         self.past, self.binding = views(cache), bind(self.session, self.cross | cache)
-        self.ids, self.length = np.empty((1, 0), np.int64), np.empty(1, np.int32)
-        self.logits = np.empty((1, 1, self.sessions.vocabulary), np.float32)
+        self.ids = np.empty((1, 0), np.int64)
+        self.length: np.ndarray = np.empty(1, np.int32)
+        self.logits: np.ndarray = np.empty((1, 1, self.sessions.vocabulary), np.float32)
         self.binding.bind_ortvalue_input("past_length", value(self.length))
         self.binding.bind_ortvalue_output("logits", value(self.logits))
 

@@ -296,7 +296,7 @@ class Mapping(NamedTuple):
 def mapped(folder: Path, maps: Path = Path("/proc/self/maps")) -> list[Mapping]:
     """Return the mappings of files in `folder`; none where the system is not Linux."""
     inside, mappings = f"{folder.resolve()}{os.sep}", []
-    for line in read(maps).splitlines():
+    for line in maps.read_text().splitlines() if maps.is_file() else []:
         addresses, _, offset, *_, path = line.split(maxsplit=5)
         if path.startswith(inside):
             start, end = (int(address, 16) for address in addresses.split("-"))

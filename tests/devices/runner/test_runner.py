@@ -766,6 +766,7 @@ def test_pages_of_a_mapped_file_leave_the_process_and_are_mapped_again(tmp_path,
     unmap_pages([place])
     assert (before, resident_bytes(place)) == (2**22, 0)
     assert (array == held).all()
+    assert mapped(tmp_path, maps=tmp_path / "not Linux") == []
 
 
 def resident_bytes(place) -> int:
