@@ -81,7 +81,7 @@ def variant(
     pause = np.zeros(round(rng.uniform(*PAUSES_S) * SAMPLING_RATE), np.float32)
     room_left = longest - len(pcm) - len(pause)
     if rng.random() < JOINED and room_left > longest / 4:
-        second = others[rng.integers(len(others))].pcm()
+        second = others[int(rng.integers(len(others)))].pcm()
         pcm = np.concatenate([pcm, pause, piece(second, room_left, rng)])
     speed = rng.uniform(*SPEEDS)
     pcm = soxr.resample(pcm, SAMPLING_RATE * speed, SAMPLING_RATE)[:longest]
