@@ -50,6 +50,9 @@ Differences to ZipLM:
       decoder.2.ffn      0.0020    0.0091
       decoder.3.ffn      0.0131    0.0743
 
+  With three quarters of the parameters of all four branches of the encoder, 8 calibration clips and
+  8 held-out clips, the divergence is 0.101 if they are pruned, and 0.039 if they are factorised.
+
   Attentions are not factorised: removal of dimensions after a rotation loses less in 23 of 24 cases
   (12 attentions with three quarters and with half of their parameters).
 
