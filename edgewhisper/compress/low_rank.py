@@ -86,13 +86,11 @@ def set_factors(model: nn.Module, name: str, factors: Factors) -> None:
     """Replace a linear layer by its factors; a layer that reads selected inputs still does."""
     dense = model.get_submodule(name)
     rank, d_in = factors.down.shape
-    down: nn.Linear
-    if isinstance(dense, GatherLinear):
-        down = GatherLinear(d_in, rank, bias=False)
+    gathers = isinstance(dense, GatherLinear)
+    down = type(dense)(d_in, rank, bias=False)
+    up = (nn.Linear if gathers else type(dense))(rank, len(factors.up))
+    if gathers:
         down.inputs.copy_(dense.inputs)
-    else:
-        down = nn.Linear(d_in, rank, bias=False)
-    up = nn.Linear(rank, len(factors.up))
     down.weight.copy_(factors.down)
     up.weight.copy_(factors.up)
     up.bias.copy_(factors.shift)
