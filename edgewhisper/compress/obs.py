@@ -110,15 +110,16 @@ class Options:
 
     units: bool = True
     """Remove units of feed-forward branches."""
-    low_rank: bool = True
-    """Factorise both layers of a feed-forward branch instead, where that loses less."""
+    low_rank: bool = False
+    """Factorise both layers of a feed-forward branch instead, where that loses less. With 25 % of
+    tiny.en removed, it changed the divergence from 0.138 to 0.140."""
     heads: bool = True
     """Remove attention heads."""
     value_dims: bool = True
     """Remove dimensions of values, the same number in every head of an attention."""
     score_dims: bool = True
     """Remove dimensions of queries and keys, the same number in every head of an attention."""
-    branches: bool = True
+    branches: bool = False
     """Replace whole branches by their mean output. `shrink` removes a layer without branches."""
     most_removed: Annotated[float, Range(0, 0.95)] = 0.75
     """No branch loses more than this share of one kind of structure."""

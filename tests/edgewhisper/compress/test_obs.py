@@ -44,7 +44,9 @@ from edgewhisper.compress.walk import ScoreSums, Walk, effect
 from export.cost import count_parameters
 from export.problem import Problem
 
-QUICK = Options(own_words=False, effect_clips=0, round_to=1, remove=0.2)
+QUICK = Options(
+    own_words=False, effect_clips=0, round_to=1, remove=0.2, low_rank=True, branches=True
+)
 """Options for a model 32 wide."""
 
 
