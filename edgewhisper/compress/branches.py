@@ -34,6 +34,8 @@ IN_MEMORY_BYTES = 400_000_000
 Side = Literal["encoder", "decoder"]
 Kind = Literal["self_attn", "encoder_attn", "ffn"]
 SIDES: tuple[Side, ...] = ("encoder", "decoder")
+FFN = ("fc1", "fc2")
+"""The linear layers of a feed-forward branch."""
 
 
 @dataclass(frozen=True)

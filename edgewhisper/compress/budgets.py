@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.latency import Table, find_table, predict_shapes
+from edgewhisper.compress.branches import FFN, Branch
 from export.cost import artifact_bytes, count_parameters, layer_bytes, macs, window_macs
 from export.onnx.operators import shapes_of
 from export.problem import Problem
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from edgewhisper.compress.branches import Branch
 
 TOKENS = 32
 """Tokens of a window if the budget is in MACs or in latency."""
@@ -89,7 +88,7 @@ def cost_of(model: nn.Module, branch: Branch, budget: Budget) -> Callable[[Kept]
 def resized(layer: dict[str, Any], branch: Branch, kept: Kept) -> dict[str, Any]:
     """Return the shape of a layer with one branch at a level."""
     if branch.kind == "ffn":
-        ranks = dict.fromkeys(("fc1", "fc2"), kept[1]) if len(kept) == 2 else {}
+        ranks = dict.fromkeys(FFN, kept[1]) if len(kept) == 2 else {}
         return layer | {"ffn": kept[0], "ranks": layer["ranks"] | ranks}
     sizes = dict(zip(("heads", "v_dim", "qk_dim"), kept, strict=True))
     return layer | {branch.kind: layer[branch.kind] | sizes}

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from edgewhisper.compress.allocation import Level
-from edgewhisper.compress.branches import SIDES, Branch, branches_of
+from edgewhisper.compress.branches import FFN, SIDES, Branch, branches_of
 from edgewhisper.compress.budgets import Budget, Kept, cost_of
 from edgewhisper.compress.fits import (
-    FFN,
     GROUPS,
     Fit,
     branch_modules,
@@ -32,11 +31,12 @@ from edgewhisper.compress.fits import (
     reduce_values,
     remove_branch,
     restored,
+    root_of,
     whole_of,
 )
+from edgewhisper.compress.low_rank import principal_axes, spectrum
 from edgewhisper.compress.surgeon import (
     damped,
-    factors_of,
     fitted_loss,
     remove_blocks,
     remove_columns,
@@ -137,10 +137,8 @@ def rank_curve(fits: Sequence[Fit], options: "Options") -> Curve:
     of their outputs; sum over the layers. The first size is the rank that saves no parameters."""
     units, d = fits[0].weight.shape
     sizes = sizes_of(units * d // (units + d), options.round_to, options.most_removed)
-    losses = torch.zeros(min(units, d), dtype=torch.float64)
-    for fit in fits:
-        own = factors_of(fit.weight, fit.h)[2]
-        losses += own / own.sum().clamp_min(TINY)
+    variances = [spectrum(root_of(fit)) for fit in fits]  # (min(units, d),) each
+    losses = sum(own / own.sum().clamp_min(TINY) for own in variances)
     return Curve(sizes, [0.0, *(float(losses[size:].sum()) for size in sizes[1:])])
 
 
@@ -215,14 +213,16 @@ def ffn_tries(
         curve, removed = unit_curve(fit, options)
         tries["units"] = curve, lambda size: put_units(walk.model, branch, fit, removed(size))
     if options.low_rank:
-        first, last = (getattr(branch.layer_of(walk.model), name) for name in FFN)
-        inside = fit_of(first, walk.collect(branch, first), damping_of(branch, options))
+        layers = [getattr(branch.layer_of(walk.model), name) for name in FFN]
+        inside = walk.collect(branch, layers[0])
+        fits = [fit_of(layers[0], inside, damping_of(branch, options)), fit]
+        axes = [principal_axes(root_of(of_layer), len(of_layer.weight)) for of_layer in fits]
 
-        def factorise_both(rank: int) -> None:
-            put_product(first, inside, rank)
-            put_product(last, fit, rank)
+        def put_products(rank: int) -> None:
+            for layer, of_layer, own in zip(layers, fits, axes, strict=True):
+                put_product(layer, of_layer, own[:, :rank])
 
-        tries["rank"] = rank_curve([inside, fit], options), factorise_both
+        tries["rank"] = rank_curve(fits, options), put_products
     return tries
 
 

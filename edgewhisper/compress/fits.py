@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from edgewhisper.calibration import Moments
-from edgewhisper.compress.branches import Branch
-from edgewhisper.compress.low_rank import Factors, set_factors
+from edgewhisper.compress.branches import FFN, Branch
+from edgewhisper.compress.low_rank import principal_axes, set_factors, split, square_root
 from edgewhisper.compress.surgeon import (
     balanced,
     damped,
-    factors_of,
     orthonormal_rows,
     refit,
     refit_columns,
@@ -27,8 +26,6 @@ from edgewhisper.compress.surgeon import (
 )
 from edgewhisper.compress.walk import ScoreSums
 
-FFN = ("fc1", "fc2")
-"""The linear layers of a feed-forward branch."""
 GROUPS = 96
 """Units of a feed-forward branch are removed in at most so many groups."""
 
@@ -68,17 +65,21 @@ def remove_branch(model: nn.Module, branch: Branch, fit: Fit) -> None:
     put(branch.last_of(model), fit, torch.zeros_like(fit.weight), fit.mean_x)
 
 
-def put_product(linear: nn.Module, fit: Fit, rank: int) -> None:
-    """Set the weight of a layer to its best product of a rank."""
-    up, down, _ = factors_of(fit.weight, fit.h)
-    put(linear, fit, up[:, :rank] @ down[:rank], fit.mean_x)
+def root_of(fit: Fit) -> Tensor:
+    """Return a root (d_out, d) of the covariance of a layer's output, W H W^T."""
+    return fit.weight @ square_root(fit.h)
+
+
+def put_product(linear: nn.Module, fit: Fit, axes: Tensor) -> None:
+    """Restrict the output of a layer to axes (d_out, k), and keep its mean."""
+    put(linear, fit, axes @ (axes.T @ fit.weight), fit.mean_x)
 
 
 def factorise(model: nn.Module, name: str, fit: Fit, rank: int) -> None:
-    """Replace a layer by the two factors of its best product of a rank."""
-    up, down, _ = factors_of(fit.weight, fit.h)
-    up, down = up[:, :rank], down[:rank]
-    set_factors(model, name, Factors(down, up, fit.mean_y - up @ (down @ fit.mean_x)))
+    """Replace a layer by the two factors of its best product of a rank, as lite.py does."""
+    bias = model.get_submodule(name).bias.detach().double()
+    axes = principal_axes(root_of(fit), rank)
+    set_factors(model, name, split(fit.weight, bias, fit.mean_y, axes))
 
 
 def remove_units(model: nn.Module, branch: Branch, fit: Fit, units: int) -> None:

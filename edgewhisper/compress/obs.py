@@ -67,13 +67,12 @@ from torch import nn
 
 from edgewhisper.calibration import Speech
 from edgewhisper.compress.allocation import Level, allocate
-from edgewhisper.compress.branches import SIDES, Branch, branches_of
+from edgewhisper.compress.branches import FFN, SIDES, Branch, branches_of
 from edgewhisper.compress.budgets import Axis, Budget, budget_of, total_of
 from edgewhisper.compress.calibration_speech import decoder_speech
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.curves import Part, damping_of, levels_of, measure_parts
 from edgewhisper.compress.fits import (
-    FFN,
     branch_modules,
     factorise,
     fit_of,

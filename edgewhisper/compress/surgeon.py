@@ -132,19 +132,6 @@ def fitted_loss(weight: Tensor, wanted: Tensor, h: Tensor, basis: Tensor) -> flo
     return float(whole - (refit(wanted, h, basis) * (wanted @ basis.T)).sum())
 
 
-def factors_of(weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return up (d_out, n), down (n, d) with W = up down, and losses (n,).
-
-    The first r columns of `up` and rows of `down` are the product of rank r with the least loss
-    tr((W - W') H (W - W')^T), which is the sum of losses[r:] (Eckart and Young, for H = L L^T and
-    W L; SVD-LLM, Wang et al. 2024, arXiv:2403.07378).
-    """
-    lower = torch.linalg.cholesky(h)
-    left, sizes, right = torch.linalg.svd(weight @ lower, full_matrices=False)
-    down = torch.linalg.solve_triangular(lower, right, upper=False, left=False)
-    return left * sizes.sqrt(), sizes.sqrt()[:, None] * down, sizes.square()
-
-
 # ------------------------------------------------------------------------------- fewer dimensions
 
 

@@ -19,15 +19,14 @@ from edgewhisper.compress.branches import Branch, States, branches_of, logits_fr
 from edgewhisper.compress.budgets import Budget, total_of
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.curves import Curve, scaled
-from edgewhisper.compress.fits import Fit, factorise, fit_of, put_units, remove_units
-from edgewhisper.compress.low_rank import principal_axes, square_root
+from edgewhisper.compress.fits import Fit, factorise, fit_of, put_units, remove_units, root_of
+from edgewhisper.compress.low_rank import principal_axes, spectrum, split
 from edgewhisper.compress.masks import removed_share
 from edgewhisper.compress.obs import Options
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.surgeon import (
     balanced,
     damped,
-    factors_of,
     fitted_loss,
     identity_rows,
     loss_of,
@@ -238,14 +237,18 @@ def test_a_product_loses_what_is_said_and_no_more_than_others(layer):
     linear, rows = layer
     found = fit(linear, rows, 0.1)
     weight, h = found.weight, found.h
-    up, down, losses = factors_of(weight, h)
+    root = root_of(found)
+    down, up, _ = split(weight, None, found.mean_y, principal_axes(root, min(weight.shape)))
     torch.testing.assert_close(up @ down, weight)
+    losses = spectrum(root)
 
     def loss(other):
         return float(((weight - other) @ h * (weight - other)).sum())
 
     u, sizes, axes = torch.linalg.svd(weight, full_matrices=False)
-    axes_y = principal_axes(weight @ square_root(h), 2)  # as LiteASR does it
+    factor = torch.linalg.cholesky(h)  # as SVD-LLM does it
+    left, _, _ = torch.linalg.svd(weight @ factor, full_matrices=False)
+    axes_y = left[:, :2]
     of_rank_2 = loss(up[:, :2] @ down[:2])
     assert of_rank_2 == pytest.approx(float(losses[2:].sum()))
     assert of_rank_2 == pytest.approx(loss(axes_y @ axes_y.T @ weight))
