@@ -25,11 +25,10 @@ def write_graph(
     name: str,
     suffix: str = "",
     edit: Callable[[onnx.ModelProto], None] = lambda model: None,
-    mapped: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """Write one graph after `edit` has changed it; return its inputs and outputs for the manifest.
 
-    With `mapped`, large weights are stored in a separate file NAME.weights, which the runtime maps
+    Large weights of a mapped graph are stored in a separate file NAME.weights. The runtime maps it
     into memory, while it copies weights stored in the graph. The int8 products of a mapped graph
     share no constants; see constants.py.
     """
@@ -37,7 +36,7 @@ def write_graph(
     model, path = graph.model(name, inputs, outputs), folder / f"{name}{suffix}.onnx"
     _check(model, path)
     edit(model)
-    if mapped:
+    if graph.mapped:
         own_constants(model)
         with Weights(path.with_suffix(".weights"), LARGE) as weights:
             weights.take(model, graph.parts)

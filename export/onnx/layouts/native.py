@@ -93,8 +93,8 @@ def write(
     encoder = encoder_graph(model, processor.feature_extractor, precision, int8_cache)
     decoder = decoder_graph(model, precision, int8_cache, moment)
     contract = {
-        "encoder": write_graph(encoder, out, "encoder", mapped=True),
-        "decoder": write_graph(decoder, out, "decoder", mapped=True),
+        "encoder": write_graph(encoder, out, "encoder"),
+        "decoder": write_graph(decoder, out, "decoder"),
     }
     write_tokens(processor.tokenizer, model.config.vocab_size, out)
     save_configuration(model, processor, out)

@@ -222,7 +222,7 @@ def test_the_pieces_of_a_mapped_table_are_stored_once_and_give_the_same_logits(
         table = TokenTable(graph, weight)
         outputs = {table.look_up("ids"): (1, 2, 8), table.logits("x"): (1, 1, 101)}
         parts = graph, specs, [Spec(*output) for output in outputs.items()]
-        save.write_graph(parts, tmp_path, name, mapped=mapped)
+        save.write_graph(parts, tmp_path, name)
         session = open_session(tmp_path / f"{name}.onnx", session_options(1))
         results.append(session.run(list(outputs), inputs))
     assert all(np.array_equal(*both) for both in zip(*results, strict=True))
