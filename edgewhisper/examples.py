@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.speech.noises import level_at
 from devices.runner.audio import shortest
 from edgewhisper.decoding import log_mel
 from edgewhisper.progress import progress_bar
@@ -273,7 +274,7 @@ def needed_positions(clip: "Clip", extractor: Any, windows: Sequence[int]) -> in
 
 def add_noise(pcm: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
     """Add white noise at a random signal-to-noise ratio from snr_db to snr_db + 30 dB."""
-    level = math.sqrt(float(np.mean(pcm**2))) * 10 ** (-(snr_db + rng.uniform(0, 30)) / 20)
+    level = level_at(snr_db + rng.uniform(0, 30), pcm)
     return (pcm + level * rng.standard_normal(len(pcm))).astype(np.float32)
 
 

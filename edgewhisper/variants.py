@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.speech.clips import Clip
-from benchmarks.speech.noises import pink, room, white
+from benchmarks.speech.noises import level_at, pink, room, white
 from devices.runner.audio import SAMPLING_RATE
 from export.files import new_file
 
@@ -103,5 +103,4 @@ def piece(pcm: np.ndarray, longest: int, rng: np.random.Generator) -> np.ndarray
 def noise(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return white, pink or room noise (n,) at a random signal-to-noise ratio."""
     kind = (white, pink, room)[rng.integers(3)]
-    level = np.sqrt(np.mean(np.square(pcm))) / 10 ** (rng.uniform(*SNRS_DB) / 20)
-    return level * kind(len(pcm), rng)
+    return level_at(rng.uniform(*SNRS_DB), pcm) * kind(len(pcm), rng)

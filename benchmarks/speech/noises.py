@@ -5,6 +5,8 @@ Every function returns `samples` samples at 16 kHz with a root mean square of 1.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from devices.runner.audio import SAMPLING_RATE
@@ -74,6 +76,11 @@ NOISES = {
     "tones": tones,
     "music": music,
 }
+
+
+def level_at(snr_db: float, pcm: np.ndarray) -> float:
+    """Return the root mean square of noise at a signal-to-noise ratio, for a signal (n,)."""
+    return math.sqrt(float(np.mean(pcm**2))) * 10 ** (-snr_db / 20)
 
 
 # ------------------------------------------------------------------------------------------ parts
