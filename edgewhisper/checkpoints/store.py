@@ -123,7 +123,10 @@ def _in_file(folder: Path) -> tuple[WhisperForConditionalGeneration, dict[str, A
     model = _from_tensors(folder, config, mapped_file.read(folder))
     mapped_file.compute_in_float32(model)
     if (folder / generation.FILE).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise huggingface.unreadable(folder, error) from error
     return model, stored
 
 
