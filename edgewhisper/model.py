@@ -331,9 +331,8 @@ def rebuild(
 
     `decoder_layers` is the number of decoder layers if `layers` does not have them (None: as in
     `model`). They are renumbered, because their index selects their entry in the key-value cache.
-    The config, generation config,
-    training mode and, if `layers` has none, the windows are copied from `model`. Raises Problem if
-    tensors and shapes do not fit together.
+    The config, generation config, training mode and, if `layers` has none, the windows are copied
+    from `model`. Raises Problem if tensors and shapes do not fit together.
     """
     config = copy.deepcopy(model.config)
     config.decoder_layers = decoder_layers or config.decoder_layers

@@ -235,7 +235,7 @@ def apply(
         windows = windows_for(options.windows_s, full, step_s, "recover")
         whisper.set_windows(model.config, windows)
     windows = windows_of(model.config)
-    longest_s = windows[-2 if len(windows) > 1 else -1] * position_s(context.processor)
+    longest_s = windows[-2:][0] * position_s(context.processor)
     clips, left_out = recovery_clips(dense, options, context, longest_s)
     with with_hidden_states(model):
         log = train(
