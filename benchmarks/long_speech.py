@@ -7,7 +7,7 @@ The recordings are made from the manifest's English clips, in an order drawn wit
 
 - `joined`: 11 minutes, with pauses of 0.3 to 1 s.
 - `zeros`: the same, with 90 ms of digital silence in the middle of every fifth clip.
-- `noise`: sentences with 2 to 8 s of white, pink or room noise between them, about 90 s.
+- `noise`: sentences with 2 to 8 s of noise, hum, tones or music between them, about 90 s.
 
 Faster-whisper runs with --checkpoint, in the environment of `make rivals-env`, on the same weights
 in int8. Both decode greedily, without fallback, with and without timestamps. faster-whisper starts
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,22 @@ class Recording:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1 after an error."""
-    parser = parser_of("benchmarks.long_speech", __doc__)
+    parser = parser_with_engines("benchmarks.long_speech", __doc__)
+    add = parser.add_argument
+    add("--long", type=int, default=2, help="number of long recordings of each kind")
+    add("--noisy", type=int, default=10, help="number of recordings with noise")
+    return exit_code(measure, parser, argv)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Print the table."""
+    recordings = list(make(english(given), given.long, given.noisy, given.seed))
+    print(table(summary(counted(given, recordings))))
+
+
+def parser_with_engines(program: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser for an artifact, its speech and faster-whisper."""
+    parser = parser_of(program, doc)
     add = parser.add_argument
     add("artifact", type=Path)
     add("speech", help="a manifest of clips")
@@ -68,15 +83,16 @@ def main(argv: list[str] | None = None) -> int:
     add("--models", type=Path, help="folder that keeps faster-whisper's model for the next call")
     add("--python", type=Path, default=interpreter(), help="the rivals' Python interpreter")
     add("--threads", type=int, default=1)
-    add("--long", type=int, default=2, help="number of long recordings of each kind")
-    add("--noisy", type=int, default=10, help="number of recordings with noise")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="file for texts and counts, as JSON lines")
-    return exit_code(measure, parser, argv)
+    return parser
 
 
-def measure(given: argparse.Namespace) -> None:
-    """Print the table."""
+# ----------------------------------------------------------------------------------- recordings
+
+
+def english(given: argparse.Namespace) -> list[Clip]:
+    """Return the manifest's clips with an English text; fail early if the rival is missing."""
     clips = [clip for clip in read_manifest(given.speech) if clip.lang == "en" and clip.text]
     if not clips:
         raise Problem(
@@ -84,18 +100,7 @@ def measure(given: argparse.Namespace) -> None:
         )
     if given.checkpoint is not None:
         refuse_missing(["faster-whisper"], given.python, "leave --checkpoint out")
-    recordings = list(make(clips, given.long, given.noisy, given.seed))
-    answers = ours(given.artifact, recordings, given.threads)
-    if given.checkpoint is not None:
-        answers += rival(given, recordings)
-    rows = [row | {"reference": r.text} for row, r in paired(answers, recordings)]
-    if given.out is not None:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        given.out.write_text("".join(lines), encoding="utf-8")
-    print(table(summary(rows)))
-
-
-# ----------------------------------------------------------------------------------- recordings
+    return clips
 
 
 def make(clips: list[Clip], long: int, noisy: int, seed: int) -> Iterator[Recording]:
@@ -147,11 +152,28 @@ def drawn(clips: list[Clip], rng: np.random.Generator) -> list[Clip]:
 # ---------------------------------------------------------------------------------- transcription
 
 
-def ours(artifact: Path, recordings: list[Recording], threads: int) -> list[dict[str, Any]]:
-    """Return the answers of the runner, in both modes."""
+def counted(
+    given: argparse.Namespace, recordings: list[Recording], modes: Sequence[str] = tuple(MODES)
+) -> list[dict[str, Any]]:
+    """Return the texts and word errors of all engines, and write them to --out."""
+    answers = ours(given.artifact, recordings, given.threads, modes)
+    if given.checkpoint is not None:
+        answers += rival(given, recordings, modes)
+    rows = [row | {"reference": r.text} for row, r in paired(answers, recordings)]
+    if given.out is not None:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        given.out.write_text("".join(lines), encoding="utf-8")
+    return rows
+
+
+def ours(
+    artifact: Path, recordings: list[Recording], threads: int, modes: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the answers of the runner, in each mode."""
     recognizer = Recognizer(artifact, threads)
     answers = []
-    for mode, timestamps in MODES.items():
+    for mode in modes:
+        timestamps = MODES[mode]
         for recording in recordings:
             started = time.perf_counter()
             transcript = recognizer.transcribe(recording.pcm, timestamps=timestamps)
@@ -167,7 +189,9 @@ def ours(artifact: Path, recordings: list[Recording], threads: int) -> list[dict
     return answers
 
 
-def rival(given: argparse.Namespace, recordings: list[Recording]) -> list[dict[str, Any]]:
+def rival(
+    given: argparse.Namespace, recordings: list[Recording], modes: Sequence[str]
+) -> list[dict[str, Any]]:
     """Return the answers of faster-whisper, which runs in the rivals' environment."""
     with tempfile.TemporaryDirectory() as folder:
         models = (given.models or Path(folder) / "models").resolve()
@@ -177,7 +201,7 @@ def rival(given: argparse.Namespace, recordings: list[Recording]) -> list[dict[s
         for path, recording in zip(paths, recordings, strict=True):
             path.write_bytes(float_wav(recording.pcm))
         words = [str(given.python.absolute()), "-m", "benchmarks.rivals.long_faster_whisper"]
-        words += [str(model), str(given.threads), *map(str, paths)]
+        words += [str(model), str(given.threads), ",".join(modes), *map(str, paths)]
         done = subprocess.run(words, cwd=PROJECT, env=OURS, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:]

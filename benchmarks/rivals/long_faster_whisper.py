@@ -1,6 +1,6 @@
 """Transcribe long recordings with faster-whisper; print one JSON object per recording and mode.
 
-    python -m benchmarks.rivals.long_faster_whisper MODEL THREADS FILE.wav ...
+    python -m benchmarks.rivals.long_faster_whisper MODEL THREADS MODE,... FILE.wav ...
 
 Greedy decoding without fallback; every window starts without the previous text. `seconds` is the
 time of one transcription.
@@ -17,12 +17,12 @@ from devices.runner.audio import read_wav
 MODES = {"timestamps off": False, "timestamps on": True}
 
 
-def main(model: str, threads: str, *paths: str) -> None:
-    """Print the texts: all recordings without timestamps, then all with timestamps."""
+def main(model: str, threads: str, modes: str, *paths: str) -> None:
+    """Print the texts of all recordings in the first mode, then in the next one."""
     from faster_whisper import WhisperModel
 
     whisper = WhisperModel(model, device="cpu", compute_type="int8", cpu_threads=int(threads))
-    for mode, timestamps in MODES.items():
+    for mode in modes.split(","):
         for path in paths:
             started = time.perf_counter()
             segments, _ = whisper.transcribe(
@@ -31,7 +31,7 @@ def main(model: str, threads: str, *paths: str) -> None:
                 beam_size=1,
                 temperature=0.0,
                 condition_on_previous_text=False,
-                without_timestamps=not timestamps,
+                without_timestamps=not MODES[mode],
             )
             text = " ".join(segment.text.strip() for segment in segments)
             row = {
