@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
+from itertools import chain, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +34,9 @@ HOT = 0.5
 LEAST_SOUND_S, LEAST_TOKENS_PER_S = 5.0, 1.5
 """A text with fewer tokens for more sound is incomplete: the model ended it too early. English
 speech has 2 to 4 tokens for each second of sound, without pauses."""
+
+LEAST_SEGMENT_TOKENS_PER_S = 1.0
+"""The same for one segment of timestamps, whose rate varies more than that of a window."""
 
 LEAST_STEPS = 50
 """If the next window would begin less than 1 s later, the unfinished text is kept instead: a model
@@ -153,7 +157,9 @@ class Listener:
 
     def windows(self, pcm: Pcm) -> Iterator[list[Segment]]:
         """Yield the segments of each window as soon as it is decoded."""
-        return self.by_timestamps(pcm) if self.options.timestamps else self.by_pauses(pcm)
+        if self.options.timestamps:
+            return self.by_timestamps(pcm, 0, len(pcm))
+        return self.by_pauses(pcm)
 
     def by_pauses(self, pcm: Pcm) -> Iterator[list[Segment]]:
         """Yield one segment per window; windows end in pauses."""
@@ -175,24 +181,26 @@ class Listener:
         """Return a window that began at a sample as one segment."""
         return self.timed([(start, start + len(window), self.window(window))], start)
 
-    def leaves_out(self, pcm: Pcm, tokens: int) -> bool:
+    def leaves_out(self, pcm: Pcm, tokens: int, per_s: float = LEAST_TOKENS_PER_S) -> bool:
         """Return whether the last window's tokens are too few for the sound of this part of it."""
         most_s = len(pcm) / SAMPLING_RATE  # of sound, which takes longer to compute
-        enough = most_s <= LEAST_SOUND_S or tokens >= LEAST_TOKENS_PER_S * most_s
+        enough = most_s <= LEAST_SOUND_S or tokens >= per_s * most_s
         if not self.recognizer.guards or self.silent or enough:
             return False
         sound_s = sound_seconds(pcm)
-        return sound_s > LEAST_SOUND_S and tokens < LEAST_TOKENS_PER_S * sound_s
+        return sound_s > LEAST_SOUND_S and tokens < per_s * sound_s
 
-    def by_timestamps(self, pcm: Pcm) -> Iterator[list[Segment]]:
-        """Yield the finished segments of each window; the next window begins where they end.
+    def by_timestamps(
+        self, pcm: Pcm, start: int, stop: int, complete: bool = True
+    ) -> Iterator[list[Segment]]:
+        """Yield the finished segments of each window between two samples; the next window begins
+        where they end. With `complete`, left out speech is decoded again.
 
         Windows end in pauses, except the last one. Whisper's windows end anywhere, and a word at
         the end is lost if the model leaves it out.
         """
-        start = 0
-        while start < len(pcm):
-            window = first_window(pcm[start:], self.recognizer.window_samples)
+        while start < stop:
+            window = first_window(pcm[start:stop], self.recognizer.window_samples)
             window = self.only_speech(window)
             tokens, length = self.window(window), len(window) // STEP_SAMPLES
             timed, steps = parts(tokens, self.rules, length) if tokens else ([], length)
@@ -201,11 +209,40 @@ class Listener:
             if steps < min(length, LEAST_STEPS):
                 rest = tokens[sum(len(part) for _, _, part in timed) :]
                 timed, steps = [*timed, (steps, length, rest)], length
-            stop = start + len(window)
-            spans = [[min(start + n * STEP_SAMPLES, stop) for n in (a, b)] for a, b, _ in timed]
+            end = start + len(window)
+            spans = [[min(start + n * STEP_SAMPLES, end) for n in (a, b)] for a, b, _ in timed]
             found = [(a, b, part) for (a, b), (_, _, part) in zip(spans, timed, strict=True)]
-            yield self.timed(found, start)
-            start = stop if steps >= length else start + steps * STEP_SAMPLES
+            yield self.completed(pcm, found, start) if complete else self.timed(found, start)
+            start = end if steps >= length else start + steps * STEP_SAMPLES
+
+    def completed(
+        self, pcm: Pcm, found: Sequence[tuple[int, int, list[int]]], begin: int
+    ) -> list[Segment]:
+        """Return the segments of the last window as `timed` does. What follows the segment before
+        is decoded again in two parts, up to the end of a segment, if the model may have left out
+        some of its speech and the text of the parts is longer."""
+        spans = list(pairwise([begin, *(stop for _, stop, _ in found)]))
+        counts = [self.words_in(tokens) for _, _, tokens in found]
+        short = [
+            self.leaves_out(pcm[start:stop], count, LEAST_SEGMENT_TOKENS_PER_S)
+            for (start, stop), count in zip(spans, counts, strict=True)
+        ]
+        segments = []
+        for place, segment in enumerate(self.timed(found, begin)):
+            parts = self.halves(pcm, *spans[place]) if short[place] else []
+            longer = sum(self.words_in(part.tokens) for part in parts) > counts[place]
+            segments += parts if longer else [segment]
+        return segments
+
+    def halves(self, pcm: Pcm, start: int, stop: int) -> list[Segment]:
+        """Return the segments of the two parts between two samples."""
+        halves = split(pcm[start:stop], 2 * (stop - start) // 3)
+        windows = [self.by_timestamps(pcm, start + h.start, start + h.stop, False) for h in halves]
+        return [segment for window in chain.from_iterable(windows) for segment in window]
+
+    def words_in(self, tokens: Sequence[int]) -> int:
+        """Return the number of tokens without timestamps."""
+        return sum(not self.rules.is_timestamp(token) for token in tokens)
 
     def timed(self, parts: Sequence[tuple[int, int, list[int]]], begin: int) -> list[Segment]:
         """Return the segments of the last window, which began at a sample, from their first and

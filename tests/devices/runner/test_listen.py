@@ -345,11 +345,32 @@ def test_sound_after_the_last_timestamp_is_decoded_again(rng):
     def window(piece: np.ndarray) -> list[int]:
         lengths.append(len(piece))
         end = 500 if len(lengths) == 1 else len(piece) // STEP_SAMPLES
-        return [BEGIN, len(lengths), BEGIN + end]
+        return [BEGIN, *[len(lengths)] * 12, BEGIN + end]
 
     segments = list(scripted(window, timestamps=True).segments(pcm))
-    assert [(s.start_s, s.end_s, s.text) for s in segments] == [(0, 10, "1"), (10, 24, "2")]
+    assert [(s.start_s, s.end_s, s.tokens[1]) for s in segments] == [(0, 10, 1), (10, 24, 2)]
     assert lengths == [len(pcm), len(pcm) - 500 * STEP_SAMPLES]
+
+
+@pytest.mark.parametrize("begin", [400, 1000], ids=["long segment", "gap before it"])
+@pytest.mark.parametrize("more", [True, False], ids=["longer parts", "shorter parts"])
+def test_speech_that_timestamps_skip_is_decoded_again_in_two_parts(begin, more, rng):
+    """The second segment ends at 24 s, but has one token for the 16 s after the first."""
+    pcm, lengths = words_and_pauses(rng, 24), []
+    first, second = [BEGIN, *[1] * 12, BEGIN + 400], [BEGIN + begin, 2, BEGIN + 1200]
+
+    def window(piece: np.ndarray) -> list[int]:
+        lengths.append(len(piece))
+        if len(piece) == len(pcm):
+            return [*first, *second]
+        return [BEGIN, *[3] * 9, BEGIN + len(piece) // STEP_SAMPLES] if more else []
+
+    segments = list(scripted(window, timestamps=True).segments(pcm))
+    assert [s.tokens[1] for s in segments] == ([1, 3, 3] if more else [1, 2])
+    assert sum(lengths[1:]) == len(pcm) - 400 * STEP_SAMPLES
+    assert segments[-1].end_s == pytest.approx(24, abs=0.02)
+    if more:
+        assert [s.start_s for s in segments[1:]] == [8, 8 + lengths[1] / 16_000]
 
 
 def test_joined_clips_are_cut_between_words(recognizer, clips, rng):
