@@ -87,6 +87,6 @@ def say(step: Step, choose: Choose, rules: Rules, stop_loops: bool) -> list[int]
             break
         tokens.append(token)
         ids = (token,)
-        if stop_loops and loop_period(tokens):
+        if stop_loops and loop_period(rules.words(tokens)):
             break
     return tokens

@@ -222,7 +222,7 @@ class Listener:
         is decoded again in two parts, up to the end of a segment, if the model may have left out
         some of its speech and the text of the parts is longer."""
         spans = list(pairwise([begin, *(stop for _, stop, _ in found)]))
-        counts = [self.words_in(tokens) for _, _, tokens in found]
+        counts = [len(self.rules.words(tokens)) for _, _, tokens in found]
         short = [
             self.leaves_out(pcm[start:stop], count, LEAST_SEGMENT_TOKENS_PER_S)
             for (start, stop), count in zip(spans, counts, strict=True)
@@ -230,7 +230,7 @@ class Listener:
         segments = []
         for place, segment in enumerate(self.timed(found, begin)):
             parts = self.halves(pcm, *spans[place]) if short[place] else []
-            longer = sum(self.words_in(part.tokens) for part in parts) > counts[place]
+            longer = sum(len(self.rules.words(part.tokens)) for part in parts) > counts[place]
             segments += parts if longer else [segment]
         return segments
 
@@ -239,10 +239,6 @@ class Listener:
         halves = split(pcm[start:stop], 2 * (stop - start) // 3)
         windows = [self.by_timestamps(pcm, start + h.start, start + h.stop, False) for h in halves]
         return [segment for window in chain.from_iterable(windows) for segment in window]
-
-    def words_in(self, tokens: Sequence[int]) -> int:
-        """Return the number of tokens without timestamps."""
-        return sum(not self.rules.is_timestamp(token) for token in tokens)
 
     def timed(self, parts: Sequence[tuple[int, int, list[int]]], begin: int) -> list[Segment]:
         """Return the segments of the last window, which began at a sample, from their first and
@@ -279,11 +275,20 @@ class Listener:
         self.prompted = self.with_context()
         best = self.best(decoder, len(pcm) / SAMPLING_RATE)
         self.logprobs = best.logprobs
-        kept = without_loop(best.tokens) if guards else best.tokens
+        kept = self.without_loop(best.tokens) if guards else best.tokens
         self.doubtful = best.temperature > HOT or len(kept) < len(best.tokens)
         if options.word_timestamps:
             self.words = at_pauses(self.align(decoder, kept, len(pcm)), pcm)
         return kept
+
+    def without_loop(self, tokens: list[int]) -> list[int]:
+        """Return the text up to the first loop, with its phrase once and the timestamp after it."""
+        kept = len(without_loop(self.rules.words(tokens)))
+        places = [i for i, token in enumerate(tokens) if not self.rules.is_timestamp(token)]
+        if kept == len(places):
+            return tokens
+        stop = places[kept - 1] + 1
+        return tokens[: stop + self.rules.is_timestamp(tokens[stop])]
 
     def best(self, decoder: Decoder, window_s: float) -> Attempt:
         """Return the text of an encoded window, without tokens if it was probably invented."""
@@ -294,8 +299,8 @@ class Listener:
             self.no_speech_prob = silence
 
         def invented(found: Attempt) -> bool:
-            words = [token for token in found.tokens if not self.rules.is_timestamp(token)]
-            return judged and is_invented(found, len(without_loop(words)), silence, window_s)
+            words = len(without_loop(self.rules.words(found.tokens)))
+            return judged and is_invented(found, words, silence, window_s)
 
         needs_logprobs = options.fallback or options.confidence or options.word_timestamps
         likely = options.beams == 1 and not needs_logprobs and silence <= SPARSE_LIMIT[0]
@@ -360,7 +365,7 @@ class Listener:
         self.rewind(decoder)
         guards = self.recognizer.guards
         tokens = say(decoder, Filter(self.prompted).likeliest, self.prompted, guards)
-        return Attempt(tokens, 0.0, guards and loop_period(tokens) > 0)
+        return Attempt(tokens, 0.0, guards and loop_period(self.rules.words(tokens)) > 0)
 
     def attempt(self, decoder: Decoder, temperature: float) -> Attempt:
         """Decode the window once from the prompt; beam search is used at temperature 0 only."""
@@ -376,7 +381,7 @@ class Listener:
         first = decoder(self.prompted.prompt).copy()
         branches = Branches(decoder, self.options.beams)
         best = beam_search(first, branches, self.prompted, self.options.beams)
-        return replace(best, looped=without_loop(best.tokens) != best.tokens)
+        return replace(best, looped=self.without_loop(best.tokens) != best.tokens)
 
     def no_speech(self, decoder: Decoder) -> float:
         """Return the probability that the window has no speech: that of a token after the prompt's

@@ -67,6 +67,12 @@ class Rules:
         begin, end = self.timestamp_begin, self.timestamp_end
         return begin is not None and begin <= token and (end is None or token < end)
 
+    def words(self, tokens: list[int]) -> list[int]:
+        """Return the tokens without timestamps."""
+        if not self.timestamps:
+            return tokens
+        return [token for token in tokens if not self.is_timestamp(token)]
+
     def with_options(self, language: str | None, task: str | None, timestamps: bool) -> "Rules":
         """Return the rules with another language and task in the prompt; None keeps the old one.
         With `timestamps`, the token that turns timestamps off is removed from the prompt."""

@@ -845,7 +845,11 @@ def test_an_unlikely_text_without_speech_is_left_out():
         (-0.9, False, 4, 0.2, 10, False),
         (-0.1, True, 4, 0.0, 10, True),  # nothing but a loop
         (-0.1, True, 20, 0.0, 10, False),
-        (-0.1, True, 20, 0.7, 10, True),
+        (-0.1, True, 20, 0.2, 10, False),
+        (-0.1, True, 20, 0.3, 10, True),
+        (-1.6, False, 20, 0.3, 10, True),  # guessed
+        (-1.6, False, 20, 0.2, 10, False),
+        (-1.4, False, 20, 0.3, 10, False),
     ],
 )
 def test_texts_of_windows_without_speech_are_invented(
@@ -911,6 +915,23 @@ def test_a_beam_search_loop_is_cut_like_a_greedy_one(tokens):
 
     active = rules(timestamp_begin=None, max_new_tokens=100)
     assert without_loop(tokens) == greedy(step, active, stop_loops=True)
+
+
+def test_a_loop_of_segments_ends_the_text_and_is_cut():
+    """The same six words in every segment, at other times."""
+    script = [[BEGIN + n, *range(6), BEGIN + n + 1] for n in range(12)]
+    tokens = iter([token for segment in script for token in segment])
+
+    def step(ids):
+        return np.eye(VOCAB, dtype=np.float32)[next(tokens)]
+
+    active = rules(max_new_tokens=100).with_options(None, None, timestamps=True)
+    found = say(step, lambda logits, said: int(logits.argmax()), active, True)
+    assert len(active.words(found)) == 30
+    listener = ideal(window_steps=300)
+    assert listener.rules.timestamps
+    assert listener.without_loop([*found, BEGIN + 5]) == script[0]
+    assert listener.without_loop(script[0]) == script[0]
 
 
 def test_a_text_ends_at_the_capacity_of_the_caches():
