@@ -23,11 +23,13 @@ TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MOST_COMPRESSION = 2.4
 LEAST_LOGPROB = -1.0
 
-LIMITS = ((MOST_NO_SPEECH, LEAST_LOGPROB), (0.8, -0.5), (0.25, -1.5))
+LIMITS = ((MOST_NO_SPEECH, LEAST_LOGPROB), (0.25, -1.5))
 """A text is invented above this probability of no speech and below this mean log-probability. The
-first pair is Whisper's. The second is for short pieces of noise: on tiny.en, none of 125 clips of
-speech had more than 0.71. The third is for tones: base invents texts for them with -1.8. Of 200
+first pair is Whisper's. The second is for tones: base invents texts for them with -1.8. Of 200
 noisy clips, it removes five texts, with 4 of their 49 words right."""
+SHORT_LIMIT, SHORT_PER_S = (0.8, -0.5), 1.5
+"""The same for texts with fewer tokens for each second, which tiny.en and base invent for short
+pieces of noise. Very quiet speech has such probabilities too, but more tokens."""
 LEAST_LOOP_SILENCE = 0.25
 """A text that ends in a loop is invented above this probability of no speech."""
 
@@ -109,7 +111,9 @@ def is_invented(found: Attempt, words: int, silence: float, window_s: float) -> 
     sparse = window_s > SPARSE_WINDOW_S and words < SPARSE_PER_S * window_s
     if found.looped:
         return sparse or silence > LEAST_LOOP_SILENCE
-    limits = [*LIMITS, SPARSE_LIMIT] if sparse else LIMITS
+    limits = [*LIMITS]
+    limits += [SHORT_LIMIT] if words < SHORT_PER_S * window_s else []
+    limits += [SPARSE_LIMIT] if sparse else []
     return any(silence > silent and found.logprob < likely for silent, likely in limits)
 
 

@@ -838,6 +838,7 @@ def test_an_unlikely_text_without_speech_is_left_out():
         (-1.1, False, 20, 0.59, 10, False),
         (-0.6, False, 1, 0.81, 2, True),  # almost certainly no speech
         (-0.4, False, 1, 0.81, 2, False),
+        (-0.6, False, 3, 0.81, 2, False),  # very quiet speech
         (-0.9, False, 4, 0.3, 10, True),  # few words for 10 s
         (-0.9, False, 5, 0.3, 10, False),
         (-0.9, False, 1, 0.3, 4, False),  # one word for 4 s is not few
