@@ -25,7 +25,7 @@ LEAST_LOGPROB = -1.0
 
 LIMITS = ((MOST_NO_SPEECH, LEAST_LOGPROB), (0.25, -1.5))
 """A text is invented above this probability of no speech and below this mean log-probability. The
-first pair is Whisper's. The second is for tones: base invents texts for them with -1.8. Of 200
+first pair is Whisper's. The second is for tones: base invents texts for them with -1.8. Of 160
 noisy clips, it removes five texts, with 4 of their 49 words right."""
 SHORT_LIMIT, SHORT_PER_S = (0.8, -0.5), 1.5
 """The same for texts with fewer tokens for each second, which tiny.en and base invent for short
