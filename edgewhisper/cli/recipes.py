@@ -12,7 +12,8 @@ def recipes_cli() -> None:
     """
     from edgewhisper.recipe import available, searchable, summary
 
+    width = max(map(len, available()))
     for name in available():
-        say(f"{name:10} {summary(name)}")
+        say(f"{name:{width}} {summary(name)}")
         if searchable(name):
-            say(f"{'':10} searched: {', '.join(searchable(name))}")
+            say(f"{'':{width}} searched: {', '.join(searchable(name))}")
