@@ -116,12 +116,15 @@ def identify(candidate: Candidate) -> dict[str, Any]:
     }
 
 
+def check_rival_name(name: str | None) -> None:
+    """Raise Problem for an unknown rival."""
+    if name not in RIVALS:
+        raise Problem(f"unknown rival {name!r}", hint=f"choose one of {', '.join(RIVALS)}")
+
+
 def check_rival(candidate: Candidate) -> None:
     """Raise Problem for an unknown rival or a missing checkpoint."""
-    if candidate.rival not in RIVALS:
-        raise Problem(
-            f"unknown rival {candidate.rival!r}", hint=f"choose one of {', '.join(RIVALS)}"
-        )
+    check_rival_name(candidate.rival)
     if not Path(candidate.source).is_dir():
         raise Problem(
             f"{candidate.source}: no such directory", hint="name a local checkpoint directory"

@@ -172,9 +172,11 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise Problem(
-            f"the results {path} cannot be read ({error})",
-            hint="name a file written by `edgewhisper bench --json`",
+            f"the results {path} cannot be read: {reason}",
+            hint="name a file that `edgewhisper bench` wrote, such as "
+            "edgewhisper-runs/result-DATE.jsonl",
         ) from error
     results = [parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not results:
@@ -187,7 +189,10 @@ def parse(line: str, where: str) -> dict[str, Any]:
     try:
         result = json.loads(line)
     except json.JSONDecodeError as error:
-        raise Problem(f"{where}: not JSON ({error.msg})", hint="bench again") from error
+        raise Problem(
+            f"{where}: not JSON ({error.msg})",
+            hint="name a file that `edgewhisper bench` wrote; if this is one, bench again",
+        ) from error
     return validate(result, where)
 
 

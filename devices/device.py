@@ -193,8 +193,8 @@ def places(
     for kind, (option, more) in ADDRESSES.items():
         if left[kind]:
             raise DeviceProblem(
-                f"{option} {clean(left[kind][0])}: no device reached by {kind} is left "
-                f"({', '.join(names)})",
+                f"{option} {clean(left[kind][0])}: there is no other --device that is reached by "
+                f"{kind} ({', '.join(names)})",
                 f"leave {option} out, or {more}",
             )
     ways = [(choose(*place).kind, place.address) for place in pairs]

@@ -235,7 +235,7 @@ def bench(
     rival is transformers; the default baseline is the embedded model.
     """
     from benchmarks.bench import Candidate
-    from benchmarks.candidates import in_own_form
+    from benchmarks.candidates import check_rival_name, in_own_form
     from benchmarks.reference_runtimes import has_core_ml
     from devices.device import Place, load_profile
 
@@ -248,6 +248,8 @@ def bench(
     candidates = [Candidate(Path(artifact)) for artifact in chosen]
     if baseline is None and not rivals:
         return bench_candidates(candidates, places, speech, options, say)
+    for rival in rivals:
+        check_rival_name(rival)
     with tempfile.TemporaryDirectory() as folder:
         dense = whisper.as_directory(baseline or embedded_of(chosen), Path(folder) / "baseline")
         names = dict.fromkeys(rivals or ("transformers",))

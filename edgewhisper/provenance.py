@@ -74,9 +74,9 @@ def embedded_of(artifacts: Sequence[Path]) -> Path:
     for artifact in artifacts:
         if not is_of_embedded(Path(artifact)):
             raise Problem(
-                f"--rival: {artifact} was not made from the embedded model, and the rivals need "
-                "the dense checkpoint that it was made from",
-                hint="add --baseline with the directory of that checkpoint",
+                f"--rival: {artifact} was not made from the embedded digits model, and the rivals "
+                "need the uncompressed model that it was made from",
+                hint="add --baseline with that model, such as --baseline tiny.en",
             )
     return DEFAULT_MODEL
 

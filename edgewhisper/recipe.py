@@ -125,7 +125,9 @@ def find(name_or_path: str | Path) -> Path:
     if path.is_file():
         return path
     raise Problem(
-        f"recipe {text}: there is no such file and no shipped recipe of that name"
+        f"recipe {text}: it is a directory, not a .toml file"
+        if path.is_dir()
+        else f"recipe {text}: there is no such file and no included recipe of that name"
         + did_you_mean(text, available()),
         hint=f"use one of {', '.join(available())}, or the path of a .toml file",
     )

@@ -74,9 +74,13 @@ def parse(
     precision: str | None = None,
 ) -> Targets:
     """Return the targets given on the command line. Raises Problem for invalid values."""
-    if precision is not None and (size is None or precision not in STORED_BYTES):
+    if precision is not None and precision not in STORED_BYTES:
         raise Problem(
-            f"--precision {precision} is for --target-bytes, and one of {', '.join(STORED_BYTES)}",
+            f"unknown --precision {precision!r}", hint=f"choose one of {', '.join(STORED_BYTES)}"
+        )
+    if precision is not None and size is None:
+        raise Problem(
+            f"--precision {precision} is for --target-bytes, which is not given",
             hint="add --target-bytes 30M, or leave --precision out",
         )
     if max_wer_loss is not None and not 0 <= max_wer_loss <= 100:

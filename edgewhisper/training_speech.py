@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 SHIPPED = (
-    "60 + 60 English clips of Mozilla Common Voice (CC0 1.0), shipped with EdgeWhisper in "
+    "60 + 60 English clips of Mozilla Common Voice (CC0 1.0), included with EdgeWhisper in "
     "edgewhisper/assets/common-voice"
 )
 OWN_WORDS = "the model's own transcripts, or the reference where the two differ much"

@@ -131,6 +131,8 @@ def refuse_options(source: str, generation: Any, options: dict[str, Any]) -> Non
     from devices.runner.decode.listen import Options
 
     task = options.get("task") or "transcribe"
+    if task not in ("transcribe", "translate"):
+        raise Problem(f"unknown task {task!r}", hint="choose transcribe or translate")
     if task != "transcribe" and not is_multilingual(generation):
         raise Problem(
             f"--task {task}: {source} knows English only",

@@ -23,6 +23,7 @@ AUTO_FORMAT = 3
 """The format of artifacts that detect the language. A reader that knows only format 2 would prompt
 them for English."""
 MANIFEST = "manifest.json"
+WRITTEN_BY_EXPORT = "name a directory that `edgewhisper export` wrote"
 AGAIN = "export it again, or copy the whole folder again"
 Gate = Callable[[dict[str, Any]], dict[str, Any]]
 """Function from a manifest to its value of the key `gate`."""
@@ -58,10 +59,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise OSError(0, "a link that leads out of the artifact")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise Problem(
-            f"{directory}: no artifact here, {MANIFEST} cannot be read ({error.strerror})",
-            hint="name a directory that `edgewhisper export` wrote",
-        ) from error
+        reason, hint = f"{MANIFEST} cannot be read ({error.strerror})", WRITTEN_BY_EXPORT
+        if not path.parent.exists():
+            reason = "there is no such directory"
+        elif isinstance(error, FileNotFoundError) and any(path.parent.glob("*.safetensors")):
+            reason = "it is a checkpoint"
+            hint = f"run `edgewhisper export {directory}`, and name the directory that it writes"
+        raise Problem(f"{directory}: no artifact here ({reason})", hint=hint) from error
     except (ValueError, RecursionError) as error:
         raise Problem(f"{path}: damaged, not JSON ({error})", hint=AGAIN) from error
     return checked_manifest(directory, manifest)

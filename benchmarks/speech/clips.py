@@ -16,7 +16,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from benchmarks.speech.sound import read_audio
+from benchmarks.speech.sound import SUFFIXES, read_audio
 from export.problem import Problem
 
 
@@ -80,12 +80,14 @@ def read_manifest(path: str | Path, need_texts: bool = True) -> list[Clip]:
         from benchmarks.speech.audiofolder import read_folder
 
         return [Clip(**fields) for fields in read_folder(path, need_texts)]
+    _refuse_other_kinds(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise Problem(
             f"the manifest {path} cannot be read: {error.strerror}",
-            hint="name a JSON-lines file with `audio` and `text` on every line",
+            hint="name a JSON-lines file with `audio` and `text` on every line, or a directory "
+            "with metadata.csv",
         ) from error
     except UnicodeDecodeError as error:
         raise Problem(f"the manifest {path} is not UTF-8 text", hint="save it as UTF-8") from error
@@ -100,6 +102,22 @@ def read_manifest(path: str | Path, need_texts: bool = True) -> list[Clip]:
             hint='a line looks like {"audio": "a.wav", "text": "three one", "lang": "en"}',
         )
     return clips
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Raise Problem for a table or an audio file in place of a manifest."""
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix in (".csv", ".tsv"):
+        raise Problem(
+            f"{path} is a {suffix[1:].upper()} file, not a manifest",
+            hint="save it as metadata.csv in the directory of its audio files, with the columns "
+            "`file_name` and `text`, and name that directory",
+        )
+    if path.is_file() and suffix in SUFFIXES:
+        raise Problem(
+            f"{path} is an audio file, not a manifest",
+            hint="name a directory of audio files with metadata.csv, or a .jsonl manifest",
+        )
 
 
 def _clip(path: Path, number: int, line: str, need_text: bool) -> Clip:

@@ -59,7 +59,8 @@ def _content(path: Path) -> memoryview:
     if str(path) == "-":
         return memoryview(sys.stdin.buffer.read())
     if not path.exists() or path.is_dir():
-        raise Problem(f"there is no audio file {path}", hint="check the path")
+        hint = "add --live to use the microphone" if str(path) == "mic" else "check the path"
+        raise Problem(f"there is no audio file {path}", hint=hint)
     try:
         if path.is_file() and path.stat().st_size:
             return np.memmap(path, np.uint8, "r").data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from edgewhisper.checkpoints.pinned import PINNED
 from edgewhisper.model import GatherLinear, WhisperForConditionalGeneration
 from edgewhisper.quiet import quiet
 from edgewhisper.shapes import check_shapes
+from export.artifact import MANIFEST
 from export.problem import Problem
 
 WRAPPED = "base_model.model."
@@ -64,12 +66,7 @@ def read_config(
     source: str | Path, revision: str | None = None
 ) -> tuple[WhisperConfig, dict[str, Any]]:
     """Return the config, and the content of config.json as it is."""
-    if looks_local(source) and not Path(source).is_dir():
-        raise Problem(
-            f"{source}: there is no such checkpoint",
-            hint="name a directory, a .pt file, a Hub ID like openai/whisper-tiny, or one of "
-            f"{', '.join(openai.HUB_IDS)}",
-        )
+    refuse_missing(source)
     try:
         stored, _ = transformers.PretrainedConfig.get_config_dict(str(source), revision=revision)
     except Exception as error:
@@ -92,6 +89,28 @@ def read_config(
     if getattr(config, "edgewhisper", None) is not None:
         check_shapes(config.edgewhisper, config)
     return config, stored
+
+
+def refuse_missing(source: str | Path) -> None:
+    """Raise Problem if `source` is neither a directory of weights nor a Hub ID."""
+    local = looks_local(source)
+    if "/" in str(source) and not local:
+        return
+    if not Path(source).is_dir():
+        similar = [] if local else get_close_matches(str(source), openai.HUB_IDS, n=1)
+        raise Problem(
+            f"{source} is a file, not a checkpoint"
+            if Path(source).is_file()
+            else f"{source}: there is no such checkpoint"
+            + "".join(f"; did you mean {name!r}?" for name in similar),
+            hint="name a directory, a .pt file, a Hub ID like openai/whisper-tiny, or one of "
+            f"{', '.join(openai.HUB_IDS)}",
+        )
+    if (Path(source) / MANIFEST).is_file() and not any(Path(source).glob("*.safetensors*")):
+        raise Problem(
+            f"{source} is an artifact, and this command needs a checkpoint",
+            hint="name the checkpoint that it was exported from",
+        )
 
 
 def resolved(source: str | Path) -> str | Path:

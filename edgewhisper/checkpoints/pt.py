@@ -86,10 +86,11 @@ def load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:
             reason = first_line(error)
+    shown = "" if reason.startswith("Weights only") else f" ({reason})"  # names torch's options
     raise Problem(
-        f"{path}: the file cannot be read as plain tensors ({reason})",
-        hint="it is cut short, or needs code to be run, which is refused: copy it again, or use a "
-        "Hugging Face directory",
+        f"{path}: the file cannot be read as plain tensors{shown}",
+        hint="it is not a .pt file, is truncated, or contains code, which is not run: copy it "
+        "again, or use a Hugging Face directory",
     )
 
 

@@ -58,7 +58,7 @@ Rival = Annotated[
     Option(
         help="also measure the model of --baseline in this engine: faster-whisper, whisper.cpp, "
         "whisper.cpp-wheel, whisper.cpp-f16, sherpa-onnx or transformers; may be repeated; without "
-        "--baseline: the embedded model, if the artifacts are made from it"
+        "--baseline: the embedded digits model, if the artifacts are made from it"
     ),
 ]
 Repeats = Annotated[

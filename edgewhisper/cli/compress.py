@@ -26,8 +26,8 @@ Model = Annotated[str | None, Argument(help=f"{MODEL}; default: the embedded dig
 Recipe = Annotated[
     str | None,
     Option(
-        help="name of a recipe (see `edgewhisper recipes`) or .toml file; default: oneshot; for the "
-        "embedded digits model: quick, or digits-tspar with --speech"
+        help="name of a recipe (see `edgewhisper recipes`) or .toml file; default: oneshot; for "
+        "the embedded digits model: quick, or digits-tspar with --speech"
     ),
 ]
 Speech = Annotated[

@@ -13,9 +13,7 @@ from edgewhisper.cli.output import print_results, say
 def demo_cli(
     model: Annotated[
         str | None,
-        Option(
-            help=f"digits (the embedded model, needs no network), or a {MODEL}; default: tiny.en"
-        ),
+        Option(help=f"digits (embedded, needs no network), or a {MODEL}; default: tiny.en"),
     ] = None,
 ) -> None:
     """Run compress, export and bench on Whisper tiny.en.

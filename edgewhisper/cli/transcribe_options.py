@@ -96,6 +96,7 @@ def model_and_audio(inputs: list[str]) -> tuple[str, list[Path]]:
     The first argument is the model, unless it is a file that is not a .pt file, or "-", or the only
     argument and a directory without config.json. Raises Problem if no audio is given.
     """
+    from benchmarks.speech.sound import SUFFIXES
     from edgewhisper.shipped import default_artifact
 
     first = Path(inputs[0])
@@ -104,6 +105,8 @@ def model_and_audio(inputs: list[str]) -> tuple[str, list[Path]]:
     if is_file or is_folder or inputs[0] == "-":
         return str(default_artifact()), [Path(name) for name in inputs]
     if len(inputs) == 1:
+        if first.suffix.lower() in SUFFIXES and not first.exists():
+            raise Problem(f"there is no audio file {first}", hint="check the path")
         raise Problem(
             f"{first} is not an audio file, and no audio file follows it",
             hint="name a model and audio files, or only audio files: edgewhisper transcribe a.wav",

@@ -59,6 +59,16 @@ def test_a_line_without_the_mean_per_utterance_is_read(tmp_path, result):
         validate(result | {"wer_per_utterance_mean": "0.12"})
 
 
+def test_a_file_that_bench_did_not_write_is_refused(tmp_path):
+    with pytest.raises(Problem, match=r"none\.jsonl cannot be read: No such file") as found:
+        read(tmp_path / "none.jsonl")
+    assert "`edgewhisper bench` wrote" in found.value.hint
+    (tmp_path / "text.jsonl").write_text("hello")
+    with pytest.raises(Problem, match="line 1: not JSON") as found:
+        read(tmp_path / "text.jsonl")
+    assert "`edgewhisper bench` wrote" in found.value.hint
+
+
 @pytest.mark.parametrize("version", [2, "1", None])
 def test_an_unknown_format_is_refused(result, version):
     with pytest.raises(Problem, match=rf"result format {version!r}; this version reads 1") as e:

@@ -83,7 +83,9 @@ def test_a_device_that_is_reached_by_ssh_needs_a_host(name):
 
 
 def test_this_machine_takes_no_host():
-    with pytest.raises(DeviceProblem, match="--host pi: no device reached by ssh is left"):
+    with pytest.raises(
+        DeviceProblem, match="--host pi: there is no other --device that is reached by ssh"
+    ):
         places(["local"], ["pi"])
 
 
@@ -93,7 +95,9 @@ def test_hosts_are_paired_with_ssh_devices_in_order():
     assert [str(place) for place in found] == ["rpi4 a", "local", "rpi5 b"]
     with pytest.raises(DeviceProblem, match=r"'rpi5' .* no host is given"):
         places(["rpi4", "rpi5"], ["a"])
-    with pytest.raises(DeviceProblem, match="--host c: no device reached by ssh is left"):
+    with pytest.raises(
+        DeviceProblem, match="--host c: there is no other --device that is reached by ssh"
+    ):
         places(["rpi4", "rpi5"], ["a", "b", "c"])
     with pytest.raises(DeviceProblem, match="rpi4 a is given twice"):
         places(["rpi4", "rpi4"], ["a", "a"])
@@ -107,7 +111,9 @@ def test_serial_numbers_are_paired_with_phones_and_one_phone_needs_none():
     assert places(["mobile"]) == [("mobile", None)]
     with pytest.raises(DeviceProblem, match="one of them has no serial number"):
         places(["mobile", "pixel"], [], ["s"])
-    with pytest.raises(DeviceProblem, match="--serial s: no device reached by adb is left"):
+    with pytest.raises(
+        DeviceProblem, match="--serial s: there is no other --device that is reached by adb"
+    ):
         places(["rpi4"], ["a"], ["s"])
 
 

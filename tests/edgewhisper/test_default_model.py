@@ -62,7 +62,12 @@ def test_the_first_argument_is_the_model_unless_it_is_audio(empty, inputs, model
     assert model_and_audio(inputs) == (model or str(ENGLISH), [Path(name) for name in audio])
 
 
-@pytest.mark.parametrize("only", ["tiny.en", "missing.wav", "model.pt"])
+def test_a_missing_recording_without_a_model_is_named(empty):
+    with pytest.raises(Problem, match=r"there is no audio file missing\.wav"):
+        model_and_audio(["missing.wav"])
+
+
+@pytest.mark.parametrize("only", ["tiny.en", "missing", "model.pt"])
 def test_arguments_without_audio_give_an_error(empty, only):
     Path("model.pt").touch()
     with pytest.raises(Problem, match=f"{only} is not an audio file, and no audio file follows it"):

@@ -47,6 +47,11 @@ def quick(tmp_path) -> str:
     return "quick.toml"
 
 
+def test_an_unknown_rival_is_refused_before_the_baseline_is_loaded(tmp_path):
+    with pytest.raises(Problem, match="unknown rival 'siri'"):
+        pipeline.bench([tmp_path], rivals=("siri",))
+
+
 def test_the_stages_pass_their_records_on(empty, few, quick, digits):
     slim = pipeline.compress(pipeline.Request(str(digits), quick, few, few, allow_loss=True))
     record = json.loads((slim / "compression.json").read_text())

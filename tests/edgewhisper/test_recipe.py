@@ -56,6 +56,13 @@ def test_every_shipped_recipe_loads_and_has_a_summary():
         assert len(summary(name)) > 20
 
 
+def test_a_wrong_name_and_a_directory_are_not_recipes(tmp_path: Path):
+    with pytest.raises(Problem, match="no included recipe of that name; did you mean 'oneshot'"):
+        load_recipe("oneshoot")
+    with pytest.raises(Problem, match="it is a directory"):
+        load_recipe(tmp_path)
+
+
 def test_a_file_loads_like_a_shipped_recipe(tmp_path: Path):
     path = tmp_path / "mine.toml"
     path.write_text(load_recipe("tspar").text)

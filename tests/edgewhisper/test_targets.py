@@ -119,6 +119,13 @@ def trials_with(*values: tuple[float, ...]) -> list[Trial]:
     return [Trial({"x": float(i)}, v, {"measured": {}}) for i, v in enumerate(values)]
 
 
+def test_a_precision_must_be_known_and_needs_a_target_of_bytes():
+    with pytest.raises(Problem, match="unknown --precision 'int5'"):
+        targets.parse(None, None, None, size="30M", precision="int5")
+    with pytest.raises(Problem, match="--precision int8 is for --target-bytes"):
+        targets.parse(None, None, None, precision="int8")
+
+
 def test_the_front_of_known_trials():
     trials = trials_with((9, 0.1), (5, 0.2), (5, 0.3), (7, 0.2), (3, 0.4), (9, 0.1), (4, 0.5))
     assert [trial.values for trial in front(trials)] == [(9, 0.1), (5, 0.2), (3, 0.4)]

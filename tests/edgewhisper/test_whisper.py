@@ -212,6 +212,27 @@ def test_a_missing_directory_is_named(tmp_path):
         load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tiny.enn", r"there is no such checkpoint; did you mean 'tiny\.en'\?"),
+        ("klingon", "there is no such checkpoint$"),
+    ],
+)
+def test_a_wrong_size_name_is_refused_without_a_request(name, message):
+    with pytest.raises(Problem, match=message):
+        load(name)
+
+
+def test_a_file_and_an_artifact_are_not_checkpoints(tmp_path):
+    (tmp_path / "a.wav").touch()
+    with pytest.raises(Problem, match=r"a\.wav is a file, not a checkpoint"):
+        load(tmp_path / "a.wav")
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(Problem, match="is an artifact, and this command needs a checkpoint"):
+        load(tmp_path)
+
+
 def test_a_directory_without_a_config_is_not_called_another_model(tmp_path):
     with pytest.raises(Problem, match=r"there is no config\.json, so it is not a checkpoint"):
         load(tmp_path)

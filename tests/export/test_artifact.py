@@ -86,8 +86,11 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path):
     with pytest.raises(Problem, match="no artifact here") as problem:
         read_manifest(tmp_path)
     assert "edgewhisper export" in problem.value.hint
-    with pytest.raises(Problem, match="no artifact here"):
+    with pytest.raises(Problem, match=r"no artifact here \(there is no such directory\)"):
         read_manifest(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(Problem, match=r"no artifact here \(it is a checkpoint\)"):
+        read_manifest(tmp_path)
 
 
 def test_a_truncated_manifest_is_refused(artifact, rng):

@@ -436,6 +436,9 @@ def check(options: Options, rules: Rules) -> None:
             "leave it out, or export a checkpoint whose generation_config.json has "
             "prev_sot_token_id",
         )
+    if options.task not in (None, "transcribe", "translate", *rules.tasks):
+        choices = " or ".join(rules.tasks) or "transcribe"
+        raise RunnerProblem(f"unknown task {options.task!r}", f"choose {choices}, or leave it out")
     if options.task not in (None, "transcribe") and not rules.languages:
         raise RunnerProblem(
             f"task {options.task!r}: the artifact's model knows English only",

@@ -247,12 +247,14 @@ def test_an_artifact_of_another_model_needs_its_checkpoint(exported, tmp_path):
 
     assert embedded_of(recorded(second)) == shipped.DEFAULT_MODEL
     second["base"]["compression"] = None
-    with pytest.raises(Problem, match=r"other was not made from the embedded model") as found:
+    with pytest.raises(
+        Problem, match=r"other was not made from the embedded digits model"
+    ) as found:
         embedded_of(recorded(second))
     assert "--baseline" in found.value.hint
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"d_model": 64}))
-    with pytest.raises(Problem, match="was not made from the embedded model"):
+    with pytest.raises(Problem, match="was not made from the embedded digits model"):
         embedded_of(recorded({}))
 
 

@@ -127,3 +127,13 @@ def test_links_of_a_downloaded_folder_are_followed(folder, tmp_path_factory):
     (folder / "c.wav").symlink_to(blob)
     (folder / "metadata.csv").write_text("file_name,text\nc.wav,one\n")
     assert len(read_manifest(folder)[0].pcm()) == 1600
+
+
+def test_a_table_and_an_audio_file_are_not_manifests(tmp_path):
+    (tmp_path / "clips.csv").write_text("audio,text\n")
+    with pytest.raises(Problem, match="is a CSV file, not a manifest") as found:
+        read_manifest(tmp_path / "clips.csv")
+    assert "metadata.csv" in found.value.hint
+    (tmp_path / "a.wav").touch()
+    with pytest.raises(Problem, match="is an audio file, not a manifest"):
+        read_manifest(tmp_path / "a.wav")

@@ -52,6 +52,9 @@ def test_stereo_is_averaged_with_a_warning(tmp_path, rng):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(Problem, match=r"no audio file .*nowhere\.wav"):
         read_audio(tmp_path / "nowhere.wav")
+    with pytest.raises(Problem, match="no audio file mic") as found:
+        read_audio("mic")
+    assert "--live" in found.value.hint
 
 
 def test_text_is_not_audio(tmp_path):

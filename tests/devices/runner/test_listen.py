@@ -437,9 +437,11 @@ def test_unsupported_options_get_an_error_message(recognizer, pcms):
         code("de", english)
     with pytest.raises(RunnerProblem, match=r"task 'translate': .* English only"):
         Listener(SimpleNamespace(rules=english), Options(task="translate"), Transcript())
+    with pytest.raises(RunnerProblem, match="unknown task 'translat'"):
+        Listener(SimpleNamespace(rules=english), Options(task="translat"), Transcript())
     for options, message in [
         ({"beams": 0}, "beams = 0: must be 1 to 32"),
-        ({"task": "sing"}, "task 'sing': the artifact's tasks are trans"),
+        ({"task": "sing"}, "unknown task 'sing'"),
         ({"language": "xx"}, "language 'xx': not among"),
     ]:
         with pytest.raises(RunnerProblem, match=message):
