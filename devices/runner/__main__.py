@@ -49,30 +49,30 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    top = argparse.ArgumentParser(prog="runner", description="Run Whisper on a device.")
+    top = argparse.ArgumentParser(prog="python -m runner", description="Run Whisper on a device.")
     commands = top.add_subparsers(dest="command", required=True)
     transcribe = commands.add_parser("transcribe", help="transcribe WAV files")
-    transcribe.add_argument("artifact", type=Path)
+    transcribe.add_argument("artifact", type=Path, help="folder with manifest.json")
     transcribe.add_argument(
         "wav", type=Path, nargs="+", help="WAV files and folders; - reads standard input"
     )
     add_options(transcribe)
-    bench = commands.add_parser("bench", help="transcribe a JSON list of WAV files and time it")
+    bench = commands.add_parser("bench", help="measure the time to transcribe WAV files")
     bench.add_argument("artifact", type=Path)
-    bench.add_argument("clips", type=Path)
-    bench.add_argument("--repeats", type=positive, default=1)
+    bench.add_argument("clips", type=Path, help="JSON file with a list of WAV files")
+    bench.add_argument("--repeats", type=positive, default=1, help="number of rounds")
     bench.add_argument("--minutes", type=float, help="run continuously for N minutes")
     bench.add_argument("--pin", help="cores to run on: big, all, or numbers such as 0,1")
     bench.add_argument("--governor", help="CPU frequency governor during the run")
-    load = commands.add_parser("compile", help="compile and load a Core ML artifact, timed")
+    load = commands.add_parser("compile", help="measure compiling and loading (Core ML)")
     load.add_argument("artifact", type=Path)
     check = commands.add_parser("check", help="check an artifact, then decode WAV files")
     check.add_argument("artifact", type=Path)
-    check.add_argument("clips", type=Path)
-    profile = commands.add_parser("profile", help="time the parts of both graphs")
+    check.add_argument("clips", type=Path, help="JSON file with a list of WAV files")
+    profile = commands.add_parser("profile", help="measure the parts of both graphs")
     profile.add_argument("artifact", type=Path)
-    profile.add_argument("--seconds", type=float, default=5.0, help="audio in the window")
-    probe = commands.add_parser("probe", help="time small graphs of fixed shapes")
+    profile.add_argument("--seconds", type=float, default=5.0, help="seconds of audio")
+    probe = commands.add_parser("probe", help="measure small graphs (devices calibrate)")
     probe.add_argument("artifact", metavar="folder", type=Path)
     for command in (transcribe, bench, check, profile, probe):
         command.add_argument("--threads", type=positive, help="default: all available cores")
@@ -105,7 +105,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace existing transcripts")
     command.add_argument("--jobs", type=positive, default=1, help="files to transcribe at once")
     command.add_argument(
-        "--live", action="store_true", help="transcribe - or mic while it is recorded"
+        "--live", action="store_true", help="transcribe - or mic during the recording"
     )
     command.add_argument("--vad", action="store_true", help="skip noise; needs silero-vad")
     command.add_argument("--strict", action="store_true", help="refuse truncated files")

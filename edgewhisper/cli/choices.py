@@ -15,13 +15,15 @@ PRECISIONS = {name: target.precisions for name, target in TARGETS.items()}
 FOR_ONNX = ("runtime", "two_stage")
 """Options for ONNX only. All others are for Core ML only."""
 GATES = ("fail", "warn", "off")
+OWN_READERS = {"onnx": "EdgeWhisper's runner", "coreml": "WhisperKit, EdgeWhisper's runner"}
+"""Target -> the runtimes that read its default layout."""
 
 
 def layouts_help(target: str) -> str:
-    """Return the layouts of a target, with the runtimes that read them."""
+    """Return the layouts of a target, with the runtimes that read them; the default is marked."""
     default = TARGETS[target].layout
     readers = {name: layouts.LAYOUTS[name].runtime for name in layouts_of(target)}
-    readers[default] = "default"
+    readers[default] = f"default, {OWN_READERS[target]}"
     return f"for {target}: " + ", ".join(f"{name} ({by})" for name, by in readers.items())
 
 

@@ -34,7 +34,7 @@ Device = Annotated[
 Layout = Annotated[
     str | None,
     Option(
-        help="which runtime reads the files (the default layouts: EdgeWhisper's runner); "
+        help="layout of the files, which depends on the runtime that reads them; "
         f"{'; '.join(map(layouts_help, TARGETS))}"
     ),
 ]

@@ -81,8 +81,8 @@ Live = Annotated[
     bool,
     Option(
         "--live",
-        help="transcribe - (WAV, or raw 16-bit samples at 16 kHz) or mic while it is recorded; "
-        "partial results are shown on a terminal",
+        help="transcribe the microphone (mic) or stdin (-: WAV, or raw 16-bit samples at 16 kHz) "
+        "during the recording; a terminal shows partial results",
     ),
 ]
 Strict = Annotated[
