@@ -50,7 +50,7 @@ def speech_lines(speech: Mapping[str, Any]) -> list[str]:
     if speech.get("texts"):
         lines.append(f"The texts: {speech['texts']}")
     if speech.get("dev_texts"):
-        lines.append(f"The texts that WER is judged against: {speech['dev_texts']}")
+        lines.append(f"The reference texts of the WER: {speech['dev_texts']}")
     return lines
 
 

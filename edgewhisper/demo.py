@@ -53,7 +53,7 @@ def demo_checkpoint(source: str, say: Say) -> tuple[str, str]:
         recipe = None if source == str(DEFAULT_MODEL) else "lite"
         return str(compress(Request(source, recipe), say)), " compressed"
     except AccuracyLoss as lost:
-        say(f"note: {lost}; the demo continues with the dense model")
+        say(f"note: {lost}; the demo continues with the uncompressed model")
         return source, ""
 
 

@@ -108,8 +108,8 @@ class Job:
             notes.append(f"note: the clips have no texts: training on {texts}")
         if dev_texts:
             notes.append(
-                f"note: WER is judged against {dev_texts}: it shows how far the compressed model "
-                "departs from the dense one, not how many words are wrong"
+                f"note: WER is measured against {dev_texts}: it shows how much the compressed "
+                "model differs from the uncompressed one, not how many words are wrong"
             )
         return notes
 

@@ -94,7 +94,7 @@ def with_pseudo_labels(
             path = cache / f"{part}-transcripts.json"
             parts[part], left_out = pseudo_labelled(model, processor, clips, path)
             labelled[part] = (
-                f"the dense model's transcripts of {len(parts[part])} of {len(clips)} clips "
+                f"the uncompressed model's transcripts of {len(parts[part])} of {len(clips)} clips "
                 f"(left out: {reasons(left_out)})"
             )
     return replace(speech, train=parts["train"], dev=parts["dev"]), labelled

@@ -117,7 +117,7 @@ def _in_file(folder: Path) -> tuple[WhisperForConditionalGeneration, dict[str, A
     config, stored = huggingface.read_config(folder)
     if getattr(config, "edgewhisper", None) is not None:
         raise Problem(
-            f"{folder}: only dense models can stay in their file; this one is compressed",
+            f"{folder}: only uncompressed models can stay in their file; this one is compressed",
             hint="load it without mapped=True",
         )
     model = _from_tensors(folder, config, mapped_file.read(folder))

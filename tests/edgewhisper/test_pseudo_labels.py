@@ -88,6 +88,11 @@ def test_a_compression_says_that_wer_is_judged_against_the_dense_model(clips, tm
     assert prepared.context.dense_texts
     assert len(prepared.context.train) == 18
     assert prepared.before["dev"]["wer"] == 0
-    texts = "the dense model's transcripts of 18 of 18 clips (left out: 0 empty, 0 repetitive, "
+    texts = (
+        "the uncompressed model's transcripts of 18 of 18 clips (left out: 0 empty, 0 repetitive, "
+    )
     assert prepared.notes[0].startswith(f"note: the clips have no texts: training on {texts}")
-    assert "WER is judged against the dense model's transcripts of 2 of 2" in prepared.notes[1]
+    assert (
+        "WER is measured against the uncompressed model's transcripts of 2 of 2"
+        in prepared.notes[1]
+    )

@@ -56,7 +56,7 @@ def test_a_compressed_model_and_a_missing_file_are_refused(folder, processor, tm
     slim = copy.deepcopy(whisper.load(folder))
     whisper.set_windows(slim.config, [50, slim.config.max_source_positions])
     whisper.save(slim, processor, tmp_path / "slim")
-    with pytest.raises(Problem, match="only dense models can stay in their file"):
+    with pytest.raises(Problem, match="only uncompressed models can stay in their file"):
         whisper.load(tmp_path / "slim", mapped=True)
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(Problem, match="the checkpoint cannot be read"):
