@@ -62,8 +62,8 @@ def refuse_speech(generation: Any, unknown: Sequence[str]) -> None:
     raise Problem(
         f"the language of {len(unknown)} clips is {' and '.join(map(repr, sorted(set(unknown))))}, "
         "which the model has no token for",
-        hint="correct `lang` if it is wrong; otherwise add --language CODE with one of the model's "
-        f"{len(known)} languages ({', '.join(known[:5])}, ...) to use as the prompt",
+        hint="correct `lang` if it is wrong; otherwise add --language CODE, to prompt the model "
+        f"with one of its {len(known)} languages: {', '.join(known)}",
     )
 
 
@@ -79,8 +79,8 @@ def refuse_language(
     if not has_token(generation, language):
         raise Problem(
             f"--language {language}: the model has no token for it",
-            hint=f"choose one of its {len(known)} languages, such as {', '.join(known[:5])}; for "
-            "speech in another language, choose one with a similar sound or script",
+            hint="for speech in a language without a token, choose a related one or one with the "
+            f"same script: {', '.join(known)}",
         )
     spoken = set(map(language_code, languages_of(train)))
     if not unknown and spoken != {language_code(language)}:

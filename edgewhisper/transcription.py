@@ -150,13 +150,16 @@ def refuse_options(source: str, generation: Any, options: dict[str, Any]) -> Non
 def refuse_files_and_jobs(
     source: str, formats: Sequence[str], jobs: int, live: bool = False
 ) -> None:
-    """Raise Problem for outputs with times, several files at once and live transcription: a
-    checkpoint has none of these."""
+    """Raise Problem for outputs with times, several files at once and live transcription, which a
+    checkpoint does not support, and if there is no such checkpoint."""
     from devices.runner.writers import TIMED
+    from edgewhisper.checkpoints.huggingface import refuse_missing, resolved
 
     asked = [f"--output {name}" for name in formats if name in TIMED]
     asked += [f"--jobs {jobs}"] * (jobs > 1) + ["--live"] * live
     if asked:
+        if not Path(source).is_file():
+            refuse_missing(resolved(source))
         raise Problem(
             f"{source} is a checkpoint, and {asked[0]} is for artifacts",
             hint="export it with `edgewhisper export`, and transcribe with the artifact",

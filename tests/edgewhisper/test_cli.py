@@ -597,6 +597,8 @@ def test_a_checkpoint_writes_text_but_no_subtitles(edgewhisper, digits, spoken, 
     assert "--output srt is for artifacts" in error_of(edgewhisper(*words, "--output", "srt"))
     assert "--live is for artifacts" in error_of(edgewhisper(*words, "--live"))
     assert "--jobs 2 is for artifacts" in error_of(edgewhisper(*words, "--jobs", "2"))
+    done = edgewhisper("transcribe", "./nowhere", spoken, "--jobs", "2")
+    assert "there is no such checkpoint" in error_of(done)
 
 
 def test_ctrl_c_in_a_long_file_exits_with_130_and_writes_nothing(
