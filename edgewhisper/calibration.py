@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from devices.runner.audio import shortest, split
 from edgewhisper.decoding import log_mel, windows_samples
 from edgewhisper.examples import token_ids
+from edgewhisper.random_tokens import drawn
 from edgewhisper.whisper import reads_audio, side_and_layer
 from export.problem import Problem
 
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     from benchmarks.speech.clips import Clip
+
+
+COPIES = 4
+"""Decoder inputs with random tokens for each clip."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +55,16 @@ class Moments:
     """Streaming count, mean and covariance of rows."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        self.count = 0.0
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
         self.products = torch.zeros(width, width, dtype=torch.float64, device=device)
 
-    def add(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor, weight: float = 1.0) -> None:
         """Add rows (n, width) of any floating type."""
         rows = exact(rows)
-        self.count += len(rows)
-        self.total += rows.sum(dim=0)
-        self.products.addmm_(rows.T, rows)
+        self.count += weight * len(rows)
+        self.total += weight * rows.sum(dim=0)
+        self.products.addmm_(rows.T, rows, alpha=weight)
 
     def of(self, features: Tensor) -> "Moments":
         """Return the moments of some of the features, given by their indices."""
@@ -98,6 +104,10 @@ class Window:
     tokens: Tensor | None = None
     """Decoder input (1, tokens). None if the decoder is not needed, or if the clip was cut into
     several windows, because the words of each are then unknown."""
+    extended: tuple[Tensor, ...] = ()
+    """The decoder input with random tokens between prompt and text, in COPIES variants."""
+    weight: float = 1.0
+    """Weight of its positions in statistics."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,8 @@ class Speech:
     clips: "Sequence[Clip]"
     processor: "WhisperProcessor"
     mask_padding: bool = False
+    random_tokens: int = 0
+    """Number of random tokens in each window's `extended`. 0: `extended` is empty."""
 
     def windows(
         self, model: "WhisperForConditionalGeneration", decoder: bool = False
@@ -117,19 +129,35 @@ class Speech:
         for clip in self.clips:
             pcm = clip.pcm()
             cuts = split(pcm, extractor.n_samples)
-            tokens = self._tokens(clip, model) if decoder and len(cuts) == 1 else None
+            alone = decoder and len(cuts) == 1
+            tokens = self._tokens(clip, model) if alone else None
+            extended = self._extended(clip, model) if alone and self.random_tokens else ()
             for cut in cuts:
                 piece = pcm[cut]
                 window = shortest(windows, len(piece))
                 positions = window // (2 * extractor.hop_length)
                 if self.mask_padding:
                     positions = sounding(len(piece), extractor.hop_length, positions)
-                yield Window(log_mel(extractor, [piece], window), positions, tokens)
+                yield Window(log_mel(extractor, [piece], window), positions, tokens, extended)
 
-    def _tokens(self, clip: "Clip", model: "WhisperForConditionalGeneration") -> Tensor | None:
+    def _tokens(
+        self,
+        clip: "Clip",
+        model: "WhisperForConditionalGeneration",
+        between: Sequence[int] = (),
+    ) -> Tensor | None:
         prompt, text = token_ids(clip, model, self.processor.tokenizer)
-        ids = [*prompt, *text[:-1]]
+        ids = [*prompt, *between, *text[:-1]]
         return torch.tensor([ids]) if len(ids) <= model.config.max_target_positions else None
+
+    def _extended(
+        self, clip: "Clip", model: "WhisperForConditionalGeneration"
+    ) -> tuple[Tensor, ...]:
+        """Return variants of a clip's decoder input with random tokens before the text."""
+        seed = crc32(clip.text.encode())
+        rows = drawn(self.processor.tokenizer, COPIES, self.random_tokens, seed)
+        made = (self._tokens(clip, model, row) for row in rows)
+        return tuple(tokens for tokens in made if tokens is not None)
 
 
 def sounding(samples: int, hop: int, positions: int) -> int:

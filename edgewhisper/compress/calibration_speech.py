@@ -19,6 +19,7 @@ def decoder_speech(
     own_words: bool,
     context: Context,
     method: str,
+    random_tokens: int = 0,
 ) -> Speech:
     """Return the clips with the texts that the decoder reads. With `own_words`, these are the
     model's transcripts, except for clips of which it transcribes nothing."""
@@ -29,4 +30,4 @@ def decoder_speech(
             replace(clip, text=text) if text else clip
             for clip, text in zip(clips, texts, strict=True)
         ]
-    return Speech(clips, context.processor, mask_padding=True)
+    return Speech(clips, context.processor, True, random_tokens)

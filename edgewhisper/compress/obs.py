@@ -133,9 +133,12 @@ class Options:
     own_words: bool = True
     """Whether the decoder reads the dense model's transcripts of the clips, with its case and
     punctuation, instead of the texts of the manifest."""
+    random_tokens: Annotated[int, Range(0)] = 28
+    """Random tokens before the text of a clip in further decoder inputs, because a hundred texts
+    contain few of the tokens (see random_tokens.py). 0: only the texts."""
     damping: Annotated[float, Range(0, 10)] = 0.01
     """Share of the mean variance that is added to the diagonal of the encoder's covariances."""
-    decoder_damping: Annotated[float, Range(0, 10)] = 0.1
+    decoder_damping: Annotated[float, Range(0, 10)] = 0.03
     """The same for the decoder, which has fewer positions."""
     decoder_weight: Annotated[float, Range(0.01, 100)] = 1.0
     """Factor of the divergences of the decoder's branches when levels are chosen."""
@@ -186,7 +189,7 @@ def apply(
     }
     branches = [part.branch for part in measured.parts]
     texts = [replace(clip, text=t) for clip, t in zip(clips, measured.texts, strict=True)]
-    speech = Speech(texts, context.processor, mask_padding=True)
+    speech = Speech(texts, context.processor, True, options.random_tokens)
     with progress_steps(len(branches), "obs: pruning branches") as done:
         prune(model, speech, branches, levels, options, done)
     if any(len(level.kept) == 2 for level in levels):
@@ -205,7 +208,9 @@ def measure(
     file = file_of(model, clips, dev, options, context)
     measured = read(file)
     if measured is None:
-        speech = decoder_speech(model, clips, options.own_words, context, "obs")
+        speech = decoder_speech(
+            model, clips, options.own_words, context, "obs", options.random_tokens
+        )
         held_out = decoder_speech(model, dev, options.own_words, context, "obs")
         total = sum(len(branches_of(model, side)) for side in SIDES)
         with progress_steps(total, "obs: measuring branches") as done:

@@ -33,7 +33,8 @@ Differences:
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -47,10 +48,11 @@ from edgewhisper.compress.context import Context
 from edgewhisper.compress.short import windows_for, with_hidden_states
 from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import divergence, frozen_copy, load_teacher
-from edgewhisper.examples import IGNORED, Batch
+from edgewhisper.examples import IGNORED, Batch, token_ids
 from edgewhisper.frozen_encoder import StatesCache
 from edgewhisper.progress import progress_steps
 from edgewhisper.pseudo_labels import pseudo_labelled
+from edgewhisper.random_tokens import drawn
 from edgewhisper.recipe import Range
 from edgewhisper.training import LossTerm, Training, cross_entropy, train
 from edgewhisper.variants import variants
@@ -82,6 +84,8 @@ class Options:
     variants: Annotated[int, Range(0)] = 0
     """Variants of each clip to train on as well: other speeds and levels, joined clips, noise (see
     variants.py). They are written to the run's directory, and the dense model transcribes them."""
+    random_tokens: Annotated[int, Range(0)] = 0
+    """Random tokens before the text of every second variant (see random_tokens.py)."""
     training: Training = field(
         default_factory=lambda: Training(
             steps=500, batch_size=6, learning_rate=4e-5, token_table=False
@@ -208,8 +212,23 @@ def recovery_clips(
         made = variants_of(context, options, longest_s)
         cache = context.run_dir / "variants-transcripts.json"
         labelled, more_left_out = pseudo_labelled(dense, context.processor, made, cache)
+        if options.random_tokens:
+            labelled[::2] = with_random_tokens(labelled[::2], dense, options.random_tokens, context)
         clips, left_out = clips + labelled, left_out + more_left_out
     return clips, left_out
+
+
+def with_random_tokens(
+    clips: Sequence[Clip], dense: Any, number: int, context: Context
+) -> list[Clip]:
+    """Return the clips with random tokens before their texts, except texts that become too long."""
+    tokenizer, made = context.processor.tokenizer, []
+    for clip, ids in zip(clips, drawn(tokenizer, len(clips), number, context.seed), strict=True):
+        longer = replace(clip, text=f"{tokenizer.decode(ids).strip()} {clip.text}")
+        prompt, text = token_ids(longer, dense, tokenizer)
+        fits = len(prompt) + len(text) <= dense.config.max_target_positions
+        made.append(longer if fits else clip)
+    return made
 
 
 def variants_of(context: Context, options: Options, longest_s: float) -> list[Clip]:

@@ -12,6 +12,7 @@ Sums are float64. Memory holds one branch's matrices and the clips' states.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,14 +49,14 @@ class ScoreSums:
         self.queries = torch.zeros(heads, width, width, dtype=torch.float64)
         self.keys = torch.zeros(heads, width, width, dtype=torch.float64)
 
-    def add(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> None:
+    def add(self, queries: Tensor, keys: Tensor, mask: Tensor | None, weight: float = 1.0) -> None:
         """Add scaled queries (heads, n, k) and keys (heads, m, k)."""
         scores = queries @ keys.mT  # (heads, n, m)
         shares = (scores if mask is None else scores + mask[0]).softmax(-1)
         means = exact(shares @ keys)  # (heads, n, k): the mean key of each query
         queries, keys, mass = exact(queries), exact(keys), exact(shares.sum(1))
-        self.queries += queries.mT @ queries
-        self.keys += (keys * mass[..., None]).mT @ keys - means.mT @ means
+        self.queries += weight * (queries.mT @ queries)
+        self.keys += weight * ((keys * mass[..., None]).mT @ keys - means.mT @ means)
 
 
 class Walk:
@@ -73,10 +74,12 @@ class Walk:
         self.states, self.encoded = States(), States()
         self.outputs = States()
         self.side: Side = "encoder"
+        self.source: dict[int, int] = {}  # the window that has the audio of a window
         self._enter(speech)
-        self.counted = len(self.windows)
+        self.held_out = range(len(self.windows), len(self.windows))
         if held_out is not None:
             self._enter(held_out)
+            self.held_out = range(self.held_out.start, len(self.windows))
 
     @torch.no_grad()
     def _enter(self, speech: Speech) -> None:
@@ -84,16 +87,16 @@ class Walk:
             states = stem(self.model, window.features)
             self.states[i] = states
             positions = min(window.positions + MARGIN, states.shape[1])
-            self.windows.append(Window(torch.empty(0), positions, window.tokens))  # no features
+            self.windows.append(replace(window, features=torch.empty(0), positions=positions))
 
     def counted_windows(self) -> Iterator[int]:
         """Yield the numbers of the windows that statistics use."""
-        return (i for i in self.states if i < self.counted)
+        return (i for i in self.states if i not in self.held_out)
 
     @torch.no_grad()
     def enter_decoder(self) -> None:
-        """Replace the encoder's last states by the decoder's first. Raises Problem if no window has
-        a text."""
+        """Replace the encoder's last states by the decoder's first, and add the windows with random
+        tokens. Raises Problem if no window has a text."""
         norm = self.model.model.encoder.layer_norm
         self.side = "decoder"
         self.encoded, self.states = self.states, States()
@@ -101,14 +104,28 @@ class Walk:
             self.encoded[i] = norm(self.encoded[i])
             if window.tokens is not None:
                 self.states[i] = embedded(self.model, window.tokens)
-        if not any(True for _ in self.counted_windows()):
+        with_text = list(self.counted_windows())
+        if not with_text:
             raise Problem(
-                f"none of the {self.counted} windows of calibration speech has a text",
+                f"none of the {len(self.windows) - len(self.held_out)} windows of calibration "
+                "speech has a text",
                 hint="give clips with texts that are shorter than the model's window",
             )
+        for i in with_text:
+            self._extend(i)
+
+    def _extend(self, clip: int) -> None:
+        """Add a window's decoder inputs with random tokens, which together weigh as much as it."""
+        window = self.windows[clip]
+        for tokens in window.extended:
+            number = len(self.windows)
+            weight = window.weight / len(window.extended)
+            self.windows.append(Window(window.features, window.positions, tokens, weight=weight))
+            self.states[number] = embedded(self.model, tokens)
+            self.source[number] = clip
 
     def encoded_of(self, branch: Branch, clip: int) -> Tensor | None:
-        return None if branch.side == "encoder" else self.encoded[clip]
+        return None if branch.side == "encoder" else self.encoded[self.source.get(clip, clip)]
 
     @torch.no_grad()
     def move(self, branch: Branch) -> None:
@@ -143,7 +160,7 @@ class Walk:
             size = self.windows[i].positions if of_encoder else self.rows_of(branch, i, x.shape[1])
             rows = inputs[0][0, :size]
             moments = moments or Moments(rows.shape[1])
-            moments.add(rows)
+            moments.add(rows, self.windows[i].weight)
         assert moments is not None, "the constructor and enter_decoder require windows"
         return moments
 
@@ -155,12 +172,13 @@ class Walk:
         for i in self.counted_windows():
             x = self.states[i]
             y = normed(self.model, branch, x)
-            source = self.encoded[i] if branch.kind == "encoder_attn" else y
+            source = self.encoded_of(branch, i) if branch.kind == "encoder_attn" else y
             rows = self.rows_of(branch, i, x.shape[1])
             queries = by_head(attention, attention.q_proj(y[0, :rows]) * attention.scaling)
             keys = by_head(attention, attention.k_proj(source[0]))
             causal = branch.side == "decoder" and branch.kind == "self_attn"
-            sums.add(queries, keys, causal_mask(x.shape[1]) if causal else None)
+            mask = causal_mask(x.shape[1]) if causal else None
+            sums.add(queries, keys, mask, self.windows[i].weight)
         return sums
 
     def rows_of(self, branch: Branch, clip: int, length: int) -> int:
@@ -170,8 +188,8 @@ class Walk:
         """Return windows with a text, on which `logits` measures a change: held-out windows, and
         before them as many windows of those that statistics use."""
         texts = [i for i, window in enumerate(self.windows) if window.tokens is not None]
-        held_out = [i for i in texts if i >= self.counted]
-        return [[i for i in texts if i < self.counted][: len(held_out)], held_out]
+        held_out = [i for i in texts if i in self.held_out]
+        return [[i for i in texts if i not in self.held_out][: len(held_out)], held_out]
 
     @torch.no_grad()
     def logits(self, branch: Branch, fitted: bool = True) -> list[list[Tensor]]:

@@ -229,6 +229,17 @@ def test_sides_and_layers_are_read_from_names():
     assert side_and_layer("model.encoder.layers.31.fc1") == ("encoder", 31)
 
 
+def test_a_weight_counts_rows_as_often(rng):
+    rows = torch.from_numpy(rng.standard_normal((5, 3)))
+    weighted, repeated = Moments(3), Moments(3)
+    weighted.add(rows[:2], weight=3)
+    weighted.add(rows[2:])
+    repeated.add(torch.cat([rows[:2]] * 3 + [rows[2:]]))
+    assert weighted.count == repeated.count
+    torch.testing.assert_close(weighted.mean, repeated.mean)
+    torch.testing.assert_close(weighted.covariance, repeated.covariance)
+
+
 def test_the_covariance_is_accurate_for_large_means(rng):
     rows = torch.from_numpy(rng.normal(1000, 1e-2, size=(5000, 3)))
     moments = Moments(3)

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, whisper
-from edgewhisper.calibration import Moments, Speech
+from edgewhisper.calibration import COPIES, Moments, Speech
 from edgewhisper.compress import fits, lite, obs
 from edgewhisper.compress.allocation import Level, allocate, front
 from edgewhisper.compress.branches import Branch, States, branches_of, logits_from, stem
@@ -448,6 +448,28 @@ def test_held_out_clips_do_not_count_in_the_statistics(make_whisper, few, proces
     torch.testing.assert_close(alone.collect(branch).covariance, both.collect(branch).covariance)
     scores = [walk.collect_scores(branch).keys for walk in (alone, both)]
     torch.testing.assert_close(*scores)
+
+
+def test_windows_with_random_tokens_share_audio_and_weigh_as_much_as_their_clip(
+    make_whisper, few, processor
+):
+    model = make_whisper()
+    clips = Speech(few[:2], processor, mask_padding=True, random_tokens=3)
+    walk = Walk(model, clips, held_out=speech(few[2:], processor))
+    assert list(walk.counted_windows()) == [0, 1]
+    walk.enter_decoder()
+    assert list(walk.counted_windows()) == [0, 1, *range(4, 4 + 2 * COPIES)]
+    branch = branches_of(model, "decoder")[1]
+    for copy_of, number in ((0, 4), (1, 3 + 2 * COPIES)):
+        own, longer = walk.windows[copy_of].tokens, walk.windows[number].tokens
+        assert longer.shape[1] == own.shape[1] + 3
+        assert longer[:, -1].equal(own[:, -1])
+        assert walk.encoded_of(branch, number) is walk.encoded_of(branch, copy_of)
+    windows = [walk.windows[i] for i in walk.counted_windows()]
+    assert sum(window.weight for window in windows) == pytest.approx(4.0)
+    assert walk.effect_windows() == [[0, 1], [2, 3]]
+    expected = sum(window.weight * window.tokens.shape[1] for window in windows)
+    assert walk.collect(branch).count == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", obs.KINDS)

@@ -18,7 +18,12 @@ from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, whisper
 from edgewhisper.compress import recover
 from edgewhisper.compress.context import Context
-from edgewhisper.compress.recover import DrawnWindows, Options, relative_error
+from edgewhisper.compress.recover import (
+    DrawnWindows,
+    Options,
+    relative_error,
+    with_random_tokens,
+)
 from edgewhisper.examples import Examples
 from edgewhisper.training import Training
 from export.onnx.to_onnx import export_onnx
@@ -180,6 +185,22 @@ def test_variants_of_the_clips_are_transcribed_and_trained_on(pruned, context, m
     assert max(clip.duration_s for clip in labelled) <= 4.0  # the longest short window
     assert record["left_out"] == {"empty": 1}
     assert record["training"]["clips"] == 4 + 8 - 1
+
+
+def test_every_second_variant_has_random_tokens_where_they_fit(pruned, context, monkeypatch):
+    def label(dense, processor, clips, cache):
+        return [replace(clip, text="three one") for clip in clips], Counter()
+
+    trained, train = [], recover.train
+    monkeypatch.setattr(recover, "pseudo_labelled", label)
+    monkeypatch.setattr(
+        recover, "train", lambda *rest, **named: trained.append(rest[2]) or train(*rest, **named)
+    )
+    recover.apply(pruned, replace(brief(1), variants=1, random_tokens=3), context)
+    texts = [clip.text for clip in trained[0][len(context.train) :]]
+    assert [text == "three one" for text in texts] == [False, True, False, True]
+    assert all(text.endswith(" three one") for text in texts[::2])
+    assert with_random_tokens(context.train, pruned, 10_000, context) == context.train
 
 
 def test_a_recovered_model_survives_save_load_and_export(pruned, processor, context, tmp_path):
