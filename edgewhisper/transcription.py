@@ -128,7 +128,7 @@ def refuse_options(source: str, generation: Any, options: dict[str, Any]) -> Non
 
     A checkpoint takes a language, and no other task than `transcribe`.
     """
-    from devices.runner.decode.listen import Options
+    from devices.runner.decode.options import Options
 
     task = options.get("task") or "transcribe"
     if task not in ("transcribe", "translate"):

@@ -16,8 +16,8 @@ from devices.device import DeviceProblem, clean
 from devices.runner.artifact.graph_file import read_graph
 from devices.runner.artifact.manifest import check_files, read_manifest
 from devices.runner.audio import Pcm, is_silent, read_wav, split
-from devices.runner.decode.listen import plain
 from devices.runner.decode.loops import without_loop
+from devices.runner.decode.options import plain
 from devices.runner.decode.rules import Rules
 from devices.runner.decode.text import join, read_tokens, to_text
 from devices.runner.measure.bench import WARM_UP_CLIPS, read_clips, read_languages

@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Add the fields of listen.Options, and the options for input and output."""
+    """Add the fields of decode.options.Options, and the options for input and output."""
     command.add_argument("--language", help="code, or auto; default: the artifact's language")
     command.add_argument("--task", help="transcribe or translate")
     command.add_argument(

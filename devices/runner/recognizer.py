@@ -16,7 +16,8 @@ from .artifact.manifest import check_files, checked_manifest, read_manifest
 from .audio import checked_samples, is_silent, read_wav, shortest
 from .decode.encode import encode
 from .decode.greedy import detect, greedy
-from .decode.listen import Listener, Options, plain
+from .decode.listen import Listener
+from .decode.options import Options, plain
 from .decode.rules import Rules
 from .decode.text import read_tokens, to_text
 from .interfaces import Decoder, Engine, Logits, Pcm, Segment, Transcript

@@ -36,10 +36,10 @@ Differences to ZipLM:
   output, which is a low-rank approximation of W_v W_o (AdaPTwin, Biju et al. 2024,
   arXiv:2406.08904). Queries and keys keep the directions that contribute most to the scores. Keys
   are weighted by their attention.
-- The decoder also reads random tokens before each text (random_tokens.py). 60 clips have 803 tokens,
-  fewer than tiny.en has units in a layer. With 25 % removed, the divergence was 0.02 on these clips
-  and 0.11 on others. Most of it is at tokens that these clips do not contain. The test WER is 10.3 %
-  with random tokens, and 11.4 % without.
+- The decoder also reads random tokens before each text (random_tokens.py). 60 clips have 803
+  tokens, fewer than a layer of tiny.en has units. With 25 % removed, the divergence was 0.02 on
+  these clips and 0.11 on others, most of it at tokens that the 60 clips do not contain. The test
+  WER is 10.3 % with random tokens, and was 11.4 % without.
 - Units are removed in groups instead of one by one. That is faster by the size of a group.
 - A feed-forward branch may be factorised instead of pruned. tiny.en, one branch changed at a time,
   10 held-out clips, divergence with half of the branch's parameters:

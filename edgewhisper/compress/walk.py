@@ -74,7 +74,7 @@ class Walk:
         self.states, self.encoded = States(), States()
         self.outputs = States()
         self.side: Side = "encoder"
-        self.source: dict[int, int] = {}  # the window that has the audio of a window
+        self.source: dict[int, int] = {}  # window with random tokens -> window of its clip
         self._enter(speech)
         self.held_out = range(len(self.windows), len(self.windows))
         if held_out is not None:
@@ -125,7 +125,10 @@ class Walk:
             self.source[number] = clip
 
     def encoded_of(self, branch: Branch, clip: int) -> Tensor | None:
-        return None if branch.side == "encoder" else self.encoded[self.source.get(clip, clip)]
+        return None if branch.side == "encoder" else self.encoder_output(clip)
+
+    def encoder_output(self, clip: int) -> Tensor:
+        return self.encoded[self.source.get(clip, clip)]
 
     @torch.no_grad()
     def move(self, branch: Branch) -> None:
@@ -172,7 +175,7 @@ class Walk:
         for i in self.counted_windows():
             x = self.states[i]
             y = normed(self.model, branch, x)
-            source = self.encoded_of(branch, i) if branch.kind == "encoder_attn" else y
+            source = self.encoder_output(i) if branch.kind == "encoder_attn" else y
             rows = self.rows_of(branch, i, x.shape[1])
             queries = by_head(attention, attention.q_proj(y[0, :rows]) * attention.scaling)
             keys = by_head(attention, attention.k_proj(source[0]))

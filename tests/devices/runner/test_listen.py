@@ -32,8 +32,9 @@ from devices.runner.decode.fallback import (
     sample,
 )
 from devices.runner.decode.greedy import Filter, greedy, say
-from devices.runner.decode.listen import Listener, Options, code
+from devices.runner.decode.listen import Listener
 from devices.runner.decode.loops import loop_period, without_loop
+from devices.runner.decode.options import Options, code
 from devices.runner.decode.rules import Rules
 from devices.runner.decode.softmax import log_sum_exp, probability
 from devices.runner.decode.timestamps import STEP_SAMPLES, parts
