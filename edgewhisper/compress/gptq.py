@@ -92,8 +92,6 @@ class Options:
     """Whether the decoder reads the model's own transcripts of the clips instead of their texts."""
     damping: Annotated[float, Range(0, 10)] = 0.01
     """Share of the mean of H's diagonal that is added to it."""
-    random_tokens: Annotated[int, Range(0)] = 0
-    """Random tokens before each text in further decoder inputs of each clip, see obs."""
     decoder_damping: Annotated[float, Range(0, 10)] = 0.3
     """The same in the decoder, whose statistics count tokens: far fewer than positions."""
     table_damping: Annotated[float, Range(0, 10)] = 0.1
@@ -121,7 +119,7 @@ def apply(
     clips = context.calibration_clips("gptq", options.clips)
     home, training = next(model.parameters()).device, model.training
     model, _ = slimmed(model.cpu().eval())  # statistics are float64, which some devices lack
-    speech = decoder_speech(model, clips, options.own_words, context, "gptq", options.random_tokens)
+    speech = decoder_speech(model, clips, options.own_words, context, "gptq")
     note_grids(model, options)
     chosen = schemes(model)
     errors = quantise_in_order(Walk(model, speech), chosen, options)
@@ -235,7 +233,7 @@ def quantise_table(
         return {}
     moments = Moments(table.weight.shape[1])
     for i in walk.counted_windows():
-        moments.add(norm(walk.states[i])[0], walk.windows[i].weight)
+        moments.add(norm(walk.states[i])[0])
     factors = column_factors(scheme).double()
     h = damped(moments.products / moments.count, damping) * torch.outer(factors, factors)
     weight, plain = table.weight.double() / factors, replace(scheme, columns=())
