@@ -39,6 +39,7 @@ def read(
 ) -> tuple[WhisperForConditionalGeneration, dict[str, Any]]:
     """Return the model in float32, and the content of config.json. Raises Problem if the checkpoint
     does not exist, is not a Whisper, or is damaged."""
+    refuse_artifact(source)
     config, stored = read_config(source, revision)
     try:
         with quiet():
@@ -92,7 +93,7 @@ def read_config(
 
 
 def refuse_missing(source: str | Path) -> None:
-    """Raise Problem if `source` is neither a directory of weights nor a Hub ID."""
+    """Raise Problem if `source` is neither a directory nor a Hub ID."""
     local = looks_local(source)
     if "/" in str(source) and not local:
         return
@@ -106,6 +107,10 @@ def refuse_missing(source: str | Path) -> None:
             hint="name a directory, a .pt file, a Hub ID like openai/whisper-tiny, or one of "
             f"{', '.join(openai.HUB_IDS)}",
         )
+
+
+def refuse_artifact(source: str | Path) -> None:
+    """Raise Problem if `source` is an artifact, which has a config.json but no safetensors."""
     if (Path(source) / MANIFEST).is_file() and not any(Path(source).glob("*.safetensors*")):
         raise Problem(
             f"{source} is an artifact, and this command needs a checkpoint",
