@@ -189,8 +189,12 @@ class Walk:
 
     def effect_windows(self) -> list[list[int]]:
         """Return windows with a text, on which `logits` measures a change: held-out windows, and
-        before them as many windows of those that statistics use."""
-        texts = [i for i, window in enumerate(self.windows) if window.tokens is not None]
+        before them as many windows of those that statistics use, without random tokens."""
+        texts = [
+            i
+            for i, window in enumerate(self.windows)
+            if window.tokens is not None and i not in self.source
+        ]
         held_out = [i for i in texts if i in self.held_out]
         return [[i for i in texts if i not in self.held_out][: len(held_out)], held_out]
 

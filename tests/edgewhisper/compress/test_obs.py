@@ -472,6 +472,13 @@ def test_windows_with_random_tokens_share_audio_and_weigh_as_much_as_their_clip(
     assert walk.collect(branch).count == pytest.approx(expected)
 
 
+def test_divergences_use_no_windows_with_random_tokens(make_whisper, few, processor):
+    clips = Speech(few[:1], processor, mask_padding=True, random_tokens=3)
+    walk = Walk(make_whisper(), clips, held_out=speech(few[1:], processor))
+    walk.enter_decoder()
+    assert walk.effect_windows() == [[0], [1, 2, 3]]
+
+
 @pytest.mark.parametrize("kind", obs.KINDS)
 def test_nothing_asked_for_changes_nothing(kind, make_whisper, context):
     model = make_whisper()
