@@ -129,35 +129,29 @@ class Speech:
         for clip in self.clips:
             pcm = clip.pcm()
             cuts = split(pcm, extractor.n_samples)
-            alone = decoder and len(cuts) == 1
-            tokens = self._tokens(clip, model) if alone else None
-            extended = self._extended(clip, model) if alone and self.random_tokens else ()
+            whole = decoder and len(cuts) == 1
+            inputs = self._inputs(clip, model) if whole else []
+            tokens = inputs[0] if inputs else None
             for cut in cuts:
                 piece = pcm[cut]
                 window = shortest(windows, len(piece))
                 positions = window // (2 * extractor.hop_length)
                 if self.mask_padding:
                     positions = sounding(len(piece), extractor.hop_length, positions)
-                yield Window(log_mel(extractor, [piece], window), positions, tokens, extended)
+                features = log_mel(extractor, [piece], window)
+                yield Window(features, positions, tokens, tuple(inputs[1:]))
 
-    def _tokens(
-        self,
-        clip: "Clip",
-        model: "WhisperForConditionalGeneration",
-        between: Sequence[int] = (),
-    ) -> Tensor | None:
+    def _inputs(self, clip: "Clip", model: "WhisperForConditionalGeneration") -> list[Tensor]:
+        """Return a clip's decoder input, then variants with random tokens before the text, without
+        those that are too long. The input itself is the shortest."""
         prompt, text = token_ids(clip, model, self.processor.tokenizer)
-        ids = [*prompt, *between, *text[:-1]]
-        return torch.tensor([ids]) if len(ids) <= model.config.max_target_positions else None
-
-    def _extended(
-        self, clip: "Clip", model: "WhisperForConditionalGeneration"
-    ) -> tuple[Tensor, ...]:
-        """Return variants of a clip's decoder input with random tokens before the text."""
-        seed = crc32(clip.text.encode())
-        rows = drawn(self.processor.tokenizer, COPIES, self.random_tokens, seed)
-        made = (self._tokens(clip, model, row) for row in rows)
-        return tuple(tokens for tokens in made if tokens is not None)
+        between: list[list[int]] = [[]]
+        if self.random_tokens:
+            seed = crc32(clip.text.encode())
+            between += drawn(self.processor.tokenizer, COPIES, self.random_tokens, seed)
+        rows = [[*prompt, *row, *text[:-1]] for row in between]
+        longest = model.config.max_target_positions
+        return [torch.tensor([ids]) for ids in rows if len(ids) <= longest]
 
 
 def sounding(samples: int, hop: int, positions: int) -> int:

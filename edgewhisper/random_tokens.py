@@ -5,7 +5,6 @@ distilled on their texts only is wrong at other tokens. A dense model's states a
 tokens, so random ones before the text of a clip are input that costs no speech.
 """
 
-import math
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,7 @@ def drawn(tokenizer: Any, texts: int, length: int, seed: int) -> list[list[int]]
     ids = text_tokens(tokenizer)
     weights = 1 / (torch.arange(len(ids)) + COMMON)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.multinomial(weights, math.prod((texts, length)), True, generator=generator)
+    rows = torch.multinomial(weights, texts * length, True, generator=generator)
     return [[ids[i] for i in row] for row in rows.view(texts, length).tolist()]
 
 
