@@ -80,6 +80,7 @@ def greedy(step: Step, rules: Rules, stop_loops: bool) -> list[int]:
 def say(step: Step, choose: Choose, rules: Rules, stop_loops: bool) -> list[int]:
     """Return the chosen tokens up to the end token, or with `stop_loops` up to a loop."""
     tokens: list[int] = []
+    words: list[int] = []  # without timestamps
     ids: Sequence[int] = rules.prompt
     while len(tokens) < rules.max_new_tokens:
         token = choose(step(ids), tokens)
@@ -87,6 +88,9 @@ def say(step: Step, choose: Choose, rules: Rules, stop_loops: bool) -> list[int]
             break
         tokens.append(token)
         ids = (token,)
-        if stop_loops and loop_period(rules.words(tokens)):
+        if rules.timestamps and rules.is_timestamp(token):
+            continue
+        words.append(token)
+        if stop_loops and loop_period(words):
             break
     return tokens
