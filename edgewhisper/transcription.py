@@ -22,6 +22,7 @@ from export.artifact import MANIFEST
 from export.layouts import layouts_of
 from export.problem import Problem
 from export.prompt import AUTO, is_multilingual, language_code
+from export.vocabulary import TASKS
 
 if TYPE_CHECKING:
     from devices.runner.batch import Transcribe
@@ -131,7 +132,7 @@ def refuse_options(source: str, generation: Any, options: dict[str, Any]) -> Non
     from devices.runner.decode.options import Options
 
     task = options.get("task") or "transcribe"
-    if task not in ("transcribe", "translate"):
+    if task not in TASKS:
         raise Problem(f"unknown task {task!r}", hint="choose transcribe or translate")
     if task != "transcribe" and not is_multilingual(generation):
         raise Problem(
