@@ -31,6 +31,10 @@ from ..problem import RunnerProblem, running
 MOST_IDS = 32
 """Most tokens per decoder step."""
 
+OPENING = threading.Lock()
+"""Held while files are mapped. Sessions must know which mappings are theirs: once others close
+theirs, unmap_pages would erase whatever memory follows at those addresses."""
+
 PRODUCT = (
     b'\x08\t:[\n\x18\n\x01a\n\x01b\x12\x01y"\rMatMulInteger\x12\x00Z\x13\n\x01a\x12\x0e\n\x0c'
     b"\x08\x02\x12\x08\n\x02\x08\x01\n\x02\x08\x02Z\x13\n\x01b\x12\x0e\n\x0c\x08\x03\x12\x08\n\x02"
@@ -53,13 +57,18 @@ class Sessions:
         self.folder = folder
         check_runtime(folder, manifest)
         return_large_blocks()
-        self.decoder = open_session(folder / "decoder.onnx", session_options(threads, arena=False))
-        give_back_memory(folder)
-        self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
-        give_back_memory(folder)
+        with OPENING:
+            others = mapped(folder)
+            self.decoder = open_session(
+                folder / "decoder.onnx", session_options(threads, arena=False)
+            )
+            self.mapped = [place for place in mapped(folder) if place not in others]
+            give_back_memory(self.mapped)
+            self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
+            self.mapped = [place for place in mapped(folder) if place not in others]
+            give_back_memory(self.mapped)
         for name, session in (("encoder", self.encoder), ("decoder", self.decoder)):
             check_session(folder / f"{name}.onnx", session, manifest["contract"][name])
-        self.mapped = mapped(folder)
         sizes = {output.name: output.shape[-1] for output in self.decoder.get_outputs()}
         self.vocabulary: int = sizes["logits"]
         self.alignment: dict[str, Any] = manifest["decoding"].get("alignment") or {}

@@ -263,19 +263,18 @@ def return_large_blocks() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
-def give_back_memory(folder: Path, maps: Path = Path("/proc/self/maps")) -> None:
-    """Return freed memory, and pages of files mapped from `folder`, to the system (Linux only).
+def give_back_memory(places: Sequence["Mapping"]) -> None:
+    """Return freed memory, and the pages of mapped files, to the system (Linux only).
 
     Packing a large weight reads its whole file, of which few rows are needed afterwards; the system
     reads those again on demand. They leave the page cache too: a file that was just written or read
     is cached in blocks of up to 2 MB, and one row would map a whole block.
     """
-    if not maps.is_file():  # not Linux
+    if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-    places = mapped(folder, maps)
     unmap_pages(places)
     for place in places:
         with suppress(OSError):  # deleted
@@ -306,7 +305,7 @@ def mapped(folder: Path, maps: Path = Path("/proc/self/maps")) -> list[Mapping]:
 
 def unmap_pages(places: Sequence[Mapping]) -> None:
     """Remove the pages of mapped files, which are only read, from this process. They stay in the
-    page cache and are mapped again on demand."""
+    page cache and are mapped again on demand. Every place must still be mapped."""
     for place in places:
         start, size = ctypes.c_void_p(place.start), ctypes.c_size_t(place.size)
         ctypes.CDLL(None).madvise(start, size, MADV_DONTNEED)

@@ -95,11 +95,12 @@ def profiled(
     """Return the profiler's events of encoder and decoder over RUNS windows."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("encoder", "decoder"):
-            options = session_options(threads)
+            options = session_options(threads, arena=name == "encoder")  # as Sessions does
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / name)
             session = open_session(recognizer.folder / f"{name}.onnx", options)
             setattr(sessions, name, session)
+        sessions.mapped = []  # those of the replaced sessions
         for _ in range(RUNS):
             window(recognizer, pcm)
         files = [s.end_profiling() for s in (sessions.encoder, sessions.decoder)]

@@ -747,10 +747,9 @@ def test_mapped_pages_are_returned_and_read_again(tmp_path, rng):
     array = np.memmap(tmp_path / "held.weights", mode="r")
     assert array.sum() == held.sum()
     before = resident(tmp_path / "held.weights")
-    give_back_memory(tmp_path, maps=tmp_path / "not Linux")
-    give_back_memory(tmp_path / "elsewhere")
+    give_back_memory(mapped(tmp_path / "elsewhere"))
     assert resident(tmp_path / "held.weights") == before
-    give_back_memory(tmp_path)
+    give_back_memory(mapped(tmp_path))
     assert resident(tmp_path / "held.weights") <= before
     assert (array == held).all()
 
@@ -767,6 +766,16 @@ def test_pages_of_a_mapped_file_leave_the_process_and_are_mapped_again(tmp_path,
     assert (before, resident_bytes(place)) == (2**22, 0)
     assert (array == held).all()
     assert mapped(tmp_path, maps=tmp_path / "not Linux") == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sessions_unmap_only_their_own_files(exported):
+    """The addresses of closed sessions may belong to other memory, which madvise would erase."""
+    closed, kept = (Recognizer(exported).engine for _ in range(2))
+    assert closed.mapped and kept.mapped
+    assert not set(closed.mapped) & set(kept.mapped)
+    del closed
+    assert set(kept.mapped) <= set(mapped(exported))
 
 
 def resident_bytes(place) -> int:
