@@ -166,8 +166,8 @@ def refuse_two_stages(model: WhisperForConditionalGeneration, precision: str, la
     if not suits(model, precision, layout):
         raise Problem(
             f"--two-stage: precision {precision}, layout {layout} and a vocabulary of "
-            f"{model.config.vocab_size}; it needs a native int8 or int4 artifact, and a large "
-            "token table in 8 bits that is not factorised",
+            f"{model.config.vocab_size}; it needs a native int8 or int4 artifact of an "
+            "English-only model, and a large token table in 8 bits that is not factorised",
             hint="leave --two-stage out",
         )
 

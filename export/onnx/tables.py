@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -58,8 +59,8 @@ class TokenTable:
         self.vocab, self.width = weight.shape
         self.scale: str | None = None
         self.columns: str | None = None
-        self.pieces: Sequence[NDArray] = ()
-        """The codes of each product of the logits."""
+        self.codes: NDArray | None = None
+        """The table in 8 bits, (vocab, d_model)."""
         if scheme is None and g.quantises:
             columns = column_scales(weight)
             weight, self.columns = weight / columns, g.constant(columns)
@@ -71,9 +72,8 @@ class TokenTable:
             packed = pack(torch.from_numpy(codes), self.scheme).numpy()
             self.table, self.scale = g.constant(packed), scale_table(g, scale)
         elif self.scheme.bits == 8:
-            q, scale = quantise(weight, self.scheme)
-            self.table, self.scale = g.constant(q), g.constant(scale)
-            self.pieces = np.array_split(q, -(-q.nbytes // PRODUCT_BYTES)) if g.mapped else [q]
+            self.codes, scale = quantise(weight, self.scheme)
+            self.table, self.scale = g.constant(self.codes), g.constant(scale)
         else:
             self.table = widened(g, weight, self.scheme)
 
@@ -124,32 +124,36 @@ class TokenTable:
             size = (self.width, self.vocab)
             x = g.op("Mul", x, self.columns) if self.columns else x
             return nbits_product(g, x, self.table, self.scale, self.scheme, size)
-        tokens = -1 if len(self.pieces) > 1 else self.vocab
-        shape = g.op("Concat", g.op("Shape", x, end=-1), g.constant([tokens]), axis=0)
+        shape = g.op("Concat", g.op("Shape", x, end=-1), g.constant([-1]), axis=0)
         x = g.op("Flatten", x, axis=-1)
         if self.scale is None:
             return g.op("Reshape", g.op("Gemm", x, self.table, transB=1), shape)
-        q = self._quantised(x)
-        parts = [g.op("Reshape", y, shape) for y in self._products(q)]
+        parts = [g.op("Reshape", y, shape) for y in self._products(self.quantised(x))]
         return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=-1)
 
     def _products(self, x: Sequence[str]) -> Iterator[str]:
         """Yield the logits (n, tokens) of one piece of the table after the other."""
-        g, first = self.g, 0
-        assert self.scale is not None
-        for codes in self.pieces:
-            table, scale, stop = self.table, self.scale, first + len(codes)
-            if len(self.pieces) > 1:
-                table = g.part(table, codes, first * self.width)
-                scale = g.op("Slice", scale, g.constant([first]), g.constant([stop]))
-            none = g.constant(np.zeros(1, np.int8))  # the weights are symmetric
-            zeros = g.op("Expand", none, g.constant([len(codes)]))
-            yield g.op("QGemm", *x, table, scale, zeros, domain=FUSED, transB=1)
-            first = stop
+        assert self.codes is not None
+        pieces = -(-self.codes.nbytes // PRODUCT_BYTES) if self.g.mapped else 1
+        ends = [len(part) for part in np.array_split(self.codes, pieces)]
+        for begin, end in pairwise([0, *accumulate(ends)]):
+            yield self.logits_between(x, begin, end)
 
-    def logits_of(self, x: str, tokens: str) -> str:
-        """Return the logits of some tokens from an int8 table: x (1, 1, d_model), ids (1, 1, n) ->
-        (1, 1, n).
+    def logits_between(self, x: Sequence[str], begin: int, end: int) -> str:
+        """Return the logits of a range of tokens from an int8 table: x (n, d_model) as quantised()
+        returns it -> (n, end - begin)."""
+        g, table, scale = self.g, self.table, self.scale
+        assert self.codes is not None and scale is not None
+        if end - begin < self.vocab:
+            table = g.part(table, self.codes[begin:end], begin * self.width)
+            scale = g.op("Slice", scale, g.constant([begin]), g.constant([end]))
+        none = g.constant(np.zeros(1, np.int8))  # the weights are symmetric
+        zeros = g.op("Expand", none, g.constant([end - begin]))
+        return g.op("QGemm", *x, table, scale, zeros, domain=FUSED, transB=1)
+
+    def logits_of(self, x: Sequence[str], tokens: str) -> str:
+        """Return the logits of some tokens from an int8 table: x (1, d_model) as quantised()
+        returns it, ids (n,) -> (1, n).
 
         The codes are multiplied as floats. They are integers, and their sums are below 2**24, so
         the result equals that of `logits` to the bit on every processor. Up to a width of 518 no
@@ -157,15 +161,14 @@ class TokenTable:
         """
         g = self.g
         assert self.scheme.bits == 8 and self.scale is not None
-        q, scale, zero = self._quantised(g.op("Flatten", x, axis=-1))
+        q, scale, zero = x
         wide = (g.op("Cast", codes, to=TensorProto.FLOAT) for codes in (q, zero))
-        rows = g.op("Cast", g.op("Gather", self.table, tokens), to=TensorProto.FLOAT)
-        rows = g.op("Reshape", rows, g.constant([-1, self.width]))  # (n, d_model)
+        # Cast would take five times as long for the rows
+        rows = g.op("DequantizeLinear", g.op("Gather", self.table, tokens), g.constant(1.0))
         sums = g.op("Gemm", g.op("Sub", *wide), rows, transB=1)  # (1, n)
-        scales = g.op("Mul", scale, g.op("Gather", self.scale, tokens))
-        return g.op("Mul", g.op("Unsqueeze", sums, g.constant([0])), scales)
+        return g.op("Mul", sums, g.op("Mul", scale, g.op("Gather", self.scale, tokens)))
 
-    def _quantised(self, x: str) -> list[str]:
+    def quantised(self, x: str) -> list[str]:
         """Return hidden states (n, d_model) in 8 bits, with their scale and zero point."""
         return self.g.quantised(self.g.op("Mul", x, self.columns) if self.columns else x)
 

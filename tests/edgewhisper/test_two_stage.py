@@ -20,6 +20,7 @@ def export(digits, clips, monkeypatch, tmp_path):
     """Exports the embedded model with stages of a rank and a number of candidates."""
     monkeypatch.setattr(two_stage, "LEAST_VOCABULARY", 100)
     monkeypatch.setattr(two_stage, "LEAST_RATIO", 0)
+    monkeypatch.setattr(two_stage, "is_multilingual", lambda generation: False)
     few = tmp_path / "few.jsonl"
     lines = [json.loads(line) for line in clips.read_text().splitlines()[:4]]
     absolute = [json.dumps(line | {"audio": str(clips.parent / line["audio"])}) for line in lines]

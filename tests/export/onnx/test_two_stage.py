@@ -17,7 +17,7 @@ from export.onnx.to_onnx import export_onnx
 
 @pytest.fixture
 def few(monkeypatch):
-    """Sizes for small models: rank 8, and 16 candidates in each group."""
+    """Sizes for small models: rank 8, and 16 candidates."""
     monkeypatch.setattr(two_stage, "RANK", 8)
     monkeypatch.setattr(two_stage, "BEST", 16)
 
@@ -65,19 +65,21 @@ def test_candidates_have_the_logits_of_one_stage_to_the_bit(
         expected, _ = one.step(ids, past, cross)
         actual, past = two.step(ids, past, cross)
         exact = actual == expected
-        for begin, end in two_stage.groups(make_whisper()):
-            assert exact[begin:end].sum() >= min(two_stage.BEST, end - begin)
+        text = two_stage.text_tokens(make_whisper())
+        assert exact[:text].sum() >= two_stage.BEST
+        assert exact[text:].all()
         assert not exact.all()
 
 
-def test_text_and_timestamps_have_candidates_of_their_own(few, make_whisper):
+def test_all_timestamps_are_exact(few, make_whisper):
     model = make_whisper()
     begin = model.generation_config.no_timestamps_token_id + 1
-    assert two_stage.groups(model) == [(0, begin), (begin, model.config.vocab_size)]
-    assert two_stage.facts(model) == {"rank": 8, "candidates": 32}
+    assert two_stage.text_tokens(model) == begin
+    exact = 16 + model.config.vocab_size - begin
+    assert two_stage.facts(model) == {"rank": 8, "candidates": exact}
 
 
-def test_the_token_table_is_not_packed_and_one_smaller_table_is_stored(
+def test_only_the_timestamps_of_the_token_table_are_packed(
     few, make_whisper, processor, rng, tmp_path
 ):
     model = make_whisper()
@@ -88,8 +90,17 @@ def test_the_token_table_is_not_packed_and_one_smaller_table_is_stored(
         stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         products = [node for node in graph.node if node.op_type == "QGemm"]
         sizes[name] = [stored[node.input[3]].shape for node in products]
-    vocabulary = model.config.vocab_size
-    assert sizes == {"one": [(vocabulary, 32)], "two": [(vocabulary, 8)]}
+    vocabulary, text = model.config.vocab_size, two_stage.text_tokens(model)
+    assert sizes == {"one": [(vocabulary, 32)], "two": [(text, 8), (vocabulary - text, 32)]}
+
+
+@pytest.fixture
+def english(few, monkeypatch, make_whisper):
+    """An English-only model whose table counts as large."""
+    monkeypatch.setattr(two_stage, "LEAST_VOCABULARY", 100)
+    model = make_whisper()
+    model.generation_config.is_multilingual = False
+    return model
 
 
 @pytest.mark.parametrize(
@@ -103,22 +114,28 @@ def test_the_token_table_is_not_packed_and_one_smaller_table_is_stored(
     ],
 )
 def test_only_native_artifacts_with_an_int8_table_suit_two_stages(
-    precision, layout, suited, few, monkeypatch, make_whisper
+    precision, layout, suited, english
 ):
-    monkeypatch.setattr(two_stage, "LEAST_VOCABULARY", 100)
-    assert two_stage.suits(make_whisper(), precision, layout) == suited
+    assert two_stage.suits(english, precision, layout) == suited
+
+
+def test_a_multilingual_model_does_not_suit_two_stages(english):
+    """The calibration clips are English."""
+    english.generation_config.is_multilingual = True
+    assert not two_stage.suits(english, "int8", "native")
 
 
 @pytest.mark.parametrize("bits", [4, 32])
-def test_a_table_in_other_bits_does_not_suit_two_stages(bits, few, monkeypatch, make_whisper):
-    monkeypatch.setattr(two_stage, "LEAST_VOCABULARY", 100)
-    model = make_whisper()
-    model.config.edgewhisper = {"format": 1, "token_bits": bits}
-    assert not two_stage.suits(model, "int8", "native")
+def test_a_table_in_other_bits_does_not_suit_two_stages(bits, english):
+    english.config.edgewhisper = {"format": 1, "token_bits": bits}
+    assert not two_stage.suits(english, "int8", "native")
 
 
-def test_a_factorised_table_and_a_small_one_do_not_suit_two_stages(make_whisper):
-    model = make_whisper()
-    assert not two_stage.suits(model, "int8", "native")  # small
-    model.model.decoder.embed_tokens.rows = torch.nn.Embedding(1, 1)
-    assert not two_stage.suits(model, "int8", "native")
+def test_a_factorised_table_does_not_suit_two_stages(english):
+    english.model.decoder.embed_tokens.rows = torch.nn.Embedding(1, 1)
+    assert not two_stage.suits(english, "int8", "native")
+
+
+def test_a_small_table_does_not_suit_two_stages(english, monkeypatch):
+    monkeypatch.setattr(two_stage, "LEAST_VOCABULARY", english.config.vocab_size + 1)
+    assert not two_stage.suits(english, "int8", "native")
