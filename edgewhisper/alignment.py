@@ -85,6 +85,8 @@ def replace_heads(
     """Set the alignment heads to `new`, or to those of the upper half if `new` is empty. Returns
     the entry for compression.json."""
     model.generation_config.alignment_heads = new or upper_half(model)
+    if not new:
+        model.generation_config.word_delay_s = None  # it is that of the old heads
     return {
         "before": [list(head) for head in old],
         "after": model.generation_config.alignment_heads,

@@ -10,7 +10,7 @@ tokens and from the vocabulary. Existing values must agree with the tokenizer.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgewhisper.checkpoints import openai
@@ -31,7 +31,7 @@ KEPT = (
     *IN_CONFIG,
     *("max_length", "is_multilingual", "lang_to_id", "task_to_id", "language", "task"),
     *("no_timestamps_token_id", "prev_sot_token_id", "max_initial_timestamp_index"),
-    "alignment_heads",
+    *("alignment_heads", "word_delay_s"),
     "timestamp_end",
 )
 """Keys that decoding uses. Others, such as beams, penalties and `return_timestamps`, are ignored in
@@ -41,9 +41,11 @@ TYPES = {
     **dict.fromkeys(("lang_to_id", "task_to_id"), dict),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "alignment_heads"), list),
     "is_multilingual": bool,
+    "word_delay_s": float,
     "forced_decoder_ids": list,
 }
 """Key -> type of its value. All other keys have integers."""
+MOST_DELAY_S = 1.0
 MULTILINGUAL_ONLY = ("lang_to_id", "task_to_id", "language", "task")
 
 
@@ -79,6 +81,7 @@ def complete(
     for key in ("suppress_tokens", "begin_suppress_tokens"):
         refuse_beyond(source, key, values.get(key) or [], config.vocab_size)
     refuse_heads(source, values["alignment_heads"] or [])
+    values.setdefault("word_delay_s", word_delay_s(config, values["alignment_heads"]))
     add_prompt(values, stored)
     return build(values)
 
@@ -206,6 +209,13 @@ def alignment_heads(config: WhisperConfig) -> list[list[int]] | None:
     return None if size is None else [list(head) for head in size.alignment_heads] or None
 
 
+def word_delay_s(config: WhisperConfig, heads: Sequence[Sequence[int]] | None) -> float | None:
+    """Return how late the word timestamps are, if the model has the dimensions and the heads of one
+    of OpenAI's models for which this was measured."""
+    size = openai.size_of(config)
+    return None if size is None or heads != alignment_heads(config) else size.word_delay_s
+
+
 # ------------------------------------------------------------------------------- contradictions
 
 
@@ -274,6 +284,8 @@ def refuse_types(source: object, values: Mapping[str, Any]) -> None:
         right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if key == "eos_token_id" and isinstance(value, list) and value:
             right = all(type(number) is int for number in value)
+        if kind is float and right:
+            right = abs(value) <= MOST_DELAY_S
         if kind is dict and right:
             right = all(type(number) is int for number in value.values())
         if not right:

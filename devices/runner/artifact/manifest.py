@@ -28,6 +28,7 @@ LAYOUTS = {"onnx": "native", "coreml": "whisperkit"}
 MOST_SAMPLES = 60 * SAMPLING_RATE
 MOST_WINDOWS = 64
 MOST_SCALE = 1e6
+MOST_DELAY_S = 1.0
 
 
 # ------------------------------------------------------------------------------------- manifest
@@ -186,10 +187,15 @@ def check_decoding(decoding: Field, vocabulary: int, room: int) -> None:
 
 def check_alignment(alignment: Field, contract: Field) -> None:
     """Raise RunnerProblem unless the alignment heads are different pairs of a layer and one of its
-    heads, whose queries the decoder outputs, and the scale is a positive number."""
+    heads, whose queries the decoder outputs, the scale is a positive number, and the delay is at
+    most a second."""
     scale = alignment.at("scale")
     if not isinstance(scale.value, float) or not 0 < scale.value < MOST_SCALE:
         raise scale.wrong("a positive number")
+    if "delay_s" in alignment.items():
+        delay = alignment.at("delay_s")
+        if not isinstance(delay.value, float) or not abs(delay.value) <= MOST_DELAY_S:
+            raise delay.wrong(f"a number from -{MOST_DELAY_S} to {MOST_DELAY_S}")
     shapes = {
         spec.value["name"]: spec.value["shape"]
         for graph in ("encoder", "decoder")

@@ -283,7 +283,8 @@ class Listener:
         ids = [*untimed.prompt, *text, untimed.eos]
         attention = decoder.attention(ids, -(-samples // STEP_SAMPLES))
         before = len(untimed.prompt) - 1
-        words = timed_words(attention, before, text, table, self.rules.language)
+        rules = self.rules
+        words = timed_words(attention, before, text, table, rules.language, rules.word_delay_s)
         return [w._replace(first=places[w.first], stop=places[w.stop - 1] + 1) for w in words]
 
     def words_of(self, tokens: range, begin_s: float) -> list[Word] | None:

@@ -31,6 +31,8 @@ class Rules:
     tasks: Mapping[str, int] = field(default_factory=dict)
     aligns: bool = False
     """Whether the artifact gives the attention of its alignment heads, for word timestamps."""
+    word_delay_s: float = 0.0
+    """How late the word timestamps of the alignment heads are."""
     auto: bool = False
     """Whether the language is detected by default; the prompt's language is then a placeholder."""
     timestamps: bool = False
@@ -52,6 +54,7 @@ class Rules:
             languages=decoding.get("languages", {}),
             tasks=decoding.get("tasks", {}),
             aligns=decoding.get("alignment") is not None,
+            word_delay_s=(decoding.get("alignment") or {}).get("delay_s", 0.0),
             auto=decoding.get("language") == AUTO,
         )
 

@@ -54,14 +54,20 @@ class TimedWord(NamedTuple):
 
 
 def timed_words(
-    attention: Floats, before: int, tokens: Sequence[int], table: Tokens, language: str | None
+    attention: Floats,
+    before: int,
+    tokens: Sequence[int],
+    table: Tokens,
+    language: str | None,
+    delay_s: float = 0.0,
 ) -> list[TimedWord]:
     """Return the words of a window's text tokens.
 
     `attention` (heads, rows, positions) has a row for each of the `before` + 1 tokens of the
-    prompt, of the text, and of the end token.
+    prompt, of the text, and of the end token. `delay_s` is how late these heads are.
     """
-    starts = token_starts(attention, before)
+    late = np.array(token_starts(attention, before))
+    starts = np.clip(late - delay_s, 0, attention.shape[-1] * STEP_S).tolist()
     groups = characters(tokens, table)
     if language not in UNSPACED:
         groups = spaced(groups)

@@ -192,11 +192,12 @@ def _decoder_contract(model: nn.Module, int8: bool) -> tuple[list[Spec], list[Sp
 
 
 def alignment(model: nn.Module) -> dict[str, Any]:
-    """Return the alignment heads as [layer, head], and the scale of their attention. If the
-    generation config names none that exist, they are all heads of the upper half of the layers, as
-    in OpenAI's Whisper."""
+    """Return the alignment heads as [layer, head], the scale of their attention, and how late their
+    word timestamps are in seconds, if known. If the generation config names no heads that exist,
+    they are all heads of the upper half of the layers, as in OpenAI's Whisper."""
     layers = model.model.decoder.layers
     named = alignment_heads(model)
+    delay_s = getattr(model.generation_config, "word_delay_s", None) if any(named) else None
     if not any(named):
         upper = range(len(layers) // 2, len(layers))
         named = [
@@ -204,7 +205,11 @@ def alignment(model: nn.Module) -> dict[str, Any]:
             for i, layer in enumerate(layers)
         ]
     heads = [[i, head] for i, chosen in enumerate(named) for head in chosen]
-    return {"heads": heads, "scale": heads_of(layers[heads[0][0]].encoder_attn).scale}
+    return {
+        "heads": heads,
+        "scale": heads_of(layers[heads[0][0]].encoder_attn).scale,
+        **({} if delay_s is None else {"delay_s": delay_s}),
+    }
 
 
 def _cache(model: nn.Module, name: str, heads: int | str, attention: nn.Module) -> list[Spec]:

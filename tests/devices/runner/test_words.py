@@ -22,6 +22,7 @@ from devices.runner.decode.words import (
     median_filter,
     shortened,
     spaced,
+    timed_words,
     token_starts,
     warping_path,
     with_punctuation,
@@ -141,6 +142,24 @@ def test_alignment_heads_that_the_model_has_are_used(tiny_whisper):
         assert alignment(tiny_whisper)["heads"] == wanted
 
 
+def test_the_delay_of_the_heads_is_stored_and_subtracted(tiny_whisper):
+    generation = tiny_whisper.generation_config
+    generation.alignment_heads, generation.word_delay_s = [[0, 1]], 0.06
+    assert alignment(tiny_whisper)["delay_s"] == 0.06
+    generation.alignment_heads = [[0, 99]]  # does not exist, so others are used
+    assert "delay_s" not in alignment(tiny_whisper)
+
+    attention = np.full((1, 5, 40), 0.01, np.float32)
+    for row, column in ((1, 2), (2, 12), (3, 24), (4, 34)):
+        attention[0, row, column : column + 8] = 1.0
+    table = [b" one", b" two", b" three"]
+    for delay_s in (0.0, 0.06, -0.06, 0.9):
+        words = timed_words(attention, 0, [0, 1, 2], table, "en", delay_s)
+        plain = timed_words(attention, 0, [0, 1, 2], table, "en")
+        times, late = ([(w.start_s, w.end_s) for w in found] for found in (words, plain))
+        np.testing.assert_allclose(times, np.clip(np.array(late) - delay_s, 0, 0.8), atol=1e-9)
+
+
 @pytest.mark.parametrize("options", [{}, {"timestamps": True}, {"beams": 2}], ids=str)
 def test_the_times_are_those_of_openai_s_algorithm(
     options, recognizer, digits, processor, pcms, monkeypatch
@@ -198,6 +217,8 @@ def test_older_artifacts_run_and_have_no_word_timestamps(exported, tmp_path, pcm
         ({"scale": 0.0}, "a positive number"),
         ({"scale": "x"}, "a positive number"),
         ({"heads": [[1, 0], [1, 0]]}, "different heads"),
+        ({"delay_s": 1.5}, "a number from -1.0 to 1.0"),
+        ({"delay_s": "x"}, "a number from -1.0 to 1.0"),
     ],
     ids=str,
 )

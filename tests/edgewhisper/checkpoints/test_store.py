@@ -22,7 +22,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding
-from edgewhisper.checkpoints import fetch, openai
+from edgewhisper.checkpoints import fetch, generation, openai
 from edgewhisper.checkpoints.openai import ENGLISH, MULTILINGUAL, WITH_CANTONESE
 from edgewhisper.whisper import (
     WhisperForConditionalGeneration,
@@ -277,10 +277,11 @@ def test_keys_that_decoding_ignores_have_no_effect(digits, clips, tmp_path):
         ({"suppress_tokens": "all"}, "suppress_tokens = 'all'"),
         ({"alignment_heads": [[0, 1], [5, -1]]}, r"\[5, -1\] in alignment_heads"),
         ({"alignment_heads": 3}, "alignment_heads = 3"),
+        ({"word_delay_s": 1.5}, "word_delay_s = 1.5"),
     ],
     ids=[
         *("start", "no-timestamps", "language", "task", "end", "too-high", "too-low", "no-list"),
-        *("no-head", "no-heads"),
+        *("no-head", "no-heads", "delay"),
     ],
 )
 def test_ids_that_contradict_the_tokenizer_are_refused(multilingual, tmp_path, values, words):
@@ -289,6 +290,20 @@ def test_ids_that_contradict_the_tokenizer_are_refused(multilingual, tmp_path, v
     with pytest.raises(Problem, match=words) as problem:
         load(out)
     assert "generation_config.json" in str(problem.value)
+
+
+def test_the_delay_of_word_timestamps_is_known_for_openai_s_heads_only():
+    size = openai.SIZES["tiny.en"]
+    dimensions = {
+        "d_model": size.d_model,
+        "encoder_layers": size.encoder_layers,
+        "decoder_layers": size.decoder_layers,
+    }
+    config = WhisperConfig(vocab_size=ENGLISH, **dimensions)
+    heads = [list(head) for head in size.alignment_heads]
+    assert generation.word_delay_s(config, heads) == size.word_delay_s == 0.1
+    assert generation.word_delay_s(config, heads[1:]) is None
+    assert generation.word_delay_s(WhisperConfig(vocab_size=ENGLISH, d_model=96), heads) is None
 
 
 def test_an_english_model_with_a_multilingual_config_is_refused(english, tmp_path):
