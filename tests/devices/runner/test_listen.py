@@ -1,10 +1,8 @@
-"""Transcription beyond greedy text: timestamps, languages, beam search, temperature fallback."""
+"""Transcription beyond greedy text: timestamps, long audio, languages, prompts, loops."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -14,83 +12,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_rules import BEGIN, EOS, SILENT, VOCAB, rules
 from transformers import WhisperForConditionalGeneration as Whisper
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
 
 from benchmarks.speech.clips import read_manifest
-from devices.runner.decode import beam, listen
-from devices.runner.decode.beam import Branches, beam_search
+from devices.runner.decode import listen
 from devices.runner.decode.fallback import (
-    LEAST_LOGPROB,
-    TEMPERATURES,
     Attempt,
-    Sampler,
-    best_attempt,
-    compression_ratio,
-    draw,
-    is_invented,
-    sample,
 )
 from devices.runner.decode.greedy import Filter, greedy, say
 from devices.runner.decode.listen import Listener
 from devices.runner.decode.loops import loop_period, without_loop
 from devices.runner.decode.options import Options, code
-from devices.runner.decode.rules import Rules
-from devices.runner.decode.softmax import log_sum_exp, probability
+from devices.runner.decode.softmax import log_sum_exp
 from devices.runner.decode.timestamps import STEP_SAMPLES, parts
 from devices.runner.engines.sessions import MOST_IDS
 from devices.runner.problem import RunnerProblem
-from devices.runner.recognizer import Recognizer, Transcript
-from edgewhisper import decoding, whisper
+from devices.runner.recognizer import Transcript
+from edgewhisper import decoding
 
 WINDOW = 96_000
-
-EOS, SILENT, BEGIN, VOCAB = 40, 49, 50, 70
-"""A small vocabulary in Whisper's layout: text, end, special tokens, timestamps."""
-
-
-def rules(**changes) -> Rules:
-    fields = {
-        "prompt": [41, 42, 43, SILENT],
-        "eos": EOS,
-        "suppress_tokens": [],
-        "begin_suppress_tokens": [],
-        "timestamp_begin": BEGIN,
-        "max_new_tokens": 30,
-        "max_initial_timestamp_index": 5,
-        "no_speech": SILENT - 1,
-        "previous": SILENT - 2,
-        "languages": {"en": 42, "hi": 44, "haw": 45},
-        "tasks": {"transcribe": 43, "translate": 46},
-    }
-    return Rules.from_manifest(fields | changes)
-
-
-@pytest.fixture(scope="module")
-def pcms(clips) -> list[np.ndarray]:
-    """Eight shipped clips, within one window."""
-    return [clip.pcm()[:WINDOW] for clip in read_manifest(clips)[1::5]]
-
-
-@pytest.fixture(scope="module")
-def recognizer(exported) -> Recognizer:
-    """The embedded default in fp32."""
-    return Recognizer(exported, threads=1)
-
-
-@pytest.fixture(scope="module")
-def plain(exported) -> Recognizer:
-    """The same artifact without the guards, which transformers does not have."""
-    return Recognizer(exported, threads=1, guards=False)
-
-
-@pytest.fixture(scope="module")
-def torch_model(digits):
-    return whisper.load(digits)
-
-
-def features(processor, pcm: np.ndarray) -> torch.Tensor:
-    return decoding.log_mel(processor.feature_extractor, [pcm])
 
 
 # ------------------------------------------------------------------- the rules of timestamps
@@ -184,7 +126,7 @@ def test_tokens_with_timestamps_equal_those_of_generate(plain, torch_model, proc
     for pcm in [*pcms[:3], noise, pcms[3][: rng.integers(8_000, 30_000)]]:
         with torch.no_grad():
             wanted = torch_model.generate(
-                features(processor, pcm),
+                decoding.log_mel(processor.feature_extractor, [pcm]),
                 return_timestamps=True,
                 force_unique_generate_call=True,
                 return_dict_in_generate=True,
@@ -257,7 +199,7 @@ def test_timestamps_equal_those_of_generate(plain, torch_model, processor, pcms)
     for pcm in pcms[:4]:
         with torch.no_grad():
             wanted = torch_model.generate(
-                features(processor, pcm),
+                decoding.log_mel(processor.feature_extractor, [pcm]),
                 return_timestamps=True,
                 max_new_tokens=listener.rules.max_new_tokens,
                 force_unique_generate_call=True,
@@ -496,7 +438,9 @@ def test_an_english_only_artifact_takes_english_auto_and_transcribe(language):
 def test_the_detected_language_is_that_of_transformers(plain, torch_model, processor, pcms, rng):
     languages = plain.rules.languages
     for pcm in [*pcms[:3], (0.1 * rng.standard_normal(WINDOW)).astype(np.float32)]:
-        (wanted,) = torch_model.detect_language(features(processor, pcm)).tolist()
+        (wanted,) = torch_model.detect_language(
+            decoding.log_mel(processor.feature_extractor, [pcm])
+        ).tolist()
         found = plain.transcribe(pcm, language="auto")
         assert languages[found.language] == wanted
         assert found.tokens == plain.transcribe(pcm, language=found.language).tokens
@@ -506,7 +450,7 @@ def test_the_detected_language_is_that_of_transformers(plain, torch_model, proce
 def test_another_language_gives_the_tokens_of_generate(plain, torch_model, processor, pcms, task):
     with torch.no_grad():
         wanted = torch_model.generate(
-            features(processor, pcms[2]),
+            decoding.log_mel(processor.feature_extractor, [pcms[2]]),
             language="hi",
             task=task or "transcribe",
             max_new_tokens=60,
@@ -663,249 +607,7 @@ def test_text_sampled_at_high_temperature_or_cut_prompts_nothing(monkeypatch):
     assert heard == [(), (1,), (1, 2), (), (4,), (), (6,)]
 
 
-# --------------------------------------------------------------------------------- beam search
-
-
-class Again:
-    """Beam branches on a torch model without a cache: every text is computed from scratch."""
-
-    def __init__(self, model, encoded, prompt: Sequence[int]) -> None:
-        self.model, self.encoded, self.texts = model, encoded, [tuple(prompt)]
-
-    def logits(self) -> np.ndarray:
-        ids = torch.tensor(self.texts)
-        batch = (self.encoded[0].expand(len(ids), -1, -1),)
-        with torch.no_grad():
-            return self.model(encoder_outputs=batch, decoder_input_ids=ids).logits[:, -1].numpy()
-
-    def __call__(self, parents, tokens):
-        self.texts = [(*self.texts[p], t) for p, t in zip(parents, tokens, strict=True)]
-        return self.logits()
-
-
-ROUNDING = 2e-5
-"""Rounding error of a sum of about ten log-probabilities in float32."""
-
-
-def watch_gaps(patch: pytest.MonkeyPatch) -> list[float]:
-    """Return the score gaps between successive candidates, up to the best rejected one."""
-    gaps, inner = [math.inf], beam.best_candidates
-
-    def watched(logits, running, filters, count):
-        found = inner(logits, running, filters, count + 1)
-        scores = [candidate.score for candidate in found if candidate.score > beam.NEVER / 2]
-        gaps.extend(a - b for a, b in pairwise(scores))
-        return found[:count]
-
-    patch.setattr(beam, "best_candidates", watched)
-    return gaps
-
-
-@pytest.mark.parametrize("beams", [2, 3, 5])
-@pytest.mark.parametrize("timestamps", [False, True], ids=["text", "timestamps"])
-def test_beam_search_equals_that_of_transformers(tiny_whisper, monkeypatch, rng, beams, timestamps):
-    """A random model with a probable end token, so that texts end at many lengths.
-
-    The texts may differ if two candidates have the same score up to rounding.
-    """
-    from export.manifest import decoding_rules
-
-    model = tiny_whisper
-    mel = torch.from_numpy(rng.standard_normal((1, 80, 600)).astype(np.float32))
-    generation = model.generation_config
-    own = Rules.from_manifest(decoding_rules(model) | {"max_new_tokens": 14})
-    if not timestamps:
-        texts = Again(model, model.model.encoder(mel), own.prompt)
-        said = beam_search(texts.logits()[0], texts, own, beams).tokens
-        generation.eos_token_id = generation.pad_token_id = said[int(rng.integers(1, 8))]
-    own = Rules.from_manifest(decoding_rules(model) | {"max_new_tokens": 14})
-    own = own.with_options(None, None, timestamps)
-    limits = {} if timestamps else {"suppress_tokens": list(range(own.timestamp_begin, 783))}
-    with torch.no_grad():
-        wanted = model.generate(
-            mel,
-            num_beams=beams,
-            do_sample=False,
-            max_new_tokens=own.max_new_tokens,
-            return_timestamps=timestamps,
-            force_unique_generate_call=True,
-            return_dict_in_generate=True,
-            **limits,
-        ).sequences[0, len(own.prompt) :]
-    texts = Again(model, model.model.encoder(mel), own.prompt)
-    gaps = watch_gaps(monkeypatch)
-    found = beam_search(texts.logits()[0], texts, own, beams)
-    if found.tokens != decoding.until_end(wanted.tolist(), own.eos):
-        assert min(gaps) < ROUNDING
-
-
-@pytest.mark.parametrize("beams", [2, 4])
-def test_beam_search_equals_generate_on_the_artifact(plain, torch_model, processor, pcms, beams):
-    silent = list(range(plain.rules.timestamp_begin, len(plain.table)))
-    for pcm in pcms[:4]:
-        with torch.no_grad():
-            wanted = torch_model.generate(
-                features(processor, pcm),
-                num_beams=beams,
-                do_sample=False,
-                max_new_tokens=60,
-                suppress_tokens=silent,
-            )[0].tolist()
-        assert plain.transcribe(pcm, beams=beams).tokens == decoding.until_end(
-            wanted, plain.rules.eos
-        )
-
-
-def test_branches_continue_their_parents(plain, pcms, rng):
-    """For random parents and tokens, the logits equal those of the same text fed from the start."""
-    count, texts = 4, [list(plain.rules.prompt)] * 4
-    decoder = plain.decoder_over(pcms[0], Transcript())
-    decoder(plain.rules.prompt)
-    branches, parents = Branches(decoder, count), [0] * count
-    for _ in range(8):
-        tokens = rng.integers(0, 370, count).tolist()
-        found = branches(parents, tokens)
-        texts = [[*texts[p], t] for p, t in zip(parents, tokens, strict=True)]
-        for text, logits in zip(texts, found, strict=True):
-            decoder.fed = 0
-            assert np.allclose(decoder(text), logits, atol=2e-3)
-        parents = rng.integers(0, count, count).tolist()
-
-
-# ----------------------------------------------------------------------------- second thoughts
-
-
-def test_the_mean_log_probability_equals_that_of_transformers(rng):
-    active, scores, tokens = rules(suppress_tokens=[3, 4]), [], []
-    sampler = Sampler(active, temperature := float(rng.choice([0.0, 0.4, 1.0])), rng)
-    for _ in range(6):
-        logits = (3 * rng.standard_normal(VOCAB)).astype(np.float32)
-        tokens.append(sampler(logits, tokens))
-        filtered = Filter(active)(logits, [1])
-        scores.append(torch.from_numpy(filtered / (temperature or 1)))
-    wanted = Whisper._retrieve_avg_logprobs(scores, torch.tensor(tokens), temperature)
-    assert np.mean(sampler.logprobs) == pytest.approx(float(wanted), abs=1e-5)
-
-
-def test_tokens_are_sampled_with_their_probabilities(rng):
-    logits = np.array([1.0, -np.inf, 2.0, 0.0, -np.inf], np.float32)
-    drawn = np.bincount([draw(logits, rng) for _ in range(20_000)], minlength=5) / 20_000
-    wanted = np.exp(logits) / np.exp(logits).sum()
-    assert drawn[1] == drawn[4] == 0
-    assert np.abs(drawn - wanted).max() < 6 * np.sqrt(0.25 / 20_000)
-    assert probability(logits, 2) == pytest.approx(wanted[2], abs=1e-6)
-
-
-def tries(*attempts: Attempt, silence: float = 0.0) -> tuple[Attempt, list[float]]:
-    """Return the chosen attempt of a scripted list for a window of 5 s, and the temperatures."""
-    asked, script = [], iter(attempts)
-
-    def attempt(temperature: float) -> Attempt:
-        asked.append(temperature)
-        return next(script)
-
-    def invented(found: Attempt) -> bool:
-        return is_invented(found, len(found.tokens), silence, 5.0)
-
-    return best_attempt(attempt, lambda tokens: "ab " * len(tokens), invented), asked
-
-
-GOOD, UNLIKELY = Attempt([1], -0.3), Attempt([1], LEAST_LOGPROB - 0.1)
-REPEATING, LOOPED = Attempt([1] * 60, -0.1), Attempt([1], -0.1, looped=True)
-
-
-def test_a_good_text_is_accepted_at_temperature_0():
-    assert tries(GOOD) == (GOOD, [0.0])
-
-
-@pytest.mark.parametrize("bad", [UNLIKELY, REPEATING, LOOPED], ids=["unlikely", "zlib", "loop"])
-def test_a_bad_text_is_decoded_again_at_increasing_temperatures(bad):
-    found, temperatures = tries(bad, bad, GOOD)
-    assert (found, temperatures) == (GOOD, [0.0, 0.2, 0.4])
-    found, temperatures = tries(*[bad] * 6)
-    assert (found, temperatures) == (bad, list(TEMPERATURES))
-
-
-def test_an_unlikely_text_without_speech_is_left_out():
-    assert tries(UNLIKELY, silence=0.7) == (replace(UNLIKELY, tokens=[]), [0.0])
-    assert tries(GOOD, silence=0.9)[0] == GOOD
-    assert tries(REPEATING, GOOD, silence=0.7)[0] == GOOD
-    assert tries(UNLIKELY, UNLIKELY, GOOD, silence=0.5)[0] == GOOD
-
-
-@pytest.mark.parametrize(
-    ("logprob", "looped", "words", "silence", "window_s", "invented"),
-    [
-        (-1.1, False, 20, 0.61, 10, True),  # Whisper's rule
-        (-0.9, False, 20, 0.61, 10, False),
-        (-1.1, False, 20, 0.59, 10, False),
-        (-0.6, False, 1, 0.81, 2, True),  # almost certainly no speech
-        (-0.4, False, 1, 0.81, 2, False),
-        (-0.6, False, 3, 0.81, 2, False),  # very quiet speech
-        (-0.9, False, 4, 0.3, 10, True),  # few words for 10 s
-        (-0.9, False, 5, 0.3, 10, False),
-        (-0.9, False, 1, 0.3, 4, False),  # one word for 4 s is not few
-        (-0.7, False, 4, 0.3, 10, False),
-        (-0.9, False, 4, 0.2, 10, False),
-        (-0.1, True, 4, 0.0, 10, True),  # nothing but a loop
-        (-0.1, True, 20, 0.0, 10, False),
-        (-0.1, True, 20, 0.2, 10, False),
-        (-0.1, True, 20, 0.3, 10, True),
-        (-1.6, False, 20, 0.3, 10, True),  # guessed
-        (-1.6, False, 20, 0.2, 10, False),
-        (-1.4, False, 20, 0.3, 10, False),
-    ],
-)
-def test_texts_of_windows_without_speech_are_invented(
-    logprob, looped, words, silence, window_s, invented
-):
-    found = Attempt([1] * words, logprob, looped)
-    assert is_invented(found, words, silence, window_s) == invented
-
-
-def test_repetition_compresses_well():
-    assert compression_ratio("") == 0
-    assert compression_ratio("the quick brown fox jumps over it") < 1.2
-    assert compression_ratio("seven " * 40) > 2.4
-
-
-def test_clear_speech_gets_the_greedy_text_with_fallback(recognizer, pcms):
-    for pcm in pcms[:4]:
-        assert recognizer.transcribe(pcm, fallback=True).text == recognizer.transcribe(pcm).text
-
-
-def test_the_same_seed_gives_the_same_tokens(plain, pcms, seed):
-    def drawn(seed: int) -> list[list[int]]:
-        rng = np.random.default_rng(seed)
-        active = Rules.from_manifest(plain.manifest["decoding"])
-        decoder = plain.decoder_over(pcms[0], Transcript())
-        found = []
-        for _ in range(3):
-            decoder.fed = 0
-            found.append(sample(decoder, active, 3.0, rng, stop_loops=True).tokens)
-        return found
-
-    assert drawn(seed) == drawn(seed)
-    assert drawn(seed) != drawn(seed + 1)
-
-
-def test_the_probability_of_no_speech_comes_from_the_model(plain, torch_model, processor, pcms):
-    listener = Listener(plain, Options(fallback=True), Transcript())
-    decoder = plain.decoder_over(pcms[0], listener.transcript)
-    start = torch.tensor([[plain.rules.prompt[0]]])
-    with torch.no_grad():
-        logits = torch_model(features(processor, pcms[0]), decoder_input_ids=start).logits[0, -1]
-    wanted = float(logits.softmax(-1)[plain.rules.no_speech])
-    assert listener.no_speech(decoder) == pytest.approx(wanted, rel=1e-3)
-
-
-def test_detecting_the_language_also_gives_the_probability_of_no_speech(recognizer, pcms):
-    found, known = Transcript(), Transcript()
-    for transcript, language in ((found, "auto"), (known, None)):
-        language = language or found.language
-        list(recognizer.stream(pcms[0], transcript, language=language, confidence=True))
-    assert (len(found.no_speech_s), len(known.no_speech_s)) == (0, 1)
-    assert found.segments == known.segments
+# -------------------------------------------------------------------------------------- loops
 
 
 @settings(max_examples=100, deadline=None)
