@@ -14,13 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from benchmarks.speech import columns
+from benchmarks.speech.sound import SUFFIXES
 from export.problem import Problem
 from export.prompt import language_code
 
 NAMES = ("metadata.csv", "metadata.jsonl")
 FILE = "file_name"
-AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-"""Endings of the audio files that are read from a folder without metadata."""
 
 
 def read_folder(folder: Path, need_texts: bool = True) -> list[dict[str, Any]]:
@@ -50,7 +49,7 @@ def audio_files(folder: Path) -> list[Path]:
     """Return the audio files of a folder and its folders, none if one of them has metadata."""
     if any(next(folder.rglob(name), None) for name in NAMES):
         return []
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def metadata_file(folder: Path) -> Path:
