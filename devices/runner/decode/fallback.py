@@ -30,13 +30,16 @@ noisy clips, it removes five texts, with 4 of their 49 words right."""
 SHORT_LIMIT, SHORT_PER_S = (0.8, -0.5), 1.5
 """The same for texts with fewer tokens for each second, which tiny.en and base invent for short
 pieces of noise. Very quiet speech has such probabilities too, but more tokens."""
-LEAST_LOOP_SILENCE = 0.25
-"""A text that ends in a loop is invented above this probability of no speech."""
+LEAST_LOOP_SILENCE, LEAST_LOOP_LOGPROB = 0.25, -0.7
+"""A text that ends in a loop is invented above this probability of no speech, or below this mean
+log-probability: copies are likely tokens. The loops of base for music have -0.72 to -1.05."""
 
 SPARSE_WINDOW_S, SPARSE_PER_S = 8.0, 0.5
-SPARSE_LIMIT = (0.25, -0.8)
-"""The same for texts with less than a token in 2 s of a long window. On tiny.en, single words in
-20 s of noise had at most 0.21; on tiny.en and base, music had at least 0.26, or a loop."""
+SPARSE_LIMITS = ((0.25, -0.8), (0.0, -1.1))
+"""The same for texts with less than a token in 2 s of a long window. The first is for tiny.en:
+single words in 20 s of noise had at most 0.21, and music at least 0.26. The second is for base,
+which takes music for speech: its texts had at most -1.15, and single sentences in 26 s of faint
+noise at least -0.84 (tiny.en: -1.01)."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,19 @@ def is_invented(found: Attempt, words: int, silence: float, window_s: float) -> 
     loop. A text with few words for a long window needs more evidence: noise that fills only a part
     of the model's window has a lower probability of no speech, and its text is short or a loop.
     """
-    sparse = window_s > SPARSE_WINDOW_S and words < SPARSE_PER_S * window_s
+    sparse = is_sparse(words, window_s)
     if found.looped:
-        return sparse or silence > LEAST_LOOP_SILENCE
+        unlikely = found.logprob < LEAST_LOOP_LOGPROB
+        return sparse or unlikely or silence > LEAST_LOOP_SILENCE
     limits = [*LIMITS]
     limits += [SHORT_LIMIT] if words < SHORT_PER_S * window_s else []
-    limits += [SPARSE_LIMIT] if sparse else []
+    limits += SPARSE_LIMITS if sparse else []
     return any(silence > silent and found.logprob < likely for silent, likely in limits)
+
+
+def is_sparse(words: int, window_s: float) -> bool:
+    """Return whether a text has few tokens for a long window."""
+    return window_s > SPARSE_WINDOW_S and words < SPARSE_PER_S * window_s
 
 
 def compression_ratio(text: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Protocol
 
@@ -13,7 +13,15 @@ import numpy as np
 from ..artifact.manifest import AUTO
 from ..audio import SAMPLING_RATE, find_cut, is_hum, is_silent, is_steady, sound_seconds, split
 from ..interfaces import Decoder, Pcm, Segment, Transcript, Word
-from .fallback import SPARSE_LIMIT, TEMPERATURES, Attempt, best_attempt, is_invented, sample
+from .fallback import (
+    SPARSE_LIMITS,
+    TEMPERATURES,
+    Attempt,
+    best_attempt,
+    is_invented,
+    is_sparse,
+    sample,
+)
 from .greedy import MOST_NO_SPEECH, Filter, detect, say
 from .loops import loop_period, without_loop
 from .options import Options, check, code
@@ -259,13 +267,23 @@ class Listener:
         if options.confidence:
             self.no_speech_prob = silence
 
+        def words(found: Attempt) -> int:
+            return len(without_loop(self.rules.words(found.tokens)))
+
         def invented(found: Attempt) -> bool:
-            words = len(without_loop(self.rules.words(found.tokens)))
-            return judged and is_invented(found, words, silence, window_s)
+            dots = not self.recognizer.text(found.tokens).strip(" .…")
+            return judged and (dots or is_invented(found, words(found), silence, window_s))
 
         needs_logprobs = options.fallback or options.confidence or options.word_timestamps
-        likely = options.beams == 1 and not needs_logprobs and silence <= SPARSE_LIMIT[0]
-        attempt = partial(self.greedy if likely else self.attempt, decoder)
+        likely = options.beams == 1 and not needs_logprobs and silence <= SPARSE_LIMITS[0][0]
+
+        def attempt(temperature: float) -> Attempt:
+            found = (self.greedy if likely else self.attempt)(decoder, temperature)
+            doubtful = found.looped or is_sparse(words(found), window_s)
+            if likely and judged and doubtful:
+                return self.attempt(decoder, temperature)  # the same tokens, with log-probabilities
+            return found
+
         temperatures = TEMPERATURES if options.fallback else TEMPERATURES[:1]
         found = best_attempt(attempt, self.recognizer.text, invented, temperatures)
         self.silent = silence > MOST_NO_SPEECH or (not found.tokens and not found.looped)

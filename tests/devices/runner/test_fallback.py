@@ -102,9 +102,14 @@ def test_an_unlikely_text_without_speech_is_left_out():
         (-0.9, False, 1, 0.3, 4, False),  # one word for 4 s is not few
         (-0.7, False, 4, 0.3, 10, False),
         (-0.9, False, 4, 0.2, 10, False),
+        (-1.2, False, 4, 0.01, 10, True),  # base, for music
+        (-1.2, False, 5, 0.0, 10, False),
+        (-1.0, False, 4, 0.0, 10, False),
         (-0.1, True, 4, 0.0, 10, True),  # nothing but a loop
         (-0.1, True, 20, 0.0, 10, False),
         (-0.1, True, 20, 0.2, 10, False),
+        (-0.8, True, 20, 0.0, 10, True),  # base, for music in German
+        (-0.6, True, 20, 0.0, 10, False),
         (-0.1, True, 20, 0.3, 10, True),
         (-1.6, False, 20, 0.3, 10, True),  # guessed
         (-1.6, False, 20, 0.2, 10, False),
