@@ -59,9 +59,14 @@ class Moments:
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
         self.products = torch.zeros(width, width, dtype=torch.float64, device=device)
 
-    def add(self, rows: Tensor, weight: float = 1.0) -> None:
-        """Add rows (n, width) of any floating type."""
+    def add(self, rows: Tensor, weight: Tensor | float = 1.0) -> None:
+        """Add rows (n, width) of any floating type, with one weight for all or weights (n,)."""
         rows = exact(rows)
+        if isinstance(weight, Tensor):
+            self.count += float(weight.sum())
+            self.total += weight @ rows
+            self.products.addmm_(rows.T, rows * weight[:, None])
+            return
         self.count += weight * len(rows)
         self.total += weight * rows.sum(dim=0)
         self.products.addmm_(rows.T, rows, alpha=weight)

@@ -97,7 +97,7 @@ def main() -> None:
             if branch.layer > 0:
                 break
             started = time.process_time()
-            measure_part(walk, branch, [[]], options)
+            measure_part(walk, branch, [], options)
             walk.move(branch)
             total_s += LAYERS * (spent_s := time.process_time() - started)
             print(f"{branch.name}: {spent_s:.1f} s, peak {memory.peak_bytes / 1e9:.2f} GB")

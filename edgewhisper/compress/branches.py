@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgewhisper.calibration import Window
 from export.shrink import ATTENTIONS
 
 if TYPE_CHECKING:
@@ -133,9 +132,12 @@ def embedded(model: "WhisperForConditionalGeneration", tokens: Tensor) -> Tensor
     return decoder.embed_tokens(tokens) + decoder.embed_positions.weight[: tokens.shape[1]]
 
 
-def causal_mask(size: int) -> Tensor:
-    """Return (1, 1, size, size): 0 for earlier tokens and the token itself, -inf for later ones."""
-    return torch.full((size, size), -torch.inf).triu(1)[None, None]
+def causal_mask(lengths: Sequence[int]) -> Tensor:
+    """Return the mask (1, 1, n, n) of texts of these lengths, one after another in one sequence of
+    n tokens: 0 for the token itself and for earlier tokens of its text, -inf for all others."""
+    text = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    seen = (text[:, None] == text).tril()
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
 
 
 def normed(model: nn.Module, branch: Branch, x: Tensor) -> Tensor:
@@ -146,14 +148,24 @@ def normed(model: nn.Module, branch: Branch, x: Tensor) -> Tensor:
     return getattr(layer, f"{branch.kind}_layer_norm")(x)
 
 
-def run(model: nn.Module, branch: Branch, x: Tensor, encoded: Tensor | None) -> Tensor:
-    """Return the output of a branch for states x (1, n, d_model), without the residual."""
+def run(
+    model: nn.Module,
+    branch: Branch,
+    x: Tensor,
+    encoded: Tensor | None,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Return the output of a branch for states x (1, n, d_model), without the residual.
+
+    The states of the decoder may be those of several texts of these `lengths`, one after another.
+    Cross-attention then computes the keys and values of the clip once for all of them.
+    """
     layer, y = branch.layer_of(model), normed(model, branch, x)
     if branch.kind == "ffn":
         return layer.fc2(layer.activation_fn(layer.fc1(y)))
     if branch.kind == "encoder_attn":
         return layer.encoder_attn(y, key_value_states=encoded)[0]
-    mask = causal_mask(x.shape[1]).to(x) if branch.side == "decoder" else None
+    mask = causal_mask(lengths or [x.shape[1]]).to(x) if branch.side == "decoder" else None
     return layer.self_attn(y, attention_mask=mask)[0]
 
 
@@ -169,31 +181,25 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def logits_from(
+def last_states(
     model: "WhisperForConditionalGeneration",
     branch: Branch,
     x: Tensor,
-    window: Window,
-    encoded: Any,
+    tokens: Tensor,
+    encoded: Tensor | None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return the logits (tokens, vocabulary) of a clip with input states x of `branch`.
+    """Return the decoder's last states (n, d_model), which `proj_out` converts to logits.
 
-    `encoded` is the encoder's output. It is needed for branches of the decoder, and computed for
-    branches of the encoder.
+    x are the output states of `branch`. For a branch of the encoder, the decoder reads `tokens`
+    (1, n). For a branch of the decoder, it reads the encoder's output `encoded`, and x may be the
+    states of several texts of these `lengths`.
     """
-    assert window.tokens is not None
-    if branch.side == "encoder":
-        for later in later_branches(model, branch):
-            x = x + run(model, later, x, None)
-        encoded = model.model.encoder.layer_norm(x)
-        x = embedded(model, window.tokens)
-        branch = branches_of(model, "decoder")[0]
-    for later in later_branches(model, branch):
-        x = x + run(model, later, x, encoded)
-    return model.proj_out(model.model.decoder.layer_norm(x))[0]
-
-
-def later_branches(model: nn.Module, branch: Branch) -> Sequence[Branch]:
-    """Return the branch and the later ones of its side."""
     branches = branches_of(model, branch.side)
-    return branches[branches.index(branch) :]
+    for later in branches[branches.index(branch) + 1 :]:
+        x = x + run(model, later, x, encoded, lengths)
+    if branch.side == "encoder":
+        encoded, x = model.model.encoder.layer_norm(x), embedded(model, tokens)
+        for later in branches_of(model, "decoder"):
+            x = x + run(model, later, x, encoded)
+    return model.model.decoder.layer_norm(x)[0]

@@ -42,7 +42,7 @@ from edgewhisper.compress.surgeon import (
     remove_columns,
     score_directions,
 )
-from edgewhisper.compress.walk import ScoreSums, Walk, effect
+from edgewhisper.compress.walk import ScoreSums, Walk
 
 if TYPE_CHECKING:
     from edgewhisper.compress.obs import Options
@@ -53,6 +53,9 @@ SHARES = ("score_dims", "rank")
 """Curves whose losses are shares of a variance before divergences are measured."""
 TINY = 1e-30
 """Replaces zero in divisions: the output of a dead branch is zero."""
+
+Change = Callable[[int], Tensor | None]
+"""Changes a branch to a size. Returns the weight for `Walk.move` if only the values changed."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,9 @@ def scaled(curve: Curve, measured: dict[int, float]) -> Curve:
 
 # ------------------------------------------------------------------------------ the dense model
 
+Tries = dict[str, tuple[Curve, Change]]
+"""The curve of each kind of structure, and what changes the branch to one of its sizes."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -174,8 +180,7 @@ class Part:
 def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> list[Part]:
     """Return the curves of all branches, from one pass through the dense model."""
     model, parts = walk.model, []
-    first = branches_of(model, "encoder")[0]
-    dense = walk.logits(first)
+    dense = walk.dense()
     for side in SIDES:
         if side == "decoder":
             walk.enter_decoder()
@@ -186,7 +191,7 @@ def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> l
     return parts
 
 
-def measure_part(walk: Walk, branch: Branch, dense: list[list[Tensor]], options: "Options") -> Part:
+def measure_part(walk: Walk, branch: Branch, dense: list[Tensor], options: "Options") -> Part:
     damping = damping_of(branch, options)
     moments = walk.collect(branch, store=True)
     fit = fit_of(branch.last_of(walk.model), moments, damping)
@@ -196,19 +201,17 @@ def measure_part(walk: Walk, branch: Branch, dense: list[list[Tensor]], options:
     if options.branches:
         drop = Curve([1, 0], [0.0, energy])
         tries["whole"] = drop, lambda _: remove_branch(walk.model, branch, fit)
+    measured = try_levels(walk, branch, tries, dense)
     curves = {}
-    for kind, (curve, change) in tries.items():
+    for kind, (curve, _) in tries.items():
         if kind not in SHARES:
             curve = Curve(curve.sizes, [loss / energy for loss in curve.losses])
-        measured = try_levels(walk, branch, curve, change, dense, options)
-        curves[kind] = scaled(curve, measured) if measured else curve
+        curves[kind] = scaled(curve, measured[kind]) if measured[kind] else curve
     return Part(branch, curves)
 
 
-def ffn_tries(
-    walk: Walk, branch: Branch, fit: Fit, options: "Options"
-) -> dict[str, tuple[Curve, Callable[[int], None]]]:
-    tries: dict[str, tuple[Curve, Callable[[int], None]]] = {}
+def ffn_tries(walk: Walk, branch: Branch, fit: Fit, options: "Options") -> Tries:
+    tries: Tries = {}
     if options.units:
         curve, removed = unit_curve(fit, options)
         tries["units"] = curve, lambda size: put_units(walk.model, branch, fit, removed(size))
@@ -226,13 +229,11 @@ def ffn_tries(
     return tries
 
 
-def attention_tries(
-    walk: Walk, branch: Branch, fit: Fit, options: "Options"
-) -> dict[str, tuple[Curve, Callable[[int], None]]]:
+def attention_tries(walk: Walk, branch: Branch, fit: Fit, options: "Options") -> Tries:
     model, damping = walk.model, damping_of(branch, options)
     attention = branch.attention_of(model)
     total, width = attention.num_heads, len(fit.h) // attention.num_heads
-    tries: dict[str, tuple[Curve, Callable[[int], None]]] = {}
+    tries: Tries = {}
     if options.heads:
         tries["heads"] = (
             head_curve(fit, total, options),
@@ -253,26 +254,35 @@ def attention_tries(
 
 
 def try_levels(
-    walk: Walk,
-    branch: Branch,
-    curve: Curve,
-    change: Callable[[int], None],
-    dense: list[list[Tensor]],
-    options: "Options",
-) -> dict[int, float]:
-    """Return the divergences with about a quarter and a half of the structures removed."""
-    if not all(dense) or len(curve.sizes) < 2:
-        return {}
-    whole, measured = curve.sizes[0], {}
-    for share in (0.75, 0.5):
-        size = min(curve.sizes[1:], key=lambda size: abs(size - share * whole))
-        if size not in measured:
-            with restored(branch_modules(walk.model, branch)):
-                change(size)
-                # the encoder has more positions than inputs: clips of the fit would say the same
-                logits = walk.logits(branch, fitted=branch.side == "decoder")
-                measured[size] = effect(dense, logits)
+    walk: Walk, branch: Branch, tries: Tries, dense: list[Tensor]
+) -> dict[str, dict[int, float]]:
+    """Return the divergences of each kind with about a quarter and a half of its structures
+    removed; none if there are no windows to measure them on."""
+    measured: dict[str, dict[int, float]] = {kind: {} for kind in tries}
+    if not dense:
+        return measured
+    chosen = [(kind, size) for kind, (curve, _) in tries.items() for size in tried_sizes(curve)]
+    at_once = 1 if branch.side == "encoder" else max(1, len(chosen))  # large or small states
+    for start in range(0, len(chosen), at_once):
+        group = chosen[start : start + at_once]
+        changes = [changed_states(walk, branch, tries[kind][1], size) for kind, size in group]
+        found = walk.divergences(branch, changes, dense)
+        for (kind, size), loss in zip(group, found, strict=True):
+            measured[kind][size] = loss
     return measured
+
+
+def tried_sizes(curve: Curve) -> list[int]:
+    """Return the sizes nearest to three quarters and a half of the dense one, without it."""
+    smaller, whole = curve.sizes[1:], curve.sizes[0]
+    near = [min(smaller, key=lambda size: abs(size - s * whole)) for s in (0.75, 0.5) if smaller]
+    return list(dict.fromkeys(near))
+
+
+def changed_states(walk: Walk, branch: Branch, change: Change, size: int) -> dict[int, Tensor]:
+    """Return the output states of a branch that is changed for this pass."""
+    with restored(branch_modules(walk.model, branch)):
+        return walk.changed(branch, change(size))
 
 
 def damping_of(branch: Branch, options: "Options") -> float:

@@ -99,8 +99,11 @@ def put_units(model: nn.Module, branch: Branch, fit: Fit, removed: Tensor) -> No
 
 
 @torch.no_grad()
-def reduce_values(model: nn.Module, branch: Branch, fit: Fit, heads: int, dims: int) -> None:
-    """Reduce an attention to a number of heads and of value dimensions per head."""
+def reduce_values(model: nn.Module, branch: Branch, fit: Fit, heads: int, dims: int) -> Tensor:
+    """Reduce an attention to a number of heads and of value dimensions per head.
+
+    Returns the weight (d_out, d) with which the last layer gives the new output from its old input.
+    """
     attention = branch.attention_of(model)
     total = attention.num_heads
     width = len(fit.h) // total
@@ -116,6 +119,7 @@ def reduce_values(model: nn.Module, branch: Branch, fit: Fit, heads: int, dims: 
         if dims < width:
             rotate(value, own, rows)
     put(attention.out_proj, fit, weight, mean)
+    return (compact @ basis).to(attention.out_proj.weight.dtype)
 
 
 def value_bases(fit: Fit, total: int, heads: int, dims: int) -> dict[int, Tensor]:

@@ -67,7 +67,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from edgewhisper.calibration import Speech
 from edgewhisper.compress.allocation import Level, allocate
@@ -267,29 +267,31 @@ def prune(
     for branch, level in zip(branches, levels, strict=True):
         if branch.side == "decoder" and walk.side == "encoder":
             walk.enter_decoder()
-        prune_branch(walk, branch, level, options)
-        walk.move(branch)
+        walk.move(branch, prune_branch(walk, branch, level, options))
         done()
 
 
-def prune_branch(walk: Walk, branch: Branch, level: Level, options: Options) -> None:
-    """Prune and refit one branch; the walk's states are its input."""
+def prune_branch(walk: Walk, branch: Branch, level: Level, options: Options) -> Tensor | None:
+    """Prune and refit one branch; the walk's states are its input. Returns the weight for
+    `Walk.move`."""
     model, damping = walk.model, damping_of(branch, options)
     whole = whole_of(model, branch)
-    if level.kept == whole:
-        return
-    if branch.kind == "ffn" and len(level.kept) == 2:
+    attention = branch.kind != "ffn"
+    if not attention and len(level.kept) == 2:
         factorise_ffn(walk, branch, level.kept[1], damping)
-        return
-    if branch.kind != "ffn" and 0 < level.kept[2] < whole[2]:
+        return None
+    if attention and 0 < level.kept[2] < whole[2]:
         reduce_scores(model, branch, walk.collect_scores(branch), level.kept[2], damping)
-    fit = fit_of(branch.last_of(model), walk.collect(branch), damping)
+    if level.kept[:2] == whole[:2]:
+        return None
+    fit = fit_of(branch.last_of(model), walk.collect(branch, store=attention), damping)
     if level.kept[0] == 0:
         remove_branch(model, branch, fit)
-    elif branch.kind == "ffn":
+    elif attention:
+        return reduce_values(model, branch, fit, *level.kept[:2])
+    else:
         remove_units(model, branch, fit, level.kept[0])
-    elif level.kept[:2] != whole[:2]:
-        reduce_values(model, branch, fit, *level.kept[:2])
+    return None
 
 
 def factorise_ffn(walk: Walk, branch: Branch, rank: int, damping: float) -> None:

@@ -15,10 +15,10 @@ from edgewhisper import decoding, whisper
 from edgewhisper.calibration import COPIES, Moments, Speech
 from edgewhisper.compress import fits, lite, obs
 from edgewhisper.compress.allocation import Level, allocate, front
-from edgewhisper.compress.branches import Branch, States, branches_of, logits_from, stem
+from edgewhisper.compress.branches import Branch, States, branches_of, last_states, run, stem
 from edgewhisper.compress.budgets import Budget, total_of
 from edgewhisper.compress.context import Context
-from edgewhisper.compress.curves import Curve, scaled
+from edgewhisper.compress.curves import Curve, scaled, tried_sizes
 from edgewhisper.compress.fits import Fit, factorise, fit_of, put_units, remove_units, root_of
 from edgewhisper.compress.low_rank import principal_axes, spectrum, split
 from edgewhisper.compress.masks import removed_share
@@ -39,7 +39,7 @@ from edgewhisper.compress.surgeon import (
     value_directions,
 )
 from edgewhisper.compress.teacher import divergence
-from edgewhisper.compress.walk import ScoreSums, Walk, effect
+from edgewhisper.compress.walk import ScoreSums, Walk, attended, effect
 from export.cost import count_parameters
 from export.problem import Problem
 
@@ -370,14 +370,15 @@ def test_a_curve_goes_through_what_was_measured():
 
 
 def test_an_effect_is_the_geometric_mean_over_both_groups_of_clips():
-    uniform = torch.full((3, 2), 0.5).log()
-    skewed = torch.tensor([[0.9, 0.1]] * 3).log()
-    milder = torch.tensor([[0.6, 0.4]] * 3).log()
-    pair = float(divergence(uniform, skewed)), float(divergence(uniform, milder))
-    assert pair[0] == pytest.approx(0.5 * np.log(0.25 / 0.09), rel=1e-5)  # by hand
-    found = effect([[uniform], [uniform]], [[skewed], [milder]])
-    assert found == pytest.approx((pair[0] * pair[1]) ** 0.5)
-    assert effect([[uniform], [uniform]], [[], [milder]]) == pytest.approx(pair[1])
+    assert effect([0.02, 0.08]) == pytest.approx(0.04)
+    assert effect([0.08]) == pytest.approx(0.08)
+
+
+def test_sizes_near_a_half_and_three_quarters_are_tried():
+    assert tried_sizes(Curve([64, 56, 48, 40, 32, 16], [0.0] * 6)) == [48, 32]
+    assert tried_sizes(Curve([6, 5, 4, 3, 2], [0.0] * 5)) == [5, 3]
+    assert tried_sizes(Curve([2, 1], [0.0] * 2)) == [1]
+    assert tried_sizes(Curve([1], [0.0])) == []
 
 
 # ------------------------------------------------------------------------------ the model
@@ -387,14 +388,89 @@ def speech(few, processor) -> Speech:
     return Speech(few, processor, mask_padding=True)
 
 
+def logits_after(model, branch, x, window, encoded=None):
+    """The logits of one window whose branch has the output states x."""
+    with torch.no_grad():
+        return model.proj_out(last_states(model, branch, x, window.tokens, encoded))
+
+
 def test_branches_in_order_are_the_model(make_whisper, few, processor):
     model = make_whisper()
     (window, *_) = speech(few, processor).windows(model, decoder=True)
     first = branches_of(model, "encoder")[0]
     with torch.no_grad():
-        found = logits_from(model, first, stem(model, window.features), window, None)
+        x = stem(model, window.features)
+        found = logits_after(model, first, x + run(model, first, x, None), window)
         wanted = model(input_features=window.features, decoder_input_ids=window.tokens).logits[0]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("branch", [Branch("encoder", 0, "ffn"), Branch("decoder", 0, "self_attn")])
+def test_divergences_of_several_changes_are_those_of_each(branch, make_whisper, few, processor):
+    """Changes that run as one batch of the decoder diverge like single ones, clip by clip."""
+    model = make_whisper()
+    clips = Speech(few[:2], processor, mask_padding=True, random_tokens=3)
+    walk = Walk(model, clips, held_out=speech(few[2:], processor))
+    dense = walk.dense()
+    for earlier in branches_of(model, "encoder"):
+        if branch.side == "encoder" and earlier == branch:
+            break
+        walk.move(earlier)
+    if branch.side == "decoder":
+        walk.enter_decoder()
+    changes = []
+    for scale in (0.5, 2.0)[: 1 if branch.side == "encoder" else 2]:
+        with fits.restored(branch.last_of(model)):
+            branch.last_of(model).weight.mul_(scale)
+            changes.append(walk.changed(branch))
+    found = walk.divergences(branch, changes, dense)
+    groups = walk.measured_windows(branch)
+    assert len(groups) == (1 if branch.side == "encoder" else 2)
+    for states, divergence_found in zip(changes, found, strict=True):
+        losses = []
+        for group, wanted in zip(groups, dense[-len(groups) :], strict=True):
+            each = [
+                logits_after(model, branch, states[i], walk.windows[i], walk.encoded_of(branch, i))
+                for i in group
+            ]
+            losses.append(float(divergence(wanted, torch.cat(each))))
+        assert min(losses) > 1e-6
+        assert divergence_found == pytest.approx(effect(losses), rel=1e-3)
+
+
+@torch.no_grad()
+def test_texts_in_one_sequence_do_not_read_each_other(make_whisper, few, processor):
+    model = make_whisper()
+    walk = Walk(model, Speech(few[:1], processor, mask_padding=True, random_tokens=3))
+    walk.enter_decoder()
+    lengths = walk.lengths(0)
+    assert len(lengths) == 1 + COPIES
+    for branch in branches_of(model, "decoder"):
+        alone = [
+            run(model, branch, x, walk.encoded_of(branch, 0))
+            for x in walk.states[0].split(lengths, dim=1)
+        ]
+        together = walk.output(branch, 0, walk.states[0])
+        torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+        walk.move(branch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("heads", "dims"), [(2, 5), (1, 16), (1, 3)])
+def test_stored_attention_gives_the_output_with_fewer_values(
+    heads, dims, make_whisper, few, processor
+):
+    model = make_whisper()
+    branch = branches_of(model, "encoder")[0]
+    assert fits.whole_of(model, branch)[:2] == (2, 16)
+    walk = Walk(model, speech(few[:2], processor))
+    found = fit_of(branch.last_of(model), walk.collect(branch, store=True), 0.1)
+    weight = fits.reduce_values(model, branch, found, heads, dims)
+    for i in walk.states:
+        direct = run(model, branch, walk.states[i], None)
+        stored = attended(model, branch, walk.stored[i], weight)
+        torch.testing.assert_close(stored, direct, rtol=1e-3, atol=1e-5)
 
 
 def test_states_are_the_same_in_files(rng, monkeypatch):
@@ -433,7 +509,7 @@ def test_stored_outputs_move_the_states_like_computed_ones(make_whisper, few, pr
     for walk in walks:
         walk.move(branch)
     assert all(walks[0].states[i].equal(walks[1].states[i]) for i in range(4))
-    assert not len(walks[0].outputs)
+    assert not len(walks[0].stored)
 
 
 def test_held_out_clips_do_not_count_in_the_statistics(make_whisper, few, processor):
@@ -443,14 +519,16 @@ def test_held_out_clips_do_not_count_in_the_statistics(make_whisper, few, proces
     both = Walk(model, speech(few[:2], processor), held_out=speech(few[2:], processor))
     assert both.effect_windows() == [[0, 1], [2, 3]]
     assert alone.effect_windows() == [[], []]
-    assert [len(group) for group in both.logits(branch)] == [2, 2]
-    assert [len(group) for group in both.logits(branch, fitted=False)] == [0, 2]
+    assert alone.dense() == []
+    tokens = [window.tokens.shape[1] for window in both.windows]
+    assert [len(group) for group in both.dense()] == [sum(tokens[:2]), sum(tokens[2:])]
+    assert list(both.changed(branch)) == [2, 3]
     torch.testing.assert_close(alone.collect(branch).covariance, both.collect(branch).covariance)
     scores = [walk.collect_scores(branch).keys for walk in (alone, both)]
     torch.testing.assert_close(*scores)
 
 
-def test_windows_with_random_tokens_share_audio_and_weigh_as_much_as_their_clip(
+def test_texts_with_random_tokens_weigh_together_as_much_as_their_clip(
     make_whisper, few, processor
 ):
     model = make_whisper()
@@ -458,18 +536,50 @@ def test_windows_with_random_tokens_share_audio_and_weigh_as_much_as_their_clip(
     walk = Walk(model, clips, held_out=speech(few[2:], processor))
     assert list(walk.counted_windows()) == [0, 1]
     walk.enter_decoder()
-    assert list(walk.counted_windows()) == [0, 1, *range(4, 4 + 2 * COPIES)]
-    branch = branches_of(model, "decoder")[1]
-    for copy_of, number in ((0, 4), (1, 3 + 2 * COPIES)):
-        own, longer = walk.windows[copy_of].tokens, walk.windows[number].tokens
-        assert longer.shape[1] == own.shape[1] + 3
-        assert longer[:, -1].equal(own[:, -1])
-        assert walk.encoded_of(branch, number) is walk.encoded_of(branch, copy_of)
-    windows = [walk.windows[i] for i in walk.counted_windows()]
-    assert sum(window.weight for window in windows) == pytest.approx(4.0)
+    assert list(walk.counted_windows()) == [0, 1]
+    for i in (0, 1):
+        own, *longer = walk.texts(i)
+        assert [tokens.shape[1] for tokens in longer] == [own.shape[1] + 3] * COPIES
+        assert all(tokens[:, -1].equal(own[:, -1]) for tokens in longer)
+        assert walk.weights(i) == [1.0] + [1 / COPIES] * COPIES
+        assert walk.states[i].shape[1] == sum(walk.lengths(i))
+    assert all(len(walk.texts(i)) == 1 for i in (2, 3))
     assert walk.effect_windows() == [[0, 1], [2, 3]]
-    expected = sum(window.weight * window.tokens.shape[1] for window in windows)
+    expected = sum(2 * walk.lengths(i)[0] + 3 for i in (0, 1))
+    branch = branches_of(model, "decoder")[1]
     assert walk.collect(branch).count == pytest.approx(expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["self_attn", "encoder_attn", "ffn"])
+def test_statistics_of_texts_in_one_sequence_are_those_of_each(kind, make_whisper, few, processor):
+    """The moments and scores of a clip's texts, added one by one with their weights."""
+    model = make_whisper()
+    walk = Walk(model, Speech(few[:1], processor, mask_padding=True, random_tokens=3))
+    walk.enter_decoder()
+    branch = Branch("decoder", 0, kind)
+    found, last = walk.collect(branch), branch.last_of(model)
+    wanted = Moments(last.in_features)
+    alone = Walk(model, speech(few[:1], processor))
+    alone.enter_decoder()
+    scores = []
+    for x, weight in zip(walk.states[0].split(walk.lengths(0), 1), walk.weights(0), strict=True):
+        tokens = torch.zeros(1, x.shape[1]).long()
+        alone.states[0] = x
+        alone.windows[0] = replace(alone.windows[0], tokens=tokens, weight=weight)
+        own = alone.collect(branch)
+        wanted.count += own.count
+        wanted.total += own.total
+        wanted.products += own.products
+        scores += [alone.collect_scores(branch)] if kind != "ffn" else []
+    assert found.count == pytest.approx(wanted.count)
+    torch.testing.assert_close(found.mean, wanted.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.covariance, wanted.covariance, rtol=1e-4, atol=1e-6)
+    if scores:
+        together = walk.collect_scores(branch)
+        for name in ("queries", "keys"):
+            expected = sum(getattr(each, name) for each in scores)
+            torch.testing.assert_close(getattr(together, name), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_divergences_use_no_windows_with_random_tokens(make_whisper, few, processor):
@@ -517,20 +627,20 @@ def test_half_of_the_units_cost_less_than_masking_by_size(make_whisper, few, pro
     model = make_whisper()
     walk = Walk(model, speech(few, processor), held_out=speech(few, processor))
     branch = branches_of(model, "encoder")[1]
+    dense = walk.dense()
     walk.move(branches_of(model, "encoder")[0])
-    dense = walk.logits(branch)
     found = fit_of(branch.last_of(model), walk.collect(branch), 1e-3)
     weight, bias = (p.detach().clone() for p in branch.last_of(model).parameters())
     remove_units(model, branch, found, 24)
     updated = walk.collect(branch)
-    losses = effect(dense, walk.logits(branch))
+    (losses,) = walk.divergences(branch, [walk.changed(branch)], dense)
     smallest = weight.square().sum(0).argsort()[:24]
     with torch.no_grad():
         branch.last_of(model).weight.copy_(weight)
         branch.last_of(model).weight[:, smallest] = 0
         branch.last_of(model).bias.copy_(bias)
     assert updated.count > 0
-    assert losses < effect(dense, walk.logits(branch))
+    assert [losses] < walk.divergences(branch, [walk.changed(branch)], dense)
 
 
 def test_a_layer_that_says_almost_nothing_is_removed(make_whisper, context, few):
