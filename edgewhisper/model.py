@@ -172,6 +172,10 @@ def equal_widths(*tensors: Tensor) -> list[Tensor]:
     return [functional.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
 
 
+OUTPUTS = ("attention_mask", "output_attentions", "output_hidden_states")
+"""Arguments of the encoder that need all clips at once."""
+
+
 class Encoder(WhisperEncoder):
     """Whisper's encoder for audio of several lengths: (batch, mels, 2 n) -> (batch, n, d_model).
 
@@ -181,8 +185,14 @@ class Encoder(WhisperEncoder):
 
     any_length = False
     """Set for a teacher, which must accept all lengths that its student is trained on."""
+    one_by_one = False
+    """Set by `generate` on a CPU: the states of one clip stay in its caches, those of a batch do
+    not. The encoder of tiny.en took 0.32 s of CPU time for a clip, and 0.43 s in a batch of 16."""
 
     def forward(self, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.one_by_one and len(input_features) > 1 and not any(map(kwargs.get, OUTPUTS)):
+            outputs = [self.forward(clip, *args, **kwargs) for clip in input_features.split(1)]
+            return BaseModelOutput(torch.cat([output.last_hidden_state for output in outputs]))
         if input_features.shape[-1] == 2 * self.max_source_positions:
             return super().forward(input_features, *args, **kwargs)
         self._refuse_length(input_features.shape[-1])
@@ -256,10 +266,13 @@ class WhisperForConditionalGeneration(transformers.WhisperForConditionalGenerati
         positions = 0 if input_features is None else input_features.shape[-1] // 2
         if positions in windows_of(self.config):
             self.config.max_source_positions = positions
+        encoder = self.model.encoder
+        encoder.one_by_one = next(encoder.parameters()).is_cpu
         try:
             return super().generate(input_features, *args, **kwargs)
         finally:
             self.config.max_source_positions = full
+            encoder.one_by_one = False
 
 
 def _reshape_layer(layer: nn.Module, shape: Mapping[str, Any], attentions: Sequence[str]) -> None:
