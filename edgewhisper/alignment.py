@@ -340,9 +340,10 @@ def cross_attentions(
     ids = [*prompt, *(token for word in words for token in word)]
     device = next(model.parameters()).device
     features = log_mel(processor.feature_extractor, [clip.pcm]).to(device)
+    encoded = model.model.encoder(features)
     with eager(model):
         output = model(
-            features,
+            encoder_outputs=encoded,
             decoder_input_ids=torch.tensor([ids], device=device),
             use_cache=False,
             output_attentions=True,
