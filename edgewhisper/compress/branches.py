@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 IN_MEMORY_BYTES = 400_000_000
 """States that exceed this in total are stored in files."""
 
+FEW = 32
+"""Texts of at most so many tokens are read with `attend_few`. It costs less for fewer tokens than a
+head has dimensions."""
+
 Side = Literal["encoder", "decoder"]
 Kind = Literal["self_attn", "encoder_attn", "ffn"]
 SIDES: tuple[Side, ...] = ("encoder", "decoder")
@@ -169,6 +173,34 @@ def run(
     return layer.self_attn(y, attention_mask=mask)[0]
 
 
+def run_few(model: nn.Module, branch: Branch, x: Tensor, encoded: Tensor) -> Tensor:
+    """Return the output of a branch of the decoder as `run` does, with `attend_few` if it suits."""
+    if branch.kind == "encoder_attn" and x.shape[1] <= FEW:
+        attention = branch.attention_of(model)
+        linears = attention.k_proj, attention.v_proj
+        if all(linear.weight.shape[1] == encoded.shape[2] for linear in linears):
+            return attend_few(attention, normed(model, branch, x), encoded)
+    return run(model, branch, x, encoded)
+
+
+def attend_few(attention: Any, y: Tensor, encoded: Tensor) -> Tensor:
+    """Return the output (1, n, d_model) of cross-attention for few tokens y (1, n, d_model).
+
+    It multiplies queries and attention with the weights of keys and values, instead of all encoder
+    positions: q^T (W x) = (W^T q)^T x. The bias of keys adds the same to all scores of a query,
+    which a softmax ignores.
+    """
+    heads, x = attention.num_heads, encoded[0]  # (positions, d_model)
+    keys, values = (
+        p.weight.unflatten(0, (heads, -1)) for p in (attention.k_proj, attention.v_proj)
+    )
+    queries = attention.q_proj(y[0]) * attention.scaling
+    queries = queries.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, n, k)
+    shares = (queries @ keys @ x.T).softmax(-1)  # (heads, n, positions)
+    attended = (shares @ x @ values.mT).transpose(0, 1).flatten(1)  # (n, heads * v)
+    return attention.out_proj(attended + attention.v_proj.bias)[None]
+
+
 @contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """Yield a list to which each call of the module appends its input."""
@@ -201,5 +233,5 @@ def last_states(
     if branch.side == "encoder":
         encoded, x = model.model.encoder.layer_norm(x), embedded(model, tokens)
         for later in branches_of(model, "decoder"):
-            x = x + run(model, later, x, encoded)
+            x = x + run_few(model, later, x, encoded)
     return model.model.decoder.layer_norm(x)[0]

@@ -180,10 +180,10 @@ class Part:
 def measure_parts(walk: Walk, options: "Options", done: Callable[[], None]) -> list[Part]:
     """Return the curves of all branches, from one pass through the dense model."""
     model, parts = walk.model, []
-    dense = walk.dense()
     for side in SIDES:
         if side == "decoder":
             walk.enter_decoder()
+        dense = walk.dense()
         for branch in branches_of(model, side):
             parts.append(measure_part(walk, branch, dense, options))
             walk.move(branch)

@@ -246,15 +246,14 @@ class Walk:
 
     @torch.no_grad()
     def dense(self) -> list[Tensor]:
-        """Return the log-probabilities (tokens, vocabulary) of the next tokens, for both groups of
-        `effect_windows`. The walk is at the first branch. Returns [] if there are no windows."""
-        first = branches_of(self.model, "encoder")[0]
-        groups, found = self.effect_windows(), []
+        """Return the log-probabilities (tokens, vocabulary) of the next tokens, for each group of
+        `measured_windows`. The walk is at the first branch of a side. Returns [] if there are no
+        windows."""
+        first = branches_of(self.model, self.side)[0]
+        groups, found = self.measured_windows(first), []
+        states = self.changed(first)
         for group in groups if all(groups) else []:
-            last: list[Tensor] = []
-            for i in group:
-                x = self.states[i]
-                last += self._last_states(first, i, [x + self.output(first, i, x)])
+            last = [self._last_states(first, i, [states[i]])[0] for i in group]
             found.append(log_probabilities(self.model, torch.cat(last)))
         return found
 
@@ -282,9 +281,8 @@ class Walk:
 
         Several changes of a branch of the decoder share the keys and values of later branches.
         """
-        groups = self.measured_windows(branch)
         losses = []  # of the groups, for each change
-        for group, wanted in zip(groups, dense[-len(groups) :], strict=True):
+        for group, wanted in zip(self.measured_windows(branch), dense, strict=True):
             texts = [self._last_states(branch, i, [states[i] for states in changes]) for i in group]
             losses.append(
                 [
