@@ -10,9 +10,9 @@
 Sums are float64. Memory holds one branch's matrices and the clips' states.
 
 The decoder's inputs of a clip, its text and the texts with random tokens before it, are one
-sequence, because they share the keys and values of cross-attention. The attention of an attention
-branch, the input of its last layer, is stored for all clips: it gives the output of the branch with
-fewer values, which are linear in those of the dense branch.
+sequence, because they share the keys and values of cross-attention. The input of the last layer of
+an attention branch is stored for all clips: it gives the output of the branch with fewer values,
+because these are linear in those of the dense branch.
 """
 
 import math
