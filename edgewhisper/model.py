@@ -191,8 +191,11 @@ class Encoder(WhisperEncoder):
 
     def forward(self, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.one_by_one and len(input_features) > 1 and not any(map(kwargs.get, OUTPUTS)):
-            outputs = [self.forward(clip, *args, **kwargs) for clip in input_features.split(1)]
+            outputs = [self._encoded(clip, *args, **kwargs) for clip in input_features.split(1)]
             return BaseModelOutput(torch.cat([output.last_hidden_state for output in outputs]))
+        return self._encoded(input_features, *args, **kwargs)
+
+    def _encoded(self, input_features: Tensor, *args: Any, **kwargs: Any) -> Any:
         if input_features.shape[-1] == 2 * self.max_source_positions:
             return super().forward(input_features, *args, **kwargs)
         self._refuse_length(input_features.shape[-1])
