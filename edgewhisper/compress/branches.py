@@ -192,13 +192,13 @@ def attend_few(attention: Any, y: Tensor, encoded: Tensor) -> Tensor:
     """
     heads, x = attention.num_heads, encoded[0]  # (positions, d_model)
     keys, values = (
-        p.weight.unflatten(0, (heads, -1)) for p in (attention.k_proj, attention.v_proj)
+        p.weight.to(y).unflatten(0, (heads, -1)) for p in (attention.k_proj, attention.v_proj)
     )
     queries = attention.q_proj(y[0]) * attention.scaling
     queries = queries.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, n, k)
     shares = (queries @ keys @ x.T).softmax(-1)  # (heads, n, positions)
     attended = (shares @ x @ values.mT).transpose(0, 1).flatten(1)  # (n, heads * v)
-    return attention.out_proj(attended + attention.v_proj.bias)[None]
+    return attention.out_proj(attended + attention.v_proj.bias.to(y))[None]
 
 
 @contextmanager

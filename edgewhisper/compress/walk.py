@@ -306,7 +306,9 @@ def attended(model: nn.Module, branch: Branch, attention: Tensor, weight: Tensor
     """Return the output (1, n, d_model) of an attention branch for the input (1, n, d) of its last
     layer, with another weight if one is given."""
     last = branch.last_of(model)
-    return functional.linear(attention, last.weight if weight is None else weight, last.bias)
+    if weight is None:
+        return last(attention)
+    return functional.linear(attention, weight.to(attention), last.bias.to(attention))
 
 
 def by_head(attention: Any, rows: Tensor) -> Tensor:
