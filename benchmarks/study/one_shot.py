@@ -51,7 +51,6 @@ def arms() -> dict[str, Arm]:
             "obs": obs,
             "magnitude": magnitude,
             "LiteASR": lite,
-            "LiteASR, in sequence (ours)": lambda share: lite(share, sequential=True),
             "SVD of the weights": lambda share: lite(share, basis="weights"),
         }.items()
     } | {"4 bits: round to nearest": nearest, "4 bits: gptq": gptq}

@@ -10,6 +10,7 @@ rivals. The results are in benchmarks/results:
     tiny-en.jsonl          a copy of the file that `edgewhisper bench --rival ...` wrote; drawn as
                            tiny-en.svg
     edge.jsonl             a copy of the file that `edgewhisper bench` of the recipe edge wrote
+    one_shot.jsonl         python -m benchmarks.study.one_shot build/models/tiny.en --out FILE
     real.jsonl             python -m benchmarks.study.real build/models/tiny.en --out FILE
     study.jsonl            python -m benchmarks.study.run; drawn as study.png
     accounting.jsonl       python -m benchmarks.study.accounting
@@ -32,7 +33,7 @@ from benchmarks.aarch64 import counts
 from benchmarks.markdown import table
 from benchmarks.result import brief_rows, other_texts, read
 from benchmarks.rivals import race
-from benchmarks.study import accounting, real, tables, training_cost
+from benchmarks.study import accounting, one_shot, real, tables, training_cost
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -136,6 +137,11 @@ def recipes() -> str:
     return table([real.row(line) for line in lines]) + note
 
 
+def one_shot_arms() -> str:
+    """Return the table of methods that train nothing."""
+    return table([one_shot.row(line) for line in stored("one_shot.jsonl")])
+
+
 def verdicts() -> str:
     lines = stored("study.jsonl")
     return tables.summary(lines) + "\n" + table(tables.verdict_rows(lines))
@@ -193,6 +199,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tiny.en": engines_table,
     "edge": partial(bench_table, "edge.jsonl"),
     "recipes": recipes,
+    "one shot": one_shot_arms,
     "verdicts": verdicts,
     "study": study,
     "accounting": sizes,

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.sizes import SIZES, Size
 from benchmarks.speech.clips import read_manifest
-from benchmarks.study import accounting, run, tables, training_cost
+from benchmarks.study import accounting, one_shot, run, tables, training_cost
 from benchmarks.study.experiments import (
     BATCH,
     EXPERIMENTS,
@@ -386,3 +386,16 @@ def test_the_cost_of_a_training_step_is_measured_in_the_real_loop(monkeypatch):
     assert entry["median_step_cpu_s"] > 0
     assert entry["peak_rss_bytes"] > entry["least_bytes"] == 16 * entry["parameters"]
     assert training_cost.rows([entry])[0]["passes per step"] == "2"
+
+
+def test_magnitude_removes_the_smallest_units_of_each_layer(tiny_whisper):
+    from edgewhisper.compress.masks import removed_share
+
+    layers = [*tiny_whisper.model.encoder.layers, *tiny_whisper.model.decoder.layers]
+    for layer in layers:
+        layer.fc1.weight.data[::2] *= 1e-3
+    one_shot.magnitude(0.1)(tiny_whisper, None)
+    removed = [(layer.fc1.weight == 0).all(dim=1).nonzero().flatten() for layer in layers]
+    assert len({len(units) for units in removed}) == 1
+    assert all((units % 2 == 0).all() for units in removed)
+    assert removed_share(tiny_whisper) == pytest.approx(0.1, abs=0.02)
