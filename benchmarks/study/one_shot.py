@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from benchmarks.gate_loss import Counts, errors_of, loss, rate
 from benchmarks.markdown import table
 from benchmarks.program import exit_code, parser_of
 from benchmarks.speech.clips import Samples, read_manifest
+from benchmarks.study.stored import read
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration as Whisper
@@ -36,7 +38,7 @@ Arm = Callable[["Whisper", "Context"], "Whisper"]
 SHARES = (0.15, 0.25)
 LAYERS = "model.*coder.layers.*"
 FOUR_BITS: dict[str, Any] = {"encoder": 4, "decoder": 4, "token_table": 8, "stem": 8}
-"""As `export --precision int4` stores a model by default."""
+"""The bits that `export --precision int4` uses by default."""
 
 
 # ------------------------------------------------------------------------------------------ arms
@@ -53,7 +55,7 @@ def arms() -> dict[str, Arm]:
             "LiteASR": lite,
             "SVD of the weights": lambda share: lite(share, basis="weights"),
         }.items()
-    } | {"4 bits: round to nearest": nearest, "4 bits: gptq": gptq}
+    } | {"4 bits: round to nearest": four_bits("qat"), "4 bits: gptq": four_bits("gptq")}
 
 
 def obs(share: float) -> Arm:
@@ -99,18 +101,11 @@ def lite(share: float, **options: Any) -> Arm:
     return apply
 
 
-def nearest(model: Whisper, context: Context) -> Whisper:
-    """4 bits, each weight rounded to the nearest value."""
-    from edgewhisper.compress import qat as method
-
-    return method.apply(model, method.Options(**FOUR_BITS), context)
-
-
-def gptq(model: Whisper, context: Context) -> Whisper:
-    """4 bits, with errors propagated to later weights."""
-    from edgewhisper.compress import gptq as method
-
-    return method.apply(model, method.Options(**FOUR_BITS), context)
+def four_bits(name: str) -> Arm:
+    """4 bits: each weight rounded to the nearest value (`qat` without training), or with errors
+    propagated to later weights (`gptq`)."""
+    method = import_module(f"edgewhisper.compress.{name}")
+    return lambda model, context: method.apply(model, method.Options(**FOUR_BITS), context)
 
 
 # --------------------------------------------------------------------------------------- running
@@ -188,7 +183,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="JSON lines; appended to if it exists"
     )
-    parser.add_argument("--arm", action="append", help="run this arm only; repeatable")
+    parser.add_argument(
+        "--arm",
+        action="append",
+        choices=list(arms()),
+        metavar="ARM",
+        help="run this arm only; repeatable",
+    )
     return exit_code(measure, parser, argv)
 
 
@@ -196,8 +197,7 @@ def measure(given: argparse.Namespace) -> None:
     """Run the arms that are not in the file, and print the table."""
     from edgewhisper import whisper
 
-    text = given.out.read_text("utf-8") if given.out.exists() else ""
-    lines: list[Line] = [json.loads(line) for line in text.splitlines()]
+    lines = read(given.out)
     done = {line["arm"] for line in lines if line["model"] == Path(given.model).name}
     todo = [name for name in given.arm or arms() if name not in done]
     before = counts_of(given.model, whisper.load(given.model)) if todo else []

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.markdown import table
 from benchmarks.speech.clips import Samples, read_manifest
+from benchmarks.study.stored import read
 
 Line = dict[str, Any]
 LEFT_OUT = ("digits-", "quick", "bald-paper")
@@ -123,8 +124,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="JSON lines; appended to if it exists"
     )
     given = parser.parse_intermixed_args()
-    text = given.out.read_text("utf-8") if given.out.exists() else ""
-    lines: list[Line] = [json.loads(line) for line in text.splitlines()]
+    lines = read(given.out)
     done = {line["recipe"] for line in lines if line["model"] == Path(given.model).name}
     known = [line for line in lines if line["model"] == Path(given.model).name]
     todo = [name for name in given.recipes or shipped() if name not in done]

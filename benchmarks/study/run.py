@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.study.experiments import EXPERIMENTS, CostOf, Step, methods, recipe_text
+from benchmarks.study.stored import read
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -73,13 +74,6 @@ def available() -> list[str]:
 
 def key_of(line: Line) -> Key:
     return line["experiment"], line["arm"], line["seed"]
-
-
-def read(path: Path) -> list[Line]:
-    """Return the stored lines, oldest first; none if there is no file yet."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def run_all(

@@ -21,6 +21,7 @@ from benchmarks.study.experiments import (
     methods,
     recipe_text,
 )
+from benchmarks.study.stored import read
 from edgewhisper import recipe
 from edgewhisper.checkpoints import openai
 from edgewhisper.compress import METHODS
@@ -141,13 +142,13 @@ def test_finished_runs_are_not_repeated(made, runs_made, tmp_path):
     assert runs_made == [("made", "first", 0), ("made", "second", 0)]
     run.run_all(["made"], [0, 1], None, out, "base")
     assert runs_made[2:] == [("made", "first", 1), ("made", "second", 1)]
-    assert [run.key_of(entry) for entry in run.read(out)] == runs_made
+    assert [run.key_of(entry) for entry in read(out)] == runs_made
 
 
 def test_the_cost_of_another_arm_has_the_same_seed(made, runs_made, tmp_path):
     out = tmp_path / "study.jsonl"
     run.run_all(["made"], [0, 1], None, out, "base")
-    found = {run.key_of(entry): tomllib.loads(entry["recipe"]) for entry in run.read(out)}
+    found = {run.key_of(entry): tomllib.loads(entry["recipe"]) for entry in read(out)}
     assert found["made", "second", 0]["step"][0]["budget"] == 0.25
     assert found["made", "second", 1]["step"][0]["budget"] == 1.25
 
