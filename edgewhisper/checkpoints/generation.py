@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from devices.runner.artifact.manifest import MOST_DELAY_S
 from edgewhisper.checkpoints import openai
 from export.problem import Problem
 from export.prompt import LANGUAGE_POSITION, TASK_POSITION, forced_ids
@@ -45,7 +46,6 @@ TYPES = {
     "forced_decoder_ids": list,
 }
 """Key -> type of its value. All other keys have integers."""
-MOST_DELAY_S = 1.0
 MULTILINGUAL_ONLY = ("lang_to_id", "task_to_id", "language", "task")
 
 
@@ -81,6 +81,7 @@ def complete(
     for key in ("suppress_tokens", "begin_suppress_tokens"):
         refuse_beyond(source, key, values.get(key) or [], config.vocab_size)
     refuse_heads(source, values["alignment_heads"] or [])
+    refuse_delay(source, values.get("word_delay_s") or 0.0)
     values.setdefault("word_delay_s", word_delay_s(config, values["alignment_heads"]))
     add_prompt(values, stored)
     return build(values)
@@ -284,8 +285,6 @@ def refuse_types(source: object, values: Mapping[str, Any]) -> None:
         right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if key == "eos_token_id" and isinstance(value, list) and value:
             right = all(type(number) is int for number in value)
-        if kind is float and right:
-            right = abs(value) <= MOST_DELAY_S
         if kind is dict and right:
             right = all(type(number) is int for number in value.values())
         if not right:
@@ -304,6 +303,16 @@ def refuse_heads(source: object, heads: Any) -> None:
                 f"{source}: {head!r} in alignment_heads of {FILE} is not [decoder layer, head]",
                 hint=f"copy {FILE} from the model that was fine-tuned, or remove alignment_heads",
             )
+
+
+def refuse_delay(source: object, delay_s: float) -> None:
+    """Raise Problem for a delay of word timestamps that the runner would refuse."""
+    if not abs(delay_s) <= MOST_DELAY_S:
+        raise Problem(
+            f"{source}: {FILE} has word_delay_s = {delay_s!r}; it must be from -{MOST_DELAY_S} to "
+            f"{MOST_DELAY_S} seconds",
+            hint=f"correct {FILE}, or remove word_delay_s",
+        )
 
 
 def refuse_beyond(source: object, key: str, ids: Any, vocab_size: int) -> None:
