@@ -121,6 +121,11 @@ def is_invented(found: Attempt, words: int, silence: float, window_s: float) -> 
     return any(silence > silent and found.logprob < likely for silent, likely in limits)
 
 
+def is_dots(text: str) -> bool:
+    """Return whether a text has dots and nothing else."""
+    return bool(text) and not text.strip(" .…")
+
+
 def is_sparse(words: int, window_s: float) -> bool:
     """Return whether a text has few tokens for a long window."""
     return window_s > SPARSE_WINDOW_S and words < SPARSE_PER_S * window_s

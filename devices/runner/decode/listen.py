@@ -18,6 +18,7 @@ from .fallback import (
     TEMPERATURES,
     Attempt,
     best_attempt,
+    is_dots,
     is_invented,
     is_sparse,
     sample,
@@ -271,16 +272,17 @@ class Listener:
             return len(without_loop(self.rules.words(found.tokens)))
 
         def invented(found: Attempt) -> bool:
-            dots = not self.recognizer.text(found.tokens).strip(" .…")
-            return judged and (dots or is_invented(found, words(found), silence, window_s))
+            if not judged:
+                return False
+            dots = is_dots(self.recognizer.text(found.tokens))
+            return dots or is_invented(found, words(found), silence, window_s)
 
         needs_logprobs = options.fallback or options.confidence or options.word_timestamps
         likely = options.beams == 1 and not needs_logprobs and silence <= SPARSE_LIMITS[0][0]
 
         def attempt(temperature: float) -> Attempt:
             found = (self.greedy if likely else self.attempt)(decoder, temperature)
-            doubtful = found.looped or is_sparse(words(found), window_s)
-            if likely and judged and doubtful:
+            if likely and judged and (found.looped or is_sparse(words(found), window_s)):
                 return self.attempt(decoder, temperature)  # the same tokens, with log-probabilities
             return found
 

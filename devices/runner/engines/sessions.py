@@ -20,6 +20,7 @@ import onnxruntime as ort
 from ..artifact.tensors import check_session
 from ..interfaces import Logits, Pcm, Transcript
 from ..machine.host import (
+    Mapping,
     give_back_memory,
     mapped,
     return_large_blocks,
@@ -62,10 +63,9 @@ class Sessions:
             self.decoder = open_session(
                 folder / "decoder.onnx", session_options(threads, arena=False)
             )
-            self.mapped = [place for place in mapped(folder) if place not in others]
-            give_back_memory(self.mapped)
+            give_back_memory(new_mappings(folder, others))
             self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
-            self.mapped = [place for place in mapped(folder) if place not in others]
+            self.mapped = new_mappings(folder, others)
             give_back_memory(self.mapped)
         for name, session in (("encoder", self.encoder), ("decoder", self.decoder)):
             check_session(folder / f"{name}.onnx", session, manifest["contract"][name])
@@ -281,6 +281,11 @@ def check_runtime(folder: Path, manifest: dict[str, Any]) -> None:
 def numbers(version: str) -> tuple[int, ...]:
     """Return major and minor version."""
     return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+
+
+def new_mappings(folder: Path, others: Sequence[Mapping]) -> list[Mapping]:
+    """Return the mappings of files in `folder` that are not among `others`."""
+    return [place for place in mapped(folder) if place not in others]
 
 
 @cache

@@ -18,6 +18,7 @@ from devices.runner.decode.fallback import (
     best_attempt,
     compression_ratio,
     draw,
+    is_dots,
     is_invented,
     sample,
 )
@@ -121,6 +122,15 @@ def test_texts_of_windows_without_speech_are_invented(
 ):
     found = Attempt([1] * words, logprob, looped)
     assert is_invented(found, words, silence, window_s) == invented
+
+
+@pytest.mark.parametrize(
+    ("text", "dots"),
+    [("... ... …", True), (".", True), ("", False), ("one.", False), ("♪", False)],
+)
+def test_dots_alone_are_not_a_text(text, dots):
+    """An empty text is decoded again at increasing temperatures, if it is unlikely."""
+    assert is_dots(text) == dots
 
 
 def test_repetition_compresses_well():
