@@ -66,6 +66,7 @@ def complete(
     generated = bool(generation._from_model_config)
     values = {} if generated else values_of(generation)
     refuse_types(source, values)
+    refuse_delay(source, values.get("word_delay_s", 0.0))
     if tokenizer is None or not special:
         refuse_underivable(source, values, config)
         return build(values)
@@ -81,7 +82,6 @@ def complete(
     for key in ("suppress_tokens", "begin_suppress_tokens"):
         refuse_beyond(source, key, values.get(key) or [], config.vocab_size)
     refuse_heads(source, values["alignment_heads"] or [])
-    refuse_delay(source, values.get("word_delay_s") or 0.0)
     values.setdefault("word_delay_s", word_delay_s(config, values["alignment_heads"]))
     add_prompt(values, stored)
     return build(values)
