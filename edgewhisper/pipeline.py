@@ -113,6 +113,7 @@ def export(
     language: str | None = None,
     gating: Gating | None = None,
     two_stage: bool = False,
+    silence_stride: int | None = None,
     **options: Any,
 ) -> Path:
     """Write an artifact from a checkpoint and return its directory.
@@ -120,14 +121,16 @@ def export(
     Pruned weights are removed first. The gate then compares the artifact's text with the
     checkpoint's; if it fails, nothing is written and GateFailure is raised, unless `gating` asks
     otherwise. `language` is the artifact's default prompt. `two_stage` computes logits in two
-    stages if they change no token, for ONNX (see two_stage.py). `options` are those of
+    stages if they change no token, for ONNX (see two_stage.py). With `silence_stride`, only every
+    so many encoder positions of the silence after a clip are computed, for ONNX (see
+    export/onnx/silence.py); None is the default of the precision. `options` are those of
     export_coreml; for ONNX there is one, `runtime`, the oldest onnxruntime that must run the
     artifact.
     """
     from edgewhisper.coreml import chosen
     from edgewhisper.two_stage import moment_for
     from export.coreml.to_coreml import export_coreml
-    from export.onnx.to_onnx import export_onnx
+    from export.onnx.to_onnx import default_stride, export_onnx
 
     source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
     clips = None if speech is None else read_manifest(speech)
@@ -144,6 +147,9 @@ def export(
         write: Callable[..., dict[str, Any]]
         write = export_coreml if target == "coreml" else export_onnx
         gating = gating or Gating()
+        if target == "onnx":
+            stride = default_stride(model, precision, layout)
+            options["silence_stride"] = stride if silence_stride is None else silence_stride
         if two_stage:
             refuse_two_stages(model, precision, layout)
             trial = partial(write, model, processor, precision=precision, layout=layout, **options)

@@ -12,7 +12,7 @@ LAYOUTS = {target: layouts_of(target) for target in TARGETS}
 """Target -> its layouts."""
 PRECISIONS = {name: target.precisions for name, target in TARGETS.items()}
 """Target -> its precisions."""
-FOR_ONNX = ("runtime", "two_stage")
+FOR_ONNX = ("runtime", "two_stage", "silence_stride")
 """Options for ONNX only. All others are for Core ML only."""
 GATES = ("fail", "warn", "off")
 OWN_READERS = {"onnx": "EdgeWhisper's runner", "coreml": "WhisperKit, EdgeWhisper's runner"}

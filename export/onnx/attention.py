@@ -16,17 +16,36 @@ SPARE = 32
 CHANNELS = "PER_CHANNEL"
 
 
-def self_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
-    """Attend over a whole sequence: q, k (1, n, heads * qk_dim), v (1, n, heads * v_dim)."""
+def self_attention(
+    g: Graph, q: str, k: str, v: str, heads: Heads, weights: str | None = None
+) -> str:
+    """Attend over a whole sequence: q, k (1, n, heads * qk_dim), v (1, n, heads * v_dim). `weights`
+    (n,) are added to the scores of each position."""
+    if weights is not None:
+        # as one more dimension of each head: with an attention bias, the operator is slower
+        one = g.op("Unsqueeze", weights, g.constant([0, 2, 3]))  # (1, n, 1, 1)
+        k = longer(g, k, g.op("Mul", one, g.constant(1 / heads.scale)), heads)
+        q = longer(g, q, g.constant(np.ones((1, 1, 1, 1), np.float32)), heads)
     return g.op("MultiHeadAttention", q, k, v, domain=FUSED, **fused(heads))
 
 
-def shared_attention(g: Graph, q: str, k: str, v: str, heads: Heads) -> str:
+def longer(g: Graph, x: str, more: str, heads: Heads) -> str:
+    """Append `more` (1, n, 1, 1) to each head of x (1, n, heads * qk_dim)."""
+    x = g.op("Reshape", x, g.constant([0, 0, heads.count, heads.qk_dim]))
+    like = g.op("Concat", g.op("Shape", x, end=3), g.constant([1]), axis=0)
+    x = g.op("Concat", x, g.op("Expand", more, like), axis=3)
+    return g.op("Reshape", x, g.constant([0, 0, heads.count * (heads.qk_dim + 1)]))
+
+
+def shared_attention(
+    g: Graph, q: str, k: str, v: str, heads: Heads, weights: str | None = None
+) -> str:
     """Attend with one key and one value for all heads: q (1, n, heads * qk_dim), k, v (1, n, dim).
-    No fused operator takes one key for all heads with a width of its own; MatMul broadcasts it."""
+    No fused operator takes one key for all heads with a width of its own; MatMul broadcasts it.
+    `weights` (n,) are added to the scores of each position."""
     one_head = g.constant([1])
     keys, values = (g.op("Unsqueeze", x, one_head) for x in (k, v))  # (1, 1, n, dim)
-    return plain_attention(g, q, keys, values, heads)
+    return plain_attention(g, q, keys, values, heads, weights or "")
 
 
 def cached_attention(
@@ -112,12 +131,13 @@ def ends(g: Graph, ids: str, length: str) -> tuple[str, str]:
     return g.op("Sub", total, one), g.op("Squeeze", total, first)
 
 
-def spare_mask(g: Graph, ids: str, filled: str) -> str:
-    """Return an attention bias (1, 1, s, all): 0 for the `filled` (1,) int64 positions, -1e30 after
-    them."""
+def spare_mask(g: Graph, ids: str, filled: str, weights: str | None = None) -> str:
+    """Return an attention bias (1, 1, s, all): 0 or the `weights` (1, 1, 1, filled) for the
+    `filled` (1,) int64 positions, -1e30 after them."""
     new = g.op("Shape", ids, start=1, end=2)
     ones = g.constant([1, 1])
-    visible = g.op("ConstantOfShape", g.op("Concat", ones, new, filled, axis=0))
+    shape = g.op("Concat", ones, new, filled, axis=0)
+    visible = g.op("Expand", weights, shape) if weights else g.op("ConstantOfShape", shape)
     hidden = g.op("Expand", g.constant(-1e30), g.op("Concat", ones, new, new, axis=0))
     return g.op("Concat", visible, hidden, axis=3)
 
@@ -140,7 +160,7 @@ def split_heads(g: Graph, x: str, heads: int, dim: int) -> str:
 def plain_attention(g: Graph, q: str, keys: str, values: str, heads: Heads, mask: str = "") -> str:
     """Attention from MatMul and Softmax, for shapes that MultiHeadAttention does not take. q (b, s,
     heads * qk_dim), keys (b, heads or 1, t, qk_dim), values (b, heads or 1, t, v_dim) and an
-    additive mask (s, t) -> (b, s, heads * v_dim)."""
+    additive mask (s, t) or (t,) -> (b, s, heads * v_dim)."""
     q = split_heads(g, g.op("Mul", q, g.constant(heads.scale)), heads.count, heads.qk_dim)
     scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
     if mask:

@@ -22,11 +22,7 @@ def positions_of(model: nn.Module) -> int | str:
 
 def stem(g: Graph, mel: str, encoder: nn.Module, positions: int | str) -> str:
     """Apply two convolutions and add positions: (1, n_mels, frames) -> (1, frames / 2, d_model)."""
-    x = mel
-    for conv, stride in ((encoder.conv1, 1), (encoder.conv2, 2)):
-        kernel = widened(g, array(conv.weight), g.schemes.get(conv))
-        bias = g.constant(array(conv.bias))
-        x = gelu(g, g.op("Conv", x, kernel, bias, pads=[1, 1], strides=[stride]))
+    x = convolutions(g, mel, encoder)
     if isinstance(positions, str):
         length = g.op("Shape", x, start=2, end=3)
     else:  # constant: the runtime computes the positions once, when it loads the graph
@@ -35,15 +31,29 @@ def stem(g: Graph, mel: str, encoder: nn.Module, positions: int | str) -> str:
     return g.op("Add", g.op("Transpose", x, perm=[0, 2, 1]), here)
 
 
-def encoder_layer(g: Graph, x: str, layer: nn.Module, windows: Sequence[int]) -> str:
-    """Apply one encoder layer. Hidden units are computed for a part of the window at a time."""
+def convolutions(g: Graph, mel: str, encoder: nn.Module) -> str:
+    """Apply the two convolutions: (1, n_mels, frames) -> (1, d_model, frames / 2)."""
+    x = mel
+    for conv, stride in ((encoder.conv1, 1), (encoder.conv2, 2)):
+        kernel = widened(g, array(conv.weight), g.schemes.get(conv))
+        bias = g.constant(array(conv.bias))
+        x = gelu(g, g.op("Conv", x, kernel, bias, pads=[1, 1], strides=[stride]))
+    return x
+
+
+def encoder_layer(
+    g: Graph, x: str, layer: nn.Module, lengths: Sequence[int], weights: str | None = None
+) -> str:
+    """Apply one encoder layer to (1, n, d_model), where n is one of `lengths`. Hidden units are
+    computed for a part of the positions at a time. `weights` (n,) are added to the attention scores
+    of each position."""
     attention = layer.self_attn
     y = norm(g, x, layer.self_attn_layer_norm)
     q, k, v = separate_linear(g, y, chains(g.schemes, attention, "qkv"))
     attend = shared_attention if getattr(attention, "shared", False) else self_attention
-    y = attend(g, q, k, v, heads_of(attention))
+    y = attend(g, q, k, v, heads_of(attention), weights)
     x = g.op("Add", x, attention_output(g, y, attention))
-    pieces = pieces_of(outputs_of(layer.fc1), windows)
+    pieces = pieces_of(outputs_of(layer.fc1), lengths)
     return in_pieces(g, x, pieces, lambda piece: feed_forward(g, piece, layer))
 
 

@@ -69,8 +69,8 @@ def session(path):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def export(model, processor, directory, precision="fp32"):
-    return Exported(directory, export_onnx(model, processor, directory, precision))
+def export(model, processor, directory, precision="fp32", **options):
+    return Exported(directory, export_onnx(model, processor, directory, precision, **options))
 
 
 def window(processor, rng):

@@ -12,6 +12,10 @@
 of encoder positions of that window; one graph serves all windows. If the model has one window, both
 are fixed numbers. Head axes of the inputs are symbolic, those of the outputs fixed.
 
+Short clips. With a silence stride, the windows are all whole seconds, and the encoder adds the
+silence up to the model's window itself, in fewer positions (see silence.py). Its output cross.bias
+(1, 1, 1, T) and the decoder's input of that name are their weights in cross-attention.
+
 Caches. Keys and values are buffers with room for all positions, of which `past_length` are filled.
 A caller binds one buffer as past.{i} and present.{i}, and one as cross.{i} and heard.{i}. Then
 nothing is copied between steps; with separate buffers the results are the same. Head widths are
@@ -72,12 +76,16 @@ from export.onnx.graph import Graph
 from export.onnx.layers import float_table, joint_linear, linear, separate_linear
 from export.onnx.log_mel import log_mel
 from export.onnx.save import GraphParts, write_graph
+from export.onnx.silence import Silence, placed, with_margin
 from export.onnx.tables import TokenTable
 from export.onnx.two_stage import two_stage_logits
 from export.quantise import schemes
 from export.shrink import windows_of
 from export.tokens import write_tokens
 from export.weights import Floats, alignment_heads, array, chain, chains, heads_of
+
+BIAS = Spec("cross.bias", (1, 1, 1, "positions"))
+"""Added to the scores of cross-attention, if silence takes fewer positions."""
 
 
 def write(
@@ -87,11 +95,13 @@ def write(
     out: Path,
     int8_cache: bool = True,
     moment: Floats | None = None,
+    silence: Silence | None = None,
 ) -> Contract:
     """Write the layout's files and return the inputs and outputs of each graph. With `moment`,
-    logits are computed in two stages; see two_stage.py."""
-    encoder = encoder_graph(model, processor.feature_extractor, precision, int8_cache)
-    decoder = decoder_graph(model, precision, int8_cache, moment)
+    logits are computed in two stages; see two_stage.py. With `silence`, that after a clip takes
+    fewer positions; see silence.py."""
+    encoder = encoder_graph(model, processor.feature_extractor, precision, int8_cache, silence)
+    decoder = decoder_graph(model, precision, int8_cache, moment, silence)
     contract = {
         "encoder": write_graph(encoder, out, "encoder"),
         "decoder": write_graph(decoder, out, "decoder"),
@@ -102,37 +112,62 @@ def write(
 
 
 def encoder_graph(
-    model: nn.Module, extractor: Any, precision: str, int8_cache: bool = True
+    model: nn.Module,
+    extractor: Any,
+    precision: str,
+    int8_cache: bool = True,
+    silence: Silence | None = None,
 ) -> GraphParts:
     """Build the graph from PCM to the cross-attention's keys and values of every decoder layer."""
     g = Graph(precision, schemes(model), int8_cache, mapped=True)
     encoder = model.model.encoder
-    windows = windows_of(model.config)
-    mel = log_mel(g, "pcm", extractor, [2 * n for n in windows])
+    windows, positions = windows_of(model.config), positions_of(model, silence)
+    x, lengths, weights = "pcm", windows, None
+    if silence is not None:
+        x = with_margin(g, x, extractor.n_samples, silence)
+        windows = [silence.heard(window) for window in silence.windows]
+        lengths = [silence.positions(window) for window in silence.windows]
+    mel = log_mel(g, x, extractor, [2 * n for n in windows])
     with g.scope("stem"):
-        x = blocks.stem(g, mel, encoder, blocks.positions_of(model))
+        if silence is None:
+            x = blocks.stem(g, mel, encoder, positions)
+        else:
+            x = blocks.convolutions(g, mel, encoder)
+            x, weights = placed(g, x, array(encoder.embed_positions.weight), silence)
     for i, layer in enumerate(encoder.layers):
         with g.scope(f"layers.{i}"):
-            x = blocks.encoder_layer(g, x, layer, windows)
+            x = blocks.encoder_layer(g, x, layer, lengths, weights)
     with g.scope("layer_norm"):
         x = blocks.norm(g, x, encoder.layer_norm)
     outputs = []
     for i, layer in enumerate(model.model.decoder.layers):
         attention, heads = layer.encoder_attn, heads_of(layer.encoder_attn)
         dims = heads.qk_dim, heads.v_dim
-        specs = _cross(model, i, g.int8_cache, heads.count)
+        specs = _cross(model, i, g.int8_cache, heads.count, positions)
         with g.scope(f"cross.{i}"):
             both = separate_linear(g, x, chains(g.schemes, attention, "kv"))
             made = [encoder_cache(g, y, heads, dim) for y, dim in zip(both, dims, strict=True)]
         for value, spec in zip(sum(zip(*made, strict=True), ()), specs, strict=True):
             g.name(value, spec.name)
         outputs += specs
-    one_window = isinstance(blocks.positions_of(model), int)
+    if weights is not None:
+        g.name(g.op("Reshape", weights, g.constant([1, 1, 1, -1])), BIAS.name)
+        outputs.append(BIAS)
+    one_window = isinstance(positions, int)
     return g, [Spec("pcm", (1, extractor.n_samples if one_window else "samples"))], outputs
 
 
+def positions_of(model: nn.Module, silence: Silence | None) -> int | str:
+    """Return the encoder's positions; a symbol if they differ between windows."""
+    return blocks.positions_of(model) if silence is None else "positions"
+
+
 def decoder_graph(
-    model: nn.Module, precision: str, int8_cache: bool = True, moment: Floats | None = None
+    model: nn.Module,
+    precision: str,
+    int8_cache: bool = True,
+    moment: Floats | None = None,
+    silence: Silence | None = None,
 ) -> GraphParts:
     """Build the graph from new tokens and the cache to the last token's logits and the longer
     cache."""
@@ -149,7 +184,7 @@ def decoder_graph(
     places = Places(
         own=ends(g, "input_ids", "past_length"),
         cross=ends(g, "input_ids", g.op("Cast", filled, to=TensorProto.INT32)),
-        mask=spare_mask(g, "input_ids", filled),
+        mask=spare_mask(g, "input_ids", filled, None if silence is None else BIAS.name),
     )
     aligned = {layer for layer, _ in alignment(model)["heads"]}
     for i, layer in enumerate(decoder.layers):
@@ -164,7 +199,8 @@ def decoder_graph(
             assert isinstance(table, TokenTable)  # see two_stage.suits
             logits = two_stage_logits(g, table, x, model, moment)
         g.name(logits, "logits")
-    return g, *_decoder_contract(model, g.int8_cache)
+    inputs, outputs = _decoder_contract(model, g.int8_cache, positions_of(model, silence))
+    return g, inputs if silence is None else [*inputs, BIAS], outputs
 
 
 @dataclass(frozen=True)
@@ -177,14 +213,17 @@ class Places:
     mask: str
 
 
-def _decoder_contract(model: nn.Module, int8: bool) -> tuple[list[Spec], list[Spec]]:
+def _decoder_contract(
+    model: nn.Module, int8: bool, positions: int | str
+) -> tuple[list[Spec], list[Spec]]:
     inputs = [Spec("input_ids", (1, "s"), "int64"), Spec("past_length", (1,), "int32")]
     outputs = [Spec("logits", (1, 1, model.config.vocab_size))]
     for i, layer in enumerate(model.model.decoder.layers):
         inputs += _cache(model, f"past.{i}", f"heads_dec_{i}", layer.self_attn)
-        inputs += _cross(model, i, int8, f"heads_enc_{i}")
+        inputs += _cross(model, i, int8, f"heads_enc_{i}", positions)
         outputs += _cache(model, f"present.{i}", heads_of(layer.self_attn).count, layer.self_attn)
-        outputs += _cross(model, i, int8, heads_of(layer.encoder_attn).count, "heard")[:2]
+        count = heads_of(layer.encoder_attn).count
+        outputs += _cross(model, i, int8, count, positions, "heard")[:2]
     for i in sorted({layer for layer, _ in alignment(model)["heads"]}):
         heads = heads_of(model.model.decoder.layers[i].encoder_attn)
         outputs.append(Spec(f"query.{i}", (1, "s", heads.count * heads.qk_dim)))
@@ -218,12 +257,17 @@ def _cache(model: nn.Module, name: str, heads: int | str, attention: nn.Module) 
 
 
 def _cross(
-    model: nn.Module, layer: int, int8: bool, heads: int | str, name: str = "cross"
+    model: nn.Module,
+    layer: int,
+    int8: bool,
+    heads: int | str,
+    positions: int | str,
+    name: str = "cross",
 ) -> list[Spec]:
     """Return the specs of the encoder's keys and values for one decoder layer, and of int8
     scales."""
     attention = heads_of(model.model.decoder.layers[layer].encoder_attn)
-    positions, width = blocks.positions_of(model), attention.cache_dim
+    width = attention.cache_dim
     room = positions + SPARE if isinstance(positions, int) else "room"
     shape = (1, heads, room, width)
     specs = [Spec(f"{name}.{layer}.{kind}", shape, "int8" if int8 else "float32") for kind in KINDS]
