@@ -26,7 +26,7 @@ REMOVES: dict[str, tuple[str, ...]] = {
     "obs": ("remove",),
     "lite": ("theta_attn", "theta_mlp", "budget"),
     "merge": ("groups",),
-    "shear": ("rank", "theta"),
+    "shear": ("rank", "share", "theta"),
     "short": ("windows_s",),
     "recover": ("windows_s",),
     "kdq": ("quantise.encoder", "quantise.decoder"),

@@ -67,7 +67,7 @@ TABLE = "model.decoder.embed_tokens"
 Captured = dict[str, Tensor]
 """The key "states" holds the last decoder states before the logits, (clips, n, h)."""
 ROUND_TO = 16
-"""Ranks chosen by `theta` are multiples of this."""
+"""Ranks chosen by `share` and `theta` are multiples of this."""
 RIDGE = 1e-6
 """Added to the diagonal of E[h h^T], as a share of its mean, because states of a few clips do not
 span all directions."""
@@ -77,6 +77,9 @@ span all directions."""
 class Options:
     rank: Annotated[int, Range(1)] = 96
     """r of (3)."""
+    share: Annotated[float, Range(0, 1)] = 0.0
+    """Ours: instead of `rank`, use this share of d_model, rounded to a multiple of 16; one recipe
+    then suits models of several sizes. 0 uses `rank`."""
     theta: Annotated[float, Range(0, 1)] = 0.0
     """Ours: instead of `rank`, use the smallest multiple of 16 that keeps more than this share of
     sum(Sigma^2) in (6). If that rank saves no parameters, the table is neither factorised nor
@@ -275,7 +278,7 @@ def apply(
     `rank` that saves no parameters, and what training.train raises.
     """
     refuse_quantised(model, "shear", options)
-    refuse_rank(model, 1 if options.theta else options.rank)
+    refuse_rank(model, 1 if options.theta else rank_of(model, options))
     teacher = frozen_copy(model)
     frequencies = token_frequencies(model, context, options.floor)
     metric = second_moment(teacher, options, context)
@@ -293,6 +296,13 @@ def apply(
     record["training"] = distil(student, teacher, options, context)
     context.record["shear"] = record
     return student
+
+
+def rank_of(model: nn.Module, options: Options) -> int:
+    """Return the rank that `share` or `rank` asks for."""
+    if options.share:
+        return max(1, round(options.share * model.config.d_model / ROUND_TO)) * ROUND_TO
+    return options.rank
 
 
 def refuse_rank(model: nn.Module, rank: int) -> None:
@@ -348,7 +358,7 @@ def factors_of(
     table = model.model.decoder.embed_tokens.weight.detach()
     f, m = powers(options)
     weights = (frequencies.double() ** f, power(metric, m))
-    return factorise(table.cpu(), options.rank, *weights, options.theta)
+    return factorise(table.cpu(), rank_of(model, options), *weights, options.theta)
 
 
 def sheared(

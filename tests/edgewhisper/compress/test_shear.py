@@ -135,6 +135,12 @@ def test_the_full_rank_changes_neither_embeddings_nor_logits(start, tiny_whisper
     assert max(errors.values()) < 1e-9
 
 
+@pytest.mark.parametrize(("share", "rank"), [(0.84, 48), (0.3, 16), (0.01, 16)])
+def test_a_share_of_the_width_gives_the_rank(share, rank, make_whisper, context):
+    result = shear.apply(make_whisper(d_model=64), replace(SHEAR, share=share), context)
+    assert result.config.edgewhisper["token_rank"] == rank == context.record["shear"]["rank"]
+
+
 def test_theta_is_the_share_that_the_rank_must_exceed():
     sigma = torch.cat([torch.full((16,), 3.0), torch.full((16,), 1.0), torch.zeros(4)])
     assert [enough(sigma, theta) for theta in (0.1, 0.89, 0.91)] == [16, 16, 32]
