@@ -49,9 +49,7 @@ def demo_checkpoint(source: str, say: Say) -> tuple[str, str]:
     If compression loses too much, return the dense checkpoint and an empty label.
     """
     try:
-        # the default recipe takes minutes longer
-        recipe = None if source == str(DEFAULT_MODEL) else "lite"
-        return str(compress(Request(source, recipe), say)), " compressed"
+        return str(compress(Request(source), say)), " compressed"
     except AccuracyLoss as lost:
         say(f"note: {lost}; the demo continues with the uncompressed model")
         return source, ""
