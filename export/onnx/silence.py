@@ -56,13 +56,13 @@ class Silence(NamedTuple):
         """Window lengths in encoder positions, ascending."""
         return [*range(UNIT, self.full, UNIT), self.full]
 
-    def heard(self, window: int) -> int:
+    def mel_positions(self, window: int) -> int:
         """Return the positions whose log-mel features are computed."""
         return min(window + MARGIN, self.full)
 
     def positions(self, window: int) -> int:
         """Return the encoder positions of a window, T."""
-        n = self.heard(window)
+        n = self.mel_positions(window)
         n -= min(EDGE, self.full - n)
         return n + len(range(n + self.offset, self.full, self.stride))
 

@@ -125,7 +125,7 @@ def encoder_graph(
     x, lengths, weights = "pcm", windows, None
     if silence is not None:
         x = with_margin(g, x, extractor.n_samples, silence)
-        windows = [silence.heard(window) for window in silence.windows]
+        windows = [silence.mel_positions(window) for window in silence.windows]
         lengths = [silence.positions(window) for window in silence.windows]
     mel = log_mel(g, x, extractor, [2 * n for n in windows])
     with g.scope("stem"):
