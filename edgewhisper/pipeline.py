@@ -130,7 +130,8 @@ def export(
     from edgewhisper.coreml import chosen
     from edgewhisper.two_stage import moment_for
     from export.coreml.to_coreml import export_coreml
-    from export.onnx.to_onnx import default_stride, export_onnx
+    from export.onnx.silence import default_stride
+    from export.onnx.to_onnx import export_onnx
 
     source = checkpoint or str(runs.newest("checkpoint") or DEFAULT_MODEL)
     clips = None if speech is None else read_manifest(speech)

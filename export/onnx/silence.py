@@ -27,9 +27,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from onnx import TensorProto
+from torch import nn
 
+from export.layouts import NATIVE
 from export.onnx.graph import Graph
 from export.onnx.tables import encoder_positions
+from export.problem import Problem
+from export.shrink import windows_of
 from export.weights import Floats
 
 DEFAULT = 8
@@ -70,6 +74,27 @@ class Silence(NamedTuple):
     def offset(self) -> int:
         """Positions from the first of a group to the one that is computed."""
         return (self.stride - 1) // 2
+
+
+def default_stride(model: nn.Module, precision: str, layout: str) -> int:
+    """Return the silence stride that suits a model: DEFAULT for OpenAI's window in int8 and int4,
+    whose texts differ from those of the checkpoint in any case."""
+    rounded = layout == NATIVE and precision in ("int8", "int4")
+    return DEFAULT if rounded and windows_of(model.config) == [LONG] else 1
+
+
+def silence_of(model: nn.Module, layout: str, stride: int) -> Silence | None:
+    """Return how the silence after a clip is computed; None for a stride of 1, all positions."""
+    if stride == 1:
+        return None
+    windows = windows_of(model.config)
+    if stride < 1 or layout != NATIVE or len(windows) > 1 or windows[0] <= UNIT:
+        raise Problem(
+            f"silence stride {stride}: layout {layout}, windows of {windows} encoder positions; it "
+            f"needs a stride of at least 1, the native layout and one window of more than {UNIT}",
+            hint="leave --silence-stride out; a model with short windows does not need it",
+        )
+    return Silence(windows[0], stride)
 
 
 def with_margin(g: Graph, pcm: str, samples: int, silence: Silence) -> str:

@@ -16,14 +16,9 @@ from export.layouts import NATIVE, TARGETS, layouts_of
 from export.manifest import manifest_of
 from export.onnx.layouts.native import alignment
 from export.onnx.runtimes import has_int8_cache, needed
-from export.onnx.silence import DEFAULT, LONG, UNIT, Silence
+from export.onnx.silence import silence_of
 from export.onnx.two_stage import facts
-from export.problem import Problem
-from export.shrink import windows_of
 from export.weights import Floats
-
-ROUNDED = ("int8", "int4")
-"""Precisions whose products are not exact."""
 
 
 def export_onnx(
@@ -48,7 +43,7 @@ def export_onnx(
     computed; see silence.py. The manifest is written last, after `gate`.
 
     Raises Problem for an unknown precision, layout or runtime, for a model or feature extractor
-    that the graphs cannot represent, for a prompt that the generation config cannot give, and for a
+    that the graphs cannot represent, for a prompt that the generation config cannot give, for a
     graph beyond protobuf's 2 GiB, and for a silence stride with another layout or with windows of
     several lengths.
     """
@@ -77,24 +72,3 @@ def export_onnx(
         manifest["decoding"]["alignment"] = alignment(model)
     write_manifest(out, manifest, gate)
     return manifest
-
-
-def default_stride(model: nn.Module, precision: str, layout: str) -> int:
-    """Return the silence stride that suits a model: DEFAULT for OpenAI's window in int8 and int4.
-    The positions that it leaves out change the text less than the precision does."""
-    suits = windows_of(model.config) == [LONG] and layout == NATIVE and precision in ROUNDED
-    return DEFAULT if suits else 1
-
-
-def silence_of(model: nn.Module, layout: str, stride: int) -> Silence | None:
-    """Return how the silence after a clip is computed; None for a stride of 1, all positions."""
-    if stride == 1:
-        return None
-    windows = windows_of(model.config)
-    if stride < 1 or layout != NATIVE or len(windows) > 1 or windows[0] <= UNIT:
-        raise Problem(
-            f"silence stride {stride}: layout {layout}, windows of {windows} encoder positions; it "
-            f"needs a stride of at least 1, the native layout and one window of more than {UNIT}",
-            hint="leave --silence-stride out; a model with short windows does not need it",
-        )
-    return Silence(windows[0], stride)
