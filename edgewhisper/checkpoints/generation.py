@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from devices.runner.artifact.manifest import MOST_DELAY_S
 from edgewhisper.checkpoints import openai
+from edgewhisper.checkpoints.generation_file import FILE, START_KEY
 from export.problem import Problem
 from export.prompt import LANGUAGE_POSITION, TASK_POSITION, forced_ids
 from export.vocabulary import END, NO_TIMESTAMPS, PREVIOUS, START, TASKS
@@ -22,7 +23,6 @@ from export.vocabulary import END, NO_TIMESTAMPS, PREVIOUS, START, TASKS
 if TYPE_CHECKING:
     from transformers import GenerationConfig, WhisperConfig, WhisperTokenizer
 
-FILE = "generation_config.json"
 IN_CONFIG = (
     *("decoder_start_token_id", "eos_token_id", "bos_token_id", "pad_token_id"),
     *("suppress_tokens", "begin_suppress_tokens"),
@@ -46,6 +46,11 @@ TYPES = {
     "forced_decoder_ids": list,
 }
 """Key -> type of its value. All other keys have integers."""
+ADDED = (
+    "config.json must have the decoder_start_token_id of the model that was fine-tuned: "
+    f"{openai.ENGLISH_END + 1} if it is English-only, {openai.ENGLISH_END + 2} if multilingual"
+)
+"""The end of a hint: how the vocabulary of a model with added tokens is recognised."""
 MULTILINGUAL_ONLY = ("lang_to_id", "task_to_id", "language", "task")
 
 
@@ -58,9 +63,10 @@ def complete(
 ) -> GenerationConfig:
     """Return the generation config with all values that decoding needs.
 
-    `stored` is the content of config.json, and `source` the checkpoint's name in errors. Without a
-    tokenizer nothing can be derived, so the config must be complete. Raises Problem if values
-    contradict the tokenizer or the vocabulary, or are missing and cannot be derived.
+    `stored` is the content of config.json with the stored start token (see huggingface.py), and
+    `source` the checkpoint's name in errors. Without a tokenizer nothing can be derived, so the
+    config must be complete. Raises Problem if values contradict the tokenizer or the vocabulary, or
+    are missing and cannot be derived.
     """
     special = special_ids(tokenizer)
     generated = bool(generation._from_model_config)
@@ -70,9 +76,10 @@ def complete(
     if tokenizer is None or not special:
         refuse_underivable(source, values, config)
         return build(values)
-    refuse_other_tokenizer(source, special, config)
+    refuse_other_tokenizer(source, special, config, stored.get(START_KEY))
     derived = derive(special, config)
-    derived["alignment_heads"] = stored.get("alignment_heads") or alignment_heads(config)
+    english = is_english(special)
+    derived["alignment_heads"] = stored.get("alignment_heads") or alignment_heads(config, english)
     if generated:
         derived |= suppressed(special, stored, tokenizer, config)
     values = derived | values
@@ -82,7 +89,7 @@ def complete(
     for key in ("suppress_tokens", "begin_suppress_tokens"):
         refuse_beyond(source, key, values.get(key) or [], config.vocab_size)
     refuse_heads(source, values["alignment_heads"] or [])
-    values.setdefault("word_delay_s", word_delay_s(config, values["alignment_heads"]))
+    values.setdefault("word_delay_s", word_delay_s(config, english, values["alignment_heads"]))
     add_prompt(values, stored)
     return build(values)
 
@@ -124,9 +131,7 @@ def derive(special: Mapping[str, int], config: WhisperConfig) -> dict[str, Any]:
     """Return the values that follow from the names of the special tokens."""
     languages = {name: special[name] for name in languages_among(special)}
     tasks = {task: special[f"<|{task}|>"] for task in TASKS if f"<|{task}|>" in special}
-    # English-only tokenizers also have languages and tasks, but they use GPT-2's vocabulary
-    english = special[END] == openai.ENGLISH_END
-    multilingual = bool(languages) and bool(tasks) and not english
+    multilingual = bool(languages) and bool(tasks) and not is_english(special)
     return {
         "is_multilingual": multilingual,
         "decoder_start_token_id": special[START],
@@ -139,6 +144,12 @@ def derive(special: Mapping[str, int], config: WhisperConfig) -> dict[str, Any]:
         "max_length": config.max_target_positions,
         **({"lang_to_id": languages, "task_to_id": tasks} if multilingual else {}),
     }
+
+
+def is_english(special: Mapping[str, int]) -> bool:
+    """Return whether the tokenizer is of an English-only model. It also has languages and tasks,
+    but it uses GPT-2's vocabulary."""
+    return special[END] == openai.ENGLISH_END
 
 
 def languages_among(special: Mapping[str, int]) -> list[str]:
@@ -179,7 +190,7 @@ def suppressed(
 ) -> dict[str, Any]:
     """Return the suppressed tokens of config.json, or OpenAI's for its vocabularies."""
     tokens: dict[str, Any] = {}
-    if openai.vocabulary_of(config.vocab_size, special[START]) is not None:
+    if openai.vocabulary_of(config, special[START]) is not None:
         tokens["suppress_tokens"] = openai.suppressed_tokens(tokenizer, special)
         tokens["begin_suppress_tokens"] = openai.first_suppressed(tokenizer, special[END])
     keys = ("suppress_tokens", "begin_suppress_tokens")
@@ -204,17 +215,20 @@ def add_prompt(values: dict[str, Any], stored: Mapping[str, Any]) -> None:
     values["task"] = values.get("task") or "transcribe"
 
 
-def alignment_heads(config: WhisperConfig) -> list[list[int]] | None:
+def alignment_heads(config: WhisperConfig, english: bool) -> list[list[int]] | None:
     """Return the heads of OpenAI's model with these dimensions; None for a compressed model."""
-    size = None if getattr(config, "edgewhisper", None) else openai.size_of(config)
+    size = None if getattr(config, "edgewhisper", None) else openai.size_of(config, english)
     return None if size is None else [list(head) for head in size.alignment_heads] or None
 
 
-def word_delay_s(config: WhisperConfig, heads: Sequence[Sequence[int]] | None) -> float | None:
+def word_delay_s(
+    config: WhisperConfig, english: bool, heads: Sequence[Sequence[int]] | None
+) -> float | None:
     """Return how late the word timestamps are, if the model has the dimensions and the heads of one
     of OpenAI's models for which this was measured."""
-    size = openai.size_of(config)
-    return None if size is None or heads != alignment_heads(config) else size.word_delay_s
+    size = openai.size_of(config, english)
+    known = size is not None and heads == alignment_heads(config, english)
+    return size.word_delay_s if size is not None and known else None
 
 
 # ------------------------------------------------------------------------------- contradictions
@@ -226,8 +240,10 @@ def refuse_underivable(source: object, values: Mapping[str, Any], config: Whispe
     if missing:
         raise Problem(
             f"{source}: {FILE} lacks {' and '.join(missing)}, there is no tokenizer to derive them "
-            f"from, and a vocabulary of {config.vocab_size} tokens is not one of OpenAI's",
-            hint=f"copy the tokenizer files and {FILE} from the model that was fine-tuned",
+            f"from, and a vocabulary of {config.vocab_size} tokens is not one of OpenAI's (the "
+            f"model has {config.num_mel_bins} mel bins)",
+            hint=f"copy the tokenizer files and {FILE} from the model that was fine-tuned; if "
+            f"tokens were added to OpenAI's vocabulary, {ADDED}",
         )
 
 
@@ -252,22 +268,40 @@ def refuse_contradictions(
 
 
 def refuse_other_tokenizer(
-    source: object, special: Mapping[str, int], config: WhisperConfig
+    source: object, special: Mapping[str, int], config: WhisperConfig, start: int | None
 ) -> None:
-    """Raise Problem if the tokenizer exceeds the vocabulary, or has other ids than OpenAI's."""
-    sizes = (openai.ENGLISH, openai.MULTILINGUAL, openai.WITH_CANTONESE)
-    known = openai.special_ids(config.vocab_size) if config.vocab_size in sizes else {}
-    for name in (END, START, "<|transcribe|>", NO_TIMESTAMPS):
-        actual, expected = special.get(name), known.get(name)
-        if actual is None or (actual < config.vocab_size and expected in (None, actual)):
-            continue
-        limit = "less than that" if expected is None else str(expected)
-        raise Problem(
-            f"{source}: the tokenizer's id of {name} is {actual}; with vocab_size "
-            f"{config.vocab_size} in config.json it must be {limit}",
-            hint="the tokenizer is of another model: copy the one that belongs to these weights, "
-            "or remove its files, then OpenAI's own is used",
-        )
+    """Raise Problem if the tokenizer exceeds the vocabulary, or has other ids than OpenAI's.
+
+    `start` is the stored id of <|startoftranscript|>. The vocabulary is the one with this id, or
+    the one with this number of tokens: WhisperConfig's default is the start of another one.
+    """
+    sizes = (openai.vocabulary_of(config, start), openai.vocabulary_of(config))
+    known = [openai.special_ids(size) for size in dict.fromkeys(sizes) if size is not None]
+    wrong = [differing(special, ids, config) for ids in known or [{}]]
+    if not all(wrong):
+        return
+    name, limit = wrong[0][0]
+    with_start = "" if start is None else f", {START_KEY} {start}"
+    raise Problem(
+        f"{source}: the tokenizer's id of {name} is {special[name]}; with vocab_size "
+        f"{config.vocab_size}{with_start} and num_mel_bins {config.num_mel_bins} in config.json it "
+        f"must be {limit}",
+        hint="the tokenizer is of another model: copy the one that belongs to these weights, "
+        f"or remove its files, then OpenAI's own is used; if tokens were added to it, {ADDED}",
+    )
+
+
+def differing(
+    special: Mapping[str, int], known: Mapping[str, int], config: WhisperConfig
+) -> list[tuple[str, str]]:
+    """Return name and allowed id of each token whose id is not the known one, or is too high."""
+    names = [name for name in (END, START, "<|transcribe|>", NO_TIMESTAMPS) if name in special]
+    allowed = {name: known.get(name) for name in names}
+    return [
+        (name, "less than vocab_size" if expected is None else str(expected))
+        for name, expected in allowed.items()
+        if special[name] >= config.vocab_size or expected not in (None, special[name])
+    ]
 
 
 def contradiction(source: object, key: str, actual: Any, expected: Any) -> Problem:

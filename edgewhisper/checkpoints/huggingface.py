@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import WhisperConfig
 
-from edgewhisper.checkpoints import openai
+from edgewhisper.checkpoints import generation_file, openai
 from edgewhisper.checkpoints.pinned import PINNED
 from edgewhisper.model import GatherLinear, WhisperForConditionalGeneration
 from edgewhisper.quiet import quiet
@@ -66,7 +66,8 @@ def read(
 def read_config(
     source: str | Path, revision: str | None = None
 ) -> tuple[WhisperConfig, dict[str, Any]]:
-    """Return the config, and the content of config.json as it is."""
+    """Return the config, and the content of config.json. If generation_config.json stores another
+    start token, the content has that one. Raises Problem if a file cannot be read."""
     refuse_missing(source)
     try:
         stored, _ = transformers.PretrainedConfig.get_config_dict(str(source), revision=revision)
@@ -89,7 +90,8 @@ def read_config(
         raise unreadable(source, error) from error
     if getattr(config, "edgewhisper", None) is not None:
         check_shapes(config.edgewhisper, config)
-    return config, stored
+    start = generation_file.stored_start(generation_file.read(source, revision), stored)
+    return config, stored if start is None else stored | {generation_file.START_KEY: start}
 
 
 def refuse_missing(source: str | Path) -> None:

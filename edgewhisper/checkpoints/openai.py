@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from transformers import WhisperConfig, WhisperTokenizer
 
 ENGLISH_END = 50_256
-"""Id of <|endoftext|> in GPT-2's vocabulary, which the English-only models use."""
+"""Id of <|endoftext|> in GPT-2's vocabulary, which the English-only models use. The id of
+<|startoftranscript|> is the next one."""
+CANTONESE_MELS = 128
+"""Mel bins of the models that know Cantonese; all others have 80."""
 VOCABULARIES = Path(__file__).resolve().parent.parent / "assets" / "vocabularies"
 BYTES = 256
 MAX_INITIAL_TIMESTAMP_INDEX = 50
@@ -74,9 +77,9 @@ SIZES = {
     "large-v2": Size(1280, 32, 32, MULTILINGUAL, ()),
     "large-v3": Size(1280, 32, 32, WITH_CANTONESE, (
         (7, 0), (10, 17), (12, 18), (13, 12), (16, 1), (17, 14), (19, 11), (21, 4), (24, 1),
-        (25, 6)), num_mel_bins=128),
+        (25, 6)), num_mel_bins=CANTONESE_MELS),
     "large-v3-turbo": Size(1280, 32, 4, WITH_CANTONESE, (
-        (2, 4), (2, 11), (3, 3), (3, 6), (3, 11), (3, 14)), num_mel_bins=128),
+        (2, 4), (2, 11), (3, 3), (3, 6), (3, 11), (3, 14)), num_mel_bins=CANTONESE_MELS),
 }
 # fmt: on
 HUB_IDS = {
@@ -91,17 +94,21 @@ HUB_IDS = {
 # -------------------------------------------------------------------------------- vocabularies
 
 
-def vocabulary_of(vocab_size: int, start: int | None = None) -> int | None:
+def vocabulary_of(config: WhisperConfig, start: int | None = None) -> int | None:
     """Return the size of OpenAI's vocabulary that a model uses; None if it uses another one.
 
-    A fine-tuned model may have additional tokens at the end. Its vocabulary is recognised by
-    `start`, the id of <|startoftranscript|>.
+    A fine-tuned model may have additional tokens at the end, so its size may be that of another
+    vocabulary. Its vocabulary is recognised by the mel bins, and by `start`, the id of
+    <|startoftranscript|> (None if it is not known).
     """
-    if vocab_size in (ENGLISH, MULTILINGUAL, WITH_CANTONESE):
-        return vocab_size
-    by_start = {ENGLISH_END + 1: ENGLISH, ENGLISH_END + 2: MULTILINGUAL}
-    original = by_start.get(start) if start is not None else None
-    return original if original is not None and vocab_size > WITH_CANTONESE else None
+    size = config.vocab_size
+    if config.num_mel_bins == CANTONESE_MELS and size >= WITH_CANTONESE:
+        return WITH_CANTONESE
+    if start == ENGLISH_END + 1 and size >= ENGLISH:
+        return ENGLISH
+    if start == ENGLISH_END + 2 and size >= MULTILINGUAL:
+        return MULTILINGUAL
+    return size if size in (ENGLISH, MULTILINGUAL) else None
 
 
 def special_ids(vocab_size: int) -> dict[str, int]:
@@ -188,13 +195,13 @@ def first_suppressed(tokenizer: WhisperTokenizer, end: int) -> list[int]:
 # -------------------------------------------------------------------------------------- models
 
 
-def size_of(config: WhisperConfig) -> Size | None:
-    """Return the size with the dimensions of a model, or None."""
+def size_of(config: WhisperConfig, english: bool) -> Size | None:
+    """Return the size with the dimensions of a model, among the English-only models or the others.
+    Returns None if there is none."""
     for size in SIZES.values():
         dimensions = (size.d_model, size.encoder_layers, size.decoder_layers, size.num_mel_bins)
         actual = (config.d_model, config.encoder_layers, config.decoder_layers, config.num_mel_bins)
-        english = size.vocab_size == ENGLISH
-        if dimensions == actual and english == (config.vocab_size == ENGLISH):
+        if dimensions == actual and english == (size.vocab_size == ENGLISH):
             return size
     return None
 

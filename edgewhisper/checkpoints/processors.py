@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from edgewhisper.checkpoints import ctranslate2, huggingface, lora, openai, pt
+from edgewhisper.checkpoints.generation_file import START_KEY
 from edgewhisper.checkpoints.huggingface import first_line, looks_local, resolved
 from edgewhisper.quiet import quiet
 from edgewhisper.shapes import POSITION_S
@@ -28,8 +29,9 @@ def load_processor(source: str | Path, revision: str | None = None) -> WhisperPr
     source = resolved(source)
     if lora.is_folder(Path(source)):
         return load_processor(lora.base_of(Path(source)))
-    config = _config_of(source, revision)
-    return processor_of(source, config, load_tokenizer(source, config, revision), revision)
+    config, start = _config_and_start(source, revision)
+    tokenizer = load_tokenizer(source, config, start, revision)
+    return processor_of(source, config, tokenizer, revision)
 
 
 def processor_of(
@@ -51,16 +53,19 @@ def processor_of(
 
 
 def load_tokenizer(
-    source: str | Path, config: WhisperConfig, revision: str | None = None
+    source: str | Path,
+    config: WhisperConfig,
+    start: int | None = None,
+    revision: str | None = None,
 ) -> WhisperTokenizer | None:
     """Load a checkpoint's tokenizer, or OpenAI's for its vocabulary if it has none.
 
+    `start` is the id of <|startoftranscript|> that the checkpoint stores, None if it stores none.
     Returns None if the vocabulary is not OpenAI's either. Raises Problem for tokenizer files that
     cannot be read.
     """
     source = resolved(source)
-    start = getattr(config, "decoder_start_token_id", None)
-    vocabulary = openai.vocabulary_of(config.vocab_size, start)
+    vocabulary = openai.vocabulary_of(config, start)
     if _has_tokenizer(Path(source)) or not looks_local(source):
         try:
             with quiet():
@@ -94,12 +99,14 @@ def _no_tokenizer(source: str | Path, reason: str) -> Problem:
     )
 
 
-def _config_of(source: str | Path, revision: str | None) -> WhisperConfig:
+def _config_and_start(source: str | Path, revision: str | None) -> tuple[WhisperConfig, int | None]:
+    """Return the config, and the start token, which only Hugging Face's forms store."""
     if ctranslate2.is_folder(Path(source)):
-        return ctranslate2.read(Path(source)).config()
+        return ctranslate2.read(Path(source)).config(), None
     if pt.is_file(Path(source)):
-        return pt.read(Path(source))[0]
-    return huggingface.read_config(source, revision)[0]
+        return pt.read(Path(source))[0], None
+    config, stored = huggingface.read_config(source, revision)
+    return config, stored.get(START_KEY)
 
 
 def _feature_extractor(

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, WhisperConfig, WhisperProcessor, Whis
 from devices.runner.machine.host import usable_cores
 from edgewhisper.checkpoints import ctranslate2, generation, huggingface, lora, pt
 from edgewhisper.checkpoints import mapped as mapped_file
+from edgewhisper.checkpoints.generation_file import START_KEY
 from edgewhisper.checkpoints.huggingface import resolved
 from edgewhisper.checkpoints.processors import load_tokenizer, processor_of
 from edgewhisper.model import WhisperForConditionalGeneration
@@ -88,7 +89,7 @@ def _load(
         model = _from_tensors(source, *pt.read(Path(source)))
     else:
         model, stored = huggingface.read(source, revision)
-    tokenizer = load_tokenizer(source, model.config, revision)
+    tokenizer = load_tokenizer(source, model.config, stored.get(START_KEY), revision)
     model.generation_config = generation.complete(
         source, model.generation_config, model.config, stored, tokenizer
     )

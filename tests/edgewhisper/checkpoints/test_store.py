@@ -52,7 +52,9 @@ SMALL = dict(
 def random_of(vocab_size: int, **more: int) -> WhisperForConditionalGeneration:
     """Return a small random model with one of OpenAI's vocabularies."""
     torch.manual_seed(vocab_size)
-    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=vocab_size, **SMALL, **more))
+    start = 50257 if vocab_size == ENGLISH else 50258
+    values = SMALL | {"vocab_size": vocab_size, "decoder_start_token_id": start} | more
+    return WhisperForConditionalGeneration(WhisperConfig(**values))
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +208,77 @@ def test_half_precision_shards_load_in_float32(multilingual, tmp_path, dtype):
     assert same_weights(model, multilingual, tolerance=0.01)
 
 
-def test_a_resized_vocabulary_is_recognised_by_its_start_token(tmp_path):
-    model = random_of(MULTILINGUAL + 7, decoder_start_token_id=50258)
-    generation = load(bare(model, tmp_path / "bare")).generation_config
-    assert prompt_ids(generation, "fr") == [50258, 50265, 50359, 50363]
+ENGLISH_START, OTHER_START = 50257, 50258
+RESIZED = {
+    "multilingual + 1": (MULTILINGUAL + 1, 80, OTHER_START, MULTILINGUAL, 50359),
+    "multilingual + 7": (MULTILINGUAL + 7, 80, OTHER_START, MULTILINGUAL, 50359),
+    "large-v3": (WITH_CANTONESE, 128, OTHER_START, WITH_CANTONESE, 50360),
+    "large-v3 + 4": (WITH_CANTONESE + 4, 128, OTHER_START, WITH_CANTONESE, 50360),
+    "large-v3 + 4, default start": (WITH_CANTONESE + 4, 128, None, WITH_CANTONESE, 50360),
+    "english + 1": (ENGLISH + 1, 80, ENGLISH_START, ENGLISH, None),
+    "english + 2": (ENGLISH + 2, 80, ENGLISH_START, ENGLISH, None),
+}
+"""Tokens, mel bins, stored start token, the original vocabulary, the id of <|transcribe|>."""
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True], ids=["bare", "tokenizer"])
+@pytest.mark.parametrize("case", RESIZED)
+def test_a_resized_vocabulary_is_recognised_by_mel_bins_and_start(case, with_tokenizer, tmp_path):
+    size, mels, start, original, transcribe = RESIZED[case]
+    out = bare(random_of(size, num_mel_bins=mels), tmp_path / "resized")
+    edit_start(out / "config.json", start)
+    if with_tokenizer:
+        openai.tokenizer(original).save_pretrained(out)
+    model, processor = load(out), load_processor(out)
+    assert len(processor.tokenizer) == original
+    prompt = prompt_ids(model.generation_config, "de")
+    if transcribe is None:
+        assert prompt == [50257, 50362] and not model.generation_config.is_multilingual
+    else:
+        assert prompt == [50258, 50261, transcribe, transcribe + 4]
+
+
+def edit_start(config: Path, start: int | None) -> None:
+    """Store a start token in config.json, or none."""
+    stored = json.loads(config.read_text())
+    del stored["decoder_start_token_id"]
+    config.write_text(json.dumps(stored))
+    if start is not None:
+        edit(config, decoder_start_token_id=start)
+
+
+def test_the_start_token_may_be_stored_in_the_generation_config(tmp_path):
+    out = bare(random_of(MULTILINGUAL + 1), tmp_path / "resized")
+    edit_start(out / "config.json", ENGLISH_START)  # the default of WhisperConfig
+    edit(out / "generation_config.json", decoder_start_token_id=OTHER_START)
+    assert prompt_ids(load(out).generation_config, "de") == [50258, 50261, 50359, 50363]
+
+
+def test_a_resized_vocabulary_without_a_start_token_is_refused(tmp_path):
+    out = bare(random_of(MULTILINGUAL + 1), tmp_path / "resized")
+    edit_start(out / "config.json", None)
+    with pytest.raises(Problem, match=r"51866 tokens .* 80 mel bins") as problem:
+        load(out)
+    assert "decoder_start_token_id" in problem.value.hint
+
+
+def test_a_multilingual_model_with_the_default_start_token_uses_its_tokenizer(tmp_path):
+    out = bare(random_of(MULTILINGUAL), tmp_path / "scratch")
+    edit_start(out / "config.json", ENGLISH_START)
+    openai.tokenizer(MULTILINGUAL).save_pretrained(out)
+    assert prompt_ids(load(out).generation_config, "de") == [50258, 50261, 50359, 50363]
+
+
+def test_a_resized_english_model_has_the_heads_of_its_original():
+    size = openai.SIZES["tiny.en"]
+    config = WhisperConfig(
+        vocab_size=ENGLISH + 1,
+        d_model=size.d_model,
+        encoder_layers=size.encoder_layers,
+        decoder_layers=size.decoder_layers,
+    )
+    assert openai.size_of(config, english=True) is size
+    assert openai.size_of(config, english=False) is openai.SIZES["tiny"]
 
 
 def test_underivable_values_are_refused(tmp_path):
@@ -301,9 +370,10 @@ def test_the_delay_of_word_timestamps_is_known_for_openai_s_heads_only():
     }
     config = WhisperConfig(vocab_size=ENGLISH, **dimensions)
     heads = [list(head) for head in size.alignment_heads]
-    assert generation.word_delay_s(config, heads) == size.word_delay_s == 0.1
-    assert generation.word_delay_s(config, heads[1:]) is None
-    assert generation.word_delay_s(WhisperConfig(vocab_size=ENGLISH, d_model=96), heads) is None
+    assert generation.word_delay_s(config, True, heads) == size.word_delay_s == 0.1
+    assert generation.word_delay_s(config, True, heads[1:]) is None
+    other = WhisperConfig(vocab_size=ENGLISH, d_model=96)
+    assert generation.word_delay_s(other, True, heads) is None
 
 
 def test_an_english_model_with_a_multilingual_config_is_refused(english, tmp_path):
@@ -321,6 +391,15 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(english, tmp_path):
     ) as problem:
         load(out)
     assert "another model" in problem.value.hint
+
+
+def test_an_english_tokenizer_of_a_multilingual_model_is_refused(multilingual, tmp_path):
+    out = bare(multilingual, tmp_path / "sibling")
+    openai.tokenizer(ENGLISH).save_pretrained(out)
+    words = r"is 50256; with vocab_size 51865, decoder_start_token_id 50258 .* must be 50257"
+    with pytest.raises(Problem, match=words) as problem:
+        load(out)
+    assert "50257 if it is English-only, 50258 if multilingual" in problem.value.hint
 
 
 # ----------------------------------------------------------------------------------- CTranslate2
