@@ -257,14 +257,32 @@ def refuse_contradictions(
     ends = values["eos_token_id"]
     if derived["eos_token_id"] not in (ends if isinstance(ends, list) else [ends]):
         raise contradiction(source, "eos_token_id", ends, derived["eos_token_id"])
-    if values["is_multilingual"] and not derived["is_multilingual"]:
-        raise contradiction(source, "is_multilingual", True, False)
+    refuse_other_kind(source, values["is_multilingual"], derived, config)
     for table in ("lang_to_id", "task_to_id"):
         for name, number in (values.get(table) or {}).items():
             expected = (derived.get(table) or {}).get(name, number)
             if number != expected:
                 raise contradiction(source, f"{table}[{name!r}]", number, expected)
             refuse_beyond(source, f"{table}[{name!r}]", [number], config.vocab_size)
+
+
+def refuse_other_kind(
+    source: object, actual: bool, derived: Mapping[str, Any], config: WhisperConfig
+) -> None:
+    """Raise Problem if the file has another value of `is_multilingual` than the tokenizer.
+
+    A model with a vocabulary of its own may be trained without language and task in the prompt.
+    """
+    expected, start = derived["is_multilingual"], derived[START_KEY]
+    if actual == expected or (expected and openai.vocabulary_of(config, start) is None):
+        return
+    raise Problem(
+        f"{source}: {FILE} has is_multilingual = {actual}, but according to the tokenizer it is "
+        f"{expected}: the id of {START} is {start}, with vocab_size {config.vocab_size} in "
+        "config.json",
+        hint=f"correct is_multilingual in {FILE}, or remove it; if the tokenizer or config.json is "
+        "of another model, copy them from the model that was fine-tuned",
+    )
 
 
 def refuse_other_tokenizer(

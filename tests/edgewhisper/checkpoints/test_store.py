@@ -383,6 +383,22 @@ def test_an_english_model_with_a_multilingual_config_is_refused(english, tmp_pat
         load(out)
 
 
+def test_a_multilingual_model_with_an_english_config_is_refused(multilingual, tmp_path):
+    out = bare(multilingual, tmp_path / "sibling")
+    edit(out / "generation_config.json", is_multilingual=False)
+    words = "generation_config.json has is_multilingual = False, .* 51865 in config.json"
+    with pytest.raises(Problem, match=words) as problem:
+        load(out)
+    assert "correct is_multilingual" in problem.value.hint
+
+
+def test_a_vocabulary_of_its_own_may_be_used_without_a_language(digits, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(digits, own)
+    edit(own / "generation_config.json", is_multilingual=False)
+    assert prompt_ids(load(own).generation_config) == [375, 481]
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(english, tmp_path):
     out = bare(english, tmp_path / "sibling")
     openai.tokenizer(MULTILINGUAL).save_pretrained(out)
