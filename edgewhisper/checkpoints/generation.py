@@ -17,7 +17,7 @@ from devices.runner.artifact.manifest import MOST_DELAY_S
 from edgewhisper.checkpoints import openai
 from edgewhisper.checkpoints.generation_file import FILE, START_KEY
 from export.problem import Problem
-from export.prompt import LANGUAGE_POSITION, TASK_POSITION, forced_ids
+from export.prompt import LANGUAGE_POSITION, TASK_POSITION, forced_ids, language_code
 from export.vocabulary import END, NO_TIMESTAMPS, PREVIOUS, START, TASKS
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def complete(
     refuse_delay(source, values.get("word_delay_s", 0.0))
     if tokenizer is None or not special:
         refuse_underivable(source, values, config)
+        refuse_unknown(source, values)
         return build(values)
     refuse_other_tokenizer(source, special, config, stored.get(START_KEY))
     derived = derive(special, config)
@@ -91,6 +92,7 @@ def complete(
     refuse_heads(source, values["alignment_heads"] or [])
     values.setdefault("word_delay_s", word_delay_s(config, english, values["alignment_heads"]))
     add_prompt(values, stored)
+    refuse_unknown(source, values)
     return build(values)
 
 
@@ -327,6 +329,28 @@ def contradiction(source: object, key: str, actual: Any, expected: Any) -> Probl
         f"{source}: {FILE} has {key} = {actual}, but according to the tokenizer it is {expected}",
         hint=f"one of the two files is of another model: copy {FILE} from the model that was "
         "fine-tuned, or remove it, then its values are derived from the tokenizer",
+    )
+
+
+def refuse_unknown(source: object, values: Mapping[str, Any]) -> None:
+    """Raise Problem if a multilingual model has no token for the language or task of the file."""
+    if not values["is_multilingual"]:
+        return
+    language, task = values.get("language"), values.get("task")
+    languages, tasks = values.get("lang_to_id") or {}, values.get("task_to_id") or {}
+    if language and f"<|{language_code(language)}|>" not in languages:
+        raise unknown(source, "language", language, [name.strip("<|>") for name in languages])
+    if task and task not in tasks:
+        raise unknown(source, "task", task, list(tasks))
+
+
+def unknown(source: object, key: str, value: str, known: Sequence[str]) -> Problem:
+    shown = ", ".join(known[:5]) + (f" and {len(known) - 5} others" if len(known) > 5 else "")
+    return Problem(
+        f"{source}: {FILE} has {key} = {value!r}, for which the model has no token; it has tokens "
+        f"for {shown or 'none'}",
+        hint=f"set {key} in {FILE} to one of these, or remove it"
+        + (", then the language is detected" if key == "language" else ", then it is transcribe"),
     )
 
 

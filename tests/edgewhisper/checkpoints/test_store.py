@@ -12,6 +12,7 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -359,6 +360,43 @@ def test_ids_that_contradict_the_tokenizer_are_refused(multilingual, tmp_path, v
     with pytest.raises(Problem, match=words) as problem:
         load(out)
     assert "generation_config.json" in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"language": "hi",}', "generation_config.json is not valid JSON .* line 1 column 19"),
+        ("[]", "generation_config.json holds a list"),
+        ("", "generation_config.json is not valid JSON .* line 1 column 1"),
+    ],
+    ids=["comma", "list", "empty"],
+)
+def test_a_generation_config_that_is_no_json_object_is_refused(
+    multilingual, tmp_path, content, words
+):
+    out = bare(multilingual, tmp_path / "damaged")
+    (out / "generation_config.json").write_text(content)
+    for read in (load, load_processor, partial(load, mapped=True)):
+        with pytest.raises(Problem, match=words) as problem:
+            read(out)
+        assert "remove it" in problem.value.hint
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"language": "klingon"}, "language = 'klingon', .* tokens for en, zh, .* 94 others"),
+        ({"language": "yue"}, "language = 'yue'"),
+        ({"task": "summarize"}, "task = 'summarize', .* tokens for translate, transcribe"),
+    ],
+    ids=["unknown", "of-large-v3", "task"],
+)
+def test_a_language_or_task_without_a_token_is_refused(multilingual, tmp_path, values, words):
+    out = bare(multilingual, tmp_path / "tuned")
+    edit(out / "generation_config.json", **values)
+    with pytest.raises(Problem, match=f"generation_config.json has {words}") as problem:
+        load(out)
+    assert "or remove it, then" in problem.value.hint
 
 
 def test_the_delay_of_word_timestamps_is_known_for_openai_s_heads_only():
