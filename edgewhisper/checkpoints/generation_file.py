@@ -47,6 +47,16 @@ def stored_start(values: Mapping[str, Any], config: Mapping[str, Any]) -> int | 
     return next((start for start in known if start != DEFAULT_START), next(iter(known), None))
 
 
+def is_complete(values: Mapping[str, Any]) -> bool:
+    """Return whether other engines find the prompt in the file. They do not derive the values that
+    are missing, nor those of a file that transformers generated from config.json."""
+    needed = ["is_multilingual", START_KEY]
+    if values.get("is_multilingual"):
+        needed += ["lang_to_id", "task_to_id"]
+    missing = [key for key in needed if values.get(key) in (None, {})]
+    return not missing and not values.get("_from_model_config")
+
+
 def _path_of(source: str | Path, revision: str | None) -> Path | None:
     """Return the path of the file, in the hub's cache for a Hub ID; None if there is none."""
     local = Path(source) / FILE

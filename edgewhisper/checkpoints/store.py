@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, WhisperConfig, WhisperProcessor, WhisperTokenizer
 
 from devices.runner.machine.host import usable_cores
-from edgewhisper.checkpoints import ctranslate2, generation, huggingface, lora, pt
+from edgewhisper.checkpoints import ctranslate2, generation, generation_file, huggingface, lora, pt
 from edgewhisper.checkpoints import mapped as mapped_file
-from edgewhisper.checkpoints.generation_file import START_KEY
 from edgewhisper.checkpoints.huggingface import resolved
 from edgewhisper.checkpoints.processors import load_tokenizer, processor_of
 from edgewhisper.model import WhisperForConditionalGeneration
@@ -89,7 +88,9 @@ def _load(
         model = _from_tensors(source, *pt.read(Path(source)))
     else:
         model, stored = huggingface.read(source, revision)
-    tokenizer = load_tokenizer(source, model.config, stored.get(START_KEY), revision)
+    tokenizer = load_tokenizer(
+        source, model.config, stored.get(generation_file.START_KEY), revision
+    )
     model.generation_config = generation.complete(
         source, model.generation_config, model.config, stored, tokenizer
     )
@@ -203,20 +204,12 @@ def as_directory(source: str | Path, folder: Path) -> Path:
     """Return the checkpoint as a complete Hugging Face directory in float32. This is `source` if it
     is one already, otherwise a copy inside `folder`. Raises as `load`."""
     path = Path(source)
-    if all((path / name).is_file() for name in COMPLETE) and not _is_generated(path):
+    has_files = all((path / name).is_file() for name in COMPLETE)
+    if has_files and generation_file.is_complete(generation_file.read(path)):
         return path
     out = folder / (path.stem if pt.is_file(path) else path.name)
     save(*load_with_processor(source), out)
     return out
-
-
-def _is_generated(folder: Path) -> bool:
-    """Return whether transformers generated generation_config.json from config.json."""
-    try:
-        stored = json.loads((folder / generation.FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True
-    return not isinstance(stored, dict) or bool(stored.get("_from_model_config"))
 
 
 def compression_record(source: str | Path) -> dict[str, Any]:

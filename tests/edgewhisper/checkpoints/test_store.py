@@ -619,6 +619,25 @@ def test_other_forms_are_written_as_complete_directories(multilingual, tmp_path)
     assert as_directory(out, tmp_path / "again") == out
 
 
+@pytest.mark.parametrize(
+    "missing", ["is_multilingual", "decoder_start_token_id", "lang_to_id", "task_to_id"]
+)
+def test_a_directory_without_a_key_of_the_prompt_is_completed(missing, multilingual, tmp_path):
+    folder = as_directory(bare(multilingual, tmp_path / "bare"), tmp_path / "made")
+    path = folder / "generation_config.json"
+    before = json.loads(path.read_text()) | {"language": "hi"}
+    path.write_text(json.dumps({key: value for key, value in before.items() if key != missing}))
+    completed = as_directory(folder, tmp_path / "again")
+    assert completed == tmp_path / "again/bare"
+    assert json.loads((completed / path.name).read_text()) == before
+
+
+def test_an_english_directory_needs_no_languages(english, tmp_path):
+    folder = as_directory(bare(english, tmp_path / "bare"), tmp_path / "made")
+    assert "lang_to_id" not in (folder / "generation_config.json").read_text()
+    assert as_directory(folder, tmp_path / "again") == folder
+
+
 def test_a_saved_model_keeps_its_generation_config(multilingual, tmp_path):
     bare(multilingual, tmp_path / "bare")
     first = load(tmp_path / "bare")
