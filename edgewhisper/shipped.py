@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewhisper.runs import newest
+from export.artifact import MANIFEST
 from export.problem import Problem
 
 ASSETS = Path(__file__).parent / "assets"
@@ -39,14 +40,34 @@ def default_artifact(core_ml: bool = False) -> Path:
 
 
 def vocabulary_of(folder: Path) -> int | None:
-    """Return the number of tokens in the config.json of a checkpoint or an artifact, or None."""
-    return (read_config(folder) or {}).get("vocab_size")
+    """Return the number of tokens of a directory's model; None if it cannot be read.
+
+    This is `vocab_size` in the config.json of a checkpoint or an artifact. A LoRA adapter has that
+    of its base, and an artifact without config.json that of its tokens or logits.
+    """
+    from edgewhisper.checkpoints import lora
+
+    if lora.is_folder(folder):
+        return vocabulary_of(Path(lora.base_of(folder)))
+    size = (read_config(folder) or {}).get("vocab_size")
+    return _tokens_of_artifact(folder) if size is None else size
+
+
+def _tokens_of_artifact(folder: Path) -> int | None:
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return len(json.loads((folder / "tokens.json").read_text(encoding="utf-8"))["bytes"])
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        outputs = [spec for graph in manifest["contract"].values() for spec in graph["outputs"]]
+        return next((spec["shape"][-1] for spec in outputs if spec["name"] == "logits"), None)
+    return None
 
 
 def speech_for(folders: Iterable[Path]) -> Path:
     """Return the manifest of shipped test clips that fits all models.
 
-    Raises Problem if the models need different clips.
+    Models in forms without a number of tokens have OpenAI's vocabulary: .pt files, CTranslate2
+    directories, size names and Hub IDs. Raises Problem if the models need different clips.
     """
     sizes = {folder: vocabulary_of(folder) for folder in folders}
     manifests = {folder: default_speech(size) for folder, size in sizes.items() if size is not None}
@@ -56,7 +77,7 @@ def speech_for(folders: Iterable[Path]) -> Path:
             f"no clips were given, and the models need different default clips ({listed})",
             hint="choose clips for all models with --speech",
         )
-    return next(iter(manifests.values()), SPEECH / "test.jsonl")
+    return next(iter(manifests.values()), default_speech(None))
 
 
 def read_config(folder: Path) -> Any:

@@ -64,6 +64,47 @@ def test_default_clips_are_digits_for_the_embedded_model_and_sentences_for_other
     assert "--speech" in error.value.hint
 
 
+def test_forms_without_a_config_of_hugging_face_get_sentences(tmp_path, monkeypatch):
+    """The content of the files is not needed: their vocabulary is always OpenAI's."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.pt").touch()
+    Path("ct2").mkdir()
+    Path("ct2/model.bin").touch()
+    Path("ct2/config.json").write_text(json.dumps({"suppress_ids": [1]}))
+    for source in ("tiny.pt", "ct2", "tiny.en", "openai/whisper-base"):
+        assert shipped.speech_for([Path(source)]) == COMMON_VOICE / "test.jsonl"
+
+
+def test_an_adapter_gets_the_clips_of_its_base(digits, tmp_path):
+    for base, clips in ((str(digits), SPEECH), ("openai/whisper-tiny", COMMON_VOICE)):
+        config = json.dumps({"base_model_name_or_path": base})
+        (tmp_path / "adapter_config.json").write_text(config)
+        assert shipped.speech_for([tmp_path]) == clips / "test.jsonl"
+
+
+@pytest.mark.parametrize("layout", ["sherpa", "single"])
+def test_an_artifact_without_a_config_gets_the_clips_of_its_model(digits, few, layout, tmp_path):
+    place = exported(digits, few, tmp_path / "out", layout=layout, gating=Gating("off"))
+    assert not (place / "config.json").exists()
+    assert shipped.speech_for([place]) == SPEECH / "test.jsonl"
+
+
+def test_eval_of_a_pt_file_uses_the_included_sentences(tmp_path, monkeypatch):
+    from edgewhisper import transcription
+    from edgewhisper.cli.eval import eval_cli
+
+    asked = []
+
+    def evaluate(source, speech, *options):
+        asked.append(speech)
+        raise Problem("stop", hint="it is a test")
+
+    monkeypatch.setattr(transcription, "evaluate", evaluate)
+    with pytest.raises(Problem, match="stop"):
+        eval_cli(str(tmp_path / "tiny.pt"))
+    assert asked == [COMMON_VOICE / "test.jsonl"]
+
+
 def test_a_model_made_from_the_embedded_one_gets_digits(digits, processor, tmp_path, seed):
     import torch
 
