@@ -30,21 +30,24 @@ def set_language(
     """Set the language that prompts a checkpoint and its artifacts.
 
     It is `language`, or the language of all training clips. Training clips of several languages
-    change nothing: each clip is prompted with its own language.
+    change nothing: each clip is prompted with its own language. An English-only model has no
+    language to set; it accepts the `language` "en", "auto" and None.
 
     Raises Problem if the model has no token for the language of a clip and `language` is None, if
     it has no token for `language`, or if no clip would be prompted with `language`.
     """
+    if not is_multilingual(generation):
+        refuse_other_than_english(None if language is None else language_code(language))
+        return
     unknown = without_token(generation, [*train, *dev])
     if language is not None:
         refuse_language(generation, train, unknown, language)
-    elif unknown and is_multilingual(generation):
+    elif unknown:
         refuse_speech(generation, unknown)
-    if is_multilingual(generation):
-        chosen = language or only_language(generation, languages_of(train))
-        if chosen is not None:
-            generation.language = language_code(chosen)
-        generation.task = "transcribe"
+    chosen = language or only_language(generation, languages_of(train))
+    if chosen is not None:
+        generation.language = language_code(chosen)
+    generation.task = "transcribe"
 
 
 def languages_of(clips: Sequence[Clip]) -> list[str]:
@@ -70,11 +73,6 @@ def refuse_speech(generation: Any, unknown: Sequence[str]) -> None:
 def refuse_language(
     generation: Any, train: Sequence[Clip], unknown: Sequence[str], language: str
 ) -> None:
-    if not is_multilingual(generation):
-        raise Problem(
-            f"--language {language}: the model knows English only and has no language tokens",
-            hint="omit it, or start from a multilingual model",
-        )
     known = known_languages(generation)
     if not has_token(generation, language):
         raise Problem(

@@ -172,6 +172,9 @@ def test_an_english_only_model_has_no_language_prompt(tiny_whisper, processor, f
     trained, _ = token_ids(clips[0], tiny_whisper, processor.tokenizer)
     assert trained == prompt_ids(generation)
     assert processor.tokenizer.convert_ids_to_tokens(trained)[1:] == ["<|notimestamps|>"]
+    for english in ("en", "English", "en-US", "auto"):
+        set_language(generation, clips, clips, english)
+        assert (generation.language, generation.task) == (None, None)
     with pytest.raises(Problem, match="--language hi: the model knows English only"):
         set_language(generation, clips, clips, "hi")
 
