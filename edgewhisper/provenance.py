@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.metadata import clips_hash
+from benchmarks.metadata import clips_hash, file_hash
 from benchmarks.speech.clips import Clip
 from edgewhisper import whisper
 from edgewhisper.shipped import DEFAULT_MODEL, read_config
@@ -20,8 +19,13 @@ if TYPE_CHECKING:
     from edgewhisper.compress.context import Context
     from edgewhisper.job import Job
 
-HASHED = ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json")
-"""The files that identify a checkpoint."""
+HASHED = (
+    *("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"),
+    *("model.safetensors.index.json", "model-*.safetensors"),  # weights in shards
+    "model.bin",  # CTranslate2
+    *("adapter_config.json", "adapter_model.safetensors"),  # LoRA
+)
+"""Patterns of the files that identify a checkpoint directory."""
 
 
 def record_of(
@@ -40,12 +44,7 @@ def record_of(
         "format": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": recipe | ({"values": values} if values else {}),
-        "base": {
-            "source": Path(job.source).name if Path(job.source).is_dir() else job.source,
-            "revision": getattr(job.dense.config, "_commit_hash", None),
-            "files": file_hashes(Path(job.source)),
-            "compression": whisper.compression_record(job.source),
-        },
+        "base": base_record(job.source, getattr(job.dense.config, "_commit_hash", None)),
         "speech": {"train": clips_record(context.train), "dev": clips_record(context.dev)}
         | {name: value for name, value in job.speech.items() if value},
         "seed": context.seed,
@@ -58,10 +57,26 @@ def record_of(
     }
 
 
+def base_record(source: str, revision: str | None) -> dict[str, Any]:
+    """Return the entry "base": the checkpoint before compression. Of a path, only the last part is
+    recorded."""
+    return {
+        "source": Path(source).absolute().name if Path(source).exists() else source,
+        "revision": revision,
+        "files": file_hashes(Path(source)),
+        "compression": whisper.compression_record(source),
+    }
+
+
 def file_hashes(checkpoint: Path) -> dict[str, str]:
-    """Return file name -> SHA-256 for the HASHED files that exist in a checkpoint."""
-    files = [checkpoint / name for name in HASHED if (checkpoint / name).is_file()]
-    return {path.name: sha256(path.read_bytes()).hexdigest() for path in files}
+    """Return file name -> SHA-256 for the HASHED files in a directory, or for a .pt file itself.
+
+    Empty for a size name or a Hub ID: the revision identifies these.
+    """
+    if checkpoint.is_file():
+        return {checkpoint.name: file_hash(checkpoint)}
+    files = [path for pattern in HASHED for path in sorted(checkpoint.glob(pattern))]
+    return {path.name: file_hash(path) for path in files if path.is_file()}
 
 
 def clips_record(clips: Sequence[Clip]) -> dict[str, Any]:
