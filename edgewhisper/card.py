@@ -55,11 +55,14 @@ def speech_lines(speech: Mapping[str, Any]) -> list[str]:
 
 
 def loss_lines(dev_wer: Mapping[str, Any]) -> list[str]:
-    """Return a warning if a step lost more dev WER than the recipe allows."""
-    if not dev_wer.get("exceeded"):
+    """Return the change of dev WER and its limit, as a warning if a step lost more than that."""
+    if not dev_wer.get("losses"):
         return []
-    limit = dev_wer["max_wer_loss"]
-    worst = max(dev_wer["losses"], key=lambda loss: loss["points"])
+    limit, losses = dev_wer["max_wer_loss"], dev_wer["losses"]
+    if not dev_wer["exceeded"]:
+        change = losses[-1]["points"]
+        return [f"Dev WER changed by {change:+.1f} points; the recipe allows a loss of {limit:g}."]
+    worst = max(losses, key=lambda loss: loss["points"])
     what = "the whole recipe" if worst["step"] is None else f"step {worst['step']}"
     return [
         "",

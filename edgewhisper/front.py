@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.latency import Table
 from benchmarks.plots import figure, wer_against_size
 from benchmarks.result import in_milliseconds
+from edgewhisper.guard import exceeds, points_lost
 from edgewhisper.search import Point, Trial
 from edgewhisper.targets import Targets
 from export.cost import window_macs
@@ -84,7 +85,7 @@ def excess(values: Sequence[float], limits: Mapping[str, float]) -> float:
 # ------------------------------------------------------------------------------- pareto.json
 
 
-def trial_records(trials: Sequence[Trial], chosen: Trial) -> list[dict[str, Any]]:
+def trial_records(trials: Sequence[Trial], chosen: Trial, job: Job) -> list[dict[str, Any]]:
     """Return the entries of pareto.json, one for each trial.
 
     "checkpoint" is the folder of a trial on the front: "." for the chosen one.
@@ -99,6 +100,7 @@ def trial_records(trials: Sequence[Trial], chosen: Trial) -> list[dict[str, Any]
                 "trial": number,
                 "values": trial.point,
                 **measured_record(trial),
+                **loss_record(trial, job),
                 "front": kept,
                 "chosen": trial is chosen,
                 "checkpoint": folder if kept else None,
@@ -121,6 +123,15 @@ def measured_record(trial: Trial) -> dict[str, Any]:
     }
 
 
+def loss_record(trial: Trial, job: Job) -> dict[str, Any]:
+    """Return the points of dev WER that a trial lost, and whether the recipe allows this loss."""
+    if not succeeded(trial):
+        return {}
+    points = points_lost(job.before["dev"]["wer"], trial.record["measured"]["dev"]["wer"])
+    exceeded = exceeds(points, job.recipe.max_wer_loss)
+    return {"wer_loss_points": points, "exceeded": exceeded}
+
+
 def write_pareto(
     folder: Path,
     job: Job,
@@ -136,6 +147,7 @@ def write_pareto(
         "searched": {knob.field: asdict(knob.dimension) for knob in job.recipe.knobs},
         "asked": asdict(targets),
         "limits": {axis: limit for axis, limit in limits.items() if limit < math.inf},
+        "max_wer_loss": job.recipe.max_wer_loss,
         "macs_are": "of one full window and 32 tokens",
         **({} if table is None else {"latency_is": f"of the same, predicted for {table}"}),
         "before": measured_record(Trial({}, (), {"measured": job.before})),
@@ -161,7 +173,7 @@ def plot(axis: str, records: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def table_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return all trials as rows of a table, smallest first."""
+    """Return all trials as rows of a table, smallest first. Losses above the limit have a "!"."""
     times = any("latency_s" in record for record in records)
     ordered = sorted(records, key=lambda r: (r.get("parameters", math.inf), r["trial"]))
     return [
@@ -180,7 +192,15 @@ def size_cells(record: Mapping[str, Any], times: bool) -> dict[str, str]:
     """Return the cells of the measurements; "-" for values that could not be used."""
     if "refused" in record:
         times_title = ["predicted ms"] if times else []
-        titles = ("parameters", "MMAC", "predicted MB", *times_title, "dev WER %", "95 %")
+        titles = (
+            "parameters",
+            "MMAC",
+            "predicted MB",
+            *times_title,
+            "dev WER %",
+            "95 %",
+            "points lost",
+        )
         return dict.fromkeys(titles, "-")
     low, high = record["dev_wer_interval"]
     return {
@@ -190,6 +210,7 @@ def size_cells(record: Mapping[str, Any], times: bool) -> dict[str, str]:
         **({"predicted ms": in_milliseconds(record["latency_s"])} if times else {}),
         "dev WER %": f"{100 * record['dev_wer']:.2f}",
         "95 %": f"{100 * low:.1f} to {100 * high:.1f}",
+        "points lost": ("!" if record["exceeded"] else "") + f"{record['wer_loss_points']:.1f}",
     }
 
 

@@ -46,7 +46,7 @@ class Loss:
 
     @property
     def points(self) -> float:
-        return 100 * (self.after.wer - self.before.wer)
+        return points_lost(self.before.wer, self.after.wer)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the entry for compression.json."""
@@ -91,7 +91,7 @@ class Guard:
         """Record a loss. Raises AccuracyLoss if it exceeds the limit, unless losses are allowed."""
         self.losses.append(loss)
         say(f"dev WER {percent(loss.before.wer)} -> {percent(loss.after.wer)} ({signed(loss)})")
-        if loss.points <= self.limit + 1e-9:
+        if not exceeds(loss.points, self.limit):
             return
         message = described(loss, self.limit)
         if self.allow:
@@ -104,9 +104,19 @@ class Guard:
         return {
             "max_wer_loss": self.limit,
             "allow_loss": self.allow,
-            "exceeded": any(loss.points > self.limit + 1e-9 for loss in self.losses),
+            "exceeded": any(exceeds(loss.points, self.limit) for loss in self.losses),
             "losses": [loss.as_dict() for loss in self.losses],
         }
+
+
+def points_lost(before: float, after: float) -> float:
+    """Return the difference of two dev WERs, which are fractions, in percentage points."""
+    return 100 * (after - before)
+
+
+def exceeds(points: float, limit: float) -> bool:
+    """Return whether a loss is above the limit; rounding errors do not count."""
+    return points > limit + 1e-9
 
 
 def described(loss: Loss, limit: float) -> str:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.latency import Table, predict
 from edgewhisper import budget_search, runs, whisper
+from edgewhisper.card import card_of
 from edgewhisper.front import (
     choose,
     excess,
@@ -36,6 +37,7 @@ from edgewhisper.front import (
     trial_records,
     write_pareto,
 )
+from edgewhisper.guard import exceeds, points_lost
 from edgewhisper.job import Job, Request, Say, describe, finish, prepare, recipe_for, run_steps
 from edgewhisper.provenance import record_of
 from edgewhisper.recipe import Recipe, available, searchable, value_at, with_values
@@ -125,14 +127,17 @@ def compress_to(
     chosen = choose(tried, limits)
     if chosen is None:
         raise out_of_reach(tried, limits)
+    # --max-wer-loss replaces the recipe's limit: `chosen` is within it, even if it is higher
     if targets.wer_loss is None and not request.allow_loss:
         refuse_loss(job, chosen)
     remake_missing(search, tried)
     place = request.out or runs.new_path("checkpoint", f"-{recipe.name}")
-    records = trial_records(tried, chosen)
+    records = trial_records(tried, chosen, job)
     if runs.main_process():
         write(place, search, targets, tried, records)
         shutil.rmtree(job.context.run_dir, ignore_errors=True)
+    if any(record.get("exceeded") for record in records):
+        say(f"! marks losses above the recipe's max_wer_loss, {recipe.max_wer_loss:g} points")
     return place, table_rows(records)
 
 
@@ -200,7 +205,7 @@ def refuse_loss(job: Job, chosen: Trial) -> None:
     """Raise Problem if the chosen trial loses more WER than the recipe's max_wer_loss."""
     before, after = job.before["dev"]["wer"], chosen.values[-1]
     limit = job.recipe.max_wer_loss
-    if 100 * (after - before) > limit + 1e-9:
+    if exceeds(points_lost(before, after), limit):
         raise Problem(
             f"the most accurate trial that meets the target has {100 * after:.1f} % dev WER, "
             f"against {100 * before:.1f} % before: more than max_wer_loss = {limit:g} points",
@@ -337,7 +342,23 @@ def make(
     model = run_steps(model, recipe, context, search.say, first=search.start_steps)
     model, after = finish(model, context)
     after |= predictions(model, search.table, search.precision)
-    return model, after, record_of(job, context, after, point)
+    return model, after, record_of(job, context, after, point) | {"dev_wer": loss_of(job, after)}
+
+
+def loss_of(job: Job, after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry "dev_wer" of a trial's compression.json.
+
+    A search measures the dev WER of a trial once, so there is only the loss of the whole recipe. A
+    trial that exceeds the limit may be on the front.
+    """
+    before_wer, after_wer = job.before["dev"]["wer"], after["dev"]["wer"]
+    points, limit = points_lost(before_wer, after_wer), job.recipe.max_wer_loss
+    whole = {"before": before_wer, "after": after_wer, "points": points}
+    return {
+        "max_wer_loss": limit,
+        "exceeded": exceeds(points, limit),
+        "losses": [{"step": None, "method": job.recipe.name, **whole}],
+    }
 
 
 def is_not_about_values(error: Problem) -> bool:
@@ -379,15 +400,23 @@ def update_front(
     """Save the trial if it is on the front, and remove the trials that it dominates."""
     on_front = [other.point for other in front([*finished, trial])]
     if runs.main_process():
-        place = kept_dir(job, trial.point)
-        shutil.rmtree(place, ignore_errors=True)  # left by a run that was killed while saving
+        # left by a run that was killed while saving
+        shutil.rmtree(kept_dir(job, trial.point), ignore_errors=True)
         if trial.point in on_front:
-            whisper.save(model, job.context.processor, place, record)
+            save(job, model, record, trial.point)
         for other in finished:
             if other.point not in on_front:
                 shutil.rmtree(kept_dir(job, other.point), ignore_errors=True)
         shutil.rmtree(trial_dir(job, trial.point), ignore_errors=True)
     wait_for_all()
+
+
+def save(
+    job: Job, model: WhisperForConditionalGeneration, record: dict[str, Any], point: Point
+) -> None:
+    """Write the checkpoint of a trial with its record and model card."""
+    place = kept_dir(job, point)
+    whisper.save(model, job.context.processor, place, record, card_of(record))
 
 
 def remake_missing(search: Search, tried: Sequence[Trial]) -> None:
@@ -399,7 +428,7 @@ def remake_missing(search: Search, tried: Sequence[Trial]) -> None:
         search.say(f"running again, because its checkpoint is missing: {point_text(trial.point)}")
         slim, _, record = make(search, trial.point)
         if runs.main_process():
-            whisper.save(slim, job.context.processor, kept_dir(job, trial.point), record)
+            save(job, slim, record, trial.point)
     wait_for_all()
 
 

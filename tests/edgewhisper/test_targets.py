@@ -247,6 +247,41 @@ def test_the_checkpoints_of_the_front_match_their_records(run):
     assert folders == {trial["checkpoint"] for trial in on_front} - {"."}
 
 
+def test_each_checkpoint_of_a_search_has_a_card_with_its_loss_and_the_limit(run):
+    lines: list[str] = []
+    place, rows = run(Targets(wer_loss=0.5), recipe=f"max_wer_loss = 0.3\n{RANK}", say=lines.append)
+    record = pareto(place)
+    assert record["max_wer_loss"] == 0.3
+    on_front = [trial for trial in record["trials"] if trial["front"]]
+    assert {trial["exceeded"] for trial in on_front} == {True, False}
+    for trial in on_front:
+        lost = 100 * (trial["dev_wer"] - record["before"]["dev_wer"])
+        assert trial["wer_loss_points"] == pytest.approx(lost)
+        assert trial["exceeded"] == (lost > 0.3)
+        compression = json.loads((place / trial["checkpoint"] / "compression.json").read_text())
+        assert compression["dev_wer"]["max_wer_loss"] == 0.3
+        assert compression["dev_wer"]["exceeded"] == trial["exceeded"]
+        (whole,) = compression["dev_wer"]["losses"]
+        assert (whole["step"], whole["points"]) == (None, pytest.approx(lost))
+        card = (place / trial["checkpoint"] / "README.md").read_text()
+        assert "Trained or calibrated on 2 clips" in card
+        assert ("**This checkpoint lost more than the recipe allows" in card) == trial["exceeded"]
+        assert ("Dev WER changed by" in card) != trial["exceeded"]
+    marked = {row["trial"] for row in rows if row["points lost"].startswith("!")}
+    assert marked == {str(t["trial"]) for t in record["trials"] if t["exceeded"]}
+    assert "! marks losses above the recipe's max_wer_loss, 0.3 points" in lines
+
+
+def test_a_loss_target_replaces_the_limit_of_the_recipe(run):
+    strict = f"max_wer_loss = 0.1\n{RANK}"
+    with pytest.raises(Problem, match=r"more than max_wer_loss = 0\.1 points"):
+        run(Targets(parameters=Amount(0.94, share=True)), recipe=strict)
+    place, _ = run(Targets(wer_loss=0.6), recipe=strict)
+    (chosen,) = [trial for trial in pareto(place)["trials"] if trial["chosen"]]
+    assert 0.1 < chosen["wer_loss_points"] <= 0.6 and chosen["exceeded"]
+    assert "cost 0." in (place / "README.md").read_text()
+
+
 def test_a_loss_target_gets_the_smallest_trial_within_it(run):
     place, _ = run(Targets(wer_loss=0.4))
     record = pareto(place)
@@ -434,6 +469,9 @@ def test_a_shared_search_runs_only_trials_with_missing_checkpoints_again(
     two, _ = run(Targets(wer_loss=0.4), out="two", say=lines.append)
     assert pareto(one) == pareto(two)
     assert not [text for text in lines if text.startswith("trial")]
+    assert all(
+        (two / t["checkpoint"] / "README.md").is_file() for t in pareto(two)["trials"] if t["front"]
+    )
     again = [text for text in lines if text.startswith("running again")]
     assert len(again) == sum(trial["front"] for trial in pareto(two)["trials"])
 
