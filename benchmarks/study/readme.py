@@ -132,7 +132,7 @@ def recipes() -> str:
     when = " to ".join(sorted({days[0], days[-1]}))
     note = (
         f"\n{lines[0]['threads']} thread on a busy machine, so minutes are upper bounds; "
-        f"normalizers: whisper-english for dev, whisper-basic for test ({when}).\n"
+        f"the normalizer of dev is whisper-english ({when}).\n"
     )
     return table([real.row(line) for line in lines]) + note
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.study.real build/models/tiny.en --out real.jsonl [RECIPE ...]
 
-A line has parameters, dev WER (60 clips) and test WER (80 clips) before and after, optimiser steps
-and minutes, or the error if a step lost too many words. Recipes that are in the file are not run
-again; an interrupted recipe is resumed. The table is printed at the end.
+A line has parameters, dev WER (60 clips) and test WER (80 clips) before and after, the normalizer
+of the test WER, optimiser steps and minutes, or the error if a step lost too many words. Recipes
+that are in the file are not run again; an interrupted recipe is resumed. The table is printed at
+the end.
 """
 
 from __future__ import annotations
@@ -13,17 +14,23 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.markdown import table
-from benchmarks.speech.clips import Samples, read_manifest
+from benchmarks.normalizers import name_for
+from benchmarks.speech.clips import Clip, Samples, read_manifest
 from benchmarks.study.stored import read
+
+if TYPE_CHECKING:
+    from benchmarks.wer import Score
 
 Line = dict[str, Any]
 LEFT_OUT = ("digits-", "quick", "bald-paper")
 """Prefixes of recipes for the embedded model, and of one that takes days."""
+FIRST_NORMALIZER = "whisper-basic"
+"""The normalizer of the test WER in older lines, which do not name it."""
 
 
 def run_one(model: str, recipe: str, before: float) -> Line:
@@ -43,7 +50,7 @@ def run_one(model: str, recipe: str, before: float) -> Line:
             failed, place = str(error), out.with_name(out.name + error.suffix)
         minutes = (time.monotonic() - started) / 60
         record = json.loads((place / "compression.json").read_text("utf-8"))
-        after = test_wer(str(place))
+        after = test_score(str(place))
     return {
         "model": Path(model).name,
         "recipe": recipe,
@@ -51,7 +58,8 @@ def run_one(model: str, recipe: str, before: float) -> Line:
         "parameters": [record[when]["parameters"] for when in ("before", "after")],
         "dev_wer": [record[when]["dev"]["wer"] for when in ("before", "after")],
         "losses": record["dev_wer"],
-        "test_wer": [before, after],
+        "test_wer": [before, after.wer],
+        "test_normalizer": after.normalizer,
         "steps": sum(steps_in(record["steps"])),
         "minutes": minutes,
         "threads": torch.get_num_threads(),
@@ -72,19 +80,37 @@ def steps_in(record: Any) -> Iterator[int]:
             yield from steps_in(entry)
 
 
-def test_wer(source: str) -> float:
-    """Return a checkpoint's WER on the 80 test clips, with the normalizer whisper-basic."""
+def test_score(source: str) -> Score:
+    """Return a checkpoint's error rates on the 80 test clips, with their language's normalizer."""
     from benchmarks.wer import score
-    from edgewhisper import decoding, shipped, whisper
+    from edgewhisper import decoding, whisper
 
-    clips = read_manifest(shipped.COMMON_VOICE / "test.jsonl")
+    clips = test_clips()
+    languages = [clip.lang for clip in clips]
     texts = decoding.transcribe(
-        whisper.load(source),
-        whisper.load_processor(source),
-        Samples(clips),
-        [clip.lang for clip in clips],
+        whisper.load(source), whisper.load_processor(source), Samples(clips), languages
     )
-    return score([clip.text for clip in clips], texts).wer
+    return score([clip.text for clip in clips], texts, name_for(clips), languages)
+
+
+def test_clips() -> list[Clip]:
+    """Return the 80 included test clips, which are English."""
+    from edgewhisper import shipped
+
+    return read_manifest(shipped.COMMON_VOICE / "test.jsonl")
+
+
+def dense_wer(model: str, lines: Sequence[Line]) -> float:
+    """Return the dense test WER, from a stored line of the model if its normalizer is today's."""
+    for line in lines:
+        if line["model"] == Path(model).name and normalizer_of(line) == name_for(test_clips()):
+            return float(line["test_wer"][0])
+    return test_score(model).wer
+
+
+def normalizer_of(line: Line) -> str:
+    """Return the normalizer of a line's test WER."""
+    return str(line.get("test_normalizer", FIRST_NORMALIZER))
 
 
 def row(line: Line) -> dict[str, str]:
@@ -100,6 +126,7 @@ def row(line: Line) -> dict[str, str]:
         "parameters, M": f"{dense:.2f} -> {slim:.2f}",
         "dev WER %": dev,
         "test WER %": test,
+        "test normalizer": normalizer_of(line),
         "steps": str(line["steps"]),
         "minutes": f"{line['minutes']:.1f}",
         "limit": "exceeded" if line["failed"] else "kept",
@@ -126,9 +153,8 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     lines = read(given.out)
     done = {line["recipe"] for line in lines if line["model"] == Path(given.model).name}
-    known = [line for line in lines if line["model"] == Path(given.model).name]
     todo = [name for name in given.recipes or shipped() if name not in done]
-    before = known[0]["test_wer"][0] if known else test_wer(given.model) if todo else 0.0
+    before = dense_wer(given.model, lines) if todo else 0.0
     for recipe in todo:
         say(f"{given.model}: {recipe}")
         lines.append(run_one(given.model, recipe, before))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.sizes import SIZES, Size
 from benchmarks.speech.clips import read_manifest
-from benchmarks.study import accounting, one_shot, run, tables, training_cost
+from benchmarks.study import accounting, one_shot, real, run, tables, training_cost
 from benchmarks.study.experiments import (
     BATCH,
     EXPERIMENTS,
@@ -22,7 +23,7 @@ from benchmarks.study.experiments import (
     recipe_text,
 )
 from benchmarks.study.stored import read
-from edgewhisper import recipe
+from edgewhisper import decoding, recipe, whisper
 from edgewhisper.checkpoints import openai
 from edgewhisper.compress import METHODS
 from edgewhisper.compress.imp import kept_after
@@ -400,3 +401,42 @@ def test_magnitude_removes_the_smallest_units_of_each_layer(tiny_whisper):
     assert len({len(units) for units in removed}) == 1
     assert all((units % 2 == 0).all() for units in removed)
     assert removed_share(tiny_whisper) == pytest.approx(0.1, abs=0.02)
+
+
+# ------------------------------------------------------------------------------- real models
+
+
+def real_line(wer: float, **more) -> dict:
+    return {
+        "model": "tiny.en",
+        "recipe": "lite",
+        "failed": None,
+        "parameters": [{"total": 2_000_000}, {"total": 1_000_000}],
+        "dev_wer": [0.1, 0.1],
+        "test_wer": [wer, wer],
+        "steps": 0,
+        "minutes": 1.0,
+    } | more
+
+
+def test_english_test_clips_are_scored_with_whisper_english(monkeypatch):
+    texts = [clip.text.upper() for clip in real.test_clips()]
+    for name in ("load", "load_processor"):
+        monkeypatch.setattr(whisper, name, lambda source: None)
+    monkeypatch.setattr(decoding, "transcribe", lambda *given: texts)
+    score = real.test_score("tiny.en")
+    assert (score.normalizer, score.wer, score.utterances) == ("whisper-english", 0, 80)
+
+
+def test_the_table_of_recipes_names_the_normalizer_of_each_line():
+    old, new = real_line(0.093), real_line(0.091, test_normalizer="whisper-english")
+    named = [real.row(line)["test normalizer"] for line in (old, new)]
+    assert named == ["whisper-basic", "whisper-english"]
+
+
+def test_a_stored_error_rate_is_used_again_with_the_same_normalizer_only(monkeypatch):
+    monkeypatch.setattr(real, "test_score", lambda model: SimpleNamespace(wer=0.091))
+    old, new = real_line(0.093), real_line(0.09, test_normalizer="whisper-english")
+    assert real.dense_wer("models/tiny.en", [old]) == 0.091
+    assert real.dense_wer("models/tiny.en", [old, new]) == 0.09
+    assert real.dense_wer("models/base", [old, new]) == 0.091
