@@ -46,6 +46,8 @@ LONG := tests/real/test_real_rivals.py tests/real/test_real_recipes.py
 
 # the rivals are tested if `make rivals-env` was run
 test-real: models
+	@test -x "$${EDGEWHISPER_RIVALS_PYTHON:-$(RIVALS)/bin/python}" || \
+	  echo "note: the tests of the rivals are skipped, because there is no $(RIVALS): make rivals-env"
 	$(PYTEST) --no-loadscope-reorder -m real $(LONG) $(wildcard tests/real/test_*.py)
 
 # hundreds of mutated inputs for each reader
@@ -115,10 +117,12 @@ rivals-env: $(RIVALS)/.ready
 # whisper.cpp would use AMX tiles, and crash if the kernel does not grant them
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
+# removed after a failure: the tests of the rivals run if its interpreter exists
 # --no-cache-dir: a cached build lacks the run path, and its libraries do not find each other
 $(RIVALS)/.ready: benchmarks/rivals/requirements.txt $(READY)
 	$(BIN)/python -m venv --clear $(RIVALS)
-	$(RIVALS)/bin/python -m pip install -q -r benchmarks/rivals/requirements.txt
+	$(RIVALS)/bin/python -m pip install -q -r benchmarks/rivals/requirements.txt || \
+	  { rm -rf $(RIVALS); false; }
 	@if c++ --version >/dev/null 2>&1; then \
 	  echo "building whisper.cpp from its source package (a few minutes)"; \
 	  CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" CMAKE_INSTALL_RPATH='$$ORIGIN' CMAKE_BUILD_WITH_INSTALL_RPATH=ON \

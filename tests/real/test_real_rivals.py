@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed_rivals import needs_rivals
 from real_models import model
 
 from benchmarks.bench import BenchOptions, Candidate, bench_all
 from benchmarks.candidates import in_own_form
 from benchmarks.program import PROJECT
 from benchmarks.result import MOST_POINTS, RATIO, remarks, table_rows
-from benchmarks.rivals.engines import interpreter
 from benchmarks.speech.clips import Clip, read_manifest
 from benchmarks.wer import word_errors
 from devices.device import open_device
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(not interpreter().is_file(), reason="make rivals-env"),
-]
+pytestmark = [pytest.mark.real, needs_rivals]
 
 CLIPS = PROJECT / "edgewhisper/assets/common-voice/test.jsonl"
 NAMES = ("faster-whisper", "whisper.cpp", "sherpa-onnx", "transformers")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from installed_rivals import needs_rivals
 from made_results import make_result
 
 from benchmarks.compare import compare_pair
@@ -48,9 +49,6 @@ from devices.runner.decode.rules import Rules
 from export.problem import Problem
 
 PYTHON = interpreter()
-with_rivals = pytest.mark.skipif(
-    not PYTHON.is_file(), reason="the rivals' environment is not there: make rivals-env"
-)
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +347,7 @@ print(json.dumps({"prompts": found, "suppressed": cpp.rules.suppress_tokens,
 """Prints the prompts of two engines for German, Bambara (unknown to the model) and English."""
 
 
-@with_rivals
+@needs_rivals
 @pytest.mark.parametrize("multilingual", [True, False], ids=["multilingual", "english-only"])
 def test_faster_whisper_and_whisper_cpp_are_prompted_in_each_clips_language(
     digits, tmp_path, multilingual
@@ -619,7 +617,7 @@ def answer_of(device, module: str, place: Path, *options: str) -> dict:
     return run_runner(device, arguments, f"benchmarks.rivals.{module}", env, python=str(PYTHON))
 
 
-@with_rivals
+@needs_rivals
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
 def test_whisper_cpp_reads_our_file_and_transcribes_the_clips(digits, few, pushed, tmp_path, kind):
     ggml.convert(digits, tmp_path / "ggml", kind)
@@ -628,7 +626,7 @@ def test_whisper_cpp_reads_our_file_and_transcribes_the_clips(digits, few, pushe
     assert all(answer[stage] for stage in ("mel_s", "encoder_s", "prompt_s", "per_token_s"))
 
 
-@with_rivals
+@needs_rivals
 def test_faster_whisper_transcribes_the_clips(digits, few, pushed, tmp_path):
     place = prepare.ctranslate2(Conversion(digits, tmp_path, PYTHON))
     answer = answer_of(pushed, "faster_whisper", place)
@@ -636,7 +634,7 @@ def test_faster_whisper_transcribes_the_clips(digits, few, pushed, tmp_path):
     assert answer["per_token_s"] == []
 
 
-@with_rivals
+@needs_rivals
 @pytest.mark.parametrize(
     ("module", "write"),
     [

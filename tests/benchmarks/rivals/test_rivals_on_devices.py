@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import sshd
 from fake_device import FakeDevice
+from installed_rivals import needs_rivals
 from some_clips import manifest_of_some
 from waiting import wait_until
 from wheels_for_pip import make_wheel, raised
@@ -24,7 +25,7 @@ from benchmarks.bench import BenchOptions, Candidate, bench_all
 from benchmarks.candidates import in_own_form
 from benchmarks.result import RATIO, other_texts, read, table_rows
 from benchmarks.rivals import engines
-from benchmarks.rivals.engines import ENGINES, RIVALS, interpreter
+from benchmarks.rivals.engines import ENGINES, RIVALS
 from benchmarks.speech.clips import read_manifest
 from devices.device import Packages, open_device
 from devices.ssh import SshDevice
@@ -272,7 +273,7 @@ def test_closing_a_device_ends_a_rivals_process():
     assert ended == [-9]
 
 
-@pytest.mark.skipif(not interpreter().is_file(), reason="make rivals-env")
+@needs_rivals
 def test_the_real_rivals_transcribe_the_clips(exported, few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["faster-whisper", "whisper.cpp", "sherpa-onnx"]
