@@ -121,8 +121,8 @@ def export(
     Pruned weights are removed first. The gate then compares the artifact's text with the
     checkpoint's; if it fails, nothing is written and GateFailure is raised, unless `gating` asks
     otherwise. `language` is the artifact's default prompt. `two_stage` computes logits in two
-    stages if they change no token, for ONNX (see two_stage.py). With `silence_stride`, only every
-    so many encoder positions of the silence after a clip are computed, for ONNX (see
+    stages if they change no token, for ONNX (see two_stage.py). With `silence_stride`, so
+    many encoder positions of the silence after a clip are computed as one, for ONNX (see
     export/onnx/silence.py); None is the default of the precision. `options` are those of
     export_coreml; for ONNX there is one, `runtime`, the oldest onnxruntime that must run the
     artifact.

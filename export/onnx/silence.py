@@ -1,25 +1,27 @@
 """Short clips: the silence after a clip in few encoder positions.
 
 Whisper's encoder reads 30 s of sound, and most of a short clip's window is silence. Without it, the
-text is unusable: tiny.en's WER rises from 9.5 to about 30 % with windows of 10 s. Here only every
-`stride`-th position of the silence is computed, and stands for those that are left out: log(stride)
-is added to its attention scores, in the encoder and in the decoder's cross-attention. This is the
-proportional attention of token merging (Bolya et al. 2022, arXiv:2210.09461), which merges similar
-positions; here the positions are known in advance. Nothing is trained.
+text is unusable: tiny.en's WER rises from 9.5 to about 30 % with windows of 10 s. Here `stride`
+positions of the silence at a time are computed as one, in the encoder and in the decoder's
+cross-attention: log(stride) is added to its attention scores, and its encoding of the position is
+the mean of theirs. This is the proportional attention of token merging (Bolya et al. 2022,
+arXiv:2210.09461), which merges similar positions; here the positions are known in advance. Nothing
+is trained.
 
-    here      shape    meaning
-    n                  positions of the clip, rounded up to a second, and of MARGIN after it
-    places    (T,)     positions that are computed: 0 ... n - 1, then every stride-th one
-    weights   (T,)     0 for the first n positions, then the logarithm of the number that each
-                       stands for
+    here      shape           meaning
+    n                         positions of the clip, rounded up to a second, and of MARGIN after it
+    firsts    (groups,)       first position of each group of silence: n, n + stride, ...
+    weights   (T,)            0 for the first n positions, then the logarithm of each group's size
 
 Log-mel features and convolutions are computed for n positions only. Silence has constant features,
 so all its positions have the same output of the convolutions, and differ in their encoding of the
 position. A window that is full is computed as before.
 
-With a stride of 8, an average clip of Common Voice (4.5 s) has 450 positions instead of 1500. The
-number of wrong words does not rise: on 596 clips, tiny.en in int8 has 505 of 6552 without a stride,
-499 with a stride of 4, and 497 with 8.
+The mean matters. With the encoding of each group's middle position, the squared error of the
+encoder states of speech is 2.7 % of their variance (tiny.en, 30 dev clips, stride 8); with the mean
+it is 0.36 %.
+
+With a stride of 8, an average clip of Common Voice (4.5 s) has 450 positions instead of 1500.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from export.problem import Problem
 from export.shrink import windows_of
 from export.weights import Floats
 
-DEFAULT = 8
+DEFAULT = 12
 """The stride of an export in int8 or int4, for windows of LONG positions."""
 LONG = 1500
 UNIT = 50
@@ -60,20 +62,23 @@ class Silence(NamedTuple):
         """Window lengths in encoder positions, ascending."""
         return [*range(UNIT, self.full, UNIT), self.full]
 
+    def window_of(self, positions: int) -> int:
+        """Return the shortest window that holds a clip of so many positions."""
+        return min(-(-positions // UNIT) * UNIT, self.full)
+
     def mel_positions(self, window: int) -> int:
         """Return the positions whose log-mel features are computed."""
         return min(window + MARGIN, self.full)
 
     def positions(self, window: int) -> int:
         """Return the encoder positions of a window, T."""
-        n = self.mel_positions(window)
-        n -= min(EDGE, self.full - n)
-        return n + len(range(n + self.offset, self.full, self.stride))
+        return len(self.sizes(self.mel_positions(window)))
 
-    @property
-    def offset(self) -> int:
-        """Positions from the first of a group to the one that is computed."""
-        return (self.stride - 1) // 2
+    def sizes(self, mel_positions: int) -> list[int]:
+        """Return the number of positions that each computed one stands for, (T,)."""
+        n = mel_positions - min(EDGE, self.full - mel_positions)
+        groups = range(n, self.full, self.stride)
+        return [1] * n + [min(self.stride, self.full - first) for first in groups]
 
 
 def default_stride(model: nn.Module, precision: str, layout: str) -> int:
@@ -110,30 +115,39 @@ def placed(g: Graph, x: str, table: Floats, silence: Silence) -> tuple[str, str]
 
     Returns states (1, T, d_model) and the weights (T,).
     """
-    full, stride = g.constant([silence.full]), g.constant(silence.stride)
+    full = g.constant([silence.full])
     n = g.op("Shape", x, start=2, end=3)
     n = g.op("Sub", n, g.op("Min", g.op("Sub", full, n), g.constant([EDGE])))
-    spoken = count(g, g.constant(0), n, g.constant(1))
-    first = g.op("Add", n, g.constant([silence.offset]))
-    silent = count(g, g.op("Squeeze", first, g.constant([0])), full, stride)
-    places = g.op("Concat", spoken, silent, axis=0)
-    # all positions of silence have the output of the last one
-    rows = g.op("Min", places, g.op("Sub", n, g.constant([1])))
+    firsts = numbers(g, n, full, silence.stride)
+    sizes = g.op("Min", g.op("Sub", full, firsts), g.constant(silence.stride))
+    sizes = g.op("Cast", sizes, to=TensorProto.FLOAT)
+
+    angles = encoder_positions(g, table, full)
+    spoken = g.op("Slice", angles, g.constant([0]), n)
+    means = group_means(g, angles, firsts, sizes, silence)
+    # all positions of silence have the output of the last one before it
+    silent = g.op("Expand", g.op("Sub", n, g.constant([1])), g.op("Shape", firsts))
+    rows = g.op("Concat", numbers(g, g.constant([0]), n, 1), silent, axis=0)
     x = g.op("Gather", g.op("Transpose", x, perm=[0, 2, 1]), rows, axis=1)
-    angles = g.op("Gather", encoder_positions(g, table, full), places, axis=0)
-    return g.op("Add", x, angles), weights(g, n, silent, full)
+    x = g.op("Add", x, g.op("Concat", spoken, means, axis=0))
+    weights = g.op("Concat", g.op("Expand", g.constant(0.0), n), g.op("Log", sizes), axis=0)
+    return x, weights
 
 
-def count(g: Graph, first: str, end: str, step: str) -> str:
-    """Return the numbers from `first` () up to `end` (1,), in steps of `step` ()."""
-    return g.op("Range", first, g.op("Squeeze", end, g.constant([0])), step)
+def numbers(g: Graph, first: str, end: str, step: int) -> str:
+    """Return the numbers from `first` (1,) up to `end` (1,), in steps of `step`."""
+    first, end = (g.op("Squeeze", x, g.constant([0])) for x in (first, end))
+    return g.op("Range", first, end, g.constant(step))
 
 
-def weights(g: Graph, n: str, silent: str, full: str) -> str:
-    """Return the weights (T,): `n` (1,) zeros, then those of the positions `silent`."""
-    number = g.op("Shape", silent)
-    left, some = g.op("Sub", full, n), g.op("Max", number, g.constant([1]))
-    left, some = (g.op("Cast", x, to=TensorProto.FLOAT) for x in (left, some))
-    each = g.op("Log", g.op("Max", g.op("Div", left, some), g.constant(1.0)))  # 0 without silence
-    parts = g.op("Expand", g.constant(0.0), n), g.op("Expand", each, number)
-    return g.op("Concat", *parts, axis=0)
+def group_means(g: Graph, table: str, firsts: str, sizes: str, silence: Silence) -> str:
+    """Return the mean row of the table (full, d_model) in each group of positions, (groups,
+    d_model), given their first positions and sizes (groups,)."""
+    members = g.op("Unsqueeze", firsts, g.constant([1]))
+    members = g.op("Add", members, g.constant(list(range(silence.stride))))
+    end = g.constant(silence.full)
+    inside = g.op("Cast", g.op("Less", members, end), to=TensorProto.FLOAT)
+    rows = g.op("Gather", table, g.op("Min", members, g.constant(silence.full - 1)), axis=0)
+    rows = g.op("Mul", rows, g.op("Unsqueeze", inside, g.constant([2])))
+    sums = g.op("ReduceSum", rows, g.constant([1]), keepdims=0)
+    return g.op("Div", sums, g.op("Unsqueeze", sizes, g.constant([1])))
