@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgewhisper.silence import placed, score_weights
 from export.shrink import ATTENTIONS
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ def stem(model: "WhisperForConditionalGeneration", features: Tensor) -> Tensor:
     frames)."""
     encoder = model.model.encoder
     x = functional.gelu(encoder.conv1(features))
-    x = functional.gelu(encoder.conv2(x)).transpose(1, 2)
-    return x + encoder.embed_positions.weight[: x.shape[1]]
+    return placed(encoder, functional.gelu(encoder.conv2(x)).transpose(1, 2))
 
 
 def embedded(model: "WhisperForConditionalGeneration", tokens: Tensor) -> Tensor:
@@ -168,8 +168,12 @@ def run(
     if branch.kind == "ffn":
         return layer.fc2(layer.activation_fn(layer.fc1(y)))
     if branch.kind == "encoder_attn":
-        return layer.encoder_attn(y, key_value_states=encoded)[0]
-    mask = causal_mask(lengths or [x.shape[1]]).to(x) if branch.side == "decoder" else None
+        mask = score_weights(model.model.encoder, encoded)
+        return layer.encoder_attn(y, key_value_states=encoded, attention_mask=mask)[0]
+    if branch.side == "encoder":
+        mask = score_weights(model.model.encoder, x)
+    else:
+        mask = causal_mask(lengths or [x.shape[1]]).to(x)
     return layer.self_attn(y, attention_mask=mask)[0]
 
 
@@ -179,12 +183,14 @@ def run_few(model: nn.Module, branch: Branch, x: Tensor, encoded: Tensor) -> Ten
         attention = branch.attention_of(model)
         linears = attention.k_proj, attention.v_proj
         if all(linear.weight.shape[1] == encoded.shape[2] for linear in linears):
-            return attend_few(attention, normed(model, branch, x), encoded)
+            weights = score_weights(model.model.encoder, encoded)
+            return attend_few(attention, normed(model, branch, x), encoded, weights)
     return run(model, branch, x, encoded)
 
 
-def attend_few(attention: Any, y: Tensor, encoded: Tensor) -> Tensor:
-    """Return the output (1, n, d_model) of cross-attention for few tokens y (1, n, d_model).
+def attend_few(attention: Any, y: Tensor, encoded: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the output (1, n, d_model) of cross-attention for few tokens y (1, n, d_model), given
+    the weights (1, 1, 1, positions) of the encoder's states.
 
     It multiplies queries and attention with the weights of keys and values, instead of all encoder
     positions: q^T (W x) = (W^T q)^T x. The bias of keys adds the same to all scores of a query,
@@ -196,7 +202,8 @@ def attend_few(attention: Any, y: Tensor, encoded: Tensor) -> Tensor:
     )
     queries = attention.q_proj(y[0]) * attention.scaling
     queries = queries.unflatten(1, (heads, -1)).transpose(0, 1)  # (heads, n, k)
-    shares = (queries @ keys @ x.T).softmax(-1)  # (heads, n, positions)
+    scores = queries @ keys @ x.T  # (heads, n, positions)
+    shares = (scores if weights is None else scores + weights[0]).softmax(-1)
     attended = (shares @ x @ values.mT).transpose(0, 1).flatten(1)  # (n, heads * v)
     return attention.out_proj(attended + attention.v_proj.bias.to(y))[None]
 

@@ -43,6 +43,9 @@ from edgewhisper.compress.surgeon import damped, invert
 from edgewhisper.compress.walk import Walk
 from edgewhisper.progress import progress_steps
 from edgewhisper.recipe import Range
+from edgewhisper.silence import silence_in_groups
+from export.layouts import NATIVE
+from export.onnx.silence import silence_of
 from export.onnx.tables import column_exponents
 from export.problem import Problem
 from export.quantise import (
@@ -90,12 +93,16 @@ class Options:
     """Calibration clips, drawn from the training clips by the seed; all if fewer."""
     own_words: bool = True
     """Whether the decoder reads the model's own transcripts of the clips instead of their texts."""
+    silence_stride: Annotated[int, Range(1)] = 1
+    """Compute so many encoder positions of the silence after a clip as one, as
+    `export --silence-stride` does. For models with one window: calibration then takes less time."""
     damping: Annotated[float, Range(0, 10)] = 0.01
     """Share of the mean of H's diagonal that is added to it."""
     decoder_damping: Annotated[float, Range(0, 10)] = 0.3
     """The same in the decoder, whose statistics count tokens: far fewer than positions."""
-    table_damping: Annotated[float, Range(0, 10)] = 0.1
-    """The same for the token table. Embeddings are rows of it too, and are not in H."""
+    table_damping: Annotated[float, Range(0, 10)] = 1.0
+    """The same for the token table, whose H counts tokens as well. With 60 clips and tiny.en, the
+    divergence on other clips is 0.0345 with 0.1, 0.0306 with 1, and 0.0307 with 3."""
 
 
 def quantises(options: Options) -> bool:
@@ -122,7 +129,8 @@ def apply(
     speech = decoder_speech(model, clips, options.own_words, context, "gptq")
     note_grids(model, options)
     chosen = schemes(model)
-    errors = quantise_in_order(Walk(model, speech), chosen, options)
+    with silence_in_groups(model, silence_of(model, NATIVE, options.silence_stride)):
+        errors = quantise_in_order(Walk(model, speech), chosen, options)
     settle(chosen)  # layers in 8 and 16 bits
     context.record["gptq"] = {
         "clips": len(clips),

@@ -91,6 +91,9 @@ from edgewhisper.compress.stored_curves import Measured, file_of, read, write
 from edgewhisper.compress.walk import Walk
 from edgewhisper.progress import progress_steps
 from edgewhisper.recipe import Range
+from edgewhisper.silence import silence_in_groups
+from export.layouts import NATIVE
+from export.onnx.silence import silence_of
 from export.problem import Problem
 from export.shrink import layer_shapes
 
@@ -137,6 +140,9 @@ class Options:
     own_words: bool = True
     """Whether the decoder reads the dense model's transcripts of the clips, with its case and
     punctuation, instead of the texts of the manifest."""
+    silence_stride: Annotated[int, Range(1)] = 1
+    """Compute so many encoder positions of the silence after a clip as one, as
+    `export --silence-stride` does. For models with one window: calibration then takes less time."""
     random_tokens: Annotated[int, Range(0)] = 28
     """Random tokens before the text of a clip in further decoder inputs, because a hundred texts
     contain few of the tokens (see random_tokens.py). 0: only the texts."""
@@ -182,7 +188,9 @@ def apply(
     clips = context.calibration_clips("obs", options.clips)
     home, training = next(model.parameters()).device, model.training
     model.cpu().eval()  # statistics are float64, which some accelerators lack
-    measured = measure(model, clips, options, context)
+    silence = silence_of(model, NATIVE, options.silence_stride)
+    with silence_in_groups(model, silence):
+        measured = measure(model, clips, options, context)
     levels = choose_levels(model, measured.parts, options, budget)
     context.record["obs"] = {
         "clips": {"calibration": len(clips), "effect": measured.effect_clips},
@@ -194,7 +202,10 @@ def apply(
     branches = [part.branch for part in measured.parts]
     texts = [replace(clip, text=t) for clip, t in zip(clips, measured.texts, strict=True)]
     speech = Speech(texts, context.processor, True, options.random_tokens)
-    with progress_steps(len(branches), "obs: pruning branches") as done:
+    with (
+        progress_steps(len(branches), "obs: pruning branches") as done,
+        silence_in_groups(model, silence),
+    ):
         prune(model, speech, branches, levels, options, done)
     if any(len(level.kept) == 2 for level in levels):
         model.config.edgewhisper = layer_shapes(model)

@@ -48,15 +48,18 @@ from edgewhisper.compress.context import Context
 from edgewhisper.compress.short import windows_for, with_hidden_states
 from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import divergence, frozen_copy, load_teacher
-from edgewhisper.examples import IGNORED, Batch, token_ids
+from edgewhisper.examples import IGNORED, Batch, WindowRule, token_ids
 from edgewhisper.frozen_encoder import StatesCache
 from edgewhisper.progress import progress_steps
 from edgewhisper.pseudo_labels import pseudo_labelled
 from edgewhisper.random_tokens import drawn
 from edgewhisper.recipe import Range
+from edgewhisper.silence import silence_in_groups
 from edgewhisper.training import LossTerm, Training, cross_entropy, train
 from edgewhisper.variants import variants
 from export.cost import macs_by_window
+from export.layouts import NATIVE
+from export.onnx.silence import Silence, silence_of
 from export.shrink import windows_of
 
 if TYPE_CHECKING:
@@ -70,6 +73,9 @@ class Options:
     windows_s: tuple[float, ...] = ()
     """Window lengths in seconds, ascending; the full window is always added. Empty: the windows
     that the model has."""
+    silence_stride: Annotated[int, Range(1)] = 1
+    """Compute so many encoder positions of the silence after the clips of a step as one, as
+    `export --silence-stride` does. For models with one window: a step then costs less."""
     teacher: str = ""
     """A directory or hub id of the dense model. Empty: the model before the recipe."""
     full_share: Annotated[float, Range(0, 1)] = 0.1
@@ -91,6 +97,11 @@ class Options:
             steps=500, batch_size=6, learning_rate=4e-5, token_table=False
         )
     )
+
+
+def allowed_after_quantisation(options: Options) -> bool:
+    """Biases and layer norms are not quantised."""
+    return not options.training.matrices
 
 
 # ------------------------------------------------------------------------------------- the windows
@@ -115,6 +126,22 @@ class DrawnWindows:
         if not short or rng.random() < self.full_share:
             return self.windows[-1]
         return short[int(rng.integers(len(short)))]
+
+
+@dataclass(frozen=True)
+class SpeechAndMargin:
+    """Chooses the window of each training step whose silence is computed in groups: that of an
+    artifact, or the full window in a share of the steps."""
+
+    silence: Silence
+    full_share: float
+    seed: int
+
+    def __call__(self, step: int, needed: int) -> int:
+        """Return the window of a step whose longest clip fills `needed` encoder positions."""
+        if np.random.default_rng([self.seed, 4, step]).random() < self.full_share:
+            return self.silence.full
+        return self.silence.mel_positions(self.silence.window_of(needed))
 
 
 # ------------------------------------------------------------------------------------ the loss, (2)
@@ -256,7 +283,11 @@ def apply(
     windows = windows_of(model.config)
     longest_s = windows[-2:][0] * position_s(context.processor)
     clips, left_out = recovery_clips(dense, options, context, longest_s)
-    with with_hidden_states(model):
+    silence = silence_of(model, NATIVE, options.silence_stride)
+    rule: WindowRule = DrawnWindows(tuple(windows), options.full_share, context.seed)
+    if silence is not None:
+        rule = SpeechAndMargin(silence, options.full_share, context.seed)
+    with with_hidden_states(model), silence_in_groups(model, silence):
         log = train(
             model,
             context.processor,
@@ -266,7 +297,7 @@ def apply(
             seed=context.seed,
             identity=repr(options),
             loss_term=recovery(dense, options),
-            window=DrawnWindows(tuple(windows), options.full_share, context.seed),
+            window=rule,
             label="recover: training",
         )
     context.record["recover"] = {

@@ -38,6 +38,7 @@ from edgewhisper.compress.branches import (
     run,
     stem,
 )
+from edgewhisper.silence import score_weights
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -95,8 +96,13 @@ class Walk:
 
     @torch.no_grad()
     def _enter(self, speech: Speech) -> None:
+        silence = self.model.model.encoder.silence
         for i, window in enumerate(speech.windows(self.model, decoder=True), len(self.windows)):
-            states = stem(self.model, window.features)
+            features = window.features
+            if silence is not None:
+                spoken = silence.window_of(window.positions)
+                features = features[..., : 2 * silence.mel_positions(spoken)]
+            states = stem(self.model, features)
             self.states[i] = states
             positions = min(window.positions + MARGIN, states.shape[1])
             self.windows.append(replace(window, features=torch.empty(0), positions=positions))
@@ -225,7 +231,8 @@ class Walk:
             queries = by_head(attention, attention.q_proj(y[0, :rows]) * attention.scaling)
             keys = by_head(attention, attention.k_proj(source[0]))
             causal = branch.side == "decoder" and branch.kind == "self_attn"
-            mask = causal_mask(self.lengths(i)) if causal else None
+            weights = score_weights(self.model.model.encoder, source)
+            mask = causal_mask(self.lengths(i)) if causal else weights
             sums.add(queries, keys, mask, self.row_weights(branch, i))
         return sums
 

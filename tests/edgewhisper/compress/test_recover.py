@@ -21,11 +21,13 @@ from edgewhisper.compress.context import Context
 from edgewhisper.compress.recover import (
     DrawnWindows,
     Options,
+    SpeechAndMargin,
     relative_error,
     with_random_tokens,
 )
 from edgewhisper.examples import Examples
 from edgewhisper.training import Training
+from export.onnx.silence import Silence
 from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
 from export.shrink import shrink, windows_of
@@ -154,6 +156,29 @@ def test_invalid_windows_are_refused(tiny_whisper, context):
 def test_training_brings_a_pruned_model_closer_to_the_dense_one(pruned, context):
     log = recover.apply(pruned, brief(40), context) and context.record["recover"]["training"]
     assert log["last_loss"] < 0.7 * log["first_loss"]
+
+
+def test_silence_in_groups_trains_a_model_with_one_window(pruned, context):
+    options = replace(brief(40), windows_s=(), silence_stride=8)
+    model = recover.apply(pruned, options, context)
+    training = context.record["recover"]["training"]
+    assert training["last_loss"] < 0.9 * training["first_loss"]
+    assert windows_of(model.config) == [300]
+    assert model.model.encoder.silence is None
+
+
+def test_steps_use_the_clip_and_a_margin_or_the_full_window(seed):
+    rule = SpeechAndMargin(Silence(300, 8), 0.25, seed)
+    drawn = Counter(rule(step, 101) for step in range(400))
+    assert drawn.keys() == {200, 300}
+    assert 60 <= drawn[300] <= 140
+    never = replace(rule, full_share=0.0)
+    assert [never(0, needed) for needed in (1, 50, 51, 251)] == [100, 100, 150, 300]
+
+
+def test_a_silence_stride_needs_a_model_with_one_window(tiny_whisper, context):
+    with pytest.raises(Problem, match="silence stride 8"):
+        recover.apply(tiny_whisper, replace(brief(1), silence_stride=8), context)
 
 
 def test_a_teacher_may_be_a_directory(

@@ -1,0 +1,79 @@
+"""The silence after a clip in few encoder positions, in torch: for calibration and training.
+
+export/onnx/silence.py describes the positions and their weights. A pass then costs about as much as
+one with a window as long as the clip, and the model keeps its full window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from export.onnx.silence import EDGE, UNIT, Silence
+
+if TYPE_CHECKING:
+    from edgewhisper.model import Encoder, WhisperForConditionalGeneration
+
+
+@contextmanager
+def silence_in_groups(
+    model: WhisperForConditionalGeneration, silence: Silence | None
+) -> Iterator[None]:
+    """Make the encoder append the silence to windows that are not full, and all attention weight
+    it. Windows are multiples of UNIT positions. None changes nothing."""
+    encoder = model.model.encoder
+    with ExitStack() as stack:
+        if silence is not None:
+            encoder.silence = silence
+            stack.callback(setattr, encoder, "silence", None)
+            for layer in model.model.decoder.layers:
+                hook = Weighting(encoder)
+                handle = layer.encoder_attn.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        yield
+
+
+class Weighting:
+    """A hook that adds the weights to the scores of a cross-attention."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, _: nn.Module, inputs: Any, named: dict[str, Any]) -> Any:
+        states = named["key_value_states"]
+        return inputs, named | {"attention_mask": score_weights(self.encoder, states)}
+
+
+def score_weights(encoder: Encoder, states: Tensor) -> Tensor | None:
+    """Return the weights (1, 1, 1, T) that are added to the scores of attention to encoder states
+    (clips, T, d_model). None for a full window, and if silence is not computed in groups."""
+    if encoder.silence is None or states.shape[1] == encoder.silence.full:
+        return None
+    return weights_by_length(encoder.silence)[states.shape[1]].to(states)
+
+
+@cache
+def weights_by_length(silence: Silence) -> dict[int, Tensor]:
+    """Return the weights of each window by its number of states, T."""
+    sizes = [silence.sizes(n) for n in range(UNIT, silence.full, UNIT)]
+    logs = {len(each): torch.tensor(each, dtype=torch.float32).log() for each in sizes}
+    return {length: weights[None, None, None] for length, weights in logs.items()}
+
+
+def placed(encoder: Encoder, x: Tensor) -> Tensor:
+    """Add the encoding of positions to the output of the convolutions (clips, n, d_model), and
+    append the silence of a window that is not full. Returns states (clips, T, d_model)."""
+    table, silence = encoder.embed_positions.weight, encoder.silence
+    if silence is None:
+        return x + table[: x.shape[1]]
+    sizes = silence.sizes(x.shape[1])
+    spoken = x.shape[1] - min(EDGE, silence.full - x.shape[1])
+    # all positions of silence have the output of the last one before it
+    silent = x[:, spoken - 1 : spoken].expand(-1, len(sizes) - spoken, -1)
+    means = torch.stack([rows.mean(0) for rows in table.split(sizes)])
+    return torch.cat([x[:, :spoken], silent], dim=1) + means
