@@ -233,7 +233,7 @@ def recovery_clips(
     number of clips that were left out per reason."""
     clips, left_out = list(context.train), Counter[str]()
     if not context.dense_texts or options.teacher:
-        cache = context.run_dir / "transcripts.json"
+        cache = context.run_dir.parent / "transcripts.json"  # the steps of a recipe share it
         clips, left_out = pseudo_labelled(dense, context.processor, clips, cache)
     if options.variants:
         made = variants_of(context, options, longest_s)
