@@ -15,9 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from export.onnx.silence import EDGE, UNIT, Silence
+from export.shrink import windows_of
 
 if TYPE_CHECKING:
     from edgewhisper.model import Encoder, WhisperForConditionalGeneration
+
+
+def silence_for(model: WhisperForConditionalGeneration, stride: int) -> Silence | None:
+    """Return how calibration computes the silence; None for a stride of 1, and for models with
+    short windows, which need none."""
+    windows = windows_of(model.config)
+    return None if stride == 1 or len(windows) > 1 else Silence(windows[0], stride)
 
 
 @contextmanager

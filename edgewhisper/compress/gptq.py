@@ -43,9 +43,7 @@ from edgewhisper.compress.surgeon import damped, invert
 from edgewhisper.compress.walk import Walk
 from edgewhisper.progress import progress_steps
 from edgewhisper.recipe import Range
-from edgewhisper.silence import silence_in_groups
-from export.layouts import NATIVE
-from export.onnx.silence import silence_of
+from edgewhisper.silence import silence_for, silence_in_groups
 from export.onnx.tables import column_exponents
 from export.problem import Problem
 from export.quantise import (
@@ -95,7 +93,8 @@ class Options:
     """Whether the decoder reads the model's own transcripts of the clips instead of their texts."""
     silence_stride: Annotated[int, Range(1)] = 1
     """Compute so many encoder positions of the silence after a clip as one, as
-    `export --silence-stride` does. For models with one window: calibration then takes less time."""
+    `export --silence-stride` does. Calibration then takes less time. Models with short windows
+    compute all positions."""
     damping: Annotated[float, Range(0, 10)] = 0.01
     """Share of the mean of H's diagonal that is added to it."""
     decoder_damping: Annotated[float, Range(0, 10)] = 0.3
@@ -129,7 +128,7 @@ def apply(
     speech = decoder_speech(model, clips, options.own_words, context, "gptq")
     note_grids(model, options)
     chosen = schemes(model)
-    with silence_in_groups(model, silence_of(model, NATIVE, options.silence_stride)):
+    with silence_in_groups(model, silence_for(model, options.silence_stride)):
         errors = quantise_in_order(Walk(model, speech), chosen, options)
     settle(chosen)  # layers in 8 and 16 bits
     context.record["gptq"] = {

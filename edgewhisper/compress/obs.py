@@ -91,9 +91,7 @@ from edgewhisper.compress.stored_curves import Measured, file_of, read, write
 from edgewhisper.compress.walk import Walk
 from edgewhisper.progress import progress_steps
 from edgewhisper.recipe import Range
-from edgewhisper.silence import silence_in_groups
-from export.layouts import NATIVE
-from export.onnx.silence import silence_of
+from edgewhisper.silence import silence_for, silence_in_groups
 from export.problem import Problem
 from export.shrink import layer_shapes
 
@@ -142,7 +140,8 @@ class Options:
     punctuation, instead of the texts of the manifest."""
     silence_stride: Annotated[int, Range(1)] = 1
     """Compute so many encoder positions of the silence after a clip as one, as
-    `export --silence-stride` does. For models with one window: calibration then takes less time."""
+    `export --silence-stride` does. Calibration then takes less time. Models with short windows
+    compute all positions."""
     random_tokens: Annotated[int, Range(0)] = 28
     """Random tokens before the text of a clip in further decoder inputs, because a hundred texts
     contain few of the tokens (see random_tokens.py). 0: only the texts."""
@@ -188,7 +187,7 @@ def apply(
     clips = context.calibration_clips("obs", options.clips)
     home, training = next(model.parameters()).device, model.training
     model.cpu().eval()  # statistics are float64, which some accelerators lack
-    silence = silence_of(model, NATIVE, options.silence_stride)
+    silence = silence_for(model, options.silence_stride)
     with silence_in_groups(model, silence):
         measured = measure(model, clips, options, context)
     levels = choose_levels(model, measured.parts, options, budget)

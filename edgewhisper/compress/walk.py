@@ -231,8 +231,10 @@ class Walk:
             queries = by_head(attention, attention.q_proj(y[0, :rows]) * attention.scaling)
             keys = by_head(attention, attention.k_proj(source[0]))
             causal = branch.side == "decoder" and branch.kind == "self_attn"
-            weights = score_weights(self.model.model.encoder, source)
-            mask = causal_mask(self.lengths(i)) if causal else weights
+            if causal:
+                mask: Tensor | None = causal_mask(self.lengths(i))
+            else:
+                mask = score_weights(self.model.model.encoder, source)
             sums.add(queries, keys, mask, self.row_weights(branch, i))
         return sums
 

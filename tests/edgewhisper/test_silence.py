@@ -14,7 +14,8 @@ from edgewhisper import decoding
 from edgewhisper.calibration import Speech
 from edgewhisper.compress.branches import branches_of, last_states
 from edgewhisper.compress.walk import Walk
-from edgewhisper.silence import silence_in_groups
+from edgewhisper.shapes import set_windows
+from edgewhisper.silence import silence_for, silence_in_groups
 from export.onnx.silence import Silence
 from export.onnx.to_onnx import export_onnx
 
@@ -46,18 +47,28 @@ def test_training_computes_what_an_artifact_computes(
     assert np.abs(outputs.logits[1, 0].numpy() - want).max() < 1e-3
 
 
+def test_models_with_short_windows_compute_all_positions(make_whisper):
+    model = make_whisper()
+    assert silence_for(model, 8) == Silence(FULL, 8)
+    assert silence_for(model, 1) is None
+    set_windows(model.config, [100, FULL])
+    assert silence_for(model, 8) is None
+
+
 def test_calibration_computes_what_training_computes(make_whisper, processor, clips):
     model, clip = make_whisper(), read_manifest(clips)[0]
     speech = Speech([clip], processor, mask_padding=True)
     with torch.no_grad(), silence_in_groups(model, Silence(FULL, 4)):
         walk = Walk(model, speech)
         first = branches_of(model, "encoder")[0]
+        scores = walk.collect_scores(first)
         x = walk.states[0] + walk.output(first, 0, walk.states[0])
         tokens = walk.windows[0].tokens
         states = last_states(model, first, x, tokens, None)
         features = decoding.log_mel(processor.feature_extractor, [clip.pcm()])[..., :200]
         want = model.train()(features, decoder_input_ids=tokens).logits[0]
     assert x.shape[1] < 150
+    assert torch.isfinite(scores.keys).all()
     assert (model.proj_out(states) - want).abs().max() < 1e-3
 
 
