@@ -36,13 +36,10 @@ def regularised(model: nn.Module, dropout: float) -> Iterator[None]:
 
 @contextmanager
 def partly_frozen(
-    model: WhisperForConditionalGeneration, encoder: bool, token_table: bool, matrices: bool
+    model: WhisperForConditionalGeneration, encoder: bool, token_table: bool
 ) -> Iterator[None]:
-    """Disable gradients of the encoder if `encoder` is False, and likewise of the token table, and
-    of all parameters that are not vectors."""
+    """Disable gradients of the encoder if `encoder` is False, and likewise of the token table."""
     parts: list[nn.Parameter] = []
-    if not matrices:
-        parts += [parameter for parameter in model.parameters() if parameter.dim() > 1]
     if not encoder:
         parts += list(model.model.encoder.parameters())
     table = getattr(model.model.decoder.embed_tokens, "weight", None)

@@ -84,8 +84,6 @@ class Training:
     token_table: bool = True
     """false freezes the token table, unless it is factorised. Recommended for a few hundred clips:
     most tokens do not occur in them, but the gradient of the output layer changes all tokens."""
-    matrices: bool = True
-    """false trains only biases and layer norms, which are never quantised."""
     windows: Literal["decoding", "speech"] = "decoding"
     """Audio length of a step. decoding: the window used in decoding, 30 s for OpenAI's models.
     speech: the longest clip and up to a second more, and every eighth step the window of decoding;
@@ -163,7 +161,7 @@ def train(
     model.model.encoder.embed_positions.requires_grad_(False)
     with (
         regularised(model, options.dropout),
-        partly_frozen(model, options.encoder, options.token_table, options.matrices),
+        partly_frozen(model, options.encoder, options.token_table),
         checkpointing(model, options.gradient_checkpointing),
         graceful_stop() as stop,
         bar as show,

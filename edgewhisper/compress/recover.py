@@ -99,11 +99,6 @@ class Options:
     )
 
 
-def allowed_after_quantisation(options: Options) -> bool:
-    """Biases and layer norms are not quantised."""
-    return not options.training.matrices
-
-
 # ------------------------------------------------------------------------------------- the windows
 
 
