@@ -82,7 +82,7 @@ SilenceStride = Annotated[
         min=1,
         metavar="N",
         help="onnx only: compute N encoder positions of the silence after a clip as one, which "
-        "makes short clips faster; default: 12 for int8 and int4 with a window of 30 s, "
+        "makes short clips faster; default: 8 for int8 and int4 with a window of 30 s, "
         "otherwise 1",
     ),
 ]

@@ -38,7 +38,7 @@ from export.problem import Problem
 from export.shrink import windows_of
 from export.weights import Floats
 
-DEFAULT = 12
+DEFAULT = 8
 """The stride of an export in int8 or int4, for windows of LONG positions."""
 LONG = 1500
 UNIT = 50
