@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from export.onnx.silence import EDGE, UNIT, Silence
+from export.onnx.silence import UNIT, Silence
 from export.shrink import windows_of
 
 if TYPE_CHECKING:
@@ -35,26 +35,19 @@ def silence_in_groups(
     """Make the encoder append the silence to windows that are not full, and all attention weight
     it. Windows are multiples of UNIT positions. None changes nothing."""
     encoder = model.model.encoder
+
+    def weighted(_: nn.Module, inputs: Any, named: dict[str, Any]) -> Any:
+        weights = score_weights(encoder, named["key_value_states"])
+        return inputs, named | {"attention_mask": weights}
+
     with ExitStack() as stack:
         if silence is not None:
             encoder.silence = silence
             stack.callback(setattr, encoder, "silence", None)
             for layer in model.model.decoder.layers:
-                hook = Weighting(encoder)
-                handle = layer.encoder_attn.register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
+                hook = layer.encoder_attn.register_forward_pre_hook(weighted, with_kwargs=True)
+                stack.callback(hook.remove)
         yield
-
-
-class Weighting:
-    """A hook that adds the weights to the scores of a cross-attention."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-
-    def __call__(self, _: nn.Module, inputs: Any, named: dict[str, Any]) -> Any:
-        states = named["key_value_states"]
-        return inputs, named | {"attention_mask": score_weights(self.encoder, states)}
 
 
 def score_weights(encoder: Encoder, states: Tensor) -> Tensor | None:
@@ -77,11 +70,10 @@ def placed(encoder: Encoder, x: Tensor) -> Tensor:
     """Add the encoding of positions to the output of the convolutions (clips, n, d_model), and
     append the silence of a window that is not full. Returns states (clips, T, d_model)."""
     table, silence = encoder.embed_positions.weight, encoder.silence
-    if silence is None:
+    if silence is None or x.shape[1] == silence.full:
         return x + table[: x.shape[1]]
-    sizes = silence.sizes(x.shape[1])
-    spoken = x.shape[1] - min(EDGE, silence.full - x.shape[1])
+    n = silence.spoken(x.shape[1])
+    means = [rows.mean(0) for rows in table[n:].split(silence.stride)]
     # all positions of silence have the output of the last one before it
-    silent = x[:, spoken - 1 : spoken].expand(-1, len(sizes) - spoken, -1)
-    means = torch.stack([rows.mean(0) for rows in table.split(sizes)])
-    return torch.cat([x[:, :spoken], silent], dim=1) + means
+    silent = x[:, n - 1 : n] + torch.stack(means)
+    return torch.cat([x[:, :n] + table[:n], silent], dim=1)

@@ -168,13 +168,19 @@ def run(
     if branch.kind == "ffn":
         return layer.fc2(layer.activation_fn(layer.fc1(y)))
     if branch.kind == "encoder_attn":
-        mask = score_weights(model.model.encoder, encoded)
+        mask = score_mask(model, branch, encoded)
         return layer.encoder_attn(y, key_value_states=encoded, attention_mask=mask)[0]
-    if branch.side == "encoder":
-        mask = score_weights(model.model.encoder, x)
-    else:
-        mask = causal_mask(lengths or [x.shape[1]]).to(x)
-    return layer.self_attn(y, attention_mask=mask)[0]
+    return layer.self_attn(y, attention_mask=score_mask(model, branch, x, lengths))[0]
+
+
+def score_mask(
+    model: nn.Module, branch: Branch, source: Tensor, lengths: Sequence[int] | None = None
+) -> Tensor | None:
+    """Return what is added to the scores of a branch's attention to the states `source` (1, m,
+    d_model): the causal mask in the decoder, the weights of encoder positions otherwise."""
+    if branch.side == "decoder" and branch.kind == "self_attn":
+        return causal_mask(lengths or [source.shape[1]]).to(source)
+    return score_weights(model.model.encoder, source)
 
 
 def run_few(model: nn.Module, branch: Branch, x: Tensor, encoded: Tensor) -> Tensor:

@@ -30,23 +30,20 @@ from edgewhisper.compress.branches import (
     Side,
     States,
     branches_of,
-    causal_mask,
     embedded,
     inputs_of,
     last_states,
     normed,
     run,
+    score_mask,
     stem,
 )
-from edgewhisper.silence import score_weights
+from export.onnx.silence import MARGIN
 from export.problem import Problem
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
 
-MARGIN = 50
-"""Encoder positions (1 s) after the end of a clip that still count, because the encoder marks the
-end of speech there."""
 ROWS = 128
 """Positions whose logits are in memory at the same time."""
 
@@ -230,11 +227,8 @@ class Walk:
             rows = self.rows_of(branch, i, x.shape[1])
             queries = by_head(attention, attention.q_proj(y[0, :rows]) * attention.scaling)
             keys = by_head(attention, attention.k_proj(source[0]))
-            causal = branch.side == "decoder" and branch.kind == "self_attn"
-            if causal:
-                mask: Tensor | None = causal_mask(self.lengths(i))
-            else:
-                mask = score_weights(self.model.model.encoder, source)
+            lengths = self.lengths(i) if branch.side == "decoder" else None
+            mask = score_mask(self.model, branch, source, lengths)
             sums.add(queries, keys, mask, self.row_weights(branch, i))
         return sums
 

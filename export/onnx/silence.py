@@ -74,9 +74,13 @@ class Silence(NamedTuple):
         """Return the encoder positions of a window, T."""
         return len(self.sizes(self.mel_positions(window)))
 
+    def spoken(self, mel_positions: int) -> int:
+        """Return the positions that are computed one by one, n."""
+        return mel_positions - min(EDGE, self.full - mel_positions)
+
     def sizes(self, mel_positions: int) -> list[int]:
         """Return the number of positions that each computed one stands for, (T,)."""
-        n = mel_positions - min(EDGE, self.full - mel_positions)
+        n = self.spoken(mel_positions)
         groups = range(n, self.full, self.stride)
         return [1] * n + [min(self.stride, self.full - first) for first in groups]
 
