@@ -229,8 +229,9 @@ def word_delay_s(
     """Return how late the word timestamps are, if the model has the dimensions and the heads of one
     of OpenAI's models for which this was measured."""
     size = openai.size_of(config, english)
-    known = size is not None and heads == alignment_heads(config, english)
-    return size.word_delay_s if size is not None and known else None
+    if size is None or heads != alignment_heads(config, english):
+        return None
+    return size.word_delay_s
 
 
 # ------------------------------------------------------------------------------- contradictions
