@@ -19,6 +19,8 @@ key `edgewhisper`:
     token_bits: b                    bits of the token table: 4, 8, 16 or 32
     token_columns: [n, ...]          exponents of two by which the columns of a dense token table
                                      are divided before they are quantised; none if absent
+    token_rows_in_8_bits: n          first rows of a dense token table in 4 bits that have 8 bits;
+                                     none if absent
     stem_bits: b                     bits of the convolutions: 8 or 32; float16 if absent
     block: n                         inputs that share a scale in 4 bits; 32 if absent
     half_scales: true                4-bit scales are float16; float32 if absent
@@ -116,6 +118,9 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
         _check_one_of(key, shapes.get(key, allowed[0]), allowed)
     if "token_columns" in shapes:
         _check_columns(shapes["token_columns"], config.d_model)
+    if "token_rows_in_8_bits" in shapes:
+        rows = {"token_rows_in_8_bits": (shapes["token_rows_in_8_bits"], config.vocab_size - 1)}
+        _check_counts(rows)
     if "token_rank" in shapes:
         limit = min(config.vocab_size, config.d_model)
         _check_counts({"token_rank": (shapes["token_rank"], limit)})

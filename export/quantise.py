@@ -56,6 +56,9 @@ class Scheme:
     columns: tuple[int, ...] = ()
     """Exponents of two by which columns are divided before they are quantised: for a token table,
     whose columns differ in size."""
+    rows_in_8_bits: int = 0
+    """Number of first rows that have 8 bits, of a matrix in 4 bits: for a token table, whose first
+    tokens are the most frequent."""
     transposed: bool = False
     """Whether columns are the channels, as in the basis of a factorised token table."""
 
@@ -88,6 +91,9 @@ def fake_quantise(weight: Tensor, scheme: Scheme) -> Tensor:
     """Return Q(w) in the shape of weight; the first axis is `out`, all others are inputs."""
     if scheme.bits == 32:
         return weight
+    if scheme.rows_in_8_bits:
+        parts = row_parts(weight, scheme)
+        return torch.cat([fake_quantise(rows, part) for rows, part in parts])
     if scheme.columns:
         factors = column_factors(scheme)
         return fake_quantise(weight / factors, replace(scheme, columns=())) * factors
@@ -97,6 +103,13 @@ def fake_quantise(weight: Tensor, scheme: Scheme) -> Tensor:
     codes, scale = _quantised(_in_blocks(rows, scheme), scheme)
     whole = (codes * scale).flatten(1)[:, : rows.shape[1]] + 0.0
     return whole.view(weight.shape).to(weight.dtype)
+
+
+def row_parts(weight: Tensor, scheme: Scheme) -> list[tuple[Tensor, Scheme]]:
+    """Return the rows in 8 bits and all others, each with its scheme; all rows if none has 8."""
+    first, rest = scheme.rows_in_8_bits, replace(scheme, rows_in_8_bits=0)
+    parts = [(weight[:first], replace(rest, bits=8)), (weight[first:], rest)]
+    return parts if first else parts[1:]
 
 
 def _in_blocks(rows: Tensor, scheme: Scheme) -> Tensor:
@@ -212,7 +225,9 @@ def schemes(model: nn.Module) -> dict[nn.Module, Scheme]:
         if hasattr(table, "rows"):
             result |= {table.rows: scheme, table.up: Scheme(scheme.bits, transposed=True, **common)}
         else:
-            result[table] = replace(scheme, columns=tuple(config.get("token_columns", ())))
+            rows = config.get("token_rows_in_8_bits", 0) if scheme.bits == 4 else 0
+            columns = tuple(config.get("token_columns", ()))
+            result[table] = replace(scheme, columns=columns, rows_in_8_bits=rows)
     if "stem_bits" in config:
         result |= dict.fromkeys(
             (encoder.conv1, encoder.conv2), Scheme(config["stem_bits"], **common)
@@ -229,5 +244,6 @@ def is_quantised(model: nn.Module) -> bool:
 def precision_fields(model: nn.Module) -> dict[str, Any]:
     """Return the fields of config.edgewhisper about precision that do not belong to a layer."""
     config = getattr(model.config, "edgewhisper", None) or {}
-    keys = ("token_bits", "stem_bits", "block", "scales", "half_scales", "token_columns")
+    token = ("token_bits", "token_columns", "token_rows_in_8_bits")
+    keys = (*token, "stem_bits", "block", "scales", "half_scales")
     return {key: config[key] for key in keys if key in config}

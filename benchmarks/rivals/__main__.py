@@ -3,12 +3,14 @@
     python -m benchmarks.rivals --size tiny --threads 1 2 --seconds 30 --tokens 64 --out FILE
     python -m benchmarks.rivals --size tiny --threads 1 2 --seconds 5 --tokens 20
     python -m benchmarks.rivals --model DIR --speech MANIFEST
+    python -m benchmarks.rivals --model DIR --speech MANIFEST --seconds 30 --tokens 64
 
 With --size, the checkpoint has Whisper's dimensions and random weights, and the input is noise.
 Every engine decodes exactly --tokens tokens: the time for that does not depend on the weights. Our
 artifact has a window of --seconds in addition to the full one; the rivals pad to the full window,
 as they always do. With --model and --speech, the engines decode to the end of the text, and the
-table has their word error rates.
+table has their word error rates. With --seconds too, the clips are joined, and the recording is cut
+after so many seconds.
 
 --out stores the results as JSON lines, which `edgewhisper compare` and `edgewhisper report` read.
 """
@@ -18,9 +20,11 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.markdown import table
 from benchmarks.normalizers import name_for
@@ -49,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", type=Path, help="a dense checkpoint, instead of a random one")
     add("--speech", type=Path, help="a manifest of clips, instead of noise")
     add("--threads", type=count, nargs="+", default=[1, 2])
-    add("--seconds", type=float, default=30.0, help="how long the noise is")
+    add("--seconds", type=float, help="how long the noise is (default: 30), or the joined clips")
     add(
         "--tokens",
         type=count,
@@ -106,34 +110,60 @@ def task_of(given: argparse.Namespace, place: Path, folder: Path) -> Task:
     elif not checkpoint.is_dir():
         raise Problem(f"{checkpoint}: no such directory", hint="name a local checkpoint directory")
     forced = given.tokens is not None or given.speech is None
-    if given.speech is not None:
-        clips = tuple(read_manifest(given.speech))
+    windows_s: tuple[float, ...] = ()
+    if given.speech is None:
+        seconds = given.seconds or 30.0
+        clips, windows_s = [noise(seconds, folder / "noise.wav")], (seconds,)
     else:
-        clips = (noise(given.seconds, folder / "noise.wav"),)
+        clips = read_manifest(given.speech)
+        if given.seconds is not None:
+            clips = [joined(clips, given.seconds, folder / "speech.wav")]
     return Task(
         model=checkpoint.name,
         checkpoint=checkpoint.resolve(),
-        clips=clips,
+        clips=tuple(clips),
         tokens=(given.tokens or 64) if forced else None,
-        repeats=given.repeats or (3 if given.speech is None else 1),
-        windows_s=() if given.speech is not None else (given.seconds,),
+        repeats=given.repeats or (3 if len(clips) == 1 else 1),
+        windows_s=windows_s,
     )
 
 
 def noise(seconds: float, path: Path) -> Clip:
     """Write white noise with a fixed seed; return it as a clip."""
+    samples = np.random.default_rng(0).standard_normal(round(seconds * SAMPLING_RATE))
+    return written(LOUDNESS * samples, path, "noise", "en")
+
+
+def joined(clips: Sequence[Clip], seconds: float, path: Path) -> Clip:
+    """Join clips and cut them after so many seconds; return the recording as a clip, whose text
+    also has the words that are cut. Raises Problem if the clips are too short."""
+    samples, parts, texts = round(seconds * SAMPLING_RATE), [], []
+    for clip in clips:
+        parts.append(clip.pcm())
+        texts.append(clip.text)
+        if (length := sum(map(len, parts))) >= samples:
+            pcm = np.concatenate(parts)[:samples]
+            return written(pcm, path, " ".join(texts), clips[0].lang)
+    raise Problem(
+        f"--seconds {seconds:g}: the clips of --speech have {length / SAMPLING_RATE:.1f} s",
+        hint="use fewer --seconds",
+    )
+
+
+def written(pcm: NDArray[np.floating], path: Path, text: str, lang: str) -> Clip:
+    """Write samples, and return them as a clip."""
     import soundfile
 
-    samples = np.random.default_rng(0).standard_normal(round(seconds * SAMPLING_RATE))
-    soundfile.write(path, LOUDNESS * samples, SAMPLING_RATE, subtype="FLOAT")
-    return Clip(path, "noise", "en", duration_s=seconds)
+    soundfile.write(path, pcm, SAMPLING_RATE, subtype="FLOAT")
+    return Clip(path, text, lang, duration_s=len(pcm) / SAMPLING_RATE)
 
 
 def describe(task: Task) -> str:
     """Return the line above the table."""
     sound = sum(clip.duration_s or 0 for clip in task.clips)
-    noise_only = task.clips[0].text == "noise"
-    clips = f"{sound:g} s of noise" if noise_only else f"{len(task.clips)} clips"
+    clips = f"{len(task.clips)} clips"
+    if len(task.clips) == 1:
+        clips = f"{sound:g} s of {task.clips[0].audio.stem}"
     ended = "decoded to the end of the text"
     if task.tokens is not None:
         ended = f"exactly {task.tokens} tokens forced in every engine (end of text is suppressed)"

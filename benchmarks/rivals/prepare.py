@@ -97,11 +97,13 @@ def load(checkpoint: Path) -> tuple[Any, Any]:
 
 def export(model: Any, processor: Any, place: Path, precision: str, layout: str) -> Path:
     """Export an artifact into a folder, which is replaced; return the folder."""
+    from export.onnx.silence import default_stride
     from export.onnx.to_onnx import export_onnx
 
     shutil.rmtree(place, ignore_errors=True)
+    stride = default_stride(model, precision, layout)
     with new_directory(place) as folder:
-        export_onnx(model, processor, folder, precision, layout=layout)
+        export_onnx(model, processor, folder, precision, layout=layout, silence_stride=stride)
     return place
 
 

@@ -35,7 +35,7 @@ from edgewhisper.recipe import Range
 from edgewhisper.training import Training, train
 from edgewhisper.whisper import linear_names
 from export.problem import Problem
-from export.quantise import Scheme, fake_quantise, is_quantised, schemes
+from export.quantise import Scheme, fake_quantise, is_quantised, row_parts, schemes
 from export.shrink import ATTENTIONS, layer_shapes
 
 if TYPE_CHECKING:
@@ -231,7 +231,8 @@ def counted(chosen: Schemes) -> dict[str, int]:
     """Return the number of weights for each number of bits."""
     counts: dict[str, int] = {}
     for layer, scheme in chosen.items():
-        counts[str(scheme.bits)] = counts.get(str(scheme.bits), 0) + layer.weight.numel()
+        for rows, part in row_parts(layer.weight, scheme):
+            counts[str(part.bits)] = counts.get(str(part.bits), 0) + rows.numel()
     return counts
 
 

@@ -67,7 +67,8 @@ def token_table(g: Graph, table: nn.Module) -> Table:
         rows, basis = array(table.rows.weight), array(table.up.weight.T)
         return FactorisedTable(g, rows, basis, g.schemes.get(table.rows))
     scheme = g.schemes.get(table)
-    if scheme is not None and scheme.columns:  # Core ML programs have no factors of columns
+    # Core ML programs have no factors of columns, and one precision for a table
+    if scheme is not None and (scheme.columns or scheme.rows_in_8_bits):
         scheme = None
     return TokenTable(g, array(table.weight), scheme)
 

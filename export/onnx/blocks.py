@@ -9,7 +9,7 @@ from torch import nn
 from export.onnx.attention import self_attention, shared_attention
 from export.onnx.graph import Graph, in_pieces, pieces_of
 from export.onnx.layers import gelu, layer_norm, linear, row_scaled_linear, separate_linear, widened
-from export.onnx.tables import FactorisedTable, TokenTable, encoder_positions
+from export.onnx.tables import FactorisedTable, SplitTable, TokenTable, encoder_positions
 from export.shrink import windows_of
 from export.weights import array, chain, chains, heads_of, outputs_of
 
@@ -78,9 +78,12 @@ def attention_output(g: Graph, x: str, attention: nn.Module) -> str:
     return linear(g, x, chain(g.schemes, attention.out_proj, heads.count * heads.v_dim))
 
 
-def token_table(g: Graph, table: nn.Module) -> TokenTable | FactorisedTable:
-    """Return the token table, dense or factorised."""
+def token_table(g: Graph, table: nn.Module) -> TokenTable | SplitTable | FactorisedTable:
+    """Return the token table: dense, in two precisions, or factorised."""
     if hasattr(table, "rows"):
         rows, basis = array(table.rows.weight), array(table.up.weight.T)
         return FactorisedTable(g, rows, basis, g.schemes.get(table.rows))
-    return TokenTable(g, array(table.weight), g.schemes.get(table))
+    weight, scheme = array(table.weight), g.schemes.get(table)
+    if g.quantises and scheme is not None and scheme.rows_in_8_bits:
+        return SplitTable(g, weight, scheme)
+    return TokenTable(g, weight, scheme)

@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from export.onnx.graph import FUSED, INT8, Graph
 from export.onnx.layers import float_table, nbits_product, quantise, scale_table, widened
-from export.quantise import Scheme, column_factors, pack
+from export.quantise import Scheme, column_factors, pack, row_parts
 from export.weights import Floats
 
 SINUSOID_ERROR = 1e-5
@@ -171,6 +171,28 @@ class TokenTable:
     def quantised(self, x: str) -> list[str]:
         """Return hidden states (n, d_model) in 8 bits, with their scale and zero point."""
         return self.g.quantised(self.g.op("Mul", x, self.columns) if self.columns else x)
+
+
+class SplitTable:
+    """The tied token table, whose first rows have 8 bits and all others 4."""
+
+    def __init__(self, g: Graph, weight: Floats, scheme: Scheme) -> None:
+        self.g, self.rows = g, scheme.rows_in_8_bits
+        parts = row_parts(torch.from_numpy(weight), scheme)
+        self.first, self.rest = (TokenTable(g, rows.numpy(), part) for rows, part in parts)
+
+    def look_up(self, ids: str) -> str:
+        """Return embeddings: ids (b, s) -> (b, s, d_model)."""
+        g = self.g
+        first, rest = g.constant(self.rows - 1), g.constant(self.rows)
+        places = g.op("Min", ids, first), g.op("Sub", g.op("Max", ids, rest), rest)
+        is_first = g.op("Unsqueeze", g.op("Less", ids, rest), g.constant([-1]))
+        rows = (table.look_up(p) for table, p in zip((self.first, self.rest), places, strict=True))
+        return g.op("Where", is_first, *rows)
+
+    def logits(self, x: str) -> str:
+        """Return logits: x (b, n, d_model) -> (b, n, vocab)."""
+        return self.g.op("Concat", self.first.logits(x), self.rest.logits(x), axis=-1)
 
 
 class FactorisedTable:

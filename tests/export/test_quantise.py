@@ -556,6 +556,7 @@ def test_export_removes_nothing_from_a_quantised_model(
     ("change", "record"),
     [
         ({"token_bits": 3}, r"token_bits is 3; it must be one of 4, 8, 16, 32"),
+        ({"token_rows_in_8_bits": -1}, r"token_rows_in_8_bits is -1; it must be between 1 and 782"),
         ({"stem_bits": 16}, r"stem_bits is 16; it must be one of 8, 32"),
         ({"block": 24}, r"block is 24; it must be one of 16, 32, 64, 128, 256"),
         ({"block": True}, r"block is True"),

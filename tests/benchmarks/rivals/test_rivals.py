@@ -419,7 +419,25 @@ def test_our_artifact_has_a_window_as_long_as_the_noise(random_checkpoint, tmp_p
     again = write(replace(conversion, windows_s=(30.0,)))
     assert again == place
     manifest = json.loads((place / "manifest.json").read_text())
-    assert manifest["audio"]["windows_samples"] == [480_000]
+    seconds = [n / 16_000 for n in manifest["audio"]["windows_samples"]]
+    assert seconds == list(range(1, 31))  # silence in groups, as `edgewhisper export` does
+
+
+def test_clips_are_joined_and_cut(digits, few, clips, tmp_path):
+    given = ["--model", str(digits), "--speech", str(clips), "--seconds", "2", "--tokens", "8"]
+    task = command.task_of(command.parser().parse_args(given), tmp_path, tmp_path)
+    (clip,) = task.clips
+    parts = np.concatenate([one.pcm() for one in few])
+    assert len(clip.pcm()) == 32_000
+    assert np.array_equal(clip.pcm(), parts[:32_000])
+    assert clip.text.startswith(few[0].text)
+    assert (task.tokens, task.windows_s) == (8, ())
+    assert command.describe(task).startswith("whisper-digits: 2 s of speech, exactly 8 tokens")
+
+
+def test_too_few_seconds_of_clips_are_an_error(few, tmp_path):
+    with pytest.raises(Problem, match="--seconds 900: the clips of --speech have"):
+        command.joined(few, 900.0, tmp_path / "speech.wav")
 
 
 # -------------------------------------------------------------------------------- forced tokens

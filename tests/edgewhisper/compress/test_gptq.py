@@ -149,6 +149,29 @@ def test_the_artifact_stores_the_token_table_in_4_bits(make_whisper, context, tm
     assert np.array_equal(unpacked, codes.numpy())
 
 
+def test_the_first_rows_of_the_token_table_can_have_8_bits(make_whisper, context, tmp_path):
+    dense, options = make_whisper(d_model=64, heads=2, ffn=96), replace(QUICK, token_table=4)
+    plain = gptq.apply(copy.deepcopy(dense), options, context).model.decoder.embed_tokens.weight
+    model = gptq.apply(copy.deepcopy(dense), replace(options, token_rows_in_8_bits=100), context)
+    table, exact = model.model.decoder.embed_tokens, dense.model.decoder.embed_tokens.weight
+    weights = context.record["gptq"]["weights"]
+    assert weights["4"] + weights["8"] == sum(s.weight.numel() for s in schemes(model))
+    error, coarse = ((rows - exact[:100]).abs().max() for rows in (table.weight[:100], plain[:100]))
+    assert error < coarse / 5
+    assert torch.equal(table.weight[100:], plain[100:])
+    assert torch.equal(fake_quantise(table.weight, schemes(model)[table]), table.weight)
+
+    whisper.save(model, context.processor, tmp_path / "saved", {})
+    loaded = whisper.load(tmp_path / "saved")
+    assert schemes(loaded)[loaded.model.decoder.embed_tokens].rows_in_8_bits == 100
+    export_onnx(loaded, context.processor, tmp_path / "int4", "int4")
+    decoder = onnx.load(tmp_path / "int4" / "decoder.onnx")
+    shapes = {tuple(tensor.dims) for tensor in decoder.graph.initializer}
+    assert {(100, 64), (683, 2, 16)} <= shapes
+    with pytest.raises(Problem, match="token_rows_in_8_bits is 783, but the table has 783 rows"):
+        gptq.apply(dense, replace(options, token_rows_in_8_bits=783), context)
+
+
 def test_it_survives_save_and_load(make_whisper, context, tmp_path):
     model = gptq.apply(make_whisper(), QUICK, context)
     whisper.save(model, context.processor, tmp_path / "saved", {})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attention import attend, draw, in_heads
-from onnx import TensorProto, checker
+from onnx import TensorProto, checker, numpy_helper
 from onnx_sessions import open_model
 from transformers import WhisperFeatureExtractor
 
@@ -36,7 +36,8 @@ from export.onnx.layers import (
     separate_linear,
 )
 from export.onnx.log_mel import log_mel
-from export.onnx.tables import TokenTable, column_scales
+from export.onnx.tables import SplitTable, TokenTable, column_scales
+from export.quantise import Scheme, fake_quantise
 from export.weights import Heads, Linear
 
 
@@ -243,6 +244,24 @@ def test_a_large_column_of_a_table_does_not_reduce_the_precision_of_others(rng):
     q, scale = quantise(weight)
     assert np.allclose(rows[0], q * scale[:, None], atol=1e-6)
     assert errors[0] < errors[1] / 10
+
+
+@pytest.mark.parametrize("columns", [(), tuple(range(-4, 4)) * 8])
+def test_the_first_rows_of_a_split_table_have_8_bits(columns, rng):
+    scheme = Scheme(4, half_scales=True, columns=columns, rows_in_8_bits=7)
+    weight = fake_quantise(torch.from_numpy(draw(rng, 40, 64)), scheme).numpy()
+    graph = Graph("int4")
+    table = SplitTable(graph, weight, scheme)
+    x, ids = draw(rng, 1, 3, 64), rng.permutation(40).reshape(2, 20)
+    outputs = {table.look_up("ids"): (2, 20, 64), table.logits("x"): (1, 3, 40)}
+    rows, logits = run(graph, {"ids": ids, "x": x}, outputs)
+    assert np.array_equal(rows, weight[ids])
+    powers = np.exp2(columns) if columns else 1.0
+    step = np.abs(x * powers).max() / 127  # of the activations in 8 bits
+    assert np.abs(logits - x @ weight.T).max() < step * np.abs(weight / powers).sum(1).max()
+    stored = [numpy_helper.to_array(t) for t in graph.model("test", [], []).graph.initializer]
+    shapes = {(array.dtype.name, array.shape) for array in stored}
+    assert {("int8", (7, 64)), ("uint8", (33, 2, 16))} <= shapes
 
 
 @pytest.mark.parametrize("kind", KINDS)
