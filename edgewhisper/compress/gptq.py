@@ -82,8 +82,8 @@ class Options:
     decoder: Literal[4, 8, 16, 32] = 4
     token_table: Literal[4, 8, 16, 32] = 4
     token_rows_in_8_bits: Annotated[int, Range(0)] = 0
-    """First rows of a token table in 4 bits that get 8 bits instead: the most frequent tokens. Each
-    1000 rows of tiny.en take 0.17 MB more."""
+    """First rows of a token table in 4 bits that get 8 bits instead: the most frequent tokens. A
+    table with fewer rows has 8 bits. Each 1000 rows of tiny.en take 0.17 MB more."""
     stem: Literal[8, 32] = 8
     """Bits of the convolutions, rounded to nearest; 32: float16 in an int4 artifact."""
     layers: str = "*"
@@ -149,8 +149,7 @@ def apply(
 def note_grids(model: "WhisperForConditionalGeneration", options: Options) -> None:
     """Write bits, scales and column exponents into config.edgewhisper, where export reads them.
 
-    Raises Problem if no layer matches, or none for a pattern of `in_8_bits`, and for too many
-    `token_rows_in_8_bits`.
+    Raises Problem if no layer matches, or none for a pattern of `in_8_bits`.
     """
     note_bits(model, options)
     for pattern in options.in_8_bits.split():
@@ -162,15 +161,11 @@ def note_grids(model: "WhisperForConditionalGeneration", options: Options) -> No
 
 
 def note_table(config: Any, table: nn.Module, rows: int) -> None:
-    """Note the columns of a dense token table, and its first rows in 8 bits. Raises Problem if it
-    has no other rows."""
-    if rows >= config.vocab_size:
-        raise Problem(
-            f"gptq: token_rows_in_8_bits is {rows}, but the table has {config.vocab_size} rows",
-            hint="use token_table = 8 for a table in 8 bits",
-        )
+    """Note the columns of a dense token table in 4 bits, and its first rows in 8 bits."""
     config.edgewhisper["token_columns"] = column_exponents(table.weight.detach().numpy())
-    if rows:
+    if rows >= config.vocab_size:
+        config.edgewhisper["token_bits"] = 8
+    elif rows:
         config.edgewhisper["token_rows_in_8_bits"] = rows
 
 
