@@ -1,4 +1,4 @@
-"""Count the wrong words of an artifact, and of faster-whisper, on noisy and on very quiet clips.
+"""Count the word errors of an artifact, and of faster-whisper, on noisy and on very quiet clips.
 
     python -m benchmarks.hard_speech ARTIFACT MANIFEST
     python -m benchmarks.hard_speech ARTIFACT MANIFEST --checkpoint DIR --models FOLDER
@@ -91,7 +91,7 @@ def quiet(pcm: Pcm, peak: int) -> np.ndarray:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return a row for each kind of sound, with the wrong words of each engine."""
+    """Return a row for each kind of sound, with the word errors of each engine."""
     engines = dict.fromkeys(row["engine"] for row in rows)
     kinds = dict.fromkeys(row["kind"] for row in rows)
     of = {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}

@@ -1,4 +1,4 @@
-"""Count the wrong words of an artifact, and of faster-whisper, on long joined recordings.
+"""Count the word errors of an artifact, and of faster-whisper, on long joined recordings.
 
     python -m benchmarks.long_speech ARTIFACT MANIFEST
     python -m benchmarks.long_speech ARTIFACT MANIFEST --checkpoint DIR --models FOLDER
@@ -224,7 +224,7 @@ def paired(answers: list[dict[str, Any]], recordings: list[Recording]) -> Iterat
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return a row for each engine and mode, with the wrong words of each kind of recording."""
+    """Return a row for each engine and mode, with the word errors of each kind of recording."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["engine"], row["mode"]), []).append(row)
@@ -241,7 +241,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def wrong_words(group: list[dict[str, Any]], kind: str) -> str:
-    """Return the wrong words of each recording of a kind, and their sum out of all words."""
+    """Return the word errors of each recording of a kind, and their sum out of all words."""
     counts = [row["wrong"] for row in group if row["kind"] == kind]
     words = sum(row["words"] for row in group if row["kind"] == kind)
     return f"{' + '.join(map(str, counts))} = {sum(counts)} of {words}"

@@ -39,7 +39,8 @@ def transcribe_cli(
 ) -> None:
     """Transcribe audio files with a checkpoint or an artifact.
 
-    With an artifact, each segment is printed as soon as it is decoded.
+    With an artifact, each segment is printed as soon as it is decoded. A checkpoint supports only
+    --language, the output formats txt and json, and --json.
     """
     from benchmarks.speech.sound import SUFFIXES, read_audio
     from devices.runner import batch, writers
