@@ -120,12 +120,10 @@ def export(
 
     Pruned weights are removed first. The gate then compares the artifact's text with the
     checkpoint's; if it fails, nothing is written and GateFailure is raised, unless `gating` asks
-    otherwise. `language` is the artifact's default prompt. `two_stage` computes logits in two
-    stages if they change no token, for ONNX (see two_stage.py). With `silence_stride`, so
-    many encoder positions of the silence after a clip are computed as one, for ONNX (see
-    export/onnx/silence.py); None is the default of the precision. `options` are those of
-    export_coreml; for ONNX there is one, `runtime`, the oldest onnxruntime that must run the
-    artifact.
+    otherwise. `language` is the artifact's default prompt. For ONNX, `two_stage` computes logits in
+    two stages if they change no token (see two_stage.py), `silence_stride` is that of
+    export/onnx/silence.py (None: the default of the precision), and `options` may have `runtime`,
+    the oldest onnxruntime that must run the artifact. For Core ML, they are those of export_coreml.
     """
     from edgewhisper.coreml import chosen
     from edgewhisper.two_stage import moment_for
@@ -155,13 +153,13 @@ def export(
             refuse_two_stages(model, precision, layout)
             trial = partial(write, model, processor, precision=precision, layout=layout, **options)
             options["moment"] = moment_for(trial, model, processor, gating.chosen(clips), say)
-        record = whisper.compression_record(source)
 
         def gate(manifest: dict[str, Any]) -> dict[str, Any]:
             for line in chosen(manifest, options) if target == "coreml" else onnx_notes(manifest):
                 say(line)
             return gated(folder, manifest, model, processor, clips, gating, say)
 
+        record = whisper.compression_record(source)
         write(model, processor, folder, precision, record, layout, gate=gate, **options)
     return place
 
