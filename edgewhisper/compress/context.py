@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from benchmarks.speech.clips import Clip
     from benchmarks.wer import Score
     from edgewhisper.alignment import Reference
+    from edgewhisper.training import Training
 
 AT_ONCE = 8
 """Clips in a batch of the evaluation. If keys and values differ in width, torch stores the scores
@@ -62,6 +63,28 @@ class Context:
         from edgewhisper.examples import permutation
 
         return [clips[i] for i in permutation(self.seed, 0, len(clips))[:size]]
+
+    def trained(
+        self,
+        model: "WhisperForConditionalGeneration",
+        options: "Training",
+        name: str,
+        *,
+        clips: "Sequence[Clip] | None" = None,
+        seed: int = 0,
+        **rest: Any,
+    ) -> dict[str, Any]:
+        """Train the model in place, on `train` or on `clips`; return the training's summary.
+
+        Its state is stored in `name` of the run's directory. `seed` is added to the run's seed.
+        `rest` is passed to training.train. Raises what training.train raises.
+        """
+        from edgewhisper.training import train
+
+        speech = self.train if clips is None else clips
+        run_dir, seed = self.run_dir / name, self.seed + seed
+        log = train(model, self.processor, speech, options, run_dir=run_dir, seed=seed, **rest)
+        return log.summary()
 
     def wer(self, model: "WhisperForConditionalGeneration") -> "Score":
         """Return the dev score of the model: greedy transcripts against the clips' texts."""

@@ -36,7 +36,6 @@ TSPAR's authors do not say which implementation they compared with. Our choices:
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -48,17 +47,16 @@ from edgewhisper.compress.masks import (
     bookkeeping,
     guarded,
     guards,
-    hold,
-    masked_gradients,
     never_smallest,
     set_pruned,
     smallest,
+    trained_masked,
     weights_of,
 )
 from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.recipe import Range
 from edgewhisper.resume import Finished, decisive, digest
-from edgewhisper.training import Training, train
+from edgewhisper.training import Training
 from export.prompt import prompt_language
 
 if TYPE_CHECKING:
@@ -154,10 +152,10 @@ def apply(
     weights = weights_of(model, options.layers)
     guards(model, options.protect_alignment)  # raises before the first training, not after it
     masks: Masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
-    start = train_masked(model, masks, options.start, context, 0, context.run_dir / "imp-start")
+    start = train_masked(model, masks, options.start, context, 0, "imp-start")
     masks, rounds = run_rounds(model, masks, options, context)
-    last, run_dir = len(rounds) + 1, context.run_dir / "imp-recovery"
-    recovery = train_masked(model, masks, options.recovery, context, last, run_dir)
+    last = len(rounds) + 1
+    recovery = train_masked(model, masks, options.recovery, context, last, "imp-recovery")
     context.record["imp"] = {
         "start": start,
         "rounds": rounds,
@@ -173,26 +171,23 @@ def train_masked(
     training: Training,
     context: Context,
     part: int,
-    run_dir: Path,
+    name: str,
 ) -> dict[str, Any]:
     """(4): train with pruned weights at zero; return the training's summary.
 
     The masks are part of the training's identity: a pruned zero stays zero, while any other zero
     may change. Each part has its own seed, and so its own order of clips.
     """
-    with masked_gradients(model, masks):
-        log = train(
-            model,
-            context.processor,
-            context.train,
-            training,
-            run_dir=run_dir,
-            seed=context.seed + part,
-            identity=digest(masks, "imp"),
-            after_step=hold(masks),
-            label=f"imp: training {part}",
-        )
-    return log.summary()
+    return trained_masked(
+        context,
+        model,
+        masks,
+        training,
+        name,
+        seed=part,
+        identity=digest(masks, "imp"),
+        label=f"imp: training {part}",
+    )
 
 
 def run_rounds(
@@ -208,8 +203,8 @@ def run_rounds(
     rounds = rounds or []
     schedule = kept_after(options.share, options.target)
     for number, remaining in enumerate(schedule[done:], start=done + 1):
-        run_dir = finished.training(number)
-        log = train_masked(model, masks, options.training, context, number, run_dir)
+        name = str(finished.training(number).relative_to(context.run_dir))
+        log = train_masked(model, masks, options.training, context, number, name)
         weights = weights_of(model, options.layers)
         masks = prune(weights, masks, remaining, options.scope, protected)
         put(model, start)

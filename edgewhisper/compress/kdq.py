@@ -88,7 +88,7 @@ from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.teacher import Teacher, divergence, forward, frozen_copy, load_teacher
 from edgewhisper.examples import IGNORED, Batch
 from edgewhisper.recipe import Range
-from edgewhisper.training import LossTerm, Training, cross_entropy, train
+from edgewhisper.training import LossTerm, Training, cross_entropy
 from export.problem import Problem
 from export.quantise import fake_quantise, is_quantised, schemes
 
@@ -426,18 +426,14 @@ def trained(
         hidden_of(teacher, sides(options)) as theirs,
         fake_quantised(model, lambda: enabled(model, quantised, options)),
     ):
-        log = train(
+        return context.trained(
             model,
-            context.processor,
-            context.train,
             options.training,
-            run_dir=context.run_dir / "kdq",
-            seed=context.seed,
+            "kdq",
             identity=repr(options),
             loss_term=distillation(Lesson(teacher, model, ours, theirs, quantised, options)),
             label="kdq: distilling",
         )
-    return log.summary()
 
 
 def keep_16_bits(

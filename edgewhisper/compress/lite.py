@@ -84,7 +84,7 @@ from edgewhisper.compress.teacher import distance_term
 from edgewhisper.model_modes import without_gradients
 from edgewhisper.progress import progress_steps
 from edgewhisper.recipe import Range
-from edgewhisper.training import LossTerm, Training, train
+from edgewhisper.training import LossTerm, Training
 from edgewhisper.whisper import LowRank, input_of, linears, reads_audio, side_and_layer
 from export.cost import count_parameters, macs
 from export.problem import Problem
@@ -369,18 +369,14 @@ def recover(
 ) -> None:
     """Fine-tune the factors with the distance to the original as a loss term."""
     with training_only_factors(model, options.factors_only):
-        log = train(
+        record["recovery"] = context.trained(
             model,
-            context.processor,
-            context.train,
             options.recovery,
-            run_dir=context.run_dir / "lite-recovery",
-            seed=context.seed,
+            "lite-recovery",
             identity=repr(options),
             loss_term=loss_term,
             label="lite: recovering",
         )
-    record["recovery"] = log.summary()
 
 
 @contextmanager

@@ -7,16 +7,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from edgewhisper.training import AfterStep
+from edgewhisper.compress.context import Context
+from edgewhisper.training import AfterStep, Training
 from edgewhisper.whisper import linears
 from export.cost import count_parameters
 from export.problem import Problem
 from export.shrink import shrink
+
+if TYPE_CHECKING:
+    from edgewhisper.whisper import WhisperForConditionalGeneration
 
 Masks = Mapping[str, Tensor]
 """Name of a linear layer -> mask of its weight, (d_out, d_in) bool."""
@@ -164,6 +168,19 @@ def masked_gradients(model: nn.Module, masks: Masks) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def trained_masked(
+    context: Context,
+    model: "WhisperForConditionalGeneration",
+    masks: Masks,
+    options: Training,
+    name: str,
+    **rest: Any,
+) -> dict[str, Any]:
+    """Train with pruned weights at zero; return the training's summary. See Context.trained."""
+    with masked_gradients(model, masks):
+        return context.trained(model, options, name, after_step=hold(masks), **rest)
 
 
 # -- counting

@@ -64,7 +64,7 @@ from edgewhisper.examples import IGNORED, Batch, batches
 from edgewhisper.recipe import Range
 from edgewhisper.runs import main_process
 from edgewhisper.search import Dimension, Outcome, Point, Trial, best, minimise
-from edgewhisper.training import LossTerm, Training, cross_entropy, start_accelerator, train
+from edgewhisper.training import LossTerm, Training, cross_entropy, start_accelerator
 from export.problem import Problem
 from export.prompt import prompt_language
 
@@ -226,16 +226,9 @@ def plan_of(options: Options, layers: int) -> Plan:
 
 def fine_tune(model: nn.Module, options: Options, context: Context, record: dict[str, Any]) -> None:
     """Fine-tune the model before merging (stage 0)."""
-    log = train(
-        model,
-        context.processor,
-        context.train,
-        options.baseline,
-        run_dir=context.run_dir / "merge-baseline",
-        seed=context.seed,
-        label="merge: fine-tuning",
+    record["baseline"] = context.trained(
+        model, options.baseline, "merge-baseline", label="merge: fine-tuning"
     )
-    record["baseline"] = log.summary()
 
 
 def distil(
@@ -251,18 +244,16 @@ def distil(
     loss = [options.ce, options.kl, options.temperature]
     switches = [options.learn_temperature, options.t_squared]
     with temperature_in(student, options) as log_temperature:
-        log = train(
+        summary = context.trained(
             student,
-            context.processor,
-            context.train,
             training,
-            run_dir=context.run_dir / run_name,
-            seed=context.seed + 1,
+            run_name,
+            seed=1,
             identity=repr((loss, switches)),
             loss_term=distillation(teacher, options),
             label=label,
         )
-        return {**log.summary(), "temperature": log_temperature.exp().item()}
+        return {**summary, "temperature": log_temperature.exp().item()}
 
 
 def calibration(options: Options, context: Context, model: nn.Module) -> Iterator[Batch]:

@@ -32,7 +32,7 @@ from edgewhisper.compress.context import Context
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.teacher import distance_term
 from edgewhisper.recipe import Range
-from edgewhisper.training import Training, train
+from edgewhisper.training import Training
 from edgewhisper.whisper import linear_names
 from export.problem import Problem
 from export.quantise import Scheme, fake_quantise, is_quantised, row_parts, schemes
@@ -187,18 +187,15 @@ def apply(
         settled_encoder(model, chosen, not options.training.encoder),
         fake_quantised(model, lambda: chosen),
     ):
-        log = train(
+        training = context.trained(
             model,
-            context.processor,
-            context.train,
             options.training,
-            run_dir=context.run_dir / "qat",
-            seed=context.seed,
+            "qat",
             identity=repr(options),
             loss_term=term,
             label="qat: training",
         )
-    record = {"training": log.summary(), "error": errors(chosen), "weights": counted(chosen)}
+    record = {"training": training, "error": errors(chosen), "weights": counted(chosen)}
     settle(chosen)
     context.record["qat"] = record
     return model

@@ -55,7 +55,7 @@ from edgewhisper.pseudo_labels import pseudo_labelled
 from edgewhisper.random_tokens import drawn
 from edgewhisper.recipe import Range
 from edgewhisper.silence import silence_in_groups
-from edgewhisper.training import LossTerm, Training, cross_entropy, train
+from edgewhisper.training import LossTerm, Training, cross_entropy
 from edgewhisper.variants import variants
 from export.cost import macs_by_window
 from export.layouts import NATIVE
@@ -283,13 +283,11 @@ def apply(
     if silence is not None:
         rule = SpeechAndMargin(silence, options.full_share, context.seed)
     with with_hidden_states(model), silence_in_groups(model, silence):
-        log = train(
+        training = context.trained(
             model,
-            context.processor,
-            clips,
             options.training,
-            run_dir=context.run_dir / "recover",
-            seed=context.seed,
+            "recover",
+            clips=clips,
             identity=repr(options),
             loss_term=recovery(dense, options),
             window=rule,
@@ -299,6 +297,6 @@ def apply(
         "windows": windows,
         "left_out": dict(left_out),
         "macs": macs_by_window(model),
-        "training": log.summary(),
+        "training": training,
     }
     return model

@@ -54,7 +54,7 @@ from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import Teacher, forward, frozen_copy, mean_by_tokens
 from edgewhisper.examples import IGNORED, Batch, Examples, batches
 from edgewhisper.recipe import Range
-from edgewhisper.training import AfterStep, LossTerm, Training, counted, train
+from edgewhisper.training import AfterStep, LossTerm, Training, counted
 from export.cost import count_parameters, macs
 from export.problem import Problem
 from export.shrink import FORMAT
@@ -420,19 +420,16 @@ def distil(
     weights = (options.input_weight, options.logit_weight, options.states, options.switch)
     with captured_states(student.proj_out) as captured, step_counter(student):
         loss_term, after_step = hooks(teacher, captured, options, training.steps)
-        log = train(
+        return context.trained(
             student,
-            context.processor,
-            context.train,
             training,
-            run_dir=context.run_dir / "shear-training",
-            seed=context.seed + 2,
+            "shear-training",
+            seed=2,
             identity=repr(weights),
             loss_term=loss_term,
             after_step=after_step,
             label="shear: distilling",
         )
-    return log.summary()
 
 
 def hooks(

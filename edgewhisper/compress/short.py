@@ -51,7 +51,7 @@ from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import Teacher, divergence, frozen_copy, mean_by_tokens
 from edgewhisper.examples import IGNORED, Batch
 from edgewhisper.recipe import Range
-from edgewhisper.training import LossTerm, Training, cross_entropy, train
+from edgewhisper.training import LossTerm, Training, cross_entropy
 from export.cost import macs_by_window
 from export.problem import Problem
 
@@ -217,13 +217,10 @@ def apply(
     teacher = frozen_copy(model)
     whisper.set_windows(model.config, windows)
     with with_hidden_states(model):
-        log = train(
+        training = context.trained(
             model,
-            context.processor,
-            context.train,
             options.training,
-            run_dir=context.run_dir / "short-training",
-            seed=context.seed,
+            "short-training",
             identity=repr(options),
             loss_term=distillation(teacher, options),
             window=Lengths(options, tuple(windows), context.seed),
@@ -233,6 +230,6 @@ def apply(
         "windows": windows,
         "windows_s": [n * step_s for n in windows],
         "macs": macs_by_window(model),
-        "training": log.summary(),
+        "training": training,
     }
     return model

@@ -45,10 +45,9 @@ from edgewhisper.compress.masks import (
     bookkeeping,
     guarded,
     guards,
-    hold,
-    masked_gradients,
     matching,
     set_pruned,
+    trained_masked,
     weights_of,
 )
 from edgewhisper.compress.pruning_strength import (
@@ -61,7 +60,7 @@ from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import distance_term, total
 from edgewhisper.examples import Batch
 from edgewhisper.recipe import Range
-from edgewhisper.training import AfterStep, LossTerm, Training, initial_loss, train
+from edgewhisper.training import AfterStep, LossTerm, Training, initial_loss
 from edgewhisper.whisper import side_and_layer
 
 if TYPE_CHECKING:
@@ -271,19 +270,15 @@ def apply(
     before = context.wer(model).wer
     penalty, after_step, record["scales"] = regulariser(model, options, context)
     distance = distance_term(model, options.keep, options.training.cache_encoder)
-    log = train(
+    record["training"] = context.trained(
         model,
-        context.processor,
-        context.train,
         options.training,
-        run_dir=context.run_dir / "tspar-training",
-        seed=context.seed,
+        "tspar-training",
         identity=repr(options),
         loss_term=total(penalty, distance),
         after_step=after_step,
         label="tspar: fine-tuning",
     )
-    record["training"] = log.summary()
     record["dev_wer"] = {"before": before, "trained": context.wer(model).wer}
     prune(model, options, context, record)
     recover(model, distance, options, context, record)
@@ -434,17 +429,14 @@ def recover(
 ) -> None:
     """Fine-tune without the penalties; pruned weights stay zero."""
     masks = {name: weight != 0 for name, weight in weights_of(model).items()}
-    with masked_gradients(model, masks):
-        log = train(
-            model,
-            context.processor,
-            context.train,
-            options.recovery,
-            run_dir=context.run_dir / "tspar-recovery",
-            seed=context.seed + 1,
-            identity=repr(options),
-            loss_term=loss_term,
-            after_step=hold(masks),
-            label="tspar: recovering",
-        )
-    record["recovery"] = log.summary()
+    record["recovery"] = trained_masked(
+        context,
+        model,
+        masks,
+        options.recovery,
+        "tspar-recovery",
+        seed=1,
+        identity=repr(options),
+        loss_term=loss_term,
+        label="tspar: recovering",
+    )

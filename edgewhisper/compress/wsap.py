@@ -34,17 +34,16 @@ from edgewhisper.compress.masks import (
     bookkeeping,
     guarded,
     guards,
-    hold,
-    masked_gradients,
     never_smallest,
     set_pruned,
     smallest,
+    trained_masked,
     weights_of,
 )
 from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.recipe import Range
 from edgewhisper.resume import digest
-from edgewhisper.training import Training, train
+from edgewhisper.training import Training
 
 if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
@@ -120,24 +119,21 @@ def apply(
     masks = {n: keep_largest(w, shares[n], protected.get(n)) for n, w in weights.items()}
     masks = guarded(masks, protected)
     set_pruned(model, weights, masks)
-    with masked_gradients(model, masks):
-        log = train(
-            model,
-            context.processor,
-            context.train,
-            options.recovery,
-            run_dir=context.run_dir / "wsap-recovery",
-            seed=context.seed,
-            identity=digest(masks, "wsap"),
-            after_step=hold(masks),
-            label="wsap: fine-tuning",
-        )
+    recovery = trained_masked(
+        context,
+        model,
+        masks,
+        options.recovery,
+        "wsap-recovery",
+        identity=digest(masks, "wsap"),
+        label="wsap: fine-tuning",
+    )
     context.record["wsap"] = {
         "bounds": bounds(variations, options.thresholds),
         # JSON has no infinity
         "variations": {n: v if math.isfinite(v) else None for n, v in variations.items()},
         "ratios": shares,
-        "recovery": log.summary(),
+        "recovery": recovery,
         "pruned": bookkeeping(model),
     }
     return model

@@ -454,7 +454,7 @@ def test_protected_heads_lose_no_weight(method, make_whisper, context, rng):
 
 @pytest.mark.parametrize("method", HARD)
 def test_protection_requires_alignment_heads(method, tiny_whisper, context, monkeypatch):
-    monkeypatch.setattr(METHODS[method], "train", None)  # fails before any training
+    monkeypatch.setattr(Context, "trained", None)  # fails before any training
     options = replace(HARD[method], protect_alignment=True)
     with pytest.raises(Problem, match="the model names no alignment heads"):
         METHODS[method].apply(tiny_whisper, options, context)

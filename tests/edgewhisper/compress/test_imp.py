@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgewhisper import decoding, whisper
-from edgewhisper.compress import imp, shrink
+from edgewhisper import decoding, training, whisper
+from edgewhisper.compress import imp, masks, shrink
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.imp import Options, kept_after, prune
 from edgewhisper.compress.masks import smallest, weights_of
@@ -259,7 +259,7 @@ class Killed(Exception):
 
 def stop_in(monkeypatch, part: int, how: str) -> None:
     """Interrupt or kill the training of this part (0 is `start`) in its first step."""
-    original = imp.hold
+    original = masks.hold
     calls = iter(range(100))
 
     def hold(keep):
@@ -274,13 +274,13 @@ def stop_in(monkeypatch, part: int, how: str) -> None:
 
         return stopping
 
-    monkeypatch.setattr(imp, "hold", hold)
+    monkeypatch.setattr(masks, "hold", hold)
 
 
 def trainings(monkeypatch) -> list[tuple[str, int]]:
     """Return a list that receives the directory and number of steps of every training."""
     done = []
-    original = imp.train
+    original = training.train
 
     def counted(*args, **options):
         steps = []
@@ -294,7 +294,7 @@ def trainings(monkeypatch) -> list[tuple[str, int]]:
         done.append((options["run_dir"].name, len(steps)))
         return log
 
-    monkeypatch.setattr(imp, "train", counted)
+    monkeypatch.setattr(training, "train", counted)
     return done
 
 

@@ -15,7 +15,7 @@ from gates import run_gate
 
 from benchmarks.gate import EXACT, checkpoint_tokens
 from benchmarks.speech.clips import Clip, read_manifest
-from edgewhisper import decoding, whisper
+from edgewhisper import decoding, training, whisper
 from edgewhisper.compress import recover
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.recover import (
@@ -216,10 +216,10 @@ def test_every_second_variant_has_random_tokens_where_they_fit(pruned, context, 
     def label(dense, processor, clips, cache):
         return [replace(clip, text="three one") for clip in clips], Counter()
 
-    trained, train = [], recover.train
+    trained, train = [], training.train
     monkeypatch.setattr(recover, "pseudo_labelled", label)
     monkeypatch.setattr(
-        recover, "train", lambda *rest, **named: trained.append(rest[2]) or train(*rest, **named)
+        training, "train", lambda *rest, **named: trained.append(rest[2]) or train(*rest, **named)
     )
     recover.apply(pruned, replace(brief(1), variants=1, random_tokens=3), context)
     texts = [clip.text for clip in trained[0][len(context.train) :]]

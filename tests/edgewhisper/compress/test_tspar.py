@@ -474,7 +474,7 @@ def test_a_share_that_full_strength_just_reaches_is_accepted(tiny_whisper, conte
 def test_a_share_larger_than_the_layers_is_refused_before_training(
     name, tiny_whisper, context, monkeypatch
 ):
-    monkeypatch.setattr(tspar, "train", None)
+    monkeypatch.setattr(Context, "trained", None)
     before = {n: tensor.clone() for n, tensor in tiny_whisper.state_dict().items()}
     options = Options(layers="*.decoder.*.fc2", **{name: 0.5})
     with pytest.raises(Problem, match=rf"{name} asks for 0.500 .* have only 0\.[01]\d\d ") as error:
