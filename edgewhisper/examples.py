@@ -21,7 +21,6 @@ from benchmarks.speech.noises import level_at
 from devices.runner.audio import shortest
 from edgewhisper.decoding import log_mel
 from edgewhisper.progress import progress_bar
-from edgewhisper.runs import main_process
 from export.problem import Problem
 from export.prompt import language_code, prompt_ids
 from export.shrink import windows_of
@@ -302,7 +301,7 @@ def batches(
     shown with the progress."""
     examples = Examples(clips, model, processor, seed=0)
     device = next(model.parameters()).device
-    with progress_bar(len(examples), None, main_process(), label) as show:
+    with progress_bar(len(examples), label) as show:
         for first in range(0, len(examples), size):
             yield examples.plain(range(len(examples))[first : first + size]).to(device)
             show(min(first + size, len(examples)), "")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.speech.clips import Clip
-from edgewhisper import decoding, runs
+from edgewhisper import decoding
 from edgewhisper.job import Say
 from edgewhisper.progress import progress_bar
 from export.layouts import LAYOUTS
@@ -110,7 +110,7 @@ def gate(
     languages = [language_code(clip.lang) if layout in BY_CLIP else None for clip in clips]
     window_samples = manifest["audio"]["window_samples"]
     tokens = partial(decoding.greedy, model, processor)
-    with progress_bar(len(clips), None, runs.main_process(), "gate: checkpoint") as progress:
+    with progress_bar(len(clips), "gate: checkpoint") as progress:
         reference = checkpoint_tokens(tokens, clips, window_samples, languages, progress)
     decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
     refuse_foreign(clips, [join([text.strip() for text in decode(clip)]) for clip in reference])
@@ -121,7 +121,7 @@ def gate(
     )
     bounds = bounds_for(manifest.get("target", "onnx"), manifest["precision"])
     parts = torch_parts(model, processor, manifest)
-    with progress_bar(len(clips), None, runs.main_process(), "gate: artifact") as progress:
+    with progress_bar(len(clips), "gate: artifact") as progress:
         figures = judge(artifact, reference, clips, bounds, parts, languages, progress)
     if isinstance(artifact, CheckpointDecoder):
         return with_states(figures, artifact.encoder, clips)

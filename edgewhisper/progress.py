@@ -31,17 +31,16 @@ def progress_lines(steps: int, label: str) -> Iterator[Callable[[int, str], None
 
 @contextmanager
 def progress_bar(
-    steps: int, wanted: bool | None, main: bool, label: str
+    steps: int, label: str, main: bool | None = None
 ) -> Iterator[Callable[[int, str], None]]:
     """Yield a function of (steps done, note) that shows the progress on stderr.
 
-    `wanted` None shows a bar on a terminal and otherwise lines, True always a bar, False nothing.
-    Only the `main` process shows progress.
+    Only the `main` process shows progress. By default, main_process() says which one that is.
     """
-    if wanted is False or not main:
+    if not (main_process() if main is None else main):
         yield lambda done, note: None
         return
-    if not (wanted or sys.stderr.isatty()):
+    if not sys.stderr.isatty():
         with progress_lines(steps, label) as show:
             yield show
         return
@@ -66,5 +65,5 @@ def progress_bar(
 def progress_steps(steps: int, label: str) -> Iterator[Callable[[], None]]:
     """Show a progress bar; yield a function that advances it by one step."""
     counter = count(1)
-    with progress_bar(steps, None, main_process(), label) as show:
+    with progress_bar(steps, label) as show:
         yield lambda: show(next(counter), "")

@@ -129,7 +129,6 @@ def train(
     loss_term: LossTerm | None = None,
     after_step: AfterStep | None = None,
     window: WindowRule | None = None,
-    progress: bool | None = None,
     label: str = "training",
 ) -> TrainingLog:
     """Train `model` in place on `clips` and return the record of the training.
@@ -142,7 +141,6 @@ def train(
       follows `options.windows`.
     - `run_dir` stores the training state. A state of the same training in it is resumed.
     - `identity` distinguishes trainings that differ in their hooks only.
-    - `progress`: see progress_bar.
 
     Raises Problem: no clips, the state of another training in `run_dir`, or a loss that is not
     finite. Raises Interrupted after Ctrl-C, when the state is saved.
@@ -156,7 +154,7 @@ def train(
     home = next(model.parameters()).device
     was_training = model.training
     state = State(run_dir, accelerator, fingerprint(model, examples, options, [seed, identity]))
-    bar = progress_bar(options.steps, progress, accelerator.is_main_process, label)
+    bar = progress_bar(options.steps, label, accelerator.is_main_process)
     # Whisper's encoder positions are fixed sinusoids; transformers 5 makes them trainable on load
     model.model.encoder.embed_positions.requires_grad_(False)
     with (

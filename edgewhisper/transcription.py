@@ -15,7 +15,7 @@ from benchmarks.normalizers import name_for
 from benchmarks.normalizers import normalizer as normalizer_named
 from benchmarks.speech.clips import Samples, read_manifest
 from benchmarks.wer import Score, score, word_counts
-from edgewhisper import decoding, runs, whisper
+from edgewhisper import decoding, whisper
 from edgewhisper.languages import refuse_other_than_english, refuse_without_token
 from edgewhisper.progress import progress_bar
 from export.artifact import MANIFEST
@@ -104,7 +104,7 @@ def transcriber(
         def by_artifact(pcms: Sequence[np.ndarray]) -> list[str]:
             codes = [None] * len(pcms) if languages is None else map(language_code, languages)
             texts: list[str] = []
-            with progress_bar(len(pcms), None, runs.main_process(), "clips") as show:
+            with progress_bar(len(pcms), "clips") as show:
                 for pcm, code in zip(pcms, codes, strict=True):
                     language = recognizer.known(code)
                     texts.append(recognizer.transcribe(pcm, language=language).text)
@@ -116,7 +116,7 @@ def transcriber(
     model, processor = whisper.load(source), whisper.load_processor(source)
 
     def by_checkpoint(pcms: Sequence[np.ndarray]) -> list[str]:
-        with progress_bar(len(pcms), None, runs.main_process(), "clips") as show:
+        with progress_bar(len(pcms), "clips") as show:
             return decoding.transcribe(
                 model, processor, pcms, languages, done=lambda clips: show(clips, "")
             )

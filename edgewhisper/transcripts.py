@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from benchmarks.speech.clips import Clip, Samples
-from edgewhisper import decoding, runs
+from edgewhisper import decoding
 from edgewhisper.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def transcripts(
 ) -> list[str]:
     """Return the greedy transcript of each clip, in the clip's language and of at most so many
     tokens. `label` is written before the progress."""
-    with progress_bar(len(clips), None, runs.main_process(), label) as show:
+    with progress_bar(len(clips), label) as show:
         return decoding.transcribe(
             model,
             processor,

@@ -20,7 +20,6 @@ from edgewhisper.compress.masks import (
     zero_share,
 )
 from edgewhisper.progress import progress_bar
-from edgewhisper.runs import main_process
 from export.problem import Problem
 
 SHARES: dict[str, Callable[[nn.Module], float]] = {
@@ -38,8 +37,7 @@ def largest_strength(
     Also returns the strengths that were evaluated, with their dev WER.
     """
     trials: list[dict[str, float]] = []
-    label = "tspar: choosing thresholds"
-    with progress_bar(evaluations, None, main_process(), label) as show:
+    with progress_bar(evaluations, "tspar: choosing thresholds") as show:
 
         def acceptable(strength: float) -> bool:
             wer = wer_at(strength)

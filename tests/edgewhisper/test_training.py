@@ -378,7 +378,7 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(capsys, monkeyp
 
     clock = iter([0.0, 4.0, 12.0, 13.0, 23.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    with progress.progress_bar(10, None, True, "lite: calibrating") as show:
+    with progress.progress_bar(10, "lite: calibrating", True) as show:
         for done in (1, 2, 3, 4):
             show(done, "loss 0.5")
     assert capsys.readouterr().err.splitlines() == [
