@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgewhisper.model_modes import removed_after
 from edgewhisper.silence import placed, score_weights
 from export.shrink import ATTENTIONS
 
@@ -219,10 +220,8 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """Yield a list to which each call of the module appends its input."""
     recorded: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0]))
-    try:
+    with removed_after(hook):
         yield recorded
-    finally:
-        hook.remove()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewhisper.examples import IGNORED
+from edgewhisper.model_modes import removed_after
 
 Hidden = dict[str, list[Tensor]]
 """Side -> the input of fc2 in each of its layers, (clips, positions, ffn)."""
@@ -60,11 +61,8 @@ def hidden_of(model: nn.Module, sides: Sequence[str]) -> Iterator[Hidden]:
         for side in hidden
         for number, layer in enumerate(layers_of(model, side))
     ]
-    try:
+    with removed_after(*handles):
         yield hidden
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def rows_of(hidden: Tensor, labels: Tensor, side: str) -> tuple[Tensor, Tensor]:

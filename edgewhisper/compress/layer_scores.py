@@ -11,6 +11,7 @@ from torch.nn import functional
 from edgewhisper.compress.decoder_layers import regroup, single_layers
 from edgewhisper.compress.teacher import forward
 from edgewhisper.examples import IGNORED, Batch
+from edgewhisper.model_modes import removed_after
 from edgewhisper.training import cross_entropy
 
 if TYPE_CHECKING:
@@ -56,15 +57,12 @@ def layer_scores(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
     hooks = [layer.register_forward_hook(gate(i)) for i, layer in enumerate(layers)]
     total = torch.zeros_like(gates, requires_grad=False)
-    try:
+    with removed_after(*hooks):
         for batch in batches:
             ids = batch.decoder_input_ids
             outputs = model(batch.input_features, decoder_input_ids=ids, use_cache=False)
             loss = cross_entropy(outputs.logits, batch.labels)
             total += torch.autograd.grad(loss, gates)[0].square()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return total
 
 
@@ -80,7 +78,7 @@ def similarities(model: nn.Module, batches: Iterable[Batch]) -> list[list[float]
         layer.register_forward_hook(lambda module, args, output: outputs.append(output))
         for layer in model.model.decoder.layers
     ]
-    try:
+    with removed_after(*hooks):
         for batch in batches:
             outputs.clear()
             forward(model, batch)
@@ -88,7 +86,4 @@ def similarities(model: nn.Module, batches: Iterable[Batch]) -> list[list[float]
             states = torch.stack([functional.normalize(x[labelled], dim=-1) for x in outputs])
             total = total + torch.einsum("ith,jth->ij", states, states).cpu()
             tokens += int(labelled.sum())
-    finally:
-        for hook in hooks:
-            hook.remove()
     return (total / tokens).tolist()

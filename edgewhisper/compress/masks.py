@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewhisper.compress.context import Context
+from edgewhisper.model_modes import removed_after
 from edgewhisper.training import AfterStep, Training
 from edgewhisper.whisper import linears
 from export.cost import count_parameters
@@ -163,11 +164,8 @@ def masked_gradients(model: nn.Module, masks: Masks) -> Iterator[None]:
         for name, module in linears(model)
         if name in on_device
     ]
-    try:
+    with removed_after(*handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trained_masked(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.shrink import slimmed
 from edgewhisper.compress.teacher import distance_term
+from edgewhisper.model_modes import removed_after
 from edgewhisper.recipe import Range
 from edgewhisper.training import Training
 from edgewhisper.whisper import linear_names
@@ -127,11 +128,8 @@ def fake_quantised(model: nn.Module, chosen: Callable[[], Schemes]) -> Iterator[
         model.register_forward_pre_hook(quantise),
         model.register_forward_hook(restore, always_call=True),
     ]
-    try:
+    with removed_after(*hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _users(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:

@@ -53,6 +53,7 @@ from edgewhisper.compress.context import Context
 from edgewhisper.compress.step_order import refuse_quantised
 from edgewhisper.compress.teacher import Teacher, forward, frozen_copy, mean_by_tokens
 from edgewhisper.examples import IGNORED, Batch, Examples, batches
+from edgewhisper.model_modes import removed_after
 from edgewhisper.recipe import Range
 from edgewhisper.training import AfterStep, LossTerm, Training, counted
 from export.cost import count_parameters, macs
@@ -246,11 +247,8 @@ def captured_states(output_layer: nn.Module) -> Iterator[Captured]:
     def capture(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         captured["states"] = args[0]
 
-    hook = output_layer.register_forward_pre_hook(capture)
-    try:
+    with removed_after(output_layer.register_forward_pre_hook(capture)):
         yield captured
-    finally:
-        hook.remove()
 
 
 @contextmanager
