@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from edgewhisper.cli.options import DEFAULT, SPEECH, FailIf, Json, Normalizer, Threads
 from edgewhisper.cli.output import print_error, print_results, say_for
+from export.problem import Problem
 
 Artifacts = Annotated[
     list[Path] | None,
@@ -144,6 +145,4 @@ def share_of(option: str, text: str) -> float:
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        from export.problem import Problem
-
         raise Problem(f"{option} {text} is not a valid share", hint="write 2% or 0.02") from None

@@ -7,6 +7,7 @@ from typing import Any
 from edgewhisper.cli.output import say
 from export import layouts
 from export.layouts import TARGETS, layouts_of
+from export.problem import Problem
 
 LAYOUTS = {target: layouts_of(target) for target in TARGETS}
 """Target -> its layouts."""
@@ -46,8 +47,6 @@ def precision_for(precision: str | None, device: str | None, target: str) -> str
 
     profile = None if device is None else load_profile(device)
     if profile is not None and target == "coreml" and not profile.model.startswith("Apple"):
-        from export.problem import Problem
-
         raise Problem(
             f"--target coreml for {profile.name} ({profile.model}): Core ML runs on Apple's "
             "systems only",
@@ -64,8 +63,6 @@ def precision_for(precision: str | None, device: str | None, target: str) -> str
 def require_one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     """Raise Problem if a value is not a known one."""
     if value not in known:
-        from export.problem import Problem
-
         raise Problem(f"unknown {option} {value!r}", hint=f"choose {any_of(known)}")
 
 
@@ -75,8 +72,6 @@ def require_for_target(
     """Raise Problem if a value is unknown, or known for another target only."""
     others = [other for other, values in known.items() if value in values and other != target]
     if others and value not in known[target]:
-        from export.problem import Problem
-
         raise Problem(
             f"{option} {value} is for --target {others[0]}, and --target is {target}",
             hint=f"choose {any_of(known[target])}, or --target {others[0]}",
@@ -88,8 +83,6 @@ def refuse_options(target: str, options: dict[str, Any]) -> None:
     """Raise Problem for options of the other target."""
     wrong = [name for name in options if (name in FOR_ONNX) != (target == "onnx")]
     if wrong:
-        from export.problem import Problem
-
         names = " and ".join(f"--{name.replace('_', '-')}" for name in wrong)
         other, title = ("coreml", "Core ML") if target == "onnx" else ("onnx", "ONNX")
         raise Problem(

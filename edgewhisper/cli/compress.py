@@ -21,6 +21,7 @@ from edgewhisper.cli.target_options import (
     TargetParams,
     Trials,
 )
+from export.problem import Problem
 
 Model = Annotated[str | None, Argument(help=f"{MODEL}; default: the embedded digits model")]
 Recipe = Annotated[
@@ -118,8 +119,6 @@ def compress_cli(
 def refuse_trials(trials: int | None) -> None:
     """Raise Problem if --trials is given without a target."""
     if trials is not None:
-        from export.problem import Problem
-
         raise Problem(
             f"--trials {trials}: there is nothing to search without a target",
             hint="add --target-params, --target-macs, --target-latency, --target-bytes, "
