@@ -23,7 +23,7 @@ MUST_MATCH = {
 }
 
 
-def compare(results: Sequence[dict[str, Any]], across_versions: bool = False) -> dict[str, Any]:
+def compare(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Compare every result with the first one on its device, and the first result of each further
     device with the first of all.
 
@@ -46,7 +46,7 @@ def compare(results: Sequence[dict[str, Any]], across_versions: bool = False) ->
                 "name": other["name"],
                 "device": device,
                 "base_device": device_of(base),
-                "measures": compare_pair(base, other, across_versions or other_place),
+                "measures": compare_pair(base, other, across_versions=other_place),
             }
         )
         bases.setdefault(device, other)

@@ -43,9 +43,9 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {"total": total, "token_table": table, "rest": total - table}
 
 
-def macs_by_window(model: nn.Module, context: int = 32) -> dict[str, dict[str, int]]:
+def macs_by_window(model: nn.Module) -> dict[str, dict[str, int]]:
     """Return the `macs` of each of the model's windows, by encoder positions (as JSON keys)."""
-    return {str(n): macs(model, context, n) for n in windows_of(model.config)}
+    return {str(n): macs(model, positions=n) for n in windows_of(model.config)}
 
 
 def macs(

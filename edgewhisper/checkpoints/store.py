@@ -62,14 +62,14 @@ def load(
 
 
 def load_with_processor(
-    source: str | Path, revision: str | None = None
+    source: str | Path,
 ) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
     """Load a checkpoint with its processor. It reads the tokenizer once. Raises as `load`."""
-    model, tokenizer = _load(source, revision)
+    model, tokenizer = _load(source, None)
     source = resolved(source)
     while lora.is_folder(Path(source)):
-        source, revision = resolved(lora.base_of(Path(source))), None
-    return model, processor_of(source, model.config, tokenizer, revision)
+        source = resolved(lora.base_of(Path(source)))
+    return model, processor_of(source, model.config, tokenizer)
 
 
 def _load(

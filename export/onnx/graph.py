@@ -151,13 +151,13 @@ def _value_info(spec: Spec) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(spec.name, DTYPES[spec.dtype], spec.shape)
 
 
-def in_pieces(g: Graph, x: str, pieces: int, compute: Callable[[str], str], axis: int = 1) -> str:
-    """Apply `compute` to `pieces` parts of x along `axis` one after the other and join the
+def in_pieces(g: Graph, x: str, pieces: int, compute: Callable[[str], str]) -> str:
+    """Apply `compute` to `pieces` parts of x along axis 1 one after the other and join the
     results."""
     if pieces == 1:
         return compute(x)
-    parts = g.ops("Split", x, outputs=pieces, axis=axis, num_outputs=pieces)
-    return g.op("Concat", *(compute(part) for part in parts), axis=axis)
+    parts = g.ops("Split", x, outputs=pieces, axis=1, num_outputs=pieces)
+    return g.op("Concat", *(compute(part) for part in parts), axis=1)
 
 
 def pieces_of(width: int, lengths: Sequence[int]) -> int:

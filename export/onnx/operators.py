@@ -198,15 +198,15 @@ def _encoder_layer(layer: Mapping[str, Any], rows: int, shapes: Shapes) -> Itera
         yield from _linears(layer, "fc2", units, width, piece)
 
 
-def token_operators(shapes: Shapes, context: int = CONTEXT) -> Iterator[Operator]:
-    """Yield the operators of one decoding step that attends to `context` tokens."""
+def token_operators(shapes: Shapes) -> Iterator[Operator]:
+    """Yield the operators of one decoding step that attends to CONTEXT tokens."""
     width = shapes.width
     yield Operator("begin", (shapes.positions, width))
     for layer in shapes.layers["decoder"]:
         own, cross, units = layer["self_attn"], layer["encoder_attn"], layer["ffn"]
         yield Operator("norm", (1, width))
         yield from _joint(layer, own, width)
-        yield from _cached("past", context, own, queries=3)
+        yield from _cached("past", CONTEXT, own, queries=3)
         yield from _linears(layer, "self_attn.out_proj", own["heads"] * own["v_dim"], width)
         yield Operator("norm", (1, width))
         yield from _linears(layer, "encoder_attn.q_proj", width, cross["heads"] * cross["qk_dim"])

@@ -225,9 +225,9 @@ class Placement:
     """First frame after the last word and its trailing pause."""
 
 
-def draw_gap(rng: np.random.Generator, tight: float = 0.85) -> int:
+def draw_gap(rng: np.random.Generator) -> int:
     """Draw the number of frames between two words."""
-    seconds = rng.normal(0.12, 0.12) if rng.random() < tight else rng.uniform(0.3, 0.9)
+    seconds = rng.normal(0.12, 0.12) if rng.random() < 0.85 else rng.uniform(0.3, 0.9)
     return int(max(0.0, seconds) * FRAMES_PER_S)
 
 

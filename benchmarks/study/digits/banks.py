@@ -74,10 +74,10 @@ def synthetic_clips(cache: Path) -> list[Clip]:
     return clips
 
 
-def white_clips(seed: int, count: int = 6) -> list[Clip]:
-    """Return clips of ten seconds of Gaussian noise."""
+def white_clips(seed: int) -> list[Clip]:
+    """Return six clips of ten seconds of Gaussian noise."""
     rng = np.random.default_rng(seed)
-    samples = rng.standard_normal((count, 10 * SAMPLE_RATE)).astype(np.float32) * 0.1
+    samples = rng.standard_normal((6, 10 * SAMPLE_RATE)).astype(np.float32) * 0.1
     return [Clip(row, (), "", "white") for row in samples]
 
 

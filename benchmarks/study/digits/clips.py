@@ -123,10 +123,10 @@ def write_split(out: Path, split: str, seed: int) -> None:
     write_manifest(out / f"{split}.jsonl", rows)
 
 
-def long_clip(rng: np.random.Generator, seconds: float = 20.0) -> tuple[np.ndarray, str, str]:
-    """Return (samples, text, voice name) of about `seconds` of digits by one voice."""
+def long_clip(rng: np.random.Generator) -> tuple[np.ndarray, str, str]:
+    """Return (samples, text, voice name) of about 20 s of digits by one voice."""
     voice, digits, parts, length = Voice("en-us", "m3", 50, 160), [], [], 0
-    while length < (seconds - 0.8) * SAMPLE_RATE:
+    while length < 19.2 * SAMPLE_RATE:
         digits.append(str(rng.choice(DIGITS)))
         parts.append(say_sequence(rng, voice, digits[-1:], breath=0.0))
         length += len(parts[-1])

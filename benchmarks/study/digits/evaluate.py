@@ -105,9 +105,9 @@ def speaker_sequences(rows: list[Row]) -> list[Spoken]:
     return [lay_out(step, clips, texts) for step in sequence_plan(len(rows))]
 
 
-def add_white_noise(spoken: list[Spoken], snr_db: float, seed: int = SEED) -> list[Spoken]:
+def add_white_noise(spoken: list[Spoken], snr_db: float) -> list[Spoken]:
     """Add white noise `snr_db` below the power of each sequence."""
-    rng = np.random.default_rng([seed, 10])
+    rng = np.random.default_rng([SEED, 10])
     noisy = []
     for item in spoken:
         rms = np.sqrt((item.samples**2).mean())

@@ -152,9 +152,9 @@ def require_espeak() -> str:
     return program
 
 
-def trim(samples: np.ndarray, floor: float = 0.01) -> np.ndarray:
-    """Remove samples below `floor` of the peak at both ends, except for 10 and 25 ms."""
-    loud = np.flatnonzero(np.abs(samples) > floor * max(1e-6, np.abs(samples).max()))
+def trim(samples: np.ndarray) -> np.ndarray:
+    """Remove samples below 1 % of the peak at both ends, except for 10 and 25 ms."""
+    loud = np.flatnonzero(np.abs(samples) > 0.01 * max(1e-6, np.abs(samples).max()))
     if len(loud) == 0:
         return samples[:0]
     return samples[max(0, loud[0] - 160) : loud[-1] + 400]

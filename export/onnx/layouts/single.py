@@ -95,8 +95,8 @@ def _turns(g: Graph, room: int) -> str:
     return g.op("Min", "max_new_tokens", g.op("Sub", g.constant(room), length))
 
 
-def _past_names(model: nn.Module, time: str = "past") -> list[str]:
-    return [f"{time}.{i}.{kind}" for i in parts.layers_of(model) for kind in KINDS]
+def _past_names(model: nn.Module) -> list[str]:
+    return [f"past.{i}.{kind}" for i in parts.layers_of(model) for kind in KINDS]
 
 
 def _past_specs(model: nn.Module, time: str) -> list[Spec]:
