@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import telemetry
 from benchmarks.candidates import Candidate
-from benchmarks.prepare import DEFAULT, BenchOptions, Prepared, device_cores, prepare
+from benchmarks.prepare import DEFAULT, BenchOptions, Prepared, prepare
 from benchmarks.program import OURS
 from benchmarks.result import validate
 from benchmarks.rivals.engines import RIVALS
@@ -24,7 +24,7 @@ from benchmarks.rounds import ROUND_S, first_load, merge, run_round, sustain
 from benchmarks.speech.clips import Clip
 from benchmarks.speech.wav import push_clips
 from benchmarks.wer import score, word_errors
-from devices.device import Device, open_device, run_runner
+from devices.device import Device, device_cores, open_device, run_runner
 
 REFERENCE = "transformers"
 """The rival whose texts count as those of the checkpoint itself."""

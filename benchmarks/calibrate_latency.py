@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.latency import GRAPHS, STAGES, Cost, Table, counted, known_precision
-from devices.device import RUNNER, Device, Place, clean, load_profile, open_device, run_runner
+from devices.device import (
+    RUNNER,
+    Device,
+    Place,
+    clean,
+    device_cores,
+    load_profile,
+    open_device,
+    run_runner,
+    thread_option,
+)
 from export.onnx.operators import EMPTY, KINDS, Operator, of_a_token, work
 from export.problem import Problem
 
@@ -66,8 +76,7 @@ def calibrate(
                 f"{place} is emulated; times from an emulator do not apply to a real device",
                 hint="calibrate a real device, or this machine with --device local",
             )
-        cores = machine.get("cores")
-        threads = threads or (cores if isinstance(cores, int) else 1)
+        threads = threads or device_cores(machine)
         operators = microbenchmarks(precision)
         where = f"in {precision} on {counted(threads, 'thread')}"
         say(f"{place}: {len(operators)} microbenchmarks {where}")
@@ -122,7 +131,7 @@ def send(device: Device, operators: Operators) -> None:
 
 def run_all(device: Device, operators: Operators, threads: int | None) -> dict[str, Any]:
     """Run all microbenchmarks in one process; return their validated times and the versions."""
-    words = ["probe", "probes", *(["--threads", str(threads)] if threads else [])]
+    words = ["probe", "probes", *thread_option(threads)]
     answer = run_runner(device, words, timeout_s=TIMEOUT_S)
     times, versions = answer.get("probes"), answer.get("versions")
     if not (

@@ -22,7 +22,7 @@ from benchmarks.result import FORMAT
 from benchmarks.rivals.engines import RIVALS, send_program
 from benchmarks.speech.clips import Clip
 from benchmarks.speech.wav import push_clips
-from devices.device import RUNNER, Device
+from devices.device import RUNNER, Device, device_cores
 from export.problem import Problem
 
 MAX_MINUTES = 60
@@ -147,9 +147,3 @@ def send(candidates: Sequence[Candidate], device: Device, clips: Sequence[Clip])
             send_program(RIVALS[candidate.rival], device)
             device.push(candidate.form or Path(candidate.source), f"artifacts/{index}")
     return push_clips(clips, device)
-
-
-def device_cores(machine: dict[str, Any]) -> int:
-    """Return the number of cores a process may use, or 1 if the device does not report it."""
-    cores = machine.get("cores")
-    return cores if isinstance(cores, int) else 1

@@ -17,7 +17,7 @@ from benchmarks.prepare import BenchOptions, Prepared
 from benchmarks.program import OURS
 from benchmarks.result import STAGES, summaries
 from benchmarks.rivals.engines import CODE, RIVALS
-from devices.device import Device, clean, run_runner
+from devices.device import Device, clean, run_runner, thread_option
 from export.problem import Problem
 from export.versions import version
 
@@ -58,7 +58,7 @@ def first_load(
 def run_round(ready: Prepared, index: int) -> dict[str, Any]:
     """Run one process of one candidate, which transcribes every clip once; return its answer."""
     candidate, device = ready.candidates[index], ready.places[index]
-    arguments = ["clips/clips.json", "--repeats", "1", *thread_options(ready.options)]
+    arguments = ["clips/clips.json", "--repeats", "1", *thread_option(ready.options.threads)]
     artifact = f"artifacts/{index}"
     if candidate.rival is None:
         arguments += [*unit_options(candidate), *runner_options(ready.options)]
@@ -78,8 +78,9 @@ def sustain(ready: Prepared, index: int, progress: Callable[[str], None]) -> dic
     if options.minutes is None:
         return None
     progress(f"{label}: running continuously for {options.minutes:g} minutes")
-    arguments = ["clips/clips.json", "--minutes", f"{options.minutes:g}", *thread_options(options)]
-    arguments += [*unit_options(ready.candidates[index]), *runner_options(options)]
+    arguments = ["clips/clips.json", "--minutes", f"{options.minutes:g}"]
+    arguments += [*thread_option(options.threads), *unit_options(ready.candidates[index])]
+    arguments += runner_options(options)
     words = ["bench", f"artifacts/{index}", *arguments]
     answer = run_runner(ready.device, words, timeout_s=ROUND_S + 60 * options.minutes)
     fields, invalid = telemetry.valid_fields(answer)
@@ -87,10 +88,6 @@ def sustain(ready: Prepared, index: int, progress: Callable[[str], None]) -> dic
     if invalid:
         raise unusable(ready.device, invalid)
     return fields
-
-
-def thread_options(options: BenchOptions) -> list[str]:
-    return ["--threads", str(options.threads)] if options.threads else []
 
 
 def unit_options(candidate: Candidate) -> list[str]:

@@ -263,6 +263,17 @@ def run_runner(
     return result
 
 
+def thread_option(threads: int | None) -> list[str]:
+    """Return the runner's arguments for this number of threads; none for its default."""
+    return ["--threads", str(threads)] if threads else []
+
+
+def device_cores(machine: dict[str, Any]) -> int:
+    """Return the number of cores a process may use, or 1 if the device does not report it."""
+    cores = machine.get("cores")
+    return cores if isinstance(cores, int) else 1
+
+
 def last_json(stdout: str) -> dict[str, Any] | None:
     """Return the JSON object on the last line, or None."""
     try:

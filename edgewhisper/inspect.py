@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.timing import summarise
-from devices.device import RUNNER, run_runner
+from devices.device import RUNNER, run_runner, thread_option
 from devices.local import LocalDevice
 from devices.runner.artifact import manifest as contract
 from devices.runner.artifact.graph_file import Constant, Parts, read_graph
@@ -307,8 +307,7 @@ def time_artifact(
     from export.onnx.operators import Operator
 
     manifest = read_facts(folder)
-    command = ["profile", str(folder.resolve()), "--seconds", str(seconds)]
-    command += ["--threads", str(threads)] if threads else []
+    command = ["profile", str(folder.resolve()), "--seconds", str(seconds), *thread_option(threads)]
     product = Operator("linear", (*PROBE, PROBE[-1]))
     with LocalDevice() as device:
         device.push(RUNNER, "runner")

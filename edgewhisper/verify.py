@@ -8,7 +8,6 @@ separate process with limits of memory and time, and only after they were inspec
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ from benchmarks.gate_record import gate_again, same_clips, states_again
 from benchmarks.metadata import folder_bytes
 from benchmarks.program import OURS
 from benchmarks.speech.clips import Clip, read_manifest
-from benchmarks.speech.wav import write_clips
-from devices.device import RUNNER, run_runner
+from benchmarks.speech.wav import push_clips
+from devices.device import RUNNER, run_runner, thread_option
 from devices.local import LocalDevice
 from devices.runner.artifact import manifest as contract
 from devices.runner.artifact.graph_file import read_graph
@@ -210,11 +209,8 @@ def run_graphs(
     native = results["manifest"].get("layout", "native") == "native"
     with LocalDevice() as device:
         device.push(RUNNER, "runner")
-        with tempfile.TemporaryDirectory() as sounds:
-            write_clips(clips, Path(sounds))
-            device.push(Path(sounds), "clips")
-        arguments = [str(folder.resolve()), "clips/clips.json"]
-        arguments += ["--threads", str(threads)] if threads else []
+        push_clips(clips, device)
+        arguments = [str(folder.resolve()), "clips/clips.json", *thread_option(threads)]
         if native:
             results["answer"] = run_runner(device, ["check", *arguments], timeout_s=timeout_s)
         else:
