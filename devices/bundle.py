@@ -64,7 +64,7 @@ def bundle(cpu: Cpu, say: Callable[[str], None]) -> Path:
     """Return the bundle for a CPU, named by a hash of its content; build it if it is missing."""
     release = debian.release()
     inputs = f"{cpu} {release} {pins()}".encode() + Path(__file__).read_bytes()
-    place = cache() / hashlib.sha256(inputs).hexdigest()[:16]
+    place = cache("bundles") / hashlib.sha256(inputs).hexdigest()[:16]
     with suppress(OSError):
         return next(entry for entry in place.iterdir() if not entry.name.startswith("."))
     say(f"building an interpreter for {cpu.machine} from this machine's packages (only once)")
@@ -77,10 +77,10 @@ def bundle(cpu: Cpu, say: Callable[[str], None]) -> Path:
         ) from None
 
 
-def cache() -> Path:
-    """Return the folder of bundles on this machine."""
+def cache(name: str) -> Path:
+    """Return the folder `name` of EdgeWhisper's cache on this machine."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "edgewhisper" / "bundles"
+    return Path(base) / "edgewhisper" / name
 
 
 def build(cpu: Cpu, release: str, place: Path) -> Path:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from shutil import which
 
+from devices.bundle import cache
 from devices.device import DeviceProblem, last_line
 
 VERSION = "1.30.0"
@@ -41,7 +42,7 @@ FETCH_S = 600
 
 def cache_folder() -> Path:
     """Return the folder of the files."""
-    return Path.home() / ".cache" / "edgewhisper" / f"onnxruntime-web-{VERSION}"
+    return cache(f"onnxruntime-web-{VERSION}")
 
 
 def files(folder: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, bytes]:

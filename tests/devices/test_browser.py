@@ -577,6 +577,11 @@ def test_the_qr_code_encodes_the_url():
 # ------------------------------------------------------------------------------- onnxruntime-web
 
 
+def test_the_files_are_in_the_cache_folder_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert ort_web.cache_folder().parent == tmp_path / "edgewhisper"
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch, rng) -> Path:
     """The files of the package, and an npm on the PATH that delivers them."""
