@@ -99,7 +99,7 @@ def refuse_mismatch(base: dict[str, Any], other: dict[str, Any], across_versions
         raise Problem(
             f"{base['name']} and {other['name']} were measured with different versions: "
             f"{', '.join(pairs)}",
-            hint="bench both again with one installation, or allow different versions",
+            hint="bench both again with one installation",
         )
 
 

@@ -31,11 +31,6 @@ CLIPS_AT_ONCE = 64
 """Clips whose audio is in memory at the same time."""
 
 
-def window_samples(processor: WhisperProcessor) -> int:
-    """Return the model's window in samples at 16 kHz (480000 for OpenAI's models)."""
-    return processor.feature_extractor.n_samples
-
-
 def windows_samples(model: nn.Module, extractor: Any) -> list[int]:
     """Return the model's windows in samples, ascending. A clip uses the first that holds it."""
     return [2 * positions * extractor.hop_length for positions in windows_of(model.config)]
@@ -109,7 +104,8 @@ def prompt_languages(
     generation = model.generation_config
     prompts = [language_or_auto(generation, spoken) for spoken in _each(pcms, languages)]
     unknown = [i for i, prompt in enumerate(prompts) if prompt == AUTO]
-    windows = {i: sounding(pcms[i], window_samples(processor)) for i in unknown}
+    window_samples = processor.feature_extractor.n_samples
+    windows = {i: sounding(pcms[i], window_samples) for i in unknown}
     first = detect(model, processor, [windows[i][0] for i in unknown], batch_size)
     for i, (code, no_speech) in zip(unknown, first, strict=True):
         later = iter(windows[i][1:])
@@ -256,7 +252,8 @@ def _transcribe(
 ) -> list[str]:
     """Return the texts of clips that are all in memory. For the arguments see `transcribe`."""
     prompts = prompt_languages(model, processor, pcms, languages, batch_size)
-    pieces = [[pcm[cut] for cut in split(pcm, window_samples(processor))] for pcm in pcms]
+    window_samples = processor.feature_extractor.n_samples
+    pieces = [[pcm[cut] for cut in split(pcm, window_samples)] for pcm in pcms]
     spoken = [language for clip, language in zip(pieces, prompts, strict=True) for _ in clip]
     cut = [piece for clip in pieces for piece in clip]
     flat = greedy(model, processor, cut, spoken, batch_size, max_tokens, done)

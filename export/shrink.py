@@ -388,7 +388,7 @@ def _shape(layer: nn.Module, attentions: tuple[str, ...]) -> dict[str, Any]:
     split = {name: module for name, module in modules.items() if hasattr(module, "down")}
     gathered = {name: module for name, module in modules.items() if hasattr(module, "inputs")}
     shape |= {
-        "ffn": _outputs(layer.fc1),
+        "ffn": outputs_of(layer.fc1),
         "ranks": {name: len(module.down.weight) for name, module in split.items()},
         "inputs": {name.removesuffix(".down"): len(m.inputs) for name, m in gathered.items()},
     }
@@ -401,13 +401,14 @@ def attention_shape(attention: nn.Module) -> dict[str, Any]:
     heads = attention.num_heads
     shape = {
         "heads": heads,
-        "qk_dim": _outputs(attention.q_proj) // heads,
+        "qk_dim": outputs_of(attention.q_proj) // heads,
         "v_dim": _inputs(attention.out_proj) // heads,
     }
     return shape | ({"shared": True} if getattr(attention, "shared", False) else {})
 
 
-def _outputs(linear: nn.Module) -> int:
+def outputs_of(linear: nn.Module) -> int:
+    """Return the number of outputs of a linear module."""
     return len(getattr(linear, "up", linear).weight)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.quantise import Scheme
-from export.shrink import attention_shape
+from export.shrink import attention_shape, outputs_of
 
 Floats = NDArray[np.float32]
 Schemes = Mapping[nn.Module, Scheme]
@@ -43,8 +43,13 @@ class Heads:
 
     @property
     def cache_dim(self) -> int:
-        """Width of one head in a cache: equal for keys and values, and a multiple of 8."""
-        return -(-max(self.qk_dim, self.v_dim) // 8) * 8
+        """Width of one head in a cache."""
+        return cache_width(self.qk_dim, self.v_dim)
+
+
+def cache_width(qk_dim: int, v_dim: int) -> int:
+    """Return the width of one head in a cache: equal for keys and values, and a multiple of 8."""
+    return -(-max(qk_dim, v_dim) // 8) * 8
 
 
 def chains(schemes: Schemes, attention: nn.Module, names: str) -> list[list[Linear]]:
@@ -87,11 +92,6 @@ def alignment_heads(model: nn.Module) -> list[list[int]]:
         {tuple(head) for head in getattr(model.generation_config, "alignment_heads", None) or []}
     )
     return [[h for n, h in named if n == i and h < count] for i, count in enumerate(counts)]
-
-
-def outputs_of(linear: nn.Module) -> int:
-    """Return the number of outputs of a linear module."""
-    return len(getattr(linear, "up", linear).weight)
 
 
 def array(tensor: Tensor) -> Floats:

@@ -136,7 +136,7 @@ def _string(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def _audio(folder: Path, name: str, where: str) -> Path:
-    """Return the path of a audio file in the folder.
+    """Return the path of an audio file in the folder.
 
     The name is checked, not the target of a link: downloaded folders have links into a cache.
     """

@@ -1,4 +1,4 @@
-"""Check whether a audio file is complete, from what its container declares.
+"""Check whether an audio file is complete, from what its container declares.
 
     WAV, AIFF, W64, RF64, CAF   length of the chunk of samples
     AU, NIST                    length in the header
@@ -9,10 +9,10 @@
     AAC (ADTS)                  a complete last frame
     Matroska, WebM              length of the segment, if the header has it
 
-Decoders do not report missing data. WAV is checked in devices/runner/audio.py, because devices read
-it too. Sources: RFC 3533 (Ogg), RFC 9639 (FLAC), EBU Tech 3306 (RF64), Apple's
-CAF specification, ISO 11172-3 (MP3), the Xing header that LAME writes, ISO 14496-12 (MP4), ISO
-13818-7 (ADTS), RFC 8794 (EBML).
+Decoders do not report missing data. WAV is checked in devices/runner/audio/wav.py, because devices
+read it too. Sources: RFC 3533 (Ogg), RFC 9639 (FLAC), EBU Tech 3306 (RF64), Apple's CAF
+specification, ISO 11172-3 (MP3), the Xing header that LAME writes, ISO 14496-12 (MP4), ISO 13818-7
+(ADTS), RFC 8794 (EBML).
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from export.files import cached, new_directory
 from export.problem import Problem
 from export.prompt import language_code
 
-PREFIX = "hf:"
 SOURCE = re.compile(
     r"hf:(?P<repository>\w[\w.-]*/\w[\w.-]*)"
     r"(?::(?P<config>[^:\[]*))?(?::(?P<split>[^:\[]+)(?:\[:(?P<first>[1-9][0-9]*)\])?)?"

@@ -26,7 +26,7 @@ SUFFIXES = frozenset((*PLAIN_SUFFIXES, *compressed.SUFFIXES))
 
 
 def read_audio(path: str | Path, strict: bool = True) -> np.ndarray:
-    """Read a audio file as samples (n,) float32 at 16 kHz in [-1, 1], channels averaged.
+    """Read an audio file as samples (n,) float32 at 16 kHz in [-1, 1], channels averaged.
 
     "-" is standard input; pipes can be read too. Warns if channels are averaged, if the source has
     a sampling rate below 16 kHz, and if a WAV header has a placeholder for its length.

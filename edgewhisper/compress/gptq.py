@@ -260,8 +260,8 @@ def quantise_table(
     factors = column_factors(scheme).double()
     h = damped(moments.products / moments.count, damping) * torch.outer(factors, factors)
     weight, plain = table.weight.double() / factors, replace(scheme, columns=())
-    parts = row_parts(weight, plain)
-    rounded = torch.cat([round_or_propagate(rows, h, part) for rows, part in parts])
+    groups = row_parts(weight, plain)
+    rounded = torch.cat([round_or_propagate(rows, h, part) for rows, part in groups])
     errors = [loss(weight, other, h) for other in (rounded, nearest(weight, plain))]
     table.weight.copy_(rounded * factors)
     return {"decoder.embed_tokens": errors}

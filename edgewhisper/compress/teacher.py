@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from edgewhisper import whisper
 from edgewhisper.examples import IGNORED, Batch
-from edgewhisper.training import FrozenEncoder, LossTerm
+from edgewhisper.frozen_encoder import FrozenEncoder
+from edgewhisper.training import LossTerm
 from export.problem import Problem
 
 # ------------------------------------------------------------------------------- the teacher

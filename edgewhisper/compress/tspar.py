@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from edgewhisper.compress.branches import SIDES
 from edgewhisper.compress.context import Context
 from edgewhisper.compress.masks import (
     Masks,
@@ -66,7 +67,6 @@ from edgewhisper.whisper import side_and_layer
 if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
 
-SIDES = ("encoder", "decoder")
 Weight = Annotated[float, Range(0)]
 
 

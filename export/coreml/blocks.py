@@ -12,7 +12,8 @@ from export.coreml.layers import conv, gelu, layer_norm, linear
 from export.coreml.padding import aligned, aligned_dim, more_inputs, more_outputs
 from export.coreml.plan import Plan
 from export.coreml.tables import FactorisedTable, TokenTable
-from export.weights import Heads, Linear, array, chain, chains, heads_of, outputs_of, scaled
+from export.shrink import outputs_of
+from export.weights import Heads, Linear, array, chain, chains, heads_of, scaled
 
 Table = TokenTable | FactorisedTable
 

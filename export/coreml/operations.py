@@ -176,9 +176,6 @@ def cumsum(x: Tensor, axis: int = 0, exclusive: bool = False, reverse: bool = Fa
     return total.flip(axis) if reverse else total
 
 
-# ---------------------------------------------------------------------------------- moving elements
-
-
 # -------------------------------------------------------------------------------------------- state
 
 

@@ -10,8 +10,8 @@ from export.onnx.attention import self_attention, shared_attention
 from export.onnx.graph import Graph, in_pieces, pieces_of
 from export.onnx.layers import gelu, layer_norm, linear, row_scaled_linear, separate_linear, widened
 from export.onnx.tables import FactorisedTable, SplitTable, TokenTable, encoder_positions
-from export.shrink import windows_of
-from export.weights import array, chain, chains, heads_of, outputs_of
+from export.shrink import outputs_of, windows_of
+from export.weights import array, chain, chains, heads_of
 
 
 def positions_of(model: nn.Module) -> int | str:

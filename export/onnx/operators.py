@@ -36,6 +36,7 @@ from torch import nn
 from export.onnx.attention import SPARE
 from export.onnx.graph import pieces_of
 from export.shrink import layer_shapes, windows_of
+from export.weights import cache_width
 
 EMPTY = "empty"
 """The kind of a graph without operators: the fixed cost of running one."""
@@ -172,8 +173,9 @@ def encoder_operators(shapes: Shapes) -> Iterator[Operator]:
     yield Operator("norm", (rows, width))
     for layer in shapes.layers["decoder"]:
         attention = layer["encoder_attn"]
-        room, heads = _room(attention), attention["heads"]
-        for name, dim in (("k_proj", attention["qk_dim"]), ("v_proj", attention["v_dim"])):
+        heads, qk, v = attention["heads"], attention["qk_dim"], attention["v_dim"]
+        room = cache_width(qk, v)
+        for name, dim in (("k_proj", qk), ("v_proj", v)):
             yield from _linears(layer, f"encoder_attn.{name}", width, heads * dim, rows)
             if dim != room:
                 yield Operator("pad", (rows, heads, room))
@@ -250,17 +252,12 @@ def _cached(
     kind: str, positions: int, attention: Mapping[str, Any], queries: int
 ) -> Iterator[Operator]:
     """Yield the attention of one token over a cache, with the padding of its inputs and output."""
-    room, heads = _room(attention), attention["heads"]
-    qk, v = attention["qk_dim"], attention["v_dim"]
+    heads, qk, v = attention["heads"], attention["qk_dim"], attention["v_dim"]
+    room = cache_width(qk, v)
     for dim in [*[qk, qk, v][:queries], v]:
         if dim != room:
             yield Operator("pad", (1, heads, room))
     yield Operator(kind, (positions, heads, room))
-
-
-def _room(attention: Mapping[str, Any]) -> int:
-    """Return the cache width of a head, as weights.Heads.cache_dim."""
-    return -(-max(attention["qk_dim"], attention["v_dim"]) // 8) * 8
 
 
 def _linears(

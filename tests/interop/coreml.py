@@ -34,7 +34,7 @@ def rows(source: Path, work: Path, precisions: Sequence[str], clips: list[Clip])
     """Print a line for each precision; how many do not pass their gate."""
     model, processor, _ = pipeline.load_for("whisperkit", str(source))
     tokens, failed = partial(decoding.greedy, model, processor), 0
-    reference = checkpoint_tokens(tokens, clips, decoding.window_samples(processor))
+    reference = checkpoint_tokens(tokens, clips, processor.feature_extractor.n_samples)
     for precision in precisions:
         place = work / f"{source.name}-coreml-{precision}"
         manifest = export_coreml(model, processor, place, precision)
