@@ -142,7 +142,7 @@ class Speech:
                 window = shortest(windows, len(piece))
                 positions = window // (2 * extractor.hop_length)
                 if self.mask_padding:
-                    positions = sounding(len(piece), extractor.hop_length, positions)
+                    positions = sounding_positions(len(piece), extractor.hop_length, positions)
                 features = log_mel(extractor, [piece], window)
                 yield Window(features, positions, tokens, tuple(inputs[1:]))
 
@@ -159,7 +159,7 @@ class Speech:
         return [torch.tensor([ids]) for ids in rows if len(ids) <= longest]
 
 
-def sounding(samples: int, hop: int, positions: int) -> int:
+def sounding_positions(samples: int, hop: int, positions: int) -> int:
     """Return the number of encoder positions (two mel frames each) that `samples` extend into."""
     return min(max(1, -(-samples // (2 * hop))), positions)
 

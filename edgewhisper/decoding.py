@@ -68,7 +68,7 @@ def greedy(
     """
     finished = 0
     tokens: list[list[int]] = [[] for _ in pcms]
-    prompts = prompt_languages(model, processor, pcms, languages, batch_size)
+    prompts = detected_languages(model, processor, pcms, languages, batch_size)
     for indices, features in batches(model, processor, pcms, batch_size, prompts):
         prompt = prompt_ids(model.generation_config, prompts[indices[0]])
         room = model.config.max_target_positions - len(prompt)
@@ -89,7 +89,7 @@ def greedy(
     return tokens
 
 
-def prompt_languages(
+def detected_languages(
     model: nn.Module,
     processor: WhisperProcessor,
     pcms: Sequence[np.ndarray],
@@ -251,7 +251,7 @@ def _transcribe(
     done: Callable[[int], None],
 ) -> list[str]:
     """Return the texts of clips that are all in memory. For the arguments see `transcribe`."""
-    prompts = prompt_languages(model, processor, pcms, languages, batch_size)
+    prompts = detected_languages(model, processor, pcms, languages, batch_size)
     window_samples = processor.feature_extractor.n_samples
     pieces = [[pcm[cut] for cut in split(pcm, window_samples)] for pcm in pcms]
     spoken = [language for clip, language in zip(pieces, prompts, strict=True) for _ in clip]

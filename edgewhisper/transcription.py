@@ -49,7 +49,7 @@ def recogniser(
         language = known_language(model.generation_config, options.get("language"))
 
         def by_checkpoint(pcm: np.ndarray, on_segment: object) -> dict[str, Any]:
-            (code,) = decoding.prompt_languages(model, processor, [pcm], [language])
+            (code,) = decoding.detected_languages(model, processor, [pcm], [language])
             text = decoding.transcribe(model, processor, [pcm], [code])[0]
             return {"text": text, "language": code}
 

@@ -216,7 +216,7 @@ def attend_few(attention: Any, y: Tensor, encoded: Tensor, weights: Tensor | Non
 
 
 @contextmanager
-def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+def recorded_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
     """Yield a list to which each call of the module appends its input."""
     recorded: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0]))

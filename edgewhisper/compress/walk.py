@@ -31,9 +31,9 @@ from edgewhisper.compress.branches import (
     States,
     branches_of,
     embedded,
-    inputs_of,
     last_states,
     normed,
+    recorded_inputs,
     run,
     score_mask,
     stem,
@@ -199,7 +199,7 @@ class Walk:
             size = self.rows_of(branch, i, x.shape[1])
             if branch.kind == "ffn" and not store:
                 x = x[:, :size]
-            with inputs_of(layer) as inputs:
+            with recorded_inputs(layer) as inputs:
                 y = self.output(branch, i, x)
             if store:
                 self.stored[i] = y if branch.kind == "ffn" else inputs[0]

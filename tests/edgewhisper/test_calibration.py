@@ -15,7 +15,7 @@ from edgewhisper.calibration import (
     Speech,
     collect,
     collect_together,
-    sounding,
+    sounding_positions,
 )
 from edgewhisper.whisper import input_of, linears, reads_audio, side_and_layer
 from export.problem import Problem
@@ -137,7 +137,7 @@ def test_joint_moments_of_two_models(make_whisper, speech):
     [(0, 1), (1, 1), (320, 1), (321, 2), (16000, 50), (96000, 300), (960000, 300)],
 )
 def test_a_position_is_320_samples(samples, positions):
-    assert sounding(samples, 160, 300) == positions
+    assert sounding_positions(samples, 160, 300) == positions
 
 
 def test_masked_padding_is_not_counted(tiny_whisper, write_clip, processor, rng):
@@ -145,7 +145,7 @@ def test_masked_padding_is_not_counted(tiny_whisper, write_clip, processor, rng)
     speech = Speech([clip], processor, mask_padding=True)
     point, cross, tokens = Point(FC1), Point(CROSS_KEY), Point(TOKENS_READ)
     moments = collect(tiny_whisper, [point, cross, tokens], speech)
-    sound = sounding(len(clip.pcm()), 160, 300)
+    sound = sounding_positions(len(clip.pcm()), 160, 300)
     for one in (point, cross):
         same_moments(moments[one], activations(tiny_whisper, one, speech)[:sound])
     same_moments(moments[tokens], activations(tiny_whisper, tokens, speech))

@@ -278,7 +278,7 @@ def test_a_checkpoint_and_its_artifact_detect_the_same_languages(
     model.generation_config.language = None
     pcms = [clip.pcm() for clip in few]
     expected = [code for code, _ in decoding.detect(model, processor, pcms)]
-    assert decoding.prompt_languages(model, processor, pcms, ["bm"] * 4) == expected
+    assert decoding.detected_languages(model, processor, pcms, ["bm"] * 4) == expected
     theirs = [
         model.detect_language(decoding.log_mel(processor.feature_extractor, [pcm])).item()
         for pcm in pcms
