@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from edgewhisper.compress import METHODS
 from export.problem import Problem
 
 if TYPE_CHECKING:
@@ -18,21 +20,6 @@ if TYPE_CHECKING:
 
     from benchmarks.wer import Score
     from edgewhisper.recipe import Step
-
-REMOVES: dict[str, tuple[str, ...]] = {
-    "tspar": ("min_removed", "min_zero"),
-    "imp": ("target",),
-    "wsap": ("low", "middle", "high"),
-    "obs": ("remove",),
-    "lite": ("theta_attn", "theta_mlp", "budget"),
-    "merge": ("groups",),
-    "shear": ("rank", "share", "theta"),
-    "short": ("windows_s",),
-    "recover": ("windows_s",),
-    "kdq": ("quantise.encoder", "quantise.decoder"),
-    "qat": ("encoder", "decoder"),
-}
-"""Method -> its options that determine how much it removes."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +175,7 @@ def epochs_or_steps(table: Any) -> str:
 def removed_by(step: Step) -> str:
     """Describe how much a step removes: "min_removed = 0.355"."""
     settings = []
-    for name in REMOVES.get(step.method, ()):
+    for name in getattr(import_module(METHODS[step.method]), "REMOVES", ()):
         value = step.options
         for part in name.split("."):
             value = getattr(value, part)

@@ -3,12 +3,14 @@
 A method's module has a frozen dataclass `Options` (the step's fields in the recipe) and
 `apply(model, options, context) -> model`; context.py describes `context`. It may also state
 
+    REMOVES                                    names of the options that determine how much the
+                                               step removes, for the hints of guard.py
     quantises(options) -> bool                 the step quantises weights; default: False
     allowed_after_quantisation(options) -> bool
                                                the step keeps quantised weights on their grids, so
                                                it may follow one that quantises; default: False
 
-which step_order.py reads.
+The last two are read by step_order.py.
 """
 
 METHODS: dict[str, str] = {

@@ -62,6 +62,8 @@ from export.prompt import prompt_language
 if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
 
+REMOVES = ("target",)
+
 
 @dataclass(frozen=True)
 class Options:

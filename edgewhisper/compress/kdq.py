@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
 
 Share = Annotated[float, Range(0, 1)]
+REMOVES = ("quantise.encoder", "quantise.decoder")
 
 
 @dataclass(frozen=True)

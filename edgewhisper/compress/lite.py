@@ -95,6 +95,7 @@ if TYPE_CHECKING:
 
 TOKENS_PER_WINDOW = 32
 """Number of tokens that a decoder layer runs on in each window, for a budget in MACs."""
+REMOVES = ("theta_attn", "theta_mlp", "budget")
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ Weight = Annotated[float, Range(0)]
 GRID = tuple({"alpha": alpha, "beta": 1.0} for alpha in (0.0, 0.1, 0.25, 0.5, 1.0))
 BASELINES = ({"alpha": 0.0, "beta": 1.0}, {"alpha": 1.0, "beta": 0.0})
 """The upper layer of each pair alone, and the lower layer alone."""
+REMOVES = ("pairs", "groups")
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,8 @@ if TYPE_CHECKING:
     from benchmarks.speech.clips import Clip
     from edgewhisper.whisper import WhisperForConditionalGeneration
 
+REMOVES = ("remove",)
+
 
 @dataclass(frozen=True)
 class Options:

@@ -68,6 +68,9 @@ class Precision:
         return min(self.encoder, self.decoder, self.token_table, self.stem) < 32
 
 
+REMOVES = ("encoder", "decoder")
+
+
 @dataclass(frozen=True)
 class Options(Precision):
     keep: Annotated[float, Range(0)] = 0.0

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
 
 Weight = Annotated[float, Range(0)]
+REMOVES = ("windows_s",)
 
 
 @dataclass(frozen=True)

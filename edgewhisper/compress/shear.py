@@ -72,6 +72,7 @@ ROUND_TO = 16
 RIDGE = 1e-6
 """Added to the diagonal of E[h h^T], as a share of its mean, because states of a few clips do not
 span all directions."""
+REMOVES = ("rank", "share", "theta")
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from edgewhisper.whisper import WhisperForConditionalGeneration
 
 Weight = Annotated[float, Range(0)]
+REMOVES = ("min_removed", "min_zero")
 
 
 @dataclass(frozen=True)

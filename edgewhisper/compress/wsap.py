@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 PERCENTILES = (33, 66)
 FIXED = (150.0, 600.0)
 Ratio = Annotated[float, Range(0, 1)]
+REMOVES = ("low", "middle", "high")
 
 
 @dataclass(frozen=True)

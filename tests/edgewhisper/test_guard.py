@@ -13,7 +13,7 @@ from some_clips import copy_of_some
 
 from benchmarks.speech.clips import Clip, read_manifest
 from edgewhisper import decoding, job, pipeline, runs, training_speech, whisper
-from edgewhisper.compress import tspar
+from edgewhisper.compress import METHODS, tspar
 from edgewhisper.compress.context import Context
 from edgewhisper.guard import AccuracyLoss, Guard, Loss, likely_cause
 from edgewhisper.job import Job
@@ -135,6 +135,14 @@ def test_without_measurements_the_hint_names_both():
     assert cause('[[step]]\nmethod = "lite"\n', {}) == (
         "remove less (theta_attn = 0.99, theta_mlp = 0.999)"
     )
+    assert cause('[[step]]\nmethod = "merge"\npairs = 1\n', {}).startswith(
+        "remove less (pairs = 1)"
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_hint_of_every_method_can_be_written(method):
+    assert cause(f'[[step]]\nmethod = "{method}"\n', {})
 
 
 # --------------------------------------------------------------------------------- whole runs
