@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", type=Path, help="a dense checkpoint, instead of a random one")
     add("--speech", type=Path, help="a manifest of clips, instead of noise")
     add("--threads", type=count, nargs="+", default=[1, 2])
-    add("--seconds", type=float, help="how long the noise is (default: 30), or the joined clips")
+    add("--seconds", type=duration, help="how long the noise is (default: 30), or the joined clips")
     add(
         "--tokens",
         type=count,
@@ -73,6 +73,13 @@ def count(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def duration(text: str) -> float:
+    """Parse a positive number of seconds."""
+    if not (seconds := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
+    return seconds
 
 
 def measure(given: argparse.Namespace) -> None:
