@@ -35,6 +35,7 @@ from benchmarks.rivals.engines import ENGINES, interpreter
 from benchmarks.rivals.race import USUAL, Task, race, ratio_rows, ratios, rows
 from benchmarks.sizes import SIZES
 from benchmarks.speech.clips import Clip, read_manifest
+from benchmarks.speech.wav import float_wav
 from devices.runner.audio import SAMPLING_RATE
 from export.problem import Problem
 
@@ -159,9 +160,7 @@ def joined(clips: Sequence[Clip], seconds: float, path: Path) -> Clip:
 
 def written(pcm: NDArray[np.floating], path: Path, text: str, lang: str) -> Clip:
     """Write samples, and return them as a clip."""
-    import soundfile
-
-    soundfile.write(path, pcm, SAMPLING_RATE, subtype="FLOAT")
+    path.write_bytes(float_wav(pcm))
     return Clip(path, text, lang, duration_s=len(pcm) / SAMPLING_RATE)
 
 

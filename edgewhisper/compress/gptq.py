@@ -56,7 +56,6 @@ from export.quantise import (
     fake_quantise,
     is_quantised,
     on_grid,
-    row_parts,
     schemes,
 )
 
@@ -260,9 +259,9 @@ def quantise_table(
     factors = column_factors(scheme).double()
     h = damped(moments.products / moments.count, damping) * torch.outer(factors, factors)
     weight, plain = table.weight.double() / factors, replace(scheme, columns=())
-    groups = row_parts(weight, plain)
-    rounded = torch.cat([round_or_propagate(rows, h, part) for rows, part in groups])
-    errors = [loss(weight, other, h) for other in (rounded, nearest(weight, plain))]
+    coarse, first = nearest(weight, plain), scheme.rows_in_8_bits
+    rounded = torch.cat([coarse[:first], round_inputs(weight[first:], h, plain)])
+    errors = [loss(weight, other, h) for other in (rounded, coarse)]
     table.weight.copy_(rounded * factors)
     return {"decoder.embed_tokens": errors}
 
@@ -283,11 +282,6 @@ def quantise_linear(
 
 
 # --------------------------------------------------------------------------------- one weight
-
-
-def round_or_propagate(weight: Tensor, h: Tensor, scheme: Scheme) -> Tensor:
-    """Return weight (d_out, d_in) on its grid: by error propagation in 4 bits, else to nearest."""
-    return round_inputs(weight, h, scheme) if scheme.bits == 4 else nearest(weight, scheme)
 
 
 def round_inputs(weight: Tensor, h: Tensor, scheme: Scheme) -> Tensor:
