@@ -21,9 +21,11 @@ key `edgewhisper`:
                                      are divided before they are quantised; none if absent
     token_rows_in_8_bits: n          first rows of a dense token table in 4 bits that have 8 bits;
                                      none if absent
+    token_rows_in_3_bits: [n, m]     rows from n to m - 1 of such a table that have 3 bits
     stem_bits: b                     bits of the convolutions: 8 or 32; float16 if absent
     block: n                         inputs that share a scale in 4 bits; 32 if absent
     half_scales: true                4-bit scales are float16; float32 if absent
+    integer_scales: true             4-bit scales are integers times a power of two per row
     scales: "tensor"                 one scale for each weight instead of one for each output
     token_rank: r                    the token table is a product (vocabulary, r) (r, d_model)
     windows: [n, ...]                audio lengths that the model was trained for, in encoder
@@ -55,6 +57,7 @@ PRECISION: dict[str, tuple[Any, ...]] = {
     "block": BLOCKS,
     "scales": SCALES,
     "half_scales": (True, False),
+    "integer_scales": (True, False),
 }
 """Key -> its allowed values."""
 DAMAGED = "the checkpoint is damaged: copy it again, or repeat the compression"
@@ -121,6 +124,8 @@ def check_shapes(shapes: Any, config: WhisperConfig) -> None:
     if "token_rows_in_8_bits" in shapes:
         rows = {"token_rows_in_8_bits": (shapes["token_rows_in_8_bits"], config.vocab_size - 1)}
         _check_counts(rows)
+    if "token_rows_in_3_bits" in shapes:
+        _check_rows(shapes["token_rows_in_3_bits"], shapes, config.vocab_size)
     if "token_rank" in shapes:
         limit = min(config.vocab_size, config.d_model)
         _check_counts({"token_rank": (shapes["token_rank"], limit)})
@@ -164,6 +169,17 @@ def _check_counts(counts: Mapping[str, tuple[Any, int]]) -> None:
     for name, (count, limit) in counts.items():
         if type(count) is not int or not 1 <= count <= limit:
             raise _invalid(f"{name} is {count!r}; it must be between 1 and {limit}")
+
+
+def _check_rows(rows: Any, shapes: Mapping[str, Any], size: int) -> None:
+    """Check the first row in 3 bits, and the first one after them."""
+    least = shapes.get("token_rows_in_8_bits", 0)
+    integers = isinstance(rows, list) and [type(n) for n in rows] == [int, int]
+    if not integers or not least <= rows[0] < rows[1] <= size:
+        raise _invalid(
+            f"token_rows_in_3_bits is {rows!r}; it must be two ascending integers between {least} "
+            f"and {size}"
+        )
 
 
 def _check_columns(exponents: Any, width: int) -> None:

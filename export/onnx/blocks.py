@@ -53,17 +53,25 @@ def encoder_layer(
     attend = shared_attention if getattr(attention, "shared", False) else self_attention
     y = attend(g, q, k, v, heads_of(attention), weights)
     x = g.op("Add", x, attention_output(g, y, attention))
-    pieces = pieces_of(outputs_of(layer.fc1), lengths)
+    # the runtime would widen weights in 4 bits for each piece, and keep every result
+    four = any(in_4_bits(g, module) for module in (layer.fc1, layer.fc2))
+    pieces = 1 if four else pieces_of(outputs_of(layer.fc1), lengths)
     return in_pieces(g, x, pieces, lambda piece: feed_forward(g, piece, layer))
 
 
-def feed_forward(g: Graph, x: str, layer: nn.Module, gather: bool = False) -> str:
+def in_4_bits(g: Graph, module: nn.Module) -> bool:
+    """Return whether a linear module, or a factor of it, is stored in 4 bits."""
+    parts = [module.down, module.up] if hasattr(module, "down") else [module]
+    return any(g.scheme(g.schemes.get(part)).bits == 4 for part in parts)
+
+
+def feed_forward(g: Graph, x: str, layer: nn.Module, few_rows: bool = False) -> str:
     """Apply norm, fc1, GELU and fc2, and add the input."""
     with g.scope("feed_forward"):
         y = norm(g, x, layer.final_layer_norm)
-        y = gelu(g, linear(g, y, chain(g.schemes, layer.fc1, layer.embed_dim), gather))
+        y = gelu(g, linear(g, y, chain(g.schemes, layer.fc1, layer.embed_dim), few_rows))
         second = chain(g.schemes, layer.fc2, outputs_of(layer.fc1))
-        y = linear(g, y, second, gather) if gather else row_scaled_linear(g, y, second)
+        y = linear(g, y, second, few_rows) if few_rows else row_scaled_linear(g, y, second)
         return g.op("Add", x, y)
 
 
@@ -72,10 +80,11 @@ def norm(g: Graph, x: str, norm: nn.Module) -> str:
     return layer_norm(g, x, array(norm.weight), array(norm.bias), norm.eps)
 
 
-def attention_output(g: Graph, x: str, attention: nn.Module) -> str:
+def attention_output(g: Graph, x: str, attention: nn.Module, few_rows: bool = False) -> str:
     """Apply the output projection of an attention."""
     heads = heads_of(attention)
-    return linear(g, x, chain(g.schemes, attention.out_proj, heads.count * heads.v_dim))
+    out = chain(g.schemes, attention.out_proj, heads.count * heads.v_dim)
+    return linear(g, x, out, few_rows)
 
 
 def token_table(g: Graph, table: nn.Module) -> TokenTable | SplitTable | FactorisedTable:

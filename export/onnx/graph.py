@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.manifest import Spec
-from export.quantise import Scheme
+from export.quantise import LAYER_STEPS, Scheme
 
 FUSED = "com.microsoft"
 OPSETS = {"": 18, FUSED: 1}
 IR_VERSION = 9
-INT8, INT4, FLOAT = Scheme(8), Scheme(4, half_scales=True), Scheme(32)
+INT8, INT4, FLOAT = Scheme(8), Scheme(4, steps=LAYER_STEPS), Scheme(32)
 DTYPES = {
     "bool": TensorProto.BOOL,
     "float32": TensorProto.FLOAT,

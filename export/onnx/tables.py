@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -11,8 +12,16 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from export.onnx.graph import FUSED, INT8, Graph
-from export.onnx.layers import float_table, nbits_product, quantise, scale_table, widened
-from export.quantise import Scheme, column_factors, pack, row_parts
+from export.onnx.layers import (
+    float_table,
+    joined,
+    nbits_product,
+    quantise,
+    scale_table,
+    unpacked,
+    widened,
+)
+from export.quantise import Scheme, column_factors, pack, pack_3_bits, row_parts
 from export.weights import Floats
 
 SINUSOID_ERROR = 1e-5
@@ -69,8 +78,8 @@ class TokenTable:
             self.columns = g.constant(column_factors(self.scheme).numpy())
         if self.scheme.bits == 4:
             codes, scale = quantise(weight, self.scheme)
-            packed = pack(torch.from_numpy(codes), self.scheme).numpy()
-            self.table, self.scale = g.constant(packed), scale_table(g, scale)
+            self.table = packed_table(g, codes, self.scheme)
+            self.scale = scale_table(g, scale, self.scheme)
         elif self.scheme.bits == 8:
             self.codes, scale = quantise(weight, self.scheme)
             self.table, self.scale = g.constant(self.codes), g.constant(scale)
@@ -92,29 +101,11 @@ class TokenTable:
         scale = g.op("Gather", self.scale, ids) if ids else self.scale
         column = g.op("Unsqueeze", scale, g.constant([-1]))
         if self.scheme.bits == 4:
-            rows = self._joined(g.op("Mul", self._unpacked(rows), column), 3 if ids else 2)
+            blocks = g.op("Mul", unpacked(g, rows), column)
+            rows = joined(g, blocks, self.width, self.scheme, 3 if ids else 2)
             return g.op("Mul", rows, self.columns) if self.columns else rows
         rows = g.op("Mul", g.op("Cast", rows, to=TensorProto.FLOAT), column)
         return g.op("Mul", rows, self.columns) if self.columns else rows
-
-    def _unpacked(self, packed: str) -> str:
-        """Unpack 4-bit codes: (..., blocks, block / 2) uint8 -> (..., blocks, block) float32."""
-        g = self.g
-        low = g.op("BitwiseAnd", packed, g.constant(np.array(15, np.uint8)))
-        high = g.op("BitShift", packed, g.constant(np.array(4, np.uint8)), direction="RIGHT")
-        both = [g.op("Unsqueeze", half, g.constant([-1])) for half in (low, high)]
-        codes = g.op("Cast", g.op("Concat", *both, axis=-1), to=TensorProto.FLOAT)
-        shape = g.op("Concat", g.op("Shape", packed, end=-1), g.constant([-1]), axis=0)
-        return g.op("Sub", g.op("Reshape", codes, shape), g.constant(8.0))
-
-    def _joined(self, blocks: str, axes: int) -> str:
-        """Join blocks: (..., blocks, block) -> (..., d_model), which has so many axes."""
-        g = self.g
-        shape = g.op("Concat", g.op("Shape", blocks, end=-2), g.constant([-1]), axis=0)
-        rows = g.op("Reshape", blocks, shape)
-        if self.width % self.scheme.block == 0:
-            return rows
-        return g.op("Slice", rows, *(g.constant([end]) for end in (0, self.width, axes - 1)))
 
     def logits(self, x: str) -> str:
         """Return logits: x (b, n, d_model) -> (b, n, vocab)."""
@@ -178,8 +169,12 @@ class SplitTable:
 
     def __init__(self, g: Graph, weight: Floats, scheme: Scheme) -> None:
         self.g, self.rows = g, scheme.rows_in_8_bits
-        parts = row_parts(torch.from_numpy(weight), scheme)
-        self.first, self.rest = (TokenTable(g, rows.numpy(), part) for rows, part in parts)
+        plain = replace(scheme, rows_in_8_bits=0, rows_in_3_bits=None)
+        self.first = TokenTable(g, weight[: self.rows], replace(plain, bits=8))
+        if scheme.rows_in_3_bits:
+            begin, end = scheme.rows_in_3_bits
+            plain = replace(plain, rows_in_3_bits=(begin - self.rows, end - self.rows))
+        self.rest = TokenTable(g, weight[self.rows :], plain)
 
     def look_up(self, ids: str) -> str:
         """Return embeddings: ids (b, s) -> (b, s, d_model)."""
@@ -193,6 +188,33 @@ class SplitTable:
     def logits(self, x: str) -> str:
         """Return logits: x (b, n, d_model) -> (b, n, vocab)."""
         return self.g.op("Concat", self.first.logits(x), self.rest.logits(x), axis=-1)
+
+
+def packed_table(g: Graph, codes: NDArray, scheme: Scheme) -> str:
+    """Store codes (vocab, d_model) in 4 bits, and rows in 3 bits in three. The runtime widens these
+    to 4 bits once, when it loads the graph."""
+    parts = row_parts(torch.from_numpy(codes), scheme)
+    stored = [
+        _three_bits(g, rows, part) if part.bits == 3 else g.constant(pack(rows, part).numpy())
+        for rows, part in parts
+    ]
+    return stored[0] if len(stored) == 1 else g.op("Concat", *stored, axis=0)
+
+
+def _three_bits(g: Graph, codes: torch.Tensor, scheme: Scheme) -> str:
+    """Store codes in 3 bits and return them packed in 4 bits, see `pack_3_bits`."""
+    parts = [g.constant(part.numpy()) for part in pack_3_bits(codes, scheme)]
+    quarters = [g.op("BitwiseAnd", part, g.constant(np.array(0x77, np.uint8))) for part in parts]
+    free = [
+        g.op("BitwiseAnd", shifted, g.constant(np.array(0x11 << bit, np.uint8)))
+        for bit, part in enumerate(parts)
+        for shifted in [
+            g.op("BitShift", part, g.constant(np.array(3 - bit, np.uint8)), direction="RIGHT")
+        ]
+    ]
+    last = g.op("BitwiseOr", g.op("BitwiseOr", *free[:2]), free[2])
+    codes_plus_4 = g.op("Concat", *quarters, last, axis=-1)
+    return g.op("Add", codes_plus_4, g.constant(np.array(0x44, np.uint8)))
 
 
 class FactorisedTable:

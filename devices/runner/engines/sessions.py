@@ -54,19 +54,20 @@ Past = dict[str, np.ndarray]
 class Sessions:
     """Encoder and decoder of an artifact whose files were checked."""
 
+    encoder: ort.InferenceSession
+    decoder: ort.InferenceSession
+
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int | None) -> None:
         self.folder = folder
         check_runtime(folder, manifest)
         return_large_blocks()
         with OPENING:
             others = mapped(folder)
-            self.decoder = open_session(
-                folder / "decoder.onnx", session_options(threads, arena=False)
-            )
-            give_back_memory(new_mappings(folder, others))
-            self.encoder = open_session(folder / "encoder.onnx", session_options(threads))
+            for name in opening_order(manifest):
+                options = session_options(threads, arena=name == "encoder")
+                setattr(self, name, open_session(folder / f"{name}.onnx", options))
+                give_back_memory(new_mappings(folder, others))
             self.mapped = new_mappings(folder, others)
-            give_back_memory(self.mapped)
         for name, session in (("encoder", self.encoder), ("decoder", self.decoder)):
             check_session(folder / f"{name}.onnx", session, manifest["contract"][name])
         sizes = {output.name: output.shape[-1] for output in self.decoder.get_outputs()}
@@ -235,6 +236,14 @@ def empty_cache(decoder: ort.InferenceSession) -> State:
 def value(array: np.ndarray) -> Any:
     """Return the array as an OrtValue that shares its memory."""
     return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def opening_order(manifest: dict[str, Any]) -> tuple[str, str]:
+    """Return the graphs in the order in which they are opened: first the one that takes more memory
+    meanwhile. In int4 that is the encoder, whose weights onnxruntime converts to 8 bits. The peak
+    of loading tiny.en is 128 instead of 155 MB then; in int8 it is 126 instead of 114 MB."""
+    encoder_first = manifest["precision"] == "int4"
+    return ("encoder", "decoder") if encoder_first else ("decoder", "encoder")
 
 
 def session_options(

@@ -283,11 +283,11 @@ def _decoder_layer(
     past, present = ([f"{time}.{number}.{kind}" for kind in KINDS] for time in ("past", "present"))
     qkv = joint_linear(g, y, chains(g.schemes, attention, "qkv"))
     y = cached_attention(g, qkv, past, present, places.own, heads_of(attention))
-    x = g.op("Add", x, blocks.attention_output(g, y, attention))
+    x = g.op("Add", x, blocks.attention_output(g, y, attention, few_rows=True))
 
     with g.scope("encoder_attn"):
         x = _cross_attention(g, x, layer, number, places, aligned)
-    return blocks.feed_forward(g, x, layer, gather=True)
+    return blocks.feed_forward(g, x, layer, few_rows=True)
 
 
 def _cross_attention(
@@ -295,11 +295,11 @@ def _cross_attention(
 ) -> str:
     attention = layer.encoder_attn
     y = blocks.norm(g, x, layer.encoder_attn_layer_norm)
-    q = linear(g, y, chain(g.schemes, attention.q_proj, layer.embed_dim), gather=True)
+    q = linear(g, y, chain(g.schemes, attention.q_proj, layer.embed_dim), few_rows=True)
     if aligned:
         q = g.name(q, f"query.{number}")
     kinds = (*KINDS, *(f"{kind}_scale" for kind in KINDS)) if g.int8_cache else KINDS
     cross = [f"cross.{number}.{kind}" for kind in kinds]
     heard = [f"heard.{number}.{kind}" for kind in KINDS]
     y = cross_attention(g, q, cross, heard, places.cross, heads_of(attention), places.mask)
-    return g.op("Add", x, blocks.attention_output(g, y, attention))
+    return g.op("Add", x, blocks.attention_output(g, y, attention, few_rows=True))

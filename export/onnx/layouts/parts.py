@@ -80,12 +80,14 @@ def decode(
         y = blocks.norm(g, x, layer.self_attn_layer_norm)
         qkv = joint_linear(g, y, chains(g.schemes, layer.self_attn, "qkv"))
         y = attend_self(number, qkv, heads_of(layer.self_attn))
-        x = g.op("Add", x, blocks.attention_output(g, y, layer.self_attn))
+        x = g.op("Add", x, blocks.attention_output(g, y, layer.self_attn, few_rows=True))
         y = blocks.norm(g, x, layer.encoder_attn_layer_norm)
-        q = linear(g, y, chain(g.schemes, layer.encoder_attn.q_proj, layer.embed_dim), gather=True)
+        q = linear(
+            g, y, chain(g.schemes, layer.encoder_attn.q_proj, layer.embed_dim), few_rows=True
+        )
         y = attend_cross(number, q, heads_of(layer.encoder_attn))
-        x = g.op("Add", x, blocks.attention_output(g, y, layer.encoder_attn))
-        x = blocks.feed_forward(g, x, layer, gather=True)
+        x = g.op("Add", x, blocks.attention_output(g, y, layer.encoder_attn, few_rows=True))
+        x = blocks.feed_forward(g, x, layer, few_rows=True)
     if last:
         x = g.op("Slice", x, g.constant([-1]), g.constant([2**31 - 1]), g.constant([1]))
     return table.logits(blocks.norm(g, x, decoder.layer_norm))

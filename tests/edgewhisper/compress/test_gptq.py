@@ -18,7 +18,15 @@ from edgewhisper.compress.gptq import Options, loss, nearest, quantise_linear, r
 from edgewhisper.compress.surgeon import damped
 from export.onnx.to_onnx import export_onnx
 from export.problem import Problem
-from export.quantise import Scheme, dequantise, fake_quantise, quantise, schemes
+from export.quantise import (
+    LAYER_STEPS,
+    TABLE_STEPS,
+    Scheme,
+    dequantise,
+    fake_quantise,
+    quantise,
+    schemes,
+)
 
 FOUR = Scheme(4, half_scales=True)
 QUICK = Options(clips=2, own_words=False, token_table=4)
@@ -87,15 +95,18 @@ def test_it_is_rarely_worse_than_nearest_on_small_layers(rng):
     assert wins >= 15
 
 
+@pytest.mark.parametrize("bits", [4, 3])
 @pytest.mark.parametrize("block", [16, 32, 64])
-def test_export_recovers_the_codes_after_error_propagation(layer, block):
+@pytest.mark.parametrize("steps", [0, LAYER_STEPS, TABLE_STEPS])
+def test_export_recovers_the_codes_after_error_propagation(layer, block, bits, steps):
     linear, rows = layer
-    scheme = replace(FOUR, block=block)
+    scheme = replace(FOUR, block=block, bits=bits, steps=steps)
     quantise_linear(linear, moments_of(rows), scheme, 0.01)
     codes, scale = quantise(linear.weight.detach(), scheme)
     assert torch.equal(dequantise(codes, scale, scheme), linear.weight.detach() + 0.0)
     assert torch.equal(scale.half().float(), scale)
-    assert codes.min() >= -8 and codes.max() <= 7
+    limit = 2 ** (bits - 1)
+    assert codes.min() >= -limit and codes.max() <= limit - 1
 
 
 @pytest.mark.parametrize("exponent", [-30, -16, -3, 0, 12])
@@ -172,6 +183,36 @@ def test_the_first_rows_of_the_token_table_can_have_8_bits(make_whisper, context
     assert schemes(small)[small.model.decoder.embed_tokens].bits == 8
 
 
+def test_rare_tokens_can_have_3_bits(make_whisper, context, tmp_path):
+    dense, options = make_whisper(d_model=64, heads=2, ffn=96), replace(QUICK, token_table=4)
+    dense.config.eos_token_id = 700  # the specials and times after it keep their bits
+    plain = gptq.apply(copy.deepcopy(dense), options, context).model.decoder.embed_tokens.weight
+    options = replace(options, token_rows_in_8_bits=100, rare_token_rows=400)
+    model = gptq.apply(dense, options, context)
+    table = model.model.decoder.embed_tokens
+    assert context.record["gptq"]["weights"]["3"] == 300 * 64
+    assert torch.equal(table.weight[100:400], plain[100:400])
+    assert torch.equal(table.weight[700:], plain[700:])
+    whisper.save(model, context.processor, tmp_path / "saved", {})
+    loaded = whisper.load(tmp_path / "saved")
+    scheme = schemes(loaded)[loaded.model.decoder.embed_tokens]
+    assert scheme.rows_in_3_bits == (400, 700)
+    assert torch.equal(fake_quantise(table.weight, scheme), table.weight)
+    export_onnx(loaded, context.processor, tmp_path / "int4", "int4")
+    decoder = onnx.load(tmp_path / "int4" / "decoder.onnx")
+    shapes = {tuple(tensor.dims) for tensor in decoder.graph.initializer}
+    assert {(100, 64), (300, 2, 16), (300, 2, 4), (83, 2, 16)} <= shapes
+
+
+@pytest.mark.parametrize("rows", [[3], [50, 400], [400, 400], [400, 784], [400.0, 500], 400])
+def test_bad_rows_in_3_bits_are_refused(make_whisper, context, tmp_path, rows):
+    model = gptq.apply(make_whisper(), replace(QUICK, token_rows_in_8_bits=100), context)
+    model.config.edgewhisper["token_rows_in_3_bits"] = rows
+    model.save_pretrained(tmp_path / "bad")
+    with pytest.raises(Problem, match="must be two ascending integers between 100 and 783"):
+        whisper.load(tmp_path / "bad")
+
+
 def test_it_survives_save_and_load(make_whisper, context, tmp_path):
     model = gptq.apply(make_whisper(), QUICK, context)
     whisper.save(model, context.processor, tmp_path / "saved", {})
@@ -179,7 +220,8 @@ def test_it_survives_save_and_load(make_whisper, context, tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True)
     )
-    assert {(s.bits, s.half_scales) for s in schemes(loaded).values()} == {(4, True), (8, True)}
+    steps = {scheme.steps for scheme in schemes(loaded).values() if scheme.bits == 4}
+    assert steps == {LAYER_STEPS, TABLE_STEPS}
 
 
 @pytest.mark.parametrize("exponents", [[0] * 31, [0.5] * 32, "none", [101] + [0] * 31])

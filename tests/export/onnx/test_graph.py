@@ -37,7 +37,7 @@ from export.onnx.layers import (
 )
 from export.onnx.log_mel import log_mel
 from export.onnx.tables import SplitTable, TokenTable, column_scales
-from export.quantise import Scheme, fake_quantise
+from export.quantise import TABLE_STEPS, Scheme, fake_quantise
 from export.weights import Heads, Linear
 
 
@@ -246,9 +246,10 @@ def test_a_large_column_of_a_table_does_not_reduce_the_precision_of_others(rng):
     assert errors[0] < errors[1] / 10
 
 
+@pytest.mark.parametrize("three", [None, (7, 40), (20, 31)])
 @pytest.mark.parametrize("columns", [(), tuple(range(-4, 4)) * 8])
-def test_the_first_rows_of_a_split_table_have_8_bits(columns, rng):
-    scheme = Scheme(4, half_scales=True, columns=columns, rows_in_8_bits=7)
+def test_rows_of_a_split_table_have_8_or_4_or_3_bits(columns, three, rng):
+    scheme = Scheme(4, steps=TABLE_STEPS, columns=columns, rows_in_8_bits=7, rows_in_3_bits=three)
     weight = fake_quantise(torch.from_numpy(draw(rng, 40, 64)), scheme).numpy()
     graph = Graph("int4")
     table = SplitTable(graph, weight, scheme)
@@ -261,7 +262,10 @@ def test_the_first_rows_of_a_split_table_have_8_bits(columns, rng):
     assert np.abs(logits - x @ weight.T).max() < step * np.abs(weight / powers).sum(1).max()
     stored = [numpy_helper.to_array(t) for t in graph.model("test", [], []).graph.initializer]
     shapes = {(array.dtype.name, array.shape) for array in stored}
-    assert {("int8", (7, 64)), ("uint8", (33, 2, 16))} <= shapes
+    begin, end = three or (40, 40)
+    assert ("int8", (7, 64)) in shapes
+    for bytes_, rows in ((16, begin - 7), (4, end - begin), (16, 40 - end)):
+        assert not rows or ("uint8", (rows, 2, bytes_)) in shapes
 
 
 @pytest.mark.parametrize("kind", KINDS)
