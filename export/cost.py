@@ -27,8 +27,8 @@ from torch import nn
 
 from export.shrink import ATTENTIONS, layer_shapes, windows_of
 
-STORED_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5625}
-"""Bytes of a stored weight; in 4 bits including a float16 scale for every 32."""
+STORED_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.53125}
+"""Bytes of a stored weight; in 4 bits including a scale of 8 bits for every 32."""
 OTHER_BYTES = {"fp32": 4, "fp16": 2, "int8": 2, "int4": 2}
 """Bytes of a weight of the convolutions and of the decoder's positions."""
 LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj")

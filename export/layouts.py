@@ -53,7 +53,7 @@ class Layout:
     """The runtime gives every clip the same window, the longest of the model."""
     subgraphs: bool = False
     """The graphs contain If or Loop operators."""
-    onnxruntime: str = "1.20"
+    onnxruntime: str = "1.21"
     """The oldest onnxruntime that runs the graphs; see onnx/runtimes.py."""
     prefix: str | None = None
     """Start of a new artifact's folder name, before the precision; None: the layout and a dash."""

@@ -155,7 +155,8 @@ def _stem(p: Probe, frames: int, bands: int, width: int) -> None:
 
 def _linear(p: Probe, rows: int, inputs: int, outputs: int) -> None:
     layer = Linear(p.weights(outputs, inputs), p.weights(outputs))
-    p.made(linear(p.g, p.given("x.{}", 1, rows, inputs), [layer]), 1, rows, outputs)
+    y = linear(p.g, p.given("x.{}", 1, rows, inputs), [layer], few_rows=rows == 1)
+    p.made(y, 1, rows, outputs)
 
 
 def _product(p: Probe, inputs: int, outputs: int) -> None:

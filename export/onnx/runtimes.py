@@ -1,9 +1,10 @@
 """Which onnxruntime version the graphs of a layout need.
 
-Determined by loading and running every layout in every precision with onnxruntime 1.20 to 1.31. The
-native decoder keeps its caches in place, which GroupQueryAttention supports since 1.22. In int8 and
-int4 the encoder's keys and values are int8 as well, which it supports since 1.27. For an older
-version they are float32.
+Determined by loading and running every layout in every precision with onnxruntime 1.20 to 1.31. In
+int4 the graphs multiply integers of 8 bits, which onnxruntime supports since 1.21. The native
+decoder keeps its caches in place, which GroupQueryAttention supports since 1.22. In int8 and int4
+the encoder's keys and values are int8 as well, which it supports since 1.27. For an older version
+they are float32.
 """
 
 from __future__ import annotations

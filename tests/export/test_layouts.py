@@ -509,7 +509,7 @@ def test_an_artifact_names_the_oldest_runtime(
     ("layout", "runtime", "message"),
     [
         ("native", "1.21", "the layout 'native' needs onnxruntime 1.22 or newer"),
-        ("sherpa", "1.19.2", "the layout 'sherpa' needs onnxruntime 1.20 or newer"),
+        ("sherpa", "1.19.2", "the layout 'sherpa' needs onnxruntime 1.21 or newer"),
         ("native", "new", "--runtime new: no version"),
         ("native", "1", "--runtime 1: no version"),
         ("native", "", "--runtime : no version"),
