@@ -3,8 +3,8 @@
 A value is represented by its name. Matrix products run in float32, or in int8 or int4 with weights
 quantised by quantise.py and activations quantised at run time. The graphs use fused operators of
 onnxruntime (domain com.microsoft): MultiHeadAttention, DynamicQuantizeMatMul for int8, MatMulNBits
-for new tokens in int4, Gelu. MultiHeadAttention needs keys and values of one width if they come in heads (cached
-or from the encoder); other shapes use MatMul and Softmax.
+for new tokens in int4, Gelu. MultiHeadAttention needs keys and values of one width if they come in
+heads (cached or from the encoder); other shapes use MatMul and Softmax.
 """
 
 from __future__ import annotations

@@ -37,11 +37,12 @@ widens when it loads them. int8 quantises every matrix of the blocks per output 
 token table per token (its factors per row), with activations quantised at run time. The convolution
 stem and the decoder's positions are stored as float16 and computed in float32; biases and norms
 stay float32. int4 differs from int8 in the matrices of the blocks: 4 bits, with a scale per 32
-inputs. The runtime widens those of the encoder to 8 bits when it loads them. The encoder's positions are computed if they are Whisper's sinusoids. If the checkpoint
-names bits for a layer, the table or the stem (see quantise.py), int8 and int4 use them: 4 bits in
-blocks, 8, 16 (computed in float32) or 32. Nothing is stored twice, except by logits in two stages
-(see two_stage.py), which add a smaller table. On x86 without VNNI, the int8
-products of onnxruntime saturate unless the session asks for exact ones; see constants.py.
+inputs. The runtime widens those of the encoder to 8 bits when it loads them. The encoder's
+positions are computed if they are Whisper's sinusoids. If the checkpoint names bits for a layer,
+the table or the stem (see quantise.py), int8 and int4 use them: 4 bits in blocks, 8, 16 (computed
+in float32) or 32. Nothing is stored twice, except by logits in two stages (see two_stage.py), which
+add a smaller table. On x86 without VNNI, the int8 products of onnxruntime saturate unless the
+session asks for exact ones; see constants.py.
 
 Profiling. The front end is part of the encoder: its output is the tensor `log_mel` (1, n_mels,
 frames), and the names of its nodes begin with `log_mel/`. Those of other parts begin with `stem/`,
