@@ -14,6 +14,7 @@ The encoder's floor does not include the log-mel features.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -371,7 +372,9 @@ def used(parts: Parts, prefixes: tuple[str, ...]) -> list[Constant]:
 
 def integer_weights(parts: Parts) -> int:
     """Return the number of integer weights in the layers; a byte holds two 4-bit weights."""
-    constants = used(parts, ("layers.", "cross."))
+    scales = {name for node in parts.nodes if node.kind in ("Cast", "Mul") for name in node.inputs}
+    others = {name: c for name, c in parts.constants.items() if name not in scales}
+    constants = used(replace(parts, constants=others), ("layers.", "cross."))
     matrices = [c for c in constants if c.data_type in INT8_TYPES and len(c.dims) > 1]
     return sum(c.elements * (2 if len(c.dims) == 3 else 1) for c in matrices)
 

@@ -150,5 +150,5 @@ def test_predicted_bytes_are_those_of_the_weights(precision, digits, processor, 
     model = whisper.load(digits)
     export_onnx(model, processor, tmp_path / "out", precision)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("??coder.*"))
-    # the structure of the graphs takes 0.1 to 0.2 MB more
-    assert 80_000 < size - artifact_bytes(model, precision) < 200_000
+    # the structure of the graphs takes 0.1 to 0.2 MB more; int4 has the most operators
+    assert 80_000 < size - artifact_bytes(model, precision) < 220_000
