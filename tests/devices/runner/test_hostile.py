@@ -523,6 +523,12 @@ def test_missing_fields_are_named(manifest, tmp_path):
             contract.read_manifest(tmp_path)
 
 
+def test_an_artifact_without_optional_entries_opens(manifest, artifact):
+    optional = ("precision", "parameters", "macs_by_window", "layers", "provenance", "gate")
+    store(artifact, {key: manifest[key] for key in manifest if key not in optional})
+    assert Recognizer(artifact, threads=1)
+
+
 def test_unknown_keys_are_ignored(manifest, tmp_path):
     found = changed(manifest, "news", {"of": ["a later release"]})
     found["audio"]["channels"] = 1
