@@ -96,7 +96,7 @@ class Options:
     """Shell patterns, separated by spaces, of layers among these that get 8 bits instead."""
     scales: ClassVar = "channel"
     block: Literal[16, 32, 64, 128, 256] = 32
-    """Number of neighbouring inputs that share a scale of 2 bytes."""
+    """Number of neighbouring inputs that share a scale of 8 bits."""
 
     clips: Annotated[int, Range(1)] = 100
     """Calibration clips, drawn from the training clips by the seed; all if fewer."""
