@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..artifact.manifest import AUTO
 from ..audio import SAMPLING_RATE, find_cut, is_hum, is_silent, is_steady, sound_seconds, split
 from ..interfaces import Decoder, Pcm, Segment, Transcript, Word
 from .fallback import (
+    SEGMENT_LIMITS,
     SPARSE_LIMITS,
     TEMPERATURES,
     Attempt,
@@ -21,6 +22,7 @@ from .fallback import (
     is_dots,
     is_invented,
     is_sparse,
+    is_unlikely,
     sample,
 )
 from .greedy import MOST_NO_SPEECH, Filter, detect, say
@@ -212,26 +214,39 @@ class Listener:
 
     def timed(self, parts: Sequence[tuple[int, int, list[int]]], begin: int) -> list[Segment]:
         """Return the segments of the last window, which began at a sample, from their first and
-        last sample and their tokens, which are successive parts of its tokens."""
-        segments, place = [], 0
-        for start, stop, tokens in parts:
-            logprobs = self.logprobs[place : place + len(tokens)]
-            known = self.options.confidence and logprobs
-            mean = sum(logprobs) / len(logprobs) if known else None
-            words = self.words_of(range(place, place + len(tokens)), begin / SAMPLING_RATE)
+        last sample and their tokens, which are successive parts of its tokens. Segments that were
+        probably invented have no text."""
+        confidence = self.options.confidence
+        segments: list[Segment] = []
+        invented: list[list[int]] = []
+        stops = accumulate(len(tokens) for _, _, tokens in parts)
+        for (start, stop, tokens), end in zip(parts, stops, strict=True):
+            logprobs = self.logprobs[end - len(tokens) : end]
+            mean = sum(logprobs) / len(logprobs) if logprobs else None
+            words = self.words_of(range(end - len(tokens), end), begin / SAMPLING_RATE)
+            said = self.rules.words(tokens)
+            if said in invented or self.invents(mean):
+                invented.append(said)
+                tokens, words = [], words and []
             segments.append(
                 Segment(
                     start / SAMPLING_RATE,
                     stop / SAMPLING_RATE,
                     self.recognizer.text(tokens),
                     tokens,
-                    mean,
-                    self.no_speech_prob,
+                    mean if confidence else None,
+                    self.no_speech_prob if confidence else None,
                     words,
                 )
             )
-            place += len(tokens)
         return segments
+
+    def invents(self, mean: float | None) -> bool:
+        """Return whether a segment with this mean log-probability was probably invented."""
+        judged = self.recognizer.guards and self.options.timestamps
+        if mean is None or not judged:
+            return False
+        return is_unlikely(mean, self.no_speech_prob or 0.0, SEGMENT_LIMITS)
 
     def window(self, pcm: Pcm) -> list[int]:
         """Return the tokens of one window, without prompt and end token."""
@@ -265,8 +280,7 @@ class Listener:
         options = self.options
         judged = self.recognizer.guards or options.fallback
         silence = self.no_speech(decoder) if judged or options.confidence else 0.0
-        if options.confidence:
-            self.no_speech_prob = silence
+        self.no_speech_prob = silence
 
         def words(found: Attempt) -> int:
             return len(without_loop(self.rules.words(found.tokens)))
@@ -278,6 +292,7 @@ class Listener:
             return dots or is_invented(found, words(found), silence, window_s)
 
         needs_logprobs = options.fallback or options.confidence or options.word_timestamps
+        needs_logprobs = needs_logprobs or (options.timestamps and self.recognizer.guards)
         likely = options.beams == 1 and not needs_logprobs and silence <= SPARSE_LIMITS[0][0]
 
         def attempt(temperature: float) -> Attempt:

@@ -607,6 +607,23 @@ def test_text_sampled_at_high_temperature_or_cut_prompts_nothing(monkeypatch):
     assert heard == [(), (1,), (1, 2), (), (4,), (), (6,)]
 
 
+# ------------------------------------------------------------------------- invented segments
+
+
+@pytest.mark.parametrize(
+    ("mean", "silence", "kept"),
+    [(-1.4, 0.2, True), (-1.6, 0.2, False), (-1.2, 0.3, True), (-1.4, 0.3, False)],
+)
+def test_an_unlikely_segment_and_its_copies_have_no_text(mean, silence, kept):
+    """Segments of the words 1, 2, 1; the first has the given mean log-probability."""
+    listener = ideal(window_steps=60)
+    listener.logprobs, listener.no_speech_prob = [mean] * 3 + [-0.1] * 6, silence
+    parts = [(n, n + 1, [BEGIN + n, word, BEGIN + n + 1]) for n, word in enumerate([1, 2, 1])]
+    segments = listener.timed(parts, 0)
+    assert [segment.text for segment in segments] == (["1", "2", "1"] if kept else ["", "2", ""])
+    assert [segment.avg_logprob for segment in segments] == [None] * 3
+
+
 # -------------------------------------------------------------------------------------- loops
 
 
