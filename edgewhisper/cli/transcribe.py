@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,6 +12,10 @@ from edgewhisper.cli import transcribe_options as given
 from edgewhisper.cli.options import Json, Threads, Units
 from edgewhisper.cli.output import emit
 from edgewhisper.cli.transcripts import LivePrinter, Printer
+
+if TYPE_CHECKING:
+    from devices.runner.batch import Job, Transcribe
+    from devices.runner.recognizer import Recognizer
 
 
 def transcribe_cli(
@@ -42,9 +46,8 @@ def transcribe_cli(
     With an artifact, each segment is printed as soon as it is decoded. A checkpoint supports only
     --language, the output formats txt and json, and --json.
     """
-    from benchmarks.speech.sound import SUFFIXES, read_audio
+    from benchmarks.speech.sound import SUFFIXES
     from devices.runner import batch, writers
-    from devices.runner.live import transcript
     from edgewhisper import transcription
 
     source, audio = given.model_and_audio(inputs)
@@ -67,17 +70,36 @@ def transcribe_cli(
     )
     if live:
         recognizer = transcription.open_artifact(source, threads, compute_units)
-        emit([transcript(recognizer, files, LivePrinter(json_file == "-"), **options)], json_file)
+        transcribe_live(recognizer, files, options, json_file)
         return
-    recognise = transcription.recogniser(
-        source,
-        threads,
-        compute_units,
-        timestamps=timestamps or not writers.TIMED.isdisjoint(formats),
-        word_timestamps=word_timestamps,
-        confidence=artifact and (json_file is not None or "json" in formats),
-        **options,
-    )
+    options["timestamps"] = timestamps or not writers.TIMED.isdisjoint(formats)
+    options["word_timestamps"] = word_timestamps
+    options["confidence"] = artifact and (json_file is not None or "json" in formats)
+    recognise = transcription.recogniser(source, threads, compute_units, **options)
+    transcribe_files(recognise, files, jobs, strict, timestamps, json_file)
+
+
+def transcribe_live(
+    recognizer: Recognizer, files: list[Job], options: dict[str, Any], json_file: str | None
+) -> None:
+    """Transcribe a recording in progress, and print its results."""
+    from devices.runner.live import transcript
+
+    emit([transcript(recognizer, files, LivePrinter(json_file == "-"), **options)], json_file)
+
+
+def transcribe_files(
+    recognise: Transcribe,
+    files: list[Job],
+    jobs: int,
+    strict: bool,
+    timestamps: bool,
+    json_file: str | None,
+) -> None:
+    """Transcribe files, `jobs` at once, and print their texts. Exits with 1 if one fails."""
+    from benchmarks.speech.sound import read_audio
+    from devices.runner import batch
+
     printer = Printer(files, timestamps, quiet=json_file == "-", live=jobs == 1)
     read = partial(read_audio, strict=strict)
     progress = printer.quiet or not sys.stdout.isatty()
