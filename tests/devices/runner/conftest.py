@@ -1,9 +1,12 @@
-"""The embedded digits model as an artifact, and clips of one window."""
+"""The embedded digits model as an artifact, clips of one window, and a simulated machine."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from simulated_machine import PI, make
 
 from benchmarks.speech.clips import read_manifest
 from devices.runner.recognizer import Recognizer
@@ -33,3 +36,8 @@ def plain(exported) -> Recognizer:
 @pytest.fixture(scope="module")
 def torch_model(digits):
     return whisper.load(digits)
+
+
+@pytest.fixture
+def pi(tmp_path) -> Path:
+    return make(tmp_path / "pi", PI)

@@ -1,4 +1,4 @@
-"""What the runner reads of its machine, and how it returns memory."""
+"""What the runner reads of its machine, its memory and its cores."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from simulated_machine import make
 
+from devices.runner.machine import host as machine
 from devices.runner.machine.host import (
+    UNAVAILABLE,
     describe,
     give_back_memory,
     mapped,
     peak_rss_bytes,
     unmap_pages,
 )
+from devices.runner.measure import bench as measure
 from devices.runner.recognizer import Recognizer
+
+PROJECT = Path(__file__).parents[3]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and /sys")
+
+
+# ------------------------------------------------------------------------------------- the machine
 
 PI = {
     "proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.4\0",
@@ -146,3 +156,92 @@ def test_an_emulators_memory_is_not_reported_as_the_programs(tmp_path):
     (tmp_path / "proc/sys/kernel").mkdir(parents=True)
     (tmp_path / "proc/sys/kernel/arch").write_text("another\n")
     assert peak_rss_bytes(tmp_path) == "unavailable"
+
+
+# --------------------------------------------------------------------------- memory and cold loads
+
+
+@linux
+def test_memory_peaks_are_measured_per_phase():
+    code = (
+        "from devices.runner.machine.host import peak_of_phase, peak_rss_bytes\n"
+        "peak_of_phase(); block = bytearray(200 << 20); block = None; high = peak_of_phase()\n"
+        "print(high, peak_of_phase(), peak_rss_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    if UNAVAILABLE in done.stdout:
+        pytest.skip("the high-water mark cannot be reset here")
+    high, low, last = map(int, done.stdout.split())
+    assert 200 << 20 < high < 260 << 20
+    assert max(low, last) < 60 << 20
+
+
+def test_memory_of_a_phase_is_unavailable_without_a_resettable_peak(tmp_path):
+    from devices.runner.machine.host import peak_of_phase
+
+    make(tmp_path, {"proc/self/status": "VmHWM:\t   61234 kB\n"})
+    assert peak_of_phase(tmp_path) == UNAVAILABLE
+
+
+@linux
+def test_a_file_is_dropped_from_the_page_cache(tmp_path, rng):
+    path = tmp_path / "weights"
+    path.write_bytes(content := rng.bytes(4 << 20))
+    with path.open("rb") as file:
+        assert measure.cached_share(file.fileno()) == 1
+        if not measure.dropped(path):
+            pytest.skip("this file system keeps files in memory")
+        assert measure.cached_share(file.fileno()) <= measure.MOST_CACHED
+    assert path.read_bytes() == content
+    (tmp_path / "empty").touch()
+    assert measure.dropped(tmp_path / "empty")
+
+
+# ------------------------------------------------------------------------------ cores of a process
+
+
+def grouped(root: Path, groups: str, files: dict[str, str]) -> Path:
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V1 = "sys/fs/cgroup/cpu,cpuacct"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/a/b\n", {"sys/fs/cgroup/a/b/cpu.max": "100000 100000\n"}, 1),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/cpu.max": "50000 100000\n"}, 1),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
+        (
+            "0::/a\n",
+            {"sys/fs/cgroup/cpu.max": "300000 100000", "sys/fs/cgroup/a/cpu.max": "max 1"},
+            3,
+        ),
+        (
+            "4:cpu,cpuacct:/docker/x\n1:name=systemd:/\n",
+            {f"{V1}/cpu.cfs_quota_us": "200000", f"{V1}/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        (
+            "4:cpu,cpuacct:/x\n",
+            {f"{V1}/x/cpu.cfs_quota_us": "-1", f"{V1}/x/cpu.cfs_period_us": "100000"},
+            8,
+        ),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "nonsense"}, 8),
+        ("", {}, 8),
+    ],
+)
+def test_a_cpu_quota_limits_the_cores(groups, files, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    assert machine.usable_cores(grouped(tmp_path, groups, files)) == expected
+
+
+def test_cpu_affinity_limits_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    root = grouped(tmp_path, "0::/\n", {"sys/fs/cgroup/cpu.max": "400000 100000"})
+    assert machine.usable_cores(root) == 2
