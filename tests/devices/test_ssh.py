@@ -5,27 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import sshd
+from ssh_devices import alive, connect, python, real
 from waiting import wait_until
-from wheels_for_pip import PLATFORM, make_wheel, raised
+from wheels_for_pip import raised
 
-from devices import connection, wheels
+from devices import connection
 from devices.agent import MARK
 from devices.device import Finished, clean, open_device, run_runner
 from devices.ssh import SshDevice
-from devices.wheels import Target
-
-real = pytest.mark.skipif(not sshd.EXISTS, reason=sshd.MISSING)
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +32,6 @@ def pi(tmp_path_factory) -> Iterator[SshDevice]:
     with device:
         yield device
     server.stop()
-
-
-def connect(name: str = "ssh") -> SshDevice:
-    """A device with numpy and onnxruntime; checking for them takes a while."""
-    device = SshDevice("pi", name)
-    device.runtime = ""
-    return device
-
-
-def python(code: str) -> list[str]:
-    return ["python3", "-c", code]
 
 
 HOSTILE = [
@@ -112,12 +94,6 @@ def test_a_timeout_kills_the_command_and_its_children(pi):
     pids = pi.run(listing).stdout.split()
     assert len(pids) == 2
     wait_until(lambda: not any(alive(pid) for pid in pids))
-
-
-def alive(pid: str | int) -> bool:
-    """Return whether a process is running; zombies do not count."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rsplit(")")[-1].split()[0] != "Z"
 
 
 @real
@@ -423,297 +399,6 @@ def test_a_malformed_description_gets_an_error_message(server):
     server.python(before=said)
     with connect("rpi") as device:
         assert "has no valid emulated" in str(raised(device.describe))
-
-
-# ------------------------------------------------------------------------------------------- faults
-
-
-def far_process(device: SshDevice) -> str:
-    """Return the agent's process id."""
-    return device.run(python("import os; print(os.getppid())")).stdout.strip()
-
-
-@real
-def test_an_interrupted_push_leaves_no_partial_files(server, tmp_path, rng, monkeypatch):
-    (tmp_path / "a").write_bytes(rng.bytes(1000))
-    (tmp_path / "large").write_bytes(rng.bytes(3_000_000))
-    with connect() as device:
-        far = far_process(device)
-        send, sent = device.link.send, []
-
-        def cut(data: bytes) -> None:
-            send(data)
-            sent.append(len(data))
-            if sum(sent) > 1_000_000:
-                device.link.process.kill()
-
-        monkeypatch.setattr(device.link, "send", cut)
-        found = raised(lambda: device.push(tmp_path, "artifact"))
-    assert "the connection was lost" in str(found)
-    wait_until(lambda: not alive(far))
-    assert server.working() == [] and server.stored() == 1
-    with connect() as device:
-        device.push(tmp_path, "artifact")
-        assert device.sent_bytes >= 3_000_000
-        size = "import os; print(os.path.getsize('artifact/large'))"
-        assert device.run(python(size)).stdout == "3000000\n"
-
-
-@real
-def test_a_lost_connection_ends_the_remote_command(server):
-    pi = connect()
-    threading.Thread(target=after_its_start, args=(server, pi.link.process.kill)).start()
-    found = raised(lambda: pi.run(python(NOTES_ITS_PID)))
-    assert str(found) == "pi: the connection was lost (ssh was ended by signal 9)"
-    wait_until(lambda: server.working() == [])
-    assert not alive((server.home / "pid").read_text())
-    with connect() as again:
-        assert again.run(python("print(1)")).stdout == "1\n"
-
-
-NOTES_ITS_PID = (
-    "import os, time, pathlib; home = pathlib.Path.home()\n"
-    "(home / 'x').write_text(str(os.getpid())); (home / 'x').rename(home / 'pid'); time.sleep(60)"
-)
-
-
-def after_its_start(server: sshd.Server, act: Callable[[], object]) -> None:
-    wait_until((server.home / "pid").exists)
-    act()
-
-
-@real
-def test_ctrl_c_ends_the_remote_command_first(server):
-    program = (
-        "from devices.ssh import SshDevice\n"
-        "with SshDevice('pi') as device:\n"
-        f"    device.run(['python3', '-c', {NOTES_ITS_PID!r}])\n"
-    )
-    root = str(Path(connection.__file__).parent.parent)
-    child = subprocess.Popen(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": root},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    after_its_start(server, lambda: child.send_signal(signal.SIGINT))
-    assert "KeyboardInterrupt" in child.communicate(timeout=60)[1]
-    assert server.working() == []
-    assert not alive((server.home / "pid").read_text())
-
-
-@real
-def test_a_dead_connection_is_detected(server, monkeypatch):
-    alive_options = {"ServerAliveInterval": 1, "ServerAliveCountMax": 1}
-    monkeypatch.setattr(connection, "OPTIONS", connection.OPTIONS | alive_options)
-    with connect() as device:
-        session = next(pid for pid in ancestors(far_process(device)) if is_sshd(pid))
-        os.kill(session, signal.SIGSTOP)
-        try:
-            found = raised(lambda: device.run(python("print(1)")))
-        finally:
-            os.kill(session, signal.SIGKILL)
-    assert "the connection was lost (Timeout, server 127.0.0.1 not responding.)" in str(found)
-
-
-def ancestors(pid: str) -> Iterator[int]:
-    number = int(pid)
-    while number > 1:
-        yield number
-        number = int(Path(f"/proc/{number}/stat").read_text().rsplit(")")[-1].split()[1])
-
-
-def is_sshd(pid: int) -> bool:
-    return Path(f"/proc/{pid}/comm").read_text().startswith("sshd")
-
-
-@real
-def test_a_killed_agent_is_reported_and_the_next_one_cleans_up(server):
-    with connect() as device:
-        far = far_process(device)
-        found = raised(lambda: device.run(python(f"import os; os.kill({far}, 9)")))
-        assert str(found) == "pi: python3 there was killed"
-        assert "memory" in found.hint
-    (left,) = server.working()
-    with connect() as first, connect() as second:
-        assert not left.exists()
-        assert len(server.working()) == 2  # neither removes the other's work folder
-        assert first.run(["python3", "-V"]).stdout == second.run(["python3", "-V"]).stdout
-
-
-FULL_SOON = "ulimit -f 200"  # limits file sizes, like a full disk
-
-
-@real
-@pytest.mark.parametrize(
-    ("far", "words"),
-    [
-        ({"before": FULL_SOON}, "the disk there is full (File too large)"),
-        (
-            {"code": "import os\nreal = os.statvfs\nos.statvfs = lambda p: real('/proc')"},
-            "3 MB have to be copied, and 0 MB are free there",
-        ),
-    ],
-    ids=["filled-on-the-way", "full"],
-)
-def test_the_connection_survives_a_full_disk(server, tmp_path, rng, far, words):
-    (tmp_path / "large").write_bytes(rng.bytes(3_000_000))
-    server.python(**far)
-    with connect() as device:
-        found = raised(lambda: device.push(tmp_path / "large", "large"))
-        assert words in str(found) and "devices clean" in found.hint
-        assert server.stored() == 0
-        assert device.run(python("print(1)")).stdout == "1\n"
-
-
-@real
-@pytest.mark.parametrize("kind", ["file", "link", "foreign"])
-def test_a_foreign_folder_is_refused(server, kind, tmp_path):
-    server.private.parent.mkdir()
-    if kind == "file":
-        server.private.write_text("mine")
-    elif kind == "link":
-        server.private.symlink_to(tmp_path)
-    elif os.getuid() == 0:
-        server.private.mkdir(mode=0o777)
-        os.chown(server.private, 12345, 12345)
-    else:
-        pytest.skip("only root can give a folder away")
-    found = raised(lambda: SshDevice("pi"))
-    wanted = "belongs to user 12345" if kind == "foreign" else "is not a folder"
-    assert str(found).startswith(f"pi: {server.private} {wanted}")
-    assert list(tmp_path.iterdir()) == []
-    assert kind != "foreign" or list(server.private.iterdir()) == []
-
-
-@real
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        ("import sys; sys.version_info = (3, 9, 2)", "python3 there is 3.9, and the runner needs"),
-        ("import sys, platform; sys.maxsize = 2**31 - 1", "is a 32-bit program"),
-        ("import platform; platform.machine = lambda: 'armv7l'", "is a 32-bit program (on armv7l)"),
-        ("import os; os.confstr = lambda name: None", "CPython with another C library"),
-        ("import platform; platform.system = lambda: 'FreeBSD'", "FreeBSD is not supported"),
-    ],
-    ids=["old", "32-bit", "armv7l", "musl", "bsd"],
-)
-def test_an_unsupported_system_is_refused_before_anything_is_copied(server, code, words):
-    server.python(code)
-    with SshDevice("pi") as device:
-        found = raised(lambda: device.push(Path(__file__), "x"))
-        assert words in str(found) and found.hint
-        assert device.sent_bytes == 0
-    assert not server.private.exists()
-
-
-@real
-def test_a_device_without_python_gets_an_error_message(server):
-    (server.bin / "python3").unlink()
-    found = raised(lambda: SshDevice("pi"))
-    assert str(found) == "pi: there is no python3"
-    assert "apt-get install python3" in found.hint
-
-
-# ---------------------------------------------------------------------------------- numpy and co.
-
-
-SAID = "import numpy, onnxruntime; print(numpy.said, onnxruntime.said, numpy.__cached__)"
-
-
-@real
-def test_missing_numpy_and_onnxruntime_are_pushed_once(server, index):
-    server.python(options="-S")  # no installed packages are visible
-    here = {name: metadata.version(name) for name in wheels.NAMES}
-    for name, version in here.items():
-        make_wheel(index, name, version)
-        make_wheel(index, name, version, tags="cp311-cp311-manylinux_2_17_riscv64")
-    told: list[str] = []
-    with SshDevice("pi", "rpi", told.append) as device:
-        done = device.run(python(SAID))
-        assert done.stdout.startswith(f"pushed {here['numpy']} pushed {here['onnxruntime']} ")
-        compiled = Path(done.stdout.split()[-1])
-        assert compiled.is_file() and compiled.is_relative_to(server.private / "runtime")
-        assert (
-            0 < device.sent_bytes == sum(p.stat().st_size for p in index.glob(f"*{PLATFORM}.whl"))
-        )
-    assert server.stored() == 0  # the wheels are removed after unpacking
-    assert "lacks numpy and onnxruntime" in told[0]
-    shutil.rmtree(index)
-    with SshDevice("pi") as device:
-        assert device.run(python(SAID)).stdout == done.stdout
-        assert device.sent_bytes == 0
-
-
-@real
-def test_other_supported_versions_are_used_without_matching_wheels(server, index):
-    server.python(options="-S")
-    make_wheel(index, "numpy", "2.0.7")
-    make_wheel(index, "numpy", "99.0")
-    make_wheel(index, "onnxruntime", "1.27.99")
-    with SshDevice("pi") as device:
-        assert device.run(python(SAID)).stdout.startswith("pushed 2.0.7 pushed 1.27.99 ")
-
-
-@real
-def test_wheels_are_chosen_by_the_oldest_runtime_of_the_artifacts(server, index):
-    server.python(options="-S")
-    make_wheel(index, "numpy", metadata.version("numpy"))
-    make_wheel(index, "onnxruntime", "1.23.9")
-    with SshDevice("pi") as device:
-        device.oldest_runtime = "1.27"
-        found = raised(device.prepare)
-        assert "onnxruntime (the artifact needs onnxruntime 1.27 or newer) for Python" in str(found)
-        assert "`export --runtime` makes artifacts for an older onnxruntime" in found.hint
-        device.oldest_runtime = "1.22"
-        assert device.run(python("import onnxruntime as o; print(o.said)")).stdout == (
-            "pushed 1.23.9\n"
-        )
-
-
-@real
-def test_missing_or_broken_wheels_get_error_messages(server, index):
-    server.python(options="-S")
-    make_wheel(index, "numpy", metadata.version("numpy"))
-    with SshDevice("pi") as device:
-        found = raised(device.prepare)
-        assert "no wheels of numpy and onnxruntime for Python 3." in str(found)
-        assert "No matching distribution found for onnxruntime" in str(found)
-        broken = "raise ImportError('libfoo.so \\x1b')"
-        make_wheel(index, "onnxruntime", metadata.version("onnxruntime"), broken)
-        found = raised(device.prepare)
-        assert "were copied but cannot be imported there: ImportError: libfoo.so" in str(found)
-    assert list((server.private / "runtime").iterdir()) == []
-
-
-def test_wheels_are_requested_for_the_device():
-    words = Target((3, 13), "aarch64", 31).options
-    platforms = [word for word in words if word.startswith("manylinux")]
-    assert platforms[0] == "manylinux_2_31_aarch64" and platforms[-1] == "manylinux2014_aarch64"
-    assert "manylinux_2_28_aarch64" in platforms and "manylinux_2_32_aarch64" not in platforms
-    assert words[:4] == ["--implementation", "cp", "--python-version", "3.13"]
-    assert Target((3, 13), "aarch64", 31).name != Target((3, 12), "aarch64", 31).name
-
-
-def test_installed_versions_are_compared_with_the_supported_ranges():
-    here = {name: metadata.version(name) for name in wheels.NAMES}
-    assert wheels.in_range(here)
-    for name, older in (("numpy", "1.26.4"), ("onnxruntime", "1.21.0")):
-        for other in (older, "99.0", "", "x\n", None, ["2.3"]):
-            assert not wheels.in_range(here | {name: other})
-    old = here | {"onnxruntime": "1.23.2"}
-    assert wheels.in_range(old, oldest="1.22") and not wheels.in_range(old, oldest="1.24")
-
-
-def test_wheels_newer_than_here_are_requested_for_an_artifact_that_needs_them():
-    exact = f"onnxruntime=={metadata.version('onnxruntime')}"
-    target = Target((3, 13), "aarch64", 31, oldest="1.22")
-    assert exact in target.requirements
-    assert target.name == Target((3, 13), "aarch64", 31).name, "the same wheels are copied once"
-    newer = Target((3, 13), "aarch64", 31, oldest="1.99")
-    assert "onnxruntime<2,>=1.99" in newer.requirements
-    assert newer.name != target.name
 
 
 # --------------------------------------------------------------------------------------- the bench
