@@ -15,7 +15,7 @@ Artifacts = Annotated[
     list[Path] | None,
     Argument(
         help=f"directories written by `edgewhisper export`; default: {DEFAULT}",
-        metavar="ARTIFACT...",
+        metavar="ARTIFACT",
     ),
 ]
 Device = Annotated[
@@ -50,8 +50,8 @@ Speech = Annotated[
 Baseline = Annotated[
     str | None,
     Option(
-        help="also measure this uncompressed model (see MODEL of compress), in transformers or "
-        "in each --rival"
+        help="also measure this uncompressed model, in any form that compress accepts; it runs in "
+        "transformers or in each --rival"
     ),
 ]
 Rival = Annotated[

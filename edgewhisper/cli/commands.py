@@ -51,7 +51,7 @@ INTERRUPTED = 130
 HELP = """Compress a Whisper model, export it, and measure it on a device.
 
 compress makes a checkpoint smaller. export turns a checkpoint into an artifact: files that a device
-can run. bench measures artifacts and writes results. By default, all outputs go to
+can run. bench measures artifacts and writes results. By default, their outputs go to
 ./edgewhisper-runs.
 """
 

@@ -58,7 +58,7 @@ AllowLoss = Annotated[
     bool,
     Option(
         "--allow-loss",
-        help="write the checkpoint even if its WER rises by more than max_wer_loss in the recipe",
+        help="write the checkpoint even if its WER rises by more than the recipe's max_wer_loss",
     ),
 ]
 
@@ -88,7 +88,7 @@ def compress_cli(
     Run an interrupted command again to resume it.
 
     --target-params, --target-macs, --target-latency, --target-bytes, --max-wer-loss and --front
-    start a search: the recipe runs several times with different values (see `edgewhisper
+    start a search: the recipe runs once or several times, with different values (see `edgewhisper
     recipes`). The output directory gets the checkpoint that meets the targets best, all trials in
     pareto.json and front.png, and the other trials on the Pareto front in front/.
     """

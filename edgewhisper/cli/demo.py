@@ -18,7 +18,7 @@ def demo_cli(
 ) -> None:
     """Run compress, export and bench on Whisper tiny.en.
 
-    The output is a table that compares the INT8 artifact with the uncompressed model.
+    The output is a table that compares the int8 artifact with the uncompressed model.
     """
     from edgewhisper.demo import demo
 

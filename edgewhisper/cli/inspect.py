@@ -25,7 +25,7 @@ def inspect_cli(
     threads: Threads = None,
     json_file: Json = None,
 ) -> None:
-    """Show the layers, sizes and computing costs of a model."""
+    """Show the layers, sizes and computational cost of a model."""
     from edgewhisper import inspect
 
     report = inspect.inspect(source)

@@ -15,7 +15,7 @@ def report_cli(
         list[Path] | None,
         Argument(
             help="files written by `edgewhisper bench`; default: the newest one",
-            metavar="RESULTS...",
+            metavar="RESULTS",
         ),
     ] = None,
     out: Annotated[Path, Option(help="HTML file to write")] = Path("report.html"),

@@ -15,7 +15,7 @@ Listen = Annotated[
     str | None,
     Option(
         metavar="ADDRESS[:PORT]",
-        help="address of this machine to serve on; default: its address in the local network",
+        help="address of this machine to serve on; default: its address on the local network",
     ),
 ]
 Certificate = Annotated[
@@ -28,10 +28,10 @@ Certificate = Annotated[
 
 
 def serve_cli(artifact: Artifact, listen: Listen = None, certificate: Certificate = None) -> None:
-    """Serve a page that records or reads audio and transcribes it in the browser.
+    """Serve a web page that transcribes audio in the browser.
 
-    The browser of a phone or computer in the same network runs the artifact. No audio is uploaded.
-    Ctrl-C ends the server.
+    The page records audio or reads audio files. The browser of a phone or computer on the
+    same network runs the artifact. No audio is uploaded. Ctrl-C ends the server.
     """
     from devices.browser.device import qr_code
     from devices.browser.transcribe import open_site

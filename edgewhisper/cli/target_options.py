@@ -30,7 +30,10 @@ TargetLatency = Annotated[
 ]
 Device = Annotated[
     str | None,
-    Option(help="device for --target-latency; run `edgewhisper devices calibrate` on it first"),
+    Option(
+        help="device for --target-latency or --front; run `edgewhisper devices calibrate` on it "
+        "first"
+    ),
 ]
 MaxWerLoss = Annotated[
     float | None,
@@ -55,8 +58,8 @@ Front = Annotated[
     bool,
     Option(
         "--front",
-        help="try sizes over the whole range of the search, and plot their WER; with --device over "
-        "its predicted latency",
+        help="try sizes over the whole range of the search, and plot their WER; with --device, try "
+        "predicted latencies instead of sizes",
     ),
 ]
 Trials = Annotated[int | None, Option(min=1, help="number of trials in a search; default: 12")]

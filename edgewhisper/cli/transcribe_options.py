@@ -59,7 +59,7 @@ WordTimestamps = Annotated[
 ]
 Prompt = Annotated[
     str | None,
-    Option(help="text that prompts the first window, such as names in their spelling"),
+    Option(help="text that prompts the first window, such as the spelling of names"),
 ]
 Hotwords = Annotated[str | None, Option(help="words that prompt every window")]
 Output = Annotated[
