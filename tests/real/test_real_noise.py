@@ -30,6 +30,14 @@ def test_sounds_without_speech_have_no_words(kind, loudness, recognizer, rng):
     assert not any(character.isalnum() for character in text), text
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tones_have_no_segments(seed, recognizer):
+    """With a fixed language, base invents sentences for these tones, and they are removed."""
+    sound = 0.05 * NOISES["tones"](60 * 16_000, np.random.default_rng(seed))
+    transcript = recognizer.transcribe(sound.astype(np.float32), timestamps=True, language="en")
+    assert not transcript.segments, transcript.text
+
+
 @pytest.mark.parametrize("timestamps", [False, True])
 def test_joined_sentences_lose_no_words_at_seams(timestamps, recognizer, common_voice, rng):
     """Sentences with pauses of 0.5 s, and 90 ms of digital silence in every fifth one."""
