@@ -223,11 +223,11 @@ class Listener:
         for (start, stop, tokens), end in zip(parts, stops, strict=True):
             logprobs = self.logprobs[end - len(tokens) : end]
             mean = sum(logprobs) / len(logprobs) if logprobs else None
-            words = self.words_of(range(end - len(tokens), end), begin / SAMPLING_RATE)
             said = self.rules.words(tokens)
             if said in invented or self.invents(mean):
                 invented.append(said)
-                tokens, words = [], words and []
+                tokens = []
+            words = self.words_of(range(end - len(tokens), end), begin / SAMPLING_RATE)
             segments.append(
                 Segment(
                     start / SAMPLING_RATE,
