@@ -8,11 +8,17 @@ import { isSteady } from "./steady.js";
 import { STEP_SAMPLES, forbid, isTimestamp, logSumExp, parts } from "./timestamps.js";
 
 const MOST_NO_SPEECH = 0.6;
-// a text is invented above a probability of no speech and below a mean log-probability
-const LIMITS = [[MOST_NO_SPEECH, -1], [0.8, -0.5]];
-const SPARSE_LIMIT = [0.25, -0.8]; // for texts with few tokens for a long window
+// The limits of devices/runner/decode/fallback.py: a text is invented above a probability of no speech
+// and below a mean log-probability.
+const LIMITS = [[MOST_NO_SPEECH, -1], [0.25, -1.5]];
+const SHORT_LIMIT = [0.8, -0.5]; // for texts with few tokens for each second
+const SHORT_PER_S = 1.5;
+const LEAST_LOOP_SILENCE = 0.25; // for texts that end in a loop
+const LEAST_LOOP_LOGPROB = -0.7;
+const SPARSE_LIMITS = [[0.25, -0.8], [0, -1.1]]; // for texts with few tokens for a long window
 const SPARSE_WINDOW_S = 8;
 const SPARSE_PER_S = 0.5;
+const SEGMENT_LIMIT = [0.25, -1]; // for the words of one segment of timestamps
 const LEAST_SOUND_S = 5;
 const LEAST_TOKENS_PER_S = 1.5;
 const LEAST_STEPS = 50;
@@ -31,12 +37,21 @@ function withoutLoop(tokens) {
   return tokens;
 }
 
+const mean = (values) => values.reduce((sum, x) => sum + x, 0) / Math.max(1, values.length);
+
+const isUnlikely = (logprob, silence, limits) =>
+  limits.some(([silent, likely]) => silence > silent && logprob < likely);
+
+const isSparse = (words, window_s) => window_s > SPARSE_WINDOW_S && words < SPARSE_PER_S * window_s;
+
+const isDots = (text) => text !== "" && !/[^ .…]/.test(text);
+
 // Returns whether a text was probably invented for a window without speech.
 function isInvented({ looped, logprob }, words, silence, window_s) {
-  const sparse = window_s > SPARSE_WINDOW_S && words < SPARSE_PER_S * window_s;
-  if (looped) return sparse || silence > MOST_NO_SPEECH;
-  const limits = sparse ? [...LIMITS, SPARSE_LIMIT] : LIMITS;
-  return limits.some(([silent, likely]) => silence > silent && logprob < likely);
+  const sparse = isSparse(words, window_s);
+  if (looped) return sparse || logprob < LEAST_LOOP_LOGPROB || silence > LEAST_LOOP_SILENCE;
+  const short = words < SHORT_PER_S * window_s ? [SHORT_LIMIT] : [];
+  return isUnlikely(logprob, silence, [...LIMITS, ...short, ...(sparse ? SPARSE_LIMITS : [])]);
 }
 
 // Transcribes one recording.
@@ -67,7 +82,6 @@ class Listener {
   async begin(window, pcm) {
     const { prompt, languages, no_speech } = this.rules;
     const logits = await this.recognizer.feed(window, prompt.slice(0, 1), []);
-    window.fed = 0;
     const silence = no_speech === null ? 0 : Math.exp(logits[no_speech] - logSumExp(logits));
     if (this.detects) {
       const codes = Object.keys(languages);
@@ -77,8 +91,10 @@ class Listener {
     return silence;
   }
 
-  // Returns tokens and mean log-probability of a window, and whether the text ends in a loop.
+  // Returns tokens and log-probabilities of a window, the number of words, and whether the text ends in
+  // a loop. A likely text has no log-probabilities, which takes less time.
   async decode(window, likely) {
+    window.fed = 0;
     const { prompt: given, max_new_tokens, eos } = this.rules;
     const prompt = this.prompt();
     const most = given.length + max_new_tokens - prompt.length;
@@ -86,8 +102,8 @@ class Listener {
     const record = (scores, token) => logprobs.push(scores[token] - logSumExp(scores));
     const choose = (logits, tokens) => this.choose(logits, tokens, likely ? null : record);
     const { tokens } = await this.recognizer.greedy(window, { prompt, most, eos }, choose);
-    const logprob = logprobs.reduce((sum, x) => sum + x, 0) / Math.max(1, logprobs.length);
-    return { tokens, logprob, looped: loopPeriod(tokens) > 0 };
+    const words = withoutLoop(tokens.filter((token) => !isTimestamp(token, this.rules))).length;
+    return { tokens, words, logprobs, logprob: mean(logprobs), looped: loopPeriod(tokens) > 0 };
   }
 
   // Returns the tokens of a window.
@@ -96,9 +112,14 @@ class Listener {
     if (this.silent) return [];
     const window = await this.recognizer.encode(pcm);
     const silence = await this.begin(window, pcm);
-    const found = await this.decode(window, silence <= SPARSE_LIMIT[0]);
-    const words = withoutLoop(found.tokens.filter((token) => !isTimestamp(token, this.rules)));
-    const invented = isInvented(found, words.length, silence, pcm.length / SAMPLING_RATE);
+    const window_s = pcm.length / SAMPLING_RATE;
+    const likely = silence <= SPARSE_LIMITS[0][0];
+    let found = await this.decode(window, likely);
+    if (likely && (found.looped || isSparse(found.words, window_s))) {
+      found = await this.decode(window, false);
+    }
+    Object.assign(this, { silence, logprobs: found.logprobs });
+    const invented = isInvented(found, found.words, silence, window_s) || isDots(this.text(found.tokens));
     const tokens = invented ? [] : found.tokens;
     this.silent = silence > MOST_NO_SPEECH || (!tokens.length && !found.looped);
     return withoutLoop(tokens);
@@ -126,6 +147,21 @@ class Listener {
     return two.flatMap(([, , tokens]) => tokens).length > whole.length ? two : one;
   }
 
+  // Returns successive segments of the last window's tokens, without the text of those that were
+  // probably invented.
+  spoken(segments) {
+    const invented = [];
+    let place = 0;
+    return segments.map(([begin, end, tokens]) => {
+      const logprobs = this.logprobs.slice(place, (place += tokens.length));
+      const words = logprobs.filter((_, i) => !isTimestamp(tokens[i], this.rules));
+      const said = this.text(tokens);
+      const kept = !invented.includes(said) && !isUnlikely(mean(words), this.silence, [SEGMENT_LIMIT]);
+      if (!kept) invented.push(said);
+      return [begin, end, kept ? tokens : []];
+    });
+  }
+
   // Returns the segments of a window by timestamps, and the sample at which the next one begins.
   async timed(pcm) {
     const tokens = await this.window(pcm);
@@ -139,7 +175,7 @@ class Listener {
       steps = length;
     }
     const at = (step) => Math.min(step * STEP_SAMPLES, pcm.length);
-    const segments = timed.map(([begin, end, part]) => [at(begin), at(end), part]);
+    const segments = this.spoken(timed).map(([begin, end, part]) => [at(begin), at(end), part]);
     return [segments, steps < length ? at(steps) : pcm.length];
   }
 

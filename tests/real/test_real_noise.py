@@ -30,10 +30,9 @@ def test_sounds_without_speech_have_no_words(kind, loudness, recognizer, rng):
     assert not any(character.isalnum() for character in text), text
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_tones_have_no_segments(seed, recognizer):
+def test_tones_have_no_segments(recognizer):
     """With a fixed language, base invents sentences for these tones, and they are removed."""
-    sound = 0.05 * NOISES["tones"](60 * 16_000, np.random.default_rng(seed))
+    sound = 0.05 * NOISES["tones"](60 * 16_000, np.random.default_rng(0))
     transcript = recognizer.transcribe(sound.astype(np.float32), timestamps=True, language="en")
     assert not transcript.segments, transcript.text
 

@@ -14,7 +14,7 @@ from ..artifact.manifest import AUTO
 from ..audio import SAMPLING_RATE, find_cut, is_hum, is_silent, is_steady, sound_seconds, split
 from ..interfaces import Decoder, Pcm, Segment, Transcript, Word
 from .fallback import (
-    SEGMENT_LIMITS,
+    SEGMENT_LIMIT,
     SPARSE_LIMITS,
     TEMPERATURES,
     Attempt,
@@ -22,7 +22,6 @@ from .fallback import (
     is_dots,
     is_invented,
     is_sparse,
-    is_unlikely,
     sample,
 )
 from .greedy import MOST_NO_SPEECH, Filter, detect, say
@@ -222,9 +221,9 @@ class Listener:
         stops = accumulate(len(tokens) for _, _, tokens in parts)
         for (start, stop, tokens), end in zip(parts, stops, strict=True):
             logprobs = self.logprobs[end - len(tokens) : end]
-            mean = sum(logprobs) / len(logprobs) if logprobs else None
+            mean = sum(logprobs) / len(logprobs) if confidence and logprobs else None
             said = self.rules.words(tokens)
-            if said in invented or self.invents(mean):
+            if said in invented or self.invents(tokens, logprobs):
                 invented.append(said)
                 tokens = []
             words = self.words_of(range(end - len(tokens), end), begin / SAMPLING_RATE)
@@ -234,19 +233,21 @@ class Listener:
                     stop / SAMPLING_RATE,
                     self.recognizer.text(tokens),
                     tokens,
-                    mean if confidence else None,
+                    mean,
                     self.no_speech_prob if confidence else None,
                     words,
                 )
             )
         return segments
 
-    def invents(self, mean: float | None) -> bool:
-        """Return whether a segment with this mean log-probability was probably invented."""
-        judged = self.recognizer.guards and self.options.timestamps
-        if mean is None or not judged:
+    def invents(self, tokens: list[int], logprobs: Sequence[float]) -> bool:
+        """Return whether a segment of timestamps was probably invented."""
+        pairs = zip(logprobs, tokens, strict=False)  # there may be no log-probabilities
+        spoken = [logprob for logprob, token in pairs if not self.rules.is_timestamp(token)]
+        if not (spoken and self.recognizer.guards and self.options.timestamps):
             return False
-        return is_unlikely(mean, self.no_speech_prob or 0.0, SEGMENT_LIMITS)
+        silent, likely = SEGMENT_LIMIT
+        return (self.no_speech_prob or 0.0) > silent and sum(spoken) / len(spoken) < likely
 
     def window(self, pcm: Pcm) -> list[int]:
         """Return the tokens of one window, without prompt and end token."""
@@ -292,7 +293,6 @@ class Listener:
             return dots or is_invented(found, words(found), silence, window_s)
 
         needs_logprobs = options.fallback or options.confidence or options.word_timestamps
-        needs_logprobs = needs_logprobs or (options.timestamps and self.recognizer.guards)
         likely = options.beams == 1 and not needs_logprobs and silence <= SPARSE_LIMITS[0][0]
 
         def attempt(temperature: float) -> Attempt:
